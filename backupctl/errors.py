@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every error that backupctl raises on purpose, as one tree.
+
+::
+
+    BackupctlError                      exit code
+     ├─ UsageError                      2   the command line or the configuration is wrong; nothing was touched
+     ├─ Locked                          75  another run works on this VM
+     ├─ DamageFound                     4   stored data is not what was written
+     ├─ NeedsRecovery                   3   failed, and something of ours is still in the VM
+     └─ Failed                          1   failed, nothing lost, nothing left behind
+         ├─ Interrupted                     SIGINT or SIGTERM
+         ├─ Refused                         preflight: going on could harm the guest or the chain
+         ├─ MonitorError
+         │   ├─ MonitorUnreachable          no greeting: nothing was sent
+         │   ├─ CommandFailed               QEMU answered with an error: nothing took effect
+         │   └─ OutcomeUnknown              no answer: QEMU must be asked what is the case
+         ├─ AgentError
+         │   ├─ AgentUnavailable            no agent answers
+         │   ├─ AgentRefused                the agent answered with an error
+         │   └─ AgentTimeout                the agent took a command and is silent
+         ├─ TransferError
+         │   ├─ ReadFailed                  the point-in-time view can't be read
+         │   └─ WriteFailed                 the repository's image can't be written
+         └─ RepositoryError
+             ├─ NotARepository
+             ├─ UnknownFormat               made by a newer backupctl
+             ├─ InvalidName                 a name that could leave the repository's folder
+             ├─ NoSuchPoint
+             └─ TargetExists                restore never overwrites unless told to
+
+Each carries what the person at three in the morning needs: what failed (the message), at which step,
+what state things are in now, and the one command to run next. The layer that raises fills in what it
+knows; the layers above add the rest with `BackupctlError.add`.
+"""
+
+from typing import ClassVar, Self
+
+
+class BackupctlError(Exception):
+    """Base of the tree.
+
+    message: what failed, one sentence, naming VM and disk where they are known.
+    step: the protocol step under way, or "".
+    state: what is the case now, one sentence, or "".
+    next_command: the one command to run next, or "".
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, step: str = "", state: str = "", next_command: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.step = step
+        self.state = state
+        self.next_command = next_command
+
+    def add(self, *, step: str = "", state: str = "", next_command: str = "") -> Self:
+        """Fill in what is still empty; what a lower layer said stands."""
+        self.step = self.step or step
+        self.state = self.state or state
+        self.next_command = self.next_command or next_command
+        return self
+
+
+class UsageError(BackupctlError):
+    """The command line or the configuration is wrong; nothing was touched."""
+
+    exit_code = 2
+
+
+class Locked(BackupctlError):
+    """Another run holds the VM's lock."""
+
+    exit_code = 75
+
+
+class DamageFound(BackupctlError):
+    """What is stored is not what was written."""
+
+    exit_code = 4
+
+
+class NeedsRecovery(BackupctlError):
+    """The run failed and something of ours is still in the VM: `backupctl recover` is needed."""
+
+    exit_code = 3
+
+
+class Failed(BackupctlError):
+    """The run failed; nothing is lost and nothing of ours is left behind."""
+
+
+class Interrupted(Failed):
+    """SIGINT or SIGTERM asked the run to end."""
+
+
+class Refused(Failed):
+    """Preflight found that going on could harm the guest or break the chain; nothing was touched."""
+
+
+class MonitorError(Failed):
+    """Something is wrong between us and QEMU's monitor."""
+
+
+class MonitorUnreachable(MonitorError):
+    """No monitor answers at that address; no command was sent."""
+
+
+class CommandFailed(MonitorError):
+    """QEMU answered a command with an error, so the command took no effect.
+
+    command: the QMP command. error_class: QMP's error class. description: QEMU's own text.
+    """
+
+    def __init__(self, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"QEMU refused {command}: {description}")
+        self.command = command
+        self.error_class = error_class
+        self.description = description
+
+
+class OutcomeUnknown(MonitorError):
+    """A command was sent and no answer came: only QEMU knows whether it took effect.
+
+    command: the QMP command.
+    """
+
+    def __init__(self, command: str, why: str) -> None:
+        super().__init__(f"no answer to {command}: {why}")
+        self.command = command
+
+
+class AgentError(Failed):
+    """Something is wrong between us and the guest agent."""
+
+
+class AgentUnavailable(AgentError):
+    """No guest agent answers."""
+
+
+class AgentRefused(AgentError):
+    """The guest agent answered a command with an error."""
+
+
+class AgentTimeout(AgentError):
+    """The guest agent took a command and did not answer in time: its outcome is unknown."""
+
+
+class TransferError(Failed):
+    """Bytes could not be moved."""
+
+
+class ReadFailed(TransferError):
+    """The point-in-time view can't be read; no byte of it may be guessed."""
+
+
+class WriteFailed(TransferError):
+    """The image in the repository can't be written."""
+
+
+class RepositoryError(Failed):
+    """Something is wrong with the repository."""
+
+
+class NotARepository(RepositoryError):
+    """The folder holds no repository of ours."""
+
+
+class UnknownFormat(RepositoryError):
+    """The format version is not one that this backupctl knows."""
+
+
+class InvalidName(RepositoryError):
+    """A name from outside that must not become part of a path."""
+
+    exit_code = 2
+
+
+class NoSuchPoint(RepositoryError):
+    """No recovery point of that id, or none at all."""
+
+    exit_code = 2
+
+
+class TargetExists(RepositoryError):
+    """Something already stands where a restore would write."""
+
+    exit_code = 2

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The names that tie QEMU and the repository together, each a type of its own.
+
+The name of a bitmap is its state: ``backupctl-<first 8 of the repository's id>-<point>`` records what
+changed since that point of that repository. Everything else that we make in QEMU is called
+``backupctl-<first 8>-<what><disk's number>``; QEMU allows 31 characters for a node's name.
+"""
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import NewType
+
+from backupctl.errors import InvalidName
+
+VmName = NewType("VmName", str)
+DiskName = NewType("DiskName", str)
+PointId = NewType("PointId", str)  # "20261123T041500Z"
+RepositoryId = NewType("RepositoryId", str)  # 32 hexadecimal digits
+NodeName = NewType("NodeName", str)
+BitmapName = NewType("BitmapName", str)
+
+PREFIX = "backupctl-"
+_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
+_POINT = re.compile(r"[0-9]{8}T[0-9]{6}Z", re.ASCII)
+_BITMAP = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-([0-9]{{8}}T[0-9]{{6}}Z)", re.ASCII)
+_POINT_FORMAT = "%Y%m%dT%H%M%SZ"
+
+
+def vm_name(text: str) -> VmName:
+    """Check a VM's name, which becomes a folder's name. Raises InvalidName."""
+    return VmName(_checked(text, "VM name"))
+
+
+def disk_name(text: str) -> DiskName:
+    """Check a disk's name, which becomes part of a file's name. Raises InvalidName."""
+    return DiskName(_checked(text, "disk name"))
+
+
+def point_id(text: str) -> PointId:
+    """Check a point's id, which becomes a folder's name. Raises InvalidName."""
+    try:
+        if _POINT.fullmatch(text) and datetime.strptime(text, _POINT_FORMAT).replace(tzinfo=UTC):
+            return PointId(text)
+    except ValueError:
+        pass
+    raise InvalidName(f"{text!r:.120} is not a recovery point's id; one looks like 20261123T041500Z")
+
+
+def next_point_id(now: datetime, newest: PointId | None) -> PointId:
+    """Return an id for a point made at `now` that sorts after `newest`.
+
+    Ids order the chain, so a clock that was set back must not sort a new point before its parent:
+    then the id is one second past the newest; the manifest's times tell the clock's own reading.
+    """
+    moment = now.astimezone(UTC).replace(microsecond=0)
+    if newest is not None:
+        moment = max(moment, point_time(newest) + timedelta(seconds=1))
+    return PointId(moment.strftime(_POINT_FORMAT))
+
+
+def point_time(point: PointId) -> datetime:
+    """Return the moment in a point's id, in UTC."""
+    return datetime.strptime(point, _POINT_FORMAT).replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose things in QEMU are meant: those of one repository.
+
+    tag: the first 8 hexadecimal digits of the repository's id.
+    """
+
+    tag: str
+
+    @classmethod
+    def of(cls, repository: RepositoryId) -> "Owner":
+        """Return the owner tag of a repository."""
+        return cls(repository[:8])
+
+    def bitmap(self, point: PointId) -> BitmapName:
+        """Name the bitmap that records what changed since `point`."""
+        return BitmapName(f"{PREFIX}{self.tag}-{point}")
+
+    def point_of(self, bitmap: str) -> PointId | None:
+        """Return the point that a bitmap of ours records from; None for anybody else's."""
+        match = _BITMAP.fullmatch(bitmap)
+        return PointId(match[2]) if match and match[1] == self.tag else None
+
+    def node(self, what: str, number: int) -> NodeName:
+        """Name a node, job or export of ours for the disk of that number."""
+        return NodeName(f"{PREFIX}{self.tag}-{what}{number}")
+
+    def owns(self, name: str) -> bool:
+        """Whether a node, job, export or descriptor set of that name was made for this repository."""
+        return name.startswith(f"{PREFIX}{self.tag}-")
+
+
+def _checked(text: str, what: str) -> str:
+    if not _SAFE.fullmatch(text) or text.endswith(".partial"):
+        raise InvalidName(
+            f"{text!r:.120} can't be a {what}: letters, digits and ._+- only, "
+            "the first a letter or digit, 100 characters at the most"
+        )
+    return text
