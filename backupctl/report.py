@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the core tells whoever started it: while it works (Reporter) and at the end (RunReport).
+
+The core prints nothing. It calls a Reporter; the command line shows a progress display, plain lines
+or nothing at all.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Literal, Protocol
+
+from backupctl.errors import Interrupted
+from backupctl.names import DiskName, PointId, VmName
+from backupctl.settings import Kind
+
+Consistency = Literal["filesystem", "crash"]
+
+
+class Reporter(Protocol):
+    """What the core calls while it works. None of these may raise or block for long."""
+
+    def step(self, text: str) -> None:
+        """A protocol step begins."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know, e.g. why a disk is taken full."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should act on some time."""
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """So much of a disk's dirty extents is copied. Called at most a few times a second per disk."""
+
+
+class Silent:
+    """A Reporter that says nothing."""
+
+    def step(self, text: str) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def warn(self, text: str) -> None:
+        """Say nothing."""
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True)
+class DiskReport:
+    """What one disk's part of a point came to; sizes in bytes.
+
+    kind: "full" or "incremental" (a disk can be full inside an incremental point).
+    dirty_bytes: what the bitmap (or, for a full, the allocation map) named.
+    copied_bytes: data read from the VM. zero_bytes: named, but read as zeroes, so not read.
+    stored_bytes: what the image takes in the repository.
+    """
+
+    name: DiskName
+    kind: Kind
+    size: int
+    dirty_bytes: int
+    copied_bytes: int
+    zero_bytes: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a finished full or incremental came to.
+
+    frozen_ms: how long the guest's file systems were frozen; None if they were not.
+    """
+
+    vm: VmName
+    point: PointId
+    kind: Kind
+    parent: PointId | None
+    disks: tuple[DiskReport, ...]
+    frozen_ms: int | None
+    consistency: Consistency
+    seconds: float
+
+
+class Stop:
+    """Whether the run was asked to end.
+
+    A signal only raises a flag; the run looks at it between steps and while it copies. An exception
+    thrown into the middle of a clean-up would leave the clean-up half done.
+    """
+
+    def __init__(self) -> None:
+        self._why = ""
+
+    def request(self, why: str) -> None:
+        """Ask the run to end; `why` becomes part of the error's message."""
+        self._why = self._why or why
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run was asked to end."""
+        return bool(self._why)
+
+    def check(self) -> None:
+        """Raise Interrupted if the run was asked to end."""
+        if self._why:
+            raise Interrupted(f"stopped by {self._why}")
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into a request to end, until the block ends. Main thread only."""
+
+        def handler(number: int, _frame: FrameType | None) -> None:
+            self.request(signal.Signals(number).name)
+
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, old in before.items():
+                signal.signal(number, old)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a run is told: which VM, where its sockets are, and what the user asked for."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from backupctl.errors import UsageError
+from backupctl.names import PointId, VmName
+
+Kind = Literal["full", "incremental"]
+FreezeWish = Literal["auto", "require", "never"]
+OnBrokenChain = Literal["scan", "full", "fail"]
+ViewWish = Literal["fleecing", "snapshot-access", "auto"]
+
+
+@dataclass(frozen=True)
+class Address:
+    """A socket: a unix socket's path, or a TCP host and port."""
+
+    path: str | None = None
+    host: str | None = None
+    port: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Read ``unix:PATH``, ``tcp:HOST:PORT`` or a plain path. Raises UsageError."""
+        scheme, _, rest = text.partition(":")
+        if scheme == "tcp":
+            host, _, port = rest.rpartition(":")
+            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+                raise UsageError(f"{text!r:.200} is not an address: tcp:HOST:PORT is meant")
+            return cls(host=host.strip("[]"), port=int(port))
+        path = rest if scheme == "unix" else text
+        if not path or "\0" in path:
+            raise UsageError(f"{text!r:.200} is not an address: unix:PATH or tcp:HOST:PORT is meant")
+        return cls(path=path)
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}" if self.path else f"tcp:{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Vm:
+    """A virtual machine as the user names it.
+
+    disk_names: QEMU's name of a disk (qdev id, node or device name) to the name it is stored under.
+    """
+
+    name: VmName
+    qmp: Address
+    agent: Address | None = None
+    disk_names: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What one run was asked to do.
+
+    disks: names of disks to take, all writable ones if empty.
+    scratch: folder for the scratch files.
+    limit_bytes_per_second: rate limit of the copy over all disks, None for none.
+    since: the point to differ from; None means the newest.
+    freeze_budget_seconds: how long the guest may stay frozen.
+    command_timeout_seconds: the longest that any one command to monitor or agent may take.
+    stall_timeout_seconds: the longest that the copy may go without a byte arriving.
+    """
+
+    kind: Kind
+    disks: tuple[str, ...] = ()
+    freeze: FreezeWish = "auto"
+    freeze_budget_seconds: float = 10.0
+    scratch: Path = Path("/var/tmp")  # noqa: S108 - large, survives a reboot, and the files in it have no name
+    limit_bytes_per_second: int | None = None
+    view: ViewWish = "fleecing"
+    since: PointId | None = None
+    on_broken_chain: OnBrokenChain = "full"
+    command_timeout_seconds: float = 30.0
+    agent_timeout_seconds: float = 5.0
+    stall_timeout_seconds: float = 60.0
