@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One backup run: the ten steps.
+
+::
+
+    1 prepare      lock, recover what an earlier run left, choose disks and base points
+    2 attach       a scratch node over each active disk                     ─┐
+    3 freeze       the guest's file systems (a guard thaws if we die)        │
+    4 transaction  new bitmap, base bitmap disabled, copy-before-write on    │ undone by
+    5 thaw                                                                   │ recovery.settle
+    6 export       NBD, read-only, with the base bitmap                      │
+    7 copy         the dirty extents into the point's images, fsynced        │
+    8 dismantle    export, NBD server, job, node, scratch                    │
+    9 commit       manifest written, the point's folder renamed: THE commit ─┘
+    10 settle      base bitmap removed; or, without 9, given back
+
+Whatever happens from step 2 on, `recovery.settle` follows, and asks one question: does the point's
+folder stand under its final name? So this file has no undo of its own that could disagree with it.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from backupctl import __version__, planning, recovery
+from backupctl.errors import (
+    AgentRefused,
+    AgentUnavailable,
+    BackupctlError,
+    CommandFailed,
+    Failed,
+    MonitorError,
+    Refused,
+)
+from backupctl.names import PointId, next_point_id
+from backupctl.planning import DiskPlan, Plan
+from backupctl.report import DiskReport, Reporter, RunReport, Stop
+from backupctl.repository import images
+from backupctl.repository.layout import Journal, JournalDisk, Partial, Repository, VmFolder
+from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
+from backupctl.settings import RunOptions, Vm
+from backupctl.transfer import copy
+from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.source import Source
+from backupctl.vm import cleanup, disks, export, scratch
+from backupctl.vm.fleecing import Fleecing
+from backupctl.vm.guard import Guard
+from backupctl.vm.monitor import Monitor
+from backupctl.vm.view import Cut, View
+
+
+def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter, stop: Stop) -> RunReport:
+    """Make one recovery point, or leave everything as it was.
+
+    Raises Locked, Refused (nothing touched), Failed (rolled back), NeedsRecovery (not rolled back).
+    """
+    folder = repository.vm(vm.name)
+    reporter.step("prepare")
+    with folder.lock(), Monitor.connect(vm.qmp, options.command_timeout_seconds) as monitor:
+        recovery.settle(vm, folder, repository.owner, monitor, reporter, options.scratch)
+        plan = _prepare(vm, repository, folder, options, monitor, reporter)
+        stop.check()
+        with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds) as guard:
+            return _Run(vm, repository, folder, options, reporter, stop, monitor, guard, plan).make()
+
+
+def _prepare(
+    vm: Vm,
+    repository: Repository,
+    folder: VmFolder,
+    options: RunOptions,
+    monitor: Monitor,
+    reporter: Reporter,
+) -> Plan:
+    """Step 1, after recovery: everything that can be known beforehand is checked before anything is touched."""
+    if not monitor.version.at_least(5, 2):
+        raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state="nothing was touched")
+    scratch.check_room(options.scratch)
+    inventory = disks.inventory(monitor, vm.disk_names)
+    for name, why in inventory.left_out:
+        reporter.note(f"{name} is left out: {why}")
+    chosen = inventory.chosen(options.disks)
+    if not chosen:
+        raise Refused("the VM has no writable disk", state="nothing was touched")
+    plan = planning.plan(
+        options.kind, chosen, inventory, folder.points(), repository.owner, options.on_broken_chain
+    )
+    _tell(plan, options, reporter)
+    return plan
+
+
+def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
+    if options.kind == "incremental" and plan.kind == "full":
+        reporter.note("there is no point to build on yet: this is a full")
+    for one in plan.disks:
+        if one.reason:
+            reporter.note(f"{one.disk.name} is taken full: {one.reason}")
+        if not one.disk.persistent:
+            reporter.warn(
+                f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
+                "after a restart of QEMU its next incremental is a full"
+            )
+
+
+@dataclass
+class _Run:
+    """Steps 2 to 10 of one run."""
+
+    vm: Vm
+    repository: Repository
+    folder: VmFolder
+    options: RunOptions
+    reporter: Reporter
+    stop: Stop
+    monitor: Monitor
+    guard: Guard
+    plan: Plan
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    step: str = "attach"
+    server_is_ours: bool = False
+
+    def __post_init__(self) -> None:
+        self.owner = self.repository.owner
+        self.point = next_point_id(self.started, self.folder.newest())
+
+    def make(self) -> RunReport:
+        """Take the point; whatever happens, bring the VM to rest.
+
+        `held` closes last: our NBD clients must outlive the exports.
+        """
+        begun = time.monotonic()
+        with ExitStack() as held:
+            try:
+                manifest = self._take(held)
+            except BaseException as err:
+                self._bring_to_rest(err)
+                raise self._explained(err) from err
+            self._bring_to_rest(None)
+        return _report(manifest, time.monotonic() - begun)
+
+    def _take(self, held: ExitStack) -> Manifest:
+        """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
+        self._begin("attach")
+        partial = self.folder.begin(self.point, self._journal())
+        private = self._private_folder()
+        view = Fleecing(self.monitor, self.owner, self._cuts(), self.options.scratch, private)
+        held.callback(view.close)
+        view.attach()
+        freeze = self._moment(partial, view)
+        sources = self._export(view, private, held)
+        self._begin("copy")
+        entries = self._copy(partial, view, sources)
+        self._begin("dismantle")
+        cleanup.dismantle(self.monitor, self.owner)
+        self._begin("commit")
+        manifest = self._manifest(freeze, entries)
+        partial.commit(manifest)
+        return manifest
+
+    def _moment(self, partial: Partial, view: View) -> FreezeEntry:
+        """Steps 3 to 5. Nothing that can be done before or after stands between freeze and thaw."""
+        if not self._freezes():
+            self._begin("transaction")
+            view.cut()
+            return FreezeEntry(self.options.freeze, "none", None)
+        partial.note("freeze", froze=True)
+        self._begin("freeze")
+        try:
+            self.guard.freeze(self.options.freeze_budget_seconds)
+        except (AgentUnavailable, AgentRefused) as err:
+            if self.options.freeze == "require":
+                raise
+            self.reporter.warn(f"going on without a freeze, so this point is crash-consistent: {err}")
+            partial.note("transaction", froze=False)
+            view.cut()
+            return FreezeEntry(self.options.freeze, "none", None)
+        with self._thawed_at_the_end() as milliseconds:
+            self.step = "transaction"
+            view.cut()
+        partial.note("export", froze=False)
+        return FreezeEntry(self.options.freeze, "frozen", round(milliseconds[0]))
+
+    @contextmanager
+    def _thawed_at_the_end(self) -> Iterator[list[float]]:
+        milliseconds: list[float] = []
+        try:
+            yield milliseconds
+        finally:
+            milliseconds.append(self.guard.thaw())
+
+    def _freezes(self) -> bool:
+        if self.options.freeze == "never":
+            return False
+        if self.vm.agent is None:
+            if self.options.freeze == "require":
+                raise Refused(
+                    f"--freeze require, but no guest agent is known for {self.vm.name}",
+                    state="nothing was touched",
+                )
+            self.reporter.warn("no guest agent is known, so this point is crash-consistent")
+            return False
+        return True
+
+    def _export(self, view: View, private: Path | None, held: ExitStack) -> list[Source]:
+        """Step 6. Every client is connected, and known to the guard, before a byte is read."""
+        self._begin("export")
+        self._refuse_resized()
+        nodes = [
+            (node, self.owner.bitmap(one.base) if one.base else None)
+            for node, one in zip(view.exported(), self.plan.disks, strict=True)
+        ]
+        self.server_is_ours = True
+        try:
+            exports = export.publish(self.monitor, self.guard, self.owner, nodes, private)
+        except CommandFailed as err:
+            # Somebody else's server: ending it would take it from under its clients.
+            self.server_is_ours = err.command != "nbd-server-start"
+            raise
+        sources = []
+        for one in exports:
+            held.callback(one.close)
+            source = Source.connect(one.sockets, one.name, one.bitmap, self.options.stall_timeout_seconds)
+            held.callback(source.close)
+            sources.append(source)
+        return sources
+
+    def _copy(self, partial: Partial, view: View, sources: list[Source]) -> tuple[DiskEntry, ...]:
+        """Step 7, one disk after the other."""
+        limiter = TokenBucket(self.options.limit_bytes_per_second)
+        return tuple(
+            self._copy_disk(partial, view, one, source, limiter)
+            for one, source in zip(self.plan.disks, sources, strict=True)
+        )
+
+    def _copy_disk(
+        self, partial: Partial, view: View, one: DiskPlan, source: Source, limiter: TokenBucket
+    ) -> DiskEntry:
+        disk = one.disk
+        path = partial.path / f"{disk.name}.qcow2"
+        images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
+        extents = list(source.extents())
+        total = sum(extent.length for extent in extents)
+
+        def check() -> None:
+            self.stop.check()
+            self.monitor.pump()
+            self.guard.check()
+            view.check()
+
+        def progress(done_bytes: int) -> None:
+            self.reporter.progress(disk.name, done_bytes, total)
+
+        progress(0)
+        with images.serve(path, writable=True) as address, copy.open_target(address) as target:
+            copied = copy.copy(source, target, extents, limiter=limiter, progress=progress, check=check)
+        return DiskEntry(
+            name=disk.name,
+            kind=one.kind,
+            parent=one.base,
+            size=disk.size,
+            node=disk.node,
+            format=disk.driver,
+            persistent=disk.persistent,
+            reason=one.reason,
+            dirty_bytes=total,
+            copied_bytes=copied.copied_bytes,
+            zero_bytes=copied.zero_bytes,
+            stored_bytes=os.stat(path).st_blocks * 512,
+            unchanged_bytes=0,
+        )
+
+    def _bring_to_rest(self, failure: BaseException | None) -> None:
+        """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.
+
+        A monitor that broke is connected anew: what it was last told may or may not have happened, and
+        `recovery.settle` asks.
+        """
+        self.reporter.step("roll back" if failure else "settle")
+        try:
+            with ExitStack() as fresh:
+                monitor = self.monitor if self.monitor.alive else fresh.enter_context(self._reconnected())
+                recovery.settle(
+                    self.vm,
+                    self.folder,
+                    self.owner,
+                    monitor,
+                    self.reporter,
+                    self.options.scratch,
+                    server_is_ours=self.server_is_ours,
+                )
+            self.guard.release()
+        except BackupctlError as err:
+            raise self._unsettled(failure, err) from (failure or err)
+
+    def _unsettled(self, failure: BaseException | None, err: BackupctlError) -> BackupctlError:
+        settled = recovery.needs_recovery(err, self.vm.name)
+        if failure is not None:
+            settled.message = f"{_text(failure)}; and then it could not be rolled back: {err.message}"
+            settled.step = self.step
+        elif self.folder.is_committed(self.point):
+            settled.state = f"the point {self.point} is committed and whole; {settled.state}"
+        return settled
+
+    def _reconnected(self) -> Monitor:
+        self.monitor.close()
+        return Monitor.connect(self.vm.qmp, self.options.command_timeout_seconds)
+
+    def _explained(self, err: BaseException) -> BackupctlError:
+        """Add what the person at three in the morning needs to an error that was rolled back."""
+        if not isinstance(err, BackupctlError):
+            err = Failed(_text(err))
+        return err.add(
+            step=self.step,
+            state="rolled back: nothing is lost, nothing of this run is left, the guest goes on",
+            next_command=f"backupctl {self.options.kind} {self.vm.name}",
+        )
+
+    def _begin(self, step: str) -> None:
+        self.stop.check()
+        self.step = step
+        self.reporter.step(step)
+
+    def _private_folder(self) -> Path | None:
+        if self.monitor.passes_descriptors:
+            return None
+        return scratch.private_folder(self.owner, self.vm.name, self.options.scratch)
+
+    def _cuts(self) -> list[Cut]:
+        return [
+            Cut(one.disk, self.owner.bitmap(self.point), self.owner.bitmap(one.base) if one.base else None)
+            for one in self.plan.disks
+        ]
+
+    def _refuse_resized(self) -> None:
+        # From the transaction on QEMU refuses a resize; one just before it would cut the view short.
+        nodes = disks.named_nodes(self.monitor)
+        for one in self.plan.disks:
+            try:
+                size = nodes[one.disk.node]["image"]["virtual-size"]
+            except (KeyError, TypeError) as err:
+                raise MonitorError(f"the node {one.disk.node} of {one.disk.name} has gone") from err
+            if size != one.disk.size:
+                raise Failed(f"{one.disk.name} was resized while the run began")
+
+    def _journal(self) -> Journal:
+        return Journal(
+            point=self.point,
+            vm=self.vm.name,
+            repository=self.repository.id,
+            kind=self.plan.kind,
+            step="attach",
+            started=_stamp(self.started),
+            pid=os.getpid(),
+            qmp=str(self.vm.qmp),
+            agent=str(self.vm.agent) if self.vm.agent else None,
+            disks=tuple(
+                JournalDisk(one.disk.name, one.disk.node, number, one.base)
+                for number, one in enumerate(self.plan.disks)
+            ),
+            froze=False,
+        )
+
+    def _manifest(self, freeze: FreezeEntry, entries: tuple[DiskEntry, ...]) -> Manifest:
+        return Manifest(
+            point=self.point,
+            kind=self.plan.kind,
+            parent=self.plan.parent,
+            vm=self.vm.name,
+            repository=self.repository.id,
+            disks=entries,
+            freeze=freeze,
+            consistency="crash" if freeze.milliseconds is None else "filesystem",
+            qemu=str(self.monitor.version),
+            backupctl=__version__,
+            start=_stamp(self.started),
+            end=_stamp(datetime.now(UTC)),
+        )
+
+
+def _report(manifest: Manifest, seconds: float) -> RunReport:
+    return RunReport(
+        vm=manifest.vm,
+        point=manifest.point,
+        kind=manifest.kind,
+        parent=manifest.parent,
+        disks=tuple(
+            DiskReport(
+                name=entry.name,
+                kind=entry.kind,
+                size=entry.size,
+                dirty_bytes=entry.dirty_bytes,
+                copied_bytes=entry.copied_bytes,
+                zero_bytes=entry.zero_bytes,
+                stored_bytes=entry.stored_bytes,
+            )
+            for entry in manifest.disks
+        ),
+        frozen_ms=manifest.freeze.milliseconds,
+        consistency=manifest.consistency,
+        seconds=seconds,
+    )
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _text(err: BaseException) -> str:
+    if isinstance(err, BackupctlError):
+        return err.message
+    if isinstance(err, OSError) and err.strerror:
+        return f"{err.strerror}: {err.filename}" if err.filename else err.strerror
+    return f"{type(err).__name__}: {err}"

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bringing a VM and its folder to rest: after a good run, a failed one, or one that died anywhere.
+
+The question is always the same: does the point's folder stand under its final name? Yes: the run is
+finished (its base bitmap retired). No: it is undone (what its bitmap recorded goes back to the base).
+Either way export, server, job, node and scratch go. Nothing is taken from memory: QEMU and the
+repository are asked, so every line may be the last one of a dying process, and the next call goes on.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl import planning
+from backupctl.errors import AgentError, BackupctlError, CommandFailed, MonitorError, NeedsRecovery
+from backupctl.names import DiskName, Owner, PointId, VmName
+from backupctl.report import Reporter
+from backupctl.repository.layout import Repository, VmFolder
+from backupctl.settings import RunOptions, Vm
+from backupctl.vm import bitmaps, cleanup, disks, scratch
+from backupctl.vm.guard import thaw_if_frozen
+from backupctl.vm.monitor import Monitor
+
+DEFAULTS = RunOptions(kind="incremental")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What was finished or undone, in words; empty if all was at rest."""
+
+    actions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DiskStatus:
+    """One disk: its bitmap for the newest point, and how the next incremental would take it."""
+
+    name: DiskName
+    node: str
+    size: int
+    bitmap: str | None
+    bitmap_state: str
+    next: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is of a VM. qemu: its version, None if the monitor does not answer (see problem)."""
+
+    vm: VmName
+    points: tuple[PointId, ...]
+    qemu: str | None
+    problem: str
+    disks: tuple[DiskStatus, ...]
+    leftovers: tuple[str, ...]
+    next_run: str
+
+
+def recover(
+    vm: Vm, repository: Repository, reporter: Reporter, scratch_folder: Path = DEFAULTS.scratch
+) -> Recovered:
+    """Finish or undo whatever an earlier run left of this VM.
+
+    Raises Locked while a run is under way, MonitorUnreachable, NeedsRecovery.
+    """
+    folder = repository.vm(vm.name)
+    with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
+        return Recovered(tuple(settle(vm, folder, repository.owner, monitor, reporter, scratch_folder)))
+
+
+def settle(
+    vm: Vm,
+    folder: VmFolder,
+    owner: Owner,
+    monitor: Monitor,
+    reporter: Reporter,
+    scratch_folder: Path,
+    *,
+    server_is_ours: bool = True,
+) -> list[str]:
+    """Do the work of `recover` for a caller who holds the lock and the monitor.
+
+    The guest comes first: it is thawed before anything else is looked at. Raises NeedsRecovery.
+    """
+    try:
+        told = _thaw(vm, folder)
+        told += cleanup.dismantle(monitor, owner, server_is_ours=server_is_ours)
+        told += settle_bitmaps(monitor, owner, folder.is_committed)
+        told += drop_leftover_files(vm, folder, owner, scratch_folder)
+    except (MonitorError, AgentError) as err:
+        raise needs_recovery(err, vm.name) from err
+    for line in told:
+        reporter.note(line)
+    return told
+
+
+def settle_bitmaps(monitor: Monitor, owner: Owner, committed: Callable[[PointId], bool]) -> list[str]:
+    """Bring the bitmaps of all nodes to rest, in one transaction. Raises MonitorError.
+
+    A read-only node is a backing layer (an external snapshot left the bitmap behind) or a medium; its
+    bitmaps are of no use. They are removed where QEMU lets us, and must not stop the others.
+    """
+    actions: list[bitmaps.Action] = []
+    told: list[str] = []
+    for node, reply in disks.named_nodes(monitor).items():
+        settlement = bitmaps.settle(disks.bitmaps_of(node, reply), owner, committed)
+        if not reply.get("ro"):
+            actions += settlement.actions
+            told += settlement.told
+        elif settlement.actions:
+            told += _try_aside(monitor, settlement)
+    monitor.transaction(actions)
+    return told
+
+
+def drop_leftover_files(vm: Vm, folder: VmFolder, owner: Owner, scratch_folder: Path) -> list[str]:
+    """Drop unfinished points and scratch folders. The caller holds the VM's lock."""
+    told = []
+    for partial in folder.partials():
+        partial.drop()
+        told.append(f"dropped the unfinished point {partial.point}")
+    return told + scratch.sweep(owner, vm.name, scratch_folder)
+
+
+def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
+    """Say that something of ours is still in the VM, and what to do."""
+    return NeedsRecovery(
+        err.message,
+        step=err.step,
+        state=(
+            "what this run put into the VM may still be there; no committed point and no recorded change is lost"
+        ),
+        next_command=f"backupctl recover {vm}",
+    )
+
+
+def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scratch) -> Status:
+    """Tell what there is and what the next run would do. Changes nothing; takes no lock."""
+    folder = repository.vm(vm.name)
+    points = tuple(folder.survey().points)
+    left = [f"unfinished point {partial.point}" for partial in folder.partials()]
+    left += [
+        f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, scratch_folder)
+    ]
+    ids = tuple(point.id for point in points)
+    try:
+        with Monitor.connect(vm.qmp, DEFAULTS.agent_timeout_seconds) as monitor:
+            inventory = disks.inventory(monitor, vm.disk_names)
+            left += cleanup.leftovers(monitor, repository.owner)
+            version = str(monitor.version)
+            left += _unsettled(monitor, repository.owner, folder)
+    except MonitorError as err:
+        return Status(
+            vm.name,
+            ids,
+            None,
+            err.message,
+            (),
+            tuple(left),
+            "the VM can't be reached, so the next run would fail",
+        )
+    plan = planning.plan("incremental", inventory.disks, inventory, points, repository.owner)
+    states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
+    return Status(vm.name, ids, version, "", states, tuple(left), _next_run(plan, left))
+
+
+def _thaw(vm: Vm, folder: VmFolder) -> list[str]:
+    """Thaw the guest if a dead run of ours had frozen it. A freeze by anybody else is not ours to end."""
+    froze = any((journal := partial.journal()) and journal.froze for partial in folder.partials())
+    if froze and vm.agent and thaw_if_frozen(vm.agent, DEFAULTS.agent_timeout_seconds):
+        return ["thawed the guest's file systems"]
+    return []
+
+
+def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:
+    try:
+        monitor.transaction(list(settlement.actions))
+    except CommandFailed:
+        return []
+    return list(settlement.told)
+
+
+def _unsettled(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
+    found: list[str] = []
+    for node, reply in disks.named_nodes(monitor).items():
+        settlement = bitmaps.settle(disks.bitmaps_of(node, reply), owner, folder.is_committed)
+        found += [f"bitmap to settle: {line}" for line in settlement.told]
+    return found
+
+
+def _disk_status(one: planning.DiskPlan, points: tuple[planning.Point, ...], owner: Owner) -> DiskStatus:
+    newest = planning.newest_with(one.disk.name, points)
+    name = owner.bitmap(newest.id) if newest else None
+    found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)
+    return DiskStatus(
+        name=one.disk.name,
+        node=one.disk.node,
+        size=one.disk.size,
+        bitmap=found.name if found else None,
+        bitmap_state=found.state if found else "none",
+        next=one.kind,
+        reason=one.reason,
+    )
+
+
+def _next_run(plan: planning.Plan, left: list[str]) -> str:
+    first = (
+        "the next run first clears up what an earlier one left, then " if left else "the next incremental "
+    )
+    if plan.parent is None:
+        return f"{first}takes a full: there is no point yet"
+    full = [one.disk.name for one in plan.disks if one.kind == "full"]
+    if full:
+        return f"{first}builds on {plan.parent} and takes {', '.join(full)} full"
+    return f"{first}builds on {plan.parent}"

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Taking a point-in-time view down: in a fixed order, as often as needed, from whatever state.
+
+Nothing is remembered; QEMU is asked what there is of ours. So the same lines serve the end of a good
+run, the end of a failed one, and `recover` after a death anywhere.
+
+The order: exports (the SERVER closes first, while the client is still connected: on Debian's QEMU 7.2
+a client that leaves first kills a VM whose disk has an iothread), NBD server, jobs, nodes, descriptors.
+"""
+
+import time
+from collections.abc import Callable
+
+from backupctl.errors import CommandFailed, MonitorError
+from backupctl.names import Owner
+from backupctl.vm.export import descriptor_name
+from backupctl.vm.monitor import Monitor
+
+
+def dismantle(
+    monitor: Monitor, owner: Owner, *, server_is_ours: bool = True, patience_seconds: float = 30
+) -> list[str]:
+    """Remove every export, job, node and descriptor of ours, and the NBD server that served them.
+
+    server_is_ours: false if the run was told that someone else's NBD server runs.
+    Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
+    """
+    told = []
+    ours = _ours(monitor, owner, "query-block-exports", "id")
+    nodes = _ours(monitor, owner, "query-named-block-nodes", "node-name")
+    for name in ours:
+        _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
+        told.append(f"removed the export {name}")
+    _until(lambda: not _ours(monitor, owner, "query-block-exports", "id"), "its exports", patience_seconds)
+    # Our nodes stand from before the server starts until after it stops, so without them it isn't ours.
+    if (ours or nodes) and server_is_ours and not _others_use_nbd(monitor):
+        _unless_gone(monitor, "nbd-server-stop", None)
+    if "closefd" in monitor.commands:
+        _unless_gone(monitor, "closefd", {"fdname": descriptor_name(owner)})
+    for name in _ours(monitor, owner, "query-jobs", "id"):
+        _end_job(monitor, name)
+        told.append(f"ended the job {name}")
+    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)
+    for name in sorted(nodes):
+        _unless_gone(monitor, "blockdev-del", {"node-name": name})
+        told.append(f"removed the node {name}")
+    if left := _ours(monitor, owner, "query-named-block-nodes", "node-name"):
+        raise MonitorError(f"QEMU did not let go of the node {left[0]}: somebody else uses it")
+    if "query-fdsets" in monitor.commands:
+        told += _remove_fdsets(monitor, owner)
+    return told
+
+
+def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
+    """Name what `dismantle` would remove, changing nothing. Raises MonitorError."""
+    found = [f"export {name}" for name in _ours(monitor, owner, "query-block-exports", "id")]
+    found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
+    found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
+    if "query-fdsets" in monitor.commands:
+        found += [f"descriptor set {number}" for number in _fdsets(monitor, owner)]
+    return found
+
+
+def _others_use_nbd(monitor: Monitor) -> bool:
+    # Ours are gone by now. An export over vhost-user or FUSE needs no NBD server.
+    return any(export.get("type", "nbd") == "nbd" for export in monitor.execute("query-block-exports"))
+
+
+def _end_job(monitor: Monitor, name: str) -> None:
+    try:
+        monitor.execute("block-job-cancel", {"device": name, "force": True})
+    except CommandFailed:
+        # It has ended by itself since it was listed, or waits to be dismissed.
+        _unless_gone(monitor, "job-dismiss", {"id": name})
+
+
+def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
+    told = []
+    for number in _fdsets(monitor, owner):
+        _unless_gone(monitor, "remove-fd", {"fdset-id": number})
+        told.append(f"removed the descriptor set {number}")
+    return told
+
+
+def _fdsets(monitor: Monitor, owner: Owner) -> list[int]:
+    try:
+        return [
+            int(fdset["fdset-id"])
+            for fdset in monitor.execute("query-fdsets")
+            if any(owner.owns(str(fd.get("opaque", ""))) for fd in fdset["fds"])
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise MonitorError(f"QEMU's query-fdsets makes no sense: {err!r:.200}") from err
+
+
+def _ids(monitor: Monitor, query: str, key: str) -> list[str]:
+    arguments = {"flat": True} if query == "query-named-block-nodes" else None
+    try:
+        return [str(entry[key]) for entry in monitor.execute(query, arguments) if key in entry]
+    except TypeError as err:
+        raise MonitorError(f"QEMU's {query} makes no sense: {err!r:.200}") from err
+
+
+def _ours(monitor: Monitor, owner: Owner, query: str, key: str) -> list[str]:
+    return [name for name in _ids(monitor, query, key) if owner.owns(name)]
+
+
+def _unless_gone(monitor: Monitor, command: str, arguments: dict[str, object] | None) -> None:
+    """Send a command that takes something away.
+
+    A refusal is no failure here: most often the thing is gone already. If it isn't, the next question
+    to QEMU shows it, and `dismantle` fails there.
+    """
+    try:
+        monitor.execute(command, arguments)
+    except CommandFailed:
+        return
+
+
+def _until(gone: Callable[[], bool], what: str, patience_seconds: float) -> None:
+    deadline = time.monotonic() + patience_seconds
+    while not gone():
+        if time.monotonic() > deadline:
+            raise MonitorError(f"QEMU did not let go of {what} within {patience_seconds:g} s")
+        time.sleep(0.01)

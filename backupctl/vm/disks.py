@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The VM's disks: which there are, what their active node is, and which bitmaps lie where.
+
+`query-block` tells the devices and the node each one writes to (the active node);
+`query-named-block-nodes` (flat) tells the bitmaps of every node. Bitmaps are never taken from
+`query-block`: while a job runs it shows the job's filter in the disk's place.
+
+qemu-storage-daemon has no devices: there a disk is a node that is exported to a guest (vhost-user-blk,
+vduse, FUSE).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from backupctl.errors import InvalidName, MonitorError, Refused
+from backupctl.names import PREFIX, DiskName, NodeName, disk_name
+from backupctl.vm.bitmaps import Bitmap
+from backupctl.vm.monitor import Monitor
+
+JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "preallocate"})
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One writable disk.
+
+    name: what it is stored under. node: the active node. size: bytes. driver: of the active node.
+    persistent: whether its bitmaps survive a restart of QEMU (qcow2 version 3 only).
+    qdev: the device's path in QEMU's object tree, "" without a device. filename: of the active node.
+    """
+
+    name: DiskName
+    node: NodeName
+    size: int
+    driver: str
+    persistent: bool
+    qdev: str
+    filename: str
+    bitmaps: tuple[Bitmap, ...]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All that a VM's monitor tells of its disks.
+
+    left_out: names of media that can't be backed up, with the reason.
+    elsewhere: bitmaps on nodes that are no disk's active node.
+    """
+
+    disks: tuple[Disk, ...]
+    left_out: tuple[tuple[str, str], ...]
+    elsewhere: tuple[Bitmap, ...]
+
+    def chosen(self, names: Iterable[str]) -> tuple[Disk, ...]:
+        """Return the disks of these names, all if there are none. Raises Refused for an unknown one."""
+        wanted = tuple(dict.fromkeys(names))
+        known = {disk.name: disk for disk in self.disks}
+        for name in wanted:
+            if name not in known:
+                reasons = {left: f"{left} is left out: {why}" for left, why in self.left_out}
+                there = ", ".join(known) or "none"
+                raise Refused(
+                    reasons.get(name, f"the VM has no disk {name!r:.120}; its writable disks: {there}")
+                )
+        return tuple(known[DiskName(name)] for name in wanted) if wanted else self.disks
+
+
+def inventory(monitor: Monitor, stored_names: Mapping[str, str] | None = None) -> Inventory:
+    """Ask QEMU for its disks.
+
+    stored_names: QEMU's name of a disk to the name it is stored under. Raises Refused if two disks
+    would have one name, or a name can't be used; MonitorError if the replies make no sense.
+    """
+    nodes = named_nodes(monitor)
+    try:
+        devices = monitor.execute("query-block")
+        found = [_from_device(device, nodes) for device in devices] if devices else _exported(monitor, nodes)
+        return _collect(found, nodes, stored_names or {})
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise MonitorError(f"QEMU describes its disks in a way that makes no sense: {err!r:.200}") from err
+
+
+def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
+    """Return every named node as `query-named-block-nodes` shows it. Raises MonitorError."""
+    reply = monitor.execute("query-named-block-nodes", {"flat": True})
+    try:
+        return {NodeName(node["node-name"]): node for node in reply if node.get("node-name")}
+    except (KeyError, TypeError, AttributeError) as err:
+        raise MonitorError(
+            f"QEMU describes its block nodes in a way that makes no sense: {err!r:.200}"
+        ) from err
+
+
+def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
+    """Return the bitmaps of one node of `named_nodes`. Raises MonitorError."""
+    try:
+        parsed = (Bitmap.parse(node, entry) for entry in reply.get("dirty-bitmaps", ()))
+        return tuple(bitmap for bitmap in parsed if bitmap)
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise MonitorError(f"QEMU describes the bitmaps of {node} in a way that makes no sense") from err
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A medium before it is decided whether it is a disk to back up. why_not: "" if it is."""
+
+    qemu_name: str
+    node: str
+    qdev: str
+    why_not: str
+
+
+def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str, Any]]) -> _Found:
+    qdev = str(device.get("qdev", ""))
+    inserted = device.get("inserted")
+    node = str(inserted.get("node-name", "")) if inserted else ""
+    name = _device_id(qdev) or ("" if node.startswith("#") else node) or str(device.get("device", "")) or node
+    return _Found(name or "(unnamed)", node, qdev, _why_not(device, inserted, nodes))
+
+
+def _why_not(
+    device: Mapping[str, Any], inserted: Mapping[str, Any] | None, nodes: Mapping[NodeName, Mapping[str, Any]]
+) -> str:
+    if not inserted:
+        return "the drive is empty"
+    if inserted.get("ro"):
+        return "it is read-only"
+    if device.get("removable") and "tray_open" in device:
+        return "it is a removable medium"
+    driver = str(inserted.get("drv", ""))
+    if driver in JOB_FILTERS:
+        raise Refused(
+            f"another job works on {_device_id(str(device.get('qdev', ''))) or device.get('device')} "
+            f"(its top node is a {driver})",
+            state="nothing was touched",
+        )
+    if NodeName(str(inserted.get("node-name", ""))) not in nodes:
+        return "its node has no name"
+    return ""
+
+
+def _exported(monitor: Monitor, nodes: Mapping[NodeName, Mapping[str, Any]]) -> list[_Found]:
+    exports = monitor.execute("query-block-exports")
+    names = {str(export["node-name"]) for export in exports if not str(export["id"]).startswith(PREFIX)}
+    return [
+        _Found(name, name, "", "it is read-only" if nodes[NodeName(name)].get("ro") else "")
+        for name in sorted(names & set(nodes))
+    ]
+
+
+def _collect(
+    found: list[_Found], nodes: Mapping[NodeName, Mapping[str, Any]], stored_names: Mapping[str, str]
+) -> Inventory:
+    disks: dict[DiskName, Disk] = {}
+    for medium in found:
+        if not medium.why_not:
+            disk = _disk(medium, nodes[NodeName(medium.node)], stored_names)
+            if disk.name in disks:
+                raise Refused(
+                    f"two disks of the VM are both called {disk.name}: give them names in the configuration"
+                )
+            disks[disk.name] = disk
+    active = {disk.node for disk in disks.values()}
+    return Inventory(
+        disks=tuple(disks.values()),
+        left_out=tuple((medium.qemu_name, medium.why_not) for medium in found if medium.why_not),
+        elsewhere=tuple(
+            bitmap for name, node in nodes.items() if name not in active for bitmap in bitmaps_of(name, node)
+        ),
+    )
+
+
+def _disk(medium: _Found, node: Mapping[str, Any], stored_names: Mapping[str, str]) -> Disk:
+    try:
+        name = disk_name(stored_names.get(medium.qemu_name, medium.qemu_name))
+    except InvalidName as err:
+        raise Refused(f"{err}; give the disk a name in the configuration") from err
+    image = node["image"]
+    size = int(image["virtual-size"])
+    if size < 0:
+        raise ValueError(size)
+    return Disk(
+        name=name,
+        node=NodeName(medium.node),
+        size=size,
+        driver=str(node["drv"]),
+        persistent=_keeps_bitmaps(image),
+        qdev=medium.qdev,
+        filename=str(image.get("filename", "")),
+        bitmaps=bitmaps_of(NodeName(medium.node), node),
+    )
+
+
+def _keeps_bitmaps(image: Mapping[str, Any]) -> bool:
+    # Only qcow2 of version 3 ("compat 1.1") has room for bitmaps in the file.
+    if image.get("format") != "qcow2":
+        return False
+    data = image.get("format-specific", {}).get("data", {})
+    return str(data.get("compat", "")) == "1.1"
+
+
+def _device_id(qdev: str) -> str:
+    """Return the id that the user gave a device: `/machine/peripheral/vd0/virtio-backend` is vd0."""
+    parts = qdev.strip("/").split("/")
+    return parts[2] if parts[:2] == ["machine", "peripheral"] and len(parts) > 2 else ""

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU's monitor (QMP), as plain calls: every one bounded in time, every failure one of three.
+
+- the command was refused (`CommandFailed`): it had no effect;
+- the connection could not be made (`MonitorUnreachable`): nothing was sent;
+- no answer came (`OutcomeUnknown`): the command may have had its effect. Ask QEMU, then decide.
+
+The asynchronous client of qemu.qmp runs only while one of these calls does, in the caller's thread;
+what QEMU says in between waits in the socket.
+"""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.protocol import StateError
+
+from backupctl.errors import CommandFailed, MonitorError, MonitorUnreachable, OutcomeUnknown
+from backupctl.settings import Address
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("qemu.qmp")
+_logger.addHandler(logging.NullHandler())
+_logger.propagate = False  # its errors reach the user as ours; a second, raw line would only confuse
+
+
+@dataclass(frozen=True)
+class Version:
+    """QEMU's version."""
+
+    major: int
+    minor: int
+    micro: int
+    package: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.micro}"
+
+    def at_least(self, major: int, minor: int) -> bool:
+        """Whether this QEMU is that version or newer."""
+        return (self.major, self.minor) >= (major, minor)
+
+
+class Monitor:
+    """A connection to one QEMU's monitor; `connect` makes one.
+
+    address: where it is. timeout_seconds: the longest that any one command may take.
+    """
+
+    def __init__(self, address: Address, timeout_seconds: float) -> None:
+        self.address = address
+        self._timeout = timeout_seconds
+        self._loop = asyncio.new_event_loop()
+        self._client = QMPClient("monitor")
+        self._broken = ""
+        self.version = Version(0, 0, 0)
+        self.commands: frozenset[str] = frozenset()
+
+    @classmethod
+    def connect(cls, address: Address, timeout_seconds: float) -> Self:
+        """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable.
+
+        A monitor that serves somebody else accepts the connection and says nothing (measured), so a
+        missing greeting most often means a second client.
+        """
+        self = cls(address, timeout_seconds)
+        try:
+            self._run(self._client.connect(_connected_socket(address, timeout_seconds)))
+            self.version = _version(self.execute("query-version"))
+            self.commands = frozenset(entry["name"] for entry in self.execute("query-commands"))
+        except TimeoutError as err:
+            self.close()
+            raise MonitorUnreachable(
+                f"the monitor at {address} does not answer: another client may hold it, or QEMU hangs"
+            ) from err
+        except (QMPError, OSError, EOFError, OutcomeUnknown) as err:
+            self.close()
+            raise MonitorUnreachable(f"no QEMU monitor at {address}: {_root(err)}") from err
+        except (KeyError, TypeError, ValueError, CommandFailed) as err:
+            self.close()
+            raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err
+        return self
+
+    def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Send one command and return its reply. Raises CommandFailed, OutcomeUnknown."""
+        if self._broken:
+            raise OutcomeUnknown(command, self._broken)
+        try:
+            return self._run(self._client.execute(command, dict(arguments) if arguments else None))
+        except ExecuteError as err:
+            raise CommandFailed(command, err.error.error.class_, err.error.error.desc) from err
+        except TimeoutError as err:
+            raise self._lost(command, f"silent for {self._timeout:g} s") from err
+        except (ExecInterruptedError, StateError) as err:
+            raise self._lost(command, "the monitor's connection broke") from err
+        except (QMPError, OSError, EOFError) as err:
+            raise self._lost(command, str(_root(err))) from err
+
+    def transaction(self, actions: list[dict[str, object]]) -> None:
+        """Do all of `actions` at one moment, or none of them. Raises as `execute` does."""
+        if actions:
+            self.execute("transaction", {"actions": actions})
+
+    def send_fd(self, descriptor: int) -> None:
+        """Send a file descriptor along; the next `add-fd` or `getfd` takes it. Raises MonitorError."""
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError, AssertionError) as err:
+            raise MonitorError(f"QEMU takes no file descriptor over {self.address}: {err}") from err
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether files can be handed to this QEMU: a unix socket, and the commands for it.
+
+        qemu-storage-daemon has no add-fd; TCP carries no descriptors.
+        """
+        return self.address.path is not None and {"add-fd", "getfd"} <= self.commands
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection still stood when it was last used."""
+        return not self._broken and self._client.runstate == Runstate.RUNNING
+
+    def pump(self) -> None:
+        """Take in what QEMU said on its own. Raises OutcomeUnknown if it has hung up."""
+        self._loop.run_until_complete(asyncio.sleep(0))
+        if not self.alive:
+            raise self._lost("(between commands)", "the monitor's connection broke")
+
+    def close(self) -> None:
+        """Leave the monitor to others. Never raises: what is said by now is said."""
+        if not self._loop.is_closed():
+            with suppress(QMPError, OSError, EOFError, TimeoutError):
+                self._run(self._client.disconnect(), seconds=2.0)
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
+        self._broken = self._broken or "closed"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+        bounded = asyncio.wait_for(work, self._timeout if seconds is None else seconds)
+        return self._loop.run_until_complete(bounded)
+
+    def _lost(self, command: str, why: str) -> OutcomeUnknown:
+        # An answer that comes late must not be taken for the answer to a later question.
+        self._broken = why
+        return OutcomeUnknown(command, why)
+
+
+def _connected_socket(address: Address, timeout_seconds: float) -> socket.socket:
+    if address.path is None:
+        return socket.create_connection((address.host or "", address.port or 0), timeout_seconds)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_seconds)
+        sock.connect(address.path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _version(reply: Any) -> Version:
+    qemu = reply["qemu"]
+    return Version(int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]), str(reply.get("package", "")))
+
+
+def _root(err: BaseException) -> BaseException:
+    while err.__cause__ is not None:
+        err = err.__cause__
+    return err
