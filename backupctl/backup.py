@@ -28,6 +28,7 @@ from pathlib import Path
 
 from backupctl import __version__, planning, recovery
 from backupctl.errors import (
+    AgentError,
     AgentRefused,
     AgentUnavailable,
     BackupctlError,
@@ -36,7 +37,7 @@ from backupctl.errors import (
     MonitorError,
     Refused,
 )
-from backupctl.names import PointId, next_point_id
+from backupctl.names import next_point_id
 from backupctl.planning import DiskPlan, Plan
 from backupctl.report import DiskReport, Reporter, RunReport, Stop
 from backupctl.repository import images
@@ -46,10 +47,11 @@ from backupctl.settings import RunOptions, Vm
 from backupctl.transfer import copy
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm import cleanup, disks, export, scratch
+from backupctl.vm import cleanup, disks, export, scratch, snapshot_access
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.snapshot_access import SnapshotAccess
 from backupctl.vm.view import Cut, View
 
 
@@ -76,7 +78,7 @@ def _prepare(
     monitor: Monitor,
     reporter: Reporter,
 ) -> Plan:
-    """Step 1, after recovery: everything that can be known beforehand is checked before anything is touched."""
+    """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
     if not monitor.version.at_least(5, 2):
         raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state="nothing was touched")
     scratch.check_room(options.scratch)
@@ -144,45 +146,45 @@ class _Run:
 
     def _take(self, held: ExitStack) -> Manifest:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
+        freezes = self._freezes()
         self._begin("attach")
         partial = self.folder.begin(self.point, self._journal())
         private = self._private_folder()
-        view = Fleecing(self.monitor, self.owner, self._cuts(), self.options.scratch, private)
+        view = self._view(private, freezes)
         held.callback(view.close)
         view.attach()
-        freeze = self._moment(partial, view)
+        freeze = self._moment(partial, view, freezes)
         sources = self._export(view, private, held)
         self._begin("copy")
         entries = self._copy(partial, view, sources)
         self._begin("dismantle")
-        cleanup.dismantle(self.monitor, self.owner)
+        cleanup.dismantle(self.monitor, self.owner, recovery.actives(self.folder))
         self._begin("commit")
         manifest = self._manifest(freeze, entries)
         partial.commit(manifest)
         return manifest
 
-    def _moment(self, partial: Partial, view: View) -> FreezeEntry:
+    def _moment(self, partial: Partial, view: View, freezes: bool) -> FreezeEntry:
         """Steps 3 to 5. Nothing that can be done before or after stands between freeze and thaw."""
-        if not self._freezes():
-            self._begin("transaction")
-            view.cut()
-            return FreezeEntry(self.options.freeze, "none", None)
-        partial.note("freeze", froze=True)
-        self._begin("freeze")
-        try:
-            self.guard.freeze(self.options.freeze_budget_seconds)
-        except (AgentUnavailable, AgentRefused) as err:
-            if self.options.freeze == "require":
-                raise
-            self.reporter.warn(f"going on without a freeze, so this point is crash-consistent: {err}")
-            partial.note("transaction", froze=False)
-            view.cut()
-            return FreezeEntry(self.options.freeze, "none", None)
-        with self._thawed_at_the_end() as milliseconds:
-            self.step = "transaction"
-            view.cut()
+        if freezes:
+            partial.note("freeze", froze=True)
+            self._begin("freeze")
+            try:
+                self.guard.freeze(self.options.freeze_budget_seconds)
+            except AgentRefused as err:
+                self._go_on_without_freeze(err)
+            else:
+                with self._thawed_at_the_end() as milliseconds:
+                    self.step = "transaction"
+                    view.cut()
+                partial.note("export", froze=False)
+                return FreezeEntry(self.options.freeze, "frozen", round(milliseconds[0]))
+        if not view.atomic:
+            raise Refused("without a freeze, --view snapshot-access takes one disk only; use fleecing")
+        self._begin("transaction")
+        view.cut()
         partial.note("export", froze=False)
-        return FreezeEntry(self.options.freeze, "frozen", round(milliseconds[0]))
+        return FreezeEntry(self.options.freeze, "none", None)
 
     @contextmanager
     def _thawed_at_the_end(self) -> Iterator[list[float]]:
@@ -193,29 +195,34 @@ class _Run:
             milliseconds.append(self.guard.thaw())
 
     def _freezes(self) -> bool:
+        """Whether the guest will be frozen; an agent that doesn't answer is noticed before anything is touched."""
         if self.options.freeze == "never":
             return False
-        if self.vm.agent is None:
-            if self.options.freeze == "require":
-                raise Refused(
-                    f"--freeze require, but no guest agent is known for {self.vm.name}",
-                    state="nothing was touched",
-                )
-            self.reporter.warn("no guest agent is known, so this point is crash-consistent")
+        try:
+            if self.vm.agent is None:
+                raise AgentUnavailable(f"no guest agent is known for {self.vm.name}")
+            self.guard.ping_agent()
+        except AgentUnavailable as err:
+            self._go_on_without_freeze(err)
             return False
         return True
+
+    def _go_on_without_freeze(self, err: AgentError) -> None:
+        if self.options.freeze == "require":
+            raise err
+        self.reporter.warn(f"going on without a freeze, so this point is crash-consistent: {err}")
 
     def _export(self, view: View, private: Path | None, held: ExitStack) -> list[Source]:
         """Step 6. Every client is connected, and known to the guard, before a byte is read."""
         self._begin("export")
         self._refuse_resized()
-        nodes = [
-            (node, self.owner.bitmap(one.base) if one.base else None)
-            for node, one in zip(view.exported(), self.plan.disks, strict=True)
+        shown = [
+            export.Shown(node, cut.disk.node, cut.base)
+            for node, cut in zip(view.expose(), self._cuts(), strict=True)
         ]
         self.server_is_ours = True
         try:
-            exports = export.publish(self.monitor, self.guard, self.owner, nodes, private)
+            exports = export.publish(self.monitor, self.guard, self.owner, shown, private)
         except CommandFailed as err:
             # Somebody else's server: ending it would take it from under its clients.
             self.server_is_ours = err.command != "nbd-server-start"
@@ -269,7 +276,7 @@ class _Run:
             dirty_bytes=total,
             copied_bytes=copied.copied_bytes,
             zero_bytes=copied.zero_bytes,
-            stored_bytes=os.stat(path).st_blocks * 512,
+            stored_bytes=path.stat().st_blocks * 512,
             unchanged_bytes=0,
         )
 
@@ -328,6 +335,15 @@ class _Run:
         if self.monitor.passes_descriptors:
             return None
         return scratch.private_folder(self.owner, self.vm.name, self.options.scratch)
+
+    def _view(self, private: Path | None, freezes: bool) -> View:
+        cuts = self._cuts()
+        wish = self.options.view
+        if wish == "auto":
+            can = not snapshot_access.why_not(self.monitor, cuts) and (freezes or len(cuts) == 1)
+            wish = "snapshot-access" if can else "fleecing"
+        kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
+        return kind(self.monitor, self.owner, cuts, self.options.scratch, private)
 
     def _cuts(self) -> list[Cut]:
         return [

@@ -4,7 +4,7 @@
 ::
 
     BackupctlError                      exit code
-     ├─ UsageError                      2   the command line or the configuration is wrong; nothing was touched
+     ├─ UsageError                      2   the command line or the configuration is wrong
      ├─ Locked                          75  another run works on this VM
      ├─ DamageFound                     4   stored data is not what was written
      ├─ NeedsRecovery                   3   failed, and something of ours is still in the VM

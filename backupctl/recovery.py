@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backupctl import planning
 from backupctl.errors import AgentError, BackupctlError, CommandFailed, MonitorError, NeedsRecovery
-from backupctl.names import DiskName, Owner, PointId, VmName
+from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
 from backupctl.repository.layout import Repository, VmFolder
 from backupctl.settings import RunOptions, Vm
@@ -85,7 +85,7 @@ def settle(
     """
     try:
         told = _thaw(vm, folder)
-        told += cleanup.dismantle(monitor, owner, server_is_ours=server_is_ours)
+        told += cleanup.dismantle(monitor, owner, actives(folder), server_is_ours=server_is_ours)
         told += settle_bitmaps(monitor, owner, folder.is_committed)
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
     except (MonitorError, AgentError) as err:
@@ -123,13 +123,20 @@ def drop_leftover_files(vm: Vm, folder: VmFolder, owner: Owner, scratch_folder: 
     return told + scratch.sweep(owner, vm.name, scratch_folder)
 
 
+def actives(folder: VmFolder) -> dict[int, NodeName]:
+    """Return the active node of each disk of an unfinished run, by the disk's number in it."""
+    journals = [journal for partial in folder.partials() if (journal := partial.journal())]
+    return {disk.number: disk.node for journal in journals for disk in journal.disks}
+
+
 def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
     """Say that something of ours is still in the VM, and what to do."""
     return NeedsRecovery(
         err.message,
         step=err.step,
         state=(
-            "what this run put into the VM may still be there; no committed point and no recorded change is lost"
+            "what this run put into the VM may still be there; "
+            "no committed point and no recorded change is lost"
         ),
         next_command=f"backupctl recover {vm}",
     )

@@ -5,23 +5,32 @@ Nothing is remembered; QEMU is asked what there is of ours. So the same lines se
 run, the end of a failed one, and `recover` after a death anywhere.
 
 The order: exports (the SERVER closes first, while the client is still connected: on Debian's QEMU 7.2
-a client that leaves first kills a VM whose disk has an iothread), NBD server, jobs, nodes, descriptors.
+a client that leaves first kills a VM whose disk has an iothread), NBD server, filters, jobs, nodes,
+descriptors.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from backupctl.errors import CommandFailed, MonitorError
-from backupctl.names import Owner
+from backupctl.names import NodeName, Owner
 from backupctl.vm.export import descriptor_name
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.view import device_path
 
 
 def dismantle(
-    monitor: Monitor, owner: Owner, *, server_is_ours: bool = True, patience_seconds: float = 30
+    monitor: Monitor,
+    owner: Owner,
+    actives: Mapping[int, NodeName],
+    *,
+    server_is_ours: bool = True,
+    patience_seconds: float = 30,
 ) -> list[str]:
-    """Remove every export, job, node and descriptor of ours, and the NBD server that served them.
+    """Remove every export, filter, job, node and descriptor of ours, and the NBD server for them.
 
+    actives: a disk's number in the run to its active node, from the run's journal; needed to give a
+    device its disk back where a filter is in place.
     server_is_ours: false if the run was told that someone else's NBD server runs.
     Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
     """
@@ -37,11 +46,12 @@ def dismantle(
         _unless_gone(monitor, "nbd-server-stop", None)
     if "closefd" in monitor.commands:
         _unless_gone(monitor, "closefd", {"fdname": descriptor_name(owner)})
+    told += _withdraw_filters(monitor, owner, actives)
     for name in _ours(monitor, owner, "query-jobs", "id"):
         _end_job(monitor, name)
         told.append(f"ended the job {name}")
     _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)
-    for name in sorted(nodes):
+    for name in sorted(nodes):  # acc before cbw before tmp: a node goes before those it stands on
         _unless_gone(monitor, "blockdev-del", {"node-name": name})
         told.append(f"removed the node {name}")
     if left := _ours(monitor, owner, "query-named-block-nodes", "node-name"):
@@ -72,6 +82,33 @@ def _end_job(monitor: Monitor, name: str) -> None:
     except CommandFailed:
         # It has ended by itself since it was listed, or waits to be dismissed.
         _unless_gone(monitor, "job-dismiss", {"id": name})
+
+
+def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, NodeName]) -> list[str]:
+    """Give each device that writes through a filter of ours its active node back."""
+    told = []
+    try:
+        tops = {
+            str(device["inserted"]["node-name"]): str(device.get("qdev", ""))
+            for device in monitor.execute("query-block")
+            if device.get("inserted")
+        }
+    except (KeyError, TypeError, AttributeError) as err:
+        raise MonitorError(f"QEMU's query-block makes no sense: {err!r:.200}") from err
+    prefix = owner.node("cbw", 0)[:-1]
+    for top, qdev in tops.items():
+        if top.startswith(prefix):
+            active = actives.get(int(top.removeprefix(prefix)))
+            if active is None:
+                raise MonitorError(
+                    f"the device {qdev} writes through the filter {top}, and the run's journal, which "
+                    "knew its own node, is lost; qom-set its drive property by hand"
+                )
+            _unless_gone(monitor, "blockdev-del", {"node-name": top.replace("-cbw", "-acc")})
+            drive = {"path": device_path(qdev), "property": "drive", "value": active}
+            monitor.execute("qom-set", drive)
+            told.append(f"took the filter {top} out again")
+    return told
 
 
 def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:

@@ -24,6 +24,18 @@ SOCKET_NAME = "nbd.sock"
 
 
 @dataclass(frozen=True)
+class Shown:
+    """What is to be exported of one disk.
+
+    node: the view's node. active: the disk's own node, on which its bitmaps lie. bitmap: None for a full.
+    """
+
+    node: NodeName
+    active: NodeName
+    bitmap: BitmapName | None
+
+
+@dataclass(frozen=True)
 class Export:
     """One exported node with the connected sockets to read it.
 
@@ -44,16 +56,16 @@ def publish(
     monitor: Monitor,
     guard: Guard,
     owner: Owner,
-    nodes: Sequence[tuple[NodeName, BitmapName | None]],
+    shown: Sequence[Shown],
     private: Path | None,
     connections: int = 2,
 ) -> tuple[Export, ...]:
-    """Start QEMU's NBD server and export each node with its bitmap, read-only.
+    """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
 
     private: the run's folder, None where QEMU takes descriptors. connections: sockets for each export.
     Raises MonitorError, GuardLost.
     """
-    names = [owner.node("exp", number) for number in range(len(nodes))]
+    names = [owner.node("exp", number) for number in range(len(shown))]
     if private is None:
         with tempfile.TemporaryDirectory(prefix="backupctl-") as folder:
             path = str(Path(folder, SOCKET_NAME))
@@ -67,12 +79,14 @@ def publish(
         monitor.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
         groups = _connect(guard, names, path, connections)
     exports = []
-    for name, (node, bitmap), group in zip(names, nodes, groups, strict=True):
-        arguments: dict[str, object] = {"type": "nbd", "id": name, "node-name": node, "name": name}
-        if bitmap is not None:
-            arguments["bitmaps"] = [bitmap]
+    for name, one, group in zip(names, shown, groups, strict=True):
+        arguments: dict[str, object] = {"type": "nbd", "id": name, "node-name": one.node, "name": name}
+        if one.bitmap is not None:
+            # Before 7.1 QEMU takes a plain name only, and looks for it along the backing chain.
+            exact = {"node": one.active, "name": one.bitmap}
+            arguments["bitmaps"] = [exact if monitor.version.at_least(7, 1) else one.bitmap]
         monitor.execute("block-export-add", arguments)
-        exports.append(Export(name, bitmap, group))
+        exports.append(Export(name, one.bitmap, group))
     return tuple(exports)
 
 

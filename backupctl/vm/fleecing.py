@@ -37,6 +37,7 @@ class Fleecing:
         self._folder = folder
         self._private = private
         self._scratches: list[scratch.Scratch] = []
+        self.atomic = True
 
     def attach(self) -> None:
         """Add the scratch nodes."""
@@ -58,7 +59,7 @@ class Fleecing:
             actions.append(self._backup(number, cut))
         self._monitor.transaction(actions)
 
-    def exported(self) -> tuple[NodeName, ...]:
+    def expose(self) -> tuple[NodeName, ...]:
         """Return the scratch nodes: what isn't in one is read from its backing, the active node."""
         return tuple(self._owner.node("tmp", number) for number in range(len(self._cuts)))
 

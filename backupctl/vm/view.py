@@ -5,7 +5,7 @@ A view is taken in three parts, around the guest's freeze:
 
 - `attach`: everything that may take time and changes nothing for the guest;
 - `cut`: the moment itself, together with the change of bitmaps;
-- `exported`: the nodes that show the disks as they were at that moment.
+- `expose`: the nodes that show the disks as they were at that moment.
 
 `cleanup.dismantle` takes a view down, whichever it is and however far it came.
 """
@@ -36,7 +36,12 @@ class Cut:
 
 
 class View(Protocol):
-    """A way to have a point-in-time view."""
+    """A way to have a point-in-time view.
+
+    atomic: whether `cut` is one moment for all disks even if the guest is not frozen.
+    """
+
+    atomic: bool
 
     def attach(self) -> None:
         """Put in place what the view needs; the guest isn't frozen yet. Raises MonitorError, Failed."""
@@ -44,11 +49,20 @@ class View(Protocol):
     def cut(self) -> None:
         """Take the moment of all disks at once. Raises MonitorError."""
 
-    def exported(self) -> tuple[NodeName, ...]:
-        """Return the node to export for each disk, in the disks' order."""
+    def expose(self) -> tuple[NodeName, ...]:
+        """Return the node to export for each disk, in the disks' order. Raises MonitorError."""
 
     def check(self) -> None:
         """Raise Failed if the view can't be trusted, or could harm the guest, any longer."""
 
     def close(self) -> None:
         """Let go of what this process holds for the view. Never raises."""
+
+
+def device_path(qdev: str) -> str:
+    """Return the object that has the ``drive`` property.
+
+    `query-block` names virtio's backend (``/machine/peripheral/vda/virtio-backend``); the property sits
+    on the device itself (measured).
+    """
+    return qdev.removesuffix("/virtio-backend")

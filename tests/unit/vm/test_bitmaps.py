@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What must happen to bitmaps is decided from their names and states alone."""
+
+from dataclasses import replace
+
+from backupctl.names import BitmapName, NodeName, Owner, PointId
+from backupctl.vm.bitmaps import Bitmap, begin, settle
+
+OWNER = Owner("0123abcd")
+P0, P1, P2 = PointId("20260101T000000Z"), PointId("20260102T000000Z"), PointId("20260103T000000Z")
+
+
+def bitmap(point: str, **state: bool) -> Bitmap:
+    made = Bitmap(
+        BitmapName(f"backupctl-0123abcd-{point}"), NodeName("d0"), 65536, 0, True, False, True, False
+    )
+    return replace(made, **state)
+
+
+def words(settlement) -> list[str]:
+    """`disable 0101`-like words for each action."""
+    found = []
+    for action in settlement.actions:
+        data = action["data"]
+        what = action["type"].removeprefix("block-dirty-bitmap-")
+        if what == "merge":
+            found.append(
+                f"merge {'+'.join(n[-16:-8] for n in data['bitmaps'])} into {data['target'][-16:-8]}"
+            )
+        else:
+            found.append(f"{what} {data['name'][-16:-8]}")
+    return found
+
+
+def committed(*points):
+    return lambda point: point in points
+
+
+def test_begin_of_an_incremental_adds_the_new_bitmap_before_it_disables_the_base():
+    actions = begin(NodeName("d0"), OWNER.bitmap(P1), OWNER.bitmap(P0), persistent=True)
+    assert [action["type"] for action in actions] == ["block-dirty-bitmap-add", "block-dirty-bitmap-disable"]
+    assert actions[0]["data"] == {
+        "node": "d0",
+        "name": "backupctl-0123abcd-20260102T000000Z",
+        "granularity": 65536,
+        "persistent": True,
+    }
+
+
+def test_begin_of_a_full_leaves_the_old_chain_recording():
+    assert [a["type"] for a in begin(NodeName("d0"), OWNER.bitmap(P1), None, persistent=False)] == [
+        "block-dirty-bitmap-add"
+    ]
+
+
+def test_one_committed_recording_bitmap_is_at_rest():
+    assert words(settle([bitmap(P0)], OWNER, committed(P0))) == []
+
+
+def test_an_uncommitted_incremental_gives_back_in_the_order_enable_merge_remove():
+    found = settle([bitmap(P0, recording=False), bitmap(P1)], OWNER, committed(P0))
+    assert words(found) == ["enable 20260101", "merge 20260102 into 20260101", "remove 20260102"]
+
+
+def test_a_committed_incremental_retires_its_base():
+    found = settle([bitmap(P0, recording=False), bitmap(P1)], OWNER, committed(P0, P1))
+    assert words(found) == ["remove 20260101"]
+
+
+def test_an_uncommitted_full_only_loses_its_own_bitmap():
+    assert words(settle([bitmap(P0), bitmap(P1)], OWNER, committed(P0))) == ["remove 20260102"]
+
+
+def test_an_uncommitted_first_full_only_loses_its_own_bitmap():
+    assert words(settle([bitmap(P0)], OWNER, committed())) == ["remove 20260101"]
+
+
+def test_a_base_whose_successor_is_inconsistent_is_never_enabled_again():
+    found = settle([bitmap(P0, recording=False), bitmap(P1, inconsistent=True)], OWNER, committed(P0))
+    assert words(found) == ["remove 20260102"]
+
+
+def test_a_base_whose_successor_does_not_record_is_never_enabled_again():
+    found = settle([bitmap(P0, recording=False), bitmap(P1, recording=False)], OWNER, committed(P0))
+    assert words(found) == ["remove 20260102"]
+
+
+def test_an_inconsistent_base_is_not_merged_into():
+    found = settle([bitmap(P0, recording=False, inconsistent=True), bitmap(P1)], OWNER, committed(P0))
+    assert words(found) == ["remove 20260102"]
+
+
+def test_a_lone_disabled_base_stays_disabled():
+    assert words(settle([bitmap(P0, recording=False)], OWNER, committed(P0))) == []
+
+
+def test_a_point_that_vanished_from_the_repository_gives_its_record_back_to_the_one_before():
+    found = settle(
+        [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)], OWNER, committed(P0)
+    )
+    assert words(found) == [
+        "enable 20260101",
+        "merge 20260102+20260103 into 20260101",
+        "remove 20260102",
+        "remove 20260103",
+    ]
+
+
+def test_foreign_bitmaps_and_those_of_another_repository_are_never_touched():
+    foreign = [
+        replace(bitmap(P0), name=BitmapName("libvirt-checkpoint")),
+        replace(bitmap(P0), name=BitmapName(f"backupctl-ffffffff-{P0}")),
+        replace(bitmap(P0), name=BitmapName("backupctl-0123abcd-20260101T000000Z-mine")),
+    ]
+    assert words(settle(foreign, OWNER, committed())) == []
