@@ -21,7 +21,7 @@ folder stand under its final name? So this file has no undo of its own that coul
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,11 +40,14 @@ from backupctl.errors import (
 from backupctl.names import next_point_id
 from backupctl.planning import DiskPlan, Plan
 from backupctl.report import DiskReport, Reporter, RunReport, Stop
-from backupctl.repository import images
-from backupctl.repository.layout import Journal, JournalDisk, Partial, Repository, VmFolder
+from backupctl.repository import chain, images
+from backupctl.repository.journal import Journal, JournalDisk
+from backupctl.repository.layout import Partial, Repository, VmFolder
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.settings import RunOptions, Vm
-from backupctl.transfer import copy
+from backupctl.transfer import extents
+from backupctl.transfer.copy import Copy, open_target
+from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import cleanup, disks, export, scratch, snapshot_access
@@ -195,12 +198,10 @@ class _Run:
             milliseconds.append(self.guard.thaw())
 
     def _freezes(self) -> bool:
-        """Whether the guest will be frozen; an agent that doesn't answer is noticed before anything is touched."""
+        """Whether the guest will be frozen. A missing agent is noticed before anything is touched."""
         if self.options.freeze == "never":
             return False
         try:
-            if self.vm.agent is None:
-                raise AgentUnavailable(f"no guest agent is known for {self.vm.name}")
             self.guard.ping_agent()
         except AgentUnavailable as err:
             self._go_on_without_freeze(err)
@@ -248,9 +249,8 @@ class _Run:
     ) -> DiskEntry:
         disk = one.disk
         path = partial.path / f"{disk.name}.qcow2"
+        below = chain.below(self.folder, one.base, disk.name)
         images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
-        extents = list(source.extents())
-        total = sum(extent.length for extent in extents)
 
         def check() -> None:
             self.stop.check()
@@ -258,12 +258,20 @@ class _Run:
             self.guard.check()
             view.check()
 
-        def progress(done_bytes: int) -> None:
-            self.reporter.progress(disk.name, done_bytes, total)
-
-        progress(0)
-        with images.serve(path, writable=True) as address, copy.open_target(address) as target:
-            copied = copy.copy(source, target, extents, limiter=limiter, progress=progress, check=check)
+        with (
+            images.serve((path, *below), writable=True) as address,
+            open_target(address, images.EXPORT) as target,
+        ):
+            wanted = _wanted(one, source, address)
+            total = sum(extent.length for extent in wanted)
+            copied = Copy(
+                source,
+                target,
+                limiter,
+                check=check,
+                progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
+                stall_seconds=self.options.stall_timeout_seconds,
+            ).run(wanted)
         return DiskEntry(
             name=disk.name,
             kind=one.kind,
@@ -371,8 +379,6 @@ class _Run:
             step="attach",
             started=_stamp(self.started),
             pid=os.getpid(),
-            qmp=str(self.vm.qmp),
-            agent=str(self.vm.agent) if self.vm.agent else None,
             disks=tuple(
                 JournalDisk(one.disk.name, one.disk.node, number, one.base)
                 for number, one in enumerate(self.plan.disks)
@@ -395,6 +401,19 @@ class _Run:
             start=_stamp(self.started),
             end=_stamp(datetime.now(UTC)),
         )
+
+
+def _wanted(one: DiskPlan, source: Source, image: Path) -> list[Extent]:
+    """What of a disk is stored: for a full all data, for an incremental all that may have changed.
+
+    image: the new layer's address. It is empty yet, so it shows the parent point's data.
+    """
+    statuses = list(source.statuses())
+    if one.base is None:
+        return list(extents.data(statuses))
+    with closing(Source.connect([image], images.EXPORT)) as parent:
+        before_zero = parent.zeroes()
+    return extents.with_vanished(list(extents.dirty(statuses)), list(extents.zeroes(statuses)), before_zero)
 
 
 def _report(manifest: Manifest, seconds: float) -> RunReport:

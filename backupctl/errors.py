@@ -19,6 +19,8 @@
          │   ├─ AgentUnavailable            no agent answers
          │   ├─ AgentRefused                the agent answered with an error
          │   └─ AgentTimeout                the agent took a command and is silent
+         ├─ FreezeOverrun                   the guest was thawed before the moment was taken
+         ├─ GuardLost                       the process that stands by to thaw has died
          ├─ TransferError
          │   ├─ ReadFailed                  the point-in-time view can't be read
          │   └─ WriteFailed                 the repository's image can't be written
@@ -145,6 +147,14 @@ class AgentRefused(AgentError):
 
 class AgentTimeout(AgentError):
     """The guest agent took a command and did not answer in time: its outcome is unknown."""
+
+
+class FreezeOverrun(Failed):
+    """The freeze budget ended and the guard thawed the guest, perhaps before the moment was taken."""
+
+
+class GuardLost(Failed):
+    """The guard process died: nobody stands by any more to thaw the guest if the run dies."""
 
 
 class TransferError(Failed):

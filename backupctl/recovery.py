@@ -15,7 +15,7 @@ from backupctl import planning
 from backupctl.errors import AgentError, BackupctlError, CommandFailed, MonitorError, NeedsRecovery
 from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
-from backupctl.repository.layout import Repository, VmFolder
+from backupctl.repository.layout import Point, Repository, VmFolder
 from backupctl.settings import RunOptions, Vm
 from backupctl.vm import bitmaps, cleanup, disks, scratch
 from backupctl.vm.guard import thaw_if_frozen
@@ -196,7 +196,7 @@ def _unsettled(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
     return found
 
 
-def _disk_status(one: planning.DiskPlan, points: tuple[planning.Point, ...], owner: Owner) -> DiskStatus:
+def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:
     newest = planning.newest_with(one.disk.name, points)
     name = owner.bitmap(newest.id) if newest else None
     found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)

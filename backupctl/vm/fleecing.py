@@ -43,7 +43,7 @@ class Fleecing:
         """Add the scratch nodes."""
         for number, cut in enumerate(self._cuts):
             node = self._owner.node("tmp", number)
-            made = scratch.make(self._monitor, self._owner, node, cut.disk.size, self._folder, self._private)
+            made = scratch.make(self._monitor, node, cut.disk.size, self._folder, self._private)
             self._scratches.append(made)
             file = {"driver": "file", "filename": made.filename}
             self._monitor.execute(

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The chain of a disk at a point: its image, the parent's, and so on down to a full one.
+
+It is made from the manifests, and each image must agree with them: format, size, and the one backing
+link that the manifest's parent gives. A link that names anything else could make QEMU open a file or a
+network address of somebody else's choosing, so it is damage.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backupctl.errors import DamageFound, NoSuchPoint
+from backupctl.names import PointId
+from backupctl.repository import images
+from backupctl.repository.layout import Point, VmFolder
+from backupctl.repository.manifest import DiskEntry
+
+
+def paths(folder: VmFolder, point: Point, disk: str) -> tuple[Path, ...]:
+    """Return the images of a disk at a point, newest first, each checked.
+
+    Raises NoSuchPoint if the point does not hold the disk, DamageFound.
+    """
+    entry = point.manifest.disk(disk)
+    if entry is None:
+        held = ", ".join(found.name for found in point.manifest.disks)
+        raise NoSuchPoint(f"the point {point.id} holds no disk {disk!r:.120}; its disks: {held}")
+    return _follow(folder, point, entry)
+
+
+def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Path, ...]:
+    """Return the chain that a new layer on `parent` would stand on; empty for a full."""
+    return () if parent is None else paths(folder, _parent(folder, parent), disk)
+
+
+def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Path, ...]:
+    found = []
+    while True:
+        path = point.path / f"{entry.name}.qcow2"
+        _check(path, entry)
+        found.append(path)
+        if entry.parent is None:
+            return tuple(found)
+        # Each parent's id is smaller than its child's (the manifest was checked for it), so this ends.
+        point = _parent(folder, entry.parent)
+        below_it = point.manifest.disk(entry.name)
+        if below_it is None:
+            raise DamageFound(f"{path} stands on {point.id}, which does not hold {entry.name}")
+        entry = below_it
+
+
+def _parent(folder: VmFolder, parent: PointId) -> Point:
+    try:
+        return folder.point(parent)
+    except NoSuchPoint as err:
+        raise DamageFound(f"{folder.path / parent} is missing, and newer points stand on it") from err
+
+
+def _check(path: Path, entry: DiskEntry) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise DamageFound(f"the image {path} is missing")
+    found = images.info(path)
+    wanted = f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else None
+    backing = found.get("backing-filename")
+    if found.get("format") != "qcow2" or found.get("virtual-size") != entry.size:
+        raise DamageFound(f"{path} is not a qcow2 image of {entry.size} bytes, as its manifest says")
+    if backing != wanted:
+        raise DamageFound(f"{path} stands on {backing!r:.200}; by its manifest it should be on {wanted!r}")
+    if _specific(found).get("data-file"):
+        raise DamageFound(f"{path} keeps its data in another file, which no image of ours does")
+
+
+def _specific(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return dict(found["format-specific"]["data"])
+    except (KeyError, TypeError, ValueError):
+        return {}

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The few steps by which anything in a repository becomes durable. All writes go through here.
+
+A file is on disk after its own fsync AND the fsync of the folder that names it. A failed fsync is an
+error for good: the kernel may have dropped the data and call a second fsync a success.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk. Raises OSError."""
+    _sync(path, os.O_RDONLY)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a folder's entries to the disk. Raises OSError."""
+    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that is not there yet, and make its name durable. Raises OSError."""
+    path.mkdir(mode=0o700)
+    sync_folder(path.parent)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a new file, and its content (not yet its name) to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Give a file new content: after whatever death it has the old or the new. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.new")
+    with suppress(FileNotFoundError):
+        temporary.unlink()
+    write_new(temporary, content)
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a folder or file within its parent, durably.
+
+    When the parent can't be synced the name is put back, so that what isn't durable doesn't look
+    committed. Raises OSError.
+    """
+    source.rename(target)
+    try:
+        sync_folder(target.parent)
+    except OSError:
+        target.rename(source)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file's name, durably; none is no error. Raises OSError."""
+    path.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

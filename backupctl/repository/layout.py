@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The repository's folders.
+
+::
+
+    REPOSITORY/repository.json            format version, id
+    REPOSITORY/VM/lock                    held (flock) by the one run at a time
+    REPOSITORY/VM/POINT/                  a committed recovery point
+    REPOSITORY/VM/POINT.partial/          a run under way, or one that died
+
+A point is committed when its folder stands under its final name, and by nothing else.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from backupctl.errors import (
+    BackupctlError,
+    DamageFound,
+    InvalidName,
+    Locked,
+    NoSuchPoint,
+    NotARepository,
+    RepositoryError,
+    UnknownFormat,
+)
+from backupctl.names import Owner, PointId, RepositoryId, VmName, point_id, vm_name
+from backupctl.repository import durable, strict
+from backupctl.repository import journal as journals
+from backupctl.repository import manifest as manifests
+from backupctl.repository.journal import Journal
+from backupctl.repository.manifest import Manifest
+
+FORMAT = 1
+_FILE_NAME = "repository.json"
+_PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A folder of recovery points of any number of VMs."""
+
+    path: Path
+    id: RepositoryId
+
+    @classmethod
+    def create(cls, path: Path) -> "Repository":
+        """Make a repository in an empty or missing folder. Raises RepositoryError, OSError."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise NotARepository(
+                f"{path} is not empty and holds no repository; name a new or an empty folder"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        made = RepositoryId(secrets.token_hex(16))
+        durable.replace(path / _FILE_NAME, (json.dumps({"format": FORMAT, "id": made}) + "\n").encode())
+        durable.sync_folder(path.absolute().parent)
+        return cls(path, made)
+
+    @classmethod
+    def open(cls, path: Path) -> "Repository":
+        """Open a repository. Raises NotARepository, UnknownFormat, DamageFound."""
+        try:
+            content = _read(path / _FILE_NAME)
+        except (FileNotFoundError, NotADirectoryError) as err:
+            raise NotARepository(f"{path} is no repository: there is no {_FILE_NAME} in it") from err
+        try:
+            fields = strict.Fields(strict.parse(content, _FILE_NAME), _FILE_NAME)
+            version = fields.number("format")
+            if version > FORMAT:
+                raise UnknownFormat(
+                    f"{path} has format {version}; this backupctl knows {FORMAT}: a newer one made it"
+                )
+            found = cls(path, fields.text("id", manifests.repository_id))
+            fields.done()
+        except strict.Malformed as err:
+            raise DamageFound(f"{path}: {err}") from err
+        return found
+
+    @classmethod
+    def open_or_create(cls, path: Path) -> "Repository":
+        """Open a repository, or make one in an empty or missing folder."""
+        try:
+            return cls.open(path)
+        except NotARepository:
+            return cls.create(path)
+
+    @property
+    def owner(self) -> Owner:
+        """Whose the things are that our runs make in QEMU."""
+        return Owner.of(self.id)
+
+    def vms(self) -> list[VmName]:
+        """Name the VMs that have a folder here."""
+        found = []
+        for entry in os.scandir(self.path):
+            with suppress(InvalidName):
+                if entry.is_dir(follow_symlinks=False):
+                    found.append(vm_name(entry.name))
+        return sorted(found)
+
+    def vm(self, name: VmName) -> "VmFolder":
+        """Return a VM's folder, which need not exist yet."""
+        return VmFolder(self.path / vm_name(name), name, self.id)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A committed recovery point."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def id(self) -> PointId:
+        """Its id, the folder's name."""
+        return self.manifest.point
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that stands under a point's final name. damaged: folders whose manifest can't be believed."""
+
+    points: tuple[Point, ...]
+    damaged: tuple[tuple[Path, BackupctlError], ...]
+
+
+@dataclass(frozen=True)
+class VmFolder:
+    """One VM's part of a repository."""
+
+    path: Path
+    name: VmName
+    repository: RepositoryId
+
+    def exists(self) -> bool:
+        """Whether there ever was a run of this VM."""
+        return self.path.is_dir()
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other runs out. A dead run leaves no lock. Raises Locked, RepositoryError."""
+        try:
+            if not self.path.is_dir():
+                with suppress(FileExistsError):
+                    durable.make_folder(self.path)
+            descriptor = os.open(
+                self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+        except OSError as err:
+            raise RepositoryError(
+                f"the repository's folder {self.path} can't be written: {err.strerror}",
+                state="nothing was touched",
+            ) from err
+        try:
+            self._take(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+            who = f" (process {holder})" if holder.isdigit() else ""
+            raise Locked(f"another run{who} works on {self.name} in this repository") from err
+        with suppress(OSError):  # only a help for people; a full disk must not matter here
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def points(self) -> tuple[Point, ...]:
+        """Return the committed points, oldest first. Raises DamageFound for the first that is damaged."""
+        survey = self.survey()
+        if survey.damaged:
+            raise survey.damaged[0][1]
+        return survey.points
+
+    def survey(self) -> Survey:
+        """Return the committed points, oldest first, and what stands in their place but is damaged."""
+        good, damaged = [], []
+        for found in self._committed():
+            try:
+                good.append(self._open(found))
+            except BackupctlError as err:
+                damaged.append((self.path / found, err))
+        return Survey(tuple(good), tuple(damaged))
+
+    def point(self, wanted: str) -> Point:
+        """Return one point by id, or the newest for "latest". Raises NoSuchPoint, DamageFound."""
+        if wanted == "latest":
+            ids = self._committed()
+            if not ids:
+                raise NoSuchPoint(f"there is no recovery point of {self.name} in this repository")
+            return self._open(ids[-1])
+        found = point_id(wanted)
+        if not self.is_committed(found):
+            raise NoSuchPoint(f"there is no recovery point {found} of {self.name} in this repository")
+        return self._open(found)
+
+    def newest(self) -> PointId | None:
+        """Return the newest id in use, of a committed point or of an unfinished one."""
+        ids = [*self._committed(), *(partial.point for partial in self.partials())]
+        return max(ids, default=None)
+
+    def is_committed(self, point: PointId) -> bool:
+        """Whether the point's folder stands under its final name."""
+        return (self.path / point).is_dir()
+
+    def partials(self) -> list["Partial"]:
+        """Return what runs under way, or dead ones, have left."""
+        names = [name.removesuffix(_PARTIAL) for name in self._folders() if name.endswith(_PARTIAL)]
+        return [Partial(self, found) for found in _ids(names)]
+
+    def begin(self, point: PointId, journal: Journal) -> "Partial":
+        """Make the folder of a new point, with its journal. Raises RepositoryError."""
+        partial = Partial(self, point)
+        try:
+            durable.make_folder(partial.path)
+            durable.replace(partial.path / journals.FILE_NAME, journal.to_json())
+        except OSError as err:
+            raise RepositoryError(f"{partial.path} can't be written: {err.strerror}") from err
+        return partial
+
+    def _committed(self) -> list[PointId]:
+        return _ids(self._folders())
+
+    def _folders(self) -> list[str]:
+        if not self.path.is_dir():
+            return []
+        return [entry.name for entry in os.scandir(self.path) if entry.is_dir(follow_symlinks=False)]
+
+    def _open(self, point: PointId) -> Point:
+        path = self.path / point
+        try:
+            manifest = Manifest.from_json(_read(path / manifests.FILE_NAME))
+        except OSError as err:
+            raise DamageFound(f"the manifest of {path} can't be read: {err.strerror}") from err
+        except BackupctlError as err:
+            err.message = f"{path}: {err.message}"
+            raise
+        if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
+            raise DamageFound(f"{path}: the manifest is of another point, VM or repository")
+        return Point(path, manifest)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A point that is not committed."""
+
+    folder: VmFolder
+    point: PointId
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.folder.path / f"{self.point}{_PARTIAL}"
+
+    def journal(self) -> Journal | None:
+        """Return what the run noted, None if it can't be read or is of another run."""
+        try:
+            journal = Journal.from_json(_read(self.path / journals.FILE_NAME))
+        except (OSError, strict.Malformed):
+            return None
+        return journal if (journal.point, journal.vm) == (self.point, self.folder.name) else None
+
+    def note(self, step: str, *, froze: bool) -> None:
+        """Note durably how far the run is. Raises RepositoryError."""
+        journal = self.journal()
+        if journal is None:
+            raise RepositoryError(f"the journal of {self.path} is gone")
+        try:
+            changed = replace(journal, step=step, froze=froze)
+            durable.replace(self.path / journals.FILE_NAME, changed.to_json())
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be written: {err.strerror}") from err
+
+    def commit(self, manifest: Manifest) -> Point:
+        """Make this a point: THE commit point of the whole system is the rename in here.
+
+        The images must be complete. Raises RepositoryError; the point is then not committed.
+        """
+        try:
+            for entry in manifest.disks:
+                durable.sync_file(self.path / f"{entry.name}.qcow2")
+            durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
+            (self.path / journals.FILE_NAME).unlink()
+            durable.sync_folder(self.path)
+            # All that the manifest names is on disk. A death before the next line leaves a folder that
+            # recovery drops; one after it, a whole point.
+            durable.rename(self.path, self.folder.path / self.point)
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
+        return Point(self.folder.path / self.point, manifest)
+
+    def drop(self) -> None:
+        """Remove the folder and all in it; a death in the middle leaves one to drop again."""
+        try:
+            shutil.rmtree(self.path)  # follows no symbolic link
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
+
+
+def _ids(names: list[str]) -> list[PointId]:
+    found = []
+    for name in names:
+        with suppress(InvalidName):
+            found.append(point_id(name))
+    return sorted(found)
+
+
+def _read(path: Path) -> bytes:
+    """Read a small file, but no symbolic link, no pipe, and no more than a manifest may have."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read(strict.MAX_BYTES + 1)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One NBD client connection whose every wait is bounded in time (libnbd's own calls wait for ever).
+
+Commands are sent with libnbd's ``aio_*`` calls and known by their cookie. An error reply is raised when
+the command is retired; nothing of its data may be used then: libnbd leaves zeroes where a read failed
+(CVE-2022-0485 was a client that took them for data).
+"""
+
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import nbd
+
+from backupctl.errors import TransferError
+
+BASE_ALLOCATION = "base:allocation"
+
+Entries = dict[str, list[int]]
+"""Block status by meta context: length, flags, length, flags, ..."""
+
+
+class Connection:
+    """A connection to one export.
+
+    failure: the error to raise, ReadFailed or WriteFailed. stall_seconds: the longest wait for any
+    sign of life.
+    """
+
+    def __init__(self, export: str, failure: type[TransferError], stall_seconds: float) -> None:
+        self.handle = nbd.NBD()
+        self.handle.set_export_name(export)
+        self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
+        self.failure = failure
+        self._export = export
+        self._stall_seconds = stall_seconds
+
+    def connect(self, address: socket.socket | Path, contexts: Sequence[str] = ()) -> None:
+        """Shake hands on a connected socket (a duplicate of it) or a unix socket's path.
+
+        contexts: the meta contexts that the server must show. Raises `failure`.
+        """
+        try:
+            for context in contexts:
+                self.handle.add_meta_context(context)
+            if isinstance(address, Path):
+                self.handle.aio_connect_unix(str(address))
+            else:
+                self.handle.aio_connect_socket(os.dup(address.fileno()))
+            self.wait(lambda: not self.handle.aio_is_connecting())
+            if not self.handle.aio_is_ready():
+                raise self.failure(f"the NBD server refused the export {self._export}")
+            for context in contexts:
+                if not self.handle.can_meta_context(context):
+                    raise self.failure(f"the NBD server does not show {context}")
+        except (nbd.Error, OSError) as err:
+            raise self.explained(err) from err
+
+    def size(self) -> int:
+        """Return the export's size in bytes."""
+        return int(self.handle.get_size())
+
+    def block_status(self, offset: int, length: int) -> Entries:
+        """Ask for the state of a range of less than 4 GiB, in every agreed context. Raises `failure`."""
+        found: Entries = {}
+
+        def extents(context: str, _offset: int, entries: list[int], _error: object) -> int:
+            found[context] = list(entries)
+            return 0
+
+        try:
+            cookie = self.handle.aio_block_status(length, offset, extents)
+            self.wait(lambda: self.completed(cookie))
+        except nbd.Error as err:
+            raise self.explained(err) from err
+        return found
+
+    def flush(self) -> None:
+        """Have the server write out what it holds. Raises `failure`."""
+        try:
+            cookie = self.handle.aio_flush()
+            self.wait(lambda: self.completed(cookie))
+        except nbd.Error as err:
+            raise self.explained(err) from err
+
+    def completed(self, cookie: int) -> bool:
+        """Whether a command has ended, retiring it. Raises `failure` if it failed."""
+        try:
+            return bool(self.handle.aio_command_completed(cookie))
+        except nbd.Error as err:
+            raise self.explained(err) from err
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Run this connection until `done()`. Raises `failure` at a stall or when the connection is lost."""
+        deadline = time.monotonic() + self._stall_seconds
+        while not done():
+            if time.monotonic() > deadline:
+                raise self.failure(f"the NBD server was silent for {self._stall_seconds:g} s")
+            if not self.alive():
+                raise self.failure("the NBD connection was lost")
+            turn([self], 0.1)
+
+    def alive(self) -> bool:
+        """Whether the connection can still carry commands."""
+        return not (self.handle.aio_is_dead() or self.handle.aio_is_closed())
+
+    def close(self) -> None:
+        """Close the connection. Never raises."""
+        self.handle.close()
+
+    def explained(self, err: nbd.Error | OSError) -> TransferError:
+        """Return `failure` with what libnbd says."""
+        if isinstance(err, OSError):
+            return self.failure(f"the NBD connection failed: {err.strerror}")
+        number = int(err.errnum or 0)
+        if number in (errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE):
+            return self.failure("the NBD connection was lost")
+        return self.failure(f"the NBD server answered: {os.strerror(number) if number else err.string}")
+
+
+def turn(connections: Sequence[Connection], seconds: float) -> None:
+    """Let each connection send and receive what it can; wait at most `seconds` for the first to be able."""
+    waiting = select.poll()
+    by_descriptor: dict[int, Any] = {}
+    for connection in connections:
+        handle = connection.handle
+        direction = handle.aio_get_direction()
+        events = 0
+        if direction & nbd.AIO_DIRECTION_READ:
+            events |= select.POLLIN
+        if direction & nbd.AIO_DIRECTION_WRITE:
+            events |= select.POLLOUT
+        if events:
+            descriptor = handle.aio_get_fd()
+            by_descriptor[descriptor] = connection
+            waiting.register(descriptor, events)
+    for descriptor, events in waiting.poll(seconds * 1000):
+        _notify(by_descriptor[descriptor], events)
+
+
+def _notify(connection: Connection, events: int) -> None:
+    handle = connection.handle
+    try:
+        # A hang-up is found out by reading, so that what arrived before it is not lost.
+        if events & (select.POLLIN | select.POLLHUP | select.POLLERR) and (
+            handle.aio_get_direction() & nbd.AIO_DIRECTION_READ
+        ):
+            handle.aio_notify_read()
+        elif events & select.POLLOUT:
+            handle.aio_notify_write()
+        elif events:
+            handle.aio_notify_read()
+    except nbd.Error as err:
+        raise connection.explained(err) from err

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From NBD block status to extents to copy.
+
+A reply may be shaped in any of these ways; each is legal, in each context on its own:
+
+::
+
+    asked      |---------------|
+    exact      |====|==========|
+    short      |====|===|               less than asked: ask again from there
+    long       |====|===========|==|    the last extent reaches beyond: clip it
+
+What is known for sure is what ALL contexts cover. So: clip to what was asked, intersect the contexts,
+ask again for the rest. No progress, an empty extent, or one in front of a longer one that already
+reaches beyond, is a server that lies.
+
+Dirty and zero are two questions: a dirty extent that reads as zeroes must be stored as zeroes, or the
+old data would come back at restore.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+DIRTY = 1  # qemu:dirty-bitmap:X, NBD_STATE_DIRTY
+ZERO = 2  # base:allocation, NBD_STATE_ZERO
+
+MAX_QUESTION_BYTES = 1 << 30
+"""Lengths are 32 bits on the wire (libnbd 1.14 has no block_status_64)."""
+
+
+class BadReply(ValueError):
+    """The block status reply is not one that a server may give."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A range of a disk, in bytes. zero: it reads as zeroes."""
+
+    offset: int
+    length: int
+    zero: bool
+
+    @property
+    def end(self) -> int:
+        """The first byte behind it."""
+        return self.offset + self.length
+
+
+@dataclass(frozen=True)
+class Status:
+    """A range with the flags of each of the contexts that were asked for, in their order."""
+
+    offset: int
+    length: int
+    flags: tuple[int, ...]
+
+
+Ask = Callable[[int, int], dict[str, list[int]]]
+"""`Connection.block_status`."""
+
+
+def survey(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> Iterator[Status]:
+    """Ask for the whole range from `start` to `size`, as often as needed. Raises BadReply."""
+    offset = start
+    while offset < size:
+        asked = min(size - offset, MAX_QUESTION_BYTES)
+        reply = ask(offset, asked)
+        missing = [context for context in contexts if context not in reply]
+        if missing:
+            raise BadReply(f"no block status for {missing[0]}")
+        for status in intersect(offset, asked, [reply[context] for context in contexts]):
+            yield status
+            offset = status.offset + status.length
+
+
+def intersect(offset: int, asked: int, replies: list[list[int]]) -> list[Status]:
+    """Return what all replies to one question cover, with the flags of each.
+
+    replies: length, flags, length, flags, ... of each context. Raises BadReply.
+    """
+    runs = [clip(asked, reply) for reply in replies]
+    covered = min(sum(length for length, _ in run) for run in runs)
+    edges = sorted({0, *(edge for run in runs for edge in _edges(run) if edge <= covered)})
+    found = []
+    for begin, end in itertools.pairwise(edges):
+        found.append(Status(offset + begin, end - begin, tuple(_at(run, begin) for run in runs)))
+    return found
+
+
+def clip(asked: int, reply: list[int]) -> list[tuple[int, int]]:
+    """Return one context's (length, flags), cut at what was asked. Raises BadReply."""
+    if not reply or len(reply) % 2:
+        raise BadReply("an empty block status reply")
+    found = []
+    left = asked
+    for length, flags in zip(reply[::2], reply[1::2], strict=True):
+        if length <= 0:
+            raise BadReply("an extent of no length")
+        if left <= 0:
+            raise BadReply("extents beyond what was asked")
+        found.append((min(length, left), flags))
+        left -= length
+    return found
+
+
+def _edges(run: list[tuple[int, int]]) -> Iterator[int]:
+    edge = 0
+    for length, _ in run:
+        edge += length
+        yield edge
+
+
+def _at(run: list[tuple[int, int]], position: int) -> int:
+    for length, flags in run:
+        if position < length:
+            return flags
+        position -= length
+    raise AssertionError
+
+
+def merge(extents: Iterable[Extent]) -> Iterator[Extent]:
+    """Join neighbours of one kind."""
+    held: Extent | None = None
+    for extent in extents:
+        if held is not None and held.end == extent.offset and held.zero == extent.zero:
+            held = Extent(held.offset, held.length + extent.length, held.zero)
+            continue
+        if held is not None:
+            yield held
+        held = extent
+    if held is not None:
+        yield held
+
+
+def dirty(statuses: Iterable[Status]) -> Iterator[Extent]:
+    """Return what an incremental stores. Flags: base:allocation, dirty bitmap."""
+    return merge(
+        Extent(status.offset, status.length, bool(status.flags[0] & ZERO))
+        for status in statuses
+        if status.flags[1] & DIRTY
+    )
+
+
+def data(statuses: Iterable[Status]) -> Iterator[Extent]:
+    """Return what a full stores: all but what reads as zeroes, as its new image does.
+
+    Flags: base:allocation.
+    """
+    return merge(
+        Extent(status.offset, status.length, zero=False) for status in statuses if not status.flags[0] & ZERO
+    )
+
+
+def zeroes(statuses: Iterable[Status]) -> Iterator[Extent]:
+    """Return all that reads as zeroes. Flags: base:allocation first."""
+    return merge(
+        Extent(status.offset, status.length, zero=True) for status in statuses if status.flags[0] & ZERO
+    )
+
+
+def with_vanished(changed: list[Extent], now_zero: list[Extent], before_zero: list[Extent]) -> list[Extent]:
+    """Add to `changed` what reads as zeroes now, did not before, and is not in it.
+
+    A disk that was shrunk and grown again between two points lost the bits of its bitmap for the end
+    that went and came back empty (measured): nothing there is dirty, and the old data would come back.
+    """
+    vanished = _subtract(_subtract(now_zero, before_zero), changed)
+    return sorted([*changed, *vanished], key=lambda extent: extent.offset)
+
+
+def _subtract(these: list[Extent], those: list[Extent]) -> list[Extent]:
+    """Return the parts of `these` that are in none of `those`; both sorted, each without overlaps."""
+    found = []
+    index = 0
+    for extent in these:
+        position = extent.offset
+        while index < len(those) and those[index].end <= position:
+            index += 1
+        ahead = index
+        while position < extent.end:
+            stop = those[ahead].offset if ahead < len(those) else extent.end
+            if position < stop:
+                end = min(stop, extent.end)
+                found.append(Extent(position, end - position, extent.zero))
+            if ahead >= len(those) or stop >= extent.end:
+                break
+            position = max(position, those[ahead].end)
+            ahead += 1
+    return found

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A rate limit: one token bucket for all the disks of a run."""
+
+import time
+from collections.abc import Callable
+
+
+class TokenBucket:
+    """Hands out bytes at a rate.
+
+    bytes_per_second: None for no limit. The bucket holds a quarter of a second's worth, so that a pause
+    is not made up for by a burst; one request may overdraw it, and the next ones wait for that.
+    """
+
+    def __init__(self, bytes_per_second: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate = bytes_per_second
+        self._clock = clock
+        self._tokens = 0.0
+        self._filled = clock()
+
+    def wait_seconds(self) -> float:
+        """Return how long to wait before the next request may be sent; 0 for now."""
+        if self._rate is None:
+            return 0.0
+        now = self._clock()
+        self._tokens = min(self._tokens + (now - self._filled) * self._rate, self._rate / 4)
+        self._filled = now
+        return max(0.0, -self._tokens / self._rate)
+
+    def spend(self, length: int) -> None:
+        """Take the bytes of a request that is sent."""
+        if self._rate is not None:
+            self._tokens -= length

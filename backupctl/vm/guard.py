@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The run's handle on its guard (see `guard_process`)."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import backupctl
+from backupctl import errors
+from backupctl.errors import AgentError, AgentUnavailable, BackupctlError, Failed, GuardLost
+from backupctl.settings import Address
+from backupctl.vm.agent import thaw_if_frozen
+
+_START_SECONDS = 20.0
+_SLACK_SECONDS = 10.0
+_PACKAGE = Path(backupctl.__file__).parent.parent
+
+
+class Guard:
+    """A guard process; `start` makes one, `close` ends it.
+
+    Where the run ends in good order the guard ends with it. Where it dies, or leaves with the guest
+    frozen or sockets held, the guard does what is due and then ends by itself.
+    """
+
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", pair: socket.socket, agent: Address | None, timeout: float
+    ) -> None:
+        self._process = process
+        self._pair = pair
+        self._agent = agent
+        self._timeout = timeout
+
+    @classmethod
+    def start(cls, monitor: Address, agent: Address | None, agent_timeout_seconds: float) -> Self:
+        """Start the process and wait until it stands by. Raises GuardLost."""
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = [str(its.fileno()), str(monitor), str(agent or ""), str(agent_timeout_seconds)]
+        with its:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "backupctl.vm.guard_process", *arguments],
+                pass_fds=(its.fileno(),),
+                stdin=subprocess.DEVNULL,
+                # Not ours: who waits for the end of our output must not wait for the guard's.
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={**os.environ, "PYTHONPATH": str(_PACKAGE)},
+                start_new_session=True,
+            )
+        guard = cls(process, ours, agent, agent_timeout_seconds)
+        try:
+            guard._receive(_START_SECONDS)
+        except BackupctlError:
+            guard.close()
+            raise
+        return guard
+
+    def ping_agent(self) -> None:
+        """See whether the guest agent answers. Raises AgentUnavailable."""
+        self._ask({"do": "ping"})
+
+    def freeze(self, budget_seconds: float) -> int:
+        """Freeze the guest for at most `budget_seconds`; returns the number of file systems.
+
+        Raises Refused if somebody else froze it, AgentError.
+        """
+        return int(self._ask({"do": "freeze", "budget": budget_seconds}))
+
+    def thaw(self) -> float:
+        """Thaw the guest; returns for how many milliseconds it was frozen.
+
+        Raises FreezeOverrun if the guard had to thaw it before, AgentError, GuardLost.
+        """
+        try:
+            return float(self._ask({"do": "thaw"}))
+        except GuardLost:
+            if self._agent is not None:
+                with suppress(AgentError):  # the last resort; the run fails in any case
+                    thaw_if_frozen(self._agent, self._timeout)
+            raise
+
+    def may_be_frozen(self) -> bool:
+        """Whether the guest is, or may be, still frozen by us. Raises GuardLost."""
+        return bool(self._ask({"do": "frozen"}))
+
+    def hold(self, connection: socket.socket, export: str) -> None:
+        """Have the guard hold a duplicate of an NBD client's socket; before anything is said on it."""
+        self._ask({"do": "hold", "export": export}, (connection.fileno(),))
+
+    def release(self) -> None:
+        """The exports are gone: the guard may let go of the sockets. Raises GuardLost."""
+        self._ask({"do": "release"})
+
+    def check(self) -> None:
+        """Raise GuardLost if the guard has died."""
+        if self._process.poll() is not None:
+            raise GuardLost("the guard process has died")
+
+    def close(self) -> None:
+        """Leave. A guard with nothing left to do ends at once; one that has is not waited for."""
+        busy = True
+        with suppress(BackupctlError):
+            busy = self.may_be_frozen()
+        self._pair.close()
+        if not busy:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_SLACK_SECONDS)
+        self._process.poll()
+        # A guard that goes on is nobody's child to wait for: Python must not warn of it.
+        self._process.returncode = self._process.returncode or 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, request: dict[str, object], descriptors: tuple[int, ...] = ()) -> Any:
+        try:
+            socket.send_fds(self._pair, [json.dumps(request).encode()], list(descriptors))
+        except OSError as err:
+            raise GuardLost("the guard process has died") from err
+        patience = float(str(request.get("budget", 0))) + 3 * self._timeout + _SLACK_SECONDS
+        answer = self._receive(patience)
+        if "error" in answer:
+            raise _error(answer)
+        return answer.get("value")
+
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        self._pair.settimeout(seconds)
+        try:
+            content = self._pair.recv(65536)
+        except OSError as err:
+            raise GuardLost("the guard process does not answer") from err
+        if not content:
+            raise GuardLost("the guard process has died")
+        return dict(json.loads(content))
+
+
+def _error(answer: dict[str, Any]) -> BackupctlError:
+    kind = getattr(errors, str(answer["error"]), Failed)
+    made = kind(str(answer["message"]), state=str(answer["state"]))
+    assert isinstance(made, BackupctlError)
+    return made
+
+
+__all__ = ["AgentUnavailable", "Guard", "thaw_if_frozen"]

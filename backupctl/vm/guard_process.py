@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guard: a separate process that looks after the guest when the run dies, by whatever cause.
+
+It holds two things for the run:
+
+- the conversation with the guest agent. It freezes and thaws when the run says so, and thaws by itself
+  when the freeze budget ends or the run is gone;
+- a duplicate of every NBD client socket. When the run is gone it has QEMU drop the exports, and lets go
+  of the sockets only then: on Debian's QEMU 7.2 a client that goes away first kills a VM whose disk has
+  an iothread.
+
+The run talks to it over a socket pair, one JSON object a message, one answer to each; the end of that
+socket is the end of the run. It imports little and outlives the run by minutes at the most, unless QEMU
+still has an export that nobody may leave.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from backupctl.errors import (
+    AgentError,
+    AgentTimeout,
+    AgentUnavailable,
+    BackupctlError,
+    FreezeOverrun,
+    Refused,
+)
+from backupctl.settings import Address
+from backupctl.vm.agent import Agent
+
+THAW_PATIENCE_SECONDS = 300.0
+RETRY_SECONDS = 0.5
+MAX_MESSAGE_BYTES = 65536
+
+
+class Freezer:
+    """The guest's file systems: thawed, frozen by us, or not known."""
+
+    def __init__(self, address: Address | None, timeout_seconds: float) -> None:
+        self._address = address
+        self._timeout = timeout_seconds
+        self._agent: Agent | None = None
+        self._frozen_at = 0.0
+        self.deadline: float | None = None  # while the guest is, or may be, frozen by us
+        self.overrun = False
+
+    def ping(self) -> None:
+        """See whether the agent is there. Raises AgentUnavailable."""
+        self._talk().ping()
+
+    def freeze(self, budget_seconds: float) -> int:
+        """Freeze. From the moment the command is sent the guest may be frozen. Raises AgentError, Refused."""
+        agent = self._talk()
+        if agent.freeze_status() == "frozen":
+            raise Refused(
+                "the guest is frozen already, by somebody else", state="the guest was left as it was"
+            )
+        self._frozen_at = time.monotonic()
+        self.deadline = self._frozen_at + budget_seconds
+        self.overrun = False
+        try:
+            return agent.freeze(budget_seconds)
+        except AgentTimeout:
+            self.deadline = self._frozen_at  # its outcome is unknown, so a thaw is due now
+            raise
+        except AgentError:
+            self.deadline = None  # a refusal has no effect
+            raise
+
+    def thaw(self) -> float:
+        """Thaw; returns the milliseconds from freeze to thaw. Raises AgentError, FreezeOverrun."""
+        if self.overrun:
+            raise FreezeOverrun("the freeze budget ended, and the guard thawed the guest before the run did")
+        try:
+            self._thaw_once()
+        except AgentError:
+            self.deadline = time.monotonic()  # go on trying now, not only when the budget ends
+            raise
+        return (time.monotonic() - self._frozen_at) * 1000
+
+    def thaw_when_due(self) -> None:
+        """Thaw if the budget has ended; tries again at the next call if the agent is silent."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.overrun = True
+            with suppress(AgentError):
+                self._thaw_once()
+
+    def thaw_for_good(self) -> None:
+        """Thaw, however often it must be tried, for minutes at the most."""
+        give_up = time.monotonic() + THAW_PATIENCE_SECONDS
+        while self.deadline is not None and time.monotonic() < give_up:
+            with suppress(AgentError):
+                self._thaw_once()
+                return
+            time.sleep(RETRY_SECONDS)
+
+    def _thaw_once(self) -> None:
+        try:
+            agent = self._talk()
+            agent.thaw()
+            if agent.freeze_status() != "thawed":
+                raise AgentTimeout("the guest is still frozen after a thaw")
+        except AgentError:
+            # A new conversation for the next try: this one may be with an agent that has died.
+            self._hang_up()
+            raise
+        self.deadline = None
+
+    def _talk(self) -> Agent:
+        if self._agent is None:
+            if self._address is None:
+                raise AgentUnavailable("no guest agent is known")
+            self._agent = Agent.connect(self._address, self._timeout)
+        return self._agent
+
+    def _hang_up(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+
+class Holder:
+    """The NBD client sockets of the run, and the exports they are connected to."""
+
+    def __init__(self, monitor: Address) -> None:
+        self._monitor = monitor
+        self._held: list[tuple[int, str]] = []
+
+    def hold(self, descriptor: int, export: str) -> None:
+        """Keep a socket open."""
+        self._held.append((descriptor, export))
+
+    def release(self) -> None:
+        """Close all; the exports are gone."""
+        while self._held:
+            os.close(self._held.pop()[0])
+
+    def drop_exports(self) -> None:
+        """Have QEMU drop the exports, then let go. Without end, unless QEMU itself hangs up."""
+        exports = sorted({export for _, export in self._held})
+        while exports and not self._qemu_is_gone():
+            with suppress(OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
+                drop_exports(self._monitor, exports)
+                break
+            time.sleep(RETRY_SECONDS)
+        self.release()
+
+    def _qemu_is_gone(self) -> bool:
+        waiting = select.poll()
+        for descriptor, _ in self._held:
+            waiting.register(descriptor, select.POLLHUP | select.POLLRDHUP)
+        hung_up = [found for found, events in waiting.poll(0) if events]
+        return len(hung_up) == len(self._held)
+
+
+def drop_exports(monitor: Address, exports: list[str], timeout_seconds: float = 10.0) -> None:
+    """Tell QEMU to drop exports, clients or not, and wait until they are gone.
+
+    A monitor conversation of four commands: small enough to need no library here. Raises OSError,
+    ValueError, EOFError.
+    """
+    with _connect(monitor, timeout_seconds) as connection, connection.makefile("rwb") as stream:
+        _answer(stream, "QMP")
+        _command(stream, "qmp_capabilities")
+        for export in exports:
+            _command(stream, "block-export-del", id=export, mode="hard")
+        deadline = time.monotonic() + timeout_seconds
+        while any(entry["id"] in exports for entry in _command(stream, "query-block-exports")["return"]):
+            if time.monotonic() > deadline:
+                raise TimeoutError
+            time.sleep(0.02)
+
+
+def _connect(address: Address, timeout_seconds: float) -> socket.socket:
+    if address.path is None:
+        return socket.create_connection((address.host or "", address.port or 0), timeout_seconds)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.settimeout(timeout_seconds)
+    made.connect(address.path)
+    return made
+
+
+def _command(stream: Any, command: str, **arguments: str) -> dict[str, Any]:
+    stream.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+    stream.flush()
+    return _answer(stream, "return", "error")
+
+
+def _answer(stream: Any, *wanted: str) -> dict[str, Any]:
+    while True:
+        line = stream.readline(16 << 20)
+        if not line:
+            raise EOFError
+        message = json.loads(line)
+        if isinstance(message, dict) and any(name in message for name in wanted):
+            return message
+
+
+class Guard:
+    """Serves the run's requests until it says goodbye or is gone."""
+
+    def __init__(self, run: socket.socket, freezer: Freezer, holder: Holder) -> None:
+        self._run = run
+        self._freezer = freezer
+        self._holder = holder
+
+    def serve(self) -> None:
+        """Answer requests; in between, thaw when that is due."""
+        waiting = select.poll()
+        waiting.register(self._run, select.POLLIN)
+        while True:
+            self._freezer.thaw_when_due()
+            due = self._freezer.deadline
+            seconds = None if due is None else max(RETRY_SECONDS / 10, due - time.monotonic())
+            if waiting.poll(None if seconds is None else seconds * 1000) and not self._serve_one():
+                return
+
+    def stand_in(self) -> None:
+        """Do what the run would have done: thaw, and drop the exports; neither waits for the other."""
+        thawing = threading.Thread(target=self._freezer.thaw_for_good)
+        thawing.start()
+        self._holder.drop_exports()
+        thawing.join()
+
+    def _serve_one(self) -> bool:
+        try:
+            content, descriptors, _, _ = socket.recv_fds(self._run, MAX_MESSAGE_BYTES, 1)
+        except OSError:
+            return False
+        if not content:
+            return False
+        request = json.loads(content)
+        try:
+            answer: dict[str, Any] = {"value": self._do(request, descriptors)}
+        except BackupctlError as err:
+            answer = {"error": type(err).__name__, "message": err.message, "state": err.state}
+        with suppress(OSError):  # a run that died meanwhile is noticed at the next reading
+            self._run.send(json.dumps(answer).encode())
+        return True
+
+    def _do(self, request: dict[str, Any], descriptors: list[int]) -> object:
+        match request["do"]:
+            case "ping":
+                self._freezer.ping()
+            case "freeze":
+                return self._freezer.freeze(float(request["budget"]))
+            case "thaw":
+                return self._freezer.thaw()
+            case "hold":
+                self._holder.hold(descriptors[0], str(request["export"]))
+            case "release":
+                self._holder.release()
+            case "frozen":
+                return self._freezer.deadline is not None
+        return None
+
+
+def main() -> None:
+    """Serve the run on the descriptor that is given as the first argument."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    descriptor, monitor, agent, timeout = sys.argv[1:]
+    with socket.socket(fileno=int(descriptor)) as run:
+        run.send(b"{}")
+        freezer = Freezer(Address.parse(agent) if agent else None, float(timeout))
+        guard = Guard(run, freezer, Holder(Address.parse(monitor)))
+        guard.serve()
+    guard.stand_in()
+
+
+if __name__ == "__main__":
+    main()
