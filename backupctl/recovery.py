@@ -66,7 +66,10 @@ def recover(
     """
     folder = repository.vm(vm.name)
     with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
-        return Recovered(tuple(settle(vm, folder, repository.owner, monitor, reporter, scratch_folder)))
+        told = settle(vm, folder, repository.owner, monitor, scratch_folder)
+    for line in told:
+        reporter.note(line)
+    return Recovered(tuple(told))
 
 
 def settle(
@@ -74,14 +77,14 @@ def settle(
     folder: VmFolder,
     owner: Owner,
     monitor: Monitor,
-    reporter: Reporter,
     scratch_folder: Path,
     *,
     server_is_ours: bool = True,
 ) -> list[str]:
     """Do the work of `recover` for a caller who holds the lock and the monitor.
 
-    The guest comes first: it is thawed before anything else is looked at. Raises NeedsRecovery.
+    The guest comes first: it is thawed before anything else is looked at. Returns what was done, in
+    words. Raises NeedsRecovery.
     """
     try:
         told = _thaw(vm, folder)
@@ -90,8 +93,6 @@ def settle(
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
     except (MonitorError, AgentError) as err:
         raise needs_recovery(err, vm.name) from err
-    for line in told:
-        reporter.note(line)
     return told
 
 

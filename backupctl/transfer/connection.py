@@ -12,6 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Connection:
     """
 
     def __init__(self, export: str, failure: type[TransferError], stall_seconds: float) -> None:
-        self.handle = nbd.NBD()
+        self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
         self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
         self.failure = failure
@@ -110,8 +111,17 @@ class Connection:
         return not (self.handle.aio_is_dead() or self.handle.aio_is_closed())
 
     def close(self) -> None:
-        """Close the connection. Never raises."""
-        self.handle.close()
+        """Close the connection. Never raises.
+
+        libnbd closes the socket when its handle is dropped. A server that still serves is told first, or
+        it would complain.
+        """
+        if self.handle is not None:
+            with suppress(nbd.Error, TransferError):
+                if self.handle.aio_is_ready():
+                    self.handle.aio_disconnect()
+                    self.wait(lambda: not self.alive())
+            self.handle = None
 
     def explained(self, err: nbd.Error | OSError) -> TransferError:
         """Return `failure` with what libnbd says."""
