@@ -92,8 +92,11 @@ def _prepare(
     chosen = inventory.chosen(options.disks)
     if not chosen:
         raise Refused("the VM has no writable disk", state="nothing was touched")
+    survey = folder.survey()
+    for _, err in survey.damaged:
+        reporter.warn(f"not building on a damaged point: {err.message}")
     plan = planning.plan(
-        options.kind, chosen, inventory, folder.points(), repository.owner, options.on_broken_chain
+        options.kind, chosen, inventory, survey.points, repository.owner, options.on_broken_chain
     )
     _tell(plan, options, reporter)
     return plan

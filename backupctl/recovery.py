@@ -46,10 +46,15 @@ class DiskStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What there is of a VM. qemu: its version, None if the monitor does not answer (see problem)."""
+    """What there is of a VM.
+
+    damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
+    problem).
+    """
 
     vm: VmName
     points: tuple[PointId, ...]
+    damaged: tuple[str, ...]
     qemu: str | None
     problem: str
     disks: tuple[DiskStatus, ...]
@@ -146,7 +151,9 @@ def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
 def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scratch) -> Status:
     """Tell what there is and what the next run would do. Changes nothing; takes no lock."""
     folder = repository.vm(vm.name)
-    points = tuple(folder.survey().points)
+    survey = folder.survey()
+    points = survey.points
+    damaged = tuple(err.message for _, err in survey.damaged)
     left = [f"unfinished point {partial.point}" for partial in folder.partials()]
     left += [
         f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, scratch_folder)
@@ -162,6 +169,7 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
         return Status(
             vm.name,
             ids,
+            damaged,
             None,
             err.message,
             (),
@@ -170,7 +178,7 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
         )
     plan = planning.plan("incremental", inventory.disks, inventory, points, repository.owner)
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
-    return Status(vm.name, ids, version, "", states, tuple(left), _next_run(plan, left))
+    return Status(vm.name, ids, damaged, version, "", states, tuple(left), _next_run(plan, left))
 
 
 def _thaw(vm: Vm, folder: VmFolder) -> list[str]:
