@@ -72,9 +72,9 @@ def point_document(point: Point) -> dict[str, Any]:
 
 
 @click.command(epilog=common.exit_help(0, 2, 4))
+@common.named(needs_vm=False)
 @click.argument("point")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@common.named(needs_vm=False)
 @click.pass_context
 def show(context: click.Context, /, **options: Any) -> None:
     """Show one recovery point: POINT is an id, or `latest`."""

@@ -12,6 +12,7 @@ from backupctl.report import Stop
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4))
+@common.named(needs_vm=False)
 @click.argument("point", default="latest")
 @click.option(
     "--to", required=True, metavar="DIR|FILE|DEVICE|-", help="Where to; `-` is standard output (raw)."
@@ -20,7 +21,6 @@ from backupctl.report import Stop
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), help="The image's format.")
 @click.option("--force", is_flag=True, help="Write over what is there.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@common.named(needs_vm=False)
 @click.pass_context
 def restore(context: click.Context, /, **options: Any) -> None:
     """Restore a VM's disks as they were at POINT (an id, or `latest`).
