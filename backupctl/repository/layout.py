@@ -16,6 +16,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -144,8 +145,13 @@ class VmFolder:
         return self.path.is_dir()
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other runs out. A dead run leaves no lock. Raises Locked, RepositoryError."""
+    def lock(self, patience_seconds: float = 4.0) -> Iterator[int]:
+        """Keep other runs out; yields the lock's descriptor. Raises Locked, RepositoryError.
+
+        Whoever inherits the descriptor holds the lock too: a run's guard does, so that nobody begins
+        while the guard of a dead run still works for the guest. It is mostly done in an instant, hence
+        the patience.
+        """
         try:
             if not self.path.is_dir():
                 with suppress(FileExistsError):
@@ -159,21 +165,37 @@ class VmFolder:
                 state="nothing was touched",
             ) from err
         try:
-            self._take(descriptor)
-            yield
+            self._take(descriptor, time.monotonic() + patience_seconds)
+            yield descriptor
         finally:
             os.close(descriptor)
 
-    def _take(self, descriptor: int) -> None:
+    def _take(self, descriptor: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as err:
+                if time.monotonic() > deadline:
+                    raise Locked(self._holder(descriptor), state="nothing was touched") from err
+                time.sleep(0.05)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-            who = f" (process {holder})" if holder.isdigit() else ""
-            raise Locked(f"another run{who} works on {self.name} in this repository") from err
-        with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as err:
+            raise RepositoryError(
+                f"the repository's folder {self.path} can't be written: {err.strerror}",
+                state="nothing was touched",
+            ) from err
+
+    def _holder(self, descriptor: int) -> str:
+        number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+        if number.isdigit() and not Path("/proc", number).exists():
+            return (
+                f"the guard of a run that died (process {number}) still works for {self.name}: "
+                "it thaws the guest or waits for QEMU's monitor; it gives up thawing after 5 minutes"
+            )
+        return f"another run (process {number or '?'}) works on {self.name} in this repository"
 
     def points(self) -> tuple[Point, ...]:
         """Return the committed points, oldest first. Raises DamageFound for the first that is damaged."""
