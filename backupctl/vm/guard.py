@@ -67,7 +67,7 @@ class Guard:
         return guard
 
     def ping_agent(self) -> None:
-        """See whether the guest agent answers. Raises AgentUnavailable."""
+        """See whether the guest agent answers, with the guest not frozen. Raises AgentError, Refused."""
         self._ask({"do": "ping"})
 
     def freeze(self, budget_seconds: float) -> int:

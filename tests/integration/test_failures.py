@@ -272,6 +272,7 @@ def test_qemu_quitting_cleanly_in_mid_copy_loses_no_change(lab):
 
 
 def test_a_second_run_is_told_that_the_first_one_works(lab):
+    lab.writer.do("vda", "data", 0, 16 << 20, 0x44)
     with lab.cli.start("incremental", "web", *SLOW) as run:
         wait_for(copying(lab))
         error = lab.backup("incremental", code=75)["error"]
