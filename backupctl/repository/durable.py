@@ -20,9 +20,9 @@ def sync_folder(path: Path) -> None:
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mode: int = 0o700) -> None:
     """Make a folder that is not there yet, and make its name durable. Raises OSError."""
-    path.mkdir(mode=0o700)
+    path.mkdir(mode=mode)
     sync_folder(path.parent)
 
 
