@@ -66,7 +66,8 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
     folder = repository.vm(vm.name)
     reporter.step("prepare")
     with folder.lock(), Monitor.connect(vm.qmp, options.command_timeout_seconds) as monitor:
-        recovery.settle(vm, folder, repository.owner, monitor, reporter, options.scratch)
+        for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
+            reporter.note(f"from an earlier run: {told}")
         plan = _prepare(vm, repository, folder, options, monitor, reporter)
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds) as guard:
@@ -91,8 +92,11 @@ def _prepare(
     chosen = inventory.chosen(options.disks)
     if not chosen:
         raise Refused("the VM has no writable disk", state="nothing was touched")
+    survey = folder.survey()
+    for _, err in survey.damaged:
+        reporter.warn(f"not building on a damaged point: {err.message}")
     plan = planning.plan(
-        options.kind, chosen, inventory, folder.points(), repository.owner, options.on_broken_chain
+        options.kind, chosen, inventory, survey.points, repository.owner, options.on_broken_chain
     )
     _tell(plan, options, reporter)
     return plan
@@ -303,7 +307,6 @@ class _Run:
                     self.folder,
                     self.owner,
                     monitor,
-                    self.reporter,
                     self.options.scratch,
                     server_is_ours=self.server_is_ours,
                 )

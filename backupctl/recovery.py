@@ -46,10 +46,15 @@ class DiskStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What there is of a VM. qemu: its version, None if the monitor does not answer (see problem)."""
+    """What there is of a VM.
+
+    damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
+    problem).
+    """
 
     vm: VmName
     points: tuple[PointId, ...]
+    damaged: tuple[str, ...]
     qemu: str | None
     problem: str
     disks: tuple[DiskStatus, ...]
@@ -66,7 +71,10 @@ def recover(
     """
     folder = repository.vm(vm.name)
     with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
-        return Recovered(tuple(settle(vm, folder, repository.owner, monitor, reporter, scratch_folder)))
+        told = settle(vm, folder, repository.owner, monitor, scratch_folder)
+    for line in told:
+        reporter.note(line)
+    return Recovered(tuple(told))
 
 
 def settle(
@@ -74,14 +82,14 @@ def settle(
     folder: VmFolder,
     owner: Owner,
     monitor: Monitor,
-    reporter: Reporter,
     scratch_folder: Path,
     *,
     server_is_ours: bool = True,
 ) -> list[str]:
     """Do the work of `recover` for a caller who holds the lock and the monitor.
 
-    The guest comes first: it is thawed before anything else is looked at. Raises NeedsRecovery.
+    The guest comes first: it is thawed before anything else is looked at. Returns what was done, in
+    words. Raises NeedsRecovery.
     """
     try:
         told = _thaw(vm, folder)
@@ -90,8 +98,6 @@ def settle(
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
     except (MonitorError, AgentError) as err:
         raise needs_recovery(err, vm.name) from err
-    for line in told:
-        reporter.note(line)
     return told
 
 
@@ -145,7 +151,9 @@ def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
 def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scratch) -> Status:
     """Tell what there is and what the next run would do. Changes nothing; takes no lock."""
     folder = repository.vm(vm.name)
-    points = tuple(folder.survey().points)
+    survey = folder.survey()
+    points = survey.points
+    damaged = tuple(err.message for _, err in survey.damaged)
     left = [f"unfinished point {partial.point}" for partial in folder.partials()]
     left += [
         f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, scratch_folder)
@@ -161,6 +169,7 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
         return Status(
             vm.name,
             ids,
+            damaged,
             None,
             err.message,
             (),
@@ -169,7 +178,7 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
         )
     plan = planning.plan("incremental", inventory.disks, inventory, points, repository.owner)
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
-    return Status(vm.name, ids, version, "", states, tuple(left), _next_run(plan, left))
+    return Status(vm.name, ids, damaged, version, "", states, tuple(left), _next_run(plan, left))
 
 
 def _thaw(vm: Vm, folder: VmFolder) -> list[str]:

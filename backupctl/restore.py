@@ -6,25 +6,26 @@ then renamed: after whatever death the target is absent (or as before), or compl
 """
 
 import os
-import stat
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from backupctl.errors import TargetExists, UsageError, WriteFailed
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, convert, images, landing
-from backupctl.repository.layout import Point
+from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
 
 STDOUT = "-"
 _STDOUT_DESCRIPTOR = 1
-_FORMATS = {".raw": "raw", ".img": "raw", ".qcow2": "qcow2"}
+ImageFormat = Literal["qcow2", "raw"]
+_SUFFIXES: dict[str, ImageFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class RestoredDisk:
 
     name: DiskName
     path: str
-    format: str
+    format: ImageFormat
     size: int
     seconds: float
 
@@ -42,94 +43,88 @@ class RestoredDisk:
 class RestoreReport:
     """What a finished restore came to."""
 
-    point: PointId
     vm: VmName
+    point: PointId
     images: tuple[RestoredDisk, ...]
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One disk and where it goes."""
+    """One disk, its images (newest first), and where it goes."""
 
     entry: DiskEntry
     chain: tuple[Path, ...]
     target: str
-    format: str
+    format: ImageFormat
 
 
 def restore(
+    folder: VmFolder,
     point: Point,
     *,
     to: str,
     disk: str | None,
-    image_format: str | None,
+    image_format: ImageFormat | None,
     force: bool,
     reporter: Reporter,
     stop: Stop,
 ) -> RestoreReport:
     """Restore one disk of a point, or all.
 
-    to: an existing folder or a path that ends in "/" (gives DIR/<disk>.<format>); a file or a block
-    device (one disk); "-" for stdout (one disk, raw). image_format: raw or qcow2; None takes it from the
-    file's ending, else qcow2 for files and raw for the rest. force: replace what is there.
+    to: "-" for stdout, a block device, or a file (one disk); else a folder (gives DIR/<disk>.<format>):
+    one that exists, a path that ends in "/", or a new one whose name has no image's ending.
+    image_format: None takes it from the file's ending, else qcow2 for files and raw for the rest.
+    force: write over what is there.
 
-    Raises UsageError, NoSuchPoint, TargetExists, DamageFound, ReadFailed, WriteFailed, RepositoryError,
-    Interrupted. All that can be refused is refused before a byte is written.
+    All that can be refused is refused before a byte is written. Raises UsageError, NoSuchPoint,
+    TargetExists, Locked, DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
     """
-    works = _plan(point, to, disk, image_format)
-    for work in works:
-        _refuse(point, work, force=force)
-    return RestoreReport(
-        point.id, point.manifest.vm, tuple(_restore(work, force, reporter, stop) for work in works)
-    )
-
-
-def _plan(point: Point, to: str, disk: str | None, image_format: str | None) -> list[_Work]:
     names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
-    chains = {name: chain.paths(point.folder, point, name) for name in names}
-    folder = to != STDOUT and (to.endswith("/") or Path(to).is_dir())
-    if len(names) > 1 and not folder:
+    chains = {name: chain.paths(folder, point, name) for name in names}
+    works = [
+        _Work(entry, chains[entry.name], *_target(entry.name, to, image_format))
+        for entry in point.manifest.disks
+        if entry.name in chains
+    ]
+    for work in works:
+        _refuse(folder, work, force=force)
+    if len(works) > 1 and works[0].target == to:
         raise UsageError(
-            f"the point {point.id} holds {len(names)} disks ({', '.join(names)}): choose one with --disk, "
-            f"or name a folder to restore them all into (one that exists, or {to}/)",
+            f"this point has several disks ({', '.join(names)}): choose one with --disk, or name a folder",
             state="nothing was touched",
         )
-    works = []
-    for name in names:
-        entry = point.manifest.disk(name)
-        assert entry is not None  # chain.paths found it
-        kind = image_format or _usual_format(to, folder=folder)
-        target = str(Path(to) / f"{name}.{kind}") if folder else to
-        works.append(_Work(entry, chains[name], target, kind))
-    return works
+    done = tuple(_restore(work, force, reporter, stop) for work in works)
+    return RestoreReport(folder.name, point.id, done)
 
 
-def _usual_format(to: str, *, folder: bool) -> str:
-    if folder:
-        return "qcow2"
-    if to == STDOUT or _is_device(to):
-        return "raw"
-    return _FORMATS.get(Path(to).suffix.lower(), "qcow2")
+def _target(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
+    """Return where a disk goes, and as what."""
+    path = Path(to)
+    if to == STDOUT or path.is_block_device():
+        return to, wanted or "raw"
+    if path.is_dir() or to.endswith("/") or (not path.exists() and path.suffix.lower() not in _SUFFIXES):
+        kind: ImageFormat = wanted or "qcow2"
+        return str(path / f"{name}.{kind}"), kind
+    return to, wanted or _SUFFIXES.get(path.suffix.lower(), "qcow2")
 
 
-def _refuse(point: Point, work: _Work, *, force: bool) -> None:
+def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
     """Refuse what must not be written to, while nothing is touched."""
+    target = Path(work.target)
+    device = target.is_block_device()
+    if (work.target == STDOUT or device) and work.format != "raw":
+        what = "a block device" if device else "standard output"
+        raise UsageError(f"{what} takes raw bytes, not a {work.format} image", state="nothing was touched")
     if work.target == STDOUT:
-        if work.format != "raw":
-            raise UsageError("only a raw image can be written to stdout", state="nothing was touched")
         if os.isatty(_STDOUT_DESCRIPTOR):
-            raise UsageError("an image is not written to a terminal: redirect stdout, or name a file")
+            raise UsageError("an image is not written to a terminal: redirect the output, or name a file")
         return
-    repository = point.path.parent.parent.resolve()
-    if Path(work.target).resolve().is_relative_to(repository):
-        raise UsageError(f"{work.target} is in the repository, which a restore never changes")
-    if _is_device(work.target):
-        if work.format != "raw":
-            raise UsageError(f"a block device takes a raw image, not {work.format}")
-        return
-    if not force and os.path.lexists(work.target):
+    if target.resolve().is_relative_to(folder.path.parent.resolve()):
+        raise UsageError(f"{target} is in the repository, which a restore never changes")
+    if not force and (device or os.path.lexists(target)):
+        what = "is a block device, whose content would be lost" if device else "exists"
         raise TargetExists(
-            f"{work.target} exists already", state="nothing was touched", next_command="add --force"
+            f"{target} {what}", state="nothing was touched", next_command="the same with --force"
         )
 
 
@@ -145,8 +140,8 @@ def _restore(work: _Work, force: bool, reporter: Reporter, stop: Stop) -> Restor
     try:
         if work.target == STDOUT:
             _to_stdout(work, stop, progress)
-        elif _is_device(work.target):
-            with landing.device(Path(work.target), entry.size, force=force) as target:
+        elif Path(work.target).is_block_device():
+            with landing.device(Path(work.target), entry.size) as target:
                 _convert(work, target, stop, progress, onto_device=True)
         else:
             with landing.file(Path(work.target), force=force) as target:
@@ -176,10 +171,3 @@ def _to_stdout(work: _Work, stop: Stop, progress: Callable[[int], None]) -> None
         closing(Source.connect([address], images.EXPORT)) as source,
     ):
         stream(source, _STDOUT_DESCRIPTOR, check=stop.check, progress=progress)
-
-
-def _is_device(path: str) -> bool:
-    try:
-        return stat.S_ISBLK(Path(path).stat().st_mode)
-    except OSError:
-        return False

@@ -11,8 +11,6 @@ from pathlib import Path
 from backupctl.errors import Locked, TargetExists, UsageError
 from backupctl.repository import durable
 
-_BLANK_BYTES = 1 << 20
-
 
 @contextmanager
 def file(target: Path, *, force: bool) -> Iterator[Path]:
@@ -96,12 +94,11 @@ def _into_place(temporary: Path, target: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def device(target: Path, size_bytes: int, *, force: bool) -> Iterator[Path]:
+def device(target: Path, size_bytes: int) -> Iterator[Path]:
     """Give a block device to write to; when the block ends well, it is fsynced.
 
-    A device in use (mounted, part of a volume group) is never written, one that holds something only
-    by force. When the block raises, it holds part of the image. Raises UsageError, TargetExists,
-    OSError.
+    A device in use (mounted, part of a volume group) is never written. When the block raises, it holds
+    part of the image. Raises UsageError, OSError.
     """
     try:
         claim = os.open(target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
@@ -112,16 +109,8 @@ def device(target: Path, size_bytes: int, *, force: bool) -> Iterator[Path]:
     try:
         room = os.lseek(claim, 0, os.SEEK_END)
         if room < size_bytes:
-            raise UsageError(f"{target} has {room} bytes; the disk has {size_bytes}")
-        if not force and not (_blank(claim, 0) and _blank(claim, max(0, room - _BLANK_BYTES))):
-            raise TargetExists(
-                f"{target} holds something", state="nothing was touched", next_command="add --force"
-            )
+            raise UsageError(f"{target} has {room} bytes; the disk needs {size_bytes}")
         yield target
         os.fsync(claim)
     finally:
         os.close(claim)
-
-
-def _blank(descriptor: int, offset: int) -> bool:
-    return not any(os.pread(descriptor, _BLANK_BYTES, offset))

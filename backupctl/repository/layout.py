@@ -122,11 +122,6 @@ class Point:
         """Its id, the folder's name."""
         return self.manifest.point
 
-    @property
-    def folder(self) -> "VmFolder":
-        """The VM's folder that it stands in."""
-        return VmFolder(self.path.parent, self.manifest.vm, self.manifest.repository)
-
 
 @dataclass(frozen=True)
 class Survey:

@@ -12,6 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import nbd
 from backupctl.errors import TransferError
 
 BASE_ALLOCATION = "base:allocation"
+_FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
 
 Entries = dict[str, list[int]]
 """Block status by meta context: length, flags, length, flags, ..."""
@@ -33,7 +35,7 @@ class Connection:
     """
 
     def __init__(self, export: str, failure: type[TransferError], stall_seconds: float) -> None:
-        self.handle = nbd.NBD()
+        self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
         self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
         self.failure = failure
@@ -97,10 +99,13 @@ class Connection:
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Run this connection until `done()`. Raises `failure` at a stall or when the connection is lost."""
-        deadline = time.monotonic() + self._stall_seconds
+        self._await(done, self._stall_seconds)
+
+    def _await(self, done: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while not done():
             if time.monotonic() > deadline:
-                raise self.failure(f"the NBD server was silent for {self._stall_seconds:g} s")
+                raise self.failure(f"the NBD server was silent for {seconds:g} s")
             if not self.alive():
                 raise self.failure("the NBD connection was lost")
             turn([self], 0.1)
@@ -110,8 +115,17 @@ class Connection:
         return not (self.handle.aio_is_dead() or self.handle.aio_is_closed())
 
     def close(self) -> None:
-        """Close the connection. Never raises."""
-        self.handle.close()
+        """Close the connection. Never raises.
+
+        libnbd closes the socket when its handle is dropped. A server that still serves is told first, or
+        it would complain.
+        """
+        if self.handle is not None:
+            with suppress(nbd.Error, TransferError):
+                if self.handle.aio_is_ready():
+                    self.handle.aio_disconnect()
+                    self._await(lambda: not self.alive(), _FAREWELL_SECONDS)
+            self.handle = None
 
     def explained(self, err: nbd.Error | OSError) -> TransferError:
         """Return `failure` with what libnbd says."""

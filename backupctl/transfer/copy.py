@@ -20,7 +20,7 @@ import nbd
 
 from backupctl.errors import ReadFailed, WriteFailed
 from backupctl.transfer.connection import Connection, turn
-from backupctl.transfer.extents import Extent
+from backupctl.transfer.extents import Extent, pieces
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 
@@ -99,8 +99,8 @@ class Copy:
 
     def run(self, extents: Iterable[Extent]) -> Copied:
         """Copy all extents. Raises ReadFailed, WriteFailed, and what `check` raises."""
-        pieces = _pieces(extents)
-        waiting = next(pieces, None)
+        ahead = _pieces(extents)
+        waiting = next(ahead, None)
         started = 0
         watched = moved = time.monotonic()
         while waiting is not None or self._flying:
@@ -108,7 +108,7 @@ class Copy:
             while waiting is not None and pause <= 0 and len(self._flying) < DEPTH * len(self._pairs):
                 self._start(waiting, *self._pairs[started % len(self._pairs)])
                 started += 1
-                waiting = next(pieces, None)
+                waiting = next(ahead, None)
                 pause = self._limiter.wait_seconds()
             turn(self._connections, min(pause, WATCH_SECONDS) if pause > 0 else WATCH_SECONDS)
             now = time.monotonic()
@@ -174,10 +174,4 @@ class Copy:
 
 def _pieces(extents: Iterable[Extent]) -> Iterator[Extent]:
     for extent in extents:
-        most = ZERO_PIECE_BYTES if extent.zero else PIECE_BYTES
-        offset = extent.offset
-        while offset < extent.end:
-            # Cut at multiples, so that the pieces of a long extent are whole clusters.
-            length = min(extent.end, offset - offset % most + most) - offset
-            yield Extent(offset, length, extent.zero)
-            offset += length
+        yield from pieces(extent, ZERO_PIECE_BYTES if extent.zero else PIECE_BYTES)

@@ -159,6 +159,15 @@ def zeroes(statuses: Iterable[Status]) -> Iterator[Extent]:
     )
 
 
+def pieces(extent: Extent, most: int) -> Iterator[Extent]:
+    """Cut an extent at the multiples of `most` bytes, so that the pieces of a long one are whole clusters."""
+    offset = extent.offset
+    while offset < extent.end:
+        length = min(extent.end, offset - offset % most + most) - offset
+        yield Extent(offset, length, extent.zero)
+        offset += length
+
+
 def with_vanished(changed: list[Extent], now_zero: list[Extent], before_zero: list[Extent]) -> list[Extent]:
     """Add to `changed` what reads as zeroes now, did not before, and is not in it.
 

@@ -19,8 +19,9 @@ from functools import partial
 import nbd
 
 from backupctl.errors import WriteFailed
+from backupctl.transfer import extents
 from backupctl.transfer.connection import Connection
-from backupctl.transfer.extents import ZERO, Extent
+from backupctl.transfer.extents import Extent
 from backupctl.transfer.source import Source
 
 PIECE_BYTES = 1 << 20
@@ -83,9 +84,8 @@ def _start(extent: Extent, connection: Connection) -> _Piece:
 
 def _pieces(source: Source) -> Iterator[Extent]:
     for status in source.statuses():
-        end = status.offset + status.length
-        for offset in range(status.offset, end, PIECE_BYTES):
-            yield Extent(offset, min(PIECE_BYTES, end - offset), bool(status.flags[0] & ZERO))
+        zero = bool(status.flags[0] & extents.ZERO)
+        yield from extents.pieces(Extent(status.offset, status.length, zero), PIECE_BYTES)
 
 
 @contextmanager

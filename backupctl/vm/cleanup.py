@@ -66,7 +66,7 @@ def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
     found = [f"export {name}" for name in _ours(monitor, owner, "query-block-exports", "id")]
     found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
     found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
-    if "query-fdsets" in monitor.commands:
+    if "query-fdsets" in monitor.commands and monitor.execute("query-status").get("running"):
         found += [f"descriptor set {number}" for number in _fdsets(monitor, owner)]
     return found
 
@@ -112,11 +112,16 @@ def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, Node
 
 
 def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
-    told = []
-    for number in _fdsets(monitor, owner):
+    """Remove our descriptor sets.
+
+    QEMU marks them and lets go at once while the guest runs, else when it runs again (measured; its
+    monitor/fds.c asks runstate_is_running).
+    """
+    before = _fdsets(monitor, owner)
+    for number in before:
         _unless_gone(monitor, "remove-fd", {"fdset-id": number})
-        told.append(f"removed the descriptor set {number}")
-    return told
+    gone = set(before) - set(_fdsets(monitor, owner)) if before else set()
+    return [f"removed the descriptor set {number}" for number in sorted(gone)]
 
 
 def _fdsets(monitor: Monitor, owner: Owner) -> list[int]:

@@ -25,6 +25,7 @@ def small_file_system(tmp_path: Path) -> Iterator[Path]:
         capture_output=True,
         text=True,
         timeout=30,
+        check=False,
     )
     if done.returncode:
         pytest.skip(f"can't mount here: {done.stderr.strip()}")
@@ -44,7 +45,11 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[..., str]]:
         file = tmp_path / f"device{len(made)}"
         file.write_bytes(filled * size_bytes)
         done = subprocess.run(
-            ["losetup", "--find", "--show", str(file)], capture_output=True, text=True, timeout=30
+            ["losetup", "--find", "--show", str(file)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
         )
         if done.returncode:
             pytest.skip(f"no loop device to be had: {done.stderr.strip()}")

@@ -11,12 +11,15 @@ import pytest
 from backupctl.errors import Interrupted, TargetExists, UsageError, WriteFailed
 from backupctl.report import Silent, Stop
 from backupctl.repository import landing
+from backupctl.repository.layout import VmFolder
 from backupctl.restore import restore
 from tests.unit.repository.conftest import P1, P2, Builder, disk_entry
 
 
 def run(point, to, *, disk=None, image_format=None, force=False, stop=None):
+    folder = VmFolder(point.path.parent, point.manifest.vm, point.manifest.repository)
     return restore(
+        folder,
         point,
         to=str(to),
         disk=disk,
@@ -43,8 +46,8 @@ def tree(root: Path) -> dict[str, tuple[int, bytes]]:
 def test_a_restored_file_is_byte_equal_and_the_backup_unchanged(two_points, tmp_path, image_format):
     builder, content = two_points
     before = tree(builder.repository.path)
-    report = run(builder.folder.point("latest"), tmp_path / "out.x", image_format=image_format)
-    found = tmp_path / "out.x"
+    report = run(builder.folder.point("latest"), tmp_path / "out.IMG", image_format=image_format)
+    found = tmp_path / "out.IMG"
     assert (found.read_bytes() if image_format == "raw" else as_raw(found)) == content
     assert tree(builder.repository.path) == before
     assert (report.point, report.images[0].size, report.images[0].format) == (P2, len(content), image_format)
@@ -54,7 +57,9 @@ def test_a_restored_file_is_byte_equal_and_the_backup_unchanged(two_points, tmp_
 def test_a_restored_qcow2_stands_alone(two_points, tmp_path):
     builder, _ = two_points
     run(builder.folder.point(P2), tmp_path / "out.qcow2")
-    said = subprocess.run(["qemu-img", "info", tmp_path / "out.qcow2"], capture_output=True, timeout=60)
+    said = subprocess.run(
+        ["qemu-img", "info", tmp_path / "out.qcow2"], capture_output=True, check=True, timeout=60
+    )
     assert b"backing" not in said.stdout
     assert b"file format: qcow2" in said.stdout
 
@@ -67,9 +72,11 @@ def test_an_older_point_does_not_show_what_came_later(two_points, tmp_path):
     assert restored[:70_000] == b"a" * 70_000
 
 
-def test_a_folder_gets_every_disk_under_its_name(builder: Builder, tmp_path):
+@pytest.mark.parametrize("ending", ["", "/"])
+def test_a_folder_gets_every_disk_under_its_name(builder: Builder, tmp_path, ending):
+    to = f"{tmp_path}/new{ending}"
     point = builder.point(P1, (disk_entry("vda"), [(0, b"A" * 512)]), (disk_entry("vdb"), [(0, b"B" * 512)]))
-    run(point, f"{tmp_path}/new/", image_format="raw")
+    run(point, to, image_format="raw")
     assert (tmp_path / "new/vda.raw").read_bytes()[:512] == b"A" * 512
     assert (tmp_path / "new/vdb.raw").read_bytes()[:512] == b"B" * 512
 
@@ -167,10 +174,11 @@ from backupctl.names import VmName
 from backupctl.report import Silent, Stop
 from backupctl.repository.layout import Repository
 from backupctl.restore import restore
-point = Repository.open(Path(sys.argv[1])).vm(VmName("vm1")).point("latest")
+folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
 stop = Stop()
 with stop.on_signals():
-    restore(point, to="-", disk=None, image_format=None, force=False, reporter=Silent(), stop=stop)
+    restore(folder, folder.point("latest"), to="-", disk=None, image_format=None, force=False,
+            reporter=Silent(), stop=stop)
 """
 
 
@@ -229,7 +237,7 @@ def test_a_reader_that_sleeps_does_not_make_a_restore_deaf_to_sigterm(builder: B
 def test_a_block_device_gets_exactly_the_disk(two_points, loop_device):
     builder, content = two_points
     device = loop_device(1 << 20, filled=b"\xff")
-    with pytest.raises(TargetExists, match="holds something"):
+    with pytest.raises(TargetExists, match="block device"):
         run(builder.folder.point(P2), device)
     run(builder.folder.point(P2), device, force=True)
     found = Path(device).read_bytes()
@@ -237,11 +245,15 @@ def test_a_block_device_gets_exactly_the_disk(two_points, loop_device):
     assert set(found[len(content) :]) == {0xFF}
 
 
-def test_a_blank_block_device_needs_no_force(two_points, loop_device):
-    builder, content = two_points
+def test_a_block_device_in_use_is_refused_even_by_force(two_points, loop_device):
+    builder, _ = two_points
     device = loop_device(1 << 20)
-    run(builder.folder.point(P2), device)
-    assert Path(device).read_bytes()[: len(content)] == content
+    held = os.open(device, os.O_RDONLY | os.O_EXCL)
+    try:
+        with pytest.raises(UsageError, match="in use"):
+            run(builder.folder.point(P2), device, force=True)
+    finally:
+        os.close(held)
 
 
 def test_a_block_device_that_is_too_small_is_refused_untouched(two_points, loop_device):

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The configuration file `backupctl.toml`, and how the command line overrides it.
+
+::
+
+    [defaults]                       what holds for every VM
+    repository = "/backup"
+
+    [vm.web]
+    qmp = "unix:/run/qemu/web.qmp"
+    agent = "unix:/run/qemu/web.agent"
+    [vm.web.disks]                   QEMU's name of a disk = the name it is stored under
+    virtio0 = "system"
+
+Looked for in: ``--config``, ``$BACKUPCTL_CONFIG``, ``./backupctl.toml``, the user's and the system's
+configuration folder. A key that is not known is an error: a misspelt `limit` must not be silently none.
+"""
+
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backupctl.errors import InvalidName, UsageError
+from backupctl.names import disk_name, vm_name
+from backupctl.settings import Address, Vm
+
+FILE_NAME = "backupctl.toml"
+_STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain"})
+_SETTINGS = _STRINGS | {"freeze_budget"}
+_OF_VM = _SETTINGS | {"qmp", "agent", "disks"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the configuration file says; empty if there is none. path: where it was found."""
+
+    path: Path | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    vms: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def setting(self, vm: str | None, name: str) -> Any:
+        """Return a setting of a VM, or the default for all, or None."""
+        return self.vms.get(vm or "", {}).get(name, self.defaults.get(name))
+
+    def repository(self, vm: str | None, given: str | None) -> Path:
+        """Return the repository's folder. Raises UsageError."""
+        found = given or self.setting(vm, "repository")
+        if not found:
+            raise UsageError(
+                "no repository is known",
+                next_command="give --repository DIR, or put repository = into the configuration file",
+            )
+        return Path(found).expanduser()
+
+    def vm(self, name: str, qmp: str | None, agent: str | None) -> Vm:
+        """Return a VM as the file and the command line describe it. Raises UsageError."""
+        try:
+            checked = vm_name(name)
+        except InvalidName as err:
+            raise UsageError(err.message) from err
+        monitor = qmp or self.setting(name, "qmp")
+        if not monitor:
+            there = ", ".join(sorted(self.vms)) or "none"
+            raise UsageError(
+                f"no monitor is known for {name!r:.120} (VMs in the configuration: {there})",
+                next_command=f"give --qmp unix:PATH, or put [vm.{checked}] into {self.path or FILE_NAME}",
+            )
+        guest = agent or self.setting(name, "agent")
+        return Vm(
+            checked,
+            Address.parse(monitor),
+            Address.parse(guest) if guest else None,
+            dict(self.setting(name, "disks") or {}),
+        )
+
+
+def load(given: str | None) -> Config:
+    """Find and read the configuration file. Raises UsageError."""
+    named = given or os.environ.get("BACKUPCTL_CONFIG")
+    if named:
+        return _read(Path(named))
+    for path in _places():
+        if path.is_file():
+            return _read(path)
+    return Config()
+
+
+def _places() -> list[Path]:
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    return [Path(FILE_NAME), user / "backupctl" / FILE_NAME, Path("/etc/backupctl") / FILE_NAME]
+
+
+def _read(path: Path) -> Config:
+    try:
+        content = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
+        raise UsageError(f"the configuration {path} can't be read: {err}") from err
+    _only(content, {"defaults", "vm"}, path, "at the top")
+    defaults = _table(content.get("defaults", {}), path, "[defaults]")
+    _check(defaults, _SETTINGS, path, "[defaults]")
+    vms = _table(content.get("vm", {}), path, "[vm]")
+    for name, settings in vms.items():
+        _check(_table(settings, path, f"[vm.{name}]"), _OF_VM, path, f"[vm.{name}]")
+        _check_names(name, settings, path)
+    return Config(path, defaults, vms)
+
+
+def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: str) -> None:
+    _only(settings, known, path, where)
+    for name, value in settings.items():
+        if name == "disks":
+            continue
+        numeric = name == "freeze_budget"
+        if numeric and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise UsageError(f"{path}: {name} in {where} must be a number of seconds")
+        if not numeric and not isinstance(value, str):
+            raise UsageError(f"{path}: {name} in {where} must be a text in quotes")
+
+
+def _check_names(name: str, settings: dict[str, Any], path: Path) -> None:
+    try:
+        vm_name(name)
+        for stored in _table(settings.get("disks", {}), path, f"[vm.{name}.disks]").values():
+            disk_name(str(stored))
+    except InvalidName as err:
+        raise UsageError(f"{path}: [vm.{name}]: {err.message}") from err
+
+
+def _only(settings: dict[str, Any], known: set[str] | frozenset[str], path: Path, where: str) -> None:
+    for name in settings:
+        if name not in known:
+            raise UsageError(
+                f"{path}: {name!r:.60} {where} is not known; known are: {', '.join(sorted(known))}"
+            )
+
+
+def _table(value: object, path: Path, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UsageError(f"{path}: {where} must be a table")
+    return value

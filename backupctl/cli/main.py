@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command `backupctl`: its commands, and what becomes of errors."""
+
+import os
+import sys
+import tempfile
+import traceback
+from typing import NoReturn
+
+import click
+
+from backupctl import __version__
+from backupctl.cli import common, screen
+from backupctl.cli.points import list_points, show
+from backupctl.cli.restore import restore
+from backupctl.cli.run import full, incremental
+from backupctl.cli.vm import recover, status
+from backupctl.errors import BackupctlError, Failed, Interrupted, UsageError
+
+
+@click.group(epilog=common.exit_help())
+@click.option("--config", metavar="FILE", help="The configuration file.")
+@click.version_option(__version__, prog_name="backupctl")
+def cli(config: str | None) -> None:
+    """Incremental backups of running QEMU virtual machines, over QEMU's own monitor.
+
+    NAME is a VM of the configuration file, or any name together with --qmp and --repository.
+    """
+
+
+for _command in (full, incremental, list_points, show, restore, status, recover):
+    cli.add_command(_command)
+
+
+def main() -> NoReturn:
+    """Run the command line; the one place where every error ends."""
+    as_json = "--json" in sys.argv
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as err:
+        sys.exit(err.exit_code)
+    except click.ClickException as err:
+        if not as_json:
+            err.show()
+        _fail(UsageError(err.format_message()), as_json=as_json, say=as_json)
+    except (click.Abort, KeyboardInterrupt):
+        _fail(Interrupted("interrupted"), as_json=as_json)
+    except BackupctlError as err:
+        _fail(err, as_json=as_json)
+    except BrokenPipeError:
+        # Who read our output has gone; what was to be done is done.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:  # noqa: BLE001 - the one place: a bug must not greet anybody with a traceback
+        _fail(_bug(), as_json=as_json)
+    sys.exit(0)
+
+
+def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
+    if say:
+        screen.print_error(err, as_json=as_json)
+    sys.exit(err.exit_code)
+
+
+def _bug() -> Failed:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="backupctl-error-", suffix=".log", delete=False, encoding="utf-8"
+    ) as log:
+        traceback.print_exc(file=log)
+    kind, text, _ = sys.exc_info()
+    return Failed(
+        f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
+        state="whatever was begun was rolled back where that was possible",
+        next_command=f"backupctl status NAME; the details are in {log.name}",
+    )
+
+
+if __name__ == "__main__":
+    main()

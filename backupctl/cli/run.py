@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl full` and `backupctl incremental`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from backupctl import backup
+from backupctl.cli import common, screen, units
+from backupctl.report import RunReport, Stop
+from backupctl.settings import Kind, RunOptions
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+        click.option("--limit", metavar="RATE", help="Read no faster than this, e.g. 50M (bytes a second)."),
+        click.option(
+            "--view",
+            type=click.Choice(["fleecing", "snapshot-access", "auto"]),
+            help="How the moment is held; snapshot-access (QEMU 7.1+) spares the guest a full scratch.",
+        ),
+        click.option("--freeze-budget", type=float, metavar="SECONDS", help="The longest freeze (10)."),
+        click.option(
+            "--freeze",
+            type=click.Choice(["auto", "require", "never"]),
+            help="Freeze the guest's file systems for the moment (auto).",
+        ),
+        click.option("--disk", "disks", multiple=True, metavar="D", help="Only this disk; may be repeated."),
+        common.named(),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command(epilog=common.exit_help(0, 1, 2, 3, 75))
+@_options
+@click.pass_context
+def full(context: click.Context, /, **options: Any) -> None:
+    """Take a full recovery point of a running VM: all data of all its writable disks."""
+    _run(context, "full", options)
+
+
+@click.command(epilog=common.exit_help(0, 1, 2, 3, 75))
+@_options
+@click.option(
+    "--on-broken-chain",
+    type=click.Choice(["full", "fail"]),
+    help="What to do with a disk whose bitmap can't be used: take it full (the default), or fail.",
+)
+@click.pass_context
+def incremental(context: click.Context, /, **options: Any) -> None:
+    """Take an incremental recovery point: what changed since the newest one.
+
+    With no point to build on it takes a full.
+    """
+    _run(context, "incremental", options)
+
+
+def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
+    names = common.take(context, options)
+    vm, repository = names.vm(), names.repository(create=True)
+    asked = {name: value for name, value in options.items() if value is not None}
+
+    def setting(name: str, default: Any) -> Any:
+        found = asked.get(name, names.config.setting(vm.name, name))
+        return default if found is None else found
+
+    default = common.DEFAULTS
+    limit = setting("limit", None)
+    wanted = RunOptions(
+        kind=kind,
+        disks=tuple(options["disks"]),
+        freeze=setting("freeze", default.freeze),
+        freeze_budget_seconds=float(setting("freeze_budget", default.freeze_budget_seconds)),
+        scratch=Path(names.scratch()),
+        limit_bytes_per_second=units.parse_size(limit) if limit else None,
+        view=setting("view", default.view),
+        on_broken_chain=setting("on_broken_chain", default.on_broken_chain),
+    )
+    stop = Stop()
+    with stop.on_signals(), screen.reporter() as reporter:
+        report = backup.run(vm, repository, wanted, reporter, stop)
+    if options["as_json"]:
+        screen.print_json(document(report))
+    else:
+        _print(report)
+
+
+def document(report: RunReport) -> dict[str, Any]:
+    """Return a run's report for programs; its keys are fixed."""
+    keys = ("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "stored_bytes")
+    return {
+        "vm": report.vm,
+        "point": report.point,
+        "kind": report.kind,
+        "parent": report.parent,
+        "disks": [{key: getattr(disk, key) for key in keys} for disk in report.disks],
+        "frozen_ms": report.frozen_ms,
+        "consistency": report.consistency,
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def _print(report: RunReport) -> None:
+    rows = [
+        (
+            disk.name,
+            disk.kind,
+            units.size(disk.size),
+            units.size(disk.copied_bytes),
+            units.size(disk.zero_bytes),
+            units.size(disk.stored_bytes),
+        )
+        for disk in report.disks
+    ]
+    frozen = "not frozen" if report.frozen_ms is None else f"frozen {report.frozen_ms} ms"
+    parent = f" on {report.parent}" if report.parent else ""
+    screen.print_line(
+        f"{report.vm} {report.point}: {report.kind}{parent}, {report.consistency}-consistent, "
+        f"{frozen}, {units.duration(report.seconds)}"
+    )
+    screen.print_table(("DISK", "KIND", "SIZE>", "COPIED>", "ZEROES>", "STORED>"), rows)

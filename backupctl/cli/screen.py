@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the user sees: progress on a terminal, plain lines elsewhere, one JSON document for programs.
+
+Everything that people read goes to stderr while a command works, results to stdout. With ``--json``
+stdout holds one JSON document and nothing else.
+
+Names and error texts come from outside (QEMU, manifests, the agent). They pass through `clean`, so that
+none can move the cursor or colour the screen.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from backupctl.errors import BackupctlError
+from backupctl.names import DiskName
+from backupctl.report import Reporter
+
+_LINE_SECONDS = 10.0
+
+
+def clean(text: object) -> str:
+    """Return a text without control characters."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else f"\\x{ord(character):02x}"
+        for character in str(text)
+    )
+
+
+def print_json(document: object) -> None:
+    """Write the one document to stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
+    sys.stdout.flush()
+
+
+def print_line(text: str) -> None:
+    """Write a line of a result to stdout."""
+    sys.stdout.write(clean(text) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table to stdout: plain columns, as wide as they need to be."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column.endswith(">") else "left", no_wrap=True)
+        table.columns[-1].header = column.removesuffix(">")
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table, crop=False, no_wrap=True)
+
+
+def print_error(err: BackupctlError, *, as_json: bool) -> None:
+    """Say what failed, at which step, what is the case now, and what to run next."""
+    if as_json:
+        print_json({"error": error_document(err)})
+    lines = [f"backupctl: {clean(err.message)}"]
+    for name, text in (("step", err.step), ("state", err.state), ("next", err.next_command)):
+        if text:
+            lines.append(f"  {name + ':':<7}{clean(text)}")
+    sys.stderr.write("\n".join(lines) + "\n")
+
+
+def error_document(err: BackupctlError) -> dict[str, Any]:
+    """Return an error for programs."""
+    return {
+        "kind": type(err).__name__,
+        "message": err.message,
+        "step": err.step,
+        "state": err.state,
+        "next": err.next_command,
+        "exit_code": err.exit_code,
+    }
+
+
+class Lines:
+    """A Reporter for logs: a line for each step, and one every ten seconds while bytes move."""
+
+    def __init__(self) -> None:
+        self._told = 0.0
+
+    def step(self, text: str) -> None:
+        """A step begins."""
+        self._write(text)
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        self._write(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        """Something to act on some time."""
+        self._write(f"warning: {text}")
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """So much is copied."""
+        now = time.monotonic()
+        if now - self._told >= _LINE_SECONDS:
+            self._told = now
+            share = 100 * done_bytes // total_bytes if total_bytes else 100
+            self._write(f"{disk}: {share} % of {total_bytes >> 20} MiB")
+
+    def _write(self, text: str) -> None:
+        sys.stderr.write(f"backupctl: {clean(text)}\n")
+
+
+class Live:
+    """A Reporter for a terminal: the step under way, and a bar for each disk."""
+
+    def __init__(self, display: Progress) -> None:
+        self._display = display
+        self._bars: dict[str, TaskID] = {}
+        self._step = display.add_task("", total=None, start=False, visible=False)
+
+    def step(self, text: str) -> None:
+        """A step begins."""
+        self._display.console.print(Text(f"· {clean(text)}", style="dim"))
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        self._display.console.print(Text(f"  {clean(text)}"))
+
+    def warn(self, text: str) -> None:
+        """Something to act on some time."""
+        self._display.console.print(Text(f"! {clean(text)}", style="yellow"))
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """So much is copied."""
+        if disk not in self._bars:
+            self._bars[disk] = self._display.add_task(clean(disk), total=total_bytes)
+        self._display.update(self._bars[disk], completed=done_bytes, total=total_bytes)
+
+
+@contextmanager
+def reporter() -> Iterator[Reporter]:
+    """Give the Reporter that fits stderr."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as display:
+        yield Live(display)

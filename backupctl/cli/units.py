@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sizes and rates as people write and read them. All units are powers of 1024."""
+
+import re
+
+from backupctl.errors import UsageError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)\s*([KMGT]?)(?:i?B)?(?:/s)?", re.ASCII | re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Read "100M", "1.5G", "50MiB/s" or plain bytes; returns bytes. Raises UsageError."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match or float(match[1]) == 0:
+        raise UsageError(f"{text!r:.60} is no size or rate; 100M, 1.5G or 50MiB/s is meant")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def size(count: int) -> str:
+    """Write a number of bytes for people: "1.5 GiB"."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people: "0.4 s", "3 min 20 s", "2 h 5 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl status` and `backupctl recover`."""
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from backupctl import recovery
+from backupctl.cli import common, screen, units
+
+
+@click.command(epilog=common.exit_help(0, 2))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.named()
+@click.pass_context
+def status(context: click.Context, /, **options: Any) -> None:
+    """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing."""
+    names = common.take(context, options)
+    found = recovery.status(names.vm(), names.repository(), names.scratch())
+    if options["as_json"]:
+        screen.print_json(asdict(found))
+        return
+    points = f"{len(found.points)}, newest {found.points[-1]}" if found.points else "none"
+    screen.print_line(f"{'vm':<12} {found.vm}")
+    screen.print_line(f"{'qemu':<12} {found.qemu or found.problem}")
+    screen.print_line(f"{'points':<12} {points}")
+    for path in found.damaged:
+        screen.print_line(f"{'damaged':<12} {path}")
+    screen.print_line(f"{'leftovers':<12} {'none' if not found.leftovers else ''}")
+    for left in found.leftovers:
+        screen.print_line(f"  {left}")
+    screen.print_line(f"{'next run':<12} {found.next_run}")
+    if found.disks:
+        screen.print_line("")
+        screen.print_table(
+            ("DISK", "NODE", "SIZE>", "BITMAP", "NEXT"),
+            [
+                (disk.name, disk.node, units.size(disk.size), disk.bitmap_state, disk.next)
+                for disk in found.disks
+            ],
+        )
+        for disk in found.disks:
+            if disk.reason:
+                screen.print_line(f"{disk.name}: {disk.reason}")
+
+
+@click.command(epilog=common.exit_help(0, 1, 2, 3, 75))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.named()
+@click.pass_context
+def recover(context: click.Context, /, **options: Any) -> None:
+    """Finish or undo what an earlier run left in the VM. Doing it again does nothing more."""
+    names = common.take(context, options)
+    with screen.reporter() as reporter:
+        done = recovery.recover(names.vm(), names.repository(), reporter, names.scratch())
+    if options["as_json"]:
+        screen.print_json({"vm": names.name, "actions": list(done.actions)})
+    else:
+        screen.print_line("recovered" if done.actions else "nothing to recover: all is at rest")
