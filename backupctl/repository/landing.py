@@ -82,15 +82,9 @@ def _into_place(temporary: Path, target: Path, *, force: bool) -> None:
         temporary.rename(target)
         return
     try:
-        os.link(temporary, target)  # unlike a rename, this never replaces what came meanwhile
+        durable.place(temporary, target)
     except FileExistsError as err:
         raise TargetExists(f"{target} has come into being meanwhile") from err
-    except OSError as err:
-        if err.errno not in (errno.EPERM, errno.EOPNOTSUPP) or os.path.lexists(target):
-            raise
-        temporary.rename(target)  # a file system without hard links
-        return
-    temporary.unlink()
 
 
 @contextmanager
