@@ -60,6 +60,8 @@ def _check(path: Path, entry: DiskEntry) -> None:
     wanted = f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
     if found.size != entry.size:
         raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
+    if found.file_bytes != entry.file_bytes:
+        raise DamageFound(f"{path} has {found.file_bytes} bytes; when it was made it had {entry.file_bytes}")
     if found.backing != wanted:
         raise DamageFound(
             f"{path} stands on {found.backing!r:.200}; by its manifest it should be on {wanted!r}"

@@ -31,10 +31,12 @@ _NAME_BYTES = 1023
 class Header:
     """What an image says of itself.
 
-    size: virtual, in bytes. cluster: bytes. backing, backing_format: "" for none.
+    size: virtual, in bytes. file_bytes: the file's length. cluster: in bytes. backing, backing_format: ""
+    for none.
     """
 
     size: int
+    file_bytes: int
     cluster: int
     backing: str
     backing_format: str
@@ -46,15 +48,16 @@ def read(path: Path) -> Header:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             content = file.read(_READ_BYTES)
+            file_bytes = os.fstat(descriptor).st_size
     except OSError as err:
         raise DamageFound(f"the image {path} can't be read: {err.strerror}") from err
     try:
-        return parse(content)
+        return parse(content, file_bytes)
     except (ValueError, struct.error) as err:
         raise DamageFound(f"{path} is no qcow2 image of ours: {err}") from err
 
 
-def parse(content: bytes) -> Header:
+def parse(content: bytes, file_bytes: int) -> Header:
     """Read a header from an image's first cluster. Raises ValueError, struct.error."""
     magic, version, backing_at, backing_length, bits, size, encryption, features = _FIXED.unpack_from(content)
     if (magic, version) != (_MAGIC, 3):
@@ -69,7 +72,7 @@ def parse(content: bytes) -> Header:
         if backing_length > _NAME_BYTES or backing_at + backing_length > len(content):
             raise ValueError("its backing name lies elsewhere")
         backing = content[backing_at : backing_at + backing_length].decode()
-    return Header(size, 1 << bits, backing, _extension(content, _BACKING_FORMAT))
+    return Header(size, file_bytes, 1 << bits, backing, _extension(content, _BACKING_FORMAT))
 
 
 def _extension(content: bytes, wanted: int) -> str:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Repositories to test with: a builder that makes points as a run does."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nbd
 import pytest
 
 from backupctl.names import DiskName, NodeName, PointId, VmName
@@ -34,6 +35,7 @@ def disk_entry(name: str = "vda", parent: PointId | None = None, size: int = 1 <
         copied_bytes=1,
         zero_bytes=0,
         stored_bytes=1,
+        file_bytes=1,
         unchanged_bytes=0,
     )
 
@@ -83,6 +85,7 @@ class Builder:
     def point(self, point: PointId, *disks: tuple[DiskEntry, Writes]) -> Point:
         """Make a committed point with real images, each written with (offset, bytes)."""
         partial = self.begin(point)
+        entries = []
         for entry, writes in disks:
             path = partial.path / f"{entry.name}.qcow2"
             below = chain.below(self.folder, entry.parent, entry.name)
@@ -90,7 +93,8 @@ class Builder:
                 path, entry.size, f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else None
             )
             write_image((path, *below), writes)
-        return partial.commit(self.manifest(point, *(entry for entry, _ in disks)))
+            entries.append(replace(entry, file_bytes=path.stat().st_size))
+        return partial.commit(self.manifest(point, *entries))
 
 
 def write_image(layers: tuple[Path, ...], writes: Writes) -> None:
@@ -99,10 +103,12 @@ def write_image(layers: tuple[Path, ...], writes: Writes) -> None:
         open_target(address, images.EXPORT, 1) as (connection,),
     ):
         for offset, content in writes:
-            command: Callable[..., int] = (
-                connection.handle.zero if not any(content) else connection.handle.pwrite
-            )
-            command(len(content) if command == connection.handle.zero else content, offset)
+            if any(content):
+                buffer = nbd.Buffer.from_bytearray(bytearray(content))
+                cookie = connection.handle.aio_pwrite(buffer, offset)
+            else:
+                cookie = connection.handle.aio_zero(len(content), offset)
+            connection.wait(lambda cookie=cookie: connection.completed(cookie))
 
 
 @pytest.fixture
