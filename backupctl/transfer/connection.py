@@ -38,6 +38,8 @@ class Connection:
         self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
         self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
+        # libnbd has no name for a whole read that must not come in pieces (see `start_read`).
+        self.handle.set_strict_mode(self.handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
         self.failure = failure
         self._export = export
         self._stall_seconds = stall_seconds
@@ -81,6 +83,18 @@ class Connection:
         except nbd.Error as err:
             raise self.explained(err) from err
         return found
+
+    def start_read(self, buffer: "nbd.Buffer", offset: int) -> int:
+        """Ask for as many bytes as `buffer` has room for; returns the command's cookie. Raises `failure`.
+
+        In one piece: QEMU's server ends the connection when a read in several pieces fails, and answers
+        with the error when it was asked for one.
+        """
+        try:
+            flags = nbd.CMD_FLAG_DF if self.handle.can_df() else 0
+            return int(self.handle.aio_pread(buffer, offset, flags=flags))
+        except nbd.Error as err:
+            raise self.explained(err) from err
 
     def flush(self) -> None:
         """Have the server write out what it holds. Raises `failure`."""

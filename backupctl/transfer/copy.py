@@ -130,10 +130,7 @@ class Copy:
         else:
             self._limiter.spend(extent.length)
             piece.buffer = nbd.Buffer(extent.length)
-            try:
-                piece.cookie = source.handle.aio_pread(piece.buffer, extent.offset)
-            except nbd.Error as err:
-                raise source.explained(err) from err
+            piece.cookie = source.start_read(piece.buffer, extent.offset)
         self._flying.append(piece)
 
     def _write(self, piece: _Piece) -> None:

@@ -75,10 +75,7 @@ def _start(extent: Extent, connection: Connection) -> _Piece:
     piece = _Piece(extent, connection)
     if not extent.zero:
         piece.buffer = nbd.Buffer(extent.length)
-        try:
-            piece.cookie = connection.handle.aio_pread(piece.buffer, extent.offset)
-        except nbd.Error as err:
-            raise connection.explained(err) from err
+        piece.cookie = connection.start_read(piece.buffer, extent.offset)
     return piece
 
 
