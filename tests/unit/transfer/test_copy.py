@@ -225,8 +225,8 @@ def test_a_target_that_stalls_is_a_write_error(serve, tmp_path):
             target.freeze()
 
     frozen: list[int] = []
+    wanted = [Extent(0, 4 * MIB, zero=False)]
     with closing(source_of(export)) as source, pytest.raises(WriteFailed, match="no byte"):
-        wanted = [Extent(0, 4 * MIB, zero=False)]
         run(source, target, wanted, progress=freeze_soon, limit=4 * MIB, stall_seconds=1.0)
     assert frozen
 
