@@ -295,6 +295,7 @@ class _Run:
             copied_bytes=copied.copied_bytes,
             zero_bytes=copied.zero_bytes,
             stored_bytes=path.stat().st_blocks * 512,
+            file_bytes=path.stat().st_size,
             unchanged_bytes=0,
         )
 

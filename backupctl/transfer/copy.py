@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbd
 
-from backupctl.errors import ReadFailed, WriteFailed
+from backupctl.errors import WriteFailed
 from backupctl.transfer.connection import Connection, turn
 from backupctl.transfer.extents import Extent, pieces
 from backupctl.transfer.limit import TokenBucket
@@ -119,7 +119,7 @@ class Copy:
                 self._check()
                 self._progress(self._copied + self._zero)
             if now - moved > self._stall_seconds:
-                raise ReadFailed(f"no byte arrived for {self._stall_seconds:g} s")
+                raise self._flying[0].connection.failure(f"no byte moved for {self._stall_seconds:g} s")
         self._progress(self._copied + self._zero)
         return Copied(self._copied, self._zero)
 
@@ -130,10 +130,7 @@ class Copy:
         else:
             self._limiter.spend(extent.length)
             piece.buffer = nbd.Buffer(extent.length)
-            try:
-                piece.cookie = source.handle.aio_pread(piece.buffer, extent.offset)
-            except nbd.Error as err:
-                raise source.explained(err) from err
+            piece.cookie = source.start_read(piece.buffer, extent.offset)
         self._flying.append(piece)
 
     def _write(self, piece: _Piece) -> None:
