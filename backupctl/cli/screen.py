@@ -20,13 +20,15 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 from rich.text import Text
 
+from backupctl.cli import units
 from backupctl.errors import BackupctlError
 from backupctl.names import DiskName
 from backupctl.report import Reporter
@@ -121,6 +123,14 @@ class Lines:
         sys.stderr.write(f"backupctl: {clean(text)}\n")
 
 
+class _Rate(ProgressColumn):
+    """The rate in the units of --limit (rich's own column counts in powers of 1000)."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{units.size(round(speed))}/s" if speed else "", style="progress.data.speed")
+
+
 class Live:
     """A Reporter for a terminal: the step under way, and a bar for each disk."""
 
@@ -158,7 +168,7 @@ def reporter() -> Iterator[Reporter]:
         TextColumn("  {task.description}"),
         BarColumn(bar_width=24),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        _Rate(),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as display:
