@@ -17,6 +17,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -166,8 +167,13 @@ class VmFolder:
         return self.path.is_dir()
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other runs out. A dead run leaves no lock. Raises Locked, RepositoryError."""
+    def lock(self, patience_seconds: float = 4.0) -> Iterator[int]:
+        """Keep other runs out; yields the lock's descriptor. Raises Locked, RepositoryError.
+
+        Whoever inherits the descriptor holds the lock too: a run's guard does, so that nobody begins
+        while the guard of a dead run still works for the guest. It is mostly done in an instant, hence
+        the patience.
+        """
         try:
             if not self.path.is_dir():
                 with suppress(FileExistsError):
@@ -181,24 +187,35 @@ class VmFolder:
                 state="nothing was touched",
             ) from err
         try:
-            self._take(descriptor)
+            self._take(descriptor, time.monotonic() + patience_seconds)
             self._settle_names()
-            yield
+            yield descriptor
         finally:
             os.close(descriptor)
 
-    def _take(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-            who = f" (process {holder})" if holder.isdigit() else ""
-            raise Locked(f"another run{who} works on {self.name} in this repository") from err
-        except OSError as err:
-            raise RepositoryError(f"{self.path / 'lock'} can't be locked: {err.strerror}") from err
+    def _take(self, descriptor: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as err:
+                if time.monotonic() > deadline:
+                    raise Locked(self._holder(descriptor), state="nothing was touched") from err
+                time.sleep(0.05)
+            except OSError as err:
+                raise RepositoryError(f"{self.path / 'lock'} can't be locked: {err.strerror}") from err
         with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _holder(self, descriptor: int) -> str:
+        number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+        if number.isdigit() and not Path("/proc", number).exists():
+            return (
+                f"the guard of a run that died (process {number}) still works for {self.name}: "
+                "it thaws the guest or waits for QEMU's monitor; it gives up thawing after 5 minutes"
+            )
+        return f"another run (process {number or '?'}) works on {self.name} in this repository"
 
     def _settle_names(self) -> None:
         """Make durable what a dead run renamed: recovery is about to rest on it."""
