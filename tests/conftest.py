@@ -162,7 +162,7 @@ def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
         *,
         formats: dict[str, str] | None = None,
         seed: int = 1,
-        running: bool = True,
+        open_to_user: bool = False,
         **machine_options: Any,
     ) -> Lab:
         sizes = sizes or {"vda": 16 * MIB, "vdb": 8 * MIB + 512}
@@ -172,6 +172,10 @@ def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
             path = tmp_path / f"{name}.{kind}"
             command = [build.tool("qemu-img"), "create", "-q", "-f", kind, path, str(size)]
             subprocess.run(command, check=True, timeout=30)
+            if open_to_user:  # the disk is QEMU's own; nothing else here is
+                path.chmod(0o666)
+                for parent in (tmp_path, *tmp_path.parents[:3]):
+                    parent.chmod(parent.stat().st_mode | 0o011)
             disks.append(Disk(name, path, kind))
         machine = Machine(build, disks, **machine_options)
         held.callback(machine.close)
