@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,17 +150,23 @@ def test_a_server_does_not_outlive_a_killed_run(tmp_path):
         run.send_signal(signal.SIGKILL)
         run.wait(10)
         run.stdout.close()
+    server = int((Path(address).parent / "ready").read_text())
+    try:
+        wait_for_refusal(address)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
+        shutil.rmtree(Path(address).parent)
+
+
+def wait_for_refusal(address: str) -> None:
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    while True:
         with socket.socket(socket.AF_UNIX) as client:
             if client.connect_ex(address) != 0:
-                break
+                return
+        assert time.monotonic() < deadline, "the server lives on"
         time.sleep(0.05)
-    else:
-        raise AssertionError("the server lives on")
-    Path(address).unlink()
-    for left in (*Path(address).parent.iterdir(), Path(address).parent):
-        left.rmdir() if left.is_dir() else left.unlink()
 
 
 @pytest.fixture
@@ -284,9 +291,7 @@ def test_data_in_another_file_is_damage(two_points, tmp_path):
         chain.paths(builder.folder, builder.folder.point(P1), "vda")
 
 
-@pytest.mark.parametrize(
-    "options", ["compat=0.10", "encrypt.format=aes,encrypt.key-secret=s"]
-)
+@pytest.mark.parametrize("options", ["compat=0.10", "encrypt.format=aes,encrypt.key-secret=s"])
 def test_an_image_of_another_make_is_damage(tmp_path, options):
     qemu_img(
         "create", "--object", "secret,id=s,data=x", "-f", "qcow2", "-o", options, tmp_path / "a", 1 << 20
