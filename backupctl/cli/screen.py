@@ -25,7 +25,6 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from backupctl.errors import BackupctlError
@@ -55,15 +54,18 @@ def print_line(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table to stdout: plain columns, as wide as they need to be."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column.endswith(">") else "left", no_wrap=True)
-        table.columns[-1].header = column.removesuffix(">")
-    for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table, crop=False, no_wrap=True)
+    """Write a table to stdout: columns as wide as they need to be, those ending in ">" to the right."""
+    lines = [
+        [column.removesuffix(">") for column in columns],
+        *([clean(cell) for cell in row] for row in rows),
+    ]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
+    for line in lines:
+        cells = (
+            text.rjust(width) if column.endswith(">") else text.ljust(width)
+            for column, text, width in zip(columns, line, widths, strict=True)
+        )
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
 
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:
