@@ -430,14 +430,14 @@ class _Run:
 def _wanted(one: DiskPlan, source: Source, image: Path) -> list[Extent]:
     """What of a disk is stored: for a full all data, for an incremental all that may have changed.
 
-    image: the new layer's address. It is empty yet, so it shows the parent point's data.
+    image: the new layer's address. It is empty yet, so it shows the parent point's data. The source is
+    asked twice rather than keep the state of each range: a fragmented disk has millions.
     """
-    statuses = list(source.statuses())
     if one.base is None:
-        return list(extents.data(statuses))
+        return list(extents.data(source.statuses()))
     with closing(Source.connect([image], images.EXPORT)) as parent:
         before_zero = parent.zeroes()
-    return extents.with_vanished(list(extents.dirty(statuses)), list(extents.zeroes(statuses)), before_zero)
+    return extents.with_vanished(list(extents.dirty(source.statuses())), source.zeroes(), before_zero)
 
 
 def _report(manifest: Manifest, seconds: float) -> RunReport:

@@ -32,7 +32,7 @@ class BadReply(ValueError):
     """The block status reply is not one that a server may give."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
     """A range of a disk, in bytes. zero: it reads as zeroes."""
 
@@ -46,7 +46,7 @@ class Extent:
         return self.offset + self.length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Status:
     """A range with the flags of each of the contexts that were asked for, in their order."""
 
