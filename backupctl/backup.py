@@ -163,7 +163,7 @@ class _Run:
         held.callback(view.close)
         view.attach()
         freeze = self._moment(partial, view, freezes)
-        sources = self._export(view, private)
+        sources = self._export(view)
         self._begin("copy")
         entries = self._copy(partial, view, sources)
         self._begin("dismantle")
@@ -222,7 +222,7 @@ class _Run:
             raise err
         self.reporter.warn(f"going on without a freeze, so this point is crash-consistent: {err}")
 
-    def _export(self, view: View, private: Path | None) -> list[Source]:
+    def _export(self, view: View) -> list[Source]:
         """Step 6. Every client is connected, and known to the guard, before a byte is read."""
         self._begin("export")
         self._refuse_resized()
@@ -232,7 +232,7 @@ class _Run:
         ]
         self.server_is_ours = True
         try:
-            exports = export.publish(self.monitor, self.guard, self.owner, shown, private)
+            exports = export.publish(self.monitor, self.guard, self.owner, shown)
         except CommandFailed as err:
             # Somebody else's server: ending it would take it from under its clients.
             self.server_is_ours = err.command != "nbd-server-start"

@@ -9,13 +9,15 @@ No name that is stored in an image is ever opened. The chain is checked against 
 `chain.py` and given to QEMU link by link.
 """
 
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +29,8 @@ EXPORT = "image"
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 120.0
+_PREFIX = "backupctl-image-"
+_NEW_SECONDS = 60.0  # one that is being made is not locked yet
 _SOCKET = "nbd.sock"
 _READY = "ready"
 # Measured: without these QEMU's server spends most of its time in page faults of its allocator.
@@ -79,25 +83,51 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
     when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
     """
-    with tempfile.TemporaryDirectory(prefix="backupctl-image-") as name:
-        folder = Path(name)
-        with tempfile.TemporaryFile() as complaints:
-            server = _start(blockdev(chain, writable=writable), folder, complaints, writable=writable)
-            try:
-                _await_ready(server, folder / _READY, complaints)
-                yield folder / _SOCKET
-                status = _end(server)
-            except BaseException:
-                server.kill()
-                server.wait()
-                raise
-            if status != 0 and writable:
-                raise WriteFailed(f"QEMU could not complete {chain[0]}: {qemu.said(complaints)}")
+    with _private_folder() as folder, tempfile.TemporaryFile() as complaints:
+        server = _start(blockdev(chain, writable=writable), folder, complaints, writable=writable)
+        try:
+            _await_ready(server, folder / _READY, complaints)
+            yield folder / _SOCKET
+            status = _end(server)
+        except BaseException:
+            server.kill()
+            server.wait()
+            raise
+        if status != 0 and writable:
+            raise WriteFailed(f"QEMU could not complete {chain[0]}: {qemu.said(complaints)}")
     if writable:
         try:
             durable.sync_file(chain[0])
         except OSError as err:
             raise WriteFailed(f"{chain[0]} can't be brought to the disk: {err.strerror}") from err
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Make a folder of our own for a socket, locked for as long as we live."""
+    _sweep(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(descriptor)
+
+
+def _sweep(temporary: Path) -> None:
+    """Remove the folders of runs that were killed: those that nobody holds any more."""
+    for path in temporary.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            found = path.lstat()
+            if found.st_uid != os.geteuid() or time.time() - found.st_mtime < _NEW_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(descriptor)
 
 
 def _start(

@@ -95,6 +95,7 @@ class Copy:
         self._progress = progress
         self._stall_seconds = stall_seconds
         self._flying: deque[_Piece] = deque()
+        self._idle: list[nbd.Buffer] = []
         self._copied = self._zero = 0
 
     def run(self, extents: Iterable[Extent]) -> Copied:
@@ -129,7 +130,7 @@ class Copy:
             self._write(piece)
         else:
             self._limiter.spend(extent.length)
-            piece.buffer = nbd.Buffer(extent.length)
+            piece.buffer = self._buffer(extent.length)
             piece.cookie = source.start_read(piece.buffer, extent.offset)
         self._flying.append(piece)
 
@@ -156,17 +157,23 @@ class Copy:
                 continue
             moved = True
             if piece.writing:
-                self._count(piece.extent)
+                self._count(piece)
             else:
                 self._write(piece)
                 self._flying.append(piece)
         return moved
 
-    def _count(self, extent: Extent) -> None:
-        if extent.zero:
-            self._zero += extent.length
-        else:
-            self._copied += extent.length
+    def _count(self, piece: _Piece) -> None:
+        if piece.extent.zero:
+            self._zero += piece.extent.length
+            return
+        self._copied += piece.extent.length
+        if piece.extent.length == PIECE_BYTES:
+            self._idle.append(piece.buffer)
+
+    def _buffer(self, length: int) -> "nbd.Buffer":
+        """Return a buffer, a used one if there is: the page faults of new ones cost more than the copy."""
+        return self._idle.pop() if length == PIECE_BYTES and self._idle else nbd.Buffer(length)
 
 
 def _pieces(extents: Iterable[Extent]) -> Iterator[Extent]:

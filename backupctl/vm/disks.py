@@ -27,7 +27,8 @@ class Disk:
 
     name: what it is stored under. node: the active node. size: bytes. driver: of the active node.
     persistent: whether its bitmaps survive a restart of QEMU (qcow2 version 3 only).
-    qdev: the device's path in QEMU's object tree, "" without a device. filename: of the active node.
+    qdev: the device as `query-block` names it (see `view.device_path`), "" without one.
+    filename: of the active node.
     """
 
     name: DiskName
@@ -203,6 +204,12 @@ def _keeps_bitmaps(image: Mapping[str, Any]) -> bool:
 
 
 def _device_id(qdev: str) -> str:
-    """Return the id that the user gave a device: `/machine/peripheral/vd0/virtio-backend` is vd0."""
+    """Return the id that the user gave a device.
+
+    `query-block` shows the id itself (scsi-hd, ide-cd) or, for virtio, the path of a part of the device:
+    `/machine/peripheral/vd0/virtio-backend` is vd0.
+    """
+    if "/" not in qdev:
+        return qdev
     parts = qdev.strip("/").split("/")
     return parts[2] if parts[:2] == ["machine", "peripheral"] and len(parts) > 2 else ""

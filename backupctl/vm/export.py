@@ -2,8 +2,8 @@
 """The NBD export of a point-in-time view, and the sockets on which it is read.
 
 The listening socket is made here, in a private folder, and handed to QEMU by descriptor: QEMU needs no
-rights on any folder. Its name is gone as soon as our clients are connected. Where descriptors can't be
-passed, QEMU makes the socket in the run's private folder.
+rights on any folder. Where descriptors can't be passed, QEMU makes the socket there. Its name is gone as
+soon as our clients are connected.
 
 Every client socket is shared with the guard before anything is said on it: QEMU must drop an export
 before its client goes away, or (Debian's 7.2, disk on an iothread) it aborts.
@@ -20,8 +20,6 @@ from backupctl.errors import Failed
 from backupctl.names import BitmapName, NodeName, Owner
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
-
-SOCKET_NAME = "nbd.sock"
 
 
 @dataclass(frozen=True)
@@ -58,16 +56,14 @@ def publish(
     guard: Guard,
     owner: Owner,
     shown: Sequence[Shown],
-    private: Path | None,
     connections: int = 2,
 ) -> tuple[Export, ...]:
     """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
 
-    private: the run's folder, None where QEMU takes descriptors. connections: sockets for each export.
-    Raises MonitorError, GuardLost.
+    connections: sockets for each export. Raises MonitorError, GuardLost, Failed.
     """
     names = [owner.node("exp", number) for number in range(len(shown))]
-    with _served(monitor, owner, private) as path:
+    with _served(monitor, owner) as path:
         for name, one in zip(names, shown, strict=True):
             monitor.execute("block-export-add", _arguments(monitor, name, one))
         # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
@@ -84,25 +80,25 @@ def descriptor_name(owner: Owner) -> str:
 
 
 @contextmanager
-def _served(monitor: Monitor, owner: Owner, private: Path | None) -> Iterator[str]:
-    """Start the NBD server; yields the path to connect to, which may be gone after the block."""
-    if private is not None:
-        path = str(private / SOCKET_NAME)
-        monitor.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
-        yield path
-        return
-    name = descriptor_name(owner)
-    with (
-        tempfile.TemporaryDirectory(prefix="backupctl-") as folder,
-        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
-    ):
-        path = str(Path(folder, SOCKET_NAME))
-        listener.bind(path)
-        listener.listen(64)
-        monitor.send_fd(listener.fileno())
-        monitor.execute("getfd", {"fdname": name})
-        monitor.execute("nbd-server-start", {"addr": {"type": "fd", "data": {"str": name}}})
-        yield path
+def _served(monitor: Monitor, owner: Owner) -> Iterator[str]:
+    """Start the NBD server; yields the path to connect to, which is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="backupctl-") as folder:
+        path = str(Path(folder, "nbd.sock"))  # short: a unix socket's path has 107 bytes
+        if monitor.passes_descriptors:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+                listener.bind(path)
+                listener.listen(64)
+                monitor.send_fd(listener.fileno())
+                monitor.execute("getfd", {"fdname": descriptor_name(owner)})
+                _start(monitor, {"type": "fd", "data": {"str": descriptor_name(owner)}})
+                yield path
+        else:
+            _start(monitor, {"type": "unix", "data": {"path": path}})
+            yield path
+
+
+def _start(monitor: Monitor, address: dict[str, object]) -> None:
+    monitor.execute("nbd-server-start", {"addr": address})
 
 
 def _arguments(monitor: Monitor, name: str, one: Shown) -> dict[str, object]:

@@ -80,6 +80,8 @@ def test_after_a_crash_of_qemu_the_inconsistent_bitmap_is_noticed(build, make_la
     lab.machine.quit()
     lab.machine.start()  # now the bitmaps are loaded from the files
     lab.writer.write(10)
+    for disk in ("vda", "vdb"):  # what QEMU has not flushed is lost with it, to the guest as to us
+        lab.machine.io(disk, "flush")
     lab.machine.kill()
     lab.machine.start()
     report = lab.backup("incremental")
@@ -136,13 +138,13 @@ def test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes(build, make_lab,
 
 
 def test_a_disk_added_in_mid_chain_is_full_and_then_incremental(build, make_lab):
-    lab = begun(make_lab, build, extra=["-device", "pcie-root-port,id=port,chassis=1"])
+    lab = begun(make_lab, build, extra=["-device", "pcie-root-port,id=rp1,chassis=1"])
     path = lab.folder / "vdc.qcow2"
     subprocess.run([build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "4M"], check=True)
     disk = Disk("vdc", path)
     node = json.loads(disk.arguments()[1])
     assert lab.machine.qmp("blockdev-add", **node) == {}
-    assert lab.machine.qmp("device_add", driver="virtio-blk-pci", id="vdc", drive=disk.node, bus="port") == {}
+    assert lab.machine.qmp("device_add", driver="virtio-blk-pci", id="vdc", drive=disk.node, bus="rp1") == {}
     lab.writer.model["vdc"] = bytearray(4 * MIB)
     lab.writer.write(30)
     report = lab.backup("incremental")
@@ -177,9 +179,9 @@ def test_read_only_media_and_empty_drives_are_left_out_and_named(build72, make_l
     lab = make_lab(
         build72,
         extra=[
-            *("-device", "ide-cd,id=empty"),
+            *("-device", "ide-cd,id=empty,bus=ide.0"),
             *("-drive", f"if=none,id=disc,file={iso},format=raw,media=cdrom,readonly=on"),
-            *("-device", "ide-cd,id=cd,drive=disc"),
+            *("-device", "ide-cd,id=cd,drive=disc,bus=ide.1"),
             *("-blockdev", f"driver=raw,node-name=ro,read-only=on,file.driver=file,file.filename={iso}"),
             *("-device", "virtio-blk-pci,id=fixed,drive=ro"),
         ],
@@ -259,7 +261,8 @@ def test_disks_can_be_stored_under_names_of_the_configuration(build72, make_lab,
     path = tmp_path / "backupctl.toml"
     path.write_text(
         f'[vm.web]\nqmp = "unix:{lab.machine.qmp_path}"\nagent = "unix:{lab.machine.agent_path}"\n'
-        f'repository = "{lab.cli.repository}"\nscratch = "{lab.cli.scratch}"\n[vm.web.disks]\nvda = "system"\n'
+        f'repository = "{lab.cli.repository}"\nscratch = "{lab.cli.scratch}"\n'
+        '[vm.web.disks]\nvda = "system"\n'
     )
     command = lab.cli.command("full", "web", "--json", vm=False)[:-2]
     environment = {**lab.cli.environment, "BACKUPCTL_CONFIG": str(path)}

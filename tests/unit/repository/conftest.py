@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Repositories to test with: a builder that makes points as a run does."""
 
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +21,7 @@ P1 = PointId("20260101T000000Z")
 P2 = PointId("20260102T000000Z")
 P3 = PointId("20260103T000000Z")
 Writes = Iterable[tuple[int, bytes]]
+WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 
 
 def disk_entry(name: str = "vda", parent: PointId | None = None, size: int = 1 << 20) -> DiskEntry:
@@ -109,6 +112,36 @@ def write_image(layers: tuple[Path, ...], writes: Writes) -> None:
             else:
                 cookie = connection.handle.aio_zero(len(content), offset)
             connection.wait(lambda cookie=cookie: connection.completed(cookie))
+
+
+def die_at(number: int, work: Callable[[], object]) -> bool:
+    """Do `work` in a child that dies before its nth step on the file system; whether it got to its end."""
+    child = os.fork()
+    if child == 0:
+        left = number
+        real_sync = os.fsync
+
+        def step() -> None:
+            nonlocal left
+            if left == 0:
+                os._exit(9)
+            left -= 1
+
+        def sync(descriptor):
+            step()
+            real_sync(descriptor)
+
+        os.fsync = sync
+        sys.addaudithook(lambda event, _arguments: step() if event in WATCHED else None)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, 9), f"step {number}: the work failed"
+    return code == 0
 
 
 @pytest.fixture

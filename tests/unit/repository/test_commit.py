@@ -2,16 +2,12 @@
 """The commit: the order of its durable steps, a death between any two of them, and each of them failing."""
 
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from backupctl.errors import BackupctlError, RepositoryError
-from tests.unit.repository.conftest import P1, P2, Builder, disk_entry
-
-WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
+from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
 
 
 def prepared(builder: Builder, point=P2):
@@ -79,36 +75,6 @@ def test_a_new_point_folder_is_durable_before_the_run_goes_on(builder: Builder, 
         builder.folder.begin(P1, builder.journal(P1))
     assert steps.index("sync vm1") < steps.index("rename .run.json.new run.json")
     assert steps[-1] == f"sync {P1}.partial"
-
-
-def die_at(number: int, work: Callable[[], object]) -> bool:
-    """Do `work` in a child that dies before its nth step on the file system; whether it got to its end."""
-    child = os.fork()
-    if child == 0:
-        left = number
-        real_sync = os.fsync
-
-        def step() -> None:
-            nonlocal left
-            if left == 0:
-                os._exit(9)
-            left -= 1
-
-        def sync(descriptor):
-            step()
-            real_sync(descriptor)
-
-        os.fsync = sync
-        sys.addaudithook(lambda event, _arguments: step() if event in WATCHED else None)
-        try:
-            work()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    assert code in (0, 9), f"step {number}: the work failed"
-    return code == 0
 
 
 def test_a_death_at_any_step_of_a_run_leaves_a_whole_point_or_a_partial(builder: Builder):

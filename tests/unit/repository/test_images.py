@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,17 +150,54 @@ def test_a_server_does_not_outlive_a_killed_run(tmp_path):
         run.send_signal(signal.SIGKILL)
         run.wait(10)
         run.stdout.close()
+    server = int((Path(address).parent / "ready").read_text())
+    try:
+        wait_for_refusal(address)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(server, signal.SIGKILL)
+        shutil.rmtree(Path(address).parent)
+
+
+def wait_for_refusal(address: str) -> None:
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    while True:
         with socket.socket(socket.AF_UNIX) as client:
             if client.connect_ex(address) != 0:
-                break
+                return
+        assert time.monotonic() < deadline, "the server lives on"
         time.sleep(0.05)
-    else:
-        raise AssertionError("the server lives on")
-    Path(address).unlink()
-    for left in (*Path(address).parent.iterdir(), Path(address).parent):
-        left.rmdir() if left.is_dir() else left.unlink()
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose name leaves room for a socket's (108 bytes in all)."""
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def test_what_a_killed_run_left_is_swept_and_what_lives_is_not(tmp_path, short_folder, monkeypatch):
+    temporary = short_folder
+    images.create_layer(tmp_path / "a.qcow2", 65536, None)
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    dead = temporary / "backupctl-image-dead"
+    young = temporary / "backupctl-image-young"
+    other = temporary / "somebody-elses"
+    linked = temporary / "backupctl-image-link"
+    for folder in (dead, young, other):
+        folder.mkdir()
+        (folder / "nbd.sock").touch()
+    linked.symlink_to(other)
+    with images.serve([tmp_path / "a.qcow2"]) as address:
+        for folder in (dead, other, address.parent):
+            os.utime(folder, (0, 0))
+        with images.serve([tmp_path / "a.qcow2"]) as second:
+            assert sorted(temporary.iterdir()) == sorted(
+                [young, other, linked, address.parent, second.parent]
+            )
+            assert address.exists()
+    assert sorted(temporary.iterdir()) == sorted([young, other, linked])
+    assert (other / "nbd.sock").exists()
 
 
 def test_a_served_backup_can_not_be_written(two_points):
@@ -251,7 +291,7 @@ def test_data_in_another_file_is_damage(two_points, tmp_path):
         chain.paths(builder.folder, builder.folder.point(P1), "vda")
 
 
-@pytest.mark.parametrize("options", ["compat=0.10", "encrypt.format=luks,encrypt.key-secret=s"])
+@pytest.mark.parametrize("options", ["compat=0.10", "encrypt.format=aes,encrypt.key-secret=s"])
 def test_an_image_of_another_make_is_damage(tmp_path, options):
     qemu_img(
         "create", "--object", "secret,id=s,data=x", "-f", "qcow2", "-o", options, tmp_path / "a", 1 << 20

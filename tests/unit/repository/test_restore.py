@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.errors import Interrupted, TargetExists, UsageError, WriteFailed
+from backupctl.errors import Interrupted, Locked, TargetExists, UsageError, WriteFailed
 from backupctl.report import Silent, Stop
 from backupctl.repository import landing
 from backupctl.repository.layout import VmFolder
 from backupctl.restore import restore
-from tests.unit.repository.conftest import P1, P2, Builder, disk_entry
+from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
 
 
 def run(point, to, *, disk=None, image_format=None, force=False, stop=None):
@@ -165,6 +165,87 @@ def test_a_target_file_system_that_fills_up_leaves_nothing(builder: Builder, tmp
     with pytest.raises(WriteFailed, match="No space left"):
         run(point, small_file_system / "out.raw")
     assert [path.name for path in small_file_system.iterdir() if path.name != "lost+found"] == []
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["new", "over an old one"])
+def test_a_death_at_any_step_leaves_the_target_as_it_was_or_complete(tmp_path, force):
+    target = tmp_path / "out.raw"
+
+    def land():
+        with landing.file(target, force=force) as path:
+            path.write_bytes(b"new" * 100)
+
+    ended = False
+    number = 0
+    seen = set()
+    while not ended:
+        if force:
+            target.write_bytes(b"old")
+        ended = die_at(number, land)
+        seen.add(target.read_bytes() if target.exists() else None)
+        assert seen <= {b"old" if force else None, b"new" * 100}
+        target.unlink(missing_ok=True)
+        land()  # and what is left of it is no hindrance
+        assert [path.name for path in tmp_path.iterdir()] == ["out.raw"]
+        target.unlink()
+        number += 1
+    assert number > 3
+    assert len(seen) == 2
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from backupctl.names import VmName
+from backupctl.report import Silent, Stop
+from backupctl.repository.layout import Repository
+from backupctl.restore import restore
+class Dies(Stop):
+    calls = 0
+    def check(self):
+        self.calls += 1
+        if self.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
+restore(folder, folder.point("latest"), to=sys.argv[2], disk=None, image_format=None, force=False,
+        reporter=Silent(), stop=Dies())
+"""
+
+
+def users_of(path: Path) -> list[str]:
+    """The processes whose command line names a path."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(path).encode() in entry.read_bytes():
+                found.append(entry.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+def test_a_killed_restore_leaves_no_target_and_no_process_and_can_be_repeated(two_points, tmp_path):
+    builder, content = two_points
+    target = tmp_path / "out.raw"
+    command = [sys.executable, "-c", KILLED, builder.repository.path, target]
+    assert subprocess.run(command, check=False, timeout=60).returncode == -9
+    deadline = time.monotonic() + 10
+    while users_of(target.with_name(".out.raw.backupctl-restore")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not target.exists()
+    run(builder.folder.point(P2), target)
+    assert target.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.raw", "repository"]
+
+
+def test_two_restores_to_one_file_do_not_mix(tmp_path):
+    target = tmp_path / "out.raw"
+    with landing.file(target, force=False) as path:
+        path.write_bytes(b"first")
+        with pytest.raises(Locked), landing.file(target, force=False):
+            raise AssertionError
+    assert target.read_bytes() == b"first"
 
 
 READ_STDOUT = """

@@ -10,6 +10,7 @@ import pytest
 from backupctl.errors import Interrupted, ReadFailed, WriteFailed
 from backupctl.transfer import copy as copies
 from backupctl.transfer import extents
+from backupctl.transfer.connection import Connection
 from backupctl.transfer.copy import Copied, Copy, open_target
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
@@ -361,3 +362,29 @@ def test_a_size_that_is_no_multiple_of_anything(serve, tmp_path):
         run(source, target, extents.data(source.statuses()))
     end(target)
     assert content_of(path)[: 65536 + 513] == (tmp_path / "disk").read_bytes()
+
+
+def test_many_pieces_in_flight_do_not_get_into_each_others_buffers(serve, tmp_path):
+    content = noise(64 * MIB)
+    (tmp_path / "disk").write_bytes(content)
+    path = target_image(tmp_path, len(content))
+    export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
+    with closing(source_of(export, connections=2)) as source:
+        run(source, target, [Extent(0, len(content), zero=False)])
+    end(target)
+    assert content_of(path) == content
+
+
+def test_what_was_written_is_flushed_if_all_went_well_and_a_failed_flush_is_told(
+    serve, tmp_path, monkeypatch
+):
+    target = serve(qcow2_node(target_image(tmp_path, MIB)), writable=True)
+
+    def broken(connection):
+        raise connection.failure("No space left on device")
+
+    monkeypatch.setattr(Connection, "flush", broken)
+    with pytest.raises(WriteFailed, match="No space"), open_target(target.address, target.name):
+        pass
+    with pytest.raises(KeyError), open_target(target.address, target.name):
+        raise KeyError
