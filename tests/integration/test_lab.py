@@ -14,7 +14,7 @@ from fixtures import guest as guests
 from fixtures.agent import SENTINEL, PlayedAgent
 from fixtures.debian import CannotBeHad
 from fixtures.machine import Disk, Machine, line_socket
-from fixtures.storage import StorageDaemon
+from fixtures.storage_daemon import StorageDaemon
 from tests.conftest import MIB, get_build
 
 KINDS = pytest.mark.parametrize("kind", [Machine, StorageDaemon])
