@@ -154,7 +154,7 @@ class Lab:
 
 @pytest.fixture
 def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
-    """Make a lab: `make_lab(build, {"vda": 16 * MIB})`."""
+    """Make a lab: `make_lab(build, {"vda": 16 * MIB})`; on a `StorageDaemon` if told by `kind_of_machine`."""
 
     def make(
         build: Build,
@@ -163,6 +163,7 @@ def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
         formats: dict[str, str] | None = None,
         seed: int = 1,
         open_to_user: bool = False,
+        kind_of_machine: type[Machine] = Machine,
         **machine_options: Any,
     ) -> Lab:
         sizes = sizes or {"vda": 16 * MIB, "vdb": 8 * MIB + 512}
@@ -177,13 +178,16 @@ def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
                 for parent in (tmp_path, *tmp_path.parents[:3]):
                     parent.chmod(parent.stat().st_mode | 0o011)
             disks.append(Disk(name, path, kind))
-        machine = Machine(build, disks, **machine_options)
+        machine = kind_of_machine(build, disks, **machine_options)
         held.callback(machine.close)
         writer = Writer(sizes, machine.io, seed)
         held.callback(writer.stop)
         agent = PlayedAgent(machine.agent_path, writer.freeze, writer.thaw)
         held.enter_context(agent)
-        machine.start()
+        try:
+            machine.start()
+        except CannotBeHad as err:
+            pytest.skip(str(err))
         scratch = tmp_path / "scratch"
         scratch.mkdir()
         cli = make_cli(machine, tmp_path)

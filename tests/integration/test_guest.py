@@ -1,40 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A real Linux guest with a real agent, its file system under write load."""
 
-import os
 import time
 from pathlib import Path
 
 import pytest
 
 from fixtures import guest as guests
-from fixtures.debian import CannotBeHad
-from fixtures.guest import Disk, Guest
-from tests.conftest import Cli, get_build, make_cli
+from fixtures.guest import Guest
+from tests.conftest import Cli, get_build
 
 pytestmark = pytest.mark.guest
-MIB = 1 << 20
-
-
-@pytest.fixture
-def boot(tmp_path, held):
-    """Boot a guest: `guest, cli = boot(build, iothread=True)`."""
-
-    def boot(build, size=256 * MIB, **disk_options) -> tuple[Guest, Cli]:
-        try:
-            guests.images()
-        except CannotBeHad as err:
-            if os.environ.get("BACKUPCTL_REQUIRE_QEMU"):
-                pytest.fail(f"the test guest is required here: {err}")
-            pytest.skip(f"the test guest can't be had: {err}")
-        path = tmp_path / "vda.qcow2"
-        guests.make_disk(path, size, build.tool("qemu-img"))
-        guest = Guest(build, [Disk("vda", path, **disk_options)])
-        held.callback(guest.close)
-        guest.start()
-        return guest, make_cli(guest, tmp_path)
-
-    return boot
 
 
 def assert_restored(cli: Cli, point: str, folder: Path) -> int:
