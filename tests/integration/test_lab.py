@@ -3,9 +3,12 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +18,7 @@ from fixtures.agent import SENTINEL, PlayedAgent
 from fixtures.debian import CannotBeHad
 from fixtures.machine import Disk, Machine, line_socket
 from fixtures.storage_daemon import StorageDaemon
-from tests.conftest import MIB, get_build
+from tests.conftest import MIB, ROOT, get_build
 
 KINDS = pytest.mark.parametrize("kind", [Machine, StorageDaemon])
 
@@ -131,6 +134,34 @@ def test_a_closed_machine_leaves_no_process_and_no_folder(build72, tmp_path, kin
         assert len(str(machine.qmp_path)) < 60, "a unix socket's path has 107 bytes"
     assert process.returncode is not None
     assert not folder.exists()
+
+
+def test_a_machine_ends_with_a_test_that_is_killed(build72, tmp_path):
+    program = (
+        "from fixtures import builds, machine; import time\n"
+        "m = machine.Machine(builds.build('7.2'), []); m.start()\n"
+        "print(m.process.pid, m.folder, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as test:
+        pid, folder = test.stdout.readline().split()
+        test.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/status").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    shutil.rmtree(folder)
+
+
+def test_a_scsi_disk_is_written_through_its_backend_too(build72, tmp_path, held):
+    path = tmp_path / "sda.raw"
+    path.write_bytes(bytes(MIB))
+    machine = Machine(build72, [Disk("sda", path, "raw", "scsi-hd")])
+    held.callback(machine.close)
+    machine.start()
+    machine.io("sda", "write -q -P 7 512 512")
+    assert path.read_bytes() == bytes(512) + b"\7" * 512 + bytes(MIB - 1024)
 
 
 @pytest.mark.parametrize(
