@@ -254,6 +254,9 @@ def test_the_guest_writes_to_two_disks_and_its_journals_agree(build, boot, tmp_p
 def test_the_guest_goes_on_writing_until_told_to_stop_and_stands_still_while_frozen(build, boot):
     guest, _ = boot(build)
     guest.tell("load")
+    assert int(guest.tell("status").split("count=")[1]) > 0, "a load has begun when it is answered"
+    assert guest.tell("load") == "ok"
+    assert guest.tell("files 3") == "busy"
     assert count_grows(guest)
     converse(guest.agent_path, "guest-fsfreeze-freeze")
     time.sleep(0.3)  # what was under way comes to its first write
