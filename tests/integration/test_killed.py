@@ -45,7 +45,10 @@ def explore(lab, kind: str, chunk: int) -> int:
             case = f"KILL_AT={number} KILL_WHEN={when} ({steps[number]})"
             committed = {point["point"] for point in lab.cli.json("list", "web", vm=False)}
             lab.writer.write(3)
-            died = run(lab, kind, KILL_AT=str(number), KILL_WHEN=when)
+            log = lab.folder / f"steps-{number}-{when}"
+            died = run(lab, kind, KILL_AT=str(number), KILL_WHEN=when, STEPS=str(log))
+            if died.returncode == 0 and len(log.read_text().splitlines()) <= number:
+                continue  # it asked QEMU once less whether a job had ended, so there is no such step
             assert died.returncode == -signal.SIGKILL, f"{case}: {died.stderr}"
             lab.writer.write(3)
             report = lab.backup("incremental")
