@@ -139,6 +139,7 @@ class _Run:
         self.owner = self.repository.owner
         self.point = next_point_id(self.started, self.folder.newest())
         self.clients = ExitStack()
+        self.exports: tuple[export.Export, ...] = ()
 
     def make(self) -> RunReport:
         """Take the point; whatever happens, bring the VM to rest."""
@@ -167,7 +168,9 @@ class _Run:
         self._begin("copy")
         entries = self._copy(partial, view, sources)
         self._begin("dismantle")
-        cleanup.dismantle(self.monitor, self.owner, recovery.actives(self.folder), let_go=self._let_go)
+        cleanup.dismantle(
+            self.monitor, self.owner, recovery.actives(self.folder), clients=self._our_clients()
+        )
         self._begin("commit")
         manifest = self._manifest(freeze, entries)
         partial.commit(manifest)
@@ -232,15 +235,15 @@ class _Run:
         ]
         self.server_is_ours = True
         try:
-            exports = export.publish(self.monitor, self.guard, self.owner, shown)
+            self.exports = export.publish(self.monitor, self.guard, self.owner, shown)
         except CommandFailed as err:
             # Somebody else's server: ending it would take it from under its clients.
             self.server_is_ours = err.command != "nbd-server-start"
             raise
-        for one in exports:
+        for one in self.exports:
             self.clients.callback(one.close)
         sources = []
-        for one in exports:
+        for one in self.exports:
             source = Source.connect(one.sockets, one.name, one.bitmap, self.options.stall_timeout_seconds)
             self.clients.callback(source.close)
             sources.append(source)
@@ -315,16 +318,20 @@ class _Run:
                     self.owner,
                     monitor,
                     self.options.scratch,
-                    let_go=self._let_go,
+                    clients=self._our_clients(),
                     server_is_ours=self.server_is_ours,
                 )
             self._await_thaw()
         except BackupctlError as err:
             raise self._unsettled(failure, err) from (failure or err)
 
+    def _our_clients(self) -> cleanup.Clients:
+        return cleanup.Clients(drain=lambda: export.drain(self.exports), let_go=self._let_go)
+
     def _let_go(self) -> None:
         """Close our NBD clients and the guard's duplicates; no export is left that they could hurt."""
         self.clients.close()
+        self.exports = ()
         self.guard.release()
 
     def _await_thaw(self) -> None:

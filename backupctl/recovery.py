@@ -84,18 +84,18 @@ def settle(
     monitor: Monitor,
     scratch_folder: Path,
     *,
-    let_go: Callable[[], None] = lambda: None,
+    clients: cleanup.Clients = cleanup.NOBODY,
     server_is_ours: bool = True,
 ) -> list[str]:
     """Do the work of `recover` for a caller who holds the lock and the monitor.
 
     The guest comes first: it is thawed before anything else is looked at. Returns what was done, in
-    words. let_go, server_is_ours: as for `cleanup.dismantle`. Raises NeedsRecovery.
+    words. clients, server_is_ours: as for `cleanup.dismantle`. Raises NeedsRecovery.
     """
     try:
         told = _thaw(vm, folder)
         told += cleanup.dismantle(
-            monitor, owner, actives(folder), let_go=let_go, server_is_ours=server_is_ours
+            monitor, owner, actives(folder), clients=clients, server_is_ours=server_is_ours
         )
         told += settle_bitmaps(monitor, owner, folder.is_committed)
         told += drop_leftover_files(vm, folder, owner, scratch_folder)

@@ -11,6 +11,7 @@ descriptors.
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from backupctl.errors import CommandFailed, MonitorError
 from backupctl.names import NodeName, Owner
@@ -19,19 +20,34 @@ from backupctl.vm.monitor import Monitor
 from backupctl.vm.view import device_path
 
 
+@dataclass(frozen=True)
+class Clients:
+    """What must be done to our NBD clients while their exports go.
+
+    drain: throw away what QEMU has still to say on them; it doesn't let go of an export while a reply
+    waits to be read, `mode=hard` or not (measured on 7.2.22 and 10.0.2). let_go: close them.
+    """
+
+    drain: Callable[[], None] = lambda: None
+    let_go: Callable[[], None] = lambda: None
+
+
+NOBODY = Clients()
+
+
 def dismantle(
     monitor: Monitor,
     owner: Owner,
     actives: Mapping[int, NodeName],
     *,
-    let_go: Callable[[], None] = lambda: None,
+    clients: Clients = NOBODY,
     server_is_ours: bool = True,
     patience_seconds: float = 30,
 ) -> list[str]:
     """Remove every export, filter, job, node and descriptor of ours, and the NBD server for them.
 
-    let_go: closes our NBD clients; called when no export is left and before the server is stopped, since
-    a client that has not shaken hands makes that hang QEMU's main loop (measured on 7.2.22).
+    clients: our own NBD clients, if there are any. They go when no export is left and before the server
+    is stopped, since one that has not shaken hands makes that hang QEMU's main loop (measured on 7.2.22).
     actives: a disk's number in the run to its active node, from the run's journal; needed to give a
     device its disk back where a filter is in place.
     server_is_ours: false if the run was told that someone else's NBD server runs.
@@ -43,8 +59,13 @@ def dismantle(
     for name in ours:
         _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
         told.append(f"removed the export {name}")
-    _until(lambda: not _ours(monitor, owner, "query-block-exports", "id"), "its exports", patience_seconds)
-    let_go()
+
+    def gone() -> bool:
+        clients.drain()
+        return not _ours(monitor, owner, "query-block-exports", "id")
+
+    _until(gone, "its exports", patience_seconds)
+    clients.let_go()
     # Our nodes stand from before the server starts until after it stops, so without them it isn't ours.
     if (ours or nodes) and server_is_ours and not _others_use_nbd(monitor):
         _unless_gone(monitor, "nbd-server-stop", None)

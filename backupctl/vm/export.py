@@ -12,7 +12,7 @@ before its client goes away, or (Debian's 7.2, disk on an iothread) it aborts.
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +72,14 @@ def publish(
     return tuple(
         Export(name, one.bitmap, group) for name, one, group in zip(names, shown, groups, strict=True)
     )
+
+
+def drain(exports: Sequence[Export]) -> None:
+    """Throw away what has arrived for clients that read no more. Never raises or waits."""
+    for sock in (sock for one in exports for sock in one.sockets):
+        with suppress(OSError):  # nothing more for now, or the server has closed it
+            while sock.recv(1 << 20, socket.MSG_DONTWAIT):
+                pass
 
 
 def descriptor_name(owner: Owner) -> str:

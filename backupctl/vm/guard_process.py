@@ -15,13 +15,13 @@ still has an export that nobody may leave.
 """
 
 import json
-import os
 import select
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -135,40 +135,49 @@ class Holder:
 
     def __init__(self, monitor: Address) -> None:
         self._monitor = monitor
-        self._held: list[tuple[int, str]] = []
+        self._held: list[tuple[socket.socket, str]] = []
 
     def hold(self, descriptor: int, export: str) -> None:
         """Keep a socket open."""
-        self._held.append((descriptor, export))
+        self._held.append((socket.socket(fileno=descriptor), export))
 
     def release(self) -> None:
         """Close all; the exports are gone."""
         while self._held:
-            os.close(self._held.pop()[0])
+            self._held.pop()[0].close()
 
     def drop_exports(self) -> None:
         """Have QEMU drop the exports, then let go. Without end, unless QEMU itself hangs up."""
         exports = sorted({export for _, export in self._held})
-        while exports and not self._qemu_is_gone():
+        while exports and not self._drain():
             with suppress(OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
-                drop_exports(self._monitor, exports)
+                drop_exports(self._monitor, exports, self._drain)
                 break
             time.sleep(RETRY_SECONDS)
         self.release()
 
-    def _qemu_is_gone(self) -> bool:
-        waiting = select.poll()
-        for descriptor, _ in self._held:
-            waiting.register(descriptor, select.POLLHUP | select.POLLRDHUP)
-        hung_up = [found for found, events in waiting.poll(0) if events]
-        return len(hung_up) == len(self._held)
+    def _drain(self) -> bool:
+        """Throw away what QEMU says; whether it has hung up on all. It keeps an export that has to speak."""
+        hung_up = 0
+        for held, _ in self._held:
+            try:
+                while held.recv(1 << 20, socket.MSG_DONTWAIT):
+                    pass
+                hung_up += 1
+            except BlockingIOError:
+                pass
+            except OSError:
+                hung_up += 1
+        return hung_up == len(self._held)
 
 
-def drop_exports(monitor: Address, exports: list[str], timeout_seconds: float = 10.0) -> None:
+def drop_exports(
+    monitor: Address, exports: list[str], drain: Callable[[], object], timeout_seconds: float = 10.0
+) -> None:
     """Tell QEMU to drop exports, clients or not, and wait until they are gone.
 
-    A monitor conversation of four commands: small enough to need no library here. Raises OSError,
-    ValueError, EOFError.
+    A monitor conversation of four commands: small enough to need no library here. drain: called again
+    and again meanwhile. Raises OSError, ValueError, EOFError.
     """
     with _connect(monitor, timeout_seconds) as connection, connection.makefile("rwb") as stream:
         _answer(stream, "QMP")
@@ -177,6 +186,7 @@ def drop_exports(monitor: Address, exports: list[str], timeout_seconds: float = 
             _command(stream, "block-export-del", id=export, mode="hard")
         deadline = time.monotonic() + timeout_seconds
         while any(entry["id"] in exports for entry in _command(stream, "query-block-exports")["return"]):
+            drain()
             if time.monotonic() > deadline:
                 raise TimeoutError
             time.sleep(0.02)

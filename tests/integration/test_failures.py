@@ -65,6 +65,25 @@ def test_sigkill_in_mid_copy_is_undone_by_the_next_run(lab):
     lab.next_is_right()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_ends_with_replies_unread_leaves_no_export(build, make_lab, number):
+    """QEMU keeps an export while a reply waits to be read, so somebody must read it."""
+    lab = make_lab(build, {"vda": 96 << 20})
+    lab.machine.io("vda", "write -q -P 7 0 96M")
+    lab.writer.model["vda"][:] = b"\7" * (96 << 20)
+    with lab.cli.start("full", "web") as run:
+        wait_for(exporting(lab))
+        run.send_signal(signal.SIGSTOP)  # with requests in flight; QEMU answers as far as the socket takes it
+        time.sleep(0.3)
+        begun = time.monotonic()
+        run.send_signal(number)
+        run.send_signal(signal.SIGCONT)
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == (1 if number == signal.SIGTERM else -number), told
+    lab.next_is_right()
+    assert time.monotonic() - begun < 20
+
+
 def test_recover_undoes_what_a_killed_run_left_and_then_does_nothing(lab):
     with lab.cli.start("incremental", "web", *SLOW) as run:
         wait_for(copying(lab))
