@@ -320,6 +320,7 @@ class _Run:
                     self.options.scratch,
                     clients=self._our_clients(),
                     server_is_ours=self.server_is_ours,
+                    guarded=True,
                 )
             self._await_thaw()
         except BackupctlError as err:

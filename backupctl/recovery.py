@@ -86,14 +86,18 @@ def settle(
     *,
     clients: cleanup.Clients = cleanup.NOBODY,
     server_is_ours: bool = True,
+    guarded: bool = False,
 ) -> list[str]:
     """Do the work of `recover` for a caller who holds the lock and the monitor.
+
+    guarded: a guard of the caller's has the guest in hand. It has the agent too: QEMU's channel serves one
+    client at a time, so a second conversation would only wait.
 
     The guest comes first: it is thawed before anything else is looked at. Returns what was done, in
     words. clients, server_is_ours: as for `cleanup.dismantle`. Raises NeedsRecovery.
     """
     try:
-        told = _thaw(vm, folder)
+        told = [] if guarded else _thaw(vm, folder)
         told += cleanup.dismantle(
             monitor, owner, actives(folder), clients=clients, server_is_ours=server_is_ours
         )

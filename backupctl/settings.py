@@ -36,6 +36,10 @@ class Address:
             raise UsageError(f"{text!r:.200} is not an address: unix:PATH or tcp:HOST:PORT is meant")
         return cls(path=path)
 
+    def absolute(self) -> "Address":
+        """Return the same address for a process in another folder."""
+        return Address(path=str(Path(self.path).absolute())) if self.path else self
+
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path else f"tcp:{self.host}:{self.port}"
 

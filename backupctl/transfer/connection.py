@@ -146,7 +146,7 @@ class Connection:
         if isinstance(err, OSError):
             return self.failure(f"the NBD connection failed: {err.strerror}")
         number = int(err.errnum or 0)
-        if number in (errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE):
+        if not self.alive() or number in (errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE):
             return self.failure("the NBD connection was lost")
         return self.failure(f"the NBD server answered: {os.strerror(number) if number else err.string}")
 

@@ -45,7 +45,12 @@ class Guard:
         GuardLost.
         """
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [str(its.fileno()), str(monitor), str(agent or ""), str(agent_timeout_seconds)]
+        arguments = [
+            str(its.fileno()),
+            str(monitor.absolute()),
+            str(agent.absolute() if agent else ""),
+            str(agent_timeout_seconds),
+        ]
         with its:
             process = subprocess.Popen(
                 [sys.executable, "-m", "backupctl.vm.guard_process", *arguments],

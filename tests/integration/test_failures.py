@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whatever fails, nothing is lost: the next incremental is byte-equal, and nothing of ours is left."""
 
+import json
 import os
 import signal
 import subprocess
@@ -308,3 +309,30 @@ def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
     assert "NBD server already running" in error["message"]
     assert lab.machine.qmp("nbd-server-stop") == {}, "it was to be still there"
     lab.next_is_right()
+
+
+def test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed(lab):
+    """The guard has the agent in hand, which serves one client only; nobody may wait for it."""
+    point = lab.backup("incremental")["point"]
+    name = f"backupctl-{json.loads((lab.cli.repository / 'repository.json').read_text())['id'][:8]}-{point}"
+    spoilt = []
+
+    def spoil(content: bytes) -> str:
+        if not spoilt and b'"transaction"' in content:
+            spoilt.append(content)
+            lab.machine.qmp("block-dirty-bitmap-remove", node="node-vdb", name=name)
+        return ""
+
+    path = lab.machine.folder / "proxy"
+    with Proxy(path, lab.machine.qmp_path, spoil):
+        direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
+        error = lab.backup("incremental", code=1)["error"]
+        lab.cli.vm[1] = direct
+    assert spoilt
+    assert "transaction" in error["message"]
+    assert not lab.agent.frozen
+    lab.writer.write(5)
+    report = lab.backup("incremental")
+    assert {disk["name"]: disk["kind"] for disk in report["disks"]} == {"vda": "incremental", "vdb": "full"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_at_rest()
