@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`blockdev-add`: from options to nodes.
+
+The data of a qcow2 node lies in the very file that was handed over, cluster n at 1 MiB + n x 64 KiB; of
+the format only the header is read. So room runs out where it really would, and nothing else is needed of
+the file. It is NOT a valid qcow2 image afterwards; which clusters hold data is known to this process only.
+"""
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from backupctl.simulator.descriptors import PREFIX, Descriptors
+from backupctl.simulator.failure import CommandError
+from backupctl.simulator.filters import CopyBeforeWrite, SnapshotAccess
+from backupctl.simulator.graph import Graph
+from backupctl.simulator.nodes import FileNode, Node, Qcow2Node, RawNode, Teller
+from backupctl.simulator.store import CLUSTER, ClusterStore, RawStore, States
+
+DATA_OFFSET = 1 << 20
+DRIVERS = ("file", "qcow2", "raw", "copy-before-write", "snapshot-access")
+Options = Mapping[str, Any]
+
+
+class Opener:
+    """Makes nodes.
+
+    running: whether the guest runs; only then does QEMU let go of descriptors at once.
+    """
+
+    def __init__(
+        self, graph: Graph, descriptors: Descriptors, tell: Teller, running: Callable[[], bool]
+    ) -> None:
+        self._running = running
+        self._graph = graph
+        self._descriptors = descriptors
+        self._tell = tell
+        self._states: dict[tuple[int, int], States] = {}
+        self.locked: set[tuple[int, int]] = set()
+
+    def open(self, options: Options) -> Node:
+        """Make a node that is the monitor's own. Raises CommandError, and has then made nothing."""
+        if "node-name" not in options:
+            raise CommandError("'node-name' must be specified for the root node")
+        return self._open(options, owned=True)
+
+    def _open(self, options: Options, *, owned: bool) -> Node:
+        driver = str(options.get("driver"))
+        if driver not in DRIVERS:
+            raise CommandError(f"Parameter 'driver' does not accept value '{driver}'")
+        name = options.get("node-name")
+        if name is not None:
+            self._graph.check_new_name(name)
+        makers = {"file": self._file, "raw": self._raw, "qcow2": self._qcow2}
+        makers |= {"copy-before-write": self._before_write, "snapshot-access": self._access}
+        node = makers[driver](name or self._graph.automatic_name(), options)
+        node.owned = owned
+        node.discards = options.get("discard") in ("unmap", "on")
+        self._graph.add(node)
+        return node
+
+    def _child(self, options: Options, role: str) -> Node:
+        """Return the node that a child option names or describes."""
+        given = options.get(role)
+        if given is None:
+            raise CommandError(f"Parameter '{role}' is missing")
+        if isinstance(given, str):
+            return self._graph.find(given)
+        inherited = {key: options[key] for key in ("read-only",) if key in options}
+        return self._open(inherited | dict(given), owned="node-name" in given)
+
+    def _file(self, name: str, options: Options) -> FileNode:
+        path = options.get("filename")
+        if path is None:
+            raise CommandError("Parameter 'filename' is missing")
+        read_only = bool(options.get("read-only"))
+        descriptor = self._descriptor(str(path), read_only=read_only)
+        identity = _identity(descriptor)
+        if not read_only and identity in self.locked:
+            os.close(descriptor)
+            self._release(str(path))
+            raise CommandError('Failed to get "write" lock')
+        if not read_only:
+            self.locked.add(identity)
+        store = OpenedFile(descriptor, lambda: self._closed(str(path), identity))
+        made = FileNode(name, "file", self._tell, read_only, filename=str(path), store=store)
+        made.grown_bytes = store.allocated_bytes()
+        return made
+
+    def _descriptor(self, path: str, *, read_only: bool) -> int:
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        try:
+            if path.startswith(PREFIX):
+                return self._descriptors.open(path, read_only=read_only)
+            return os.open(path, flags | os.O_CLOEXEC)
+        except OSError as err:
+            why = os.strerror(err.errno or errno.EIO)
+            if path.startswith(PREFIX):
+                raise CommandError(f"Could not dup FD for {path} flags {flags:x}: {why}") from err
+            raise CommandError(f"Could not open '{path}': {why}") from err
+
+    def _closed(self, path: str, identity: tuple[int, int]) -> None:
+        self.locked.discard(identity)
+        self._release(path)
+
+    def _release(self, path: str) -> None:
+        if path.startswith(PREFIX):
+            self._descriptors.release(path, running=self._running())
+
+    def _raw(self, name: str, options: Options) -> RawNode:
+        file = self._child(options, "file")
+        made = RawNode(name, "raw", self._tell, file.read_only, filename=file.filename)
+        self._graph.link("file", made, name, file)
+        return made
+
+    def _qcow2(self, name: str, options: Options) -> Qcow2Node:
+        file = self._child(options, "file")
+        try:
+            size = _virtual_size(file)
+            backing = self._backing(options)
+        except CommandError:
+            if not isinstance(options["file"], str):
+                self._graph.drop(file)
+            raise
+        made = Qcow2Node(name, "qcow2", self._tell, file.read_only, filename=file.filename, store=self._clusters(file, size))
+        self._graph.link("file", made, name, file)
+        if backing is not None:
+            self._graph.link("backing", made, name, backing)
+        return made
+
+    def _backing(self, options: Options) -> Node | None:
+        given = options.get("backing")
+        if given is None:
+            return None
+        try:
+            return self._child(options, "backing")
+        except CommandError as err:
+            raise CommandError(f"Could not open backing file: {err}") from err
+
+    def _clusters(self, file: Node, size: int) -> ClusterStore:
+        descriptor = os.dup(opened(file).descriptor)
+        states = self._states.setdefault(_identity(descriptor), np.zeros(max(-(-size // CLUSTER), 1), np.uint8))
+        return ClusterStore(descriptor, states, size, DATA_OFFSET)
+
+    def _before_write(self, name: str, options: Options) -> CopyBeforeWrite:
+        choice = options.get("on-cbw-error", "break-guest-write")
+        if choice not in ("break-guest-write", "break-snapshot"):
+            raise CommandError(f"Parameter 'on-cbw-error' does not accept value '{choice}'")
+        for role in ("target", "file"):
+            if role not in options:
+                raise CommandError(f"Parameter '{role}' is missing")
+        file = self._child(options, "file")
+        target = self._child(options, "target")
+        made = CopyBeforeWrite(name, "copy-before-write", self._tell, file.read_only, filename=file.filename)
+        made.break_guest = choice == "break-guest-write"
+        self._limit(made, options)
+        self._graph.link("file", made, name, file)
+        self._graph.link("target", made, name, target)
+        made.begin()
+        return made
+
+    def _limit(self, made: CopyBeforeWrite, options: Options) -> None:
+        if chosen := options.get("bitmap"):
+            _, bitmap = self._graph.bitmap(chosen["node"], chosen["name"])
+            coarse = bitmap.bits.copy()
+            if bitmap.granularity != CLUSTER:
+                coarse = type(coarse)(-(-bitmap.size // CLUSTER))
+                for start, length in bitmap.bits.areas():
+                    first = start * bitmap.granularity // CLUSTER
+                    last = ((start + length) * bitmap.granularity - 1) // CLUSTER
+                    coarse.set(first, min(last, coarse.bits - 1) - first + 1)
+            made.limit = coarse
+
+    def _access(self, name: str, options: Options) -> SnapshotAccess:
+        file = self._child(options, "file")
+        made = SnapshotAccess(name, "snapshot-access", self._tell, read_only=True, filename=file.filename)
+        self._graph.link("file", made, name, file)
+        return made
+
+
+class OpenedFile(RawStore):
+    """A file that tells when it is closed."""
+
+    def __init__(self, descriptor: int, on_close: Callable[[], None]) -> None:
+        super().__init__(descriptor)
+        self.descriptor = descriptor
+        self._on_close = on_close
+
+    def close(self) -> None:
+        """See `Store`."""
+        super().close()
+        self._on_close()
+
+
+def opened(node: Node) -> OpenedFile:
+    """Return the file of a file node. Raises CommandError for another kind of node."""
+    if not isinstance(node, FileNode) or not isinstance(node.store, OpenedFile):
+        raise CommandError(f"Node '{node.name}' can't hold an image here: only a file can")
+    return node.store
+
+
+def _virtual_size(file: Node) -> int:
+    header = os.pread(opened(file).descriptor, 32, 0)
+    if len(header) < 32 or header[:4] != b"QFI\xfb":
+        raise CommandError("Image is not in qcow2 format")
+    return int(struct.unpack_from(">Q", header, 24)[0])
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    stat = os.fstat(descriptor)
+    return stat.st_dev, stat.st_ino

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`transaction`: all actions or none.
+
+Each action takes effect when it is prepared, so that the next one sees it, and leaves a way back and a
+way on: if a later one fails, the ways back are gone in the opposite order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from backupctl.simulator.dirty import DirtyBitmap, check_granularity, check_name
+from backupctl.simulator.failure import CommandError
+from backupctl.simulator.graph import Graph
+from backupctl.simulator.jobs import Job, Jobs
+from backupctl.simulator.nodes import Node
+
+DEFAULT_GRANULARITY = 65536
+Data = Mapping[str, Any]
+
+
+def _nothing() -> None:
+    return
+
+
+@dataclass
+class Prepared:
+    """An action that has taken effect. undo: takes it back. commit: makes it final. job: that it began."""
+
+    undo: Callable[[], None] = _nothing
+    commit: Callable[[], None] = _nothing
+    job: Job | None = None
+
+
+class Actions:
+    """What a transaction can consist of; each also serves the command of its name."""
+
+    def __init__(self, graph: Graph, jobs: Jobs) -> None:
+        self._graph = graph
+        self._jobs = jobs
+        self.makers: dict[str, Callable[[Data], Prepared]] = {
+            "block-dirty-bitmap-add": self._add,
+            "block-dirty-bitmap-remove": self._remove,
+            "block-dirty-bitmap-clear": self._clear,
+            "block-dirty-bitmap-enable": lambda data: self._record(data, recording=True),
+            "block-dirty-bitmap-disable": lambda data: self._record(data, recording=False),
+            "block-dirty-bitmap-merge": self._merge,
+            "blockdev-backup": self._backup,
+            "abort": self._abort,
+        }
+
+    def run(self, actions: Sequence[tuple[str, Data]], *, grouped: bool = False) -> None:
+        """Do all actions, or none. Raises CommandError."""
+        done: list[Prepared] = []
+        try:
+            for kind, data in actions:
+                if grouped and kind != "blockdev-backup":
+                    raise CommandError(
+                        f"Action '{kind}' does not support Transaction property completion-mode = grouped"
+                    )
+                done.append(self.makers[kind](data))
+        except CommandError:
+            for prepared in reversed(done):
+                prepared.undo()
+            raise
+        jobs = [prepared.job for prepared in done if prepared.job]
+        for job in jobs:
+            job.group = jobs if grouped else []
+        for prepared in done:
+            prepared.commit()
+
+    def _add(self, data: Data) -> Prepared:
+        node, name = self._graph.find(data["node"]), str(data["name"])
+        check_name(name)
+        granularity = data.get("granularity", DEFAULT_GRANULARITY)
+        check_granularity(granularity)
+        persistent = bool(data.get("persistent"))
+        if persistent:
+            _check_can_persist(node, name)
+        _check_new(node, name)
+        recording = not data.get("disabled")
+        node.bitmaps[name] = DirtyBitmap(name, node.size, granularity, recording, persistent)
+        return Prepared(undo=lambda: _forget(node, name))
+
+    def _remove(self, data: Data) -> Prepared:
+        node, bitmap = self._graph.bitmap(data["node"], data["name"])
+        bitmap.check(inconsistent_too=True)
+        bitmap.busy += 1  # it keeps its name until the end, so that it can come back
+
+        def undo() -> None:
+            bitmap.busy -= 1
+
+        return Prepared(undo, lambda: _forget(node, bitmap.name))
+
+    def _clear(self, data: Data) -> Prepared:
+        bitmap = self._usable(data)
+        before = bitmap.bits.copy()
+        bitmap.bits.clear()
+        return Prepared(undo=lambda: setattr(bitmap, "bits", before))
+
+    def _record(self, data: Data, *, recording: bool) -> Prepared:
+        bitmap = self._usable(data)
+        before = bitmap.recording
+        bitmap.recording = recording
+        return Prepared(undo=lambda: setattr(bitmap, "recording", before))
+
+    def _merge(self, data: Data) -> Prepared:
+        node, target = self._graph.bitmap(data["node"], data["target"])
+        target.check()
+        before = target.bits.copy()
+        try:
+            for source in data["bitmaps"]:
+                found = self._source(node, source)
+                found.check()
+                target.merge(found)
+        except CommandError:
+            target.bits = before
+            raise
+        return Prepared(undo=lambda: setattr(target, "bits", before))
+
+    def _source(self, node: Node, source: str | Data) -> DirtyBitmap:
+        if not isinstance(source, str):
+            return self._graph.bitmap(source["node"], source["name"])[1]
+        return self._graph.bitmap(node.name, source)[1]
+
+    def _usable(self, data: Data) -> DirtyBitmap:
+        bitmap = self._graph.bitmap(data["node"], data["name"])[1]
+        bitmap.check()
+        return bitmap
+
+    def _backup(self, data: Data) -> Prepared:
+        source, target = self._graph.find(data["device"]), self._graph.find(data["target"])
+        if data["sync"] not in ("none", "full"):
+            raise CommandError(f"the simulator has no sync mode '{data['sync']}'; it has none and full")
+        job = self._jobs.create(
+            data.get("job-id", ""), source, target, data["sync"], auto_dismiss=data.get("auto-dismiss", True)
+        )
+        return Prepared(lambda: self._jobs.withdraw(job), lambda: self._jobs.start(job), job)
+
+    def _abort(self, data: Data) -> Prepared:  # noqa: ARG002 - an action like the others
+        raise CommandError("Transaction aborted using Abort action")
+
+
+def _check_new(node: Node, name: str) -> None:
+    if name in node.bitmaps:
+        raise CommandError(f"Bitmap already exists: {name}")
+    if len(name.encode()) > 1023:
+        raise CommandError(f"Bitmap name too long: {name}")
+
+
+def _check_can_persist(node: Node, name: str) -> None:
+    if node.driver != "qcow2":
+        raise CommandError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
+    if node.read_only or name in node.bitmaps or len(name.encode()) > 1023:
+        why = "Name length exceeds maximum (1023 characters)"
+        if node.read_only:
+            why = "Device is read-only"
+        elif name in node.bitmaps:
+            why = "Bitmap with the same name is already stored"
+        raise CommandError(f"Can't make bitmap '{name}' persistent in '{node.name}': {why}")
+
+
+def _forget(node: Node, name: str) -> None:
+    del node.bitmaps[name]
