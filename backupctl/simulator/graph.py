@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from backupctl.simulator.dirty import DirtyBitmap
 from backupctl.simulator.failure import CommandError
-from backupctl.simulator.nodes import FileNode, Link, Node
+from backupctl.simulator.nodes import Link, Node
 
 MAX_NODE_NAME = 31
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
@@ -116,13 +116,6 @@ class Graph:
         store = getattr(node, "store", None)
         if store is not None:
             store.close()
-
-    def set_capacity(self, pattern: re.Pattern[str], capacity_bytes: int | None) -> None:
-        """Let the files of nodes of such a name take so much and no more."""
-        for node in self.nodes.values():
-            file = node.child("file")
-            if isinstance(file, FileNode) and pattern.fullmatch(node.name):
-                file.capacity_bytes = capacity_bytes
 
 
 def descendants(node: Node) -> Iterator[Node]:

@@ -143,12 +143,12 @@ class Node:
 class FileNode(Node):
     """A protocol node: a file, of which `grown_bytes` were written by the format above it.
 
-    capacity_bytes: a fault; growing beyond it fails with ENOSPC.
+    capacity: tells how much it may take (a fault), None for any amount; more fails with ENOSPC.
     """
 
     store: Store | None = None
     grown_bytes: int = 0
-    capacity_bytes: int | None = None
+    capacity: Callable[[], int | None] = lambda: None
 
     @property
     def size(self) -> int:
@@ -157,7 +157,8 @@ class FileNode(Node):
 
     def grow(self, bytes_more: int) -> None:
         """Account for new clusters. Raises OSError (ENOSPC) where a fault says so."""
-        if self.capacity_bytes is not None and self.grown_bytes + bytes_more > self.capacity_bytes:
+        capacity = self.capacity()
+        if capacity is not None and self.grown_bytes + bytes_more > capacity:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.grown_bytes += bytes_more
         self._watch(self.grown_bytes)
