@@ -113,9 +113,18 @@ class Graph:
         for link in list(node.children.values()):
             self.unlink(link)
         del self.nodes[node.name]
-        store = getattr(node, "store", None)
-        if store is not None:
-            store.close()
+        _close_store(node)
+
+    def connected(self, one: Node, other: Node) -> bool:
+        """Whether two nodes rest on a common one."""
+        below = {id(node) for node in (one, *descendants(one))}
+        return any(id(node) in below for node in (other, *descendants(other)))
+
+    def close(self) -> None:
+        """Let go of all files, in whatever state the nodes are."""
+        for node in self.nodes.values():
+            _close_store(node)
+        self.nodes = {}
 
 
 def descendants(node: Node) -> Iterator[Node]:
@@ -140,3 +149,9 @@ def is_id(text: str) -> bool:
 def writing_device(node: Node) -> Link | None:
     """Return the device that writes to a node directly, None if there is none."""
     return next((link for link in node.parents if link.role == "device" and not node.read_only), None)
+
+
+def _close_store(node: Node) -> None:
+    store = getattr(node, "store", None)
+    if store is not None:
+        store.close()

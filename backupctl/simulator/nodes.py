@@ -24,6 +24,7 @@ class Extent(IntFlag):
 
 
 Piece = tuple[int, Extent]
+_SIZE_IN_HEADER = 24  # of a qcow2 file
 Teller = Callable[[str, dict[str, object]], None]
 
 
@@ -46,6 +47,7 @@ class Node:
 
     parents: who uses it. blockers: why it must not be deleted, newest last. owned: made by `blockdev-add`
     and not yet deleted. write_threshold: tell when a write ends behind this offset; 0 for never.
+    unstore: called with the name of a bitmap that is removed.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Node:
     parents: list[Link] = field(default_factory=list)
     children: dict[str, Link] = field(default_factory=dict)
     blockers: list[str] = field(default_factory=list)
+    unstore: Callable[[str], None] = lambda _name: None
 
     @property
     def size(self) -> int:
@@ -283,6 +286,9 @@ class Qcow2Node(Node):
 
     def _resize(self, size: int) -> None:
         self.store.resize(size)
+        file = self.child("file")
+        if isinstance(file, FileNode) and file.store is not None:
+            file.store.write(_SIZE_IN_HEADER, size.to_bytes(8, "big"))
 
     def _allocate(self, offset: int, length: int) -> None:
         """Make room for a write: account for the file's growth, copy up what the write leaves of clusters."""

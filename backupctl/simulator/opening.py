@@ -30,6 +30,7 @@ class Opener:
     """Makes nodes.
 
     running: whether the guest runs; only then does QEMU let go of descriptors at once.
+    capacity: how much the file of a qcow2 node of this name may take, None for any amount.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Opener:
         self._tell = tell
         self._states: dict[tuple[int, int], States] = {}
         self.locked: set[tuple[int, int]] = set()
+        self.capacity: Callable[[str], int | None] = lambda _node: None
 
     def open(self, options: Options) -> Node:
         """Make a node that is the monitor's own. Raises CommandError, and has then made nothing."""
@@ -79,14 +81,14 @@ class Opener:
             raise CommandError("Parameter 'filename' is missing")
         read_only = bool(options.get("read-only"))
         descriptor = self._descriptor(str(path), read_only=read_only)
-        identity = _identity(descriptor)
-        if not read_only and identity in self.locked:
+        whose = identity(descriptor)
+        if not read_only and whose in self.locked:
             os.close(descriptor)
             self._release(str(path))
             raise CommandError('Failed to get "write" lock')
         if not read_only:
-            self.locked.add(identity)
-        store = OpenedFile(descriptor, lambda: self._closed(str(path), identity))
+            self.locked.add(whose)
+        store = RawFile(descriptor, lambda: self._closed(str(path), whose))
         made = FileNode(name, "file", self._tell, read_only, filename=str(path), store=store)
         made.grown_bytes = store.allocated_bytes()
         return made
@@ -103,8 +105,8 @@ class Opener:
                 raise CommandError(f"Could not dup FD for {path} flags {flags:x}: {why}") from err
             raise CommandError(f"Could not open '{path}': {why}") from err
 
-    def _closed(self, path: str, identity: tuple[int, int]) -> None:
-        self.locked.discard(identity)
+    def _closed(self, path: str, whose: tuple[int, int]) -> None:
+        self.locked.discard(whose)
         self._release(path)
 
     def _release(self, path: str) -> None:
@@ -127,6 +129,8 @@ class Opener:
                 self._graph.drop(file)
             raise
         made = Qcow2Node(name, "qcow2", self._tell, file.read_only, filename=file.filename, store=self._clusters(file, size))
+        if isinstance(file, FileNode):
+            file.capacity = lambda: self.capacity(name)
         self._graph.link("file", made, name, file)
         if backing is not None:
             self._graph.link("backing", made, name, backing)
@@ -143,7 +147,7 @@ class Opener:
 
     def _clusters(self, file: Node, size: int) -> ClusterStore:
         descriptor = os.dup(opened(file).descriptor)
-        states = self._states.setdefault(_identity(descriptor), np.zeros(max(-(-size // CLUSTER), 1), np.uint8))
+        states = self._states.setdefault(identity(descriptor), np.zeros(max(-(-size // CLUSTER), 1), np.uint8))
         return ClusterStore(descriptor, states, size, DATA_OFFSET)
 
     def _before_write(self, name: str, options: Options) -> CopyBeforeWrite:
@@ -182,12 +186,11 @@ class Opener:
         return made
 
 
-class OpenedFile(RawStore):
+class RawFile(RawStore):
     """A file that tells when it is closed."""
 
-    def __init__(self, descriptor: int, on_close: Callable[[], None]) -> None:
+    def __init__(self, descriptor: int, on_close: Callable[[], None] = lambda: None) -> None:
         super().__init__(descriptor)
-        self.descriptor = descriptor
         self._on_close = on_close
 
     def close(self) -> None:
@@ -196,9 +199,9 @@ class OpenedFile(RawStore):
         self._on_close()
 
 
-def opened(node: Node) -> OpenedFile:
+def opened(node: Node) -> RawFile:
     """Return the file of a file node. Raises CommandError for another kind of node."""
-    if not isinstance(node, FileNode) or not isinstance(node.store, OpenedFile):
+    if not isinstance(node, FileNode) or not isinstance(node.store, RawFile):
         raise CommandError(f"Node '{node.name}' can't hold an image here: only a file can")
     return node.store
 
@@ -210,6 +213,7 @@ def _virtual_size(file: Node) -> int:
     return int(struct.unpack_from(">Q", header, 24)[0])
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
+def identity(descriptor: int) -> tuple[int, int]:
+    """Return what tells a file from all others."""
     stat = os.fstat(descriptor)
     return stat.st_dev, stat.st_ino

@@ -74,7 +74,7 @@ class RawStore:
     cluster = 1
 
     def __init__(self, descriptor: int) -> None:
-        self._fd = descriptor
+        self._fd = self.descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
 
     def read_into(self, offset: int, view: memoryview) -> None:

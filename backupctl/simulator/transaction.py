@@ -161,4 +161,5 @@ def _check_can_persist(node: Node, name: str) -> None:
 
 
 def _forget(node: Node, name: str) -> None:
-    del node.bitmaps[name]
+    if node.bitmaps.pop(name).persistent:
+        node.unstore(name)

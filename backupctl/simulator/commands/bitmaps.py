@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Dirty bitmaps, and transactions of them."""
+
+from typing import Any
+
+from backupctl.simulator import arguments
+from backupctl.simulator.arguments import Form
+from backupctl.simulator.commands.table import Arguments, command
+from backupctl.simulator.failure import CommandError
+from backupctl.simulator.machine import Machine
+
+SYNC = ("none", "full", "top", "incremental", "bitmap")
+ADD: Form = {"node": "str", "name": "str", "granularity?": "uint32", "persistent?": "bool", "disabled?": "bool"}
+ONE: Form = {"node": "str", "name": "str"}
+MERGE: Form = {"node": "str", "target": "str", "bitmaps": "list"}
+BACKUP: Form = {
+    "job-id?": "str",
+    "device": "str",
+    "target": "str",
+    "sync": SYNC,
+    "speed?": "int",
+    "bitmap?": "str",
+    "compress?": "bool",
+    "on-source-error?": ("report", "ignore", "enospc", "stop", "auto"),
+    "on-target-error?": ("report", "ignore", "enospc", "stop", "auto"),
+    "auto-finalize?": "bool",
+    "auto-dismiss?": "bool",
+    "filter-node-name?": "str",
+    "x-perf?": "dict",
+}
+FORMS: dict[str, Form] = {
+    "block-dirty-bitmap-add": ADD,
+    "block-dirty-bitmap-remove": ONE,
+    "block-dirty-bitmap-clear": ONE,
+    "block-dirty-bitmap-enable": ONE,
+    "block-dirty-bitmap-disable": ONE,
+    "block-dirty-bitmap-merge": MERGE,
+    "blockdev-backup": BACKUP,
+    "abort": {},
+}
+_MOMENTS = ("block-dirty-bitmap-add", "blockdev-backup")
+
+
+def _run(vm: Machine, actions: list[tuple[str, Arguments]], *, grouped: bool = False) -> dict[str, Any]:
+    vm.actions.run(actions, grouped=grouped)
+    if any(kind in _MOMENTS for kind, _ in actions):
+        vm.keep_moment()
+    return {}
+
+
+def _single(kind: str) -> None:
+    command(kind, FORMS[kind])(lambda vm, given: _run(vm, [(kind, given)]))
+
+
+for _kind in FORMS:
+    if _kind != "abort":
+        _single(_kind)
+
+
+@command("transaction", {"actions": "list", "properties?": "dict"})
+def transaction(vm: Machine, given: Arguments) -> dict[str, Any]:
+    """Do all actions or none."""
+    wanted = [_action(number, each) for number, each in enumerate(given["actions"])]
+    properties = given.get("properties", {})
+    arguments.check({"completion-mode?": ("individual", "grouped")}, properties, "properties.")
+    return _run(vm, wanted, grouped=properties.get("completion-mode") == "grouped")
+
+
+def _action(number: int, given: Any) -> tuple[str, Arguments]:
+    where = f"actions[{number}]"
+    if not isinstance(given, dict):
+        raise CommandError(f"Invalid parameter type for '{where}', expected: object")
+    arguments.check({"type": tuple(FORMS), "data": "dict"}, given, f"{where}.")
+    arguments.check(FORMS[given["type"]], given["data"], f"{where}.data.")
+    return given["type"], given["data"]
