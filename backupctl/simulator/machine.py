@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A virtual machine: everything from its power-on to its end, clean or not."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,6 +89,11 @@ class Machine:
         """Whether the guest's processors run."""
         return self.status == "running"
 
+    @property
+    def nbd_clients(self) -> int:
+        """How many NBD clients have chosen an export."""
+        return sum(export.clients for export in self.exports.values())
+
     def top(self, disk: str) -> Node:
         """Return the node that a disk's device writes to. Raises CommandError."""
         device = self.devices.get(disk)
@@ -100,6 +106,17 @@ class Machine:
         now = time.time_ns() // 1000
         stamp = {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}
         self._tell({"timestamp": stamp, "event": event} | ({"data": data} if data is not None else {}))
+
+    def receive_fd(self, fd: int | None) -> None:
+        """Keep a descriptor for the command that follows; one that nobody took is closed."""
+        if self.received_fd is not None:
+            os.close(self.received_fd)
+        self.received_fd = fd
+
+    def client_left(self) -> None:
+        """A monitor's client is gone, and with it what it sent and nothing uses."""
+        self.receive_fd(None)
+        self.descriptors.sweep(unclaimed=True)
 
     def set_status(self, status: str) -> None:
         """Run or stop the guest's processors; descriptors that waited for it are let go."""
@@ -144,6 +161,7 @@ class Machine:
             for spec in self.settings.disks:
                 disks.save_bitmaps(spec, self.settings.folder, self._nodes[spec.name])
         self.graph.close()
+        self.receive_fd(None)
         self.descriptors.close()
 
     def _plug(self, spec: DiskSpec) -> Node:

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The simulator as a process: its sockets, and the machines that come and go behind them."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backupctl.simulator.agent import Agent
+from backupctl.simulator.control import Control
+from backupctl.simulator.faults import Faults
+from backupctl.simulator.machine import Machine, Power, Settings
+from backupctl.simulator.monitor import Monitor
+
+ABORT_TEXT = (
+    "blockdev-nbd.c:62: nbd_blockdev_client_closed: "
+    "Assertion `qemu_in_main_thread() && nbd_server' failed."
+)
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Where the simulator listens. monitors: as many as wanted."""
+
+    monitors: tuple[Path, ...]
+    agent: Path | None = None
+    control: Path | None = None
+
+
+class Process:
+    """A running simulator. writes_per_second: of the guest, from each power-on."""
+
+    def __init__(
+        self, settings: Settings, sockets: Sockets, faults: Faults, writes_per_second: float = 0
+    ) -> None:
+        self._settings = settings
+        self._faults = faults
+        self._writes_per_second = writes_per_second
+        self._monitors = [Monitor(path, lambda: self.machine) for path in sockets.monitors]
+        self._others: list[Agent | Control] = []
+        if sockets.agent:
+            self._others.append(Agent(sockets.agent, lambda: self.machine))
+        if sockets.control:
+            self._others.append(Control(sockets.control, lambda: self.machine))
+        self._ended = asyncio.Event()
+        self.machine = self._boot()
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serve until told to end. ready: called when all sockets listen. Raises OSError when one can't."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._quit)
+        for room in (*self._monitors, *self._others):
+            room.door.open()
+        ready()
+        await self._ended.wait()
+        for room in (*self._monitors, *self._others):
+            await room.door.close()
+
+    def _boot(self) -> Machine:
+        made = Machine(self._settings, self._faults, self._tell, Power(self._end))
+        if self._writes_per_second:
+            made.guest.start(self._writes_per_second)
+        return made
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        for monitor in self._monitors:
+            monitor.tell(event)
+
+    def _end(self, how: str) -> None:
+        """End the machine; all but a kill wait for what runs at the moment, such as the reply to `quit`."""
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "abort":
+            sys.stderr.write(ABORT_TEXT + "\n")
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGABRT)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._quit if how == "quit" else lambda: self._restart(clean=how == "restart"))
+
+    def _quit(self) -> None:
+        if not self._ended.is_set():
+            self.machine.tell("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+            self.machine.end(clean=True)
+            self._ended.set()
+
+    def _restart(self, *, clean: bool) -> None:
+        for room in (*self._monitors, *self._others):
+            if not isinstance(room, Control):
+                room.door.drop_clients()
+        self.machine.end(clean=clean)
+        self.machine = self._boot()
