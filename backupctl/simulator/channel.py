@@ -74,11 +74,14 @@ class Channel:
     async def _send(self) -> None:
         with suppress(OSError):
             while True:
-                data = await self._out.get()
+                parts = [await self._out.get()]
+                while not self._out.empty():
+                    parts.append(self._out.get_nowait())
                 try:
-                    await self._loop.sock_sendall(self._socket, data)
+                    await self._loop.sock_sendall(self._socket, b"".join(parts))
                 finally:
-                    self._out.task_done()
+                    for _ in parts:
+                        self._out.task_done()
 
     def close(self) -> None:
         """Hang up."""

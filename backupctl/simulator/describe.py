@@ -14,7 +14,8 @@ def node(shown: Node, *, with_backing: bool) -> dict[str, Any]:
     """Return a node as `query-named-block-nodes` shows it. with_backing: its image's backing images too."""
     told: dict[str, Any] = {name: 0 for name in _LIMITS}
     told |= {"node-name": shown.name, "drv": shown.driver, "ro": shown.read_only, "file": _file_name(shown)}
-    told |= {"detect_zeroes": "off", "encrypted": False, "backing_file_depth": 0}
+    told |= {"detect_zeroes": "off", "encrypted": False}
+    told["backing_file_depth"] = _depth(shown) if with_backing else 0
     told |= {"write_threshold": shown.write_threshold}
     told["cache"] = {"writeback": True, "direct": False, "no-flush": False}
     told["image"] = image(shown, with_backing=with_backing)
@@ -38,6 +39,11 @@ def image(shown: Node, *, with_backing: bool) -> dict[str, Any]:
     if backing is not None and with_backing:
         told["backing-image"] = image(backing, with_backing=True)
     return told
+
+
+def _depth(shown: Node) -> int:
+    backing = shown.child("backing")
+    return 0 if backing is None else 1 + _depth(backing)
 
 
 def _actual_size(shown: Node) -> int:

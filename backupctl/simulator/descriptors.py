@@ -59,7 +59,7 @@ class Descriptors:
     def describe(self) -> list[dict[str, object]]:
         """Return what `query-fdsets` shows, newest set first."""
         return [
-            {"fdset-id": number, "fds": [_describe(member) for member in reversed(self._sets[number].members)]}
+            {"fdset-id": number, "fds": [_describe(member) for member in self._sets[number].members]}
             for number in reversed(self._sets)
         ]
 

@@ -11,7 +11,7 @@ Since requests do not overlap in time, "copy, then write" needs no lock.
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from backupctl.simulator.bitmap import HierarchicalBitmap
@@ -64,10 +64,6 @@ class CopyBeforeWrite(Node):
         """See `Node`."""
         return self.file.extents(offset, length)
 
-    def discard(self, offset: int, length: int) -> None:
-        """See `Node`; the filter hands discards on, and the node below may ignore them."""
-        self._change(offset, length, lambda: self._discard(offset, length))
-
     def _write(self, offset: int, data: bytes | memoryview) -> None:
         self._keep(offset, len(data))
         self.file.write(offset, data)
@@ -104,7 +100,12 @@ class CopyBeforeWrite(Node):
 
 @dataclass(eq=False)
 class SnapshotAccess(Node):
-    """The disk as it was when the filter below it began. Reads fail once the filter's snapshot is broken."""
+    """The disk as it was when the filter below it began. Reads fail once the filter's snapshot is broken.
+
+    copies_are_data: whether holes that were copied show as data, as before QEMU 8.
+    """
+
+    copies_are_data: bool = False
 
     @property
     def filter(self) -> CopyBeforeWrite:
@@ -119,6 +120,9 @@ class SnapshotAccess(Node):
         """Bytes."""
         return self.children["file"].node.size
 
+    def _change(self, offset: int, length: int, action: Callable[[], None]) -> None:  # noqa: ARG002 - it is past
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
     def read_into(self, offset: int, view: memoryview) -> None:
         """See `Node`."""
         for node, start, length in self._sources(offset, len(view)):
@@ -127,7 +131,10 @@ class SnapshotAccess(Node):
     def extents(self, offset: int, length: int) -> Iterator[Piece]:
         """See `Node`."""
         for node, start, part in self._sources(offset, length):
-            yield from node.extents(start, part)
+            if self.copies_are_data and node is self.filter.target:
+                yield part, Extent.DATA
+            else:
+                yield from node.extents(start, part)
 
     def _sources(self, offset: int, length: int) -> Iterator[tuple[Node, int, int]]:
         """Yield (node that has it, offset, length). Raises OSError where nobody may look."""

@@ -88,10 +88,12 @@ class Graph:
 
     def replace(self, old: Node, new: Node) -> None:
         """Let all users of a node use another, but for those that the other one itself rests on."""
-        below = set(map(id, descendants(new)))
-        for link in list(old.parents):
-            if link.user is None or (link.user is not new and id(link.user) not in below):
-                self.move(link, new)
+        for link in [each for each in old.parents if self.may_move(each, new)]:
+            self.move(link, new)
+
+    def may_move(self, link: Link, node: Node) -> bool:
+        """Whether a user could use this node without coming to rest on itself."""
+        return link.user is None or all(link.user is not each for each in (node, *descendants(node)))
 
     def delete(self, name: str) -> None:
         """Delete a node as `blockdev-del` does. Raises CommandError while it is in use."""

@@ -65,9 +65,9 @@ class Jobs:
             self._graph.automatic_name(), "copy-before-write", self._tell, source.read_only, owned=False
         )
         self._graph.add(keeper)
-        self._graph.replace(source, keeper)
         self._graph.link("file", keeper, keeper.name, source)
         self._graph.link("target", keeper, keeper.name, target)
+        self._put_over(name, source, keeper)
         keeper.begin()
         job = Job(name, sync, source, target, keeper, auto_dismiss, length_bytes=source.size)
         job.links = [self._graph.link("job", None, name, node) for node in (keeper, target)]
@@ -123,14 +123,22 @@ class Jobs:
             raise CommandError(f"Invalid job ID '{name}'")
         if name in self.jobs:
             raise CommandError(f"Job ID '{name}' already in use")
-        other = next((link.user for link in source.parents if isinstance(link.user, CopyBeforeWrite)), None)
-        if other is not None:
-            new = self._graph.automatic_name()
-            raise CommandError(
-                f"Permission conflict on node '{source.name}': permissions 'write' are both required by "
-                f"node '{new}' (uses node '{source.name}' as 'file' child) and unshared by "
-                f"node '{other.name}' (uses node '{source.name}' as 'file' child)."
-            )
+
+    def _put_over(self, name: str, source: Node, keeper: CopyBeforeWrite) -> None:
+        """Let all who use the source use the filter; a second filter beside it would miss writes."""
+        stays = [link for link in source.parents if not self._graph.may_move(link, keeper)]
+        for link in stays:
+            other = link.user
+            if isinstance(other, CopyBeforeWrite) and other is not keeper:
+                self._graph.drop(keeper)
+                for status in ("created", "null"):
+                    self._tell("JOB_STATUS_CHANGE", {"id": name, "status": status})
+                raise CommandError(
+                    f"Permission conflict on node '{source.name}': permissions 'write' are both required by "
+                    f"node '{keeper.name}' (uses node '{source.name}' as 'file' child) and unshared by "
+                    f"node '{other.name}' (uses node '{source.name}' as 'file' child)."
+                )
+        self._graph.replace(source, keeper)
 
     def _conclude(self, job: Job, event: str) -> None:
         told: dict[str, object] = {"device": job.name, "type": "backup", "len": job.length_bytes}

@@ -71,7 +71,7 @@ class Machine:
         self.jobs = Jobs(self.graph, self.tell)
         self.actions = Actions(self.graph, self.jobs)
         self.opener = Opener(self.graph, self.descriptors, self.tell, lambda: self.running)
-        self.opener.capacity = faults.capacity
+        self.opener.capacity, self.opener.version = faults.capacity, settings.version
         self.nbd = NbdServer(faults, self._client_left)
         self.exports: dict[str, Export] = {}
         self.devices: dict[str, Device] = {}

@@ -110,8 +110,13 @@ class Session:
             raise CommandError("QMP input lacks member 'execute'")
         return named[0], message.get("arguments", {})
 
+    def _refuse_out_of_band(self, name: str, message: dict[str, Any]) -> None:
+        if "exec-oob" in message and name in TABLE:
+            raise CommandError(f"The command {name} does not support OOB")
+
     def _do(self, name: str, given: dict[str, Any], message: dict[str, Any]) -> bytes:
         try:
+            self._refuse_out_of_band(name, message)
             return _line(_with_id({"return": self._run(name, given)}, message))
         except CommandError as err:
             return _line(_error(err, message))
@@ -134,7 +139,7 @@ class Session:
         arguments.check({"enable?": "list"}, given)
         for wanted in given.get("enable", []):
             if wanted != "oob":
-                raise CommandError(f"Parameter 'enable[0]' does not accept value '{wanted}'")
+                raise CommandError(f"Parameter 'null' does not accept value '{wanted}'")
         self._oob = "oob" in given.get("enable", [])
         self.negotiated = True
         return {}

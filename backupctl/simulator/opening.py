@@ -30,7 +30,7 @@ class Opener:
     """Makes nodes.
 
     running: whether the guest runs; only then does QEMU let go of descriptors at once.
-    capacity: how much the file of a qcow2 node of this name may take, None for any amount.
+    version: of QEMU. capacity: how much the file of a qcow2 node of this name may take, None for any amount.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class Opener:
         self._states: dict[tuple[int, int], States] = {}
         self.locked: set[tuple[int, int]] = set()
         self.capacity: Callable[[str], int | None] = lambda _node: None
+        self.version = (7, 2, 0)
 
     def open(self, options: Options) -> Node:
         """Make a node that is the monitor's own. Raises CommandError, and has then made nothing."""
@@ -55,6 +56,8 @@ class Opener:
         if driver not in DRIVERS:
             raise CommandError(f"Parameter 'driver' does not accept value '{driver}'")
         name = options.get("node-name")
+        if isinstance(options.get("file"), str):
+            self._graph.find(options["file"])  # QEMU looks for it before it looks at the name
         if name is not None:
             self._graph.check_new_name(name)
         makers = {"file": self._file, "raw": self._raw, "qcow2": self._qcow2}
@@ -181,7 +184,8 @@ class Opener:
 
     def _access(self, name: str, options: Options) -> SnapshotAccess:
         file = self._child(options, "file")
-        made = SnapshotAccess(name, "snapshot-access", self._tell, read_only=True, filename=file.filename)
+        made = SnapshotAccess(name, "snapshot-access", self._tell, filename=file.filename)
+        made.copies_are_data = self.version < (8, 0, 0)
         self._graph.link("file", made, name, file)
         return made
 

@@ -54,7 +54,8 @@ class Process:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._quit)
-        for room in (*self._monitors, *self._others):
+        # The monitors last: who waits for one of them to appear finds the others there.
+        for room in (*self._others, *self._monitors):
             room.door.open()
         ready()
         await self._ended.wait()
@@ -72,15 +73,17 @@ class Process:
             monitor.tell(event)
 
     def _end(self, how: str) -> None:
-        """End the machine; all but a kill wait for what runs at the moment, such as the reply to `quit`."""
+        """End the machine; what restarts it waits until the command that asked for it is done."""
         if how == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "abort":
             sys.stderr.write(ABORT_TEXT + "\n")
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGABRT)
-        loop = asyncio.get_running_loop()
-        loop.call_soon(self._quit if how == "quit" else lambda: self._restart(clean=how == "restart"))
+        if how == "quit":
+            self._quit()
+        else:
+            asyncio.get_running_loop().call_soon(lambda: self._restart(clean=how == "restart"))
 
     def _quit(self) -> None:
         if not self._ended.is_set():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backupctl.simulator.dirty import DirtyBitmap, check_granularity, check_name
+from backupctl.simulator.dirty import MAX_NAME_BYTES, DirtyBitmap, check_granularity, check_name
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.graph import Graph
 from backupctl.simulator.jobs import Job, Jobs
@@ -144,19 +144,15 @@ class Actions:
 def _check_new(node: Node, name: str) -> None:
     if name in node.bitmaps:
         raise CommandError(f"Bitmap already exists: {name}")
-    if len(name.encode()) > 1023:
+    if len(name.encode()) > MAX_NAME_BYTES:
         raise CommandError(f"Bitmap name too long: {name}")
 
 
 def _check_can_persist(node: Node, name: str) -> None:
     if node.driver != "qcow2":
         raise CommandError(f"Can't store persistent bitmaps to {node.name}: Operation not supported")
-    if node.read_only or name in node.bitmaps or len(name.encode()) > 1023:
-        why = "Name length exceeds maximum (1023 characters)"
-        if node.read_only:
-            why = "Device is read-only"
-        elif name in node.bitmaps:
-            why = "Bitmap with the same name is already stored"
+    if len(name.encode()) > MAX_NAME_BYTES:
+        why = f"Name length exceeds maximum ({MAX_NAME_BYTES} characters)"
         raise CommandError(f"Can't make bitmap '{name}' persistent in '{node.name}': {why}")
 
 

@@ -7,7 +7,6 @@ from backupctl.simulator import describe
 from backupctl.simulator.arguments import Form
 from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.failure import CommandError
-from backupctl.simulator.jobs import BUSY
 from backupctl.simulator.machine import Machine
 
 
@@ -44,8 +43,10 @@ def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
     node = vm.graph.find(name or device, device)
     if given["size"] < 0:
         raise CommandError("Parameter 'size' expects a >0 size")
-    if BUSY in node.blockers:
-        raise CommandError(f"Node '{node.name}' is busy: {BUSY}")
+    if node.blockers and vm.settings.version < (8, 0, 0):
+        raise CommandError(f"Device '{given.get('device', '(null)')}' is in use")
+    if node.blockers:
+        raise CommandError(f"Node '{node.name}' is busy: {node.blockers[-1]}")
     try:
         node.resize(given["size"])
     except OSError as err:

@@ -8,6 +8,7 @@ from backupctl.simulator.arguments import Form
 from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.disks import Device
 from backupctl.simulator.failure import CommandError
+from backupctl.simulator.graph import writing_device
 from backupctl.simulator.filters import CopyBeforeWrite
 from backupctl.simulator.machine import Machine
 
@@ -85,11 +86,15 @@ def device_add(vm: Machine, given: Arguments) -> dict[str, Any]:
         raise CommandError(f"Duplicate device ID '{name}'")
     drive = str(given.get("drive", ""))
     if drive not in vm.graph.nodes:
-        raise CommandError(f"Property '{driver}.drive' can't find value '{drive}'")
+        raise CommandError(f"Property 'virtio-blk-device.drive' can't find value '{drive}'")
     node = vm.graph.nodes[drive]
-    if any(link.role == "device" for link in node.parents):
-        raise CommandError(f"Drive '{drive}' is already in use by another block device")
     device = Device(name, driver, None)
+    if other := writing_device(node):
+        raise CommandError(
+            f"Permission conflict on node '{drive}': permissions 'write' are both required by block device "
+            f"'{other.name}' (uses node '{drive}' as 'root' child) and unshared by block device "
+            f"'{device.qdev}' (uses node '{drive}' as 'root' child)."
+        )
     device.write_to(vm.graph, node)
     vm.devices[name] = device
     return {}

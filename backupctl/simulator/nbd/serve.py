@@ -76,7 +76,7 @@ class Conversation:
 
     def _check(self, request: Request) -> None:
         allowed = _ALLOWED.get(Command(request.command)) if request.command in list(Command) else None
-        if allowed is None or request.flags & ~allowed:
+        if allowed is None or int(request.flags) & ~int(allowed):
             raise OSError(errno.EINVAL, "unknown command or flag")
         changes = request.command in (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
         if changes and not self._export.writable:
