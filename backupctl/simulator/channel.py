@@ -109,11 +109,14 @@ class Door:
 
     def open(self) -> None:
         """Listen. Raises OSError."""
+        # The name appears when the socket listens: who waits for the name can connect at once.
+        early = self._path.with_name(self._path.name + "~")
         with suppress(FileNotFoundError):
-            self._path.unlink()
-        self._listener.bind(str(self._path))
+            early.unlink()
+        self._listener.bind(str(early))
         self._listener.listen(16)
         self._listener.setblocking(False)
+        early.rename(self._path)
         self._start(self._accept())
 
     def drop_clients(self) -> None:

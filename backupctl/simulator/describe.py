@@ -10,8 +10,11 @@ from backupctl.simulator.store import CLUSTER
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 
 
-def node(shown: Node, *, with_backing: bool) -> dict[str, Any]:
-    """Return a node as `query-named-block-nodes` shows it. with_backing: its image's backing images too."""
+def node(shown: Node, version: tuple[int, int, int], *, with_backing: bool) -> dict[str, Any]:
+    """Return a node as `query-named-block-nodes` shows it.
+
+    version: of QEMU. with_backing: its image's backing images too.
+    """
     told: dict[str, Any] = {name: 0 for name in _LIMITS}
     told |= {"node-name": shown.name, "drv": shown.driver, "ro": shown.read_only, "file": _file_name(shown)}
     told |= {"detect_zeroes": "off", "encrypted": False}
@@ -19,6 +22,8 @@ def node(shown: Node, *, with_backing: bool) -> dict[str, Any]:
     told |= {"write_threshold": shown.write_threshold}
     told["cache"] = {"writeback": True, "direct": False, "no-flush": False}
     told["image"] = image(shown, with_backing=with_backing)
+    if version >= (10, 0, 0):
+        told["active"] = True
     backing = shown.child("backing")
     if backing is not None:
         told["backing_file"] = _file_name(backing)

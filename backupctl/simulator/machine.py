@@ -69,7 +69,7 @@ class Machine:
         self.graph = Graph()
         self.descriptors = Descriptors()
         self.jobs = Jobs(self.graph, self.tell)
-        self.actions = Actions(self.graph, self.jobs)
+        self.actions = Actions(self.graph, self.jobs, settings.version)
         self.opener = Opener(self.graph, self.descriptors, self.tell, lambda: self.running)
         self.opener.capacity, self.opener.version = faults.capacity, settings.version
         self.nbd = NbdServer(faults, self._client_left)

@@ -105,8 +105,15 @@ class Opener:
         except OSError as err:
             why = os.strerror(err.errno or errno.EIO)
             if path.startswith(PREFIX):
-                raise CommandError(f"Could not dup FD for {path} flags {flags:x}: {why}") from err
+                raise CommandError(self._no_descriptor(path, flags, err)) from err
             raise CommandError(f"Could not open '{path}': {why}") from err
+
+    def _no_descriptor(self, path: str, flags: int, err: OSError) -> str:
+        if self.version < (9, 1, 0):
+            return f"Could not dup FD for {path} flags {flags:x}: {os.strerror(err.errno or 0)}"
+        if err.errno == errno.ENOENT:
+            return f"Failed to find fdset {path}"
+        return f"Failed to find file descriptor with matching flags=0x{flags:x}"
 
     def _closed(self, path: str, whose: tuple[int, int]) -> None:
         self.locked.discard(whose)

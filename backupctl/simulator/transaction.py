@@ -33,9 +33,10 @@ class Prepared:
 
 
 class Actions:
-    """What a transaction can consist of; each also serves the command of its name."""
+    """What a transaction can consist of; each also serves the command of its name. version: of QEMU."""
 
-    def __init__(self, graph: Graph, jobs: Jobs) -> None:
+    def __init__(self, graph: Graph, jobs: Jobs, version: tuple[int, int, int]) -> None:
+        self.version = version
         self._graph = graph
         self._jobs = jobs
         self.makers: dict[str, Callable[[Data], Prepared]] = {
@@ -55,8 +56,9 @@ class Actions:
         try:
             for kind, data in actions:
                 if grouped and kind != "blockdev-backup":
+                    word = "Transaction" if self.version < (9, 0, 0) else "transaction"
                     raise CommandError(
-                        f"Action '{kind}' does not support Transaction property completion-mode = grouped"
+                        f"Action '{kind}' does not support {word} property completion-mode = grouped"
                     )
                 done.append(self.makers[kind](data))
         except CommandError:

@@ -30,7 +30,7 @@ def blockdev_del(vm: Machine, given: Arguments) -> dict[str, Any]:
 def query_named_block_nodes(vm: Machine, given: Arguments) -> list[dict[str, Any]]:
     """Tell of all nodes, newest first."""
     nodes = reversed(vm.graph.nodes.values())
-    return [describe.node(node, with_backing=not given.get("flat")) for node in nodes]
+    return [describe.node(node, vm.settings.version, with_backing=not given.get("flat")) for node in nodes]
 
 
 RESIZE: Form = {"device?": "str", "node-name?": "str", "size": "int"}

@@ -20,16 +20,16 @@ PROPERTY: Form = {"path": "str", "property": "str"}
 @command("query-block")
 def query_block(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
     """Tell of all devices with what is in them."""
-    return [_device(each) for each in vm.devices.values()]
+    return [_device(vm, each) for each in vm.devices.values()]
 
 
-def _device(device: Device) -> dict[str, Any]:
+def _device(vm: Machine, device: Device) -> dict[str, Any]:
     told: dict[str, Any] = {"device": "", "qdev": device.qdev, "type": "unknown", "locked": False}
     told |= {"removable": device.removable, "io-status": "ok"}
     if device.removable:
         told["tray_open"] = False
     if device.link is not None:
-        told["inserted"] = describe.node(device.link.node, with_backing=True)
+        told["inserted"] = describe.node(device.link.node, vm.settings.version, with_backing=True)
     return told
 
 
