@@ -73,15 +73,18 @@ class Agent:
     def _do(self, message: dict[str, Any]) -> bytes:
         name, given = message["execute"], message.get("arguments", {})
         try:
-            if name not in self._commands:
-                raise CommandError(f"The command {name} has not been found", "CommandNotFound")
-            if self._machine().guest.frozen and name not in WHILE_FROZEN:
-                text = f"Command {name} has been disabled: the agent is in frozen state"
-                raise CommandError(text, "CommandNotFound")
+            self._check(name)
             value = self._commands[name](given if isinstance(given, dict) else {})
         except CommandError as err:
             return _refusal(str(err), err.kind)
         return (SENTINEL if name == "guest-sync-delimited" else b"") + _line({"return": value})
+
+    def _check(self, name: str) -> None:
+        if name not in self._commands:
+            raise CommandError(f"The command {name} has not been found", "CommandNotFound")
+        if self._machine().guest.frozen and name not in WHILE_FROZEN:
+            text = f"Command {name} has been disabled: the agent is in frozen state"
+            raise CommandError(text, "CommandNotFound")
 
     def _info(self, _given: dict[str, Any]) -> dict[str, Any]:
         names = [{"name": name, "enabled": True, "success-response": True} for name in self._commands]

@@ -51,5 +51,5 @@ def _check_one(name: str, kind: Kind, value: Any) -> None:
     wanted, shown = _TYPES[kind]
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise CommandError(f"Invalid parameter type for '{name}', expected: {shown}")
-    if kind == "uint32" and not 0 <= value < 1 << 32:
+    if kind == "uint32" and isinstance(value, int) and not 0 <= value < 1 << 32:
         raise CommandError(f"Parameter '{name}' expects uint32_t")

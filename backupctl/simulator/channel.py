@@ -65,7 +65,7 @@ class Channel:
 
     async def _readable(self) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(self._socket, lambda: ready.done() or ready.set_result(None))
+        self._loop.add_reader(self._socket, _settle, ready)
         try:
             await ready
         finally:
@@ -91,6 +91,11 @@ class Channel:
         # The sender has to be gone before its socket's number can be used again.
         self._loop.call_soon(self._socket.close)
         self.closed.set()
+
+
+def _settle(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 Serve = Callable[[Channel], Awaitable[None]]
@@ -161,6 +166,6 @@ class Door:
             channel.close()
 
     def _start(self, work: Awaitable[None]) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[assignment]
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -103,7 +103,7 @@ class Control:
 
     def _status(self) -> dict[str, Any]:
         vm = self._machine()
-        told = {"running": vm.running, "frozen": vm.guest.frozen, "working": vm.guest.working}
+        told: dict[str, Any] = {"running": vm.running, "frozen": vm.guest.frozen, "working": vm.guest.working}
         told |= {"writes": len(vm.guest.journal)}
         return told | {"failed-writes": vm.guest.failed_writes, "nbd-clients": vm.nbd_clients}
 

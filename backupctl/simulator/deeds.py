@@ -30,7 +30,11 @@ async def carry_out(
     if deed == "hangup":
         raise HangUp
     if deed in ("silent", "garbage", "error"):
-        answers = {"silent": b"", "garbage": GARBAGE, "error": refuse(fault.argument or "as a fault wanted it")}
+        answers = {
+            "silent": b"",
+            "garbage": GARBAGE,
+            "error": refuse(fault.argument or "as a fault wanted it"),
+        }
         post(answers[deed])
         return
     answer = do()

@@ -15,7 +15,7 @@ def node(shown: Node, version: tuple[int, int, int], *, with_backing: bool) -> d
 
     version: of QEMU. with_backing: its image's backing images too.
     """
-    told: dict[str, Any] = {name: 0 for name in _LIMITS}
+    told: dict[str, Any] = dict.fromkeys(_LIMITS, 0)
     told |= {"node-name": shown.name, "drv": shown.driver, "ro": shown.read_only, "file": _file_name(shown)}
     told |= {"detect_zeroes": "off", "encrypted": False}
     told["backing_file_depth"] = _depth(shown) if with_backing else 0

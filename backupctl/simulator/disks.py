@@ -37,7 +37,9 @@ class DiskSpec:
         """Read a disk. Raises BadFault, saying what is wrong."""
         match = _SPEC.fullmatch(text)
         if match is None:
-            raise BadFault(f"{text!r} is no disk: NAME=SIZE[,format=raw][,iothread=on][,readonly=on] is meant")
+            raise BadFault(
+                f"{text!r} is no disk: NAME=SIZE[,format=raw][,iothread=on][,readonly=on] is meant"
+            )
         options = dict(part.split("=") for part in match[3].split(",") if part)
         form = options.pop("format", "qcow2")
         switches = {name: options.pop(name, "off") == "on" for name in ("iothread", "readonly")}
@@ -82,9 +84,7 @@ def open_disk(spec: DiskSpec, folder: Path, graph: Graph, tell: Teller, opener: 
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     opener.locked.add(identity(descriptor))
     store = RawFile(descriptor)
-    file = FileNode(
-        graph.automatic_name(), "file", tell, spec.read_only, True, False, str(path), store=store
-    )
+    file = FileNode(graph.automatic_name(), "file", tell, spec.read_only, True, False, str(path), store=store)
     graph.add(file)
     node = _qcow2(spec, folder, path, tell) if spec.format == "qcow2" else RawNode(spec.node, "raw", tell)
     node.read_only, node.discards, node.filename = spec.read_only, True, str(path)

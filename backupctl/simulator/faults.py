@@ -35,7 +35,9 @@ from enum import Enum
 PLAIN = ("silent", "unanswered", "garbage", "hangup", "lost")
 ENDS = ("kill", "quit", "crash", "restart")
 DEEDS = {"error", "late", *PLAIN, *ENDS, *(f"{end}-after" for end in ENDS)}
-_SPEC = re.compile(r"(qmp|agent|nbd|scratch):([A-Za-z0-9_*?#.-]+)(?:@([^=]+))?=([a-z-]+)(?::(.*))?", re.DOTALL)
+_SPEC = re.compile(
+    r"(qmp|agent|nbd|scratch):([A-Za-z0-9_*?#.-]+)(?:@([^=]+))?=([a-z-]+)(?::(.*))?", re.DOTALL
+)
 _NUMBER = re.compile(r"(\d+)([kMGT]?)")
 _UNITS = {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 

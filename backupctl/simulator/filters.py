@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from backupctl.simulator.bitmap import HierarchicalBitmap
 from backupctl.simulator.nodes import Extent, Node, Piece
-from backupctl.simulator.store import CLUSTER
+from backupctl.simulator.store import CLUSTER, Bytes
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class CopyBeforeWrite(Node):
         """See `Node`."""
         return self.file.extents(offset, length)
 
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
+    def _write(self, offset: int, data: Bytes) -> None:
         self._keep(offset, len(data))
         self.file.write(offset, data)
 

@@ -23,7 +23,10 @@ JOURNAL_LENGTH = 100_000
 
 @dataclass(frozen=True)
 class Entry:
-    """One change. at: seconds since the epoch. seed: what the written bytes were made from. error: its errno's text."""
+    """One change.
+
+    at: seconds since the epoch. seed: what the written bytes were made from. error: its errno's text.
+    """
 
     at: float
     disk: str

@@ -44,7 +44,12 @@ class Job:
 
     def describe_block(self) -> dict[str, object]:
         """Return what `query-block-jobs` shows."""
-        told: dict[str, object] = {"device": self.name, "type": "backup", "status": self.status, "io-status": "ok"}
+        told: dict[str, object] = {
+            "device": self.name,
+            "type": "backup",
+            "status": self.status,
+            "io-status": "ok",
+        }
         told |= {"len": self.length_bytes, "offset": self.progress_bytes, "speed": 0, "busy": False}
         told |= {"auto-finalize": True, "auto-dismiss": self.auto_dismiss, "paused": False, "ready": False}
         return told
@@ -96,7 +101,9 @@ class Jobs:
     def cancel(self, job: Job) -> None:
         """Cancel a running job, and those of its group. Raises CommandError for one that has ended."""
         if job.status != "running":
-            raise CommandError(f"Job '{job.name}' in state '{job.status}' cannot accept command verb 'cancel'")
+            raise CommandError(
+                f"Job '{job.name}' in state '{job.status}' cannot accept command verb 'cancel'"
+            )
         together = [job, *(other for other in job.group if other is not job and other.status == "running")]
         for each in together:
             self._turn(each, "aborting")
@@ -107,7 +114,9 @@ class Jobs:
     def dismiss(self, job: Job) -> None:
         """Forget a job that has ended. Raises CommandError for one that has not."""
         if job.status != "concluded":
-            raise CommandError(f"Job '{job.name}' in state '{job.status}' cannot accept command verb 'dismiss'")
+            raise CommandError(
+                f"Job '{job.name}' in state '{job.status}' cannot accept command verb 'dismiss'"
+            )
         self._turn(job, "null")
         del self.jobs[job.name]
 

@@ -61,7 +61,9 @@ class Moment:
 class Machine:
     """A simulated QEMU with its guest."""
 
-    def __init__(self, settings: Settings, faults: Faults, tell: Callable[[dict[str, Any]], None], power: Power) -> None:
+    def __init__(
+        self, settings: Settings, faults: Faults, tell: Callable[[dict[str, Any]], None], power: Power
+    ) -> None:
         self.settings = settings
         self.faults = faults
         self.power = power
@@ -180,11 +182,13 @@ class Machine:
         self.tell("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     def _client_left(self, export: Export) -> None:
-        """A client went away while its export stood: fatal to some QEMUs where an iothread serves the disk."""
+        """A client went away while its export stood: fatal to some QEMUs on an iothread's disk."""
         first, fixed = ABORTS
         if first <= self.settings.version < fixed and self._on_iothread(export):
             self.power.end("abort")
 
     def _on_iothread(self, export: Export) -> bool:
         iothreads = [device for device in self.devices.values() if device.iothread and device.link]
-        return any(device.link and self.graph.connected(device.link.node, export.node) for device in iothreads)
+        return any(
+            device.link and self.graph.connected(device.link.node, export.node) for device in iothreads
+        )

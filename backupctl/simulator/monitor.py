@@ -126,7 +126,9 @@ class Session:
             return self._negotiate(name, given)
         chosen = TABLE.get(name)
         if name == "qmp_capabilities":
-            raise CommandError("Capabilities negotiation is already complete, command ignored", "CommandNotFound")
+            raise CommandError(
+                "Capabilities negotiation is already complete, command ignored", "CommandNotFound"
+            )
         if chosen is None:
             raise CommandError(f"The command {name} has not been found", "CommandNotFound")
         if chosen.form is not None:
@@ -135,7 +137,9 @@ class Session:
 
     def _negotiate(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         if name != "qmp_capabilities":
-            raise CommandError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
+            raise CommandError(
+                "Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound"
+            )
         arguments.check({"enable?": "list"}, given)
         for wanted in given.get("enable", []):
             if wanted != "oob":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import IntFlag
 
 from backupctl.simulator.dirty import DirtyBitmap
-from backupctl.simulator.store import ClusterStore, State, Store
+from backupctl.simulator.store import Bytes, ClusterStore, State, Store
 
 
 class Extent(IntFlag):
@@ -88,7 +88,7 @@ class Node:
         """Yield (length, flags) over a range, backing included. Raises OSError."""
         raise NotImplementedError
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: Bytes) -> None:
         """Write. Raises OSError."""
         self._change(offset, len(data), lambda: self._write(offset, data))
 
@@ -129,7 +129,7 @@ class Node:
             told = {"node-name": self.name, "amount-exceeded": end - threshold, "write-threshold": threshold}
             self.tell("BLOCK_WRITE_THRESHOLD", told)
 
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
+    def _write(self, offset: int, data: Bytes) -> None:
         raise NotImplementedError
 
     def _zero(self, offset: int, length: int) -> None:
@@ -138,7 +138,7 @@ class Node:
     def _discard(self, offset: int, length: int) -> None:
         raise NotImplementedError
 
-    def _resize(self, size: int) -> None:
+    def _resize(self, size: int) -> None:  # noqa: ARG002 - most nodes can't
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
 
@@ -179,7 +179,7 @@ class FileNode(Node):
         for _, part, state in self.store.runs(offset, length):
             yield part, Extent.DATA if state == State.DATA else Extent.HOLE | Extent.ZERO
 
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
+    def _write(self, offset: int, data: Bytes) -> None:
         if self.store:
             self.store.write(offset, data)
 
@@ -216,7 +216,7 @@ class RawNode(Node):
         """See `Node`."""
         return self.file.extents(offset, length)
 
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
+    def _write(self, offset: int, data: Bytes) -> None:
         self.file.write(offset, data)
 
     def _zero(self, offset: int, length: int) -> None:
@@ -266,7 +266,7 @@ class Qcow2Node(Node):
             else:
                 yield part, Extent.HOLE | Extent.ZERO
 
-    def _write(self, offset: int, data: bytes | memoryview) -> None:
+    def _write(self, offset: int, data: Bytes) -> None:
         self._allocate(offset, len(data))
         self.store.write(offset, data)
 

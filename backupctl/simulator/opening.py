@@ -138,7 +138,14 @@ class Opener:
             if not isinstance(options["file"], str):
                 self._graph.drop(file)
             raise
-        made = Qcow2Node(name, "qcow2", self._tell, file.read_only, filename=file.filename, store=self._clusters(file, size))
+        made = Qcow2Node(
+            name,
+            "qcow2",
+            self._tell,
+            file.read_only,
+            filename=file.filename,
+            store=self._clusters(file, size),
+        )
         if isinstance(file, FileNode):
             file.capacity = lambda: self.capacity(name)
         self._graph.link("file", made, name, file)
@@ -157,7 +164,9 @@ class Opener:
 
     def _clusters(self, file: Node, size: int) -> ClusterStore:
         descriptor = os.dup(opened(file).descriptor)
-        states = self._states.setdefault(identity(descriptor), np.zeros(max(-(-size // CLUSTER), 1), np.uint8))
+        states = self._states.setdefault(
+            identity(descriptor), np.zeros(max(-(-size // CLUSTER), 1), np.uint8)
+        )
         return ClusterStore(descriptor, states, size, DATA_OFFSET)
 
     def _before_write(self, name: str, options: Options) -> CopyBeforeWrite:

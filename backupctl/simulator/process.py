@@ -12,13 +12,13 @@ from typing import Any
 
 from backupctl.simulator.agent import Agent
 from backupctl.simulator.control import Control
+from backupctl.simulator.disks import DiskSpec
 from backupctl.simulator.faults import Faults
 from backupctl.simulator.machine import Machine, Power, Settings
 from backupctl.simulator.monitor import Monitor
 
 ABORT_TEXT = (
-    "blockdev-nbd.c:62: nbd_blockdev_client_closed: "
-    "Assertion `qemu_in_main_thread() && nbd_server' failed."
+    "blockdev-nbd.c:62: nbd_blockdev_client_closed: Assertion `qemu_in_main_thread() && nbd_server' failed."
 )
 
 
@@ -29,6 +29,42 @@ class Sockets:
     monitors: tuple[Path, ...]
     agent: Path | None = None
     control: Path | None = None
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a user asks for, as text where the simulator has a language of its own for it."""
+
+    folder: Path
+    disks: tuple[str, ...]
+    cdroms: tuple[str, ...]
+    monitors: tuple[Path, ...]
+    agent: Path | None
+    control: Path | None
+    version: tuple[int, int, int]
+    seed: int
+    writes_per_second: float
+    faults: tuple[str, ...] = ()
+    paused: bool = False
+    keep_moments: bool = False
+
+
+async def serve(wishes: Wishes, ready: Callable[[], None]) -> None:
+    """Run a simulator to its end. Raises BadFault (a ValueError) for what can't be read, OSError."""
+    faults = Faults()
+    for text in wishes.faults:
+        faults.add(text)
+    settings = Settings(
+        wishes.folder,
+        tuple(DiskSpec.parse(text) for text in wishes.disks),
+        wishes.version,
+        wishes.seed,
+        wishes.cdroms,
+        wishes.paused,
+        wishes.keep_moments,
+    )
+    sockets = Sockets(wishes.monitors, wishes.agent, wishes.control)
+    await Process(settings, sockets, faults, wishes.writes_per_second).run(ready)
 
 
 class Process:

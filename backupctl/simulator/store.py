@@ -25,6 +25,7 @@ _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
+Bytes = bytes | bytearray | memoryview
 States = npt.NDArray[np.uint8]
 Run = tuple[int, int, "State"]
 
@@ -49,7 +50,7 @@ class Store(Protocol):
     def read_into(self, offset: int, view: memoryview) -> None:
         """Read what is here; what is not allocated reads as zeroes."""
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: Bytes) -> None:
         """Write; every cluster touched becomes data."""
 
     def punch(self, offset: int, length: int, state: State) -> None:
@@ -81,7 +82,7 @@ class RawStore:
         """See `Store`."""
         _read_into(self._fd, offset, view)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: Bytes) -> None:
         """See `Store`."""
         _write(self._fd, offset, data)
 
@@ -135,7 +136,7 @@ class ClusterStore:
         """See `Store`."""
         _read_into(self._fd, self._base + offset, view)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
+    def write(self, offset: int, data: Bytes) -> None:
         """See `Store`; what lies under the rest of a new cluster must have been copied up before."""
         _write(self._fd, self._base + offset, data)
         self.states[offset // CLUSTER : -(-(offset + len(data)) // CLUSTER)] = State.DATA
@@ -202,7 +203,7 @@ def _read_into(descriptor: int, offset: int, view: memoryview) -> None:
         view[done:] = bytes(len(view) - done)  # behind the end of the file lies what was never written
 
 
-def _write(descriptor: int, offset: int, data: bytes | memoryview) -> None:
+def _write(descriptor: int, offset: int, data: Bytes) -> None:
     view = memoryview(data)
     while view:
         done = os.pwrite(descriptor, view, offset)

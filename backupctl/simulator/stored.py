@@ -7,7 +7,6 @@ life and never written is simply gone. One that is removed goes from the file at
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,5 +69,5 @@ class BitmapFile:
         header = np.frombuffer(json.dumps(entries).encode(), np.uint8)
         partial = self.path.with_suffix(".partial")
         with partial.open("wb") as file:
-            np.savez(file, **{_HEADER: header}, **words)
-        os.replace(partial, self.path)
+            np.savez(file, allow_pickle=False, **{_HEADER: header}, **words)
+        partial.replace(self.path)

@@ -55,11 +55,8 @@ class Actions:
         done: list[Prepared] = []
         try:
             for kind, data in actions:
-                if grouped and kind != "blockdev-backup":
-                    word = "Transaction" if self.version < (9, 0, 0) else "transaction"
-                    raise CommandError(
-                        f"Action '{kind}' does not support {word} property completion-mode = grouped"
-                    )
+                if grouped:
+                    self._check_groups(kind)
                 done.append(self.makers[kind](data))
         except CommandError:
             for prepared in reversed(done):
@@ -70,6 +67,11 @@ class Actions:
             job.group = jobs if grouped else []
         for prepared in done:
             prepared.commit()
+
+    def _check_groups(self, kind: str) -> None:
+        if kind != "blockdev-backup":
+            word = "Transaction" if self.version < (9, 0, 0) else "transaction"
+            raise CommandError(f"Action '{kind}' does not support {word} property completion-mode = grouped")
 
     def _add(self, data: Data) -> Prepared:
         node, name = self._graph.find(data["node"]), str(data["name"])

@@ -10,7 +10,13 @@ from backupctl.simulator.failure import CommandError
 from backupctl.simulator.machine import Machine
 
 SYNC = ("none", "full", "top", "incremental", "bitmap")
-ADD: Form = {"node": "str", "name": "str", "granularity?": "uint32", "persistent?": "bool", "disabled?": "bool"}
+ADD: Form = {
+    "node": "str",
+    "name": "str",
+    "granularity?": "uint32",
+    "persistent?": "bool",
+    "disabled?": "bool",
+}
 ONE: Form = {"node": "str", "name": "str"}
 MERGE: Form = {"node": "str", "target": "str", "bitmaps": "list"}
 BACKUP: Form = {

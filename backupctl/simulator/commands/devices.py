@@ -8,8 +8,8 @@ from backupctl.simulator.arguments import Form
 from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.disks import Device
 from backupctl.simulator.failure import CommandError
-from backupctl.simulator.graph import writing_device
 from backupctl.simulator.filters import CopyBeforeWrite
+from backupctl.simulator.graph import writing_device
 from backupctl.simulator.machine import Machine
 
 PERIPHERAL = "/machine/peripheral"

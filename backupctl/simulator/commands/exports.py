@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The NBD server and its exports."""
 
-import os
 import socket
+from pathlib import Path
 from typing import Any
 
 from backupctl.simulator import arguments
@@ -31,7 +31,9 @@ EXPORT: Form = {
 _BACKLOG = 10
 
 
-@command("nbd-server-start", {"addr": "dict", "tls-creds?": "str", "tls-authz?": "str", "max-connections?": "int"})
+@command(
+    "nbd-server-start", {"addr": "dict", "tls-creds?": "str", "tls-authz?": "str", "max-connections?": "int"}
+)
 def nbd_server_start(vm: Machine, given: Arguments) -> dict[str, Any]:
     """Listen on a unix socket, named or handed over."""
     arguments.check({"type": ("unix", "fd"), "data": "dict"}, given["addr"], "addr.")
@@ -65,7 +67,7 @@ def block_export_add(vm: Machine, given: Arguments) -> dict[str, Any]:
     writable = bool(given.get("writable"))
     if writable and node.read_only:
         raise CommandError("Cannot export read-only node as writable")
-    name = given.get("name", given["node-name"])
+    name = str(given.get("name", given["node-name"]))
     vm.nbd.check_new(name)
     if writable:
         _check_sole_writer(node)
@@ -103,8 +105,7 @@ def query_block_exports(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
 def _listen(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if os.path.exists(path):
-            os.unlink(path)
+        Path(path).unlink(missing_ok=True)
         listener.bind(path)
         listener.listen(_BACKLOG)
     except OSError as err:

@@ -43,7 +43,14 @@ def query_qmp_schema(_vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
     return [*told, {"name": "qmp_capabilities", "meta-type": "command", "arg-type": "any", "ret-type": "any"}]
 
 
-_JSON_TYPES = {"str": "string", "int": "int", "uint32": "int", "bool": "boolean", "dict": "object", "list": "array"}
+_JSON_TYPES = {
+    "str": "string",
+    "int": "int",
+    "uint32": "int",
+    "bool": "boolean",
+    "dict": "object",
+    "list": "array",
+}
 
 
 def _schema(shown: Command) -> list[dict[str, Any]]:

@@ -48,7 +48,13 @@ class Export:
 
     def flags(self, *, structured: bool) -> ExportFlag:
         """Return the transmission flags."""
-        found = ExportFlag.HAS_FLAGS | ExportFlag.FLUSH | ExportFlag.FUA | ExportFlag.MULTI_CONN | ExportFlag.CACHE
+        found = (
+            ExportFlag.HAS_FLAGS
+            | ExportFlag.FLUSH
+            | ExportFlag.FUA
+            | ExportFlag.MULTI_CONN
+            | ExportFlag.CACHE
+        )
         if structured:
             found |= ExportFlag.DONT_FRAGMENT
         if self.writable:

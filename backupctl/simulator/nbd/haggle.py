@@ -48,7 +48,9 @@ class Haggle:
 
     async def run(self) -> Choice:
         """Haggle until an export is chosen. Raises Gone."""
-        await self._peer.send(struct.pack(">QQH", wire.MAGIC, wire.OPTION_MAGIC, _FIXED_NEWSTYLE | _NO_ZEROES))
+        await self._peer.send(
+            struct.pack(">QQH", wire.MAGIC, wire.OPTION_MAGIC, _FIXED_NEWSTYLE | _NO_ZEROES)
+        )
         (flags,) = struct.unpack(">I", await self._peer.receive(4))
         if flags & ~(_FIXED_NEWSTYLE | _NO_ZEROES):
             raise Gone

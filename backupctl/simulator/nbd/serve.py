@@ -60,9 +60,7 @@ class Conversation:
             request = Request(RequestFlag(flags), command, cookie, offset, length)
             payload = await self._payload(request)
             try:
-                if magic != wire.REQUEST_MAGIC:
-                    raise OSError(errno.EINVAL, "wrong magic number")
-                self._check(request)
+                self._check(request, magic)
                 await self._do(request, payload)
             except OSError as err:
                 await self._fail(request, err)
@@ -74,7 +72,9 @@ class Conversation:
             raise Gone  # nobody wants to skip that much
         return await self._peer.receive(request.length)
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request, magic: int) -> None:
+        if magic != wire.REQUEST_MAGIC:
+            raise OSError(errno.EINVAL, "wrong magic number")
         allowed = _ALLOWED.get(Command(request.command)) if request.command in list(Command) else None
         if allowed is None or int(request.flags) & ~int(allowed):
             raise OSError(errno.EINVAL, "unknown command or flag")
@@ -133,7 +133,9 @@ class Conversation:
                 await self._send_data(head + struct.pack(">Q", offset), content[begin : begin + length])
             offset += length
 
-    def _content(self, offset: int, length: int, pieces: list[tuple[int, Extent]] | None = None) -> memoryview:
+    def _content(
+        self, offset: int, length: int, pieces: list[tuple[int, Extent]] | None = None
+    ) -> memoryview:
         """Read into this connection's buffer. Raises OSError."""
         if len(self._buffer) < length:
             self._buffer = bytearray(length)
@@ -173,7 +175,9 @@ class Conversation:
         payloads = []
         for number in numbers:
             extents = itertools.islice(self._export.extents(number, request.offset, request.length), most)
-            payloads.append(struct.pack(">I", number) + b"".join(struct.pack(">II", *each) for each in extents))
+            payloads.append(
+                struct.pack(">I", number) + b"".join(struct.pack(">II", *each) for each in extents)
+            )
         for payload in payloads:
             await self._chunk(request, ChunkType.STATUS, payload, last=payload is payloads[-1])
 

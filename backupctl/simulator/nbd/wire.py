@@ -95,7 +95,15 @@ class ChunkType(IntEnum):
     ERROR = 0x8001
 
 
-_ERRORS = {errno.EPERM, errno.EIO, errno.ENOMEM, errno.ENOSPC, errno.EOVERFLOW, errno.ENOTSUP, errno.ESHUTDOWN}
+_ERRORS = {
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EOVERFLOW,
+    errno.ENOTSUP,
+    errno.ESHUTDOWN,
+}
 
 
 def error_number(number: int | None) -> int:
