@@ -39,6 +39,14 @@ def check(form: Form, given: Mapping[str, Any], where: str = "") -> None:
             raise CommandError(f"Parameter '{where}{name}' is unexpected")
 
 
+def check_choice(name: str, form: Form, value: Any) -> None:
+    """Raise CommandError unless a value is a name (a string), or an object of the form."""
+    if isinstance(value, dict):
+        check(form, value, f"{name}.")
+    elif not isinstance(value, str):
+        raise CommandError(f"Invalid parameter type for '{name}', expected: string or object")
+
+
 def _check_one(name: str, kind: Kind, value: Any) -> None:
     if isinstance(kind, tuple):
         if not isinstance(value, str):

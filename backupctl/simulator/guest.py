@@ -57,6 +57,7 @@ class Guest:
         """Begin to write; span: keep to so many bytes from the disk's start."""
         self.stop()
         self._task = asyncio.get_running_loop().create_task(self._work(1 / per_second, span_bytes))
+        self._task.add_done_callback(lambda task: task.cancelled() or task.result())
 
     def stop(self) -> None:
         """Write no more."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from backupctl.simulator import arguments
 from backupctl.simulator.descriptors import PREFIX, Descriptors
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.filters import CopyBeforeWrite, SnapshotAccess
@@ -22,7 +23,30 @@ from backupctl.simulator.nodes import FileNode, Node, Qcow2Node, RawNode, Teller
 from backupctl.simulator.store import CLUSTER, ClusterStore, RawStore, States
 
 DATA_OFFSET = 1 << 20
-DRIVERS = ("file", "qcow2", "raw", "copy-before-write", "snapshot-access")
+_COMMON: arguments.Form = {
+    "driver": "str",
+    "node-name?": "str",
+    "read-only?": "bool",
+    "auto-read-only?": "bool",
+    "force-share?": "bool",
+    "discard?": ("ignore", "unmap"),
+    "detect-zeroes?": ("off", "on", "unmap"),
+    "cache?": "dict",
+}
+FORMS: dict[str, arguments.Form] = {
+    "file": {**_COMMON, "filename": "str", "aio?": "str", "locking?": "str"},
+    "raw": {**_COMMON, "file": "any"},
+    "qcow2": {**_COMMON, "file": "any", "backing?": "any", "lazy-refcounts?": "bool", "cache-size?": "int"},
+    "copy-before-write": {
+        **_COMMON,
+        "target": "any",
+        "file": "any",
+        "bitmap?": "dict",
+        "on-cbw-error?": ("break-guest-write", "break-snapshot"),
+        "cbw-timeout?": "uint32",
+    },
+    "snapshot-access": {**_COMMON, "file": "any"},
+}
 Options = Mapping[str, Any]
 
 
@@ -53,8 +77,9 @@ class Opener:
 
     def _open(self, options: Options, *, owned: bool) -> Node:
         driver = str(options.get("driver"))
-        if driver not in DRIVERS:
+        if driver not in FORMS:
             raise CommandError(f"Parameter 'driver' does not accept value '{driver}'")
+        arguments.check(FORMS[driver], options)
         name = options.get("node-name")
         if isinstance(options.get("file"), str):
             self._graph.find(options["file"])  # QEMU looks for it before it looks at the name
@@ -70,29 +95,27 @@ class Opener:
 
     def _child(self, options: Options, role: str) -> Node:
         """Return the node that a child option names or describes."""
-        given = options.get(role)
-        if given is None:
-            raise CommandError(f"Parameter '{role}' is missing")
+        given = options[role]
         if isinstance(given, str):
             return self._graph.find(given)
+        if not isinstance(given, dict):
+            raise CommandError(f"Invalid parameter type for '{role}', expected: BlockdevRef")
         inherited = {key: options[key] for key in ("read-only",) if key in options}
         return self._open(inherited | dict(given), owned="node-name" in given)
 
     def _file(self, name: str, options: Options) -> FileNode:
-        path = options.get("filename")
-        if path is None:
-            raise CommandError("Parameter 'filename' is missing")
+        path = options["filename"]
         read_only = bool(options.get("read-only"))
-        descriptor = self._descriptor(str(path), read_only=read_only)
+        descriptor = self._descriptor(path, read_only=read_only)
         whose = identity(descriptor)
         if not read_only and whose in self.locked:
             os.close(descriptor)
-            self._release(str(path))
+            self._release(path)
             raise CommandError('Failed to get "write" lock')
         if not read_only:
             self.locked.add(whose)
-        store = RawFile(descriptor, lambda: self._closed(str(path), whose))
-        made = FileNode(name, "file", self._tell, read_only, filename=str(path), store=store)
+        store = RawFile(descriptor, lambda: self._closed(path, whose))
+        made = FileNode(name, "file", self._tell, read_only, filename=path, store=store)
         made.grown_bytes = store.allocated_bytes()
         return made
 
@@ -170,16 +193,10 @@ class Opener:
         return ClusterStore(descriptor, states, size, DATA_OFFSET)
 
     def _before_write(self, name: str, options: Options) -> CopyBeforeWrite:
-        choice = options.get("on-cbw-error", "break-guest-write")
-        if choice not in ("break-guest-write", "break-snapshot"):
-            raise CommandError(f"Parameter 'on-cbw-error' does not accept value '{choice}'")
-        for role in ("target", "file"):
-            if role not in options:
-                raise CommandError(f"Parameter '{role}' is missing")
         file = self._child(options, "file")
         target = self._child(options, "target")
         made = CopyBeforeWrite(name, "copy-before-write", self._tell, file.read_only, filename=file.filename)
-        made.break_guest = choice == "break-guest-write"
+        made.break_guest = options.get("on-cbw-error", "break-guest-write") == "break-guest-write"
         self._limit(made, options)
         self._graph.link("file", made, name, file)
         self._graph.link("target", made, name, target)
@@ -188,6 +205,7 @@ class Opener:
 
     def _limit(self, made: CopyBeforeWrite, options: Options) -> None:
         if chosen := options.get("bitmap"):
+            arguments.check({"node": "str", "name": "str"}, chosen, "bitmap.")
             _, bitmap = self._graph.bitmap(chosen["node"], chosen["name"])
             coarse = bitmap.bits.copy()
             if bitmap.granularity != CLUSTER:

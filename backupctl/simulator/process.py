@@ -83,11 +83,13 @@ class Process:
         if sockets.control:
             self._others.append(Control(sockets.control, lambda: self.machine))
         self._ended = asyncio.Event()
+        self._failure: BaseException | None = None
         self.machine = self._boot()
 
     async def run(self, ready: Callable[[], None]) -> None:
         """Serve until told to end. ready: called when all sockets listen. Raises OSError when one can't."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._broken)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._quit)
         # The monitors last: who waits for one of them to appear finds the others there.
@@ -97,6 +99,14 @@ class Process:
         await self._ended.wait()
         for room in (*self._monitors, *self._others):
             await room.door.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """End loudly on an error of the simulator itself: one that limps on would lie to its tests."""
+        loop.default_exception_handler(context)
+        self._failure = context.get("exception") or RuntimeError(context["message"])
+        self._ended.set()
 
     def _boot(self) -> Machine:
         made = Machine(self._settings, self._faults, self._tell, Power(self._end))

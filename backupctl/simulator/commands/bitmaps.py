@@ -44,6 +44,7 @@ FORMS: dict[str, Form] = {
     "blockdev-backup": BACKUP,
     "abort": {},
 }
+_EXTERNAL: Form = {"node": "str", "name": "str"}
 _MOMENTS = ("block-dirty-bitmap-add", "blockdev-backup")
 
 
@@ -55,7 +56,17 @@ def _run(vm: Machine, actions: list[tuple[str, Arguments]], *, grouped: bool = F
 
 
 def _single(kind: str) -> None:
-    command(kind, FORMS[kind])(lambda vm, given: _run(vm, [(kind, given)]))
+    def run(vm: Machine, given: Arguments) -> dict[str, Any]:
+        check_sources(given)
+        return _run(vm, [(kind, given)])
+
+    command(kind, FORMS[kind])(run)
+
+
+def check_sources(given: Arguments) -> None:
+    """Check the members of `bitmaps`, where there are any: each a name, or {node, name}."""
+    for number, each in enumerate(given.get("bitmaps", [])):
+        arguments.check_choice(f"bitmaps[{number}]", _EXTERNAL, each)
 
 
 for _kind in FORMS:
@@ -78,4 +89,5 @@ def _action(number: int, given: Any) -> tuple[str, Arguments]:
         raise CommandError(f"Invalid parameter type for '{where}', expected: object")
     arguments.check({"type": tuple(FORMS), "data": "dict"}, given, f"{where}.")
     arguments.check(FORMS[given["type"]], given["data"], f"{where}.data.")
+    check_sources(given["data"])
     return given["type"], given["data"]

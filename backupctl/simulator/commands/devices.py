@@ -66,7 +66,7 @@ def qom_set(vm: Machine, given: Arguments) -> dict[str, Any]:
     device, wanted = _find(vm, given["path"]), given["property"]
     if wanted != "drive":
         raise CommandError(f"Property '{device.driver}.{wanted}' not found")
-    node = vm.graph.find(given["value"], "")
+    node = vm.graph.find(str(given["value"]), "")
     device.write_to(vm.graph, node)
     if isinstance(node, CopyBeforeWrite):
         vm.keep_moment()

@@ -7,6 +7,7 @@ from typing import Any
 
 from backupctl.simulator import arguments
 from backupctl.simulator.arguments import Form
+from backupctl.simulator.commands.bitmaps import check_sources
 from backupctl.simulator.commands.table import Arguments, command
 from backupctl.simulator.dirty import DirtyBitmap
 from backupctl.simulator.failure import CommandError
@@ -63,6 +64,7 @@ def block_export_add(vm: Machine, given: Arguments) -> dict[str, Any]:
         raise CommandError("Invalid block export id")
     if given["id"] in vm.exports:
         raise CommandError(f"Block export id '{given['id']}' is already in use")
+    check_sources(given)
     node = vm.graph.find(given["node-name"], "")
     writable = bool(given.get("writable"))
     if writable and node.read_only:

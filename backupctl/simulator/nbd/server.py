@@ -4,7 +4,6 @@
 import asyncio
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 from backupctl.simulator.failure import CommandError
@@ -111,7 +110,5 @@ class NbdServer:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.pop(task, None)
-        with suppress(asyncio.CancelledError):
-            error = task.exception()
-            if error is not None:
-                raise error
+        if not task.cancelled():
+            task.result()  # an error of ours ends the process, by the loop's handler

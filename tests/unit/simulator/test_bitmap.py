@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from backupctl.simulator.bitmap import LEVELS, WORD_BITS, HierarchicalBitmap
 
 BITS = 5000
-RANGES = st.tuples(st.integers(0, BITS - 1), st.integers(1, BITS)).map(lambda r: (r[0], min(r[1], BITS - r[0])))
+RANGES = st.tuples(st.integers(0, BITS - 1), st.integers(1, BITS)).map(
+    lambda r: (r[0], min(r[1], BITS - r[0]))
+)
 STEPS = st.lists(st.tuples(st.booleans(), RANGES), max_size=12)
 
 

@@ -76,7 +76,14 @@ def test_what_is_no_fault_is_refused_with_words(text):
 
 @pytest.mark.parametrize(
     ("offset", "length", "fails"),
-    [(0, 4096, False), (4096, 1, True), (0, 4097, True), (8191, 1, True), (8192, 100, True), (8193, 1, False)],
+    [
+        (0, 4096, False),
+        (4096, 1, True),
+        (0, 4097, True),
+        (8191, 1, True),
+        (8192, 100, True),
+        (8193, 1, False),
+    ],
 )
 def test_reads_fail_that_touch_the_range(offset, length, fails):
     faults = Faults()
