@@ -187,9 +187,13 @@ class Opener:
 
     def _clusters(self, file: Node, size: int) -> ClusterStore:
         descriptor = os.dup(opened(file).descriptor)
-        states = self._states.setdefault(
-            identity(descriptor), np.zeros(max(-(-size // CLUSTER), 1), np.uint8)
-        )
+        whose = identity(descriptor)
+        if os.fstat(descriptor).st_size <= DATA_OFFSET:
+            # Fresh from qemu-img. Its number may be that of an earlier, deleted file: forget that one.
+            self._states[whose] = np.zeros(max(-(-size // CLUSTER), 1), np.uint8)
+            if not file.read_only:
+                os.ftruncate(descriptor, DATA_OFFSET + 1)  # ours from now on
+        states = self._states.setdefault(whose, np.zeros(max(-(-size // CLUSTER), 1), np.uint8))
         return ClusterStore(descriptor, states, size, DATA_OFFSET)
 
     def _before_write(self, name: str, options: Options) -> CopyBeforeWrite:

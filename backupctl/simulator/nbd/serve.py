@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from backupctl.simulator.faults import Faults, Stream
 from backupctl.simulator.nbd import wire
 from backupctl.simulator.nbd.haggle import Choice
-from backupctl.simulator.nbd.wire import ChunkType, Command, Gone, Peer, RequestFlag
+from backupctl.simulator.nbd.wire import ChunkType, Command, Dropped, Gone, Peer, RequestFlag
 from backupctl.simulator.nodes import Extent, joined
 
 MAX_EXTENTS = 0x20000
@@ -162,9 +162,9 @@ class Conversation:
                 await self._peer.send(b"\xa5" * (len(head) + len(content)))
             case Stream.SHORT:
                 await self._peer.send(head, content[: len(content) // 2])
-                raise Gone
+                raise Dropped
             case Stream.DROP:
-                raise Gone
+                raise Dropped
 
     async def _status(self, request: Request) -> None:
         if not self._contexts or not request.length:

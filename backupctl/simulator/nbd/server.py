@@ -11,7 +11,7 @@ from backupctl.simulator.faults import Faults
 from backupctl.simulator.nbd.export import Export
 from backupctl.simulator.nbd.haggle import Haggle
 from backupctl.simulator.nbd.serve import Conversation
-from backupctl.simulator.nbd.wire import Gone, Peer
+from backupctl.simulator.nbd.wire import Dropped, Gone, Peer
 
 
 @dataclass(eq=False)
@@ -87,12 +87,11 @@ class NbdServer:
             self._run(self._serve(client), client)
 
     async def _serve(self, client: Client) -> None:
+        left = True
         try:
-            choice = await Haggle(client.peer, self.exports).run()
-            client.export = choice.export
-            if client.export is not None:
-                client.export.clients += 1
-                await Conversation(client.peer, choice, self._faults).run()
+            await self._converse(client)
+        except Dropped:
+            left = False
         except Gone:
             pass
         finally:
@@ -100,8 +99,15 @@ class NbdServer:
             client.peer.release()
             if client.export is not None:
                 client.export.clients -= 1
-        if client.export is not None and not client.export.shutting_down:
+        if left and client.export is not None and not client.export.shutting_down:
             self._on_left(client.export)
+
+    async def _converse(self, client: Client) -> None:
+        choice = await Haggle(client.peer, self.exports).run()
+        if choice.export is not None:
+            client.export = choice.export
+            client.export.clients += 1
+            await Conversation(client.peer, choice, self._faults).run()
 
     def _run(self, work: "asyncio.Future[None] | object", client: Client | None) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]

@@ -117,6 +117,10 @@ class Gone(Exception):
     """The other side has closed the connection, or it was closed by us."""
 
 
+class Dropped(Gone):
+    """A fault wanted the connection closed."""
+
+
 class Peer:
     """A connected socket."""
 

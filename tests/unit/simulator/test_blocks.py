@@ -233,6 +233,28 @@ def test_a_clean_end_stores_persistent_bitmaps_and_a_crash_leaves_them_inconsist
     vm.end(clean=True)
 
 
+def test_a_new_file_knows_nothing_of_an_older_one_with_its_number(vm):
+    tmp = scratch(vm, backing=None)
+    tmp.write(0, b"o" * CLUSTER)
+    run(vm, "blockdev-del", node_name="tmp0")
+    path = vm.settings.folder / "tmp0.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True, timeout=20)
+    file = {"driver": "file", "filename": str(path)}
+    vm.guest.change("vda", "write", 0, 512, b"n" * 512)
+    run(vm, "blockdev-add", driver="qcow2", node_name="tmp0", file=file, backing="drive-vda")
+    assert vm.graph.find("tmp0").read(0, 512) == b"n" * 512
+
+
+def test_a_file_that_is_added_again_still_holds_what_was_written(vm):
+    tmp = scratch(vm)
+    vm.guest.change("vda", "write", 0, 512, b"n" * 512)
+    tmp.zero(0, CLUSTER)
+    run(vm, "blockdev-del", node_name="tmp0")
+    file = {"driver": "file", "filename": str(vm.settings.folder / "tmp0.qcow2")}
+    run(vm, "blockdev-add", driver="qcow2", node_name="tmp0", file=file, backing="drive-vda")
+    assert vm.graph.find("tmp0").read(0, 512) == bytes(512)
+
+
 def test_an_external_snapshot_leaves_bitmap_and_content_on_the_old_layer(vm):
     run(vm, "block-dirty-bitmap-add", node="drive-vda", name="b0")
     scratch(vm, "over", None)

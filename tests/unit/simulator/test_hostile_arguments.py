@@ -81,7 +81,7 @@ def test_a_command_answers_or_refuses(vm, command, data):
         if chosen.form is not None:
             arguments.check(chosen.form, wanted)
         chosen.run(vm, wanted)
-    except CommandError as err:
-        assert str(err)
+    except CommandError:
+        return  # a refusal is an answer
     finally:
         os.chdir(here)
