@@ -30,6 +30,7 @@ from backupctl import __version__, planning, recovery
 from backupctl.errors import (
     AgentError,
     AgentRefused,
+    AgentTimeout,
     AgentUnavailable,
     BackupctlError,
     CommandFailed,
@@ -65,12 +66,12 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
     """
     folder = repository.vm(vm.name)
     reporter.step("prepare")
-    with folder.lock(), Monitor.connect(vm.qmp, options.command_timeout_seconds) as monitor:
+    with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds) as monitor:
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
         plan = _prepare(vm, repository, folder, options, monitor, reporter)
         stop.check()
-        with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds) as guard:
+        with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
             return _Run(vm, repository, folder, options, reporter, stop, monitor, guard, plan).make()
 
 
@@ -89,6 +90,8 @@ def _prepare(
     inventory = disks.inventory(monitor, vm.disk_names)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
+    for name, driver in inventory.busy:
+        raise Refused(f"another job works on {name}: its top node is a {driver}", state="nothing was touched")
     chosen = inventory.chosen(options.disks)
     if not chosen:
         raise Refused("the VM has no writable disk", state="nothing was touched")
@@ -135,14 +138,13 @@ class _Run:
     def __post_init__(self) -> None:
         self.owner = self.repository.owner
         self.point = next_point_id(self.started, self.folder.newest())
+        self.clients = ExitStack()
 
     def make(self) -> RunReport:
-        """Take the point; whatever happens, bring the VM to rest.
-
-        `held` closes last: our NBD clients must outlive the exports.
-        """
+        """Take the point; whatever happens, bring the VM to rest."""
         begun = time.monotonic()
         with ExitStack() as held:
+            held.callback(self.clients.close)  # should QEMU be out of reach; the guard has duplicates
             try:
                 manifest = self._take(held)
             except BaseException as err:
@@ -161,11 +163,11 @@ class _Run:
         held.callback(view.close)
         view.attach()
         freeze = self._moment(partial, view, freezes)
-        sources = self._export(view, private, held)
+        sources = self._export(view)
         self._begin("copy")
         entries = self._copy(partial, view, sources)
         self._begin("dismantle")
-        cleanup.dismantle(self.monitor, self.owner, recovery.actives(self.folder))
+        cleanup.dismantle(self.monitor, self.owner, recovery.actives(self.folder), let_go=self._let_go)
         self._begin("commit")
         manifest = self._manifest(freeze, entries)
         partial.commit(manifest)
@@ -178,6 +180,9 @@ class _Run:
             self._begin("freeze")
             try:
                 self.guard.freeze(self.options.freeze_budget_seconds)
+            except Refused:
+                partial.note("freeze", froze=False)  # somebody else's freeze is not ours to end
+                raise
             except AgentRefused as err:
                 self._go_on_without_freeze(err)
             else:
@@ -217,7 +222,7 @@ class _Run:
             raise err
         self.reporter.warn(f"going on without a freeze, so this point is crash-consistent: {err}")
 
-    def _export(self, view: View, private: Path | None, held: ExitStack) -> list[Source]:
+    def _export(self, view: View) -> list[Source]:
         """Step 6. Every client is connected, and known to the guard, before a byte is read."""
         self._begin("export")
         self._refuse_resized()
@@ -227,16 +232,17 @@ class _Run:
         ]
         self.server_is_ours = True
         try:
-            exports = export.publish(self.monitor, self.guard, self.owner, shown, private)
+            exports = export.publish(self.monitor, self.guard, self.owner, shown)
         except CommandFailed as err:
             # Somebody else's server: ending it would take it from under its clients.
             self.server_is_ours = err.command != "nbd-server-start"
             raise
+        for one in exports:
+            self.clients.callback(one.close)
         sources = []
         for one in exports:
-            held.callback(one.close)
             source = Source.connect(one.sockets, one.name, one.bitmap, self.options.stall_timeout_seconds)
-            held.callback(source.close)
+            self.clients.callback(source.close)
             sources.append(source)
         return sources
 
@@ -289,6 +295,7 @@ class _Run:
             copied_bytes=copied.copied_bytes,
             zero_bytes=copied.zero_bytes,
             stored_bytes=path.stat().st_blocks * 512,
+            file_bytes=path.stat().st_size,
             unchanged_bytes=0,
         )
 
@@ -308,11 +315,25 @@ class _Run:
                     self.owner,
                     monitor,
                     self.options.scratch,
+                    let_go=self._let_go,
                     server_is_ours=self.server_is_ours,
                 )
-            self.guard.release()
+            self._await_thaw()
         except BackupctlError as err:
             raise self._unsettled(failure, err) from (failure or err)
+
+    def _let_go(self) -> None:
+        """Close our NBD clients and the guard's duplicates; no export is left that they could hurt."""
+        self.clients.close()
+        self.guard.release()
+
+    def _await_thaw(self) -> None:
+        """Give the guard a little time with an agent that was silent. Raises AgentTimeout."""
+        deadline = time.monotonic() + 2 * self.options.agent_timeout_seconds
+        while self.guard.may_be_frozen():
+            if time.monotonic() > deadline:
+                raise AgentTimeout("the guest may still be frozen; the guard goes on trying for 5 minutes")
+            time.sleep(0.1)
 
     def _unsettled(self, failure: BaseException | None, err: BackupctlError) -> BackupctlError:
         settled = recovery.needs_recovery(err, self.vm.name)
@@ -409,14 +430,14 @@ class _Run:
 def _wanted(one: DiskPlan, source: Source, image: Path) -> list[Extent]:
     """What of a disk is stored: for a full all data, for an incremental all that may have changed.
 
-    image: the new layer's address. It is empty yet, so it shows the parent point's data.
+    image: the new layer's address. It is empty yet, so it shows the parent point's data. The source is
+    asked twice rather than keep the state of each range: a fragmented disk has millions.
     """
-    statuses = list(source.statuses())
     if one.base is None:
-        return list(extents.data(statuses))
+        return list(extents.data(source.statuses()))
     with closing(Source.connect([image], images.EXPORT)) as parent:
         before_zero = parent.zeroes()
-    return extents.with_vanished(list(extents.dirty(statuses)), list(extents.zeroes(statuses)), before_zero)
+    return extents.with_vanished(list(extents.dirty(source.statuses())), source.zeroes(), before_zero)
 
 
 def _report(manifest: Manifest, seconds: float) -> RunReport:

@@ -84,16 +84,19 @@ def settle(
     monitor: Monitor,
     scratch_folder: Path,
     *,
+    let_go: Callable[[], None] = lambda: None,
     server_is_ours: bool = True,
 ) -> list[str]:
     """Do the work of `recover` for a caller who holds the lock and the monitor.
 
     The guest comes first: it is thawed before anything else is looked at. Returns what was done, in
-    words. Raises NeedsRecovery.
+    words. let_go, server_is_ours: as for `cleanup.dismantle`. Raises NeedsRecovery.
     """
     try:
         told = _thaw(vm, folder)
-        told += cleanup.dismantle(monitor, owner, actives(folder), server_is_ours=server_is_ours)
+        told += cleanup.dismantle(
+            monitor, owner, actives(folder), let_go=let_go, server_is_ours=server_is_ours
+        )
         told += settle_bitmaps(monitor, owner, folder.is_committed)
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
     except (MonitorError, AgentError) as err:

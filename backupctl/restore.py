@@ -1,45 +1,36 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Restore: a disk as it was at a point, as an image, on a block device, or on standard output.
+"""Restoring: a point's disks as images of their own, in a folder, a file, a block device or a pipe.
 
-A file appears under its name complete or not at all: it is written beside it, brought to the disk, and
-then renamed. The repository is only read, through the checked chain, and never through a name that is
-stored in an image. The copying is `qemu-img convert`: fast, sparse, and kept by others.
+The backup is only read. A file is made under another name beside the target, brought to the disk, and
+then renamed: after whatever death the target is absent (or as before), or complete.
 """
 
-import json
 import os
-import re
-import select
-import stat
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backupctl.errors import Failed, ReadFailed, TargetExists, UsageError, WriteFailed
+from backupctl.errors import TargetExists, UsageError, WriteFailed
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, durable, images
+from backupctl.repository import chain, convert, images, landing
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
-from backupctl.transfer import extents
-from backupctl.transfer.copy import PIECE_BYTES
-from backupctl.transfer.extents import Extent, pieces
 from backupctl.transfer.source import Source
+from backupctl.transfer.stream import stream
 
+STDOUT = "-"
+_STDOUT_DESCRIPTOR = 1
 ImageFormat = Literal["qcow2", "raw"]
 _SUFFIXES: dict[str, ImageFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
-_PERCENT = re.compile(rb"\(([0-9.]+)/100%\)")
 
 
 @dataclass(frozen=True)
 class RestoredDisk:
-    """One restored disk. path: where it went, "-" for standard output. size: bytes."""
+    """One restored disk. path: where it is, "-" for stdout. size: virtual, in bytes."""
 
     name: DiskName
     path: str
@@ -50,7 +41,7 @@ class RestoredDisk:
 
 @dataclass(frozen=True)
 class RestoreReport:
-    """What a restore came to."""
+    """What a finished restore came to."""
 
     vm: VmName
     point: PointId
@@ -58,13 +49,13 @@ class RestoreReport:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """Where one disk goes. device: it is there already and stays what it is."""
+class _Work:
+    """One disk, its images (newest first), and where it goes."""
 
     entry: DiskEntry
-    path: Path
+    chain: tuple[Path, ...]
+    target: str
     format: ImageFormat
-    device: bool
 
 
 def restore(
@@ -80,185 +71,103 @@ def restore(
 ) -> RestoreReport:
     """Restore one disk of a point, or all.
 
-    to: a folder (gives FOLDER/<disk>.<format>), a file, a block device, or "-" for raw bytes on standard
-    output. force: whether what is there may be overwritten. Raises UsageError, TargetExists, NoSuchPoint,
-    DamageFound, ReadFailed, WriteFailed, Interrupted.
+    to: "-" for stdout, a block device, or a file (one disk); else a folder (gives DIR/<disk>.<format>):
+    one that exists, a path that ends in "/", or a new one whose name has no image's ending.
+    image_format: None takes it from the file's ending, else qcow2 for files and raw for the rest.
+    force: write over what is there.
+
+    All that can be refused is refused before a byte is written. Raises UsageError, NoSuchPoint,
+    TargetExists, Locked, DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
     """
-    entries = _chosen(folder, point, disk)
-    if to == "-":
-        return RestoreReport(
-            folder.name, point.id, (_to_stdout(folder, point, _one(entries), image_format, stop),)
+    names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
+    chains = {name: chain.paths(folder, point, name) for name in names}
+    works = [
+        _Work(entry, chains[entry.name], *_target(entry.name, to, image_format))
+        for entry in point.manifest.disks
+        if entry.name in chains
+    ]
+    for work in works:
+        _refuse(folder, work, force=force)
+    if len(works) > 1 and works[0].target == to:
+        raise UsageError(
+            f"this point has several disks ({', '.join(names)}): choose one with --disk, or name a folder",
+            state="nothing was touched",
         )
-    targets = _targets(entries, to, image_format)
-    for target in targets:
-        _refuse(target, force=force)
-    done = tuple(_restore_one(folder, point, target, reporter, stop) for target in targets)
+    done = tuple(_restore(work, force, reporter, stop) for work in works)
     return RestoreReport(folder.name, point.id, done)
 
 
-def _chosen(folder: VmFolder, point: Point, disk: str | None) -> tuple[DiskEntry, ...]:
-    if disk is None:
-        return point.manifest.disks
-    chain.paths(folder, point, disk)  # says which disks there are if this one isn't
-    return tuple(entry for entry in point.manifest.disks if entry.name == disk)
-
-
-def _one(entries: tuple[DiskEntry, ...]) -> DiskEntry:
-    if len(entries) != 1:
-        names = ", ".join(entry.name for entry in entries)
-        raise UsageError(f"this point has several disks ({names}): choose one with --disk, or name a folder")
-    return entries[0]
-
-
-def _targets(entries: tuple[DiskEntry, ...], to: str, wanted: ImageFormat | None) -> list[_Target]:
+def _target(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
+    """Return where a disk goes, and as what."""
     path = Path(to)
-    if _is_device(path):
-        if wanted == "qcow2":
-            raise UsageError(f"{path} is a block device: it takes raw bytes, not a qcow2 image")
-        return [_Target(_one(entries), path, "raw", device=True)]
-    if path.is_dir() or to.endswith("/") or (not path.exists() and path.suffix not in _SUFFIXES):
+    if to == STDOUT or path.is_block_device():
+        return to, wanted or "raw"
+    if path.is_dir() or to.endswith("/") or (not path.exists() and path.suffix.lower() not in _SUFFIXES):
         kind: ImageFormat = wanted or "qcow2"
-        return [_Target(entry, path / f"{entry.name}.{kind}", kind, device=False) for entry in entries]
-    return [_Target(_one(entries), path, wanted or _SUFFIXES.get(path.suffix, "qcow2"), device=False)]
+        return str(path / f"{name}.{kind}"), kind
+    return to, wanted or _SUFFIXES.get(path.suffix.lower(), "qcow2")
 
 
-def _is_device(path: Path) -> bool:
-    try:
-        return stat.S_ISBLK(path.stat().st_mode)
-    except OSError:
-        return False
-
-
-def _refuse(target: _Target, *, force: bool) -> None:
-    if not force and (target.device or target.path.exists() or target.path.is_symlink()):
-        what = "is a block device, whose content would be lost" if target.device else "exists"
+def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
+    """Refuse what must not be written to, while nothing is touched."""
+    target = Path(work.target)
+    device = target.is_block_device()
+    if (work.target == STDOUT or device) and work.format != "raw":
+        what = "a block device" if device else "standard output"
+        raise UsageError(f"{what} takes raw bytes, not a {work.format} image", state="nothing was touched")
+    if work.target == STDOUT:
+        if os.isatty(_STDOUT_DESCRIPTOR):
+            raise UsageError("an image is not written to a terminal: redirect the output, or name a file")
+        return
+    if target.resolve().is_relative_to(folder.path.parent.resolve()):
+        raise UsageError(f"{target} is in the repository, which a restore never changes")
+    if not force and (device or os.path.lexists(target)):
+        what = "is a block device, whose content would be lost" if device else "exists"
         raise TargetExists(
-            f"{target.path} {what}", state="nothing was written", next_command="the same with --force"
+            f"{target} {what}", state="nothing was touched", next_command="the same with --force"
         )
-    if target.device:
-        room = _device_size(target.path)
-        if room < target.entry.size:
-            raise WriteFailed(
-                f"{target.path} has {room} bytes; {target.entry.name} needs {target.entry.size}"
-            )
 
 
-def _device_size(path: Path) -> int:
-    with path.open("rb") as device:
-        return device.seek(0, os.SEEK_END)
-
-
-def _restore_one(
-    folder: VmFolder, point: Point, target: _Target, reporter: Reporter, stop: Stop
-) -> RestoredDisk:
+def _restore(work: _Work, force: bool, reporter: Reporter, stop: Stop) -> RestoredDisk:
     begun = time.monotonic()
-    entry = target.entry
-    source = images.blockdev(chain.paths(folder, point, entry.name))
+    entry = work.entry
+    stop.check()
     reporter.step(f"restore {entry.name}")
 
-    def told(percent: float) -> None:
-        reporter.progress(entry.name, round(percent / 100 * entry.size), entry.size)
+    def progress(done_bytes: int) -> None:
+        reporter.progress(entry.name, done_bytes, entry.size)
 
     try:
-        if target.device:
-            _convert(source, target.path, "raw", ["-n"], told, stop)
-            durable.sync_file(target.path)
+        if work.target == STDOUT:
+            _to_stdout(work, stop, progress)
+        elif Path(work.target).is_block_device():
+            with landing.device(Path(work.target), entry.size) as target:
+                _convert(work, target, stop, progress, onto_device=True)
         else:
-            with _beside(target.path) as temporary:
-                _convert(source, temporary, target.format, [], told, stop)
+            with landing.file(Path(work.target), force=force) as target:
+                _convert(work, target, stop, progress, onto_device=False)
     except OSError as err:
-        raise WriteFailed(f"{target.path} can't be written: {err.strerror}") from err
-    return RestoredDisk(entry.name, str(target.path), target.format, entry.size, time.monotonic() - begun)
-
-
-@contextmanager
-def _beside(path: Path) -> Iterator[Path]:
-    """Give a name beside `path`; when the block ends well, what stands there becomes `path`, durably."""
-    path.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as private:
-        temporary = Path(private, path.name)
-        yield temporary
-        durable.sync_file(temporary)
-        temporary.replace(path)
-        durable.sync_folder(path.parent)
+        raise WriteFailed(f"{work.target} can't be written: {err.strerror}") from err
+    progress(entry.size)
+    return RestoredDisk(entry.name, work.target, work.format, entry.size, time.monotonic() - begun)
 
 
 def _convert(
-    source: dict[str, object],
-    target: Path,
-    image_format: ImageFormat,
-    options: list[str],
-    told: Callable[[float], None],
-    stop: Stop,
+    work: _Work, target: Path, stop: Stop, progress: Callable[[int], None], *, onto_device: bool
 ) -> None:
-    """Run qemu-img convert.
-
-    told: called with the per cent done. Raises ReadFailed, WriteFailed, Interrupted.
-    """
-    command = [os.environ.get("QEMU_IMG", "qemu-img"), "convert", "-p", "-W", "-O", image_format, *options]
-    command += [f"json:{json.dumps(source)}", str(target.absolute())]
-    with tempfile.TemporaryFile() as complaints:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
-        )
-        with child:
-            try:
-                _follow(child, told, stop)
-            except BaseException:
-                child.kill()
-                raise
-        if child.returncode != 0:
-            complaints.seek(0)
-            raise _explained(complaints.read(4000).decode(errors="replace").strip(), target)
+    convert.convert(
+        work.chain,
+        target,
+        work.format,
+        onto_device=onto_device,
+        check=stop.check,
+        progress=lambda part: progress(int(part * work.entry.size)),
+    )
 
 
-def _follow(child: "subprocess.Popen[bytes]", told: Callable[[float], None], stop: Stop) -> None:
-    assert child.stdout is not None
-    waiting = select.poll()
-    waiting.register(child.stdout, select.POLLIN | select.POLLHUP)
-    while True:
-        stop.check()
-        if not waiting.poll(100):
-            continue
-        content = os.read(child.stdout.fileno(), 65536)
-        if not content:
-            return
-        if found := _PERCENT.findall(content):
-            told(float(found[-1]))
-
-
-def _explained(complaint: str, target: Path) -> Failed:
-    last = complaint.splitlines()[-1] if complaint else "qemu-img said nothing"
-    if "error while reading" in last:
-        return ReadFailed(f"the repository can't be read: {last:.500}")
-    return WriteFailed(f"{target} can't be restored: {last:.500}")
-
-
-def _to_stdout(
-    folder: VmFolder, point: Point, entry: DiskEntry, wanted: ImageFormat | None, stop: Stop
-) -> RestoredDisk:
-    if wanted == "qcow2":
-        raise UsageError("standard output takes raw bytes, not a qcow2 image")
-    begun = time.monotonic()
+def _to_stdout(work: _Work, stop: Stop, progress: Callable[[int], None]) -> None:
     with (
-        images.serve(chain.paths(folder, point, entry.name)) as address,
+        images.serve(work.chain) as address,
         closing(Source.connect([address], images.EXPORT)) as source,
     ):
-        for piece in _pieces(source):
-            stop.check()
-            sys.stdout.buffer.write(
-                bytes(piece.length) if piece.zero else source.read(piece.offset, piece.length)
-            )
-        sys.stdout.buffer.flush()
-    return RestoredDisk(entry.name, "-", "raw", entry.size, time.monotonic() - begun)
-
-
-def _pieces(source: Source) -> Iterator[Extent]:
-    for status in source.statuses():
-        yield from pieces(
-            Extent(status.offset, status.length, bool(status.flags[0] & extents.ZERO)), PIECE_BYTES
-        )
+        stream(source, _STDOUT_DESCRIPTOR, check=stop.check, progress=progress)

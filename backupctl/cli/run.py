@@ -20,7 +20,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--view",
             type=click.Choice(["fleecing", "snapshot-access", "auto"]),
-            help="How the moment is held; snapshot-access (QEMU 7.1+) spares the guest a full scratch.",
+            help="How the moment is held; snapshot-access (QEMU 10.0+) spares the guest a full scratch.",
         ),
         click.option("--freeze-budget", type=float, metavar="SECONDS", help="The longest freeze (10)."),
         click.option(

@@ -20,14 +20,15 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
+from backupctl.cli import units
 from backupctl.errors import BackupctlError
 from backupctl.names import DiskName
 from backupctl.report import Reporter
@@ -55,15 +56,18 @@ def print_line(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table to stdout: plain columns, as wide as they need to be."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="right" if column.endswith(">") else "left", no_wrap=True)
-        table.columns[-1].header = column.removesuffix(">")
-    for row in rows:
-        table.add_row(*(Text(clean(cell)) for cell in row))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table, crop=False, no_wrap=True)
+    """Write a table to stdout: columns as wide as they need to be, those ending in ">" to the right."""
+    lines = [
+        [column.removesuffix(">") for column in columns],
+        *([clean(cell) for cell in row] for row in rows),
+    ]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
+    for line in lines:
+        cells = (
+            text.rjust(width) if column.endswith(">") else text.ljust(width)
+            for column, text, width in zip(columns, line, widths, strict=True)
+        )
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
 
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:
@@ -119,6 +123,14 @@ class Lines:
         sys.stderr.write(f"backupctl: {clean(text)}\n")
 
 
+class _Rate(ProgressColumn):
+    """The rate in the units of --limit (rich's own column counts in powers of 1000)."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{units.size(round(speed))}/s" if speed else "", style="progress.data.speed")
+
+
 class Live:
     """A Reporter for a terminal: the step under way, and a bar for each disk."""
 
@@ -156,7 +168,7 @@ def reporter() -> Iterator[Reporter]:
         TextColumn("  {task.description}"),
         BarColumn(bar_width=24),
         DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        _Rate(),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as display:

@@ -6,13 +6,11 @@ link that the manifest's parent gives. A link that names anything else could mak
 network address of somebody else's choosing, so it is damage.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.names import PointId
-from backupctl.repository import images
+from backupctl.repository import header
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 
@@ -58,21 +56,13 @@ def _parent(folder: VmFolder, parent: PointId) -> Point:
 
 
 def _check(path: Path, entry: DiskEntry) -> None:
-    if path.is_symlink() or not path.is_file():
-        raise DamageFound(f"the image {path} is missing")
-    found = images.info(path)
-    wanted = f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else None
-    backing = found.get("backing-filename")
-    if found.get("format") != "qcow2" or found.get("virtual-size") != entry.size:
-        raise DamageFound(f"{path} is not a qcow2 image of {entry.size} bytes, as its manifest says")
-    if backing != wanted:
-        raise DamageFound(f"{path} stands on {backing!r:.200}; by its manifest it should be on {wanted!r}")
-    if _specific(found).get("data-file"):
-        raise DamageFound(f"{path} keeps its data in another file, which no image of ours does")
-
-
-def _specific(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    try:
-        return dict(found["format-specific"]["data"])
-    except (KeyError, TypeError, ValueError):
-        return {}
+    found = header.read(path)
+    wanted = f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
+    if found.size != entry.size:
+        raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
+    if found.file_bytes != entry.file_bytes:
+        raise DamageFound(f"{path} has {found.file_bytes} bytes; when it was made it had {entry.file_bytes}")
+    if found.backing != wanted:
+        raise DamageFound(
+            f"{path} stands on {found.backing!r:.200}; by its manifest it should be on {wanted!r}"
+        )

@@ -5,7 +5,9 @@ A file is on disk after its own fsync AND the fsync of the folder that names it.
 error for good: the kernel may have dropped the data and call a second fsync a success.
 """
 
+import errno
 import os
+import secrets
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,9 +22,9 @@ def sync_folder(path: Path) -> None:
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mode: int = 0o700) -> None:
     """Make a folder that is not there yet, and make its name durable. Raises OSError."""
-    path.mkdir(mode=0o700)
+    path.mkdir(mode=mode)
     sync_folder(path.parent)
 
 
@@ -43,6 +45,35 @@ def replace(path: Path, content: bytes) -> None:
     write_new(temporary, content)
     temporary.rename(path)
     sync_folder(path.parent)
+
+
+def publish(path: Path, content: bytes) -> None:
+    """Write a file that nobody else makes first: it is absent or whole. Raises FileExistsError, OSError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        write_new(temporary, content)
+        place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def place(temporary: Path, target: Path) -> None:
+    """Give a complete file its name, replacing nothing; not durable before the folder is synced.
+
+    A rename would replace what came into being meanwhile. Raises FileExistsError, OSError.
+    """
+    try:
+        os.link(temporary, target)
+    except OSError as err:
+        if err.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        # A file system without hard links: the best there is.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from err
+        temporary.rename(target)
+        return
+    temporary.unlink()
 
 
 def rename(source: Path, target: Path) -> None:

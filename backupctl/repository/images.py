@@ -9,28 +9,30 @@ No name that is stored in an image is ever opened. The chain is checked against 
 `chain.py` and given to QEMU link by link.
 """
 
-import ctypes
+import fcntl
 import json
 import os
-import signal
+import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from backupctl.errors import DamageFound, RepositoryError, WriteFailed
-from backupctl.repository import durable
+from backupctl.errors import RepositoryError, WriteFailed
+from backupctl.repository import durable, qemu
 
 CLUSTER_BYTES = 65536
 EXPORT = "image"
 
 _START_SECONDS = 30.0
 _STOP_SECONDS = 120.0
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
+_PREFIX = "backupctl-image-"
+_NEW_SECONDS = 60.0  # one that is being made is not locked yet
+_SOCKET = "nbd.sock"
+_READY = "ready"
 # Measured: without these QEMU's server spends most of its time in page faults of its allocator.
 _ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "67108864",
@@ -48,23 +50,9 @@ def create_layer(path: Path, size_bytes: int, backing: str | None) -> None:
     command = ["create", "-q", "-f", "qcow2", "-o", f"compat=1.1,cluster_size={CLUSTER_BYTES}"]
     if backing is not None:
         command += ["-u", "-b", backing, "-F", "qcow2"]
-    done = _qemu_img([*command, f"./{path.name}", str(size_bytes)], cwd=path.parent)
+    done = qemu.img([*command, f"./{path.name}", str(size_bytes)], cwd=path.parent)
     if done.returncode:
         raise WriteFailed(f"{path} can't be made: {done.stderr.strip():.500}")
-
-
-def info(path: Path) -> dict[str, Any]:
-    """Return what `qemu-img info` says of one image, following no backing link. Raises DamageFound."""
-    image = json.dumps(
-        {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}, "backing": None}
-    )
-    done = _qemu_img(["info", "-U", "--output=json", f"json:{image}"])
-    try:
-        if done.returncode == 0:
-            return dict(json.loads(done.stdout))
-    except ValueError:
-        pass
-    raise DamageFound(f"{path} is no readable qcow2 image: {done.stderr.strip():.500}")
 
 
 def blockdev(chain: Sequence[Path], *, writable: bool = False) -> dict[str, Any]:
@@ -95,20 +83,18 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
     when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
     """
-    with tempfile.TemporaryDirectory(prefix="backupctl-image-") as folder:
-        address = Path(folder, "nbd.sock")
-        with tempfile.TemporaryFile() as complaints:
-            server = _start(blockdev(chain, writable=writable), address, complaints, writable=writable)
-            try:
-                _await_socket(server, address, complaints)
-                yield address
-                status = _end(server)
-            except BaseException:
-                server.kill()
-                server.wait()
-                raise
-            if status != 0 and writable:
-                raise WriteFailed(f"QEMU could not complete {chain[0]}: {_said(complaints)}")
+    with _private_folder() as folder, tempfile.TemporaryFile() as complaints:
+        server = _start(blockdev(chain, writable=writable), folder, complaints, writable=writable)
+        try:
+            _await_ready(server, folder / _READY, complaints)
+            yield folder / _SOCKET
+            status = _end(server)
+        except BaseException:
+            server.kill()
+            server.wait()
+            raise
+        if status != 0 and writable:
+            raise WriteFailed(f"QEMU could not complete {chain[0]}: {qemu.said(complaints)}")
     if writable:
         try:
             durable.sync_file(chain[0])
@@ -116,41 +102,56 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
             raise WriteFailed(f"{chain[0]} can't be brought to the disk: {err.strerror}") from err
 
 
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """Make a folder of our own for a socket, locked for as long as we live."""
+    _sweep(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(descriptor)
+
+
+def _sweep(temporary: Path) -> None:
+    """Remove the folders of runs that were killed: those that nobody holds any more."""
+    for path in temporary.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            found = path.lstat()
+            if found.st_uid != os.geteuid() or time.time() - found.st_mtime < _NEW_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(descriptor)
+
+
 def _start(
-    image: dict[str, Any], address: Path, complaints: Any, *, writable: bool
+    image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool
 ) -> "subprocess.Popen[bytes]":
     image = {**image, "node-name": "image"}
-    server = {"addr": {"type": "unix", "path": str(address)}}
+    server = {"addr": {"type": "unix", "path": str(folder / _SOCKET)}}
     export = {"type": "nbd", "id": EXPORT, "name": EXPORT, "node-name": "image", "writable": writable}
     command = [
         os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon"),
         *("--blockdev", json.dumps(image)),
         *("--nbd-server", json.dumps(server)),
         *("--export", json.dumps(export)),
+        *("--pidfile", str(folder / _READY)),
     ]
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=complaints,
-            env={**os.environ, **_ALLOCATOR},
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock can be held in it
-        )
-    except OSError as err:
-        raise RepositoryError(f"{command[0]} can't be started: {err.strerror}") from err
+    return qemu.start(command, complaints=complaints, environment=_ALLOCATOR)
 
 
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _await_socket(server: "subprocess.Popen[bytes]", address: Path, complaints: Any) -> None:
+def _await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
+    """Wait for the process file, written when all is set up: a socket's name is there before it listens."""
     deadline = time.monotonic() + _START_SECONDS
-    while not address.exists():
+    while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:
-            raise RepositoryError(f"QEMU can't open the image: {_said(complaints)}")
+            raise RepositoryError(f"QEMU can't open the image: {qemu.said(complaints)}")
         time.sleep(0.005)
 
 
@@ -161,17 +162,3 @@ def _end(server: "subprocess.Popen[bytes]") -> int:
         return server.wait(_STOP_SECONDS)
     except subprocess.TimeoutExpired as err:
         raise WriteFailed(f"QEMU did not complete the image within {_STOP_SECONDS:g} s") from err
-
-
-def _said(complaints: Any) -> str:
-    complaints.seek(0)
-    text = complaints.read(2000).decode(errors="replace").strip()
-    return text.splitlines()[-1] if text else "it said nothing"
-
-
-def _qemu_img(arguments: Sequence[str], cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    command = [os.environ.get("QEMU_IMG", "qemu-img"), *arguments]
-    try:
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    except (OSError, subprocess.TimeoutExpired) as err:
-        raise RepositoryError(f"{command[0]} can't be run: {err}") from err

@@ -16,6 +16,8 @@ import json
 import os
 import secrets
 import shutil
+import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -41,6 +43,7 @@ from backupctl.repository.manifest import Manifest
 FORMAT = 1
 _FILE_NAME = "repository.json"
 _PARTIAL = ".partial"
+_LOST_AND_FOUND = "lost+found"  # in every new ext4 file system
 
 
 @dataclass(frozen=True)
@@ -52,24 +55,21 @@ class Repository:
 
     @classmethod
     def create(cls, path: Path) -> "Repository":
-        """Make a repository in an empty or missing folder. Raises RepositoryError, OSError."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise NotARepository(
-                f"{path} is not empty and holds no repository; name a new or an empty folder"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        made = RepositoryId(secrets.token_hex(16))
-        durable.replace(path / _FILE_NAME, (json.dumps({"format": FORMAT, "id": made}) + "\n").encode())
-        durable.sync_folder(path.absolute().parent)
-        return cls(path, made)
+        """Make a repository in an empty or missing folder. Raises RepositoryError."""
+        try:
+            return cls._make(path)
+        except FileExistsError as err:
+            raise RepositoryError(f"{path} can't be made a repository: it is there already") from err
 
     @classmethod
     def open(cls, path: Path) -> "Repository":
-        """Open a repository. Raises NotARepository, UnknownFormat, DamageFound."""
+        """Open a repository. Raises NotARepository, UnknownFormat, DamageFound, RepositoryError."""
         try:
             content = _read(path / _FILE_NAME)
         except (FileNotFoundError, NotADirectoryError) as err:
             raise NotARepository(f"{path} is no repository: there is no {_FILE_NAME} in it") from err
+        except OSError as err:
+            raise RepositoryError(f"{path / _FILE_NAME} can't be read: {err.strerror}") from err
         try:
             fields = strict.Fields(strict.parse(content, _FILE_NAME), _FILE_NAME)
             version = fields.number("format")
@@ -89,7 +89,30 @@ class Repository:
         try:
             return cls.open(path)
         except NotARepository:
-            return cls.create(path)
+            try:
+                return cls._make(path)
+            except FileExistsError:  # another run was faster; two ids would be two owners
+                return cls.open(path)
+
+    @classmethod
+    def _make(cls, path: Path) -> "Repository":
+        """Make a repository. Raises FileExistsError if there is one (or a file), RepositoryError."""
+        made = RepositoryId(secrets.token_hex(16))
+        content = (json.dumps({"format": FORMAT, "id": made}) + "\n").encode()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            present = {entry.name for entry in path.iterdir()}
+            if _FILE_NAME not in present and any(map(_is_foreign, present)):
+                raise NotARepository(
+                    f"{path} is not empty and holds no repository; name a new or an empty folder"
+                )
+            durable.publish(path / _FILE_NAME, content)
+            durable.sync_folder(path.absolute().parent)
+        except FileExistsError:
+            raise
+        except OSError as err:
+            raise RepositoryError(f"{path} can't be made a repository: {err.strerror}") from err
+        return cls(path, made)
 
     @property
     def owner(self) -> Owner:
@@ -99,10 +122,10 @@ class Repository:
     def vms(self) -> list[VmName]:
         """Name the VMs that have a folder here."""
         found = []
-        for entry in os.scandir(self.path):
+        for name in _folders(self.path):
             with suppress(InvalidName):
-                if entry.is_dir(follow_symlinks=False):
-                    found.append(vm_name(entry.name))
+                if name != _LOST_AND_FOUND:
+                    found.append(vm_name(name))
         return sorted(found)
 
     def vm(self, name: VmName) -> "VmFolder":
@@ -144,8 +167,13 @@ class VmFolder:
         return self.path.is_dir()
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other runs out. A dead run leaves no lock. Raises Locked, RepositoryError."""
+    def lock(self, patience_seconds: float = 4.0) -> Iterator[int]:
+        """Keep other runs out; yields the lock's descriptor. Raises Locked, RepositoryError.
+
+        Whoever inherits the descriptor holds the lock too: a run's guard does, so that nobody begins
+        while the guard of a dead run still works for the guest. It is mostly done in an instant, hence
+        the patience.
+        """
         try:
             if not self.path.is_dir():
                 with suppress(FileExistsError):
@@ -159,21 +187,42 @@ class VmFolder:
                 state="nothing was touched",
             ) from err
         try:
-            self._take(descriptor)
-            yield
+            self._take(descriptor, time.monotonic() + patience_seconds)
+            self._settle_names()
+            yield descriptor
         finally:
             os.close(descriptor)
 
-    def _take(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-            who = f" (process {holder})" if holder.isdigit() else ""
-            raise Locked(f"another run{who} works on {self.name} in this repository") from err
+    def _take(self, descriptor: int, deadline: float) -> None:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as err:
+                if time.monotonic() > deadline:
+                    raise Locked(self._holder(descriptor), state="nothing was touched") from err
+                time.sleep(0.05)
+            except OSError as err:
+                raise RepositoryError(f"{self.path / 'lock'} can't be locked: {err.strerror}") from err
         with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _holder(self, descriptor: int) -> str:
+        number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+        if number.isdigit() and not Path("/proc", number).exists():
+            return (
+                f"the guard of a run that died (process {number}) still works for {self.name}: "
+                "it thaws the guest or waits for QEMU's monitor; it gives up thawing after 5 minutes"
+            )
+        return f"another run (process {number or '?'}) works on {self.name} in this repository"
+
+    def _settle_names(self) -> None:
+        """Make durable what a dead run renamed: recovery is about to rest on it."""
+        try:
+            durable.sync_folder(self.path)
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be brought to the disk: {err.strerror}") from err
 
     def points(self) -> tuple[Point, ...]:
         """Return the committed points, oldest first. Raises DamageFound for the first that is damaged."""
@@ -210,12 +259,20 @@ class VmFolder:
         return max(ids, default=None)
 
     def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder stands under its final name."""
-        return (self.path / point).is_dir()
+        """Whether the point's folder stands under its final name.
+
+        Raises RepositoryError if that can't be told: "no" would roll back what may be committed.
+        """
+        try:
+            return stat.S_ISDIR((self.path / point).lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as err:
+            raise RepositoryError(f"{self.path / point} can't be looked at: {err.strerror}") from err
 
     def partials(self) -> list["Partial"]:
         """Return what runs under way, or dead ones, have left."""
-        names = [name.removesuffix(_PARTIAL) for name in self._folders() if name.endswith(_PARTIAL)]
+        names = [name.removesuffix(_PARTIAL) for name in _folders(self.path) if name.endswith(_PARTIAL)]
         return [Partial(self, found) for found in _ids(names)]
 
     def begin(self, point: PointId, journal: Journal) -> "Partial":
@@ -229,12 +286,7 @@ class VmFolder:
         return partial
 
     def _committed(self) -> list[PointId]:
-        return _ids(self._folders())
-
-    def _folders(self) -> list[str]:
-        if not self.path.is_dir():
-            return []
-        return [entry.name for entry in os.scandir(self.path) if entry.is_dir(follow_symlinks=False)]
+        return _ids(_folders(self.path))
 
     def _open(self, point: PointId) -> Point:
         path = self.path / point
@@ -302,9 +354,27 @@ class Partial:
     def drop(self) -> None:
         """Remove the folder and all in it; a death in the middle leaves one to drop again."""
         try:
-            shutil.rmtree(self.path)  # follows no symbolic link
+            with suppress(FileNotFoundError):
+                shutil.rmtree(self.path)  # follows no symbolic link
         except OSError as err:
             raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
+
+
+def _folders(path: Path) -> list[str]:
+    """Name the folders in a folder; symbolic links are none."""
+    try:
+        with os.scandir(path) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        raise RepositoryError(f"{path} can't be read: {err.strerror}") from err
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether a file of that name shows that a folder is somebody else's."""
+    # A death while a repository was being made leaves its temporary file: that is ours.
+    return name != _LOST_AND_FOUND and not name.startswith(f".{_FILE_NAME}.")
 
 
 def _ids(names: list[str]) -> list[PointId]:

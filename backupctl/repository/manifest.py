@@ -38,7 +38,8 @@ class DiskEntry:
 
     kind: full, or incremental on `parent`'s image of this disk. size: virtual size. node, format: where
     it was read. persistent: whether its bitmap survives a restart of QEMU. reason: why it is full inside
-    an incremental point, "" otherwise. unchanged_bytes: named dirty, but the content was as before.
+    an incremental point, "" otherwise. file_bytes: the length of its image, which QEMU would read as
+    zeroes behind an end that was cut off. unchanged_bytes: named dirty, but the content was as before.
     """
 
     name: DiskName
@@ -53,6 +54,7 @@ class DiskEntry:
     copied_bytes: int
     zero_bytes: int
     stored_bytes: int
+    file_bytes: int
     unchanged_bytes: int
 
 
@@ -160,6 +162,7 @@ def _disk(value: object) -> DiskEntry:
         copied_bytes=fields.number("copied_bytes"),
         zero_bytes=fields.number("zero_bytes"),
         stored_bytes=fields.number("stored_bytes"),
+        file_bytes=fields.number("file_bytes"),
         unchanged_bytes=fields.number("unchanged_bytes"),
     )
     fields.done()

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from backupctl.errors import BackupctlError
+
 T = TypeVar("T")
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -89,7 +91,7 @@ class Fields:
     def _checked(self, name: str, value: str, check: Callable[[str], T]) -> T:
         try:
             return check(value)
-        except Exception as err:
+        except (ValueError, BackupctlError) as err:
             raise Malformed(f"{self._where}: {name}: {err}") from err
 
 

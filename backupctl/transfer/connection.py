@@ -21,6 +21,7 @@ import nbd
 from backupctl.errors import TransferError
 
 BASE_ALLOCATION = "base:allocation"
+_FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
 
 Entries = dict[str, list[int]]
 """Block status by meta context: length, flags, length, flags, ..."""
@@ -37,6 +38,8 @@ class Connection:
         self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
         self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
+        # libnbd has no name for a whole read that must not come in pieces (see `start_read`).
+        self.handle.set_strict_mode(self.handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
         self.failure = failure
         self._export = export
         self._stall_seconds = stall_seconds
@@ -81,6 +84,18 @@ class Connection:
             raise self.explained(err) from err
         return found
 
+    def start_read(self, buffer: "nbd.Buffer", offset: int) -> int:
+        """Ask for as many bytes as `buffer` has room for; returns the command's cookie. Raises `failure`.
+
+        In one piece: QEMU's server ends the connection when a read in several pieces fails, and answers
+        with the error when it was asked for one.
+        """
+        try:
+            flags = nbd.CMD_FLAG_DF if self.handle.can_df() else 0
+            return int(self.handle.aio_pread(buffer, offset, flags=flags))
+        except nbd.Error as err:
+            raise self.explained(err) from err
+
     def flush(self) -> None:
         """Have the server write out what it holds. Raises `failure`."""
         try:
@@ -98,10 +113,13 @@ class Connection:
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Run this connection until `done()`. Raises `failure` at a stall or when the connection is lost."""
-        deadline = time.monotonic() + self._stall_seconds
+        self._await(done, self._stall_seconds)
+
+    def _await(self, done: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while not done():
             if time.monotonic() > deadline:
-                raise self.failure(f"the NBD server was silent for {self._stall_seconds:g} s")
+                raise self.failure(f"the NBD server was silent for {seconds:g} s")
             if not self.alive():
                 raise self.failure("the NBD connection was lost")
             turn([self], 0.1)
@@ -120,7 +138,7 @@ class Connection:
             with suppress(nbd.Error, TransferError):
                 if self.handle.aio_is_ready():
                     self.handle.aio_disconnect()
-                    self.wait(lambda: not self.alive())
+                    self._await(lambda: not self.alive(), _FAREWELL_SECONDS)
             self.handle = None
 
     def explained(self, err: nbd.Error | OSError) -> TransferError:

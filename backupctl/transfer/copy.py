@@ -18,7 +18,7 @@ from pathlib import Path
 
 import nbd
 
-from backupctl.errors import ReadFailed, WriteFailed
+from backupctl.errors import WriteFailed
 from backupctl.transfer.connection import Connection, turn
 from backupctl.transfer.extents import Extent, pieces
 from backupctl.transfer.limit import TokenBucket
@@ -95,6 +95,7 @@ class Copy:
         self._progress = progress
         self._stall_seconds = stall_seconds
         self._flying: deque[_Piece] = deque()
+        self._idle: list[nbd.Buffer] = []
         self._copied = self._zero = 0
 
     def run(self, extents: Iterable[Extent]) -> Copied:
@@ -119,7 +120,7 @@ class Copy:
                 self._check()
                 self._progress(self._copied + self._zero)
             if now - moved > self._stall_seconds:
-                raise ReadFailed(f"no byte arrived for {self._stall_seconds:g} s")
+                raise self._flying[0].connection.failure(f"no byte moved for {self._stall_seconds:g} s")
         self._progress(self._copied + self._zero)
         return Copied(self._copied, self._zero)
 
@@ -129,11 +130,8 @@ class Copy:
             self._write(piece)
         else:
             self._limiter.spend(extent.length)
-            piece.buffer = nbd.Buffer(extent.length)
-            try:
-                piece.cookie = source.handle.aio_pread(piece.buffer, extent.offset)
-            except nbd.Error as err:
-                raise source.explained(err) from err
+            piece.buffer = self._buffer(extent.length)
+            piece.cookie = source.start_read(piece.buffer, extent.offset)
         self._flying.append(piece)
 
     def _write(self, piece: _Piece) -> None:
@@ -159,17 +157,23 @@ class Copy:
                 continue
             moved = True
             if piece.writing:
-                self._count(piece.extent)
+                self._count(piece)
             else:
                 self._write(piece)
                 self._flying.append(piece)
         return moved
 
-    def _count(self, extent: Extent) -> None:
-        if extent.zero:
-            self._zero += extent.length
-        else:
-            self._copied += extent.length
+    def _count(self, piece: _Piece) -> None:
+        if piece.extent.zero:
+            self._zero += piece.extent.length
+            return
+        self._copied += piece.extent.length
+        if piece.extent.length == PIECE_BYTES:
+            self._idle.append(piece.buffer)
+
+    def _buffer(self, length: int) -> "nbd.Buffer":
+        """Return a buffer, a used one if there is: the page faults of new ones cost more than the copy."""
+        return self._idle.pop() if length == PIECE_BYTES and self._idle else nbd.Buffer(length)
 
 
 def _pieces(extents: Iterable[Extent]) -> Iterator[Extent]:

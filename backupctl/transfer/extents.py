@@ -18,7 +18,6 @@ Dirty and zero are two questions: a dirty extent that reads as zeroes must be st
 old data would come back at restore.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -33,7 +32,7 @@ class BadReply(ValueError):
     """The block status reply is not one that a server may give."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
     """A range of a disk, in bytes. zero: it reads as zeroes."""
 
@@ -47,7 +46,7 @@ class Extent:
         return self.offset + self.length
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Status:
     """A range with the flags of each of the contexts that were asked for, in their order."""
 
@@ -79,13 +78,19 @@ def intersect(offset: int, asked: int, replies: list[list[int]]) -> list[Status]
 
     replies: length, flags, length, flags, ... of each context. Raises BadReply.
     """
-    runs = [clip(asked, reply) for reply in replies]
-    covered = min(sum(length for length, _ in run) for run in runs)
-    edges = sorted({0, *(edge for run in runs for edge in _edges(run) if edge <= covered)})
-    found = []
-    for begin, end in itertools.pairwise(edges):
-        found.append(Status(offset + begin, end - begin, tuple(_at(run, begin) for run in runs)))
-    return found
+    runs = [iter(clip(asked, reply)) for reply in replies]
+    heads = [next(run) for run in runs]
+    found: list[Status] = []
+    # One step for each edge: a fragmented disk gives some hundred thousand of them in one reply.
+    while True:
+        length = min(left for left, _ in heads)
+        found.append(Status(offset, length, tuple(flags for _, flags in heads)))
+        offset += length
+        for number, (left, flags) in enumerate(heads):
+            head = (left - length, flags) if left > length else next(runs[number], None)
+            if head is None:
+                return found
+            heads[number] = head
 
 
 def clip(asked: int, reply: list[int]) -> list[tuple[int, int]]:
@@ -102,21 +107,6 @@ def clip(asked: int, reply: list[int]) -> list[tuple[int, int]]:
         found.append((min(length, left), flags))
         left -= length
     return found
-
-
-def _edges(run: list[tuple[int, int]]) -> Iterator[int]:
-    edge = 0
-    for length, _ in run:
-        edge += length
-        yield edge
-
-
-def _at(run: list[tuple[int, int]], position: int) -> int:
-    for length, flags in run:
-        if position < length:
-            return flags
-        position -= length
-    raise AssertionError
 
 
 def merge(extents: Iterable[Extent]) -> Iterator[Extent]:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-import nbd
-
 from backupctl.errors import ReadFailed
 from backupctl.transfer import extents
 from backupctl.transfer.connection import BASE_ALLOCATION, Connection
@@ -63,17 +61,6 @@ class Source:
     def zeroes(self) -> list[Extent]:
         """Return what reads as zeroes. Raises ReadFailed."""
         return list(extents.zeroes(self.statuses()))
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Read one range. Raises ReadFailed."""
-        connection = self.connections[0]
-        buffer = nbd.Buffer(length)
-        try:
-            cookie = connection.handle.aio_pread(buffer, offset)
-            connection.wait(lambda: connection.completed(cookie))
-        except nbd.Error as err:
-            raise connection.explained(err) from err
-        return bytes(buffer.to_bytearray())
 
     def close(self) -> None:
         """Close the connections. Never raises."""

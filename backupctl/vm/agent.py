@@ -47,11 +47,6 @@ class Agent:
             raise AgentUnavailable(f"no guest agent at {address}: {why}") from err
         return cls(made, timeout_seconds)
 
-    def ping(self) -> None:
-        """See whether the agent is there. Raises AgentUnavailable."""
-        if not self._in_step:
-            self._synchronise()
-
     def freeze_status(self) -> str:
         """Return "thawed" or "frozen". Raises AgentError."""
         status = self._command("guest-fsfreeze-status")

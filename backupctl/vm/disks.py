@@ -27,7 +27,8 @@ class Disk:
 
     name: what it is stored under. node: the active node. size: bytes. driver: of the active node.
     persistent: whether its bitmaps survive a restart of QEMU (qcow2 version 3 only).
-    qdev: the device's path in QEMU's object tree, "" without a device. filename: of the active node.
+    qdev: the device as `query-block` names it (see `view.device_path`), "" without one.
+    filename: of the active node.
     """
 
     name: DiskName
@@ -44,12 +45,13 @@ class Disk:
 class Inventory:
     """All that a VM's monitor tells of its disks.
 
-    left_out: names of media that can't be backed up, with the reason.
+    left_out: names of media that can't be backed up, with the reason. busy: those on which a job works.
     elsewhere: bitmaps on nodes that are no disk's active node.
     """
 
     disks: tuple[Disk, ...]
     left_out: tuple[tuple[str, str], ...]
+    busy: tuple[tuple[str, str], ...]
     elsewhere: tuple[Bitmap, ...]
 
     def chosen(self, names: Iterable[str]) -> tuple[Disk, ...]:
@@ -103,12 +105,16 @@ def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
 
 @dataclass(frozen=True)
 class _Found:
-    """A medium before it is decided whether it is a disk to back up. why_not: "" if it is."""
+    """A medium before it is decided whether it is a disk to back up.
+
+    why_not: "" if it is. job: the driver of the job's filter that stands in its place, "" if there is none.
+    """
 
     qemu_name: str
     node: str
     qdev: str
     why_not: str
+    job: str = ""
 
 
 def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str, Any]]) -> _Found:
@@ -116,6 +122,9 @@ def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str
     inserted = device.get("inserted")
     node = str(inserted.get("node-name", "")) if inserted else ""
     name = _device_id(qdev) or ("" if node.startswith("#") else node) or str(device.get("device", "")) or node
+    driver = str(inserted.get("drv", "")) if inserted else ""
+    if driver in JOB_FILTERS:
+        return _Found(name, node, qdev, "", driver)
     return _Found(name or "(unnamed)", node, qdev, _why_not(device, inserted, nodes))
 
 
@@ -128,13 +137,6 @@ def _why_not(
         return "it is read-only"
     if device.get("removable") and "tray_open" in device:
         return "it is a removable medium"
-    driver = str(inserted.get("drv", ""))
-    if driver in JOB_FILTERS:
-        raise Refused(
-            f"another job works on {_device_id(str(device.get('qdev', ''))) or device.get('device')} "
-            f"(its top node is a {driver})",
-            state="nothing was touched",
-        )
     if NodeName(str(inserted.get("node-name", ""))) not in nodes:
         return "its node has no name"
     return ""
@@ -154,7 +156,7 @@ def _collect(
 ) -> Inventory:
     disks: dict[DiskName, Disk] = {}
     for medium in found:
-        if not medium.why_not:
+        if not medium.why_not and not medium.job:
             disk = _disk(medium, nodes[NodeName(medium.node)], stored_names)
             if disk.name in disks:
                 raise Refused(
@@ -165,6 +167,7 @@ def _collect(
     return Inventory(
         disks=tuple(disks.values()),
         left_out=tuple((medium.qemu_name, medium.why_not) for medium in found if medium.why_not),
+        busy=tuple((medium.qemu_name, medium.job) for medium in found if medium.job),
         elsewhere=tuple(
             bitmap for name, node in nodes.items() if name not in active for bitmap in bitmaps_of(name, node)
         ),
@@ -201,6 +204,12 @@ def _keeps_bitmaps(image: Mapping[str, Any]) -> bool:
 
 
 def _device_id(qdev: str) -> str:
-    """Return the id that the user gave a device: `/machine/peripheral/vd0/virtio-backend` is vd0."""
+    """Return the id that the user gave a device.
+
+    `query-block` shows the id itself (scsi-hd, ide-cd) or, for virtio, the path of a part of the device:
+    `/machine/peripheral/vd0/virtio-backend` is vd0.
+    """
+    if "/" not in qdev:
+        return qdev
     parts = qdev.strip("/").split("/")
     return parts[2] if parts[:2] == ["machine", "peripheral"] and len(parts) > 2 else ""

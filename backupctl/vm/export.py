@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The NBD export of a point-in-time view, and the sockets on which it is read.
 
-The listening socket is made here and handed to QEMU by descriptor. Clients are connected before QEMU
-even begins to serve, and the socket's name is gone by then: nobody else can connect, and QEMU needs no
-rights on any folder. Where descriptors can't be passed, QEMU makes the socket in the run's private folder.
+The listening socket is made here, in a private folder, and handed to QEMU by descriptor: QEMU needs no
+rights on any folder. Where descriptors can't be passed, QEMU makes the socket there. Its name is gone as
+soon as our clients are connected.
 
 Every client socket is shared with the guard before anything is said on it: QEMU must drop an export
 before its client goes away, or (Debian's 7.2, disk on an iothread) it aborts.
@@ -11,7 +11,8 @@ before its client goes away, or (Debian's 7.2, disk on an iothread) it aborts.
 
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,6 @@ from backupctl.errors import Failed
 from backupctl.names import BitmapName, NodeName, Owner
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
-
-SOCKET_NAME = "nbd.sock"
 
 
 @dataclass(frozen=True)
@@ -57,37 +56,22 @@ def publish(
     guard: Guard,
     owner: Owner,
     shown: Sequence[Shown],
-    private: Path | None,
     connections: int = 2,
 ) -> tuple[Export, ...]:
     """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
 
-    private: the run's folder, None where QEMU takes descriptors. connections: sockets for each export.
-    Raises MonitorError, GuardLost.
+    connections: sockets for each export. Raises MonitorError, GuardLost, Failed.
     """
     names = [owner.node("exp", number) for number in range(len(shown))]
-    if private is None:
-        with tempfile.TemporaryDirectory(prefix="backupctl-") as folder:
-            path = str(Path(folder, SOCKET_NAME))
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-                listener.bind(path)
-                listener.listen(len(names) * connections + 1)
-                groups = _connect(guard, names, path, connections)
-                _start_by_descriptor(monitor, owner, listener)
-    else:
-        path = str(private / SOCKET_NAME)
-        monitor.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": path}}})
-        groups = _connect(guard, names, path, connections)
-    exports = []
-    for name, one, group in zip(names, shown, groups, strict=True):
-        arguments: dict[str, object] = {"type": "nbd", "id": name, "node-name": one.node, "name": name}
-        if one.bitmap is not None:
-            # Before 7.1 QEMU takes a plain name only, and looks for it along the backing chain.
-            exact = {"node": one.active, "name": one.bitmap}
-            arguments["bitmaps"] = [exact if monitor.version.at_least(7, 1) else one.bitmap]
-        monitor.execute("block-export-add", arguments)
-        exports.append(Export(name, one.bitmap, group))
-    return tuple(exports)
+    with _served(monitor, owner) as path:
+        for name, one in zip(names, shown, strict=True):
+            monitor.execute("block-export-add", _arguments(monitor, name, one))
+        # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
+        # guest and all (measured on 7.2.22). From here on nothing stands between connect and handshake.
+        groups = [tuple(_connected(guard, name, path) for _ in range(connections)) for name in names]
+    return tuple(
+        Export(name, one.bitmap, group) for name, one, group in zip(names, shown, groups, strict=True)
+    )
 
 
 def descriptor_name(owner: Owner) -> str:
@@ -95,24 +79,46 @@ def descriptor_name(owner: Owner) -> str:
     return owner.node("nbd", 0)
 
 
-def _start_by_descriptor(monitor: Monitor, owner: Owner, listener: socket.socket) -> None:
-    name = descriptor_name(owner)
-    monitor.send_fd(listener.fileno())
-    monitor.execute("getfd", {"fdname": name})
-    monitor.execute("nbd-server-start", {"addr": {"type": "fd", "data": {"str": name}}})
+@contextmanager
+def _served(monitor: Monitor, owner: Owner) -> Iterator[str]:
+    """Start the NBD server; yields the path to connect to, which is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="backupctl-") as folder:
+        path = str(Path(folder, "nbd.sock"))  # short: a unix socket's path has 107 bytes
+        if monitor.passes_descriptors:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+                listener.bind(path)
+                listener.listen(64)
+                monitor.send_fd(listener.fileno())
+                monitor.execute("getfd", {"fdname": descriptor_name(owner)})
+                _start(monitor, {"type": "fd", "data": {"str": descriptor_name(owner)}})
+                yield path
+        else:
+            _start(monitor, {"type": "unix", "data": {"path": path}})
+            yield path
 
 
-def _connect(guard: Guard, names: Sequence[str], path: str, count: int) -> list[tuple[socket.socket, ...]]:
-    groups = []
-    for name in names:
-        group = []
-        for _ in range(count):
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.connect(path)
-            except OSError as err:
-                raise Failed(f"QEMU's NBD server can't be reached: {err.strerror}") from err
-            guard.hold(sock, name)
-            group.append(sock)
-        groups.append(tuple(group))
-    return groups
+def _start(monitor: Monitor, address: dict[str, object]) -> None:
+    monitor.execute("nbd-server-start", {"addr": address})
+
+
+def _arguments(monitor: Monitor, name: str, one: Shown) -> dict[str, object]:
+    arguments: dict[str, object] = {"type": "nbd", "id": name, "node-name": one.node, "name": name}
+    if one.bitmap is not None:
+        # Before 7.1 QEMU takes a plain name only, and looks for it along the backing chain.
+        exact = {"node": one.active, "name": one.bitmap}
+        arguments["bitmaps"] = [exact if monitor.version.at_least(7, 1) else one.bitmap]
+    return arguments
+
+
+def _connected(guard: Guard, name: str, path: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.connect(path)
+        guard.hold(made, name)
+    except OSError as err:
+        made.close()
+        raise Failed(f"QEMU's NBD server can't be reached: {err.strerror}") from err
+    except BaseException:
+        made.close()
+        raise
+    return made

@@ -38,14 +38,18 @@ class Guard:
         self._timeout = timeout
 
     @classmethod
-    def start(cls, monitor: Address, agent: Address | None, agent_timeout_seconds: float) -> Self:
-        """Start the process and wait until it stands by. Raises GuardLost."""
+    def start(cls, monitor: Address, agent: Address | None, agent_timeout_seconds: float, lock: int) -> Self:
+        """Start the process and wait until it stands by.
+
+        lock: the descriptor of the VM's lock, which the guard holds for as long as it works. Raises
+        GuardLost.
+        """
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = [str(its.fileno()), str(monitor), str(agent or ""), str(agent_timeout_seconds)]
         with its:
             process = subprocess.Popen(
                 [sys.executable, "-m", "backupctl.vm.guard_process", *arguments],
-                pass_fds=(its.fileno(),),
+                pass_fds=(its.fileno(), lock),
                 stdin=subprocess.DEVNULL,
                 # Not ours: who waits for the end of our output must not wait for the guard's.
                 stdout=subprocess.DEVNULL,
@@ -63,7 +67,7 @@ class Guard:
         return guard
 
     def ping_agent(self) -> None:
-        """See whether the guest agent answers. Raises AgentUnavailable."""
+        """See whether the guest agent answers, with the guest not frozen. Raises AgentError, Refused."""
         self._ask({"do": "ping"})
 
     def freeze(self, budget_seconds: float) -> int:

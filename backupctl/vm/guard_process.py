@@ -53,16 +53,13 @@ class Freezer:
         self.overrun = False
 
     def ping(self) -> None:
-        """See whether the agent is there. Raises AgentUnavailable."""
-        self._talk().ping()
+        """See whether the agent is there and the guest not frozen. Raises AgentError, Refused."""
+        self._refuse_foreign_freeze(self._talk())
 
     def freeze(self, budget_seconds: float) -> int:
         """Freeze. From the moment the command is sent the guest may be frozen. Raises AgentError, Refused."""
         agent = self._talk()
-        if agent.freeze_status() == "frozen":
-            raise Refused(
-                "the guest is frozen already, by somebody else", state="the guest was left as it was"
-            )
+        self._refuse_foreign_freeze(agent)
         self._frozen_at = time.monotonic()
         self.deadline = self._frozen_at + budget_seconds
         self.overrun = False
@@ -101,6 +98,12 @@ class Freezer:
                 self._thaw_once()
                 return
             time.sleep(RETRY_SECONDS)
+
+    def _refuse_foreign_freeze(self, agent: Agent) -> None:
+        if agent.freeze_status() == "frozen":
+            raise Refused(
+                "the guest is frozen already, by somebody else", state="the guest was left as it is"
+            )
 
     def _thaw_once(self) -> None:
         try:

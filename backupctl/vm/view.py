@@ -63,6 +63,7 @@ def device_path(qdev: str) -> str:
     """Return the object that has the ``drive`` property.
 
     `query-block` names virtio's backend (``/machine/peripheral/vda/virtio-backend``); the property sits
-    on the device itself (measured).
+    on the device itself (measured). Other devices are named by their id.
     """
-    return qdev.removesuffix("/virtio-backend")
+    path = qdev.removesuffix("/virtio-backend")
+    return path if path.startswith("/") else f"/machine/peripheral/{path}"

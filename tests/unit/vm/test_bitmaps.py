@@ -57,9 +57,10 @@ def test_one_committed_recording_bitmap_is_at_rest():
     assert words(settle([bitmap(P0)], OWNER, committed(P0))) == []
 
 
-def test_an_uncommitted_incremental_gives_back_in_the_order_enable_merge_remove():
+def test_an_uncommitted_incremental_is_given_back_and_merge_comes_first():
+    """Enabling a bitmap that has vanished would crash QEMU; a merge into it is refused."""
     found = settle([bitmap(P0, recording=False), bitmap(P1)], OWNER, committed(P0))
-    assert words(found) == ["enable 20260101", "merge 20260102 into 20260101", "remove 20260102"]
+    assert words(found) == ["merge 20260102 into 20260101", "enable 20260101", "remove 20260102"]
 
 
 def test_a_committed_incremental_retires_its_base():
@@ -99,8 +100,8 @@ def test_a_point_that_vanished_from_the_repository_gives_its_record_back_to_the_
         [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)], OWNER, committed(P0)
     )
     assert words(found) == [
-        "enable 20260101",
         "merge 20260102+20260103 into 20260101",
+        "enable 20260101",
         "remove 20260102",
         "remove 20260103",
     ]

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# Everything starts from Debian, git and make. Try `make help`.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+PYTHON := /usr/bin/python3
+VENV := .venv
+CACHE := $(or $(BACKUPCTL_CACHE),.cache)
+WORKERS := $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
+PIP := $(VENV)/bin/pip install -q --disable-pip-version-check --no-input
+LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras --no-annotate \
+    --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+
+.PHONY: help setup packages check test test-long drills demo bench lock clean
+
+help: ## Show this (at once)
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
+
+setup: $(VENV)/.ready ## Install what is missing; leaves .venv/bin/backupctl (1 min, then at once)
+
+packages:
+	@fixtures/packages.sh
+
+# The system's own interpreter, because Debian's libnbd serves no other.
+$(VENV)/.ready: requirements.txt pyproject.toml | packages
+	@echo "making $(VENV): backupctl and the pinned Python packages that it needs"
+	@$(PYTHON) -m venv --system-site-packages $(VENV)
+	@$(PIP) --require-hashes -r requirements.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.ready
+	@echo "adding to $(VENV) what checks and tests need: ruff, mypy, pytest"
+	@$(PIP) --require-hashes -r requirements-dev.txt
+	@touch $@
+
+check: $(VENV)/.tools ## Format, lint, types (10 s)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on a real guest (5 min)
+	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow"
+
+test-long: $(VENV)/.tools ## The tests that take longer than CI has time for
+	$(VENV)/bin/pytest -n $(WORKERS) -m slow
+
+drills: $(VENV)/.tools ## Break runs in every way; each time the next incremental must be right (3 min)
+	$(VENV)/bin/pytest -n $(WORKERS) tests/integration/test_failures.py tests/integration/test_topology.py
+
+demo: setup ## The main job live, on a real Linux guest (30 s)
+	@$(VENV)/bin/python -m fixtures.demo
+
+bench: setup ## Speed of the copy, as a ratio to qemu-img convert in the same run (1 min)
+	$(VENV)/bin/python -m fixtures.bench_copy
+
+lock: packages ## Pin the Python packages anew, with their hashes, after a change of pyproject.toml (1 min)
+	@$(PYTHON) -m venv $(CACHE)/pip-tools
+	@$(CACHE)/pip-tools/bin/pip install -q --disable-pip-version-check pip-tools
+	@for pair in "requirements.txt" "requirements-dev.txt --extra=dev"; do \
+	    CUSTOM_COMPILE_COMMAND="make lock" $(CACHE)/pip-tools/bin/pip-compile $(LOCK) -o $$pair pyproject.toml && \
+	    sed -i '1i # SPDX-License-Identifier: GPL-2.0-or-later' $${pair%% *} || exit 1; done
+
+clean: ## Remove what setup and tests made here (at once)
+	rm -rf $(VENV) $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+r"""The header of a qcow2 image, read without QEMU.
+
+QEMU can't be asked what a suspicious image says: already by opening one that keeps its data in another
+file it opens that file, whatever its name. So the few fields that could lead elsewhere are read here.
+
+::
+
+    0  magic "QFI\xfb"       8  offset of the backing name    32  kind of encryption
+    4  version              16  length of the backing name    72  incompatible features (version 3)
+    20 bits of a cluster    24  virtual size                 100  length of the header; then extensions:
+                                                                  type, length, data padded to 8 bytes
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.errors import DamageFound
+
+_MAGIC = 0x514649FB
+_FIXED = struct.Struct(">IIQIIQI36xQ")
+_FIXED_BYTES = 104
+_BACKING_FORMAT = 0xE2792ACA
+_READ_BYTES = 65536  # all of it lies in the first cluster
+_NAME_BYTES = 1023
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image says of itself.
+
+    size: virtual, in bytes. file_bytes: the file's length. cluster: in bytes. backing, backing_format: ""
+    for none.
+    """
+
+    size: int
+    file_bytes: int
+    cluster: int
+    backing: str
+    backing_format: str
+
+
+def read(path: Path) -> Header:
+    """Read an image's header. Raises DamageFound if it is none that we would write."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(_READ_BYTES)
+            file_bytes = os.fstat(descriptor).st_size
+    except OSError as err:
+        raise DamageFound(f"the image {path} can't be read: {err.strerror}") from err
+    try:
+        return parse(content, file_bytes)
+    except (ValueError, struct.error) as err:
+        raise DamageFound(f"{path} is no qcow2 image of ours: {err}") from err
+
+
+def parse(content: bytes, file_bytes: int) -> Header:
+    """Read a header from an image's first cluster. Raises ValueError, struct.error."""
+    magic, version, backing_at, backing_length, bits, size, encryption, features = _FIXED.unpack_from(content)
+    if (magic, version) != (_MAGIC, 3):
+        raise ValueError("it does not begin as one of version 3 does")
+    if encryption or features:
+        # Encrypted, marked corrupt, not closed, data in another file, ...: none that we make.
+        raise ValueError(f"it has features (encryption {encryption}, incompatible {features:#x})")
+    if not 9 <= bits <= 21:
+        raise ValueError("its clusters have no size")
+    backing = ""
+    if backing_at:
+        if backing_length > _NAME_BYTES or backing_at + backing_length > len(content):
+            raise ValueError("its backing name lies elsewhere")
+        backing = content[backing_at : backing_at + backing_length].decode()
+    return Header(size, file_bytes, 1 << bits, backing, _extension(content, _BACKING_FORMAT))
+
+
+def _extension(content: bytes, wanted: int) -> str:
+    """Return the text of a header extension, "" if there is none."""
+    (at,) = struct.unpack_from(">I", content, 100)
+    while at >= _FIXED_BYTES:
+        kind, length = struct.unpack_from(">II", content, at)
+        if kind == 0:
+            return ""
+        if at + 8 + length > len(content):
+            break
+        if kind == wanted:
+            return content[at + 8 : at + 8 + length].decode()
+        at += 8 + (length + 7) // 8 * 8
+    raise ValueError("its header's extensions have no end")

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Where a restored image lands: absent or complete, for a file; checked and fsynced, for a device."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from backupctl.errors import Locked, TargetExists, UsageError
+from backupctl.repository import durable
+
+
+@contextmanager
+def file(target: Path, *, force: bool) -> Iterator[Path]:
+    """Give an empty file to write to; when the block ends well, it is on the disk as `target`.
+
+    A missing folder is made. What a dead restore to the same target left is taken over, so nothing
+    piles up. Raises TargetExists, Locked, OSError.
+    """
+    target = target.resolve()
+    if not target.parent.is_dir():
+        durable.make_folder(target.parent, mode=0o755)
+    temporary = target.with_name(f".{target.name[:200]}.backupctl-restore")
+    descriptor = _claim(temporary)
+    try:
+        try:
+            yield temporary
+            os.fsync(descriptor)
+            _into_place(temporary, target, force=force)
+        except BaseException:
+            with suppress(OSError):  # the first error is the one to tell
+                temporary.unlink()
+            raise
+        durable.sync_folder(target.parent)
+    finally:
+        os.close(descriptor)
+
+
+def _claim(temporary: Path) -> int:
+    """Make the file that only we write. Raises Locked."""
+    try:
+        descriptor = _make(temporary)
+    except FileExistsError:
+        # A dead restore's. It is never written to: it may be the very file that stands as the target.
+        leftover = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _lock(leftover, temporary)
+            temporary.unlink()
+        finally:
+            os.close(leftover)
+        descriptor = _make(temporary)
+    try:
+        _lock(descriptor, temporary)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _make(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Lock an open file that still has its name. Raises Locked."""
+    locked = Locked(f"another restore writes {path}")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        named = os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except (BlockingIOError, FileNotFoundError) as err:
+        raise locked from err
+    if not named:
+        raise locked
+
+
+def _into_place(temporary: Path, target: Path, *, force: bool) -> None:
+    if force:
+        if target.exists() and not target.is_file():
+            raise TargetExists(f"{target} is no plain file: it is not replaced")
+        temporary.rename(target)
+        return
+    try:
+        durable.place(temporary, target)
+    except FileExistsError as err:
+        raise TargetExists(f"{target} has come into being meanwhile") from err
+
+
+@contextmanager
+def device(target: Path, size_bytes: int) -> Iterator[Path]:
+    """Give a block device to write to; when the block ends well, it is fsynced.
+
+    A device in use (mounted, part of a volume group) is never written. When the block raises, it holds
+    part of the image. Raises UsageError, OSError.
+    """
+    try:
+        claim = os.open(target, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as err:
+        if err.errno == errno.EBUSY:
+            raise UsageError(f"{target} is in use (mounted, or part of something)") from err
+        raise
+    try:
+        room = os.lseek(claim, 0, os.SEEK_END)
+        if room < size_bytes:
+            raise UsageError(f"{target} has {room} bytes; the disk needs {size_bytes}")
+        yield target
+        os.fsync(claim)
+    finally:
+        os.close(claim)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU's tools as child processes of ours: they die with us, and what they complain of is kept."""
+
+import ctypes
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from backupctl.errors import RepositoryError
+
+_IMG_SECONDS = 300.0
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def img(arguments: Sequence[str], cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run a `qemu-img` command that takes no time worth telling. Raises RepositoryError."""
+    command = [img_program(), *arguments]
+    try:
+        return subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=_IMG_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as err:
+        raise RepositoryError(f"{command[0]} can't be run: {err}") from err
+
+
+def img_program() -> str:
+    """Name the qemu-img to use."""
+    return os.environ.get("QEMU_IMG", "qemu-img")
+
+
+def start(
+    command: Sequence[str],
+    *,
+    complaints: IO[bytes],
+    output: int = subprocess.DEVNULL,
+    environment: Mapping[str, str] | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Start a child that dies with us. complaints: gets its stderr. Raises RepositoryError."""
+    try:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=complaints,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock can be held in it
+        )
+    except OSError as err:
+        raise RepositoryError(f"{command[0]} can't be started: {err.strerror}") from err
+
+
+def said(complaints: IO[bytes]) -> str:
+    """Return the last line of what a child complained of."""
+    complaints.seek(0)
+    text = complaints.read(20_000).decode(errors="replace").strip()
+    return text.splitlines()[-1][:500] if text else "it said nothing"
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

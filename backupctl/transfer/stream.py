@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A whole disk as one stream of bytes, in order: for pipes.
+
+::
+
+    extents ─► pieces ─► [reads in flight, at most `DEPTH`] ─► written strictly in order
+"""
+
+import errno
+import os
+import select
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import nbd
+
+from backupctl.errors import WriteFailed
+from backupctl.transfer import extents
+from backupctl.transfer.connection import Connection
+from backupctl.transfer.extents import Extent
+from backupctl.transfer.source import Source
+
+PIECE_BYTES = 1 << 20
+DEPTH = 8
+WATCH_SECONDS = 0.1
+_ZEROES = memoryview(bytes(PIECE_BYTES))
+
+
+@dataclass
+class _Piece:
+    """A range on its way; no buffer: it is zeroes."""
+
+    extent: Extent
+    connection: Connection
+    buffer: "nbd.Buffer | None" = None
+    cookie: int = 0
+
+    def content(self) -> memoryview:
+        """Wait for the bytes. Raises ReadFailed."""
+        if self.buffer is None:
+            return _ZEROES[: self.extent.length]
+        self.connection.wait(lambda: self.connection.completed(self.cookie))
+        return memoryview(self.buffer.to_bytearray())
+
+
+def stream(
+    source: Source, descriptor: int, *, check: Callable[[], None], progress: Callable[[int], None]
+) -> None:
+    """Write all of `source` to a descriptor.
+
+    check: called at least every 100 ms while nobody takes the bytes; what it raises ends the stream.
+    progress: told the bytes done. Raises ReadFailed, WriteFailed.
+    """
+    pieces = _pieces(source)
+    flying: deque[_Piece] = deque()
+    done = 0
+    with _outlet(descriptor) as write:
+        while True:
+            while len(flying) < DEPTH and (extent := next(pieces, None)) is not None:
+                flying.append(_start(extent, source.connections[0]))
+            if not flying:
+                return
+            piece = flying.popleft()
+            _write_all(write, piece.content(), check)
+            done += piece.extent.length
+            check()
+            progress(done)
+
+
+def _start(extent: Extent, connection: Connection) -> _Piece:
+    piece = _Piece(extent, connection)
+    if not extent.zero:
+        piece.buffer = nbd.Buffer(extent.length)
+        piece.cookie = connection.start_read(piece.buffer, extent.offset)
+    return piece
+
+
+def _pieces(source: Source) -> Iterator[Extent]:
+    for status in source.statuses():
+        zero = bool(status.flags[0] & extents.ZERO)
+        yield from extents.pieces(Extent(status.offset, status.length, zero), PIECE_BYTES)
+
+
+@contextmanager
+def _outlet(descriptor: int) -> Iterator[Callable[[memoryview], int]]:
+    """Give a function that writes what it can and never waits for long.
+
+    A pipe whose reader sleeps would hold us in `write`, deaf to a request to stop. So it is opened anew
+    without blocking: setting that on the descriptor itself would also change it for whoever shares it.
+    """
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        yield partial(os.write, descriptor)
+        return
+    own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield partial(_write_some, own)
+    finally:
+        os.close(own)
+
+
+def _write_some(descriptor: int, content: memoryview) -> int:
+    try:
+        return os.write(descriptor, content)
+    except BlockingIOError:
+        waiting = select.poll()
+        waiting.register(descriptor, select.POLLOUT)
+        waiting.poll(WATCH_SECONDS * 1000)
+        return 0
+
+
+def _write_all(write: Callable[[memoryview], int], content: memoryview, check: Callable[[], None]) -> None:
+    while content:
+        try:
+            written = write(content)
+        except OSError as err:
+            why = "its reader went away" if err.errno == errno.EPIPE else err.strerror
+            raise WriteFailed(f"the image can't be written to the output: {why}") from err
+        content = content[written:]
+        if not written:
+            check()

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Fixtures: QEMU builds, machines, the command line. Each hands out things not yet started and ends them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures import builds
+from fixtures.agent import PlayedAgent
+from fixtures.builds import Build
+from fixtures.debian import CannotBeHad
+from fixtures.machine import Disk, Machine
+from fixtures.writer import Writer
+
+MIB = 1 << 20
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def get_build(version: str) -> Build:
+    try:
+        return builds.build(version)
+    except CannotBeHad as err:
+        if version in builds.required():
+            pytest.fail(f"QEMU {version} is required here: {err}")
+        pytest.skip(f"QEMU {version} can't be had: {err}")
+
+
+@pytest.fixture(params=builds.VERSIONS)
+def build(request: pytest.FixtureRequest) -> Build:
+    """Each supported QEMU in turn."""
+    return get_build(request.param)
+
+
+@pytest.fixture
+def build72() -> Build:
+    """The distribution's QEMU, for what does not depend on the version."""
+    return get_build("7.2")
+
+
+@pytest.fixture
+def held() -> Iterator[ExitStack]:
+    """What a test starts, ended in the opposite order."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@dataclass
+class Cli:
+    """The command line, as a user runs it. Every call has a time-out."""
+
+    repository: Path
+    environment: dict[str, str]
+    scratch: Path
+    vm: list[str] = field(default_factory=list)
+    prefix: list[str] = field(default_factory=list)
+
+    def command(self, *arguments: str, vm: bool = True) -> list[str]:
+        command = [*self.prefix, sys.executable, "-m", "backupctl", *arguments]
+        command += ["--repository", str(self.repository)]
+        return command + ([*self.vm, "--scratch", str(self.scratch)] if vm else [])
+
+    def run(self, *arguments: str, code: int = 0, vm: bool = True) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run(
+            self.command(*arguments, vm=vm),
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    def json(self, *arguments: str, code: int = 0, vm: bool = True) -> Any:
+        return json.loads(self.run(*arguments, "--json", code=code, vm=vm).stdout)
+
+    def start(self, *arguments: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            self.command(*arguments),
+            env=self.environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def raw(self, point: str, disk: str, folder: Path) -> bytes:
+        """Return the bytes of a disk at a point, restored."""
+        target = folder / f"{disk}-{time.monotonic_ns()}.raw"
+        self.run("restore", "web", point, "--to", str(target), "--disk", disk, vm=False)
+        content = target.read_bytes()
+        target.unlink()
+        return content
+
+
+@dataclass
+class Lab:
+    """A machine without guest, its agent and writer, and the command line for it."""
+
+    machine: Machine
+    agent: PlayedAgent
+    writer: Writer
+    cli: Cli
+    folder: Path
+
+    def backup(self, kind: str, *options: str, code: int = 0) -> Any:
+        return self.cli.json(kind, "web", *options, code=code)
+
+    def assert_point(self, point: str, moment: dict[str, bytes]) -> None:
+        """The point is byte-equal to the moment, by restore and by qemu-img straight from the repository."""
+        for disk, content in moment.items():
+            assert self.cli.raw(point, disk, self.folder) == content, f"{disk} of {point} by restore"
+            raw = self.folder / "convert.raw"
+            image = self.cli.repository / "web" / point / f"{disk}.qcow2"
+            subprocess.run(
+                [self.machine.build.tool("qemu-img"), "convert", "-O", "raw", image, raw],
+                check=True,
+                timeout=60,
+            )
+            assert raw.read_bytes() == content, f"{disk} of {point} by qemu-img convert"
+
+    def assert_at_rest(self, bitmaps_each: int = 1) -> None:
+        """Nothing of ours is left in QEMU but the bitmaps, nothing on disk but points."""
+        assert self.machine.leftovers() == []
+        for disk in self.machine.disks:
+            ours = [
+                name for name in self.machine.bitmaps().get(disk.node, []) if name.startswith("backupctl-")
+            ]
+            assert len(ours) == bitmaps_each, ours
+        folder = self.cli.repository / "web"
+        if folder.exists():
+            assert [name for name in os.listdir(folder) if name.endswith(".partial")] == []
+        assert list(self.cli.scratch.iterdir()) == []
+        assert not self.agent.frozen
+
+    def next_is_right(self) -> None:
+        """After whatever happened: an incremental is byte-equal to its moment, and all is at rest."""
+        self.writer.write(5)
+        report = self.backup("incremental")
+        self.assert_point(report["point"], self.writer.moment)
+        self.assert_at_rest()
+
+
+@pytest.fixture
+def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
+    """Make a lab: `make_lab(build, {"vda": 16 * MIB})`; on a `StorageDaemon` if told by `kind_of_machine`."""
+
+    def make(
+        build: Build,
+        sizes: dict[str, int] | None = None,
+        *,
+        formats: dict[str, str] | None = None,
+        seed: int = 1,
+        open_to_user: bool = False,
+        kind_of_machine: type[Machine] = Machine,
+        **machine_options: Any,
+    ) -> Lab:
+        sizes = sizes or {"vda": 16 * MIB, "vdb": 8 * MIB + 512}
+        disks = []
+        for name, size in sizes.items():
+            kind = (formats or {}).get(name, "qcow2")
+            path = tmp_path / f"{name}.{kind}"
+            command = [build.tool("qemu-img"), "create", "-q", "-f", kind, path, str(size)]
+            subprocess.run(command, check=True, timeout=30)
+            if open_to_user:  # the disk is QEMU's own; nothing else here is
+                path.chmod(0o666)
+                for parent in (tmp_path, *tmp_path.parents[:3]):
+                    parent.chmod(parent.stat().st_mode | 0o011)
+            disks.append(Disk(name, path, kind))
+        machine = kind_of_machine(build, disks, **machine_options)
+        held.callback(machine.close)
+        writer = Writer(sizes, machine.io, seed)
+        held.callback(writer.stop)
+        agent = PlayedAgent(machine.agent_path, writer.freeze, writer.thaw)
+        held.enter_context(agent)
+        try:
+            machine.start()
+        except CannotBeHad as err:
+            pytest.skip(str(err))
+        scratch = tmp_path / "scratch"
+        scratch.mkdir()
+        cli = make_cli(machine, tmp_path)
+        return Lab(machine, agent, writer, cli, tmp_path)
+
+    return make
+
+
+def make_cli(machine: Machine, folder: Path) -> Cli:
+    """Return the command line for a machine."""
+    scratch = folder / "scratch"
+    scratch.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        **machine.build.environment(),
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "100",
+    }
+    environment.pop("BACKUPCTL_CONFIG", None)
+    return Cli(
+        repository=folder / "repository",
+        environment=environment,
+        scratch=scratch,
+        vm=["--qmp", f"unix:{machine.qmp_path}", "--agent", f"unix:{machine.agent_path}"],
+    )

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Real guests, booted by the test and ended here."""
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures import guest as guests
+from fixtures.builds import Build
+from fixtures.debian import CannotBeHad
+from fixtures.guest import Disk, Guest
+from tests.conftest import MIB, Cli, make_cli
+
+
+@pytest.fixture
+def boot(tmp_path: Path, held: ExitStack) -> Callable[..., tuple[Guest, Cli]]:
+    """Boot a guest whose disks vda, vdb, … hold a file system: `guest, cli = boot(build, iothread=True)`."""
+
+    def boot(
+        build: Build, size: int = 256 * MIB, *, disks: int = 1, **disk_options: Any
+    ) -> tuple[Guest, Cli]:
+        try:
+            guests.images()
+        except CannotBeHad as err:
+            if os.environ.get("BACKUPCTL_REQUIRE_QEMU"):
+                pytest.fail(f"the test guest is required here: {err}")
+            pytest.skip(f"the test guest can't be had: {err}")
+        image_format = disk_options.get("format", "qcow2")
+        made = []
+        for letter in "abcdefgh"[:disks]:
+            path = tmp_path / f"vd{letter}.{image_format}"
+            guests.make_disk(path, size, build.tool("qemu-img"), image_format)
+            made.append(Disk(f"vd{letter}", path, **disk_options))
+        guest = Guest(build, made)
+        held.callback(guest.close)
+        guest.start()
+        return guest, make_cli(guest, tmp_path)
+
+    return boot

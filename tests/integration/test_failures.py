@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Whatever fails, nothing is lost: the next incremental is byte-equal, and nothing of ours is left."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import pytest
+
+from fixtures.proxy import Proxy
+
+SLOW = ("--limit", "2M")  # slow enough to be met in mid-copy
+
+
+@pytest.fixture
+def lab(build, make_lab):
+    made = make_lab(build)
+    made.writer.write(80)
+    made.backup("full")
+    made.writer.write(40)
+    return made
+
+
+def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+def exporting(lab) -> Callable[[], bool]:
+    return lambda: bool(lab.machine.qmp("query-block-exports"))
+
+
+def copying(lab) -> Callable[[], bool]:
+    """Whether the copy has written something."""
+
+    def look() -> bool:
+        images = list((lab.cli.repository / "web").glob("*.partial/*.qcow2"))
+        return exporting(lab)() and any(image.stat().st_blocks * 512 > 300_000 for image in images)
+
+    return look
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_mid_copy_rolls_back_and_leaves_with_1(lab, number):
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        run.send_signal(number)
+        _, told = run.communicate(timeout=30)
+    assert run.returncode == 1, told
+    assert "rolled back" in told
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_sigkill_in_mid_copy_is_undone_by_the_next_run(lab):
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        run.kill()
+        run.communicate(timeout=30)
+    assert lab.cli.json("status", "web")["leftovers"]
+    lab.next_is_right()
+
+
+def test_recover_undoes_what_a_killed_run_left_and_then_does_nothing(lab):
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        run.kill()
+        run.communicate(timeout=30)
+    assert lab.cli.json("recover", "web")["actions"]
+    lab.assert_at_rest()
+    assert lab.cli.json("recover", "web")["actions"] == []
+    assert lab.cli.json("status", "web")["leftovers"] == []
+    lab.next_is_right()
+
+
+def test_a_connection_dropped_in_mid_copy_is_a_failed_run(lab):
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        for export in lab.machine.qmp("query-block-exports"):
+            lab.machine.qmp("block-export-del", id=export["id"], mode="hard")
+        _, told = run.communicate(timeout=60)
+    assert run.returncode == 1, told
+    assert "lost" in told
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+@pytest.mark.parametrize("verdict", ["cut", "after"])
+@pytest.mark.parametrize(
+    "command", ["blockdev-add", "transaction", "nbd-server-start", "block-export-add", "block-export-del"]
+)
+def test_a_monitor_closed_at_a_command_is_asked_again_what_is_the_case(build72, make_lab, command, verdict):
+    """The command is lost, or only its answer is: nobody can know which, so QEMU is asked."""
+    lab = make_lab(build72)
+    lab.writer.write(40)
+    lab.backup("full")
+    lab.writer.write(20)
+    spoilt = []
+
+    def spoil(content: bytes) -> str:
+        if not spoilt and f'"{command}"'.encode() in content:
+            spoilt.append(content)
+            return verdict
+        return ""
+
+    path = lab.machine.folder / "proxy"
+    with Proxy(path, lab.machine.qmp_path, spoil):
+        direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
+        lab.cli.run("incremental", "web", code=1)
+        lab.cli.vm[1] = direct
+    assert spoilt
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_a_monitor_that_stays_away_needs_recovery_and_says_so(lab):
+    path = lab.machine.folder / "proxy"
+    with Proxy(path, lab.machine.qmp_path) as proxy:
+        direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
+        with lab.cli.start("incremental", "web", *SLOW) as run:
+            wait_for(copying(lab))
+            path.unlink()
+            proxy.cut()
+            _, told = run.communicate(timeout=90)
+        lab.cli.vm[1] = direct
+    assert run.returncode == 3, told
+    assert "backupctl recover web" in told
+    lab.cli.run("recover", "web")
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_an_agent_that_never_answers_costs_the_freeze_not_the_backup(lab):
+    lab.agent.behaviour["*"] = "silent"
+    error = lab.backup("incremental", "--freeze", "require", code=1)["error"]
+    assert "agent does not answer" in error["message"]
+    lab.assert_at_rest()
+    lab.writer.remember()
+    report = lab.backup("incremental")
+    assert (report["consistency"], report["frozen_ms"]) == ("crash", None)
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.agent.behaviour.clear()
+    lab.next_is_right()
+
+
+def test_an_agent_that_refuses_to_freeze_is_obeyed(lab):
+    lab.agent.behaviour["guest-fsfreeze-freeze"] = "refuse"
+    error = lab.backup("incremental", "--freeze", "require", code=1)["error"]
+    assert "refused guest-fsfreeze-freeze" in error["message"]
+    lab.assert_at_rest()
+    lab.writer.remember()
+    report = lab.backup("incremental")
+    assert report["consistency"] == "crash"
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.agent.behaviour.clear()
+    lab.next_is_right()
+
+
+def test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back(lab):
+    lab.agent.behaviour["guest-fsfreeze-freeze"] = "unanswered"
+    error = lab.backup("incremental", "--freeze-budget", "1", code=1)["error"]
+    assert "did not answer" in error["message"]
+    lab.agent.behaviour.clear()
+    lab.assert_at_rest()
+    assert len(lab.agent.freezes) == len(lab.agent.thaws)
+    lab.next_is_right()
+
+
+def test_a_guest_that_somebody_else_froze_is_refused_and_left_frozen(lab):
+    lab.agent.frozen = True
+    error = lab.backup("incremental", code=1)["error"]
+    assert "somebody else" in error["message"]
+    assert lab.agent.frozen
+    lab.agent.frozen = False
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_sigkill_while_frozen_thaws_the_guest_by_the_guard(lab):
+    lab.agent.late_seconds = 3
+    lab.agent.behaviour["guest-fsfreeze-freeze"] = "late"
+    with lab.cli.start("incremental", "web") as run:
+        wait_for(lambda: lab.agent.frozen)
+        run.kill()
+        run.communicate(timeout=30)
+    lab.agent.behaviour.clear()
+    wait_for(lambda: not lab.agent.frozen, 15)
+    lab.next_is_right()
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system, which takes root")
+
+
+@pytest.fixture
+def mounted(held):
+    """Mount a tmpfs; unmounted at the end."""
+
+    def mount(folder, options: str) -> None:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False)
+        if done.returncode:
+            pytest.skip("no file system can be mounted here")
+        held.callback(subprocess.run, ["umount", "-l", folder], check=True)
+
+    return mount
+
+
+@needs_root
+def test_a_target_that_is_full_leaves_what_was_there(build72, make_lab, mounted):
+    lab = make_lab(build72)
+    lab.cli.repository.mkdir()
+    mounted(lab.cli.repository, "size=22m")
+    lab.writer.write(80)
+    first = lab.backup("full")["point"]
+    moment = lab.writer.moment
+    lab.writer.write(400)
+    lab.writer.do("vda", "data", 0, 16 << 20, 0x33)
+    error = lab.backup("full", code=1)["error"]
+    assert "No space left" in error["message"]
+    assert "rolled back" in error["state"]
+    lab.assert_at_rest()
+    lab.assert_point(first, moment)
+    subprocess.run(["mount", "-o", "remount,size=80m", lab.cli.repository], check=True)
+    lab.next_is_right()
+
+
+@needs_root
+def test_a_target_that_is_not_writable_is_refused_before_anything_is_touched(build72, make_lab, mounted):
+    lab = make_lab(build72)
+    lab.cli.repository.mkdir()
+    mounted(lab.cli.repository, "size=60m")
+    lab.writer.write(20)
+    lab.backup("full")
+    subprocess.run(["mount", "-o", "remount,ro", lab.cli.repository], check=True)
+    lab.writer.write(20)
+    before = len(lab.agent.freezes)
+    error = lab.backup("incremental", code=1)["error"]
+    assert "can't be written" in error["message"]
+    assert len(lab.agent.freezes) == before
+    subprocess.run(["mount", "-o", "remount,rw", lab.cli.repository], check=True)
+    lab.next_is_right()
+
+
+def test_qemu_killed_in_mid_copy_then_started_again_takes_a_full(lab):
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        lab.machine.kill()
+        _, told = run.communicate(timeout=90)
+    assert run.returncode == 3, told
+    lab.machine.start()
+    report = lab.backup("incremental")
+    assert {disk["kind"] for disk in report["disks"]} == {"full"}
+    lab.assert_at_rest()
+
+
+def test_qemu_quitting_cleanly_in_mid_copy_loses_no_change(lab):
+    """Both bitmaps are stored; the next run gives the new one back to the old one."""
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        lab.machine.quit()
+        run.communicate(timeout=90)
+    assert run.returncode == 3
+    lab.machine.start()
+    lab.writer.write(5)
+    report = lab.backup("incremental")
+    assert {disk["kind"] for disk in report["disks"]} == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_at_rest()
+
+
+def test_a_second_run_is_told_that_the_first_one_works(lab):
+    lab.writer.do("vda", "data", 0, 16 << 20, 0x44)
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        error = lab.backup("incremental", code=75)["error"]
+        assert "another run" in error["message"]
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=30)
+    lab.next_is_right()
+
+
+def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
+    path = lab.machine.folder / "foreign"
+    lab.machine.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+    error = lab.backup("incremental", code=1)["error"]
+    assert "NBD server already running" in error["message"]
+    assert lab.machine.qmp("nbd-server-stop") == {}, "it was to be still there"
+    lab.next_is_right()

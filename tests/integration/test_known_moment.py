@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every point is the frozen moment, byte for byte, while the writes go on."""
+
+import pytest
+
+from tests.conftest import get_build
+
+
+def test_full_and_five_incrementals_under_writes_equal_their_moments(build, make_lab):
+    lab = make_lab(build)
+    lab.writer.write(60)
+    lab.writer.start()
+    moments = {}
+    for number in range(6):
+        report = lab.backup("incremental" if number else "full", "--limit", "60M")
+        moments[report["point"]] = lab.writer.moment
+        assert report["consistency"] == "filesystem"
+        assert report["frozen_ms"] is not None
+        assert report["kind"] == ("incremental" if number else "full")
+    lab.writer.stop()
+    assert lab.writer.count > 100, "the writes were to go on during the copies"
+    lab.assert_at_rest()
+    assert sorted(moments) == list(moments)
+    for point, moment in moments.items():
+        lab.assert_point(point, moment)
+    assert len(lab.agent.freezes) == len(lab.agent.thaws) == 6
+
+
+@pytest.mark.parametrize("view", ["snapshot-access", "auto"])
+def test_the_other_view_shows_the_moment(make_lab, view):
+    lab = make_lab(get_build("10.0"), seed=7)
+    lab.writer.write(40)
+    lab.writer.start()
+    moments = {}
+    for kind in ("full", "incremental", "incremental"):
+        report = lab.backup(kind, "--view", view, "--limit", "60M")
+        moments[report["point"]] = lab.writer.moment
+    lab.writer.stop()
+    lab.assert_at_rest()
+    for point, moment in moments.items():
+        lab.assert_point(point, moment)
+
+
+def test_snapshot_access_is_refused_where_it_is_not_right(build72, make_lab):
+    lab = make_lab(build72)
+    error = lab.backup("full", "--view", "snapshot-access", code=1)["error"]
+    assert "10.0" in error["message"]
+    lab.assert_at_rest(bitmaps_each=0)
+    lab.backup("full", "--view", "auto")
+
+
+def test_dirty_zeroes_are_stored_as_zeroes(build72, make_lab):
+    """A discarded or zeroed cluster must not let the old data come back at restore."""
+    lab = make_lab(build72, {"vda": 4 << 20})
+    lab.writer.do("vda", "data", 0, 4 << 20, 0x11)
+    lab.backup("full")
+    lab.writer.do("vda", "zero", 65536, 131072)
+    lab.writer.do("vda", "discard", 1 << 20, 1 << 20)
+    report = lab.backup("incremental")
+    assert report["disks"][0]["zero_bytes"] == 131072 + (1 << 20)
+    assert report["disks"][0]["copied_bytes"] == 0
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_an_incremental_copies_what_changed_and_no_more(build72, make_lab):
+    lab = make_lab(build72, {"vda": 32 << 20})
+    lab.writer.do("vda", "data", 0, 32 << 20, 0x22)
+    lab.backup("full")
+    lab.writer.do("vda", "data", 5 << 20, 65536)
+    lab.writer.do("vda", "data", (7 << 20) + 512, 512)
+    disk = lab.backup("incremental")["disks"][0]
+    assert disk["dirty_bytes"] == disk["copied_bytes"] == 2 * 65536
+    assert lab.backup("incremental")["disks"][0]["dirty_bytes"] == 0
+
+
+def test_a_full_leaves_out_what_was_never_written(build72, make_lab):
+    lab = make_lab(build72, {"vda": 64 << 20})
+    lab.writer.do("vda", "data", 10 << 20, 1 << 20)
+    report = lab.backup("full")
+    disk = report["disks"][0]
+    assert disk["copied_bytes"] == 1 << 20
+    assert disk["stored_bytes"] < 2 << 20
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_an_offset_beyond_4_gib_is_kept(build72, make_lab):
+    """A 32-bit offset anywhere would put these bytes elsewhere."""
+    lab = make_lab(build72, {"vda": 16 << 20})
+    lab.machine.qmp("block_resize", **{"node-name": "node-vda", "size": 9 << 30})
+    lab.machine.io("vda", f"write -q -P 5 {(8 << 30) + 65536} 65536")
+    point = lab.backup("full")["point"]
+    lab.machine.io("vda", f"write -q -P 6 {(5 << 30) + 512} 65536")
+    lab.backup("incremental")
+    target = lab.folder / "big.raw"
+    lab.cli.run("restore", "web", "latest", "--to", str(target), vm=False)
+    with target.open("rb") as file:
+        file.seek((8 << 30) + 65536)
+        assert file.read(65536) == b"\5" * 65536
+        file.seek((5 << 30) + 512)
+        assert file.read(65536) == b"\6" * 65536
+        assert target.stat().st_size == 9 << 30
+        assert target.stat().st_blocks * 512 < 1 << 20, "the restored image is sparse"
+    assert point

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The lab itself: what the other tests take for true is true, on each QEMU."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+
+import pytest
+
+from fixtures import builds
+from fixtures import guest as guests
+from fixtures.agent import SENTINEL, PlayedAgent
+from fixtures.debian import CannotBeHad
+from fixtures.machine import Disk, Machine, line_socket
+from fixtures.storage_daemon import StorageDaemon
+from tests.conftest import MIB, get_build
+
+KINDS = pytest.mark.parametrize("kind", [Machine, StorageDaemon])
+
+
+def content(lab, disk):
+    """The bytes of a disk's image, read by QEMU's own tool once the machine has ended."""
+    raw = lab.folder / "content.raw"
+    image = next(entry.path for entry in lab.machine.disks if entry.name == disk)
+    subprocess.run(
+        [lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", image, raw], check=True, timeout=60
+    )
+    return raw.read_bytes()
+
+
+def converse(path, *commands):
+    """Say commands to an agent, one after the other; returns its replies."""
+    with line_socket(path, 20.0) as agent:
+        replies = []
+        for command in commands:
+            agent.write(json.dumps({"execute": command}) + "\n")
+            agent.flush()
+            replies.append(json.loads(agent.readline()))
+        return replies
+
+
+def test_both_qemus_are_what_they_say(build):
+    """All programs of a build are there, and of one version."""
+    for name in ("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "qemu-io", "qemu-nbd"):
+        said = subprocess.run(
+            [build.tool(name), "--version"], capture_output=True, text=True, timeout=30, check=True
+        )
+        assert f" {build.version}." in said.stdout.splitlines()[0]
+
+
+def test_a_required_qemu_that_cannot_be_had_fails_and_any_other_is_skipped(monkeypatch):
+    def missing(version):
+        raise CannotBeHad(f"no {version} today")
+
+    monkeypatch.setattr(builds, "build", missing)
+    monkeypatch.setenv("BACKUPCTL_REQUIRE_QEMU", "10.0")
+    with pytest.raises(pytest.fail.Exception, match=r"no 10\.0 today"):
+        get_build("10.0")
+    with pytest.raises(pytest.skip.Exception, match=r"no 7\.2 today"):
+        get_build("7.2")
+
+
+@KINDS
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_the_model_agrees_with_the_disks_byte_for_byte(build, make_lab, kind, image_format):
+    formats = {"vda": image_format, "vdb": image_format}
+    lab = make_lab(build, formats=formats, kind_of_machine=kind, seed=11)
+    lab.writer.start()
+    deadline = time.monotonic() + 60
+    while lab.writer.count < 300:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lab.writer.stop()
+    lab.writer.do("vda", "discard", MIB, 3 * MIB)  # at rest a discard is a known quantity
+    lab.machine.quit()
+    for disk, model in lab.writer.model.items():
+        assert any(model)
+        assert content(lab, disk) == model, disk
+
+
+def test_a_freeze_stops_the_writer_and_the_moment_is_what_qemu_copies_meanwhile(build, make_lab):
+    lab = make_lab(build, {"vda": 8 * MIB})
+    lab.writer.start()
+    converse(lab.machine.agent_path, "guest-fsfreeze-freeze")
+    count = lab.writer.count
+    target = lab.folder / "copy.raw"
+    target.write_bytes(bytes(8 * MIB))
+    node = {"driver": "raw", "node-name": "copy", "file": {"driver": "file", "filename": str(target)}}
+    assert lab.machine.qmp("blockdev-add", **node) == {}
+    answer = lab.machine.qmp(
+        "blockdev-backup", **{"job-id": "copy", "device": "node-vda", "target": "copy", "sync": "full"}
+    )
+    assert answer == {}
+    deadline = time.monotonic() + 30
+    while lab.machine.qmp("query-jobs"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert lab.writer.count == count, "nothing is written while frozen"
+    assert lab.machine.qmp("blockdev-del", **{"node-name": "copy"}) == {}
+    converse(lab.machine.agent_path, "guest-fsfreeze-thaw")
+    while lab.writer.count < count + 5:
+        assert time.monotonic() < deadline, "the writer goes on after the thaw"
+        time.sleep(0.01)
+    lab.writer.stop()
+    assert target.read_bytes() == lab.writer.moment["vda"]
+
+
+def test_one_seed_writes_the_same_bytes_again(build72, make_lab):
+    lab = make_lab(build72, {"vda": 4 * MIB}, seed=5)
+    lab.writer.write(50)
+    other = type(lab.writer)({"vda": 4 * MIB}, lambda _disk, _command: None, seed=5)
+    other.write(50)
+    assert other.model == lab.writer.model
+
+
+def test_a_write_that_fails_is_an_error_of_the_test(build72, make_lab):
+    lab = make_lab(build72, {"vda": MIB})
+    with pytest.raises(OSError, match="write"):
+        lab.machine.io("vda", f"write -q -P 1 {MIB} 512")
+
+
+@KINDS
+def test_a_closed_machine_leaves_no_process_and_no_folder(build72, tmp_path, kind):
+    path = tmp_path / "vda.qcow2"
+    subprocess.run([build72.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+    with kind(build72, [Disk("vda", path)]) as machine:
+        process, folder = machine.process, machine.folder
+        assert machine.alive()
+        assert len(str(machine.qmp_path)) < 60, "a unix socket's path has 107 bytes"
+    assert process.returncode is not None
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "heard", "frozen"),
+    [
+        ("", b'{"return": 1}\n', True),
+        ("silent", None, False),
+        ("unanswered", None, True),
+        ("late", b'{"return": 1}\n', True),
+        ("stale", b'{"return": 0}\n', True),
+        ("refuse", b'{"error": {"class": "GenericError"', False),
+        ("garbage", b"{]]", False),
+        ("hang up", b"", False),
+    ],
+)
+def test_the_played_agent_misbehaves_as_told(tmp_path, behaviour, heard, frozen):
+    with PlayedAgent(tmp_path / "ga") as agent:
+        agent.late_seconds = 0.2
+        agent.behaviour["guest-fsfreeze-freeze"] = behaviour
+        with line_socket(agent.path, 0.5) as stream:
+            stream.write('{"execute": "guest-fsfreeze-freeze"}\n')
+            stream.flush()
+            if heard is None:
+                with pytest.raises(TimeoutError):
+                    stream.readline()
+            else:
+                assert stream.readline().encode().startswith(heard)
+        assert agent.frozen is frozen
+
+
+@pytest.mark.guest
+def test_the_played_agent_answers_as_the_real_one(boot, tmp_path):
+    """Same keys, same types, same values where they mean something; also while frozen."""
+    guest, _ = boot(get_build("7.2"))
+    commands = (
+        *("guest-ping", "guest-fsfreeze-status", "guest-fsfreeze-freeze", "guest-fsfreeze-status"),
+        *("guest-fsfreeze-freeze", "guest-fsfreeze-freeze-list", "guest-ping"),
+        *("guest-fsfreeze-thaw", "guest-fsfreeze-thaw", "guest-fsfreeze-status"),
+        *("guest-fsfreeze-freeze-list", "guest-fsfreeze-thaw", "guest-no-such-command"),
+    )
+    with PlayedAgent(tmp_path / "ga") as agent:
+        assert converse(agent.path, *commands) == converse(guest.agent_path, *commands)
+
+
+@pytest.mark.guest
+def test_the_real_agent_puts_the_sentinel_before_the_answer_to_a_sync(boot, tmp_path):
+    guest, _ = boot(get_build("7.2"))
+    sync = b'{"execute": "guest-sync-delimited", "arguments": {"id": 7}}\n'
+    with PlayedAgent(tmp_path / "ga") as agent:
+        for path in (agent.path, guest.agent_path):
+            with socket.socket(socket.AF_UNIX) as agent_socket:
+                agent_socket.settimeout(20)
+                agent_socket.connect(str(path))
+                agent_socket.sendall(SENTINEL + sync)
+                received = b""
+                while b'{"return": 7}\n' not in received:
+                    received += agent_socket.recv(4096)
+                assert received.endswith(SENTINEL + b'{"return": 7}\n')
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize(
+    "disk",
+    [
+        {},
+        {"iothread": True},
+        {"driver": "scsi-hd"},
+        {"driver": "scsi-hd", "iothread": True},
+        {"format": "raw"},
+    ],
+    ids=lambda disk: "-".join(map(str, disk.values())) or "virtio-blk",
+)
+def test_the_guest_writes_to_two_disks_and_its_journals_agree(build, boot, tmp_path, disk):
+    guest, _ = boot(build, 64 * MIB, disks=2, **disk)
+    assert guest.tell("files 8") == "ok"
+    assert guest.tell("status") == "rw errors=0 kernel=0 count=8"
+    assert guest.tell("off") == "ok"
+    guest.process.wait(30)
+    for entry in guest.disks:
+        raw = tmp_path / "content.raw"
+        image_format = ["-f", entry.format, "-O", "raw"]
+        subprocess.run(
+            [build.tool("qemu-img"), "convert", *image_format, entry.path, raw], check=True, timeout=60
+        )
+        assert guests.check_file_system(raw)
+        assert guests.check_journal(raw, tmp_path) == 8
+
+
+@pytest.mark.guest
+def test_the_guest_goes_on_writing_until_told_to_stop_and_stands_still_while_frozen(build, boot):
+    guest, _ = boot(build)
+    guest.tell("load")
+    assert count_grows(guest)
+    converse(guest.agent_path, "guest-fsfreeze-freeze")
+    time.sleep(0.3)  # what was under way comes to its first write
+    assert not count_grows(guest, 1.0)
+    converse(guest.agent_path, "guest-fsfreeze-thaw")
+    assert count_grows(guest)
+    assert guest.tell("stop") == "ok"
+    assert not count_grows(guest, 1.0)
+    assert guest.tell("stop") == "ok"
+    guest.tell("load")
+    assert count_grows(guest)
+
+
+def count_grows(guest, seconds=10.0):
+    """Whether the guest writes files within so many seconds."""
+    before = guest.tell("status")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        if guest.tell("status") != before:
+            return True
+    return False
+
+
+@pytest.mark.guest
+def test_a_damaged_file_and_a_damaged_file_system_are_noticed(build72, boot, tmp_path):
+    guest, _ = boot(build72, 64 * MIB, format="raw")
+    guest.tell("files 3")
+    guest.tell("off")
+    guest.process.wait(30)
+    raw = guest.disks[0].path
+    block = subprocess.run(
+        ["/sbin/debugfs", "-R", "bmap /files/2 1", raw],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    with raw.open("r+b") as file:
+        file.seek(int(block.stdout) * file_system_block(raw))
+        file.write(os.urandom(16))
+    with pytest.raises(AssertionError, match="file 2"):
+        guests.check_journal(raw, tmp_path)
+    with raw.open("r+b") as file:
+        file.seek(4096)
+        file.write(bytes(4096))
+    with pytest.raises(AssertionError):
+        guests.check_file_system(raw)
+
+
+def file_system_block(raw):
+    said = subprocess.run(
+        ["/sbin/dumpe2fs", "-h", raw], capture_output=True, text=True, timeout=30, check=True
+    )
+    return int(next(line for line in said.stdout.splitlines() if line.startswith("Block size")).split()[-1])

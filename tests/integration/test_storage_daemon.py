@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""qemu-storage-daemon: disks without a device, a monitor that takes no descriptors."""
+
+from fixtures.storage_daemon import StorageDaemon
+
+
+def test_the_disks_of_a_storage_daemon_are_backed_up_over_named_files(build, make_lab):
+    lab = make_lab(build, kind_of_machine=StorageDaemon, seed=3)
+    lab.writer.write(60)
+    lab.writer.start()
+    moments = {}
+    for kind in ("full", "incremental", "incremental"):
+        report = lab.backup(kind, "--limit", "60M")
+        assert report["consistency"] == "filesystem"
+        moments[report["point"]] = {f"node-{disk}": content for disk, content in lab.writer.moment.items()}
+    lab.writer.stop()
+    lab.assert_at_rest()
+    for point, moment in moments.items():
+        lab.assert_point(point, moment)
+    assert lab.cli.json("status", "web")["leftovers"] == []
+
+
+def test_without_an_agent_its_points_are_crash_consistent_and_hold_what_changed(build72, make_lab):
+    lab = make_lab(build72, {"vda": 16 << 20}, kind_of_machine=StorageDaemon)
+    lab.agent.close()
+    lab.writer.do("vda", "data", 0, 8 << 20)
+    lab.backup("full")
+    lab.writer.do("vda", "data", (4 << 20) + 512, 1 << 20)
+    lab.writer.remember()
+    report = lab.backup("incremental")
+    assert report["consistency"] == "crash"
+    assert report["disks"][0]["name"] == "node-vda"
+    assert report["disks"][0]["copied_bytes"] == (1 << 20) + 65536
+    lab.assert_point(report["point"], {"node-vda": lab.writer.moment["vda"]})

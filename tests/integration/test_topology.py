@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What VMs look like and become between two runs: right, or said why not; never a silent gap."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from fixtures.machine import Disk
+
+MIB = 1 << 20
+
+
+def kinds(report) -> dict[str, str]:
+    return {disk["name"]: disk["kind"] for disk in report["disks"]}
+
+
+def reasons(lab, report) -> dict[str, str]:
+    shown = lab.cli.json("show", "web", report["point"], vm=False)
+    return {disk["name"]: disk["reason"] for disk in shown["disks"]}
+
+
+def begun(make_lab, build, **options):
+    lab = make_lab(build, **options)
+    lab.writer.write(40)
+    lab.backup("full")
+    lab.writer.write(20)
+    return lab
+
+
+def remove_bitmap(lab, disk: str) -> None:
+    name = lab.machine.bitmaps()[f"node-{disk}"][0]
+    assert lab.machine.qmp("block-dirty-bitmap-remove", node=f"node-{disk}", name=name) == {}
+
+
+def test_the_first_incremental_is_a_full(build72, make_lab):
+    lab = make_lab(build72)
+    lab.writer.write(10)
+    report = lab.backup("incremental")
+    assert (report["kind"], report["parent"]) == ("full", None)
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_a_removed_bitmap_makes_that_disk_full_inside_the_point(build, make_lab):
+    lab = begun(make_lab, build)
+    remove_bitmap(lab, "vda")
+    report = lab.backup("incremental")
+    assert report["kind"] == "incremental"
+    assert kinds(report) == {"vda": "full", "vdb": "incremental"}
+    assert "gone" in reasons(lab, report)["vda"]
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.next_is_right()
+
+
+def test_a_disabled_bitmap_is_never_used(build72, make_lab):
+    lab = begun(make_lab, build72)
+    name = lab.machine.bitmaps()["node-vda"][0]
+    lab.machine.qmp("block-dirty-bitmap-disable", node="node-vda", name=name)
+    lab.writer.write(10)
+    report = lab.backup("incremental")
+    assert kinds(report)["vda"] == "full"
+    assert "not recording" in reasons(lab, report)["vda"]
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_on_broken_chain_fail_touches_nothing(build72, make_lab):
+    lab = begun(make_lab, build72)
+    remove_bitmap(lab, "vdb")
+    freezes = len(lab.agent.freezes)
+    error = lab.backup("incremental", "--on-broken-chain", "fail", code=1)["error"]
+    assert "vdb" in error["message"]
+    assert len(lab.agent.freezes) == freezes
+    assert len(list((lab.cli.repository / "web").iterdir())) == 2, "the lock and the full"
+
+
+def test_after_a_crash_of_qemu_the_inconsistent_bitmap_is_noticed(build, make_lab):
+    lab = begun(make_lab, build)
+    lab.machine.quit()
+    lab.machine.start()  # now the bitmaps are loaded from the files
+    lab.writer.write(10)
+    for disk in ("vda", "vdb"):  # what QEMU has not flushed is lost with it, to the guest as to us
+        lab.machine.io(disk, "flush")
+    lab.machine.kill()
+    lab.machine.start()
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"full"}
+    assert "inconsistent" in reasons(lab, report)["vda"]
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_a_clean_restart_of_qemu_keeps_the_chain(build, make_lab):
+    lab = begun(make_lab, build)
+    lab.machine.quit()
+    lab.machine.start()
+    lab.writer.write(10)
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_an_external_snapshot_ends_the_chain_of_its_disk(build, make_lab):
+    lab = begun(make_lab, build)
+    overlay = lab.folder / "overlay.qcow2"
+    lab.machine.qmp(
+        "blockdev-snapshot-sync",
+        **{"node-name": "node-vda", "snapshot-file": str(overlay), "snapshot-node-name": "over"},
+    )
+    lab.writer.write(20)
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "full", "vdb": "incremental"}
+    assert "external snapshot" in reasons(lab, report)["vda"]
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.writer.write(10)
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "incremental", "vdb": "incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+@pytest.mark.parametrize("sizes", [(24 * MIB,), (10 * MIB,), (6 * MIB, 16 * MIB)], ids=str)
+def test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes(build, make_lab, sizes):
+    """Shrunk and grown again: the end reads as zeroes, and no bitmap says so."""
+    lab = make_lab(build)
+    lab.writer.do("vda", "data", 0, 16 * MIB, 0x55)
+    lab.backup("full")
+    for size in sizes:
+        lab.machine.qmp("block_resize", **{"node-name": "node-vda", "size": size})
+        model = lab.writer.model["vda"][:size]
+        lab.writer.model["vda"] = model + bytes(size - len(model))
+    lab.writer.write(20)
+    report = lab.backup("incremental")
+    assert kinds(report)["vda"] == "incremental"
+    assert report["disks"][0]["size"] == sizes[-1]
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.next_is_right()
+
+
+def test_a_disk_added_in_mid_chain_is_full_and_then_incremental(build, make_lab):
+    lab = begun(make_lab, build, extra=["-device", "pcie-root-port,id=rp1,chassis=1"])
+    path = lab.folder / "vdc.qcow2"
+    subprocess.run([build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "4M"], check=True)
+    disk = Disk("vdc", path)
+    node = json.loads(disk.arguments()[1])
+    assert lab.machine.qmp("blockdev-add", **node) == {}
+    assert lab.machine.qmp("device_add", driver="virtio-blk-pci", id="vdc", drive=disk.node, bus="rp1") == {}
+    lab.writer.model["vdc"] = bytearray(4 * MIB)
+    lab.writer.write(30)
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "incremental", "vdb": "incremental", "vdc": "full"}
+    assert "new disk" in reasons(lab, report)["vdc"]
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.writer.write(10)
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_a_run_for_one_disk_leaves_the_other_ones_chain_alone(build72, make_lab):
+    lab = begun(make_lab, build72)
+    lab.backup("incremental", "--disk", "vda")
+    lab.writer.write(10)
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_at_rest()
+
+
+def test_an_unknown_disk_is_refused_with_those_there_are(build72, make_lab):
+    lab = make_lab(build72)
+    error = lab.backup("full", "--disk", "sda", code=1)["error"]
+    assert "vda, vdb" in error["message"]
+
+
+def test_read_only_media_and_empty_drives_are_left_out_and_named(build72, make_lab, tmp_path):
+    iso = tmp_path / "disc.iso"
+    iso.write_bytes(bytes(MIB))
+    lab = make_lab(
+        build72,
+        extra=[
+            *("-device", "ide-cd,id=empty,bus=ide.0"),
+            *("-drive", f"if=none,id=disc,file={iso},format=raw,media=cdrom,readonly=on"),
+            *("-device", "ide-cd,id=cd,drive=disc,bus=ide.1"),
+            *("-blockdev", f"driver=raw,node-name=ro,read-only=on,file.driver=file,file.filename={iso}"),
+            *("-device", "virtio-blk-pci,id=fixed,drive=ro"),
+        ],
+    )
+    lab.writer.write(10)
+    done = lab.cli.run("full", "web", "--json")
+    report = json.loads(done.stdout)
+    assert kinds(report) == {"vda": "full", "vdb": "full"}
+    for name, why in (("empty", "empty"), ("cd", "read-only"), ("fixed", "read-only")):
+        assert f"{name} is left out: " in done.stderr
+        assert why in done.stderr
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_raw_disks_work_and_the_cost_of_a_restart_is_told(build, make_lab):
+    lab = make_lab(build, {"vda": 16 * MIB}, formats={"vda": "raw"})
+    lab.writer.write(40)
+    done = lab.cli.run("full", "web")
+    assert "after a restart of QEMU" in done.stderr
+    lab.writer.write(20)
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.machine.quit()
+    lab.machine.start()
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "full"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_foreign_bitmaps_are_not_touched(build72, make_lab):
+    lab = make_lab(build72, {"vda": 16 * MIB})
+    lab.machine.qmp("block-dirty-bitmap-add", node="node-vda", name="libvirt-1", persistent=True)
+    lab.writer.write(20)
+    lab.backup("full")
+    lab.backup("incremental")
+    assert "libvirt-1" in lab.machine.bitmaps()["node-vda"]
+    lab.assert_at_rest()
+
+
+def test_two_repositories_back_up_one_vm_each_with_its_own_chain(build72, make_lab, tmp_path):
+    lab = begun(make_lab, build72)
+    first, lab.cli.repository = lab.cli.repository, tmp_path / "second"
+    lab.backup("full")
+    lab.writer.write(10)
+    second = lab.backup("incremental")
+    lab.assert_point(second["point"], lab.writer.moment)
+    lab.cli.repository = first
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_at_rest(bitmaps_each=2)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="starts QEMU as another user, which takes root")
+def test_a_qemu_of_another_user_needs_no_rights_on_our_folders(build, make_lab):
+    if not shutil.which("setpriv"):
+        pytest.skip("no setpriv")
+    lab = make_lab(build, {"vda": 16 * MIB}, user="nobody", open_to_user=True)
+    lab.cli.repository.mkdir(mode=0o700)
+    lab.cli.scratch.chmod(0o700)
+    lab.writer.write(30)
+    lab.writer.start()
+    moments = {}
+    for kind in ("full", "incremental"):
+        report = lab.backup(kind)
+        moments[report["point"]] = lab.writer.moment
+    lab.writer.stop()
+    lab.assert_at_rest()
+    for point, moment in moments.items():
+        lab.assert_point(point, moment)
+
+
+def test_disks_can_be_stored_under_names_of_the_configuration(build72, make_lab, tmp_path):
+    lab = make_lab(build72, {"vda": 8 * MIB})
+    lab.writer.write(10)
+    path = tmp_path / "backupctl.toml"
+    path.write_text(
+        f'[vm.web]\nqmp = "unix:{lab.machine.qmp_path}"\nagent = "unix:{lab.machine.agent_path}"\n'
+        f'repository = "{lab.cli.repository}"\nscratch = "{lab.cli.scratch}"\n'
+        '[vm.web.disks]\nvda = "system"\n'
+    )
+    command = lab.cli.command("full", "web", "--json", vm=False)[:-2]
+    environment = {**lab.cli.environment, "BACKUPCTL_CONFIG": str(path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    point = json.loads(done.stdout)["point"]
+    assert (lab.cli.repository / "web" / point / "system.qcow2").is_file()

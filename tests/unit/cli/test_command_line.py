@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the command line promises: exit codes, help, JSON, no escape sequences, no bare traceback."""
+
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+
+from backupctl import errors
+from backupctl.cli import common, screen, units
+from backupctl.cli.main import cli
+from backupctl.errors import BackupctlError, UsageError
+
+
+def every_error(base: type[BackupctlError] = BackupctlError) -> list[type[BackupctlError]]:
+    return [base, *(found for child in base.__subclasses__() for found in every_error(child))]
+
+
+def backupctl(*arguments: str, cwd=None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "backupctl", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=cwd,
+    )
+
+
+@pytest.mark.parametrize("kind", every_error(), ids=lambda kind: kind.__name__)
+def test_every_error_has_a_documented_exit_code(kind):
+    assert kind.exit_code in common.exit_codes()
+    assert kind.exit_code != 0
+
+
+def test_every_error_stands_in_the_tree_that_is_drawn():
+    drawn = errors.__doc__ or ""
+    missing = [kind.__name__ for kind in every_error() if kind.__name__ not in drawn]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_tells_its_exit_codes_in_its_help(name):
+    said = backupctl(name, "--help").stdout
+    assert "Exit codes:" in said
+    assert "  0   done" in said
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_option_has_a_help_text(name):
+    options = [option for option in cli.commands[name].params if isinstance(option, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_a_missing_repository_is_a_usage_error_with_the_next_step():
+    done = backupctl("full", "web", "--qmp", "unix:/nowhere")
+    assert done.returncode == 2
+    assert "no repository is known" in done.stderr
+    assert "--repository" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unreachable_monitor_is_told_and_nothing_is_left_in_the_repository(tmp_path):
+    done = backupctl("full", "web", "--qmp", "unix:/nowhere", "--repository", str(tmp_path / "r"), "--json")
+    assert done.returncode == 1
+    error = json.loads(done.stdout)["error"]
+    assert error["kind"] == "MonitorUnreachable"
+    assert error["exit_code"] == 1
+    assert [path.name for path in (tmp_path / "r" / "web").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("name", ["../web", "a/b", ".web", "web\n", "w" * 101, "web.partial", ""])
+def test_a_name_that_could_leave_the_repository_is_refused(tmp_path, name):
+    repository = tmp_path / "repository"
+    done = backupctl("full", name, "--qmp", "unix:/nowhere", "--repository", str(repository))
+    assert done.returncode == 2
+    assert {path.name for path in tmp_path.iterdir()} <= {"repository"}
+
+
+def test_wrong_options_leave_with_2_and_json_stays_json(tmp_path):
+    done = backupctl("list", "--nonsense", "--json")
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"]["kind"] == "UsageError"
+
+
+def test_an_empty_repository_lists_as_an_empty_json_list(tmp_path):
+    backupctl("full", "web", "--qmp", "unix:/nowhere", "--repository", str(tmp_path / "r"))
+    done = backupctl("list", "--repository", str(tmp_path / "r"), "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
+
+
+def test_a_folder_that_is_no_repository_is_refused(tmp_path):
+    (tmp_path / "something").write_text("else")
+    done = backupctl("list", "--repository", str(tmp_path))
+    assert done.returncode == 2
+    assert "repository" in done.stderr
+
+
+def test_what_comes_from_outside_can_not_move_the_cursor():
+    assert screen.clean("a\x1b[2Jb\rc\x9b\u202e") == "a\\x1b[2Jb\\x0dc\\x9b\\x202e"
+    assert screen.clean("é 漢") == "é 漢"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("100", 100),
+        ("1K", 1024),
+        ("50MiB/s", 50 << 20),
+        ("1.5G", 3 << 29),
+        ("2T", 2 << 40),
+        ("10mb", 10 << 20),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert units.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1X", "1e9", "fast", "1" * 30])
+def test_a_size_that_is_none_is_refused(text):
+    with pytest.raises(UsageError):
+        units.parse_size(text)

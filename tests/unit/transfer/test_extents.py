@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupctl.transfer import extents
+from backupctl.transfer.extents import DIRTY, ZERO, BadReply, Extent, Status
+
+HOLE_AND_ZERO = 3
+
+
+def ask_of(*replies):
+    """An `ask` that gives these replies in turn, and a list of what was asked."""
+    waiting = list(replies)
+    asked = []
+
+    def ask(offset, length):
+        asked.append((offset, length))
+        return waiting.pop(0)
+
+    return ask, asked
+
+
+def survey(size, *replies, contexts=("a",)):
+    ask, asked = ask_of(*replies)
+    return list(extents.survey(ask, size, contexts)), asked
+
+
+# One test for each picture in the module's docstring.
+
+
+def test_exact():
+    found, asked = survey(100, {"a": [30, 0, 70, 1]})
+    assert found == [Status(0, 30, (0,)), Status(30, 70, (1,))]
+    assert asked == [(0, 100)]
+
+
+def test_short_is_asked_again_and_not_taken_for_the_end():
+    found, asked = survey(100, {"a": [30, 0, 20, 1]}, {"a": [50, 0]})
+    assert found == [Status(0, 30, (0,)), Status(30, 20, (1,)), Status(50, 50, (0,))]
+    assert asked == [(0, 100), (50, 50)]
+
+
+def test_long_is_clipped():
+    found, asked = survey(100, {"a": [30, 0, 900, 1]})
+    assert found == [Status(0, 30, (0,)), Status(30, 70, (1,))]
+    assert asked == [(0, 100)]
+
+
+def test_contexts_of_different_reach_give_what_both_cover():
+    found, asked = survey(
+        100, {"a": [100, 1], "b": [10, 0, 20, 1]}, {"a": [70, 0], "b": [500, 1]}, contexts=("a", "b")
+    )
+    assert found == [Status(0, 10, (1, 0)), Status(10, 20, (1, 1)), Status(30, 70, (0, 1))]
+    assert asked == [(0, 100), (30, 70)]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [{}, {"b": [100, 0]}, {"a": []}, {"a": [100]}, {"a": [0, 0, 100, 0]}, {"a": [100, 0, 1, 0]}],
+    ids=["nothing", "another context", "empty", "odd", "of no length", "beyond what was asked"],
+)
+def test_a_reply_that_lies_is_an_error(reply):
+    with pytest.raises(BadReply):
+        survey(100, reply)
+
+
+def test_questions_are_of_32_bits_and_the_offsets_are_not():
+    size = (9 << 30) + 512
+    found, asked = survey(size, *[{"a": [1 << 30, 0]}] * 9, {"a": [512, 1]})
+    assert all(length < 1 << 32 for _, length in asked)
+    assert found[-1] == Status(9 << 30, 512, (1,))
+    assert sum(status.length for status in found) == size
+
+
+def test_an_empty_disk_is_not_asked_about():
+    assert survey(0) == ([], [])
+
+
+def test_a_reply_of_very_many_extents_takes_no_time_to_speak_of():
+    many = 200_000
+    begun = time.monotonic()
+    found = extents.intersect(0, many, [[1, 0, 1, 1] * (many // 2), [1, 1, 1, 0] * (many // 2)])
+    assert len(found) == many
+    assert time.monotonic() - begun < 10
+
+
+@st.composite
+def disks(draw):
+    """Flags of each unit of a small disk in two contexts, and a seed for how a server cuts its replies."""
+    size = draw(st.integers(1, 40))
+    flags = st.lists(st.integers(0, 3), min_size=size, max_size=size)
+    return draw(flags), draw(flags), draw(st.integers(0, 1 << 30))
+
+
+@given(disks())
+def test_however_a_server_cuts_its_replies_each_unit_comes_once_with_its_flags(disk):
+    first, second, seed = disk
+    rng = random.Random(seed)
+
+    def reply(flags, offset, length):
+        runs = []
+        until = offset + rng.randint(1, length)
+        while offset < until:
+            end = offset + 1
+            while end < len(flags) and flags[end] == flags[offset] and rng.random() < 0.8:
+                end += 1
+            runs += [end - offset, flags[offset]]
+            offset = end
+        return runs
+
+    def ask(offset, length):
+        return {"a": reply(first, offset, length), "b": reply(second, offset, length)}
+
+    found = list(extents.survey(ask, len(first), ("a", "b")))
+    assert [flags for status in found for flags in [status.flags] * status.length] == list(
+        zip(first, second, strict=True)
+    )
+    assert [status.offset for status in found] == [
+        sum(status.length for status in found[:number]) for number in range(len(found))
+    ]
+
+
+def test_dirty_and_zero_is_kept_as_zero():
+    statuses = [
+        Status(0, 10, (0, 0)),
+        Status(10, 10, (0, DIRTY)),
+        Status(20, 10, (HOLE_AND_ZERO, DIRTY)),
+        Status(30, 10, (ZERO, DIRTY)),
+        Status(40, 10, (ZERO, 0)),
+        Status(50, 5, (0, DIRTY)),
+    ]
+    assert list(extents.dirty(statuses)) == [
+        Extent(10, 10, zero=False),
+        Extent(20, 20, zero=True),
+        Extent(50, 5, zero=False),
+    ]
+
+
+def test_a_full_takes_all_but_zeroes_and_holes_that_are_not_zero_too():
+    statuses = [Status(0, 10, (ZERO,)), Status(10, 10, (1,)), Status(20, 10, (0,)), Status(30, 1, (3,))]
+    assert list(extents.data(statuses)) == [Extent(10, 20, zero=False)]
+    assert list(extents.zeroes(statuses)) == [Extent(0, 10, zero=True), Extent(30, 1, zero=True)]
+
+
+def test_pieces_are_cut_at_multiples_and_the_last_one_is_kept():
+    assert list(extents.pieces(Extent(3, 20, zero=False), 8)) == [
+        Extent(3, 5, zero=False),
+        Extent(8, 8, zero=False),
+        Extent(16, 7, zero=False),
+    ]
+
+
+def spread(size, found):
+    units = [None] * size
+    for extent in found:
+        for place in range(extent.offset, extent.end):
+            assert units[place] is None, "extents overlap"
+            units[place] = extent.zero
+    return units
+
+
+def gathered(units, *, zero):
+    return list(extents.merge(Extent(place, 1, zero) for place, wanted in enumerate(units) if wanted))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=40))
+def test_what_vanished_is_stored_as_zeroes_and_nothing_else_is_added(units):
+    changed = gathered([unit[0] for unit in units], zero=False)
+    now_zero = gathered([unit[1] for unit in units], zero=True)
+    before_zero = gathered([unit[2] for unit in units], zero=True)
+    found = extents.with_vanished(changed, now_zero, before_zero)
+    assert found == sorted(found, key=lambda extent: extent.offset)
+    assert spread(len(units), found) == [
+        False if is_changed else (True if is_zero and not was_zero else None)
+        for is_changed, is_zero, was_zero in units
+    ]
