@@ -44,7 +44,10 @@ class Settings:
 
 @dataclass
 class Power:
-    """Ways in which the machine ends, done by who runs it. how: kill, quit, crash or restart."""
+    """Ways in which the machine ends, done by who runs it.
+
+    end: takes one of kill, quit, crash, restart, abort, segv.
+    """
 
     end: Callable[[str], None]
 
@@ -71,7 +74,7 @@ class Machine:
         self.graph = Graph()
         self.descriptors = Descriptors()
         self.jobs = Jobs(self.graph, self.tell)
-        self.actions = Actions(self.graph, self.jobs, settings.version)
+        self.actions = Actions(self.graph, self.jobs, settings.version, lambda: power.end("segv"))
         self.opener = Opener(self.graph, self.descriptors, self.tell, lambda: self.running)
         self.opener.capacity, self.opener.version = faults.capacity, settings.version
         self.nbd = NbdServer(faults, self._client_left)

@@ -120,8 +120,8 @@ class Process:
 
     def _end(self, how: str) -> None:
         """End the machine; what restarts it waits until the command that asked for it is done."""
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if how in ("kill", "segv"):
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSEGV)
         if how == "abort":
             sys.stderr.write(ABORT_TEXT + "\n")
             sys.stderr.flush()

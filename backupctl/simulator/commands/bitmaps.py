@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Dirty bitmaps, and transactions of them."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from backupctl.simulator import arguments
@@ -50,7 +51,11 @@ _MOMENTS = ("block-dirty-bitmap-add", "blockdev-backup")
 
 def _run(vm: Machine, actions: list[tuple[str, Arguments]], *, grouped: bool = False) -> dict[str, Any]:
     vm.actions.run(actions, grouped=grouped)
-    if any(kind in _MOMENTS for kind, _ in actions):
+    return _moment_of(vm, [kind for kind, _ in actions])
+
+
+def _moment_of(vm: Machine, kinds: Iterable[str]) -> dict[str, Any]:
+    if any(kind in _MOMENTS for kind in kinds):
         vm.keep_moment()
     return {}
 
@@ -58,7 +63,8 @@ def _run(vm: Machine, actions: list[tuple[str, Arguments]], *, grouped: bool = F
 def _single(kind: str) -> None:
     def run(vm: Machine, given: Arguments) -> dict[str, Any]:
         check_sources(given)
-        return _run(vm, [(kind, given)])
+        vm.actions.run_one(kind, given)
+        return _moment_of(vm, (kind,))
 
     command(kind, FORMS[kind])(run)
 

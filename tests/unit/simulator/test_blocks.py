@@ -205,6 +205,26 @@ def test_a_transaction_that_fails_leaves_nothing(vm):
     assert not vm.jobs.jobs
 
 
+def test_a_transaction_that_fails_to_enable_a_missing_bitmap_kills_qemu(vm):
+    enable = {"type": "block-dirty-bitmap-enable", "data": {"node": "drive-vda", "name": "absent"}}
+    with pytest.raises(CommandError):
+        run(vm, "transaction", actions=[enable])
+    assert vm.events == ["segv"]
+
+
+def test_a_transaction_that_fails_to_enable_a_busy_bitmap_leaves_it_disabled(vm):
+    run(vm, "block-dirty-bitmap-add", node="drive-vda", name="b0")
+    bitmap = vm.graph.find("drive-vda").bitmaps["b0"]
+    bitmap.busy = 1
+    one = {"node": "drive-vda", "name": "b0"}
+    with pytest.raises(CommandError, match="in use"):
+        run(vm, "block-dirty-bitmap-enable", **one)
+    assert bitmap.recording
+    with pytest.raises(CommandError, match="in use"):
+        run(vm, "transaction", actions=[{"type": "block-dirty-bitmap-enable", "data": one}])
+    assert not bitmap.recording
+
+
 def test_a_clean_end_stores_persistent_bitmaps_and_a_crash_leaves_them_inconsistent(tmp_path):
     vm = power_on(tmp_path)
     run(vm, "block-dirty-bitmap-add", node="drive-vda", name="kept", persistent=True)
