@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The machine itself, and what the monitor tells of itself."""
+
+from typing import Any
+
+from backupctl.simulator.arguments import Kind
+from backupctl.simulator.commands.table import TABLE, Arguments, Command, command
+from backupctl.simulator.machine import Machine
+
+
+def version(vm: Machine) -> dict[str, Any]:
+    """Return the version that the simulator claims."""
+    major, minor, micro = vm.settings.version
+    return {"qemu": {"major": major, "minor": minor, "micro": micro}, "package": "simulated by backupctl"}
+
+
+@command("query-version")
+def query_version(vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Tell the version."""
+    return version(vm)
+
+
+@command("query-status")
+def query_status(vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Tell whether the guest runs."""
+    told: dict[str, Any] = {"status": vm.status, "running": vm.running}
+    return told | ({"singlestep": False} if vm.settings.version < (9, 0, 0) else {})
+
+
+@command("query-commands")
+def query_commands(_vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
+    """Tell all commands."""
+    return [{"name": name} for name in ("qmp_capabilities", *TABLE)]
+
+
+@command("query-qmp-schema")
+def query_qmp_schema(_vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
+    """Tell the arguments of all commands that the simulator knows."""
+    told: list[dict[str, Any]] = [{"name": "any", "meta-type": "any"}]
+    told += [{"name": n, "meta-type": "builtin", "json-type": j} for n, j in _JSON_TYPES.items()]
+    for each in TABLE.values():
+        told += _schema(each)
+    return [*told, {"name": "qmp_capabilities", "meta-type": "command", "arg-type": "any", "ret-type": "any"}]
+
+
+_JSON_TYPES = {
+    "str": "string",
+    "int": "int",
+    "uint32": "int",
+    "bool": "boolean",
+    "dict": "object",
+    "list": "array",
+}
+
+
+def _schema(shown: Command) -> list[dict[str, Any]]:
+    if shown.form is None:
+        return [{"name": shown.name, "meta-type": "command", "arg-type": "any", "ret-type": "any"}]
+    object_name, enums, members = f"{shown.name}-arg", [], []
+    for name, kind in shown.form.items():
+        bare = name.removesuffix("?")
+        member: dict[str, Any] = {"name": bare, "type": _type_name(shown.name, bare, kind)}
+        members.append(member | ({"default": None} if bare != name else {}))
+        if isinstance(kind, tuple):
+            enums.append({"name": member["type"], "meta-type": "enum", "values": list(kind)})
+    return [
+        {"name": shown.name, "meta-type": "command", "arg-type": object_name, "ret-type": "any"},
+        {"name": object_name, "meta-type": "object", "members": members},
+        *enums,
+    ]
+
+
+def _type_name(command_name: str, member: str, kind: Kind) -> str:
+    return f"{command_name}-{member}" if isinstance(kind, tuple) else kind
+
+
+@command("stop")
+def stop(vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Stop the guest's processors."""
+    if vm.running:
+        vm.set_status("paused")
+        vm.tell("STOP")
+    return {}
+
+
+@command("cont")
+def cont(vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Let the guest's processors run."""
+    if not vm.running:
+        vm.set_status("running")
+        vm.tell("RESUME")
+    return {}
+
+
+@command("system_powerdown")
+def system_powerdown(vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Ask the guest to shut down; this guest does not."""
+    vm.tell("POWERDOWN")
+    return {}
+
+
+@command("quit")
+def quit_qemu(vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """End cleanly, after the reply."""
+    vm.power.end("quit")
+    return {}

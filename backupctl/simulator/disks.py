@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The virtual machine's own disks: what the user asks for, where they lie, the devices they hang on.
+
+In the state folder each disk has NAME.qcow2 or NAME.raw; a qcow2 also NAME.map (which clusters hold data)
+and NAME.bitmaps. A raw disk's file is the disk. A qcow2's file has a real header, but its data lie as
+`opening` says.
+"""
+
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.simulator.faults import BadFault, number
+from backupctl.simulator.graph import Graph
+from backupctl.simulator.nodes import FileNode, Link, Node, Qcow2Node, RawNode, Teller
+from backupctl.simulator.opening import DATA_OFFSET, Opener, RawFile, identity
+from backupctl.simulator.store import kept_clusters
+from backupctl.simulator.stored import BitmapFile
+
+_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=([0-9]+[kMGT]?)((?:,[a-z-]+=[a-z0-9]+)*)")
+
+
+@dataclass(frozen=True)
+class DiskSpec:
+    """A disk as the user asks for it: ``NAME=SIZE[,format=qcow2|raw][,iothread=on][,readonly=on]``."""
+
+    name: str
+    size: int
+    format: str = "qcow2"
+    iothread: bool = False
+    read_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "DiskSpec":
+        """Read a disk. Raises BadFault, saying what is wrong."""
+        match = _SPEC.fullmatch(text)
+        if match is None:
+            raise BadFault(
+                f"{text!r} is no disk: NAME=SIZE[,format=raw][,iothread=on][,readonly=on] is meant"
+            )
+        options = dict(part.split("=") for part in match[3].split(",") if part)
+        form = options.pop("format", "qcow2")
+        switches = {name: options.pop(name, "off") == "on" for name in ("iothread", "readonly")}
+        if options or form not in ("qcow2", "raw"):
+            raise BadFault(f"{text!r}: a disk has format=qcow2|raw, iothread=on and readonly=on")
+        return cls(match[1], number(match[2]), form, switches["iothread"], switches["readonly"])
+
+    @property
+    def node(self) -> str:
+        """The name of the disk's block node."""
+        return f"drive-{self.name}"
+
+
+@dataclass(eq=False)
+class Device:
+    """A device of the guest. link: its use of a node, None for an empty drive."""
+
+    name: str
+    driver: str
+    link: Link | None
+    iothread: str = ""
+    removable: bool = False
+
+    @property
+    def qdev(self) -> str:
+        """The path under which `query-block` shows it."""
+        return f"/machine/peripheral/{self.name}/virtio-backend" if not self.removable else self.name
+
+    def write_to(self, graph: Graph, node: Node) -> None:
+        """Hang the device on a node."""
+        if self.link is None:
+            self.link = graph.link("device", None, self.qdev, node)
+        else:
+            graph.move(self.link, node)
+
+
+def open_disk(spec: DiskSpec, folder: Path, graph: Graph, tell: Teller, opener: Opener) -> Node:
+    """Open a disk of the state folder, making it if it isn't there; bitmaps are loaded."""
+    path = folder / f"{spec.name}.{spec.format}"
+    if not path.exists():
+        _create(path, spec)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    opener.locked.add(identity(descriptor))
+    store = RawFile(descriptor)
+    file = FileNode(graph.automatic_name(), "file", tell, spec.read_only, True, False, str(path), store=store)
+    graph.add(file)
+    node = _qcow2(spec, folder, path, tell) if spec.format == "qcow2" else RawNode(spec.node, "raw", tell)
+    node.read_only, node.discards, node.filename = spec.read_only, True, str(path)
+    graph.add(node)
+    graph.link("file", node, node.name, file)
+    return node
+
+
+def _qcow2(spec: DiskSpec, folder: Path, path: Path, tell: Teller) -> Qcow2Node:
+    with path.open("rb") as file:
+        size = int(struct.unpack(">Q", file.read(32)[24:])[0])
+    store = kept_clusters(path, folder / f"{spec.name}.map", size, DATA_OFFSET)
+    node = Qcow2Node(spec.node, "qcow2", tell, store=store)
+    bitmaps = BitmapFile(folder / f"{spec.name}.bitmaps")
+    bitmaps.load(node)
+    node.unstore = bitmaps.forget
+    return node
+
+
+def save_bitmaps(spec: DiskSpec, folder: Path, node: Node) -> None:
+    """Store a disk's persistent bitmaps, and its size: QEMU ends cleanly."""
+    if spec.format == "qcow2" and not spec.read_only:
+        BitmapFile(folder / f"{spec.name}.bitmaps").save(node)
+
+
+def _create(path: Path, spec: DiskSpec) -> None:
+    with path.open("wb") as file:
+        if spec.format == "raw":
+            # As qemu-img makes it: the first block is allocated, to learn the alignment from it.
+            file.write(bytes(min(4096, spec.size)))
+            file.truncate(spec.size)
+        else:
+            file.write(qcow2_header(spec.size))
+
+
+def qcow2_header(size: int) -> bytes:
+    """Return the header of an empty qcow2 of version 3; tables there are none."""
+    fields = (b"QFI\xfb", 3, 0, 0, 16, size, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 4, 104)
+    return struct.pack(">4sIQIIQIIQQIIQQQQII", *fields)

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The error that a monitor command answers."""
+
+
+class CommandError(Exception):
+    """A command is refused and had no effect. kind: QMP's error class. The text is QEMU's own."""
+
+    def __init__(self, text: str, kind: str = "GenericError") -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class PowerCut(BaseException):
+    """The simulated QEMU is to vanish at this very point; raised by faults, met only by the machine."""

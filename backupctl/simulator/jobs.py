@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Backup jobs: their states, their events, and the filter that copies before the guest writes."""
+
+from dataclasses import dataclass, field
+
+from backupctl.simulator.failure import CommandError
+from backupctl.simulator.filters import CopyBeforeWrite
+from backupctl.simulator.graph import Graph, is_id
+from backupctl.simulator.nodes import Extent, Link, Node, Teller
+
+BUSY = "block device is in use by block job: backup"
+
+
+@dataclass(eq=False)
+class Job:
+    """A backup job.
+
+    group: jobs that end together with it (completion-mode grouped). cancelled: it ended that way.
+    """
+
+    name: str
+    sync: str
+    source: Node
+    target: Node
+    filter: CopyBeforeWrite
+    auto_dismiss: bool = True
+    status: str = "created"
+    cancelled: bool = False
+    done_bytes: int = 0
+    length_bytes: int = 0
+    links: list[Link] = field(default_factory=list)
+    group: list["Job"] = field(default_factory=list)
+
+    @property
+    def progress_bytes(self) -> int:
+        """How much was copied."""
+        return self.done_bytes + self.filter.copied_bytes
+
+    def describe(self) -> dict[str, object]:
+        """Return what `query-jobs` shows."""
+        told: dict[str, object] = {"id": self.name, "type": "backup", "status": self.status}
+        told |= {"current-progress": self.progress_bytes, "total-progress": self.length_bytes}
+        return told | ({"error": "Operation canceled"} if self.cancelled else {})
+
+    def describe_block(self) -> dict[str, object]:
+        """Return what `query-block-jobs` shows."""
+        told: dict[str, object] = {
+            "device": self.name,
+            "type": "backup",
+            "status": self.status,
+            "io-status": "ok",
+        }
+        told |= {"len": self.length_bytes, "offset": self.progress_bytes, "speed": 0, "busy": False}
+        told |= {"auto-finalize": True, "auto-dismiss": self.auto_dismiss, "paused": False, "ready": False}
+        return told
+
+
+class Jobs:
+    """All jobs of a virtual machine."""
+
+    def __init__(self, graph: Graph, tell: Teller) -> None:
+        self._graph = graph
+        self._tell = tell
+        self.jobs: dict[str, Job] = {}
+
+    def create(self, name: str, source: Node, target: Node, sync: str, *, auto_dismiss: bool) -> Job:
+        """Put a job's filter in place; the moment is now. Raises CommandError."""
+        self._check(name, source, target)
+        keeper = CopyBeforeWrite(
+            self._graph.automatic_name(), "copy-before-write", self._tell, source.read_only, owned=False
+        )
+        self._graph.add(keeper)
+        self._graph.link("file", keeper, keeper.name, source)
+        self._graph.link("target", keeper, keeper.name, target)
+        self._put_over(name, source, keeper)
+        keeper.begin()
+        job = Job(name, sync, source, target, keeper, auto_dismiss, length_bytes=source.size)
+        job.links = [self._graph.link("job", None, name, node) for node in (keeper, target)]
+        for node in (keeper, target):
+            node.blockers.append(BUSY)
+        self.jobs[name] = job
+        self._turn(job, "created")
+        return job
+
+    def start(self, job: Job) -> None:
+        """Let a created job run; a full copy is done at once and ends."""
+        self._turn(job, "running")
+        if job.sync == "full":
+            _copy_all(job)
+            for status in ("waiting", "pending"):
+                self._turn(job, status)
+            self._conclude(job, "BLOCK_JOB_COMPLETED")
+
+    def withdraw(self, job: Job) -> None:
+        """Undo `create` in a transaction that failed."""
+        self._turn(job, "aborting")
+        self._dissolve(job)
+        self._turn(job, "concluded")
+        self.dismiss(job)
+
+    def cancel(self, job: Job) -> None:
+        """Cancel a running job, and those of its group. Raises CommandError for one that has ended."""
+        if job.status != "running":
+            raise CommandError(
+                f"Job '{job.name}' in state '{job.status}' cannot accept command verb 'cancel'"
+            )
+        together = [job, *(other for other in job.group if other is not job and other.status == "running")]
+        for each in together:
+            self._turn(each, "aborting")
+        for each in reversed(together):
+            each.cancelled = True
+            self._conclude(each, "BLOCK_JOB_CANCELLED")
+
+    def dismiss(self, job: Job) -> None:
+        """Forget a job that has ended. Raises CommandError for one that has not."""
+        if job.status != "concluded":
+            raise CommandError(
+                f"Job '{job.name}' in state '{job.status}' cannot accept command verb 'dismiss'"
+            )
+        self._turn(job, "null")
+        del self.jobs[job.name]
+
+    def _check(self, name: str, source: Node, target: Node) -> None:
+        if source is target:
+            raise CommandError("Source and target cannot be the same")
+        for node in (source, target):
+            if BUSY in node.blockers:
+                raise CommandError(f"Node '{node.name}' is busy: {BUSY}")
+        if source.size != target.size:
+            raise CommandError("Source and target image have different sizes")
+        if not is_id(name):
+            raise CommandError(f"Invalid job ID '{name}'")
+        if name in self.jobs:
+            raise CommandError(f"Job ID '{name}' already in use")
+
+    def _put_over(self, name: str, source: Node, keeper: CopyBeforeWrite) -> None:
+        """Let all who use the source use the filter; a second filter beside it would miss writes."""
+        stays = [link for link in source.parents if not self._graph.may_move(link, keeper)]
+        for link in stays:
+            other = link.user
+            if isinstance(other, CopyBeforeWrite) and other is not keeper:
+                self._graph.drop(keeper)
+                for status in ("created", "null"):
+                    self._tell("JOB_STATUS_CHANGE", {"id": name, "status": status})
+                raise CommandError(
+                    f"Permission conflict on node '{source.name}': permissions 'write' are both required by "
+                    f"node '{keeper.name}' (uses node '{source.name}' as 'file' child) and unshared by "
+                    f"node '{other.name}' (uses node '{source.name}' as 'file' child)."
+                )
+        self._graph.replace(source, keeper)
+
+    def _conclude(self, job: Job, event: str) -> None:
+        told: dict[str, object] = {"device": job.name, "type": "backup", "len": job.length_bytes}
+        told |= {"offset": job.progress_bytes, "speed": 0}
+        self._dissolve(job)
+        self._tell(event, told)
+        self._turn(job, "concluded")
+        if job.auto_dismiss:
+            self.dismiss(job)
+
+    def _dissolve(self, job: Job) -> None:
+        """Take the filter out again: who used it uses the source."""
+        for node in (job.filter, job.target):
+            node.blockers.remove(BUSY)
+        for link in list(job.filter.parents):
+            if link not in job.links:
+                self._graph.move(link, job.source)
+        for link in job.links:
+            self._graph.unlink(link)
+
+    def _turn(self, job: Job, status: str) -> None:
+        job.status = status
+        self._tell("JOB_STATUS_CHANGE", {"id": job.name, "status": status})
+
+
+def _copy_all(job: Job) -> None:
+    offset = 0
+    for length, flags in job.source.extents(0, job.source.size):
+        if flags == Extent.DATA:
+            for start in range(offset, offset + length, 1 << 20):
+                part = min(1 << 20, offset + length - start)
+                job.target.write(start, job.source.read(start, part))
+        else:
+            job.target.zero(offset, length)
+        offset += length
+    job.done_bytes = job.length_bytes

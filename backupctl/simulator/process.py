@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The simulator as a process: its sockets, and the machines that come and go behind them."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backupctl.simulator.agent import Agent
+from backupctl.simulator.control import Control
+from backupctl.simulator.disks import DiskSpec
+from backupctl.simulator.faults import Faults
+from backupctl.simulator.machine import Machine, Power, Settings
+from backupctl.simulator.monitor import Monitor
+
+ABORT_TEXT = (
+    "blockdev-nbd.c:62: nbd_blockdev_client_closed: Assertion `qemu_in_main_thread() && nbd_server' failed."
+)
+
+
+@dataclass(frozen=True)
+class Sockets:
+    """Where the simulator listens. monitors: as many as wanted."""
+
+    monitors: tuple[Path, ...]
+    agent: Path | None = None
+    control: Path | None = None
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a user asks for, as text where the simulator has a language of its own for it."""
+
+    folder: Path
+    disks: tuple[str, ...]
+    cdroms: tuple[str, ...]
+    monitors: tuple[Path, ...]
+    agent: Path | None
+    control: Path | None
+    version: tuple[int, int, int]
+    seed: int
+    writes_per_second: float
+    faults: tuple[str, ...] = ()
+    paused: bool = False
+    keep_moments: bool = False
+
+
+async def serve(wishes: Wishes, ready: Callable[[], None]) -> None:
+    """Run a simulator to its end. Raises BadFault (a ValueError) for what can't be read, OSError."""
+    faults = Faults()
+    for text in wishes.faults:
+        faults.add(text)
+    settings = Settings(
+        wishes.folder,
+        tuple(DiskSpec.parse(text) for text in wishes.disks),
+        wishes.version,
+        wishes.seed,
+        wishes.cdroms,
+        wishes.paused,
+        wishes.keep_moments,
+    )
+    sockets = Sockets(wishes.monitors, wishes.agent, wishes.control)
+    await Process(settings, sockets, faults, wishes.writes_per_second).run(ready)
+
+
+class Process:
+    """A running simulator. writes_per_second: of the guest, from each power-on."""
+
+    def __init__(
+        self, settings: Settings, sockets: Sockets, faults: Faults, writes_per_second: float = 0
+    ) -> None:
+        self._settings = settings
+        self._faults = faults
+        self._writes_per_second = writes_per_second
+        self._monitors = [Monitor(path, lambda: self.machine) for path in sockets.monitors]
+        self._others: list[Agent | Control] = []
+        if sockets.agent:
+            self._others.append(Agent(sockets.agent, lambda: self.machine))
+        if sockets.control:
+            self._others.append(Control(sockets.control, lambda: self.machine))
+        self._ended = asyncio.Event()
+        self._failure: BaseException | None = None
+        self.machine = self._boot()
+
+    async def run(self, ready: Callable[[], None]) -> None:
+        """Serve until told to end. ready: called when all sockets listen. Raises OSError when one can't."""
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._broken)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._quit)
+        # The monitors last: who waits for one of them to appear finds the others there.
+        for room in (*self._others, *self._monitors):
+            room.door.open()
+        ready()
+        await self._ended.wait()
+        for room in (*self._monitors, *self._others):
+            await room.door.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """End loudly on an error of the simulator itself: one that limps on would lie to its tests."""
+        loop.default_exception_handler(context)
+        self._failure = context.get("exception") or RuntimeError(context["message"])
+        self._ended.set()
+
+    def _boot(self) -> Machine:
+        made = Machine(self._settings, self._faults, self._tell, Power(self._end))
+        if self._writes_per_second:
+            made.guest.start(self._writes_per_second)
+        return made
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        for monitor in self._monitors:
+            monitor.tell(event)
+
+    def _end(self, how: str) -> None:
+        """End the machine; what restarts it waits until the command that asked for it is done."""
+        if how in ("kill", "segv"):
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSEGV)
+        if how == "abort":
+            sys.stderr.write(ABORT_TEXT + "\n")
+            sys.stderr.flush()
+            os.kill(os.getpid(), signal.SIGABRT)
+        if how == "quit":
+            self._quit()
+        else:
+            asyncio.get_running_loop().call_soon(lambda: self._restart(clean=how == "restart"))
+
+    def _quit(self) -> None:
+        if not self._ended.is_set():
+            self.machine.tell("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+            self.machine.end(clean=True)
+            self._ended.set()
+
+    def _restart(self, *, clean: bool) -> None:
+        for room in (*self._monitors, *self._others):
+            if not isinstance(room, Control):
+                room.door.drop_clients()
+        self.machine.end(clean=clean)
+        self.machine = self._boot()
