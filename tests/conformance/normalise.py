@@ -6,7 +6,8 @@
 - the folder of the run, and `json:` file names, whose order of members is nobody's promise;
 - names that QEMU makes up (``#block123``), numbered by their first appearance;
 - JOB_STATUS_CHANGE to `paused` and back: a job is paused whenever QEMU drains its node, and how often is
-  no part of the protocol.
+  no part of the protocol;
+- the order of events of different jobs and exports: QEMU promises it within each of them only.
 """
 
 import re
@@ -41,13 +42,18 @@ class Normaliser:
             if event["event"] == "JOB_STATUS_CHANGE" and _is_flip(data, paused):
                 continue
             kept.append(self(event))
-        return kept
+        return sorted(kept, key=_whose)
 
     def _text(self, text: str) -> str:
         if text.startswith("json:"):
             return "<json: file name>"
         text = text.replace(self._folder, "<folder>")
         return _AUTOMATIC.sub(lambda m: self._names.setdefault(m[0], f"<auto {len(self._names)}>"), text)
+
+
+def _whose(event: dict[str, Any]) -> str:
+    data = event.get("data", {})
+    return str(data.get("id") or data.get("device") or "")
 
 
 def _is_flip(data: dict[str, Any], paused: set[str]) -> bool:

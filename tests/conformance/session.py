@@ -68,12 +68,12 @@ class Session:
         return value
 
     def do(self, command: str, pick: Callable[[Any], Any] | None = None, fd: int | None = None, **arguments: Any) -> Any:
-        """Execute a command (underscores stand for dashes), record the reply, return it.
+        """Execute a command (in argument names underscores stand for dashes), record the reply, return it.
 
         pick: makes of a good reply the part that is to be compared.
         """
         dashed = {name.rstrip("_").replace("_", "-"): value for name, value in arguments.items()}
-        return self.execute(command.replace("_", "-"), dashed, pick, fd)
+        return self.execute(command, dashed, pick, fd)
 
     def execute(
         self, command: str, arguments: dict[str, Any], pick: Callable[[Any], Any] | None = None, fd: int | None = None

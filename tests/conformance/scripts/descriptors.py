@@ -10,6 +10,9 @@ from pathlib import Path
 from conformance import subjects
 from conformance.session import Session, script
 
+# QEMU 7.2 forgets a removed descriptor set only while the machine runs, hence "running" (`subjects`).
+
+
 @contextmanager
 def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
     fd = os.open(path, flags)
@@ -19,7 +22,7 @@ def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
         os.close(fd)
 
 
-@script()
+@script("running")
 def a_descriptor_set_lives_and_dies(s: Session) -> None:
     with opened(subjects.image(s.folder / "f")) as fd:
         s.do("add-fd", fd=fd, fdset_id=7, opaque="backupctl-x")
@@ -32,7 +35,7 @@ def a_descriptor_set_lives_and_dies(s: Session) -> None:
     s.do("query-fdsets")
 
 
-@script()
+@script("running")
 def add_fd_chooses_an_id(s: Session) -> None:
     with opened(subjects.image(s.folder / "f")) as fd:
         s.do("add-fd", fd=fd)
@@ -40,7 +43,7 @@ def add_fd_chooses_an_id(s: Session) -> None:
     s.do("query-fdsets", lambda sets: sorted(each["fdset-id"] for each in sets))
 
 
-@script()
+@script("running")
 def descriptor_errors(s: Session) -> None:
     s.do("add-fd", fdset_id=1)
     s.do("remove-fd", fdset_id=1)
@@ -51,11 +54,11 @@ def descriptor_errors(s: Session) -> None:
         s.do("add-fd", fd=fd, fdset_id=-1)
         s.do("getfd", fd=fd, fdname="9x")
         s.do("add-fd", fd=fd, fdset_id=3)
-    s.do("remove-fd", lambda reply: reply, **{"fdset-id": 3, "fd": 999999})
+    s.execute("remove-fd", {"fdset-id": 3, "fd": 999999})
     s.do("query-fdsets")
 
 
-@script()
+@script("running")
 def named_descriptor_is_closed_once(s: Session) -> None:
     with opened(subjects.image(s.folder / "f")) as fd:
         s.do("getfd", fd=fd, fdname="x")
@@ -64,7 +67,7 @@ def named_descriptor_is_closed_once(s: Session) -> None:
     s.do("closefd", fdname="x")
 
 
-@script()
+@script("running")
 def a_scratch_file_without_a_name_serves_a_node(s: Session) -> None:
     path = subjects.image(s.folder / "f")
     with opened(path) as fd:
@@ -80,13 +83,13 @@ def a_scratch_file_without_a_name_serves_a_node(s: Session) -> None:
     s.do("query-fdsets")
 
 
-@script()
+@script("running")
 def a_descriptor_set_that_is_not_there(s: Session) -> None:
     add = {"driver": "qcow2", "node-name": "tmp0", "file": {"driver": "file", "filename": "/dev/fdset/8"}}
     s.execute("blockdev-add", add)
 
 
-@script()
+@script("running")
 def a_read_only_descriptor_does_not_serve_a_writer(s: Session) -> None:
     with opened(subjects.image(s.folder / "f"), os.O_RDONLY) as fd:
         s.do("add-fd", fd=fd, fdset_id=7)
@@ -94,7 +97,7 @@ def a_read_only_descriptor_does_not_serve_a_writer(s: Session) -> None:
     s.execute("blockdev-add", add)
 
 
-@script()
+@script("running")
 def an_nbd_server_on_a_listening_socket_of_ours(s: Session) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(s.nbd_socket))
@@ -108,7 +111,7 @@ def an_nbd_server_on_a_listening_socket_of_ours(s: Session) -> None:
     s.do("closefd", fdname="backupctl-nbd")
 
 
-@script()
+@script("running")
 def an_nbd_server_on_a_name_that_nobody_sent(s: Session) -> None:
     s.do("nbd-server-start", addr={"type": "fd", "data": {"str": "never-sent"}})
     s.do("nbd-server-stop")

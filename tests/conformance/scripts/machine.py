@@ -15,7 +15,7 @@ def stop_and_cont(s: Session) -> None:
     s.do("query-status")
 
 
-@script()
+@script("running")
 def powerdown_is_only_a_wish(s: Session) -> None:
     s.do("system_powerdown")
     s.await_event("POWERDOWN")

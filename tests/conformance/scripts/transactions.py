@@ -76,7 +76,8 @@ def a_failure_at_each_position_undoes_all(s: Session) -> None:
 def each_kind_of_action_can_be_the_one_that_fails(s: Session) -> None:
     prepared(s)
     bad = [bitmap("add"), merge("b0", "absent"), backup(target="absent"), ("no-such-action", {})]
-    bad += [bitmap(action, "absent") for action in ("remove", "clear", "enable", "disable")]
+    bad += [bitmap(action, "absent") for action in ("remove", "clear", "disable")]
+    # Enabling an absent bitmap in a transaction is left out: it crashes QEMU (test_dangers).
     for action in bad:
         s.transaction(bitmap("add", "b2"), bitmap("disable"), action)
     s.bitmaps()
