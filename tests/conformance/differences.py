@@ -81,6 +81,15 @@ ALLOWED = [
         ".* transaction property .*",
     ),
     Allowed(
+        "resize-under-job-text",
+        VERSIONS,
+        "Resizing a disk under a job is refused by both, with another text.",
+        "graph:resize_errors",
+        r".*\.error\.desc",
+        r"Device '\(null\)' is in use",
+        "Node 'drive-vda' is busy: .*",
+    ),
+    Allowed(
         "copied-holes",
         VERSIONS,
         "copy-before-write of a hole leaves data full of zeroes in the scratch on 7.2, a hole on 10.0: the "

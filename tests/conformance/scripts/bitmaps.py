@@ -95,12 +95,13 @@ def merge_is_a_union(s: Session) -> None:
 
 
 @script()
-def merge_from_nothing_itself_and_elsewhere(s: Session) -> None:
+def merge_from_itself_and_elsewhere(s: Session) -> None:
     s.do("block-dirty-bitmap-add", node="drive-vda", name="b0")
     s.do("block-dirty-bitmap-add", node="drive-vdb", name="b1")
     s.subject.write("vda", 1, 0, 65536)
     s.subject.write("vdb", 1, 131072, 65536)
-    for sources in ([], ["b0"], ["absent"], [{"node": "drive-vdb", "name": "b1"}], [{"node": "absent", "name": "b1"}], ["b0", "absent"]):
+    # No source at all is left out: it crashes QEMU (test_dangers).
+    for sources in (["b0"], ["absent"], [{"node": "drive-vdb", "name": "b1"}], [{"node": "absent", "name": "b1"}], ["b0", "absent"]):
         s.do("block-dirty-bitmap-merge", node="drive-vda", target="b0", bitmaps=sources)
         s.bitmaps()
 
