@@ -28,7 +28,9 @@ def transcripts(left: Transcript, right: Transcript) -> list[Difference]:
     for number in range(max(len(left.replies), len(right.replies))):
         one, other = _at(left.replies, number), _at(right.replies, number)
         label = (other if one == ABSENT else one)[0]
-        found += values(f"replies[{number} {label}]", *(ABSENT if side == ABSENT else side[1] for side in (one, other)))
+        found += values(
+            f"replies[{number} {label}]", *(ABSENT if side == ABSENT else side[1] for side in (one, other))
+        )
     for number in range(max(len(left.events), len(right.events))):
         one, other = _at(left.events, number), _at(right.events, number)
         found += values(f"events[{number}]", one, other)

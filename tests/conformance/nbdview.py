@@ -30,7 +30,16 @@ def look(socket: Path, export: str, contexts: tuple[str, ...] = ()) -> dict[str,
 
 
 def _flags(handle: nbd.NBD) -> dict[str, Any]:
-    names = ("is_read_only", "can_multi_conn", "can_flush", "can_trim", "can_zero", "can_fua", "can_cache", "can_df")
+    names = (
+        "is_read_only",
+        "can_multi_conn",
+        "can_flush",
+        "can_trim",
+        "can_zero",
+        "can_fua",
+        "can_cache",
+        "can_df",
+    )
     sizes = {"minimum": nbd.SIZE_MINIMUM, "preferred": nbd.SIZE_PREFERRED, "maximum": nbd.SIZE_MAXIMUM}
     return {
         "size": handle.get_size(),
@@ -44,20 +53,25 @@ def _extents(handle: nbd.NBD) -> dict[str, Any]:
     found: dict[str, list[list[int]]] = {}
     offset, size = 0, handle.get_size()
     while offset < size:
-        heads: list[int] = []
-
-        def take(context: str, start: int, entries: list[int], _error: int, heads: list[int] = heads) -> int:
-            heads.append(start + sum(entries[::2]))
-            for length, flags in zip(entries[::2], entries[1::2], strict=True):
+        asked = min(_ASK_BYTES, size - offset)
+        answers: dict[str, list[list[int]]] = {}
+        handle.block_status(asked, offset, lambda *answer, answers=answers: _keep(answers, *answer))
+        # Each context may answer for less or more than was asked; go on where the shortest one ended.
+        offset = min(offset + asked, *(extents[-1][0] + extents[-1][1] for extents in answers.values()))
+        for context, extents in answers.items():
+            for start, length, flags in _clipped(extents, offset):
                 _append(found.setdefault(context, []), start, length, flags)
-                start += length
-            return 0
-
-        handle.block_status(min(_ASK_BYTES, size - offset), offset, take)
-        # Each context may answer for less than was asked; go on where the shortest one ended.
-        offset = min(heads)
-        found = {context: _clipped(extents, offset) for context, extents in found.items()}
     return {"extents": found}
+
+
+def _keep(
+    answers: dict[str, list[list[int]]], context: str, start: int, entries: list[int], _error: int
+) -> int:
+    extents = answers.setdefault(context, [])
+    for length, flags in zip(entries[::2], entries[1::2], strict=True):
+        _append(extents, start, length, flags)
+        start += length
+    return 0
 
 
 def _append(extents: list[list[int]], start: int, length: int, flags: int) -> None:

@@ -14,12 +14,47 @@ REPLY_MAGIC = 0x3E889045565A9
 REQUEST_MAGIC = 0x25609513
 OPTIONS = {"EXPORT_NAME": 1, "ABORT": 2, "LIST": 3, "STARTTLS": 5, "INFO": 6, "GO": 7, "STRUCTURED_REPLY": 8}
 OPTIONS |= {"LIST_META_CONTEXT": 9, "SET_META_CONTEXT": 10}
-COMMANDS = {"READ": 0, "WRITE": 1, "DISC": 2, "FLUSH": 3, "TRIM": 4, "CACHE": 5, "WRITE_ZEROES": 6, "BLOCK_STATUS": 7}
+COMMANDS = {
+    "READ": 0,
+    "WRITE": 1,
+    "DISC": 2,
+    "FLUSH": 3,
+    "TRIM": 4,
+    "CACHE": 5,
+    "WRITE_ZEROES": 6,
+    "BLOCK_STATUS": 7,
+}
 _REPLIES = {1: "ACK", 2: "SERVER", 3: "INFO", 4: "META_CONTEXT"}
-_REFUSALS = ("UNSUP", "POLICY", "INVALID", "PLATFORM", "TLS_REQD", "UNKNOWN", "SHUTDOWN", "BLOCK_SIZE_REQD", "TOO_BIG")
+_REFUSALS = (
+    "UNSUP",
+    "POLICY",
+    "INVALID",
+    "PLATFORM",
+    "TLS_REQD",
+    "UNKNOWN",
+    "SHUTDOWN",
+    "BLOCK_SIZE_REQD",
+    "TOO_BIG",
+)
 _REPLIES |= {0x80000001 + number: f"ERR_{name}" for number, name in enumerate(_REFUSALS)}
-_CHUNKS = {0: "NONE", 1: "OFFSET_DATA", 2: "OFFSET_HOLE", 5: "BLOCK_STATUS", 0x8001: "ERROR", 0x8002: "ERROR_OFFSET"}
-_ERRORS = {0: "OK", 1: "EPERM", 5: "EIO", 12: "ENOMEM", 22: "EINVAL", 28: "ENOSPC", 75: "EOVERFLOW", 95: "ENOTSUP"}
+_CHUNKS = {
+    0: "NONE",
+    1: "OFFSET_DATA",
+    2: "OFFSET_HOLE",
+    5: "BLOCK_STATUS",
+    0x8001: "ERROR",
+    0x8002: "ERROR_OFFSET",
+}
+_ERRORS = {
+    0: "OK",
+    1: "EPERM",
+    5: "EIO",
+    12: "ENOMEM",
+    22: "EINVAL",
+    28: "ENOSPC",
+    75: "EOVERFLOW",
+    95: "ENOTSUP",
+}
 CLOSED = "connection closed"
 
 
@@ -43,7 +78,9 @@ class Wire:
         self.send(struct.pack(">I", flags))
         return {"magic": f"{first:#x} {second:#x}", "flags": offered}
 
-    def option(self, code: int, data: bytes = b"", *, magic: int = IHAVEOPT, length: int | None = None) -> list[Any]:
+    def option(
+        self, code: int, data: bytes = b"", *, magic: int = IHAVEOPT, length: int | None = None
+    ) -> list[Any]:
         """Haggle over one option; return the replies up to the one that ends it."""
         self.send(struct.pack(">QII", magic, code, len(data) if length is None else length) + data)
         replies: list[Any] = []
@@ -70,7 +107,14 @@ class Wire:
         return self.option(OPTIONS["GO"], named(export))
 
     def request(
-        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, payload: bytes = b"", magic: int = REQUEST_MAGIC
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        *,
+        flags: int = 0,
+        payload: bytes = b"",
+        magic: int = REQUEST_MAGIC,
     ) -> list[Any]:
         """Send one request; return its chunks, each (kind, error or size)."""
         self.send(struct.pack(">IHHQQI", magic, flags, command, 7, offset, length) + payload)

@@ -64,7 +64,9 @@ class Monitor:
         else:
             socket.send_fds(self._socket, [data], [fd])
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> dict[str, Any]:
+    def execute(
+        self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None
+    ) -> dict[str, Any]:
         """Send a command, and a descriptor with it, and return the whole reply."""
         message = {"execute": command} | ({"arguments": arguments} if arguments else {})
         self.send(json.dumps(message).encode() + b"\n", fd)

@@ -67,7 +67,9 @@ class Session:
         self.transcript.replies.append((label, self._tidy(value)))
         return value
 
-    def do(self, command: str, pick: Callable[[Any], Any] | None = None, fd: int | None = None, **arguments: Any) -> Any:
+    def do(
+        self, command: str, pick: Callable[[Any], Any] | None = None, fd: int | None = None, **arguments: Any
+    ) -> Any:
         """Execute a command (in argument names underscores stand for dashes), record the reply, return it.
 
         pick: makes of a good reply the part that is to be compared.
@@ -76,7 +78,11 @@ class Session:
         return self.execute(command, dashed, pick, fd)
 
     def execute(
-        self, command: str, arguments: dict[str, Any], pick: Callable[[Any], Any] | None = None, fd: int | None = None
+        self,
+        command: str,
+        arguments: dict[str, Any],
+        pick: Callable[[Any], Any] | None = None,
+        fd: int | None = None,
     ) -> Any:
         """Execute a command exactly as written, record the reply, return it."""
         reply = self.monitor.execute(command, arguments, fd)
@@ -102,7 +108,9 @@ class Session:
     def nodes(self) -> None:
         """Record the names and drivers of the nodes that have a name of their own."""
         nodes = self.monitor.execute("query-named-block-nodes", {"flat": True})["return"]
-        mine = sorted((n["node-name"], n["drv"], n["ro"]) for n in nodes if not n["node-name"].startswith("#"))
+        mine = sorted(
+            (n["node-name"], n["drv"], n["ro"]) for n in nodes if not n["node-name"].startswith("#")
+        )
         self.note("nodes", mine)
 
     def serve(self) -> Any:
@@ -119,9 +127,15 @@ class Session:
         self.await_event("BLOCK_EXPORT_DELETED", id=identity)
 
     def look(self, export: str, *bitmaps: str, without: tuple[str, ...] = ()) -> Any:
-        """Record what an NBD client sees of an export and the bitmaps served with it."""
+        """Record what an NBD client sees of an export and the bitmaps served with it.
+
+        without: members, or contexts among the extents, that are not to be compared.
+        """
         seen = nbdview.look(self.nbd_socket, export, tuple(f"qemu:dirty-bitmap:{name}" for name in bitmaps))
-        return self.note(f"look at {export}", {key: value for key, value in seen.items() if key not in without})
+        kept = {key: value for key, value in seen.items() if key not in without}
+        if "extents" in kept:
+            kept["extents"] = {name: each for name, each in seen["extents"].items() if name not in without}
+        return self.note(f"look at {export}", kept)
 
     @contextmanager
     def wire(self) -> Iterator[Wire]:
@@ -129,7 +143,9 @@ class Session:
         with Wire(self.nbd_socket) as wire:
             yield wire
 
-    def scratch(self, node: str = "tmp0", backing: str | None = "drive-vda", file: str = "", **more: Any) -> Any:
+    def scratch(
+        self, node: str = "tmp0", backing: str | None = "drive-vda", file: str = "", **more: Any
+    ) -> Any:
         """Add an empty qcow2 node, over a backing node unless that is None."""
         path = subjects.image(self.folder / (file or f"{node}.img"))
         over = {"backing": backing} | more
@@ -137,7 +153,9 @@ class Session:
 
     def fleece(self, disk: str = "vda", job: str = "job0", target: str = "tmp0", **more: Any) -> Any:
         """Start the job that keeps a point in time in the scratch node."""
-        return self.do("blockdev-backup", job_id=job, device=f"drive-{disk}", target=target, sync="none", **more)
+        return self.do(
+            "blockdev-backup", job_id=job, device=f"drive-{disk}", target=target, sync="none", **more
+        )
 
     def end_job(self, job: str = "job0") -> None:
         """Cancel a job and wait until nothing is left of it."""

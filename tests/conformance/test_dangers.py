@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from conformance import subjects
 from conformance.qmp import MonitorClosed
 from conformance.session import Session
@@ -20,7 +21,10 @@ def enable_an_absent_bitmap(s: Session) -> None:
 
 def enable_an_absent_bitmap_after_a_good_action(s: Session) -> None:
     absent = {"node": "drive-vda", "name": "absent"}
-    s.transaction(("block-dirty-bitmap-disable", {"node": "drive-vda", "name": "b0"}), ("block-dirty-bitmap-enable", absent))
+    s.transaction(
+        ("block-dirty-bitmap-disable", {"node": "drive-vda", "name": "b0"}),
+        ("block-dirty-bitmap-enable", absent),
+    )
 
 
 def merge_nothing(s: Session) -> None:

@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from conformance import compare, differences, sequences, subjects
 from conformance.session import Session, Transcript
 from fixtures import builds
@@ -23,7 +24,9 @@ def test_a_random_sequence_is_answered_alike(seed: int, pair: tuple[str, str], s
 @pytest.mark.slow
 @pytest.mark.parametrize("pair", PAIRS, ids="~".join)
 @pytest.mark.parametrize("seed", LONG)
-def test_a_longer_random_sequence_is_answered_alike(seed: int, pair: tuple[str, str], short_folder: Path) -> None:
+def test_a_longer_random_sequence_is_answered_alike(
+    seed: int, pair: tuple[str, str], short_folder: Path
+) -> None:
     """The same for many sequences more, of twice the length."""
     _compare(sequences.draw(seed, 50), seed, pair, short_folder)
 

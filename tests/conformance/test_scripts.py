@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import pytest
+
 from conformance import compare, differences, scripts, session
 from conformance.subjects import Missing
 from fixtures import builds

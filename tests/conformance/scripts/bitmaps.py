@@ -4,6 +4,7 @@
 from conformance import subjects
 from conformance.session import Session, script
 
+
 @script()
 def a_bitmap_records_writes_zeroes_and_discards(s: Session) -> None:
     s.do("block-dirty-bitmap-add", node="drive-vda", name="b0")
@@ -90,7 +91,12 @@ def merge_is_a_union(s: Session) -> None:
         s.subject.write("vda", 1, at, 65536)
         s.do("block-dirty-bitmap-disable", node="drive-vda", name=name)
     s.do("block-dirty-bitmap-merge", node="drive-vda", target="b1", bitmaps=["b0"])
-    s.do("block-dirty-bitmap-merge", node="drive-vda", target="b1", bitmaps=[{"node": "drive-vda", "name": "b0"}])
+    s.do(
+        "block-dirty-bitmap-merge",
+        node="drive-vda",
+        target="b1",
+        bitmaps=[{"node": "drive-vda", "name": "b0"}],
+    )
     s.bitmaps()
 
 
@@ -101,7 +107,13 @@ def merge_from_itself_and_elsewhere(s: Session) -> None:
     s.subject.write("vda", 1, 0, 65536)
     s.subject.write("vdb", 1, 131072, 65536)
     # No source at all is left out: it crashes QEMU (test_dangers).
-    for sources in (["b0"], ["absent"], [{"node": "drive-vdb", "name": "b1"}], [{"node": "absent", "name": "b1"}], ["b0", "absent"]):
+    for sources in (
+        ["b0"],
+        ["absent"],
+        [{"node": "drive-vdb", "name": "b1"}],
+        [{"node": "absent", "name": "b1"}],
+        ["b0", "absent"],
+    ):
         s.do("block-dirty-bitmap-merge", node="drive-vda", target="b0", bitmaps=sources)
         s.bitmaps()
 
@@ -109,7 +121,10 @@ def merge_from_itself_and_elsewhere(s: Session) -> None:
 @script()
 def merge_of_another_size_fails(s: Session) -> None:
     path = subjects.image(s.folder / "small", "qcow2", subjects.SIZE // 2)
-    s.execute("blockdev-add", {"driver": "qcow2", "node-name": "small", "file": {"driver": "file", "filename": str(path)}})
+    s.execute(
+        "blockdev-add",
+        {"driver": "qcow2", "node-name": "small", "file": {"driver": "file", "filename": str(path)}},
+    )
     s.do("block-dirty-bitmap-add", node="small", name="b0")
     s.do("block-dirty-bitmap-add", node="drive-vda", name="b0")
     s.do("block-dirty-bitmap-merge", node="drive-vda", target="b0", bitmaps=[{"node": "small", "name": "b0"}])

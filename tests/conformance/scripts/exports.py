@@ -2,7 +2,9 @@
 """The NBD server and its exports by monitor commands."""
 
 import nbd
+
 from conformance.session import Session, script
+
 
 @script()
 def the_server_starts_and_stops_once(s: Session) -> None:

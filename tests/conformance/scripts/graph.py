@@ -4,6 +4,7 @@
 from conformance import subjects
 from conformance.session import Session, script
 
+
 @script()
 def a_node_comes_and_goes(s: Session) -> None:
     s.scratch()

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Backup jobs of sync=none: life, events, cancelling, what they hold."""
 
+from conformance import subjects
 from conformance.session import Session, script
+
 
 @script()
 def a_job_begins_and_is_cancelled(s: Session) -> None:
@@ -87,10 +89,11 @@ def a_target_in_use_by_a_job(s: Session) -> None:
 
 @script()
 def a_target_of_another_size(s: Session) -> None:
-    from conformance import subjects  # noqa: PLC0415 - one script's need
-
     path = subjects.image(s.folder / "small", "qcow2", subjects.SIZE // 2)
-    s.execute("blockdev-add", {"driver": "qcow2", "node-name": "small", "file": {"driver": "file", "filename": str(path)}})
+    s.execute(
+        "blockdev-add",
+        {"driver": "qcow2", "node-name": "small", "file": {"driver": "file", "filename": str(path)}},
+    )
     s.fleece(target="small")
     s.do("query-jobs")
 

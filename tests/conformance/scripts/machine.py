@@ -3,6 +3,7 @@
 
 from conformance.session import Session, script
 
+
 @script()
 def stop_and_cont(s: Session) -> None:
     s.do("cont")

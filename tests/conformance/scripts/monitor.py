@@ -7,13 +7,52 @@ from conformance import subjects
 from conformance.qmp import Monitor
 from conformance.session import Session, script
 
-COMMANDS = """add-fd block-dirty-bitmap-add block-dirty-bitmap-clear block-dirty-bitmap-disable
-    block-dirty-bitmap-enable block-dirty-bitmap-merge block-dirty-bitmap-remove block-export-add block-export-del
-    block-job-cancel block-set-write-threshold block_resize blockdev-add blockdev-backup blockdev-del
-    blockdev-snapshot closefd cont device_add device_del getfd job-cancel job-dismiss nbd-server-start
-    nbd-server-stop qmp_capabilities qom-get qom-list qom-set query-block query-block-exports query-block-jobs
-    query-commands query-fdsets query-jobs query-named-block-nodes query-qmp-schema query-status query-version quit
-    remove-fd stop system_powerdown transaction""".split()
+COMMANDS = [
+    "add-fd",
+    "block-dirty-bitmap-add",
+    "block-dirty-bitmap-clear",
+    "block-dirty-bitmap-disable",
+    "block-dirty-bitmap-enable",
+    "block-dirty-bitmap-merge",
+    "block-dirty-bitmap-remove",
+    "block-export-add",
+    "block-export-del",
+    "block-job-cancel",
+    "block-set-write-threshold",
+    "block_resize",
+    "blockdev-add",
+    "blockdev-backup",
+    "blockdev-del",
+    "blockdev-snapshot",
+    "closefd",
+    "cont",
+    "device_add",
+    "device_del",
+    "getfd",
+    "job-cancel",
+    "job-dismiss",
+    "nbd-server-start",
+    "nbd-server-stop",
+    "qmp_capabilities",
+    "qom-get",
+    "qom-list",
+    "qom-set",
+    "query-block",
+    "query-block-exports",
+    "query-block-jobs",
+    "query-commands",
+    "query-fdsets",
+    "query-jobs",
+    "query-named-block-nodes",
+    "query-qmp-schema",
+    "query-status",
+    "query-version",
+    "quit",
+    "remove-fd",
+    "stop",
+    "system_powerdown",
+    "transaction",
+]
 
 
 @script()
@@ -42,7 +81,14 @@ def unknown_command(s: Session) -> None:
 
 @script()
 def malformed_input(s: Session) -> None:
-    for line in (b"{]\n", b"[]\n", b"17\n", b'{"nothing": 1}\n', b'{"execute": 5}\n', b'{"execute": "query-status", "more": 1}\n'):
+    for line in (
+        b"{]\n",
+        b"[]\n",
+        b"17\n",
+        b'{"nothing": 1}\n',
+        b'{"execute": 5}\n',
+        b'{"execute": "query-status", "more": 1}\n',
+    ):
         s.monitor.send(line)
         s.note(line.decode(), s.monitor.reply())
     s.do("query-version")
@@ -73,7 +119,9 @@ def identities_come_back(s: Session) -> None:
 
 @script()
 def several_commands_in_one_packet(s: Session) -> None:
-    s.monitor.send(b'{"execute":"query-version","id":1}{"execute":"query-jobs","id":2}\n{"execute":\n"query-block-jobs","id":3}\n')
+    s.monitor.send(
+        b'{"execute":"query-version","id":1}{"execute":"query-jobs","id":2}\n{"execute":\n"query-block-jobs","id":3}\n'
+    )
     for _ in range(3):
         s.note("reply", s.monitor.reply())
 
@@ -144,7 +192,9 @@ def query_named_block_nodes_shapes(s: Session) -> None:
 
 def _named(nodes: list[dict[str, object]]) -> list[dict[str, object]]:
     """Sort by name: the order of nodes is that of their making, turned round, and nothing rests on it."""
-    return sorted((n for n in nodes if not str(n["node-name"]).startswith("#")), key=lambda n: str(n["node-name"]))
+    return sorted(
+        (n for n in nodes if not str(n["node-name"]).startswith("#")), key=lambda n: str(n["node-name"])
+    )
 
 
 @script()

@@ -2,6 +2,7 @@
 """Transactions: all actions or none, whatever the position of the one that fails."""
 
 from typing import Any
+
 from conformance.session import Session, script
 
 Action = tuple[str, dict[str, Any]]
@@ -66,7 +67,14 @@ def an_empty_transaction(s: Session) -> None:
 @script()
 def a_failure_at_each_position_undoes_all(s: Session) -> None:
     prepared(s)
-    good = [bitmap("add", "b2"), bitmap("disable"), bitmap("clear"), bitmap("enable", "b1"), merge("b1", "b0"), bitmap("remove", "b1")]
+    good = [
+        bitmap("add", "b2"),
+        bitmap("disable"),
+        bitmap("clear"),
+        bitmap("enable", "b1"),
+        merge("b1", "b0"),
+        bitmap("remove", "b1"),
+    ]
     for position in range(len(good) + 1):
         s.transaction(*good[:position], bitmap("clear", "absent"), *good[position:])
         s.bitmaps()

@@ -9,7 +9,9 @@ PROPERTY = {"path": "/machine/peripheral/vda", "property": "drive"}
 def filtered(s: Session, **more: object) -> None:
     """Leave a copy-before-write filter between the device vda and its disk."""
     s.scratch()
-    s.do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="drive-vda", target="tmp0", **more)
+    s.do(
+        "blockdev-add", driver="copy-before-write", node_name="cbw0", file="drive-vda", target="tmp0", **more
+    )
     s.execute("qom-set", PROPERTY | {"value": "cbw0"})
 
 
@@ -20,7 +22,11 @@ def qom_tells_of_the_device(s: Session) -> None:
     s.execute("qom-get", {"path": "/machine/peripheral/absent", "property": "drive"})
     s.execute("qom-set", PROPERTY | {"value": "absent"})
     s.execute("qom-list", {"path": "/machine/peripheral/absent"})
-    s.do("qom-list", lambda found: sorted(p["name"] for p in found if p["name"] in ("vda", "vdb")), path="/machine/peripheral")
+    s.do(
+        "qom-list",
+        lambda found: sorted(p["name"] for p in found if p["name"] in ("vda", "vdb")),
+        path="/machine/peripheral",
+    )
 
 
 @script()
@@ -82,8 +88,22 @@ def filter_errors(s: Session) -> None:
     s.do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="drive-vda", target="absent")
     s.do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="absent", target="tmp0")
     s.do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="drive-vda")
-    s.do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="drive-vda", target="tmp0", on_cbw_error="nonsense")
-    s.do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="drive-vda", target="tmp0", bitmap={"node": "drive-vda", "name": "absent"})
+    s.do(
+        "blockdev-add",
+        driver="copy-before-write",
+        node_name="cbw0",
+        file="drive-vda",
+        target="tmp0",
+        on_cbw_error="nonsense",
+    )
+    s.do(
+        "blockdev-add",
+        driver="copy-before-write",
+        node_name="cbw0",
+        file="drive-vda",
+        target="tmp0",
+        bitmap={"node": "drive-vda", "name": "absent"},
+    )
     s.do("blockdev-add", driver="snapshot-access", node_name="snap0", file="drive-vda")
     s.do("blockdev-add", driver="snapshot-access", node_name="snap0", file="absent")
     s.nodes()

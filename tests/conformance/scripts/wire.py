@@ -6,6 +6,7 @@ import struct
 from conformance.nbdwire import COMMANDS, OPTIONS, contexts, named
 from conformance.session import Session, script
 
+
 def served(s: Session, node: str = "drive-vda") -> None:
     """Leave an export `disk` of a disk that has some data."""
     s.subject.write("vda", 1, 0, 65536)
@@ -105,11 +106,23 @@ def meta_contexts(s: Session) -> None:
     with s.wire() as wire:
         wire.handshake()
         wire.option(OPTIONS["STRUCTURED_REPLY"])
-        for queries in ((), ("base:",), ("qemu:",), ("qemu:dirty-bitmap:",), ("nonsense:x",), ("base:allocation", "qemu:dirty-bitmap:b0")):
+        for queries in (
+            (),
+            ("base:",),
+            ("qemu:",),
+            ("qemu:dirty-bitmap:",),
+            ("nonsense:x",),
+            ("base:allocation", "qemu:dirty-bitmap:b0"),
+        ):
             s.note(f"list {queries}", wire.option(OPTIONS["LIST_META_CONTEXT"], contexts("disk", *queries)))
             s.note(f"set {queries}", wire.option(OPTIONS["SET_META_CONTEXT"], contexts("disk", *queries)))
-        s.note("of an absent export", wire.option(OPTIONS["SET_META_CONTEXT"], contexts("absent", "base:allocation")))
-        s.note("cut short", wire.option(OPTIONS["SET_META_CONTEXT"], contexts("disk", "base:allocation")[:-3]))
+        s.note(
+            "of an absent export",
+            wire.option(OPTIONS["SET_META_CONTEXT"], contexts("absent", "base:allocation")),
+        )
+        s.note(
+            "cut short", wire.option(OPTIONS["SET_META_CONTEXT"], contexts("disk", "base:allocation")[:-3])
+        )
 
 
 @script()
@@ -118,7 +131,14 @@ def reads_at_and_beyond_the_end(s: Session) -> None:
     with s.wire() as wire:
         wire.handshake()
         wire.go("disk")
-        for offset, length in ((0, 512), (0, 0), (4194304 - 512, 512), (4194304 - 256, 512), (4194304, 512), (1 << 62, 512)):
+        for offset, length in (
+            (0, 512),
+            (0, 0),
+            (4194304 - 512, 512),
+            (4194304 - 256, 512),
+            (4194304, 512),
+            (1 << 62, 512),
+        ):
             s.note(f"read {offset} {length}", wire.request(COMMANDS["READ"], offset, length, flags=4))
 
 
@@ -173,7 +193,13 @@ def block_status_by_hand(s: Session) -> None:
         wire.option(OPTIONS["STRUCTURED_REPLY"])
         wire.option(OPTIONS["SET_META_CONTEXT"], contexts("disk", "base:allocation"))
         wire.go("disk", structured=False)
-        for flags, offset, length in ((0, 0, 4194304), (8, 0, 4194304), (0, 32768, 65536), (0, 0, 0), (0, 4194304, 512)):
+        for flags, offset, length in (
+            (0, 0, 4194304),
+            (8, 0, 4194304),
+            (0, 32768, 65536),
+            (0, 0, 0),
+            (0, 4194304, 512),
+        ):
             # The context's number is the server's to choose: only one is asked for, so drop it.
             replies = wire.request(COMMANDS["BLOCK_STATUS"], offset, length, flags=flags)
             s.note(f"status {flags} {offset} {length}", [_without_context_id(reply) for reply in replies])
