@@ -98,6 +98,8 @@ class Wire:
         assert magic == REPLY_MAGIC, f"not an option reply: {magic:#x}"
         # The text of a refusal is for people and free to change.
         shown = "" if kind & 0x80000000 else payload.hex()
+        if _REPLIES.get(kind) == "META_CONTEXT":
+            shown = payload[4:].decode()  # the number before the name is the server's to choose
         return _REPLIES.get(kind, hex(kind)), shown
 
     def go(self, export: str, *, structured: bool = True) -> list[Any]:

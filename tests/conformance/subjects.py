@@ -19,12 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import pytest
+
 from conformance.qmp import Monitor
 from fixtures import builds
 
 SIZE = 4 << 20
 REAL = ("7.2", "10.0")
 SIMULATED = {"simulator-7.2": "7.2.22", "simulator-10.0": "10.0.2"}
+PAIRS = [("7.2", "10.0"), ("simulator-7.2", "7.2"), ("simulator-10.0", "10.0")]
 _START_SECONDS = 20.0
 
 
@@ -141,6 +144,16 @@ def available(name: str) -> None:
         builds.build(name)
     except builds.CannotBeHad as error:
         raise Missing(f"QEMU {name}: {error}") from error
+
+
+def required(name: str) -> None:
+    """Skip the test that calls this if a subject can't be had here, or fail it where that one must be."""
+    try:
+        available(name)
+    except Missing as error:
+        if name in builds.required():
+            raise
+        pytest.skip(str(error))
 
 
 def tool(name: str) -> str:

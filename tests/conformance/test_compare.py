@@ -9,7 +9,6 @@ import pytest
 from conformance import compare, differences, nbdview, scripts, session, subjects
 from conformance.normalise import Normaliser
 from conformance.session import Transcript
-from fixtures import builds
 
 assert scripts.bitmaps  # registers the scripts
 BASE: dict[str, Any] = {"return": {"name": "b0", "count": 1, "list": [1, 2]}}
@@ -89,10 +88,6 @@ def _happens(entry: differences.Allowed, name: str, folder: Path) -> bool:
     for subject in entry.pair:
         own = folder / f"{name.replace(':', '-')[:40]}-{subject}"
         own.mkdir()
-        try:
-            played.append(session.play(name, subject, own))
-        except subjects.Missing as error:
-            if subject in builds.required():
-                raise
-            pytest.skip(str(error))
+        subjects.required(subject)
+        played.append(session.play(name, subject, own))
     return any(entry.covers(name, entry.pair, each) for each in compare.transcripts(*played))

@@ -6,15 +6,13 @@ import pytest
 
 from conformance import compare, differences, sequences, subjects
 from conformance.session import Session, Transcript
-from fixtures import builds
 
-PAIRS = [("7.2", "10.0"), ("simulator-7.2", "7.2"), ("simulator-10.0", "10.0")]
 # One seed draws one sequence; the long run may be made longer still.
 QUICK = range(100)
 LONG = range(1000, 1000 + int(os.environ.get("BACKUPCTL_SEQUENCES", "1000")))
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="~".join)
+@pytest.mark.parametrize("pair", subjects.PAIRS, ids="~".join)
 @pytest.mark.parametrize("seed", QUICK)
 def test_a_random_sequence_is_answered_alike(seed: int, pair: tuple[str, str], short_folder: Path) -> None:
     """Replies, events, bitmaps and bytes of a random sequence are the same on both subjects."""
@@ -22,7 +20,7 @@ def test_a_random_sequence_is_answered_alike(seed: int, pair: tuple[str, str], s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", PAIRS, ids="~".join)
+@pytest.mark.parametrize("pair", subjects.PAIRS, ids="~".join)
 @pytest.mark.parametrize("seed", LONG)
 def test_a_longer_random_sequence_is_answered_alike(
     seed: int, pair: tuple[str, str], short_folder: Path
@@ -56,12 +54,7 @@ def _differences(steps: list[sequences.Step], pair: tuple[str, str], folder: Pat
 
 
 def _played(steps: list[sequences.Step], name: str, folder: Path) -> Transcript:
-    try:
-        subjects.available(name)
-    except subjects.Missing as error:
-        if name in builds.required():
-            raise
-        pytest.skip(str(error))
+    subjects.required(name)
     folder.mkdir(parents=True)
     with subjects.started(name, folder) as subject:
         session = Session(subject)

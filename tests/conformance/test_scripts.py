@@ -3,15 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from conformance import compare, differences, scripts, session
-from conformance.subjects import Missing
-from fixtures import builds
+from conformance import compare, differences, scripts, session, subjects
 
 assert scripts.bitmaps  # registers the scripts
-PAIRS = [("7.2", "10.0"), ("simulator-7.2", "7.2"), ("simulator-10.0", "10.0")]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids="~".join)
+@pytest.mark.parametrize("pair", subjects.PAIRS, ids="~".join)
 @pytest.mark.parametrize("name", sorted(session.SCRIPTS))
 def test_both_answer_alike(name: str, pair: tuple[str, str], short_folder: Path) -> None:
     """Both subjects answer a script alike, field by field, but for what `differences` allows."""
@@ -24,12 +21,8 @@ def test_both_answer_alike(name: str, pair: tuple[str, str], short_folder: Path)
 def _played(name: str, subject: str, folder: Path) -> session.Transcript:
     own = folder / subject
     own.mkdir()
-    try:
-        return session.play(name, subject, own)
-    except Missing as error:
-        if subject in builds.required():
-            raise
-        pytest.skip(str(error))
+    subjects.required(subject)
+    return session.play(name, subject, own)
 
 
 def test_there_are_at_least_sixty_scripts() -> None:

@@ -72,7 +72,6 @@ def bitmaps_of_an_export(s: Session) -> None:
 
 @script()
 def an_enabled_bitmap_on_a_writable_export(s: Session) -> None:
-    s.do("block-dirty-bitmap-add", node="tmp0", name="early")
     s.scratch(backing=None)
     s.do("block-dirty-bitmap-add", node="tmp0", name="on")
     s.serve()
