@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The differences that are allowed, each with its reason. The README's table is checked against this list.
+
+Nothing else may differ. An entry says between which subjects, in which scripts, and in which field; the
+values on both sides are matched too, so that an entry can't hide a further difference in its field.
+"""
+
+import re
+from dataclasses import dataclass
+
+from conformance.compare import ABSENT, Difference
+
+VERSIONS = ("7.2", "10.0")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """One allowed difference. scripts, where, left, right: regular expressions for the whole text."""
+
+    name: str
+    pair: tuple[str, str]
+    reason: str
+    scripts: str
+    where: str
+    left: str = ".*"
+    right: str = ".*"
+
+    def covers(self, script: str, pair: tuple[str, str], difference: Difference) -> bool:
+        """Whether this entry allows a difference found in a script."""
+        texts = (script, difference.where, str(difference.left), str(difference.right))
+        patterns = (self.scripts, self.where, self.left, self.right)
+        return pair == self.pair and all(
+            matches(pattern, text) for pattern, text in zip(patterns, texts, strict=True)
+        )
+
+
+ALLOWED = [
+    Allowed(
+        "version",
+        VERSIONS,
+        "The version number itself.",
+        "monitor:.*",
+        r".*\.version\.qemu\.(major|minor|micro)|.*\.return\.qemu\.(major|minor|micro)",
+        r"\d+",
+        r"\d+",
+    ),
+    Allowed(
+        "node-active",
+        VERSIONS,
+        "Block nodes tell whether they are active since 10.0.",
+        "monitor:query_.*",
+        r".*\.active",
+        ABSENT,
+        "True",
+    ),
+    Allowed(
+        "singlestep",
+        VERSIONS,
+        "query-status lost `singlestep` in 9.0.",
+        "machine:stop_and_cont",
+        r".*\.singlestep",
+        "False",
+        ABSENT,
+    ),
+    Allowed(
+        "fdset-error-texts",
+        VERSIONS,
+        "The texts for a missing descriptor set, or descriptor of the right mode, were made anew.",
+        "descriptors:a_(descriptor_set_that_is_not_there|read_only_descriptor.*)",
+        r".*\.error\.desc",
+        "Could not dup FD for /dev/fdset/.*",
+        "Failed to find .*",
+    ),
+    Allowed(
+        "transaction-property-text",
+        VERSIONS,
+        "A capital letter in the text went away.",
+        "transactions:grouped_completion",
+        r".*\.error\.desc",
+        ".* Transaction property .*",
+        ".* transaction property .*",
+    ),
+    Allowed(
+        "resize-under-job-text",
+        VERSIONS,
+        "Resizing a disk under a job is refused by both, with another text.",
+        "graph:resize_errors",
+        r".*\.error\.desc",
+        r"Device '\(null\)' is in use",
+        "Node 'drive-vda' is busy: .*",
+    ),
+    Allowed(
+        "copied-holes",
+        VERSIONS,
+        "copy-before-write of a hole leaves data full of zeroes in the scratch on 7.2, a hole on 10.0: the "
+        "extents of snapshot-access differ, its bytes do not.",
+        "views:.*",
+        r".*look at moment\]\.extents\.base:allocation.*",
+    ),
+]
+
+
+def matches(pattern: str, text: str) -> bool:
+    """Whether a pattern covers a whole text."""
+    return re.fullmatch(pattern, text, re.DOTALL) is not None
+
+
+def allowed(script: str, pair: tuple[str, str], difference: Difference) -> bool:
+    """Whether a difference is on the list."""
+    return any(each.covers(script, pair, difference) for each in ALLOWED)
+
+
+def table() -> str:
+    """Return the list as the README's table."""
+    lines = ["| name | between | reason |", "|---|---|---|"]
+    lines += [f"| `{each.name}` | {' and '.join(each.pair)} | {each.reason} |" for each in ALLOWED]
+    return "\n".join(lines) + "\n"

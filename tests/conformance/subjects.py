@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the scripts are played on: a real QEMU of each version, and the simulator posing as each.
+
+All have the same two disks of 4 MiB, the writable qcow2 `vda` (node `drive-vda`) and the raw `vdb`
+(node `drive-vdb`), and whatever else a script asks for by `extras`: "cd" (an empty CD drive `cd0`),
+"readonly" (a read-only disk `vdc`), "port" (a free port `rp0` to plug a disk
+into), "running" (CPUs that run firmware; the CPUs of a real QEMU are stopped otherwise, to spare ours).
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import pytest
+
+from conformance.qmp import Monitor
+from fixtures import builds
+
+SIZE = 4 << 20
+REAL = ("7.2", "10.0")
+SIMULATED = {"simulator-7.2": "7.2.22", "simulator-10.0": "10.0.2"}
+PAIRS = [("7.2", "10.0"), ("simulator-7.2", "7.2"), ("simulator-10.0", "10.0")]
+_START_SECONDS = 20.0
+
+
+class Subject(Protocol):
+    """A running VM. qmp: its monitor's socket. folder: where scripts may put files."""
+
+    folder: Path
+    qmp: Path
+
+    def write(self, disk: str, pattern: int, offset: int, length: int) -> None:
+        """Write a pattern byte as the guest would."""
+
+    def zero(self, disk: str, offset: int, length: int) -> None:
+        """Write zeroes as the guest would."""
+
+    def discard(self, disk: str, offset: int, length: int) -> None:
+        """Discard as the guest would."""
+
+
+class Missing(Exception):
+    """A subject can't be had here; the text says why."""
+
+
+@contextmanager
+def started(name: str, folder: Path, extras: frozenset[str] = frozenset()) -> Iterator[Subject]:
+    """Start a subject and end it when the block is left. Raises Missing."""
+    if name in SIMULATED:
+        command = _simulator_command(name, folder, extras)
+    else:
+        command = _qemu_command(name, folder, extras)
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        _wait_for(folder / "qmp", process, folder / "log")
+        subject = Simulator(folder) if name in SIMULATED else RealQemu(folder)
+        with subject:
+            yield subject
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+class RealQemu:
+    """A qemu-system-x86_64 with stopped CPUs; what the guest does goes through a second monitor."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.qmp = folder / "qmp"
+        self._guest = Monitor(folder / "hmp")
+        self._guest.receive()
+        self._guest.execute("qmp_capabilities")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._guest.close()
+
+    def write(self, disk: str, pattern: int, offset: int, length: int) -> None:
+        self._io(disk, f"write -P {pattern} {offset} {length}")
+
+    def zero(self, disk: str, offset: int, length: int) -> None:
+        self._io(disk, f"write -z {offset} {length}")
+
+    def discard(self, disk: str, offset: int, length: int) -> None:
+        self._io(disk, f"discard {offset} {length}")
+
+    def _io(self, disk: str, command: str) -> None:
+        log = self.folder / "log"
+        before = log.stat().st_size
+        line = f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{command}"'
+        reply = self._guest.execute("human-monitor-command", {"command-line": line})
+        # qemu-io tells its outcome on QEMU's standard output, not in the reply.
+        said = log.read_text()[before:] + str(reply)
+        assert not re.search("failed|error", said, re.IGNORECASE), said
+
+
+class Simulator:
+    """`backupctl simulate`; what the guest does goes through its control socket, one JSON line each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.qmp = folder / "qmp"
+        self._control = Monitor(folder / "control")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._control.close()
+
+    def write(self, disk: str, pattern: int, offset: int, length: int) -> None:
+        self._order("write", disk=disk, offset=offset, length=length, pattern=pattern)
+
+    def zero(self, disk: str, offset: int, length: int) -> None:
+        self._order("zero", disk=disk, offset=offset, length=length)
+
+    def discard(self, disk: str, offset: int, length: int) -> None:
+        self._order("discard", disk=disk, offset=offset, length=length)
+
+    def _order(self, what: str, **arguments: Any) -> None:
+        self._control.send(json.dumps({"do": what} | arguments).encode() + b"\n")
+        reply = self._control.receive()
+        assert "error" not in reply, reply
+
+
+def available(name: str) -> None:
+    """Return if a subject can be had. Raises Missing."""
+    if name in SIMULATED:
+        if importlib.util.find_spec("backupctl.cli.simulate") is None:
+            raise Missing("backupctl has no command `simulate` yet")
+        return
+    try:
+        builds.build(name)
+    except builds.CannotBeHad as error:
+        raise Missing(f"QEMU {name}: {error}") from error
+
+
+def required(name: str) -> None:
+    """Skip the test that calls this if a subject can't be had here, or fail it where that one must be."""
+    try:
+        available(name)
+    except Missing as error:
+        if name in builds.required():
+            raise
+        pytest.skip(str(error))
+
+
+def tool(name: str) -> str:
+    """Return the path of the installed QEMU's tool of that name."""
+    return os.environ.get(name.upper().replace("-", "_"), name)
+
+
+def image(path: Path, form: str = "qcow2", size: int = SIZE) -> Path:
+    """Make an empty image."""
+    command = [tool("qemu-img"), "create", "-q", "-f", form, str(path), str(size)]
+    subprocess.run(command, check=True, timeout=30)
+    return path
+
+
+def _qemu_command(version: str, folder: Path, extras: frozenset[str]) -> list[str]:
+    command = [
+        *builds.build(version).system,
+        "-machine",
+        "q35",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-m",
+        "32",
+    ]
+    if "running" not in extras:
+        command += ["-S"]
+    for monitor in ("hmp", "qmp"):
+        command += ["-qmp", f"unix:{folder / monitor},server=on,wait=off"]
+    command += _disk("vda", "qcow2", folder) + _disk("vdb", "raw", folder)
+    if "readonly" in extras:
+        command += _disk("vdc", "qcow2", folder, readonly=True)
+    if "cd" in extras:
+        command += ["-device", "ide-cd,id=cd0,bus=ide.0"]
+    if "port" in extras:
+        command += ["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"]
+    return command
+
+
+def _disk(name: str, form: str, folder: Path, *, readonly: bool = False) -> list[str]:
+    path = image(folder / f"{name}.{form}", form)
+    node = {"driver": form, "node-name": f"drive-{name}", "discard": "unmap", "read-only": readonly}
+    node["file"] = {"driver": "file", "filename": str(path), "discard": "unmap"}
+    return ["-blockdev", json.dumps(node), "-device", f"virtio-blk-pci,id={name},drive=drive-{name}"]
+
+
+def _simulator_command(name: str, folder: Path, extras: frozenset[str]) -> list[str]:
+    command = [sys.executable, "-m", "backupctl", "simulate", "--version", SIMULATED[name]]
+    command += ["--disk", "vda=4M", "--disk", "vdb=4M,format=raw"]
+    if "readonly" in extras:
+        command += ["--disk", "vdc=4M,readonly=on"]
+    if "cd" in extras:
+        command += ["--cdrom", "cd0"]
+    for socket in ("qmp", "agent", "control"):
+        command += [f"--{socket}", str(folder / socket)]
+    return command
+
+
+def _wait_for(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    end = time.monotonic() + _START_SECONDS
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > end:
+            raise AssertionError(f"{process.args!r:.60} did not start: {log.read_text()[-2000:]}")
+        time.sleep(0.005)
