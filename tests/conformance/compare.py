@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from conformance.session import Transcript
+from tests.conformance.session import Transcript
 
 ABSENT = "<absent>"
 

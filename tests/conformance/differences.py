@@ -8,7 +8,7 @@ values on both sides are matched too, so that an entry can't hide a further diff
 import re
 from dataclasses import dataclass
 
-from conformance.compare import ABSENT, Difference
+from tests.conformance.compare import ABSENT, Difference
 
 VERSIONS = ("7.2", "10.0")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from conformance import subjects
-from conformance.session import Session
+from tests.conformance import subjects
+from tests.conformance.session import Session
 
 DISKS = ("vda", "vdb")
 BITMAPS = ("b0", "b1", "b2")

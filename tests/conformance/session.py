@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from conformance import nbdview, normalise, subjects
-from conformance.nbdwire import Wire
-from conformance.qmp import Monitor, matches
+from tests.conformance import nbdview, normalise, subjects
+from tests.conformance.nbdwire import Wire
+from tests.conformance.qmp import Monitor, matches
 
 Play = Callable[["Session"], None]
 SCRIPTS: dict[str, "Script"] = {}

@@ -21,8 +21,8 @@ from typing import Any, Protocol, Self
 
 import pytest
 
-from conformance.qmp import Monitor
 from fixtures import builds
+from tests.conformance.qmp import Monitor
 
 SIZE = 4 << 20
 REAL = ("7.2", "10.0")
@@ -202,7 +202,9 @@ def _disk(name: str, form: str, folder: Path, *, readonly: bool = False) -> list
 
 def _simulator_command(name: str, folder: Path, extras: frozenset[str]) -> list[str]:
     command = [sys.executable, "-m", "backupctl", "simulate", "--version", SIMULATED[name]]
-    command += ["--disk", "vda=4M", "--disk", "vdb=4M,format=raw"]
+    command += ["--state", str(folder), "--disk", "vda=4M", "--disk", "vdb=4M,format=raw"]
+    if "running" not in extras:
+        command += ["--paused"]
     if "readonly" in extras:
         command += ["--disk", "vdc=4M,readonly=on"]
     if "cd" in extras:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from conformance import subjects
+from tests.conformance import subjects
 
 REAL = "qemu-ga"
 HARMLESS = ("guest-sync", "guest-sync-delimited", "guest-ping", "guest-info", "guest-fsfreeze-status")

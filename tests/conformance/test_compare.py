@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from conformance import compare, differences, nbdview, scripts, session, subjects
-from conformance.normalise import Normaliser
-from conformance.session import Transcript
+from tests.conformance import compare, differences, nbdview, scripts, session, subjects
+from tests.conformance.normalise import Normaliser
+from tests.conformance.session import Transcript
 
 assert scripts.bitmaps  # registers the scripts
 BASE: dict[str, Any] = {"return": {"name": "b0", "count": 1, "list": [1, 2]}}

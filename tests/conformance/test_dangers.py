@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from conformance import subjects
-from conformance.qmp import MonitorClosed
-from conformance.session import Session
+from tests.conformance import subjects
+from tests.conformance.qmp import MonitorClosed
+from tests.conformance.session import Session
 
 
 def enable_an_absent_bitmap(s: Session) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from conformance import compare, differences, sequences, subjects
-from conformance.session import Session, Transcript
+from tests.conformance import compare, differences, sequences, subjects
+from tests.conformance.session import Session, Transcript
 
 # One seed draws one sequence; the long run may be made longer still.
 QUICK = range(100)

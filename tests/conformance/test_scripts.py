@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from conformance import compare, differences, scripts, session, subjects
+from tests.conformance import compare, differences, scripts, session, subjects
 
 assert scripts.bitmaps  # registers the scripts
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What NBD clients read: bytes, allocation and dirty bitmaps, while the guest writes."""
 
-from conformance import subjects
-from conformance.session import Session, script
+from tests.conformance import subjects
+from tests.conformance.session import Session, script
 
 CLUSTER = 65536
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from conformance import subjects
-from conformance.session import Session, script
+from tests.conformance import subjects
+from tests.conformance.session import Session, script
 
 # QEMU 7.2 forgets a removed descriptor set only while the machine runs, hence "running" (`subjects`).
 

@@ -3,7 +3,7 @@
 
 import nbd
 
-from conformance.session import Session, script
+from tests.conformance.session import Session, script
 
 
 @script()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Nodes: blockdev-add and -del, names, resizing, external snapshots."""
 
-from conformance import subjects
-from conformance.session import Session, script
+from tests.conformance import subjects
+from tests.conformance.session import Session, script
 
 
 @script()

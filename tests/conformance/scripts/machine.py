@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The machine around the disks: running, stopping, plugging."""
 
-from conformance.session import Session, script
+from tests.conformance.session import Session, script
 
 
 @script()

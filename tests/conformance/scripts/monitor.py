@@ -3,9 +3,9 @@
 
 import json
 
-from conformance import subjects
-from conformance.qmp import Monitor
-from conformance.session import Session, script
+from tests.conformance import subjects
+from tests.conformance.qmp import Monitor
+from tests.conformance.session import Session, script
 
 COMMANDS = [
     "add-fd",

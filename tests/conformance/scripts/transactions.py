@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from conformance.session import Session, script
+from tests.conformance.session import Session, script
 
 Action = tuple[str, dict[str, Any]]
 

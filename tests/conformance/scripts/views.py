@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The second view: copy-before-write filter and snapshot-access, put under a device by qom-set."""
 
-from conformance.session import Session, script
+from tests.conformance.session import Session, script
 
 PROPERTY = {"path": "/machine/peripheral/vda", "property": "drive"}
 

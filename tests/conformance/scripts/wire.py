@@ -3,8 +3,8 @@
 
 import struct
 
-from conformance.nbdwire import COMMANDS, OPTIONS, contexts, named
-from conformance.session import Session, script
+from tests.conformance.nbdwire import COMMANDS, OPTIONS, contexts, named
+from tests.conformance.session import Session, script
 
 
 def served(s: Session, node: str = "drive-vda") -> None:
