@@ -74,6 +74,7 @@ class Agent:
         name, given = message["execute"], message.get("arguments", {})
         try:
             self._check(name)
+            _refuse_surplus(name, given)
             value = self._commands[name](given if isinstance(given, dict) else {})
         except CommandError as err:
             return _refusal(str(err), err.kind)
@@ -96,6 +97,17 @@ class Agent:
         guest.frozen = frozen
         writable = [spec for spec in self._machine().settings.disks if not spec.read_only]
         return len(writable) if changed else 0
+
+
+def _refuse_surplus(name: str, given: object) -> None:
+    known = {
+        "guest-sync": {"id"},
+        "guest-sync-delimited": {"id"},
+        "guest-fsfreeze-freeze-list": {"mountpoints"},
+    }
+    for argument in given if isinstance(given, dict) else ():
+        if argument not in known.get(name, set()):
+            raise CommandError(f"Parameter '{argument}' is unexpected")
 
 
 def _identity(given: dict[str, Any]) -> int:

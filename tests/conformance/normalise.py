@@ -48,6 +48,9 @@ class Normaliser:
         if text.startswith("json:"):
             return "<json: file name>"
         text = text.replace(self._folder, "<folder>")
+        if text.startswith("Permission conflict"):
+            # Which of the jobs' nameless filters QEMU counts first depends on what it refused before.
+            return _AUTOMATIC.sub("<auto>", text)
         return _AUTOMATIC.sub(lambda m: self._names.setdefault(m[0], f"<auto {len(self._names)}>"), text)
 
 
