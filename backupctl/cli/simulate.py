@@ -11,13 +11,20 @@ from pathlib import Path
 
 import click
 
+from backupctl.cli import common
 from backupctl.errors import UsageError
 
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("simulate")
-@click.option("--disk", "disks", multiple=True, metavar="NAME=SIZE[,format=raw][,iothread=on][,readonly=on]")
+@click.command("simulate", epilog=common.exit_help(0, 1, 2))
+@click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="NAME=SIZE[,format=raw][,iothread=on][,readonly=on]",
+    help="A disk; may be repeated.",
+)
 @click.option("--cdrom", "cdroms", multiple=True, metavar="NAME", help="An empty CD drive.")
 @click.option("--qmp", "monitors", multiple=True, required=True, type=_PATH, help="The monitor's socket.")
 @click.option("--agent", type=_PATH, help="The guest agent's socket.")
