@@ -51,7 +51,7 @@ from backupctl.transfer.copy import Copy, open_target
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm import cleanup, disks, export, scratch, snapshot_access
+from backupctl.vm import bitmaps, cleanup, disks, export, scratch, snapshot_access
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
@@ -387,7 +387,12 @@ class _Run:
 
     def _cuts(self) -> list[Cut]:
         return [
-            Cut(one.disk, self.owner.bitmap(self.point), self.owner.bitmap(one.base) if one.base else None)
+            Cut(
+                one.disk,
+                self.owner.bitmap(self.point),
+                self.owner.bitmap(one.base) if one.base else None,
+                None if one.base else bitmaps.gapped(one.disk.bitmaps, self.owner),
+            )
             for one in self.plan.disks
         ]
 

@@ -67,13 +67,36 @@ class Bitmap:
         return "recording" if self.recording else "disabled"
 
 
-def begin(node: NodeName, new: BitmapName, base: BitmapName | None, *, persistent: bool) -> list[Action]:
-    """Actions of the run's transaction for one disk: record into `new`, stop recording into `base`."""
+def begin(
+    node: NodeName,
+    new: BitmapName,
+    base: BitmapName | None,
+    *,
+    persistent: bool,
+    gapped: BitmapName | None = None,
+) -> list[Action]:
+    """Actions of the run's transaction for one disk: record into `new`, stop recording into `base`.
+
+    gapped: a bitmap of ours that goes at the same moment (see `gapped`).
+    """
     arguments = {"node": node, "name": new, "granularity": GRANULARITY_BYTES, "persistent": persistent}
     actions: list[Action] = [{"type": "block-dirty-bitmap-add", "data": arguments}]
+    if gapped is not None:
+        actions.append(_on(node, gapped, "remove"))
     if base is not None:
         actions.append(_on(node, base, "disable"))
     return actions
+
+
+def gapped(bitmaps: Iterable[Bitmap], owner: Owner) -> BitmapName | None:
+    """Return our newest bitmap of a node if it does not record: somebody disabled it, so it has a gap.
+
+    It can't be used any more. It must not stand beside the bitmap of a run either: were that run to fail,
+    it would look like a base that the run itself had disabled, and be enabled again, gap and all.
+    """
+    ours = {point: bitmap for bitmap in bitmaps if (point := owner.point_of(bitmap.name)) is not None}
+    newest = ours[max(ours)] if ours else None
+    return newest.name if newest is not None and not newest.recording else None
 
 
 @dataclass(frozen=True)

@@ -114,4 +114,4 @@ class SnapshotAccess:
 
 
 def _adds(action: bitmaps.Action) -> bool:
-    return action["type"] == "block-dirty-bitmap-add"
+    return action["type"] != "block-dirty-bitmap-disable"

@@ -23,16 +23,20 @@ class Cut:
     """One disk's part of the moment.
 
     new: the bitmap that records from the moment on. base: the one that recorded up to it; None for a
-    full, which leaves the old chain's bitmap as it is.
+    full, which leaves the old chain's bitmap as it is. gapped: one of ours that can't be used (see
+    `bitmaps.gapped`), removed at the moment.
     """
 
     disk: Disk
     new: BitmapName
     base: BitmapName | None
+    gapped: BitmapName | None = None
 
     def bitmap_actions(self) -> list[bitmaps.Action]:
         """Actions of the transaction that hand recording over from `base` to `new`."""
-        return bitmaps.begin(self.disk.node, self.new, self.base, persistent=self.disk.persistent)
+        return bitmaps.begin(
+            self.disk.node, self.new, self.base, persistent=self.disk.persistent, gapped=self.gapped
+        )
 
 
 class View(Protocol):
