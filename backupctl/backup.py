@@ -215,7 +215,7 @@ class _Run:
             return False
         try:
             self.guard.ping_agent()
-        except AgentUnavailable as err:
+        except (AgentUnavailable, AgentRefused) as err:
             self._go_on_without_freeze(err)
             return False
         return True

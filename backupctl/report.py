@@ -113,12 +113,15 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Turn SIGINT and SIGTERM into a request to end, until the block ends. Main thread only."""
+        """Turn SIGINT, SIGTERM and SIGHUP into a request to end, until the block ends. Main thread only."""
 
         def handler(number: int, _frame: FrameType | None) -> None:
             self.request(signal.Signals(number).name)
 
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            number: signal.signal(number, handler)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
         try:
             yield
         finally:

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -78,7 +78,8 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
     for name, text in (("step", err.step), ("state", err.state), ("next", err.next_command)):
         if text:
             lines.append(f"  {name + ':':<7}{clean(text)}")
-    sys.stderr.write("\n".join(lines) + "\n")
+    with suppress(OSError):
+        sys.stderr.write("\n".join(lines) + "\n")
 
 
 def error_document(err: BackupctlError) -> dict[str, Any]:
@@ -120,7 +121,9 @@ class Lines:
             self._write(f"{disk}: {share} % of {total_bytes >> 20} MiB")
 
     def _write(self, text: str) -> None:
-        sys.stderr.write(f"backupctl: {clean(text)}\n")
+        with suppress(OSError):  # who reads our words may leave; the run, or its roll-back, must not
+            sys.stderr.write(f"backupctl: {clean(text)}\n")
+            sys.stderr.flush()
 
 
 class _Rate(ProgressColumn):

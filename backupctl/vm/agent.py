@@ -80,7 +80,9 @@ class Agent:
     def _count(self, command: str, seconds: float | None = None) -> int:
         reply = self._command(command, seconds)
         if not isinstance(reply, int) or isinstance(reply, bool):
-            raise AgentRefused(f"the agent's {command} makes no sense: {reply!r:.60}")
+            raise AgentTimeout(  # no refusal: whether the command took effect is not known
+                f"the agent's {command} makes no sense: {reply!r:.60}"
+            )
         return reply
 
     def _command(self, command: str, seconds: float | None = None) -> Any:

@@ -354,3 +354,33 @@ def test_a_failed_run_does_not_heal_a_bitmap_that_somebody_had_disabled(lab, kin
     assert {disk["name"]: disk["kind"] for disk in report["disks"]}["vda"] == "full"
     lab.assert_point(report["point"], lab.writer.moment)
     lab.assert_at_rest()
+
+
+def test_a_hang_up_of_the_terminal_rolls_back(lab):
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        run.send_signal(signal.SIGHUP)
+        run.communicate(timeout=30)
+    assert run.returncode == 1
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_a_reader_of_our_words_that_leaves_does_not_stop_the_roll_back(lab):
+    with lab.cli.start("incremental", "web", *SLOW) as run:
+        wait_for(copying(lab))
+        run.stderr.close()
+        run.send_signal(signal.SIGTERM)
+        run.wait(30)
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_an_agent_without_freezing_costs_the_freeze_not_the_backup(lab):
+    lab.agent.behaviour["guest-fsfreeze-status"] = "refuse"
+    lab.writer.remember()
+    report = lab.backup("incremental")
+    assert report["consistency"] == "crash"
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.agent.behaviour.clear()
+    lab.next_is_right()
