@@ -151,9 +151,14 @@ class Connection:
         return self.failure(f"the NBD server answered: {os.strerror(number) if number else err.string}")
 
 
-def turn(connections: Sequence[Connection], seconds: float) -> None:
-    """Let each connection send and receive what it can; wait at most `seconds` for the first to be able."""
+def turn(connections: Sequence[Connection], seconds: float, bell: int | None = None) -> None:
+    """Let each connection send and receive what it can; wait at most `seconds` for the first to be able.
+
+    bell: an eventfd that ends the wait, and is reset.
+    """
     waiting = select.poll()
+    if bell is not None:
+        waiting.register(bell, select.POLLIN)
     by_descriptor: dict[int, Any] = {}
     for connection in connections:
         handle = connection.handle
@@ -168,7 +173,10 @@ def turn(connections: Sequence[Connection], seconds: float) -> None:
             by_descriptor[descriptor] = connection
             waiting.register(descriptor, events)
     for descriptor, events in waiting.poll(seconds * 1000):
-        _notify(by_descriptor[descriptor], events)
+        if descriptor == bell:
+            os.eventfd_read(descriptor)
+        else:
+            _notify(by_descriptor[descriptor], events)
 
 
 def _notify(connection: Connection, events: int) -> None:

@@ -3,17 +3,20 @@
 
 ::
 
-    extents ─► pieces of 1 MiB ─► [read in flight] ─► [write in flight] ─► done
+    extents ─► pieces of 1 MiB ─► [read in flight] ─► [in the sieve] ─► [writes in flight] ─► done
                                         at most `DEPTH` for each connection
 
-A read error is fatal: not one byte of a failed read is written.
+A read error is fatal: not one byte of a failed read is written. All that waits for sockets is one
+thread; the sieve (digests) works in threads of its own.
 """
 
+import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbd
@@ -30,9 +33,16 @@ DEPTH = 6
 WATCH_SECONDS = 0.1
 
 
+SIEVE_THREADS = 1  # measured: a second one only fights with the first for the interpreter
+
+Sieve = Callable[[Extent, memoryview | None], Sequence[Extent]]
+"""Called in a thread with each piece and its content (None: known to be zeroes); returns what of it is
+to be written, sorted. What it raises ends the copy."""
+
+
 @dataclass(frozen=True)
 class Copied:
-    """What a copy came to. zero_bytes: stored as zeroes, without having been read."""
+    """What a copy came to. copied_bytes: read. zero_bytes: named as zeroes, and not read."""
 
     copied_bytes: int
     zero_bytes: int
@@ -40,18 +50,31 @@ class Copied:
 
 @dataclass
 class _Piece:
-    """One request on its way: read first, unless it is zeroes, then written."""
+    """One request on its way: read first, unless it is zeroes, then sifted, then written.
+
+    cookies: of the commands that are in flight. sifting: what the sieve will say, until it was heard.
+    """
 
     extent: Extent
     source: Connection
     target: Connection
-    cookie: int = 0
-    buffer: "nbd.Buffer | None" = None
+    content: bytearray | None = None
+    cookies: list[int] = field(default_factory=list)
+    sifting: "Future[Sequence[Extent]] | None" = None
     writing: bool = False
 
     @property
     def connection(self) -> Connection:
         return self.target if self.writing else self.source
+
+    def rests(self) -> bool:
+        """Whether nothing of it is in flight any more."""
+        if self.sifting is not None:
+            return self.sifting.done()
+        self.cookies = [cookie for cookie in self.cookies if not self.connection.completed(cookie)]
+        if self.cookies and not self.connection.alive():
+            raise self.connection.failure("the NBD connection was lost")
+        return not self.cookies
 
 
 @contextmanager
@@ -75,6 +98,7 @@ class Copy:
 
     check: called at least every 100 ms while bytes move; what it raises ends the copy.
     progress: told the bytes done. stall_seconds: the longest time without any piece ending.
+    sieve: what chooses from each piece; None writes all, and pieces of nothing but zeroes as zeroes.
     """
 
     def __init__(
@@ -85,6 +109,7 @@ class Copy:
         check: Callable[[], None],
         progress: Callable[[int], None],
         stall_seconds: float = 60.0,
+        sieve: Sieve | None = None,
     ) -> None:
         self._pairs = [
             (connection, target[number % len(target)]) for number, connection in enumerate(source.connections)
@@ -94,13 +119,23 @@ class Copy:
         self._check = check
         self._progress = progress
         self._stall_seconds = stall_seconds
+        self._sieve = sieve or _as_it_is
         self._flying: deque[_Piece] = deque()
-        self._idle: list[nbd.Buffer] = []
+        self._idle: list[bytearray] = []
         self._copied = self._zero = 0
 
     def run(self, extents: Iterable[Extent]) -> Copied:
-        """Copy all extents. Raises ReadFailed, WriteFailed, and what `check` raises."""
-        ahead = _pieces(extents)
+        """Copy all extents. Raises ReadFailed, WriteFailed, and what `check` and the sieve raise."""
+        self._sifted = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        try:
+            with ThreadPoolExecutor(SIEVE_THREADS, "sieve") as self._threads:
+                self._run(_pieces(extents))
+        finally:
+            os.close(self._sifted)
+        self._progress(self._copied + self._zero)
+        return Copied(self._copied, self._zero)
+
+    def _run(self, ahead: Iterator[Extent]) -> None:
         waiting = next(ahead, None)
         started = 0
         watched = moved = time.monotonic()
@@ -111,7 +146,7 @@ class Copy:
                 started += 1
                 waiting = next(ahead, None)
                 pause = self._limiter.wait_seconds()
-            turn(self._connections, min(pause, WATCH_SECONDS) if pause > 0 else WATCH_SECONDS)
+            turn(self._connections, min(pause, WATCH_SECONDS) if pause > 0 else WATCH_SECONDS, self._sifted)
             now = time.monotonic()
             if self._advance() or not self._flying:
                 moved = now
@@ -121,59 +156,72 @@ class Copy:
                 self._progress(self._copied + self._zero)
             if now - moved > self._stall_seconds:
                 raise self._flying[0].connection.failure(f"no byte moved for {self._stall_seconds:g} s")
-        self._progress(self._copied + self._zero)
-        return Copied(self._copied, self._zero)
 
     def _start(self, extent: Extent, source: Connection, target: Connection) -> None:
         piece = _Piece(extent, source, target)
         if extent.zero:
-            self._write(piece)
+            self._sift(piece)
         else:
             self._limiter.spend(extent.length)
-            piece.buffer = self._buffer(extent.length)
-            piece.cookie = source.start_read(piece.buffer, extent.offset)
+            piece.content = self._buffer(extent.length)
+            piece.cookies = [source.start_read(nbd.Buffer.from_buffer(piece.content), extent.offset)]
         self._flying.append(piece)
-
-    def _write(self, piece: _Piece) -> None:
-        extent, handle = piece.extent, piece.target.handle
-        piece.writing = True
-        try:
-            if piece.buffer is None or piece.buffer.is_zero():
-                piece.cookie = handle.aio_zero(extent.length, extent.offset)
-            else:
-                piece.cookie = handle.aio_pwrite(piece.buffer, extent.offset)
-        except nbd.Error as err:
-            raise piece.target.explained(err) from err
 
     def _advance(self) -> bool:
         """Take every piece that can go on one step further; whether any could."""
         moved = False
         for _ in range(len(self._flying)):
             piece = self._flying.popleft()
-            if not piece.connection.completed(piece.cookie):
-                if not piece.connection.alive():
-                    raise piece.connection.failure("the NBD connection was lost")
-                self._flying.append(piece)
-                continue
-            moved = True
-            if piece.writing:
-                self._count(piece)
-            else:
-                self._write(piece)
-                self._flying.append(piece)
+            if piece.rests():
+                moved = True
+                if piece.writing:
+                    self._count(piece)
+                    continue
+                if piece.sifting is None:
+                    self._sift(piece)
+                else:
+                    self._write(piece, piece.sifting.result())
+            self._flying.append(piece)
         return moved
 
+    def _sift(self, piece: _Piece) -> None:
+        content = memoryview(piece.content) if piece.content is not None else None
+        piece.sifting = self._threads.submit(self._sieve, piece.extent, content)
+        piece.sifting.add_done_callback(lambda _done: os.eventfd_write(self._sifted, 1))
+
+    def _write(self, piece: _Piece, wanted: Sequence[Extent]) -> None:
+        piece.sifting, piece.writing = None, True
+        handle = piece.target.handle
+        try:
+            for extent in wanted:
+                if extent.zero:
+                    cookie = handle.aio_zero(extent.length, extent.offset)
+                else:
+                    begin = extent.offset - piece.extent.offset
+                    assert piece.content is not None
+                    part = memoryview(piece.content)[begin : begin + extent.length]
+                    cookie = handle.aio_pwrite(nbd.Buffer.from_buffer(part), extent.offset)
+                piece.cookies.append(int(cookie))
+        except nbd.Error as err:
+            raise piece.target.explained(err) from err
+
     def _count(self, piece: _Piece) -> None:
-        if piece.extent.zero:
+        if piece.content is None:
             self._zero += piece.extent.length
             return
         self._copied += piece.extent.length
         if piece.extent.length == PIECE_BYTES:
-            self._idle.append(piece.buffer)
+            self._idle.append(piece.content)
 
-    def _buffer(self, length: int) -> "nbd.Buffer":
+    def _buffer(self, length: int) -> bytearray:
         """Return a buffer, a used one if there is: the page faults of new ones cost more than the copy."""
-        return self._idle.pop() if length == PIECE_BYTES and self._idle else nbd.Buffer(length)
+        return self._idle.pop() if length == PIECE_BYTES and self._idle else bytearray(length)
+
+
+def _as_it_is(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
+    """Let all pass, what turned out to be nothing but zeroes as zeroes."""
+    zero = content is None or nbd.Buffer.from_buffer(content).is_zero()
+    return (Extent(extent.offset, extent.length, zero),)
 
 
 def _pieces(extents: Iterable[Extent]) -> Iterator[Extent]:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a disk holds, cluster by cluster, as digests: the vocabulary of copy, repository and verify.
+
+A record is a cluster's number and the digest of its content. A layer has records for the clusters that
+it stores; laid over each other, the layers of a chain tell the content of a whole disk. They are numpy
+arrays (mapped files, mostly): a disk of 1 TiB has 16 million clusters.
+"""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+CLUSTER_BYTES = 65536
+"""The unit of change of everything: bitmaps, qcow2 layers, digests."""
+
+RECORD = np.dtype([("cluster", "<u8"), ("low", "<u8"), ("high", "<u8")])
+"""A cluster's number and the two halves of its digest, which are 0 for a cluster of zeroes."""
+
+Records = NDArray[Any]
+"""Records, ascending by cluster, no cluster twice."""
+
+
+class Logical:
+    """The content of a whole disk: the records of its layers, newest first, laid over each other.
+
+    size_bytes: of the disk at this point. What lies beyond is dropped, what no layer stores is zeroes.
+    """
+
+    def __init__(self, layers: Sequence[Records], size_bytes: int) -> None:
+        self._layers = tuple(layers)
+        self.size_bytes = size_bytes
+        self.clusters = count(size_bytes)
+
+    def window(self, first: int, clusters: int) -> Records:
+        """Return one record for each of so many clusters, from number `first` on."""
+        found = blank(first, clusters)
+        stop = min(first + clusters, self.clusters)
+        for layer in reversed(self._layers):
+            numbers = layer["cluster"]
+            # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
+            begin = bisect_left(numbers, first)
+            part = layer[begin : bisect_left(numbers, stop, lo=begin)]
+            found[part["cluster"] - first] = part
+        return found
+
+
+def count(size_bytes: int) -> int:
+    """Return how many clusters a disk has; the last may be short."""
+    return -(-size_bytes // CLUSTER_BYTES)
+
+
+def blank(first: int, clusters: int) -> Records:
+    """Return records of clusters that hold zeroes."""
+    found = np.zeros(clusters, RECORD)
+    found["cluster"] = np.arange(first, first + clusters, dtype=np.uint64)
+    return found
+
+
+def is_zero(records: Records) -> NDArray[np.bool_]:
+    """Tell of each record whether its cluster holds zeroes."""
+    return np.asarray((records["low"] == 0) & (records["high"] == 0))
+
+
+def differ(these: Records, those: Records) -> NDArray[np.bool_]:
+    """Tell of each pair of records of one cluster whether the content differs."""
+    return np.asarray((these["low"] != those["low"]) | (these["high"] != those["high"]))
+
+
+def overlay(lower: Records, upper: Records, size_bytes: int) -> Records:
+    """Return the records of two layers merged into one: the upper wins, all beyond the size is dropped."""
+    masked = np.isin(lower["cluster"], upper["cluster"], assume_unique=True)
+    both = np.concatenate([lower[~masked], upper])
+    both = both[both["cluster"] < count(size_bytes)]
+    return both[np.argsort(both["cluster"])]
+
+
+def ranges(clusters: NDArray[np.uint64], size_bytes: int) -> list[tuple[int, int]]:
+    """Return (offset, length) in bytes of each run of neighbours; clusters: numbers, ascending."""
+    if not len(clusters):
+        return []
+    edges = np.flatnonzero(np.diff(clusters) != 1) + 1
+    firsts = clusters[np.concatenate([[0], edges])]
+    lasts = clusters[np.concatenate([edges - 1, [len(clusters) - 1]])]
+    return [
+        (
+            int(first) * CLUSTER_BYTES,
+            min((int(last) + 1) * CLUSTER_BYTES, size_bytes) - int(first) * CLUSTER_BYTES,
+        )
+        for first, last in zip(firsts, lasts, strict=True)
+    ]

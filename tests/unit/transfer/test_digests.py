@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+import itertools
+import json
+import os
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backupctl.clusters import CLUSTER_BYTES, Logical
+from backupctl.transfer import extents
+from backupctl.transfer.copy import Copied, Copy, open_target
+from backupctl.transfer.digests import Recorder, of_piece
+from backupctl.transfer.extents import Extent
+from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.source import Source
+from tests.unit.transfer.conftest import qcow2_node, raw_node, tool
+
+DATA = st.sampled_from([b"\0", b"a", b"b"])
+
+
+def content_of(kinds: list[bytes]) -> bytes:
+    return b"".join(kind * CLUSTER_BYTES for kind in kinds)
+
+
+def test_a_digest_is_blake3_of_the_cluster_and_zero_for_zeroes():
+    data = os.urandom(CLUSTER_BYTES)
+    found = of_piece(3 * CLUSTER_BYTES, memoryview(data + bytes(CLUSTER_BYTES) + b"tail"))
+    assert found["cluster"].tolist() == [3, 4, 5]
+    raw = [bytes(record)[8:] for record in found]
+    assert raw[0] == blake3(data).digest(16)
+    assert raw[1] == bytes(16)
+    assert raw[2] == blake3(b"tail".ljust(CLUSTER_BYTES, b"\0")).digest(16)
+
+
+@given(st.lists(DATA, min_size=1, max_size=16), st.lists(DATA, min_size=16, max_size=16), st.booleans())
+def test_what_passes_is_what_differs_from_the_layers_below(kinds, before, known_zero):
+    if known_zero:
+        kinds = [b"\0"] * len(kinds)
+    content = content_of(kinds)
+    below = of_piece(0, memoryview(content_of(before)))
+    recorder = Recorder(Logical([below], len(content)))
+    passed = recorder(Extent(0, len(content), known_zero), None if known_zero else memoryview(content))
+    after = bytearray(content_of(before[: len(kinds)]))
+    for extent in passed:
+        new = bytes(extent.length) if extent.zero else content[extent.offset : extent.end]
+        assert new == content[extent.offset : extent.end]
+        after[extent.offset : extent.end] = new
+    assert bytes(after) == content
+    different = [number for number, kind in enumerate(kinds) if kind != before[number]]
+    assert recorder.records()["cluster"].tolist() == different
+    assert recorder.unchanged_bytes == len(content) - len(different) * CLUSTER_BYTES
+
+
+def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
+    """Half of the clusters are as in the parent, one became zeroes, the disk's tail is short."""
+    before = os.urandom(40 * CLUSTER_BYTES + 1024)
+    now = bytearray(before)
+    now[5 * CLUSTER_BYTES : 6 * CLUSTER_BYTES] = bytes(CLUSTER_BYTES)
+    now[20 * CLUSTER_BYTES + 7] ^= 1
+    now[-1] ^= 1
+    (tmp_path / "parent.raw").write_bytes(before)
+    (tmp_path / "disk.raw").write_bytes(now)
+    layer = tmp_path / "layer.qcow2"
+    parent = tmp_path / "parent.raw"
+    tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", parent, layer, len(now))
+    source_export = serve(raw_node(tmp_path / "disk.raw"))
+    target = serve({**qcow2_node(layer), "backing": raw_node(parent)}, writable=True)
+    recorder = Recorder(Logical([of_piece(0, memoryview(before))], len(now)))
+    wanted, bucket = [Extent(0, len(now), zero=False)], TokenBucket(None)
+    with (
+        closing(Source.connect([source_export.address] * 2, source_export.name)) as source,
+        open_target(target.address, target.name) as sinks,
+    ):
+        copied = Copy(source, sinks, bucket, lambda: None, lambda _done: None, sieve=recorder).run(wanted)
+    target.process.terminate()
+    assert target.process.wait(20) == 0
+    assert copied == Copied(len(now), 0)
+    assert stored(layer) == {5, 20, 40} == set(recorder.records()["cluster"].tolist())
+    tool("qemu-img", "convert", "-O", "raw", layer, tmp_path / "after.raw")
+    assert (tmp_path / "after.raw").read_bytes()[: len(now)] == now
+
+
+def stored(layer: Path) -> set[int]:
+    """Return the clusters that a layer itself holds."""
+    done = subprocess.run(
+        ["qemu-img", "map", "--output=json", str(layer)], check=True, capture_output=True, timeout=60
+    )
+    return {
+        number
+        for run in json.loads(done.stdout)
+        if run["depth"] == 0
+        for number in range(
+            run["start"] // CLUSTER_BYTES, -(-(run["start"] + run["length"]) // CLUSTER_BYTES)
+        )
+    }
+
+
+PIECES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40), st.booleans()), max_size=12)
+
+
+@given(PIECES, st.integers(1, 400))
+def test_aligned_extents_cover_all_that_was_named_and_call_zero_only_what_is(pieces, size):
+    unit, offset, given_extents = 8, 0, []
+    for gap, length, zero in pieces:
+        offset += gap
+        fits = min(length, size - offset)
+        if fits <= 0:
+            break
+        given_extents.append(Extent(offset, fits, zero))
+        offset += fits
+    found = list(extents.aligned(given_extents, size, unit))
+    assert all(one.end <= two.offset for one, two in itertools.pairwise(found))
+    assert all(one.offset % unit == 0 and (one.end % unit == 0 or one.end == size) for one in found)
+    assert places(found) == {
+        near for place in places(given_extents) for near in unit_of(place, unit) if near < size
+    }
+    zero = places(extent for extent in given_extents if extent.zero)
+    whole = {place for place in zero if all(near in zero or near >= size for near in unit_of(place, unit))}
+    assert places(extent for extent in found if extent.zero) == whole
+
+
+def unit_of(place: int, unit: int) -> range:
+    return range(place // unit * unit, place // unit * unit + unit)
+
+
+def places(some) -> set[int]:
+    return {byte for extent in some for byte in range(extent.offset, extent.end)}
