@@ -99,10 +99,13 @@ def test_on_broken_chain_fail_touches_nothing(build72, make_lab):
     assert len(list((lab.cli.repository / "web").iterdir())) == 2, "the lock and the full"
 
 
-def test_after_a_crash_of_qemu_the_inconsistent_bitmap_is_noticed(build, make_lab):
+def test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than_the_change_is_stored(
+    build, make_lab
+):
     lab = begun(make_lab, build)
     lab.machine.quit()
     lab.machine.start()  # now the bitmaps are loaded from the files
+    before = lab.writer.moment  # of the full
     lab.writer.write(10)
     for disk in ("vda", "vdb"):  # what QEMU has not flushed is lost with it, to the guest as to us
         lab.machine.io(disk, "flush")
@@ -111,6 +114,11 @@ def test_after_a_crash_of_qemu_the_inconsistent_bitmap_is_noticed(build, make_la
     report = lab.backup("incremental")
     assert set(kinds(report).values()) == {"scan"}
     assert "inconsistent" in reasons(lab, report)["vda"]
+    lab.assert_point(report["point"], lab.writer.moment)
+    for disk in report["disks"]:
+        old, new = before[disk["name"]], lab.writer.moment[disk["name"]]
+        changed = sum(old[at : at + 65536] != new[at : at + 65536] for at in range(0, len(new), 65536))
+        assert disk["stored_bytes"] <= changed * 65536 + 5 * 65536, "qcow2's own tables come on top"
     lab.assert_at_rest()
     lab.next_is_right()
 
