@@ -71,7 +71,7 @@ class Victim:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(
                 command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=self.outside,
-                env=self._environment(), preexec_fn=_bounded,
+                env=self._environment(), preexec_fn=_bounded,  # noqa: PLW1509 - one system call
             )  # fmt: skip
             status, used = _wait(process, begun)
             out.seek(0), err.seek(0)
@@ -106,7 +106,7 @@ class Victim:
             return self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
 
     def recovers(self) -> None:
-        """Nothing was lost: after `recover` the next incremental is what the guest sees, and all is at rest."""
+        """Nothing was lost: the next incremental is what the guest sees, and all is at rest."""
         assert self.run("recover", "web").code == 0
         point = self.good("incremental")["point"]
         restored = self.folder / "restored.raw"

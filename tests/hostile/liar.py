@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A monitor or an agent that lies: forwards everything to an honest one, but for the answers it is told to replace.
+"""A monitor or an agent that lies: forwards all to an honest one, but for answers that it is told to replace.
 
 Both protocols are lines of JSON, answered in order.
 """

@@ -24,7 +24,7 @@ Said = bytes | Iterable[bytes]
 
 
 class LyingServer:
-    """Serves every client that connects to the sockets it `take`s; a subclass overrides what is to be a lie."""
+    """Serves every client of the sockets that it `take`s; a subclass overrides what is to be a lie."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -196,5 +196,3 @@ def _queries(content: bytes) -> list[bytes]:
         found.append(content[at + 4 : at + 4 + length])
         at += 4 + length
     return found
-
-
