@@ -117,6 +117,13 @@ class Victim:
         assert len([name for name in self.vm.bitmaps() if name.startswith("backupctl-")]) == 1
         assert self.vm.control("status")["frozen"] is False
 
+    def thawed(self) -> None:
+        """The guest is not frozen, or soon will not be: the guard goes on when the run has ended."""
+        deadline = time.monotonic() + 20
+        while self.vm.control("status")["frozen"]:
+            assert time.monotonic() < deadline, "the guest stays frozen"
+            time.sleep(0.05)
+
     def good(self, kind: str) -> Any:
         done = self.run(kind, "web", "--json")
         assert done.code == 0, done
