@@ -39,6 +39,7 @@ from backupctl.vm.agent import Agent
 THAW_PATIENCE_SECONDS = 300.0
 RETRY_SECONDS = 0.5
 MAX_MESSAGE_BYTES = 65536
+MAX_REPLY_BYTES = 4 << 20
 
 
 class Freezer:
@@ -69,7 +70,7 @@ class Freezer:
             self.deadline = self._frozen_at  # its outcome is unknown, so a thaw is due now
             raise
         except AgentError:
-            self.deadline = None  # a refusal has no effect
+            self._look_after_a_refusal(agent)
             raise
 
     def thaw(self) -> float:
@@ -105,9 +106,21 @@ class Freezer:
                 "the guest is frozen already, by somebody else", state="the guest was left as it is"
             )
 
+    def _look_after_a_refusal(self, agent: Agent) -> None:
+        # A refusal should have no effect. An agent that fails half-way may leave the guest frozen.
+        with suppress(AgentError):
+            if agent.freeze_status() == "thawed":
+                self.deadline = None
+                return
+        self.deadline = self._frozen_at
+
     def _thaw_once(self) -> None:
         try:
+            again = self._agent is None
             agent = self._talk()
+            if again and agent.freeze_status() == "thawed":  # the try before did it, whatever was answered
+                self.deadline = None
+                return
             agent.thaw()
             if agent.freeze_status() != "thawed":
                 raise AgentTimeout("the guest is still frozen after a thaw")
@@ -180,16 +193,20 @@ def drop_exports(
     and again meanwhile. Raises OSError, ValueError, EOFError.
     """
     with _connect(monitor, timeout_seconds) as connection, connection.makefile("rwb") as stream:
-        _answer(stream, "QMP")
-        _command(stream, "qmp_capabilities")
+        _answer(stream, timeout_seconds, "QMP")
+        _command(stream, timeout_seconds, "qmp_capabilities")
         for export in exports:
-            _command(stream, "block-export-del", id=export, mode="hard")
+            _command(stream, timeout_seconds, "block-export-del", id=export, mode="hard")
         deadline = time.monotonic() + timeout_seconds
-        while any(entry["id"] in exports for entry in _command(stream, "query-block-exports")["return"]):
+        while _any_left(_command(stream, timeout_seconds, "query-block-exports"), exports):
             drain()
             if time.monotonic() > deadline:
                 raise TimeoutError
             time.sleep(0.02)
+
+
+def _any_left(answer: dict[str, Any], exports: list[str]) -> bool:
+    return any(entry["id"] in exports for entry in answer["return"])
 
 
 def _connect(address: Address, timeout_seconds: float) -> socket.socket:
@@ -201,20 +218,22 @@ def _connect(address: Address, timeout_seconds: float) -> socket.socket:
     return made
 
 
-def _command(stream: Any, command: str, **arguments: str) -> dict[str, Any]:
+def _command(stream: Any, seconds: float, command: str, **arguments: str) -> dict[str, Any]:
     stream.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
     stream.flush()
-    return _answer(stream, "return", "error")
+    return _answer(stream, seconds, "return", "error")
 
 
-def _answer(stream: Any, *wanted: str) -> dict[str, Any]:
-    while True:
-        line = stream.readline(16 << 20)
+def _answer(stream: Any, seconds: float, *wanted: str) -> dict[str, Any]:
+    deadline = time.monotonic() + seconds  # events without end are no answer
+    while time.monotonic() < deadline:
+        line = stream.readline(MAX_REPLY_BYTES)
         if not line:
             raise EOFError
         message = json.loads(line)
         if isinstance(message, dict) and any(name in message for name in wanted):
             return message
+    raise TimeoutError
 
 
 class Guard:
