@@ -27,7 +27,7 @@ from backupctl.clusters import Logical, Records
 from backupctl.errors import BackupctlError, DamageFound, ReadFailed, RepositoryError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, digests, header, images, qemu
+from backupctl.repository import digests, header, images, qemu
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Point, Repository, VmFolder
@@ -171,7 +171,7 @@ class _Work:
         self._stop.check()
         layer = Layer(point.path / f"{entry.name}.qcow2", entry)
         try:
-            chain.check(layer)
+            layer.check()
         except DamageFound as err:
             whole = self._reach.whole(point.id, entry.name)
             self._found("image", layer.path, entry.name, err.message, whole)

@@ -341,6 +341,7 @@ class Partial:
         try:
             for entry in manifest.disks:
                 durable.sync_file(self.path / f"{entry.name}.qcow2")
+                durable.sync_file(self.path / f"{entry.name}.digests")
             durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
             (self.path / journals.FILE_NAME).unlink()
             durable.sync_folder(self.path)

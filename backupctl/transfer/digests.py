@@ -2,17 +2,18 @@
 """Digests of what passes through the copy, and what need not be stored because of them."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from blake3 import blake3
 
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
-from backupctl.transfer.extents import Extent
+from backupctl.transfer.extents import Extent, pieces
 
 DIGEST_BYTES = 16
 _ZEROES = bytes(CLUSTER_BYTES)
+_WINDOW_BYTES = 256 << 20
 
 
 def of_piece(offset: int, content: memoryview) -> Records:
@@ -69,6 +70,15 @@ class Recorder:
         """Return the records of all that was let pass."""
         every = np.concatenate([np.empty(0, clusters.RECORD), *self._kept])
         return every[np.argsort(every["cluster"])]
+
+
+def vanished(extent: Extent, below: Logical) -> Iterator[Extent]:
+    """Yield the parts of a range of zeroes where the layers below hold something else."""
+    for piece in pieces(extent, _WINDOW_BYTES):
+        held = below.window(piece.offset // CLUSTER_BYTES, clusters.count(piece.length))
+        held = held[~clusters.is_zero(held)]
+        for offset, length in clusters.ranges(held["cluster"], piece.end):
+            yield Extent(offset, length, zero=True)
 
 
 def _extents(records: Records, end: int) -> list[Extent]:

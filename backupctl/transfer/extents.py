@@ -123,15 +123,6 @@ def merge(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield held
 
 
-def dirty(statuses: Iterable[Status]) -> Iterator[Extent]:
-    """Return what an incremental stores. Flags: base:allocation, dirty bitmap."""
-    return merge(
-        Extent(status.offset, status.length, bool(status.flags[0] & ZERO))
-        for status in statuses
-        if status.flags[1] & DIRTY
-    )
-
-
 def data(statuses: Iterable[Status]) -> Iterator[Extent]:
     """Return what a full stores: all but what reads as zeroes, as its new image does.
 
@@ -139,13 +130,6 @@ def data(statuses: Iterable[Status]) -> Iterator[Extent]:
     """
     return merge(
         Extent(status.offset, status.length, zero=False) for status in statuses if not status.flags[0] & ZERO
-    )
-
-
-def zeroes(statuses: Iterable[Status]) -> Iterator[Extent]:
-    """Return all that reads as zeroes. Flags: base:allocation first."""
-    return merge(
-        Extent(status.offset, status.length, zero=True) for status in statuses if status.flags[0] & ZERO
     )
 
 
@@ -187,34 +171,3 @@ def _clipped(extents: Iterable[Extent]) -> Iterator[Extent]:
         if start < extent.end:
             yield Extent(start, extent.end - start, extent.zero)
             done = extent.end
-
-
-def with_vanished(changed: list[Extent], now_zero: list[Extent], before_zero: list[Extent]) -> list[Extent]:
-    """Add to `changed` what reads as zeroes now, did not before, and is not in it.
-
-    A disk that was shrunk and grown again between two points lost the bits of its bitmap for the end
-    that went and came back empty (measured): nothing there is dirty, and the old data would come back.
-    """
-    vanished = _subtract(_subtract(now_zero, before_zero), changed)
-    return sorted([*changed, *vanished], key=lambda extent: extent.offset)
-
-
-def _subtract(these: list[Extent], those: list[Extent]) -> list[Extent]:
-    """Return the parts of `these` that are in none of `those`; both sorted, each without overlaps."""
-    found = []
-    index = 0
-    for extent in these:
-        position = extent.offset
-        while index < len(those) and those[index].end <= position:
-            index += 1
-        ahead = index
-        while position < extent.end:
-            stop = those[ahead].offset if ahead < len(those) else extent.end
-            if position < stop:
-                end = min(stop, extent.end)
-                found.append(Extent(position, end - position, extent.zero))
-            if ahead >= len(those) or stop >= extent.end:
-                break
-            position = max(position, those[ahead].end)
-            ahead += 1
-    return found

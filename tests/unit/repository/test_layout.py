@@ -25,6 +25,7 @@ from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 def plain_point(builder: Builder, point):
     partial = builder.begin(point)
     (partial.path / "vda.qcow2").write_bytes(b"image")
+    (partial.path / "vda.digests").write_bytes(b"")
     return partial.commit(builder.manifest(point, disk_entry()))
 
 
@@ -237,6 +238,7 @@ def test_a_journal_of_another_point_is_not_believed(builder: Builder):
 def test_dropping_leaves_nothing_and_may_be_repeated(builder: Builder):
     partial = builder.begin(P1)
     (partial.path / "vda.qcow2").write_bytes(b"x")
+    (partial.path / "vda.digests").write_bytes(b"")
     (partial.path / "deep").mkdir()
     partial.drop()
     partial.drop()
@@ -261,4 +263,8 @@ def test_dropping_does_not_follow_links_out_of_the_folder(builder: Builder, tmp_
 
 def test_a_committed_point_holds_no_journal_and_only_what_it_should(builder: Builder):
     path = plain_point(builder, P1).path
-    assert sorted(entry.name for entry in Path(path).iterdir()) == ["manifest.json", "vda.qcow2"]
+    assert sorted(entry.name for entry in Path(path).iterdir()) == [
+        "manifest.json",
+        "vda.digests",
+        "vda.qcow2",
+    ]

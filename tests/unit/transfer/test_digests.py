@@ -42,7 +42,7 @@ def test_what_passes_is_what_differs_from_the_layers_below(kinds, before, known_
         kinds = [b"\0"] * len(kinds)
     content = content_of(kinds)
     below = of_piece(0, memoryview(content_of(before)))
-    recorder = Recorder(Logical([below], len(content)))
+    recorder = Recorder(Logical([(below, 16 * CLUSTER_BYTES)], len(content)))
     passed = recorder(Extent(0, len(content), known_zero), None if known_zero else memoryview(content))
     after = bytearray(content_of(before[: len(kinds)]))
     for extent in passed:
@@ -69,7 +69,7 @@ def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", parent, layer, len(now))
     source_export = serve(raw_node(tmp_path / "disk.raw"))
     target = serve({**qcow2_node(layer), "backing": raw_node(parent)}, writable=True)
-    recorder = Recorder(Logical([of_piece(0, memoryview(before))], len(now)))
+    recorder = Recorder(Logical([(of_piece(0, memoryview(before)), len(before))], len(now)))
     wanted, bucket = [Extent(0, len(now), zero=False)], TokenBucket(None)
     with (
         closing(Source.connect([source_export.address] * 2, source_export.name)) as source,
