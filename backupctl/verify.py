@@ -24,7 +24,7 @@ import numpy as np
 
 from backupctl import clusters
 from backupctl.clusters import Logical, Records
-from backupctl.errors import BackupctlError, DamageFound, ReadFailed, RepositoryError
+from backupctl.errors import BackupctlError, DamageFound, NoSuchPoint, ReadFailed, RepositoryError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
 from backupctl.repository import digests, header, images, qemu
@@ -92,6 +92,8 @@ def verify(
     begun = time.monotonic()
     qemu.require_tools()
     folders = [repository.vm(name) for name in (repository.vms() if vm is None else [vm])]
+    if vm is not None and not folders[0].exists():
+        raise NoSuchPoint(f"nothing of the VM {vm} is in {repository.path}")
     works = [_Work(folder, depth, reporter, stop) for folder in folders]
     for work in works:
         work.run(point)
