@@ -18,7 +18,6 @@ Whatever happens from step 2 on, `recovery.settle` follows, and asks one questio
 folder stand under its final name? So this file has no undo of its own that could disagree with it.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from backupctl import __version__, planning, recovery
+from backupctl import planning, records, recovery
 from backupctl.errors import (
     AgentError,
     AgentRefused,
@@ -43,9 +42,8 @@ from backupctl.errors import (
 from backupctl.layer import Taker
 from backupctl.names import BitmapName, DiskName, PointId, next_point_id
 from backupctl.planning import Plan
-from backupctl.report import DiskReport, Reporter, RunReport, Stop
+from backupctl.report import Reporter, RunReport, Stop
 from backupctl.repository import chain
-from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.layout import Partial, Repository, VmFolder
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.settings import RunOptions, Vm
@@ -170,13 +168,14 @@ class _Run:
                 self._bring_to_rest(err)
                 raise self._explained(err) from err
             self._bring_to_rest(None)
-        return _report(manifest, time.monotonic() - begun)
+        return records.report(manifest, time.monotonic() - begun)
 
     def _take(self, held: ExitStack) -> Manifest:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
         freezes = self._freezes()
         self._begin("attach")
-        partial = self.folder.begin(self.point, self._journal())
+        journal = records.journal(self.point, self.vm.name, self.repository.id, self.plan, self.started)
+        partial = self.folder.begin(self.point, journal)
         private = self._private_folder()
         view = self._view(private, freezes)
         held.callback(view.close)
@@ -190,7 +189,9 @@ class _Run:
             self.monitor, self.owner, recovery.actives(self.folder), clients=self._our_clients()
         )
         self._begin("commit")
-        manifest = self._manifest(freeze, entries)
+        manifest = records.manifest(
+            journal, self.plan.parent, entries, freeze, str(self.monitor.version), self.options.checkpoints
+        )
         partial.commit(manifest)
         return manifest
 
@@ -397,69 +398,6 @@ class _Run:
                 raise MonitorError(f"the node {one.disk.node} of {one.disk.name} has gone") from err
             if size != one.disk.size:
                 raise Failed(f"{one.disk.name} was resized while the run began")
-
-    def _journal(self) -> Journal:
-        return Journal(
-            point=self.point,
-            vm=self.vm.name,
-            repository=self.repository.id,
-            kind=self.plan.kind,
-            step="attach",
-            started=_stamp(self.started),
-            pid=os.getpid(),
-            disks=tuple(
-                JournalDisk(one.disk.name, one.disk.node, number, one.base)
-                for number, one in enumerate(self.plan.disks)
-            ),
-            froze=False,
-        )
-
-    def _manifest(self, freeze: FreezeEntry, entries: tuple[DiskEntry, ...]) -> Manifest:
-        return Manifest(
-            point=self.point,
-            kind=self.plan.kind,
-            parent=self.plan.parent,
-            vm=self.vm.name,
-            repository=self.repository.id,
-            disks=entries,
-            freeze=freeze,
-            consistency="crash" if freeze.milliseconds is None else "filesystem",
-            qemu=str(self.monitor.version),
-            backupctl=__version__,
-            start=_stamp(self.started),
-            end=_stamp(datetime.now(UTC)),
-            checkpoints=self.options.checkpoints,
-        )
-
-
-def _report(manifest: Manifest, seconds: float) -> RunReport:
-    return RunReport(
-        vm=manifest.vm,
-        point=manifest.point,
-        kind=manifest.kind,
-        parent=manifest.parent,
-        disks=tuple(
-            DiskReport(
-                name=entry.name,
-                kind=entry.kind,
-                size=entry.size,
-                dirty_bytes=entry.dirty_bytes,
-                copied_bytes=entry.copied_bytes,
-                zero_bytes=entry.zero_bytes,
-                unchanged_bytes=entry.unchanged_bytes,
-                scanned=entry.scanned,
-                stored_bytes=entry.stored_bytes,
-            )
-            for entry in manifest.disks
-        ),
-        frozen_ms=manifest.freeze.milliseconds,
-        consistency=manifest.consistency,
-        seconds=seconds,
-    )
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _text(err: BaseException) -> str:
