@@ -20,10 +20,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from backupctl.errors import RepositoryError, WriteFailed
 from backupctl.repository import durable, qemu
+
+ImageFormat = Literal["qcow2", "raw"]
 
 CLUSTER_BYTES = 65536
 EXPORT = "image"
@@ -77,6 +79,32 @@ def blockdev(chain: Sequence[Path], *, writable: bool = False) -> dict[str, Any]
     return options
 
 
+def create_target(path: Path, image_format: ImageFormat, size_bytes: int, *, onto_device: bool) -> None:
+    """Prepare what a restore writes to: an image, or a raw file that is one hole.
+
+    Raises WriteFailed, OSError.
+    """
+    if onto_device:
+        return
+    if image_format == "qcow2":
+        create_layer(path, size_bytes, None)
+    else:
+        os.truncate(path, size_bytes)
+
+
+@contextmanager
+def serve_target(path: Path, image_format: ImageFormat, *, onto_device: bool) -> Iterator[Path]:
+    """Serve for writing what `create_target` prepared; otherwise as `serve`."""
+    options = blockdev((path,), writable=True)
+    if image_format == "raw":
+        options["driver"] = "raw"
+        del options["backing"]
+        options["file"]["driver"] = "host_device" if onto_device else "file"
+    with _served(options, writable=True) as address:
+        yield address
+    _complete(path)
+
+
 @dataclass(frozen=True)
 class Soundness:
     """What `qemu-img check` says of an image's own tables. leaks: clusters that nothing uses, no harm."""
@@ -105,8 +133,16 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
     when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
     """
+    with _served(blockdev(chain, writable=writable), writable=writable) as address:
+        yield address
+    if writable:
+        _complete(chain[0])
+
+
+@contextmanager
+def _served(options: dict[str, Any], *, writable: bool) -> Iterator[Path]:
     with _private_folder() as folder, tempfile.TemporaryFile() as complaints:
-        server = _start(blockdev(chain, writable=writable), folder, complaints, writable=writable)
+        server = _start(options, folder, complaints, writable=writable)
         try:
             _await_ready(server, folder / _READY, complaints)
             yield folder / _SOCKET
@@ -116,12 +152,14 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
             server.wait()
             raise
         if status != 0 and writable:
-            raise WriteFailed(f"QEMU could not complete {chain[0]}: {qemu.said(complaints)}")
-    if writable:
-        try:
-            durable.sync_file(chain[0])
-        except OSError as err:
-            raise WriteFailed(f"{chain[0]} can't be brought to the disk: {err.strerror}") from err
+            raise WriteFailed(f"QEMU could not complete the image: {qemu.said(complaints)}")
+
+
+def _complete(path: Path) -> None:
+    try:
+        durable.sync_file(path)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
 
 
 @contextmanager
