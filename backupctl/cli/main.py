@@ -15,6 +15,7 @@ from backupctl.cli.points import list_points, show
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
 from backupctl.cli.simulate import simulate
+from backupctl.cli.verify import verify
 from backupctl.cli.vm import recover, status
 from backupctl.errors import BackupctlError, Failed, Interrupted, UsageError
 
@@ -29,7 +30,7 @@ def cli(config: str | None) -> None:
     """
 
 
-for _command in (full, incremental, list_points, show, restore, status, recover, simulate):
+for _command in (full, incremental, list_points, show, restore, verify, status, recover, simulate):
     cli.add_command(_command)
 
 

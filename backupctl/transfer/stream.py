@@ -18,6 +18,7 @@ from functools import partial
 
 import nbd
 
+from backupctl.clusters import CLUSTER_BYTES
 from backupctl.errors import WriteFailed
 from backupctl.transfer import extents
 from backupctl.transfer.connection import Connection
@@ -48,10 +49,16 @@ class _Piece:
 
 
 def stream(
-    source: Source, descriptor: int, *, check: Callable[[], None], progress: Callable[[int], None]
+    source: Source,
+    descriptor: int,
+    *,
+    check: Callable[[], None],
+    progress: Callable[[int], None],
+    look: Callable[[Extent, memoryview | None], object] = lambda _extent, _content: None,
 ) -> None:
     """Write all of `source` to a descriptor.
 
+    look: shown each piece before any byte of it is written (no content: zeroes); what it raises ends it.
     check: called at least every 100 ms while nobody takes the bytes; what it raises ends the stream.
     progress: told the bytes done. Raises ReadFailed, WriteFailed.
     """
@@ -65,7 +72,9 @@ def stream(
             if not flying:
                 return
             piece = flying.popleft()
-            _write_all(write, piece.content(), check)
+            content = piece.content()
+            look(piece.extent, content if piece.buffer is not None else None)
+            _write_all(write, content, check)
             done += piece.extent.length
             check()
             progress(done)
@@ -80,9 +89,12 @@ def _start(extent: Extent, connection: Connection) -> _Piece:
 
 
 def _pieces(source: Source) -> Iterator[Extent]:
-    for status in source.statuses():
-        zero = bool(status.flags[0] & extents.ZERO)
-        yield from extents.pieces(Extent(status.offset, status.length, zero), PIECE_BYTES)
+    states = (
+        Extent(status.offset, status.length, bool(status.flags[0] & extents.ZERO))
+        for status in source.statuses()
+    )
+    for extent in extents.aligned(states, source.size, CLUSTER_BYTES):
+        yield from extents.pieces(extent, PIECE_BYTES)
 
 
 @contextmanager
