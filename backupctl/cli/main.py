@@ -10,7 +10,12 @@ from typing import NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, screen
+from backupctl.cli import (
+    common,
+    needs,  # noqa: F401 - first of all: it says what is missing
+    screen,
+)
+from backupctl.cli.demo import demo
 from backupctl.cli.points import list_points, show
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
@@ -29,7 +34,7 @@ def cli(config: str | None) -> None:
     """
 
 
-for _command in (full, incremental, list_points, show, restore, status, recover, simulate):
+for _command in (full, incremental, list_points, show, restore, status, recover, simulate, demo):
     cli.add_command(_command)
 
 
