@@ -18,15 +18,15 @@ Whatever happens from step 2 on, `recovery.settle` follows, and asks one questio
 folder stand under its final name? So this file has no undo of its own that could disagree with it.
 """
 
-import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from backupctl import __version__, planning, recovery
+from backupctl import planning, records, recovery
 from backupctl.errors import (
     AgentError,
     AgentRefused,
@@ -34,21 +34,19 @@ from backupctl.errors import (
     AgentUnavailable,
     BackupctlError,
     CommandFailed,
+    DamageFound,
     Failed,
     MonitorError,
     Refused,
 )
-from backupctl.names import next_point_id
-from backupctl.planning import DiskPlan, Plan
-from backupctl.report import DiskReport, Reporter, RunReport, Stop
-from backupctl.repository import chain, images
-from backupctl.repository.journal import Journal, JournalDisk
+from backupctl.layer import Taker
+from backupctl.names import BitmapName, DiskName, PointId
+from backupctl.planning import Plan
+from backupctl.report import Reporter, RunReport, Stop
+from backupctl.repository import chain
 from backupctl.repository.layout import Partial, Repository, VmFolder
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.settings import RunOptions, Vm
-from backupctl.transfer import extents
-from backupctl.transfer.copy import Copy, open_target
-from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, scratch, snapshot_access
@@ -99,7 +97,14 @@ def _prepare(
     for _, err in survey.damaged:
         reporter.warn(f"not building on a damaged point: {err.message}")
     plan = planning.plan(
-        options.kind, chosen, inventory, survey.points, repository.owner, options.on_broken_chain
+        options.kind,
+        chosen,
+        inventory,
+        survey.points,
+        repository.owner,
+        options.on_broken_chain,
+        since=folder.point(options.since) if options.since else None,
+        flaw=partial(_flaw, folder),
     )
     _tell(plan, options, reporter)
     return plan
@@ -110,12 +115,23 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
         reporter.note("there is no point to build on yet: this is a full")
     for one in plan.disks:
         if one.reason:
-            reporter.note(f"{one.disk.name} is taken full: {one.reason}")
+            how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
+            reporter.note(f"{one.disk.name} {how}: {one.reason}")
         if not one.disk.persistent:
             reporter.warn(
                 f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
-                "after a restart of QEMU its next incremental is a full"
+                "after a restart of QEMU its next incremental must read all of it"
             )
+
+
+def _flaw(folder: VmFolder, base: PointId, disk: DiskName) -> str:
+    """Say why nothing can be built on a disk's chain at a point; "" if nothing is to be seen."""
+    try:
+        layers = chain.below(folder, base, disk)
+        chain.logical(layers, layers[0].entry.size)
+    except DamageFound as err:
+        return err.message
+    return ""
 
 
 @dataclass
@@ -137,7 +153,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.owner = self.repository.owner
-        self.point = next_point_id(self.started, self.folder.newest())
+        self.point: PointId | None = None
         self.clients = ExitStack()
         self.exports: tuple[export.Export, ...] = ()
 
@@ -152,13 +168,15 @@ class _Run:
                 self._bring_to_rest(err)
                 raise self._explained(err) from err
             self._bring_to_rest(None)
-        return _report(manifest, time.monotonic() - begun)
+        return records.report(manifest, time.monotonic() - begun)
 
     def _take(self, held: ExitStack) -> Manifest:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
         freezes = self._freezes()
         self._begin("attach")
-        partial = self.folder.begin(self.point, self._journal())
+        with self.repository.next_point(self.folder, self.started) as self.point:
+            journal = records.journal(self.point, self.vm.name, self.repository.id, self.plan, self.started)
+            partial = self.folder.begin(self.point, journal)
         private = self._private_folder()
         view = self._view(private, freezes)
         held.callback(view.close)
@@ -172,7 +190,9 @@ class _Run:
             self.monitor, self.owner, recovery.actives(self.folder), clients=self._our_clients()
         )
         self._begin("commit")
-        manifest = self._manifest(freeze, entries)
+        manifest = records.manifest(
+            journal, self.plan.parent, entries, freeze, str(self.monitor.version), self.options.checkpoints
+        )
         partial.commit(manifest)
         return manifest
 
@@ -230,8 +250,8 @@ class _Run:
         self._begin("export")
         self._refuse_resized()
         shown = [
-            export.Shown(node, cut.disk.node, cut.base)
-            for node, cut in zip(view.expose(), self._cuts(), strict=True)
+            export.Shown(node, cut.disk.node, bitmap)
+            for node, cut, bitmap in zip(view.expose(), self._cuts(), self._changes(), strict=True)
         ]
         self.server_is_ours = True
         try:
@@ -249,21 +269,21 @@ class _Run:
             sources.append(source)
         return sources
 
+    def _changes(self) -> list[BitmapName | None]:
+        """Return the bitmap that tells what changed on each disk; a differential unites several."""
+        actions: list[bitmaps.Action] = []
+        shown: list[BitmapName | None] = []
+        for one in self.plan.disks:
+            if len(one.bitmaps) > 1:
+                actions += bitmaps.unite(one.disk.node, self.owner.union, one.bitmaps)
+                shown.append(self.owner.union)
+            else:
+                shown.append(one.bitmaps[0] if one.bitmaps else None)
+        self.monitor.transaction(actions)
+        return shown
+
     def _copy(self, partial: Partial, view: View, sources: list[Source]) -> tuple[DiskEntry, ...]:
         """Step 7, one disk after the other."""
-        limiter = TokenBucket(self.options.limit_bytes_per_second)
-        return tuple(
-            self._copy_disk(partial, view, one, source, limiter)
-            for one, source in zip(self.plan.disks, sources, strict=True)
-        )
-
-    def _copy_disk(
-        self, partial: Partial, view: View, one: DiskPlan, source: Source, limiter: TokenBucket
-    ) -> DiskEntry:
-        disk = one.disk
-        path = partial.path / f"{disk.name}.qcow2"
-        below = chain.below(self.folder, one.base, disk.name)
-        images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
 
         def check() -> None:
             self.stop.check()
@@ -271,36 +291,9 @@ class _Run:
             self.guard.check()
             view.check()
 
-        with (
-            images.serve((path, *below), writable=True) as address,
-            open_target(address, images.EXPORT) as target,
-        ):
-            wanted = _wanted(one, source, address)
-            total = sum(extent.length for extent in wanted)
-            copied = Copy(
-                source,
-                target,
-                limiter,
-                check=check,
-                progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
-                stall_seconds=self.options.stall_timeout_seconds,
-            ).run(wanted)
-        return DiskEntry(
-            name=disk.name,
-            kind=one.kind,
-            parent=one.base,
-            size=disk.size,
-            node=disk.node,
-            format=disk.driver,
-            persistent=disk.persistent,
-            reason=one.reason,
-            dirty_bytes=total,
-            copied_bytes=copied.copied_bytes,
-            zero_bytes=copied.zero_bytes,
-            stored_bytes=path.stat().st_blocks * 512,
-            file_bytes=path.stat().st_size,
-            unchanged_bytes=0,
-        )
+        limiter = TokenBucket(self.options.limit_bytes_per_second)
+        taker = Taker(partial, limiter, self.reporter, check, self.options.stall_timeout_seconds)
+        return tuple(taker.take(one, source) for one, source in zip(self.plan.disks, sources, strict=True))
 
     def _bring_to_rest(self, failure: BaseException | None) -> None:
         """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.
@@ -348,7 +341,7 @@ class _Run:
         if failure is not None:
             settled.message = f"{_text(failure)}; and then it could not be rolled back: {err.message}"
             settled.step = self.step
-        elif self.folder.is_committed(self.point):
+        elif self.point is not None and self.folder.is_committed(self.point):
             settled.state = f"the point {self.point} is committed and whole; {settled.state}"
         return settled
 
@@ -386,12 +379,13 @@ class _Run:
         return kind(self.monitor, self.owner, cuts, self.options.scratch, private)
 
     def _cuts(self) -> list[Cut]:
+        assert self.point is not None
         return [
             Cut(
                 one.disk,
                 self.owner.bitmap(self.point),
-                self.owner.bitmap(one.base) if one.base else None,
-                None if one.base else bitmaps.gapped(one.disk.bitmaps, self.owner),
+                one.bitmaps,
+                () if one.bitmaps else bitmaps.gapped(one.disk.bitmaps, self.owner),
             )
             for one in self.plan.disks
         ]
@@ -406,79 +400,6 @@ class _Run:
                 raise MonitorError(f"the node {one.disk.node} of {one.disk.name} has gone") from err
             if size != one.disk.size:
                 raise Failed(f"{one.disk.name} was resized while the run began")
-
-    def _journal(self) -> Journal:
-        return Journal(
-            point=self.point,
-            vm=self.vm.name,
-            repository=self.repository.id,
-            kind=self.plan.kind,
-            step="attach",
-            started=_stamp(self.started),
-            pid=os.getpid(),
-            disks=tuple(
-                JournalDisk(one.disk.name, one.disk.node, number, one.base)
-                for number, one in enumerate(self.plan.disks)
-            ),
-            froze=False,
-        )
-
-    def _manifest(self, freeze: FreezeEntry, entries: tuple[DiskEntry, ...]) -> Manifest:
-        return Manifest(
-            point=self.point,
-            kind=self.plan.kind,
-            parent=self.plan.parent,
-            vm=self.vm.name,
-            repository=self.repository.id,
-            disks=entries,
-            freeze=freeze,
-            consistency="crash" if freeze.milliseconds is None else "filesystem",
-            qemu=str(self.monitor.version),
-            backupctl=__version__,
-            start=_stamp(self.started),
-            end=_stamp(datetime.now(UTC)),
-        )
-
-
-def _wanted(one: DiskPlan, source: Source, image: Path) -> list[Extent]:
-    """What of a disk is stored: for a full all data, for an incremental all that may have changed.
-
-    image: the new layer's address. It is empty yet, so it shows the parent point's data. The source is
-    asked twice rather than keep the state of each range: a fragmented disk has millions.
-    """
-    if one.base is None:
-        return list(extents.data(source.statuses()))
-    with closing(Source.connect([image], images.EXPORT)) as parent:
-        before_zero = parent.zeroes()
-    return extents.with_vanished(list(extents.dirty(source.statuses())), source.zeroes(), before_zero)
-
-
-def _report(manifest: Manifest, seconds: float) -> RunReport:
-    return RunReport(
-        vm=manifest.vm,
-        point=manifest.point,
-        kind=manifest.kind,
-        parent=manifest.parent,
-        disks=tuple(
-            DiskReport(
-                name=entry.name,
-                kind=entry.kind,
-                size=entry.size,
-                dirty_bytes=entry.dirty_bytes,
-                copied_bytes=entry.copied_bytes,
-                zero_bytes=entry.zero_bytes,
-                stored_bytes=entry.stored_bytes,
-            )
-            for entry in manifest.disks
-        ),
-        frozen_ms=manifest.freeze.milliseconds,
-        consistency=manifest.consistency,
-        seconds=seconds,
-    )
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _text(err: BaseException) -> str:

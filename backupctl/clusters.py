@@ -24,25 +24,29 @@ Records = NDArray[Any]
 
 
 class Logical:
-    """The content of a whole disk: the records of its layers, newest first, laid over each other.
+    """The content of a whole disk: the records of its layers laid over each other.
 
-    size_bytes: of the disk at this point. What lies beyond is dropped, what no layer stores is zeroes.
+    layers: records and disk's size in bytes of each, newest first. size_bytes: of the disk now. Beyond its
+    own end a layer hides those below it: a disk that was shrunk and grew again has zeroes there. What no
+    layer stores is zeroes.
     """
 
-    def __init__(self, layers: Sequence[Records], size_bytes: int) -> None:
-        self._layers = tuple(layers)
+    def __init__(self, layers: Sequence[tuple[Records, int]], size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self.clusters = count(size_bytes)
+        self._layers: list[tuple[Records, int]] = []
+        shown = size_bytes
+        for records, size in layers:
+            shown = min(shown, size)
+            self._layers.append((records, count(shown)))
 
     def window(self, first: int, clusters: int) -> Records:
         """Return one record for each of so many clusters, from number `first` on."""
         found = blank(first, clusters)
-        stop = min(first + clusters, self.clusters)
-        for layer in reversed(self._layers):
-            numbers = layer["cluster"]
+        for records, shown in reversed(self._layers):
+            numbers = records["cluster"]
             # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
             begin = bisect_left(numbers, first)
-            part = layer[begin : bisect_left(numbers, stop, lo=begin)]
+            part = records[begin : bisect_left(numbers, min(first + clusters, shown), lo=begin)]
             found[part["cluster"] - first] = part
         return found
 

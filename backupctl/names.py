@@ -87,6 +87,11 @@ class Owner:
         match = _BITMAP.fullmatch(bitmap)
         return PointId(match[2]) if match and match[1] == self.tag else None
 
+    @property
+    def union(self) -> BitmapName:
+        """Name the passing bitmap in which a differential unites those of several points."""
+        return BitmapName(f"{PREFIX}{self.tag}-since")
+
     def node(self, what: str, number: int) -> NodeName:
         """Name a node, job or export of ours for the disk of that number."""
         return NodeName(f"{PREFIX}{self.tag}-{what}{number}")

@@ -4,38 +4,50 @@
 Pure: nothing here asks or changes anything, so `status` can tell what the next run would do.
 
 The base of a disk is the newest committed point that holds this disk (a run with ``--disk`` leaves
-others out). Its bitmap is used only if it lies on the active node, is consistent, records, and is not
-in use. Anything else would be an incremental with a silent gap.
+others out), or the one that a differential was asked to differ from. What changed since is in the
+bitmaps of the points from the base on. They are used only if all are there, consistent and not in use,
+on the active node, and the newest records. Anything else would be an incremental with a silent gap: then
+the disk is scanned (read whole, and compared with the base's digests), or taken full.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from backupctl.errors import Refused
-from backupctl.names import DiskName, Owner, PointId
+from backupctl.names import BitmapName, DiskName, Owner, PointId
 from backupctl.repository.layout import Point
 from backupctl.settings import Kind, OnBrokenChain
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.disks import Disk, Inventory
+
+Flaw = Callable[[PointId, DiskName], str]
+"""Says what is wrong with a disk's chain at a point; "" if nothing can be seen."""
 
 
 @dataclass(frozen=True)
 class DiskPlan:
     """How one disk is taken.
 
-    base: the point that an incremental builds on, None for a full. reason: why an incremental run takes
-    it full, "" otherwise.
+    base: the point that an incremental builds on, None for a full. bitmaps: those that together tell what
+    changed since, oldest first; none for a full or a scan. reason: why there are none in an incremental
+    run, "" otherwise.
     """
 
     disk: Disk
     kind: Kind
     base: PointId | None
     reason: str
+    bitmaps: tuple[BitmapName, ...] = ()
+
+    @property
+    def scanned(self) -> bool:
+        """Whether the disk is read whole and compared with the base."""
+        return self.base is not None and not self.bitmaps
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one run is taken. parent: the newest committed point, None for a full."""
+    """How one run is taken. parent: the point that it builds on, None for a full."""
 
     kind: Kind
     parent: PointId | None
@@ -48,60 +60,80 @@ def plan(
     inventory: Inventory,
     points: Sequence[Point],
     owner: Owner,
-    on_broken_chain: OnBrokenChain = "full",
+    on_broken_chain: OnBrokenChain = "scan",
+    since: Point | None = None,
+    flaw: Flaw = lambda _point, _disk: "",
 ) -> Plan:
-    """Decide for each disk. points: the committed ones, oldest first.
+    """Decide for each disk. points: the committed ones, oldest first. since: of a differential.
 
     An incremental with no point to build on is a full. Raises Refused if a chain is broken and the
     user asked to fail then.
     """
     if kind == "full" or not points:
         return Plan("full", None, tuple(DiskPlan(disk, "full", None, "") for disk in disks))
-    plans = tuple(_incremental(disk, inventory, points, owner) for disk in disks)
-    broken = [one for one in plans if one.base is None]
+    parent = since or points[-1]
+    plans = tuple(_incremental(disk, inventory, points, owner, since, flaw) for disk in disks)
+    broken = [one for one in plans if one.reason]
     if broken and on_broken_chain == "fail":
         raise Refused(
             "; ".join(f"{one.disk.name} can't be taken incrementally: {one.reason}" for one in broken),
             state="nothing was touched",
         )
-    return Plan("incremental", points[-1].id, plans)
+    if on_broken_chain == "full":
+        plans = tuple(DiskPlan(one.disk, "full", None, one.reason) if one.reason else one for one in plans)
+    return Plan("incremental", parent.id, plans)
 
 
-def _incremental(disk: Disk, inventory: Inventory, points: Sequence[Point], owner: Owner) -> DiskPlan:
-    base = newest_with(disk.name, points)
+def _incremental(
+    disk: Disk,
+    inventory: Inventory,
+    points: Sequence[Point],
+    owner: Owner,
+    since: Point | None,
+    flaw: Flaw,
+) -> DiskPlan:
+    base = newest_with(disk.name, [since] if since else points)
     if base is None:
-        return DiskPlan(disk, "full", None, "new disk: no earlier point holds it")
-    reason = why_unusable(owner, base.id, disk, inventory.elsewhere)
-    if reason:
-        return DiskPlan(disk, "full", None, reason)
-    return DiskPlan(disk, "incremental", base.id, "")
+        which = f"the point {since.id} does not hold it" if since else "no earlier point holds it"
+        return DiskPlan(disk, "full", None, f"new disk: {which}")
+    if damage := flaw(base.id, disk.name):
+        return DiskPlan(disk, "full", None, f"the chain of {base.id} is damaged: {damage}")
+    # Each bitmap records from its point up to the next: a missing one is a gap.
+    ids = [point.id for point in points if point.id >= base.id and point.manifest.disk(disk.name)]
+    for point in ids:
+        if reason := why_unusable(owner, point, disk, inventory.elsewhere, newest=point == ids[-1]):
+            return DiskPlan(disk, "incremental", base.id, reason)
+    return DiskPlan(disk, "incremental", base.id, "", tuple(owner.bitmap(point) for point in ids))
 
 
 def newest_with(disk: DiskName, points: Sequence[Point]) -> Point | None:
     """Return the newest point that holds a disk of this name."""
-    for point in reversed(points):
-        if any(entry.name == disk for entry in point.manifest.disks):
-            return point
-    return None
+    return next((point for point in reversed(points) if point.manifest.disk(disk)), None)
 
 
-def why_unusable(owner: Owner, base: PointId, disk: Disk, elsewhere: Sequence[Bitmap]) -> str:
-    """Say why the bitmap of `base` can't tell what changed on this disk since; "" if it can."""
+def why_unusable(
+    owner: Owner, base: PointId, disk: Disk, elsewhere: Sequence[Bitmap], *, newest: bool = True
+) -> str:
+    """Say why the bitmap of `base` can't tell what changed on this disk since; "" if it can.
+
+    newest: whether it must record up to now; an older one recorded up to the next.
+    """
     name = owner.bitmap(base)
-    found = [bitmap for bitmap in disk.bitmaps if bitmap.name == name]
-    if not found:
-        if any(bitmap.name == name for bitmap in elsewhere):
-            return (
-                "its bitmap is on a layer that is no longer the active one (an external snapshot was taken)"
-            )
-        return (
-            "its bitmap is gone (QEMU ended without storing it, somebody removed it, or this is another disk)"
-        )
-    bitmap = found[0]
+    bitmap = next((bitmap for bitmap in disk.bitmaps if bitmap.name == name), None)
+    if bitmap is None:
+        return _why_missing(base, name, elsewhere, newest=newest)
     if bitmap.inconsistent:
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
-    if not bitmap.recording:
+    if newest and not bitmap.recording:
         return "its bitmap is not recording: somebody disabled it, so changes may be missing from it"
     if bitmap.busy:
         return "its bitmap is in use by another operation"
     return ""
+
+
+def _why_missing(base: PointId, name: BitmapName, elsewhere: Sequence[Bitmap], *, newest: bool) -> str:
+    if any(bitmap.name == name for bitmap in elsewhere):
+        return "its bitmap is on a layer that is no longer the active one (an external snapshot was taken)"
+    if not newest:
+        return f"the checkpoint of {base} is not kept in the VM (see --keep-checkpoints)"
+    return "its bitmap is gone (QEMU ended without storing it, somebody removed it, or this is another disk)"

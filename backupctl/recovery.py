@@ -7,12 +7,23 @@ Either way export, server, job, node and scratch go. Nothing is taken from memor
 repository are asked, so every line may be the last one of a dying process, and the next call goes on.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backupctl import planning
-from backupctl.errors import AgentError, BackupctlError, CommandFailed, MonitorError, NeedsRecovery
+from backupctl.errors import (
+    AgentError,
+    BackupctlError,
+    CommandFailed,
+    DamageFound,
+    MonitorError,
+    NeedsRecovery,
+    NoSuchPoint,
+    UnknownFormat,
+)
 from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
 from backupctl.repository.layout import Point, Repository, VmFolder
@@ -33,7 +44,10 @@ class Recovered:
 
 @dataclass(frozen=True)
 class DiskStatus:
-    """One disk: its bitmap for the newest point, and how the next incremental would take it."""
+    """One disk: its bitmap for the newest point, and how the next incremental would take it.
+
+    next: full, incremental or scan.
+    """
 
     name: DiskName
     node: str
@@ -101,23 +115,22 @@ def settle(
         told += cleanup.dismantle(
             monitor, owner, actives(folder), clients=clients, server_is_ours=server_is_ours
         )
-        told += settle_bitmaps(monitor, owner, folder.is_committed)
+        told += settle_bitmaps(monitor, owner, folder)
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
     except (MonitorError, AgentError) as err:
         raise needs_recovery(err, vm.name) from err
     return told
 
 
-def settle_bitmaps(monitor: Monitor, owner: Owner, committed: Callable[[PointId], bool]) -> list[str]:
-    """Bring the bitmaps of all nodes to rest, in one transaction. Raises MonitorError.
+def settle_bitmaps(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
+    """Bring the bitmaps of all nodes to rest, in one transaction. Raises MonitorError, RepositoryError.
 
     A read-only node is a backing layer (an external snapshot left the bitmap behind) or a medium; its
     bitmaps are of no use. They are removed where QEMU lets us, and must not stop the others.
     """
     actions: list[bitmaps.Action] = []
     told: list[str] = []
-    for node, reply in disks.named_nodes(monitor).items():
-        settlement = bitmaps.settle(disks.bitmaps_of(node, reply), owner, committed)
+    for settlement, reply in _settlements(monitor, owner, folder):
         if not reply.get("ro"):
             actions += settlement.actions
             told += settlement.told
@@ -205,11 +218,31 @@ def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:
 
 
 def _unsettled(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
-    found: list[str] = []
+    return [
+        f"bitmap to settle: {line}"
+        for settlement, _ in _settlements(monitor, owner, folder)
+        for line in settlement.told
+    ]
+
+
+def _settlements(
+    monitor: Monitor, owner: Owner, folder: VmFolder
+) -> Iterator[tuple[bitmaps.Settlement, Mapping[str, Any]]]:
+    """Yield what must happen to each node's bitmaps, with the node's reply."""
+    checkpoints = _checkpoints(folder)
     for node, reply in disks.named_nodes(monitor).items():
-        settlement = bitmaps.settle(disks.bitmaps_of(node, reply), owner, folder.is_committed)
-        found += [f"bitmap to settle: {line}" for line in settlement.told]
-    return found
+        found = disks.bitmaps_of(node, reply)
+        yield bitmaps.settle(found, owner, folder.is_committed, checkpoints), reply
+
+
+def _checkpoints(folder: VmFolder) -> int:
+    """Return how many older bitmaps the newest point wants kept; all if it can't be asked."""
+    try:
+        return folder.point("latest").manifest.checkpoints
+    except NoSuchPoint:
+        return 0
+    except (DamageFound, UnknownFormat):
+        return sys.maxsize
 
 
 def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:
@@ -222,7 +255,7 @@ def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner
         size=one.disk.size,
         bitmap=found.name if found else None,
         bitmap_state=found.state if found else "none",
-        next=one.kind,
+        next="scan" if one.scanned else one.kind,
         reason=one.reason,
     )
 
@@ -234,6 +267,8 @@ def _next_run(plan: planning.Plan, left: list[str]) -> str:
     if plan.parent is None:
         return f"{first}takes a full: there is no point yet"
     full = [one.disk.name for one in plan.disks if one.kind == "full"]
-    if full:
-        return f"{first}builds on {plan.parent} and takes {', '.join(full)} full"
-    return f"{first}builds on {plan.parent}"
+    scanned = [one.disk.name for one in plan.disks if one.scanned]
+    text = f"{first}builds on {plan.parent}"
+    if scanned:
+        text += f", reads {', '.join(scanned)} whole to find what changed"
+    return f"{text}, takes {', '.join(full)} full" if full else text

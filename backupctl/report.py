@@ -58,7 +58,9 @@ class DiskReport:
     kind: "full" or "incremental" (a disk can be full inside an incremental point).
     dirty_bytes: what the bitmap (or, for a full, the allocation map) named.
     copied_bytes: data read from the VM. zero_bytes: named, but read as zeroes, so not read.
-    stored_bytes: what the image takes in the repository.
+    unchanged_bytes: of an incremental, the content was as before, so it isn't stored.
+    stored_bytes: what the image takes in the repository. scanned: the disk was read whole, for want of
+    a bitmap, and compared.
     """
 
     name: DiskName
@@ -67,7 +69,9 @@ class DiskReport:
     dirty_bytes: int
     copied_bytes: int
     zero_bytes: int
+    unchanged_bytes: int
     stored_bytes: int
+    scanned: bool
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ class RunOptions:
     scratch: folder for the scratch files.
     limit_bytes_per_second: rate limit of the copy over all disks, None for none.
     since: the point to differ from; None means the newest.
+    checkpoints: how many bitmaps of older points stay in the VM for differentials.
     freeze_budget_seconds: how long the guest may stay frozen.
     command_timeout_seconds: the longest that any one command to monitor or agent may take.
     stall_timeout_seconds: the longest that the copy may go without a byte arriving.
@@ -78,7 +79,8 @@ class RunOptions:
     limit_bytes_per_second: int | None = None
     view: ViewWish = "fleecing"
     since: PointId | None = None
-    on_broken_chain: OnBrokenChain = "full"
+    checkpoints: int = 0
+    on_broken_chain: OnBrokenChain = "scan"
     command_timeout_seconds: float = 30.0
     agent_timeout_seconds: float = 5.0
     stall_timeout_seconds: float = 60.0

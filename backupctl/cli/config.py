@@ -28,7 +28,8 @@ from backupctl.settings import Address, Vm
 
 FILE_NAME = "backupctl.toml"
 _STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain"})
-_SETTINGS = _STRINGS | {"freeze_budget"}
+_NUMBERS = frozenset({"freeze_budget", "keep_checkpoints"})
+_SETTINGS = _STRINGS | _NUMBERS
 _OF_VM = _SETTINGS | {"qmp", "agent", "disks"}
 
 
@@ -112,10 +113,15 @@ def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: s
     for name, value in settings.items():
         if name == "disks":
             continue
-        numeric = name == "freeze_budget"
-        if numeric and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        if name == "freeze_budget" and (
+            isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+        ):
             raise UsageError(f"{path}: {name} in {where} must be a number of seconds")
-        if not numeric and not isinstance(value, str):
+        if name == "keep_checkpoints" and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 0
+        ):
+            raise UsageError(f"{path}: {name} in {where} must be a number of bitmaps, 0 or more")
+        if name not in _NUMBERS and not isinstance(value, str):
             raise UsageError(f"{path}: {name} in {where} must be a text in quotes")
 
 

@@ -105,7 +105,7 @@ def show(context: click.Context, /, **options: Any) -> None:
         [
             (
                 entry.name,
-                entry.kind,
+                "scan" if entry.scanned else entry.kind,
                 entry.parent or "-",
                 units.size(entry.size),
                 units.size(entry.copied_bytes),
@@ -119,7 +119,8 @@ def show(context: click.Context, /, **options: Any) -> None:
     )
     for entry in manifest.disks:
         if entry.reason:
-            screen.print_line(f"{entry.name} was taken full: {entry.reason}")
+            how = "read whole and compared" if entry.scanned else "taken full"
+            screen.print_line(f"{entry.name} was {how}: {entry.reason}")
 
 
 def _folder_point(repository: Repository, vm: VmName, wanted: str) -> Point:

@@ -28,6 +28,12 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["auto", "require", "never"]),
             help="Freeze the guest's file systems for the moment (auto).",
         ),
+        click.option(
+            "--keep-checkpoints",
+            type=click.IntRange(0, 1000),
+            metavar="N",
+            help="Keep the bitmaps of N older points in the VM, for --since without reading all (0).",
+        ),
         click.option("--disk", "disks", multiple=True, metavar="D", help="Only this disk; may be repeated."),
         common.named(),
     ):
@@ -47,12 +53,14 @@ def full(context: click.Context, /, **options: Any) -> None:
 @_options
 @click.option(
     "--on-broken-chain",
-    type=click.Choice(["full", "fail"]),
-    help="What to do with a disk whose bitmap can't be used: take it full (the default), or fail.",
+    type=click.Choice(["scan", "full", "fail"]),
+    help="What to do with a disk whose bitmap can't be used: read it whole and store what differs (scan, the "
+    "default), take it full, or fail.",
 )
+@click.option("--since", metavar="POINT", help="Store what changed since this point, not the newest.")
 @click.pass_context
 def incremental(context: click.Context, /, **options: Any) -> None:
-    """Take an incremental recovery point: what changed since the newest one.
+    """Take an incremental recovery point: what changed since the newest one, or since --since (differential).
 
     With no point to build on it takes a full.
     """
@@ -79,6 +87,8 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
         limit_bytes_per_second=units.parse_size(limit) if limit else None,
         view=setting("view", default.view),
         on_broken_chain=setting("on_broken_chain", default.on_broken_chain),
+        since=options.get("since"),
+        checkpoints=int(setting("keep_checkpoints", default.checkpoints)),
     )
     stop = Stop()
     with stop.on_signals(), screen.reporter() as reporter:
@@ -91,7 +101,10 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
 
 def document(report: RunReport) -> dict[str, Any]:
     """Return a run's report for programs; its keys are fixed."""
-    keys = ("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "stored_bytes")
+    keys = (
+        *("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "unchanged_bytes"),
+        *("stored_bytes", "scanned"),
+    )
     return {
         "vm": report.vm,
         "point": report.point,
@@ -108,10 +121,11 @@ def _print(report: RunReport) -> None:
     rows = [
         (
             disk.name,
-            disk.kind,
+            "scan" if disk.scanned else disk.kind,
             units.size(disk.size),
             units.size(disk.copied_bytes),
             units.size(disk.zero_bytes),
+            units.size(disk.unchanged_bytes),
             units.size(disk.stored_bytes),
         )
         for disk in report.disks
@@ -122,4 +136,4 @@ def _print(report: RunReport) -> None:
         f"{report.vm} {report.point}: {report.kind}{parent}, {report.consistency}-consistent, "
         f"{frozen}, {units.duration(report.seconds)}"
     )
-    screen.print_table(("DISK", "KIND", "SIZE>", "COPIED>", "ZEROES>", "STORED>"), rows)
+    screen.print_table(("DISK", "KIND", "SIZE>", "COPIED>", "ZEROES>", "UNCHANGED>", "STORED>"), rows)

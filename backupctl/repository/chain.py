@@ -6,17 +6,47 @@ link that the manifest's parent gives. A link that names anything else could mak
 network address of somebody else's choosing, so it is damage.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from backupctl.clusters import Logical
 from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.names import PointId
-from backupctl.repository import header
+from backupctl.repository import digests, header
+from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One link of a chain: an image, and what its manifest says of it."""
+
+    path: Path
+    entry: DiskEntry
+
+    def digests(self) -> DigestMap:
+        """Open its digest map. Raises DamageFound, also if it is not the one that the manifest names."""
+        path = digests.path_of(self.path)
+        found = DigestMap.open(path)
+        if (found.checksum, found.size_bytes) != (self.entry.digests, self.entry.size):
+            raise DamageFound(f"{path} is not the digest map that the manifest names")
+        return found
+
+
+def logical(layers: Sequence[Layer], size: int) -> Logical:
+    """Return what a disk of so many bytes holds, as the layers' digest maps tell. Raises DamageFound."""
+    return Logical([(layer.digests().records, layer.entry.size) for layer in layers], size)
+
+
 def paths(folder: VmFolder, point: Point, disk: str) -> tuple[Path, ...]:
-    """Return the images of a disk at a point, newest first, each checked.
+    """Return the images of a disk at a point, newest first, each checked. Raises as `layers`."""
+    return tuple(layer.path for layer in layers(folder, point, disk))
+
+
+def layers(folder: VmFolder, point: Point, disk: str) -> tuple[Layer, ...]:
+    """Return the layers of a disk at a point, newest first, each image checked.
 
     Raises NoSuchPoint if the point does not hold the disk, DamageFound.
     """
@@ -27,17 +57,17 @@ def paths(folder: VmFolder, point: Point, disk: str) -> tuple[Path, ...]:
     return _follow(folder, point, entry)
 
 
-def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Path, ...]:
+def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, ...]:
     """Return the chain that a new layer on `parent` would stand on; empty for a full."""
-    return () if parent is None else paths(folder, _parent(folder, parent), disk)
+    return () if parent is None else layers(folder, _parent(folder, parent), disk)
 
 
-def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Path, ...]:
+def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:
     found = []
     while True:
         path = point.path / f"{entry.name}.qcow2"
         _check(path, entry)
-        found.append(path)
+        found.append(Layer(path, entry))
         if entry.parent is None:
             return tuple(found)
         # Each parent's id is smaller than its child's (the manifest was checked for it), so this ends.

@@ -39,7 +39,9 @@ class DiskEntry:
     kind: full, or incremental on `parent`'s image of this disk. size: virtual size. node, format: where
     it was read. persistent: whether its bitmap survives a restart of QEMU. reason: why it is full inside
     an incremental point, "" otherwise. file_bytes: the length of its image, which QEMU would read as
-    zeroes behind an end that was cut off. unchanged_bytes: named dirty, but the content was as before.
+    zeroes behind an end that was cut off. unchanged_bytes: named dirty, but the content was as before, so
+    not stored. scanned: no bitmap told what changed; the whole disk was read and compared with the parent.
+    digests: the checksum of its digest map, which binds map and layer to this point.
     """
 
     name: DiskName
@@ -56,11 +58,16 @@ class DiskEntry:
     stored_bytes: int
     file_bytes: int
     unchanged_bytes: int
+    scanned: bool
+    digests: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """One recovery point. start, end: UTC, like 2026-11-23T04:15:00Z."""
+    """One recovery point. start, end: UTC, like 2026-11-23T04:15:00Z.
+
+    checkpoints: how many bitmaps of older points the VM was asked to keep for differentials.
+    """
 
     point: PointId
     kind: PointKind
@@ -74,6 +81,7 @@ class Manifest:
     backupctl: str
     start: str
     end: str
+    checkpoints: int
 
     def disk(self, name: str) -> DiskEntry | None:
         """Return the entry of a disk."""
@@ -127,6 +135,7 @@ def _read(document: object) -> Manifest:
         backupctl=fields.text("backupctl", strict.plain_text(100)),
         start=fields.text("start", _time),
         end=fields.text("end", _time),
+        checkpoints=fields.number("checkpoints"),
     )
     fields.done()
     _refuse_nonsense(manifest)
@@ -164,6 +173,8 @@ def _disk(value: object) -> DiskEntry:
         stored_bytes=fields.number("stored_bytes"),
         file_bytes=fields.number("file_bytes"),
         unchanged_bytes=fields.number("unchanged_bytes"),
+        scanned=fields.flag("scanned"),
+        digests=fields.text("digests", _hexadecimal),
     )
     fields.done()
     return entry
@@ -182,9 +193,13 @@ def _freeze(value: object) -> FreezeEntry:
 
 def repository_id(text: str) -> RepositoryId:
     """Check a repository's id. Raises ValueError."""
+    return RepositoryId(_hexadecimal(text))
+
+
+def _hexadecimal(text: str) -> str:
     if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
-        raise ValueError("not a repository's id")
-    return RepositoryId(text)
+        raise ValueError("not 32 hexadecimal digits")
+    return text
 
 
 def _time(text: str) -> str:

@@ -123,15 +123,6 @@ def merge(extents: Iterable[Extent]) -> Iterator[Extent]:
         yield held
 
 
-def dirty(statuses: Iterable[Status]) -> Iterator[Extent]:
-    """Return what an incremental stores. Flags: base:allocation, dirty bitmap."""
-    return merge(
-        Extent(status.offset, status.length, bool(status.flags[0] & ZERO))
-        for status in statuses
-        if status.flags[1] & DIRTY
-    )
-
-
 def data(statuses: Iterable[Status]) -> Iterator[Extent]:
     """Return what a full stores: all but what reads as zeroes, as its new image does.
 
@@ -142,13 +133,6 @@ def data(statuses: Iterable[Status]) -> Iterator[Extent]:
     )
 
 
-def zeroes(statuses: Iterable[Status]) -> Iterator[Extent]:
-    """Return all that reads as zeroes. Flags: base:allocation first."""
-    return merge(
-        Extent(status.offset, status.length, zero=True) for status in statuses if status.flags[0] & ZERO
-    )
-
-
 def pieces(extent: Extent, most: int) -> Iterator[Extent]:
     """Cut an extent at the multiples of `most` bytes, so that the pieces of a long one are whole clusters."""
     offset = extent.offset
@@ -156,65 +140,3 @@ def pieces(extent: Extent, most: int) -> Iterator[Extent]:
         length = min(extent.end, offset - offset % most + most) - offset
         yield Extent(offset, length, extent.zero)
         offset += length
-
-
-def aligned(extents: Iterable[Extent], size: int, unit: int) -> Iterator[Extent]:
-    """Widen sorted extents to whole units of the disk: one that is zero, or named, only in part is data.
-
-    The last unit of the disk may be short.
-    """
-    return merge(_clipped(_widened(merge(extents), size, unit)))
-
-
-def _widened(extents: Iterable[Extent], size: int, unit: int) -> Iterator[Extent]:
-    for extent in extents:
-        start, inner = extent.offset // unit * unit, -(-extent.offset // unit) * unit
-        stop = min(-(-extent.end // unit) * unit, size)
-        last = stop if extent.end == stop else extent.end // unit * unit
-        if extent.zero and inner < last:
-            yield Extent(start, inner - start, zero=False)
-            yield Extent(inner, last - inner, zero=True)
-            yield Extent(last, stop - last, zero=False)
-        else:
-            yield Extent(start, stop - start, zero=False)
-
-
-def _clipped(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Cut off of each extent what the ones before it cover."""
-    done = 0
-    for extent in extents:
-        start = max(extent.offset, done)
-        if start < extent.end:
-            yield Extent(start, extent.end - start, extent.zero)
-            done = extent.end
-
-
-def with_vanished(changed: list[Extent], now_zero: list[Extent], before_zero: list[Extent]) -> list[Extent]:
-    """Add to `changed` what reads as zeroes now, did not before, and is not in it.
-
-    A disk that was shrunk and grown again between two points lost the bits of its bitmap for the end
-    that went and came back empty (measured): nothing there is dirty, and the old data would come back.
-    """
-    vanished = _subtract(_subtract(now_zero, before_zero), changed)
-    return sorted([*changed, *vanished], key=lambda extent: extent.offset)
-
-
-def _subtract(these: list[Extent], those: list[Extent]) -> list[Extent]:
-    """Return the parts of `these` that are in none of `those`; both sorted, each without overlaps."""
-    found = []
-    index = 0
-    for extent in these:
-        position = extent.offset
-        while index < len(those) and those[index].end <= position:
-            index += 1
-        ahead = index
-        while position < extent.end:
-            stop = those[ahead].offset if ahead < len(those) else extent.end
-            if position < stop:
-                end = min(stop, extent.end)
-                found.append(Extent(position, end - position, extent.zero))
-            if ahead >= len(those) or stop >= extent.end:
-                break
-            position = max(position, those[ahead].end)
-            ahead += 1
-    return found

@@ -9,7 +9,7 @@ from typing import Self
 from backupctl.errors import ReadFailed
 from backupctl.transfer import extents
 from backupctl.transfer.connection import BASE_ALLOCATION, Connection
-from backupctl.transfer.extents import BadReply, Extent, Status
+from backupctl.transfer.extents import BadReply, Status
 
 
 class Source:
@@ -57,10 +57,6 @@ class Source:
             yield from extents.survey(self.connections[0].block_status, self.size, self._contexts)
         except BadReply as err:
             raise ReadFailed(f"the NBD server lies about its extents: {err}") from err
-
-    def zeroes(self) -> list[Extent]:
-        """Return what reads as zeroes. Raises ReadFailed."""
-        return list(extents.zeroes(self.statuses()))
 
     def close(self) -> None:
         """Close the connections. Never raises."""

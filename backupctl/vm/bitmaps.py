@@ -10,14 +10,15 @@ newest committed point P and a run that makes point N:
     before the run                 recording       -
     after the run's transaction    disabled        recording      (incremental)
                                    recording       recording      (full: the old chain goes on)
-    N committed                    removed         recording
+    N committed                    removed (*)     recording
     N not committed                recording again removed        what N recorded is merged into P
 
+(*) or kept, disabled, as a checkpoint: a differential unites it with those of the points after it.
 Only a bitmap on the ACTIVE node is of use: after an external snapshot the old one stays behind on the
 backing layer and records nothing more.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,33 +71,40 @@ class Bitmap:
 def begin(
     node: NodeName,
     new: BitmapName,
-    base: BitmapName | None,
+    bases: Sequence[BitmapName],
     *,
     persistent: bool,
-    gapped: BitmapName | None = None,
+    gapped: Sequence[BitmapName] = (),
 ) -> list[Action]:
-    """Actions of the run's transaction for one disk: record into `new`, stop recording into `base`.
+    """Actions of the run's transaction for one disk: record into `new`, stop recording into `bases`.
 
-    gapped: a bitmap of ours that goes at the same moment (see `gapped`).
+    gapped: bitmaps of ours that go at the same moment (see `gapped`).
     """
     arguments = {"node": node, "name": new, "granularity": GRANULARITY_BYTES, "persistent": persistent}
-    actions: list[Action] = [{"type": "block-dirty-bitmap-add", "data": arguments}]
-    if gapped is not None:
-        actions.append(_on(node, gapped, "remove"))
-    if base is not None:
-        actions.append(_on(node, base, "disable"))
-    return actions
+    return [
+        {"type": "block-dirty-bitmap-add", "data": arguments},
+        *(_on(node, name, "remove") for name in gapped),
+        *(_on(node, name, "disable") for name in bases),
+    ]
 
 
-def gapped(bitmaps: Iterable[Bitmap], owner: Owner) -> BitmapName | None:
-    """Return our newest bitmap of a node if it does not record: somebody disabled it, so it has a gap.
+def unite(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapName]) -> list[Action]:
+    """Actions that make one bitmap of several, which differ from it in nothing but their time."""
+    added = {"node": node, "name": union, "granularity": GRANULARITY_BYTES, "disabled": True}
+    return [{"type": "block-dirty-bitmap-add", "data": added}, _merge(node, union, bitmaps)]
 
-    It can't be used any more. It must not stand beside the bitmap of a run either: were that run to fail,
-    it would look like a base that the run itself had disabled, and be enabled again, gap and all.
+
+def gapped(bitmaps: Iterable[Bitmap], owner: Owner) -> tuple[BitmapName, ...]:
+    """Return our bitmaps of a node if the newest does not record: somebody disabled it, or QEMU crashed.
+
+    Then there is a gap, and neither it nor the checkpoints before it can be used any more. They must not
+    stand beside the bitmap of a run either: were that run to fail, the newest would look like a base that
+    the run itself had disabled, and be enabled again, gap and all.
     """
-    ours = {point: bitmap for bitmap in bitmaps if (point := owner.point_of(bitmap.name)) is not None}
-    newest = ours[max(ours)] if ours else None
-    return newest.name if newest is not None and not newest.recording else None
+    ours = sorted(_ours(bitmaps, owner).items())
+    if not ours or ours[-1][1].recording:
+        return ()
+    return tuple(bitmap.name for _, bitmap in ours if not bitmap.busy)
 
 
 @dataclass(frozen=True)
@@ -107,21 +115,52 @@ class Settlement:
     told: tuple[str, ...]
 
 
-def settle(bitmaps: Iterable[Bitmap], owner: Owner, committed: Callable[[PointId], bool]) -> Settlement:
+def settle(
+    bitmaps: Iterable[Bitmap], owner: Owner, committed: Callable[[PointId], bool], checkpoints: int = 0
+) -> Settlement:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
     bitmaps: all of one node. committed: whether a point's folder stands under its final name.
-    The answer is one list of actions for one transaction, empty when all is at rest.
+    checkpoints: how many bitmaps of older points stay. The answer is one list of actions for one
+    transaction, empty when all is at rest.
     """
-    ours = {point: bitmap for bitmap in bitmaps if (point := owner.point_of(bitmap.name)) is not None}
+    bitmaps = tuple(bitmaps)
+    ours = _ours(bitmaps, owner)
     done = [ours[point] for point in sorted(ours) if committed(point)]
-    unfinished = [ours[point] for point in sorted(ours) if not committed(point)]
-    actions = _give_back(unfinished, done[-1] if done else None)
-    told = [f"undid the unfinished bitmap {new.name} on {new.node}" for new in unfinished]
+    newest = done[-1] if done else None
+    gone = [ours[point] for point in sorted(ours) if not committed(point)]
+    unfinished = [one for one in gone if newest is None or one.name > newest.name]
+    pruned = [one for one in gone if one not in unfinished]
+    kept = _whole(done[:-1], gone)[-checkpoints:] if checkpoints else []
+    actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.union]
+    actions += _give_back(unfinished, newest) + _keep(kept, pruned)
+    told = [f"undid the unfinished bitmap {one.name} on {one.node}" for one in unfinished]
     for old in done[:-1]:
-        actions.append(_on(old.node, old.name, "remove"))
-        told.append(f"retired {old.name} on {old.node}: {done[-1].name} has taken over")
+        if old not in kept and newest is not None:
+            actions.append(_on(old.node, old.name, "remove"))
+            told.append(f"retired {old.name} on {old.node}: {newest.name} has taken over")
     return Settlement(tuple(actions), tuple(told))
+
+
+def _whole(checkpoints: list[Bitmap], gone: list[Bitmap]) -> list[Bitmap]:
+    """Return the checkpoints after the last bitmap that can't be read: those before it have a gap."""
+    broken = max((one.name for one in (*checkpoints, *gone) if one.inconsistent), default="")
+    return [one for one in checkpoints if one.name > broken]
+
+
+def _keep(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
+    """Have checkpoints stand still, and take over what the bitmaps of pruned points recorded.
+
+    A bitmap is named after the point that it records from; with that point gone, its record goes on the
+    one before it, which must not begin to record for that.
+    """
+    actions: list[Action] = []
+    for one in pruned:
+        before = [checkpoint for checkpoint in kept if checkpoint.name < one.name]
+        if before:
+            actions.append(_merge(one.node, before[-1].name, [one.name]))
+    actions += [_on(one.node, one.name, "disable") for one in kept if one.recording]
+    return actions + [_on(one.node, one.name, "remove") for one in pruned]
 
 
 def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
@@ -136,13 +175,19 @@ def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
         return removals
     if any(bitmap.inconsistent for bitmap in (base, *unfinished)) or not unfinished[-1].recording:
         return removals
-    merge: Action = {
-        "type": "block-dirty-bitmap-merge",
-        "data": {"node": base.node, "target": base.name, "bitmaps": [new.name for new in unfinished]},
-    }
     # Merge first: it refuses when a bitmap has vanished meanwhile, where `enable` in a transaction makes
     # QEMU itself crash (measured on 7.2.22 and 10.0.2). Within one transaction the order is one moment.
+    merge = _merge(base.node, base.name, [new.name for new in unfinished])
     return [merge, _on(base.node, base.name, "enable"), *removals]
+
+
+def _ours(bitmaps: Iterable[Bitmap], owner: Owner) -> dict[PointId, Bitmap]:
+    return {point: bitmap for bitmap in bitmaps if (point := owner.point_of(bitmap.name)) is not None}
+
+
+def _merge(node: NodeName, target: BitmapName, sources: Sequence[BitmapName]) -> Action:
+    arguments = {"node": node, "target": target, "bitmaps": list(sources)}
+    return {"type": "block-dirty-bitmap-merge", "data": arguments}
 
 
 def _on(node: NodeName, name: BitmapName, what: str) -> Action:

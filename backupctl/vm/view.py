@@ -22,20 +22,20 @@ from backupctl.vm.disks import Disk
 class Cut:
     """One disk's part of the moment.
 
-    new: the bitmap that records from the moment on. base: the one that recorded up to it; None for a
-    full, which leaves the old chain's bitmap as it is. gapped: one of ours that can't be used (see
-    `bitmaps.gapped`), removed at the moment.
+    new: the bitmap that records from the moment on. bases: those that recorded up to it, oldest first;
+    none for a full, which leaves the old chain's bitmap as it is, and for a scan. gapped: those of ours
+    that can't be used (see `bitmaps.gapped`), removed at the moment.
     """
 
     disk: Disk
     new: BitmapName
-    base: BitmapName | None
-    gapped: BitmapName | None = None
+    bases: tuple[BitmapName, ...] = ()
+    gapped: tuple[BitmapName, ...] = ()
 
     def bitmap_actions(self) -> list[bitmaps.Action]:
-        """Actions of the transaction that hand recording over from `base` to `new`."""
+        """Actions of the transaction that hand recording over from `bases` to `new`."""
         return bitmaps.begin(
-            self.disk.node, self.new, self.base, persistent=self.disk.persistent, gapped=self.gapped
+            self.disk.node, self.new, self.bases, persistent=self.disk.persistent, gapped=self.gapped
         )
 
 

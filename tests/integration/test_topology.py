@@ -16,7 +16,7 @@ pytestmark = pytest.mark.simulator_too
 
 
 def kinds(report) -> dict[str, str]:
-    return {disk["name"]: disk["kind"] for disk in report["disks"]}
+    return {disk["name"]: "scan" if disk["scanned"] else disk["kind"] for disk in report["disks"]}
 
 
 def reasons(lab, report) -> dict[str, str]:
@@ -45,15 +45,39 @@ def test_the_first_incremental_is_a_full(build72, make_lab):
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_a_removed_bitmap_makes_that_disk_full_inside_the_point(build, make_lab):
+def test_a_disk_whose_bitmap_was_removed_is_scanned_and_only_what_differs_is_stored(build, make_lab):
     lab = begun(make_lab, build)
     remove_bitmap(lab, "vda")
+    lab.writer.do("vda", "data", 0, 65536, 0x77)
     report = lab.backup("incremental")
     assert report["kind"] == "incremental"
-    assert kinds(report) == {"vda": "full", "vdb": "incremental"}
+    assert kinds(report) == {"vda": "scan", "vdb": "incremental"}
+    assert report["disks"][0]["unchanged_bytes"] > 0
     assert "gone" in reasons(lab, report)["vda"]
     lab.assert_point(report["point"], lab.writer.moment)
     lab.next_is_right()
+
+
+def test_a_broken_chain_is_begun_anew_with_a_full_if_that_is_wished(build72, make_lab):
+    lab = begun(make_lab, build72)
+    remove_bitmap(lab, "vda")
+    report = lab.backup("incremental", "--on-broken-chain", "full")
+    assert kinds(report) == {"vda": "full", "vdb": "incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.next_is_right()
+
+
+def test_a_damaged_chain_is_not_built_on(build72, make_lab):
+    lab = begun(make_lab, build72)
+    (base,) = (lab.cli.repository / "web").glob("*Z")
+    digests = base / "vda.digests"
+    content = bytearray(digests.read_bytes())
+    content[-1] ^= 1
+    digests.write_bytes(content)
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "full", "vdb": "incremental"}
+    assert "damaged" in reasons(lab, report)["vda"]
+    lab.assert_point(report["point"], lab.writer.moment)
 
 
 def test_a_disabled_bitmap_is_never_used(build72, make_lab):
@@ -62,7 +86,7 @@ def test_a_disabled_bitmap_is_never_used(build72, make_lab):
     lab.machine.qmp("block-dirty-bitmap-disable", node="node-vda", name=name)
     lab.writer.write(10)
     report = lab.backup("incremental")
-    assert kinds(report)["vda"] == "full"
+    assert kinds(report)["vda"] == "scan"
     assert "not recording" in reasons(lab, report)["vda"]
     lab.assert_point(report["point"], lab.writer.moment)
 
@@ -77,18 +101,26 @@ def test_on_broken_chain_fail_touches_nothing(build72, make_lab):
     assert len(list((lab.cli.repository / "web").iterdir())) == 2, "the lock and the full"
 
 
-def test_after_a_crash_of_qemu_the_inconsistent_bitmap_is_noticed(build, make_lab):
+def test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than_the_change_is_stored(
+    build, make_lab
+):
     lab = begun(make_lab, build)
     lab.machine.quit()
     lab.machine.start()  # now the bitmaps are loaded from the files
+    before = lab.writer.moment  # of the full
     lab.writer.write(10)
     for disk in ("vda", "vdb"):  # what QEMU has not flushed is lost with it, to the guest as to us
         lab.machine.io(disk, "flush")
     lab.machine.kill()
     lab.machine.start()
     report = lab.backup("incremental")
-    assert set(kinds(report).values()) == {"full"}
+    assert set(kinds(report).values()) == {"scan"}
     assert "inconsistent" in reasons(lab, report)["vda"]
+    lab.assert_point(report["point"], lab.writer.moment)
+    for disk in report["disks"]:
+        old, new = before[disk["name"]], lab.writer.moment[disk["name"]]
+        changed = sum(old[at : at + 65536] != new[at : at + 65536] for at in range(0, len(new), 65536))
+        assert disk["stored_bytes"] <= changed * 65536 + 5 * 65536, "qcow2's own tables come on top"
     lab.assert_at_rest()
     lab.next_is_right()
 
@@ -113,7 +145,7 @@ def test_an_external_snapshot_ends_the_chain_of_its_disk(build, make_lab):
     assert lab.machine.qmp("blockdev-snapshot", node="node-vda", overlay="over") == {}
     lab.writer.write(20)
     report = lab.backup("incremental")
-    assert kinds(report) == {"vda": "full", "vdb": "incremental"}
+    assert kinds(report) == {"vda": "scan", "vdb": "incremental"}
     assert "external snapshot" in reasons(lab, report)["vda"]
     lab.assert_point(report["point"], lab.writer.moment)
     lab.writer.write(10)
@@ -212,7 +244,7 @@ def test_raw_disks_work_and_the_cost_of_a_restart_is_told(build, make_lab):
     lab.machine.quit()
     lab.machine.start()
     report = lab.backup("incremental")
-    assert kinds(report) == {"vda": "full"}
+    assert kinds(report) == {"vda": "scan"}
     lab.assert_point(report["point"], lab.writer.moment)
 
 

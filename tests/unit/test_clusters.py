@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical
 
-layers = st.lists(st.dictionaries(st.integers(0, 40), st.integers(0, 3), max_size=30), max_size=5)
+SIZES = st.integers(1, 41 * CLUSTER_BYTES)
+Layer = tuple[dict[int, int], int]
+layers = st.lists(
+    st.tuples(st.dictionaries(st.integers(0, 40), st.integers(0, 3), max_size=30), SIZES), max_size=5
+)
 
 
 def records(layer: dict[int, int]) -> clusters.Records:
@@ -18,30 +22,34 @@ def records(layer: dict[int, int]) -> clusters.Records:
     return found
 
 
-def merged(layers: list[dict[int, int]], stop: int) -> dict[int, int]:
-    """Lay the layers, newest first, over each other: the model."""
+def merged(layers: list[Layer], size: int) -> dict[int, int]:
+    """Lay the layers, newest first, over each other, as images would be read: the model."""
     found: dict[int, int] = {}
-    for layer in reversed(layers):
-        found |= layer
-    return {number: digest for number, digest in found.items() if number < stop}
+    for layer, layer_size in [*reversed(layers), ({}, size)]:
+        found = {
+            number: digest
+            for number, digest in (found | layer).items()
+            if number < clusters.count(layer_size)
+        }
+    return found
 
 
-@given(layers, st.integers(1, 41 * CLUSTER_BYTES), st.integers(0, 45), st.integers(0, 45))
+@given(layers, SIZES, st.integers(0, 45), st.integers(0, 45))
 def test_a_window_shows_the_newest_layer_and_zeroes_where_there_is_none(given_layers, size, first, length):
-    logical = Logical([records(layer) for layer in given_layers], size)
+    logical = Logical([(records(layer), layer_size) for layer, layer_size in given_layers], size)
     window = logical.window(first, length)
-    model = merged(given_layers, clusters.count(size))
+    model = merged(given_layers, size)
     assert window["cluster"].tolist() == list(range(first, first + length))
     assert window["low"].tolist() == [model.get(number, 0) for number in range(first, first + length)]
 
 
-@given(layers, st.integers(1, 41 * CLUSTER_BYTES))
-def test_overlaying_layer_by_layer_gives_what_the_whole_chain_shows(given_layers, size):
-    lower = records({})
-    for layer in reversed(given_layers):
+@given(layers)
+def test_overlaying_layer_by_layer_gives_what_the_whole_chain_shows(given_layers):
+    lower, size = records({}), 41 * CLUSTER_BYTES
+    for layer, size in reversed(given_layers):
         lower = clusters.overlay(lower, records(layer), size)
     assert dict(zip(lower["cluster"].tolist(), lower["low"].tolist(), strict=True)) == merged(
-        given_layers, clusters.count(size)
+        given_layers, size
     )
     assert np.all(lower["cluster"][1:] > lower["cluster"][:-1])
 

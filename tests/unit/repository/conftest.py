@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Repositories to test with: a builder that makes points as a run does."""
 
+import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbd
+import numpy as np
 import pytest
 
+from backupctl.clusters import CLUSTER_BYTES, RECORD, Records
 from backupctl.names import DiskName, NodeName, PointId, VmName
-from backupctl.repository import chain, images
+from backupctl.repository import chain, digests, images
 from backupctl.repository.journal import Journal
 from backupctl.repository.layout import Partial, Point, Repository, VmFolder
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.transfer.copy import open_target
+from backupctl.transfer.digests import of_piece
 
 P1 = PointId("20260101T000000Z")
 P2 = PointId("20260102T000000Z")
@@ -40,6 +45,8 @@ def disk_entry(name: str = "vda", parent: PointId | None = None, size: int = 1 <
         stored_bytes=1,
         file_bytes=1,
         unchanged_bytes=0,
+        scanned=False,
+        digests="0" * 32,
     )
 
 
@@ -79,6 +86,7 @@ class Builder:
             backupctl="0.1.0",
             start="2026-01-01T00:00:00Z",
             end="2026-01-01T00:00:01Z",
+            checkpoints=0,
         )
 
     def begin(self, point: PointId) -> Partial:
@@ -95,9 +103,31 @@ class Builder:
             images.create_layer(
                 path, entry.size, f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else None
             )
-            write_image((path, *below), writes)
-            entries.append(replace(entry, file_bytes=path.stat().st_size))
+            write_image((path, *(layer.path for layer in below)), writes)
+            checksum = digests.write(digests.path_of(path), entry.size, stored(path, entry.size))
+            entries.append(replace(entry, file_bytes=path.stat().st_size, digests=checksum))
         return partial.commit(self.manifest(point, *entries))
+
+
+def stored(image: Path, size: int) -> Records:
+    """Return the records of the clusters that a layer itself holds, read with QEMU's own tools."""
+    command = ["qemu-img", "map", "-U", "--output=json", f"json:{json.dumps(images.blockdev([image]))}"]
+    held = subprocess.run(command, check=True, capture_output=True, timeout=60)
+    content = image.with_suffix(".raw")
+    command = ["qemu-img", "convert", "-U", "-O", "raw", command[-1], str(content)]
+    subprocess.run(command, check=True, timeout=60)
+    every = of_piece(0, memoryview(content.read_bytes()[:size]))
+    content.unlink()
+    runs = [run for run in json.loads(held.stdout) if run["present"]]
+    return np.concatenate(
+        [
+            np.empty(0, RECORD),
+            *(
+                every[run["start"] // CLUSTER_BYTES : -(-(run["start"] + run["length"]) // CLUSTER_BYTES)]
+                for run in runs
+            ),
+        ]
+    )
 
 
 def write_image(layers: tuple[Path, ...], writes: Writes) -> None:

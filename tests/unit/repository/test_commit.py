@@ -13,7 +13,9 @@ from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
 def prepared(builder: Builder, point=P2):
     partial = builder.begin(point)
     (partial.path / "vda.qcow2").write_bytes(b"a")
+    (partial.path / "vda.digests").write_bytes(b"")
     (partial.path / "vdb.qcow2").write_bytes(b"b")
+    (partial.path / "vdb.digests").write_bytes(b"")
     return partial, builder.manifest(point, disk_entry("vda"), disk_entry("vdb"))
 
 
@@ -49,7 +51,9 @@ def test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_
     partial.commit(manifest)
     assert steps == [
         "sync vda.qcow2",
+        "sync vda.digests",
         "sync vdb.qcow2",
+        "sync vdb.digests",
         "sync manifest.json",
         "remove run.json",
         f"sync {P2}.partial",

@@ -335,6 +335,7 @@ def test_a_parent_without_the_disk_is_damage(builder: Builder):
     partial = builder.begin(P2)
     images.create_layer(partial.path / "vda.qcow2", 1 << 20, f"../{P1}/vda.qcow2")
     length = (partial.path / "vda.qcow2").stat().st_size
+    (partial.path / "vda.digests").write_bytes(b"")
     point = partial.commit(builder.manifest(P2, replace(disk_entry("vda", P1), file_bytes=length)))
     with pytest.raises(DamageFound, match="does not hold"):
         chain.paths(builder.folder, point, "vda")

@@ -27,6 +27,7 @@ GOOD = Manifest(
     backupctl="0.1.0",
     start="2026-01-01T00:00:00Z",
     end="2026-01-01T00:00:01Z",
+    checkpoints=2,
 )
 JOURNAL = Journal(
     point=P2,

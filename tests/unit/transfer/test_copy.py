@@ -102,7 +102,11 @@ def test_an_incremental_holds_changes_zeroes_and_discards_and_nothing_else(serve
     node = {**qcow2_node(layer), "backing": raw_node(tmp_path / "parent.raw")}
     export, target = serve(qcow2_node(disk), ["b0"]), serve(node, writable=True)
     with closing(source_of(export, bitmap="b0", connections=2)) as source:
-        wanted = list(extents.dirty(source.statuses()))
+        wanted = [
+            Extent(status.offset, status.length, bool(status.flags[0] & extents.ZERO))
+            for status in source.statuses()
+            if status.flags[1] & extents.DIRTY
+        ]
         copied = run(source, target, wanted)
     end(target)
     end(export)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupctl.transfer import extents
-from backupctl.transfer.extents import DIRTY, ZERO, BadReply, Extent, Status
+from backupctl.transfer.extents import ZERO, BadReply, Extent, Status
 
 HOLE_AND_ZERO = 3
 
@@ -124,26 +124,9 @@ def test_however_a_server_cuts_its_replies_each_unit_comes_once_with_its_flags(d
     ]
 
 
-def test_dirty_and_zero_is_kept_as_zero():
-    statuses = [
-        Status(0, 10, (0, 0)),
-        Status(10, 10, (0, DIRTY)),
-        Status(20, 10, (HOLE_AND_ZERO, DIRTY)),
-        Status(30, 10, (ZERO, DIRTY)),
-        Status(40, 10, (ZERO, 0)),
-        Status(50, 5, (0, DIRTY)),
-    ]
-    assert list(extents.dirty(statuses)) == [
-        Extent(10, 10, zero=False),
-        Extent(20, 20, zero=True),
-        Extent(50, 5, zero=False),
-    ]
-
-
 def test_a_full_takes_all_but_zeroes_and_holes_that_are_not_zero_too():
     statuses = [Status(0, 10, (ZERO,)), Status(10, 10, (1,)), Status(20, 10, (0,)), Status(30, 1, (3,))]
     assert list(extents.data(statuses)) == [Extent(10, 20, zero=False)]
-    assert list(extents.zeroes(statuses)) == [Extent(0, 10, zero=True), Extent(30, 1, zero=True)]
 
 
 def test_pieces_are_cut_at_multiples_and_the_last_one_is_kept():
@@ -151,30 +134,4 @@ def test_pieces_are_cut_at_multiples_and_the_last_one_is_kept():
         Extent(3, 5, zero=False),
         Extent(8, 8, zero=False),
         Extent(16, 7, zero=False),
-    ]
-
-
-def spread(size, found):
-    units = [None] * size
-    for extent in found:
-        for place in range(extent.offset, extent.end):
-            assert units[place] is None, "extents overlap"
-            units[place] = extent.zero
-    return units
-
-
-def gathered(units, *, zero):
-    return list(extents.merge(Extent(place, 1, zero) for place, wanted in enumerate(units) if wanted))
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=40))
-def test_what_vanished_is_stored_as_zeroes_and_nothing_else_is_added(units):
-    changed = gathered([unit[0] for unit in units], zero=False)
-    now_zero = gathered([unit[1] for unit in units], zero=True)
-    before_zero = gathered([unit[2] for unit in units], zero=True)
-    found = extents.with_vanished(changed, now_zero, before_zero)
-    assert found == sorted(found, key=lambda extent: extent.offset)
-    assert spread(len(units), found) == [
-        False if is_changed else (True if is_zero and not was_zero else None)
-        for is_changed, is_zero, was_zero in units
     ]

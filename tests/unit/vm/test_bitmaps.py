@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from backupctl.names import BitmapName, NodeName, Owner, PointId
-from backupctl.vm.bitmaps import Bitmap, begin, settle
+from backupctl.vm.bitmaps import Bitmap, begin, gapped, settle
 
 OWNER = Owner("0123abcd")
 P0, P1, P2 = PointId("20260101T000000Z"), PointId("20260102T000000Z"), PointId("20260103T000000Z")
@@ -37,7 +37,7 @@ def committed(*points):
 
 
 def test_begin_of_an_incremental_adds_the_new_bitmap_before_it_disables_the_base():
-    actions = begin(NodeName("d0"), OWNER.bitmap(P1), OWNER.bitmap(P0), persistent=True)
+    actions = begin(NodeName("d0"), OWNER.bitmap(P1), [OWNER.bitmap(P0)], persistent=True)
     assert [action["type"] for action in actions] == ["block-dirty-bitmap-add", "block-dirty-bitmap-disable"]
     assert actions[0]["data"] == {
         "node": "d0",
@@ -48,7 +48,7 @@ def test_begin_of_an_incremental_adds_the_new_bitmap_before_it_disables_the_base
 
 
 def test_begin_of_a_full_leaves_the_old_chain_recording():
-    assert [a["type"] for a in begin(NodeName("d0"), OWNER.bitmap(P1), None, persistent=False)] == [
+    assert [a["type"] for a in begin(NodeName("d0"), OWNER.bitmap(P1), [], persistent=False)] == [
         "block-dirty-bitmap-add"
     ]
 
@@ -114,3 +114,62 @@ def test_foreign_bitmaps_and_those_of_another_repository_are_never_touched():
         replace(bitmap(P0), name=BitmapName("backupctl-0123abcd-20260101T000000Z-mine")),
     ]
     assert words(settle(foreign, OWNER, committed())) == []
+
+
+def test_checkpoints_are_kept_disabled_up_to_the_number_asked_for():
+    older = [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)]
+    every = committed(P0, P1, P2)
+    assert words(settle(older, OWNER, every, checkpoints=2)) == []
+    assert words(settle(older, OWNER, every, checkpoints=1)) == ["remove 20260101"]
+    assert words(settle(older, OWNER, every, checkpoints=0)) == ["remove 20260101", "remove 20260102"]
+
+
+def test_a_checkpoint_that_a_full_left_recording_is_disabled():
+    found = settle([bitmap(P0), bitmap(P1)], OWNER, committed(P0, P1), checkpoints=1)
+    assert words(found) == ["disable 20260101"]
+
+
+def test_the_record_of_a_pruned_point_goes_to_the_checkpoint_before_it_which_stays_disabled():
+    older = [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)]
+    found = settle(older, OWNER, committed(P0, P2), checkpoints=1)
+    assert words(found) == ["merge 20260102 into 20260101", "remove 20260102"]
+
+
+def test_the_bitmap_of_a_pruned_point_goes_when_no_checkpoint_is_kept():
+    older = [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)]
+    assert words(settle(older, OWNER, committed(P0, P2))) == ["remove 20260102", "remove 20260101"]
+
+
+def test_checkpoints_before_one_that_can_not_be_read_have_a_gap_and_go():
+    older = [bitmap(P0, recording=False), bitmap(P1, recording=False, inconsistent=True), bitmap(P2)]
+    assert words(settle(older, OWNER, committed(P0, P1, P2), checkpoints=5)) == [
+        "remove 20260101",
+        "remove 20260102",
+    ]
+    assert words(settle(older, OWNER, committed(P0, P2), checkpoints=5)) == [
+        "remove 20260102",
+        "remove 20260101",
+    ]
+
+
+def test_an_undone_differential_gives_its_record_to_the_newest_checkpoint_only():
+    found = settle(
+        [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)],
+        OWNER,
+        committed(P0, P1),
+        checkpoints=3,
+    )
+    assert words(found) == ["merge 20260103 into 20260102", "enable 20260102", "remove 20260103"]
+
+
+def test_the_union_that_a_dead_differential_left_goes():
+    union = replace(bitmap(P0), name=OWNER.union, recording=False)
+    found = settle([union, bitmap(P0)], OWNER, committed(P0))
+    assert [action["data"]["name"] for action in found.actions] == [OWNER.union]
+
+
+def test_when_the_newest_does_not_record_no_older_checkpoint_is_of_use():
+    older = [bitmap(P0, recording=False), bitmap(P1, recording=False)]
+    assert gapped(older, OWNER) == (OWNER.bitmap(P0), OWNER.bitmap(P1))
+    assert gapped([*older, bitmap(P2)], OWNER) == ()
+    assert gapped([older[0], bitmap(P1, recording=False, busy=True)], OWNER) == (OWNER.bitmap(P0),)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Step 7 for one disk: from its point-in-time view to a layer of the point, with its digest map.
+
+Three ways to know what may have changed: a bitmap (incremental), nothing (scan), everything (full). All
+of it goes through the digests: what the layers below hold already is not stored again.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from backupctl.clusters import CLUSTER_BYTES, Logical
+from backupctl.errors import ReadFailed
+from backupctl.planning import DiskPlan
+from backupctl.report import Reporter
+from backupctl.repository import chain, digests, images
+from backupctl.repository.layout import Partial
+from backupctl.repository.manifest import DiskEntry
+from backupctl.transfer.copy import WATCH_SECONDS, Copy, open_target
+from backupctl.transfer.digests import Recorder
+from backupctl.transfer.extents import DIRTY, ZERO, Status
+from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.marks import Marks
+from backupctl.transfer.source import Source
+
+
+@dataclass(frozen=True)
+class Taker:
+    """Takes the disks of one point, one after the other.
+
+    check: called at least every 100 ms while bytes move; what it raises ends the copy.
+    """
+
+    partial: Partial
+    limiter: TokenBucket
+    reporter: Reporter
+    check: Callable[[], None]
+    stall_seconds: float
+
+    def take(self, one: DiskPlan, source: Source) -> DiskEntry:
+        """Copy what a disk's layer must hold, and bring image and digest map to the disk.
+
+        Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, and what `check` raises.
+        """
+        disk = one.disk
+        path = self.partial.path / f"{disk.name}.qcow2"
+        layers = chain.below(self.partial.folder, one.base, disk.name)
+        below = chain.logical(layers, disk.size)
+        images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
+        if source.size != disk.size:
+            raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
+        marks, named_bytes = _look(one, self._watched(source.statuses()), below)
+        total = marks.marked_bytes()
+        recorder = Recorder(below)
+        with (
+            images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
+            open_target(address, images.EXPORT) as target,
+        ):
+            copied = Copy(
+                source,
+                target,
+                self.limiter,
+                check=self.check,
+                progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
+                stall_seconds=self.stall_seconds,
+                sieve=recorder,
+            ).run(marks.extents())
+        checksum = digests.write(digests.path_of(path), disk.size, recorder.records())
+        stored = path.stat()
+        return DiskEntry(
+            name=disk.name,
+            kind=one.kind,
+            parent=one.base,
+            size=disk.size,
+            node=disk.node,
+            format=disk.driver,
+            persistent=disk.persistent,
+            reason=one.reason,
+            dirty_bytes=named_bytes,
+            copied_bytes=copied.copied_bytes,
+            zero_bytes=copied.zero_bytes,
+            stored_bytes=stored.st_blocks * 512,
+            file_bytes=stored.st_size,
+            unchanged_bytes=recorder.unchanged_bytes if one.base else 0,
+            scanned=one.scanned,
+            digests=checksum,
+        )
+
+    def _watched(self, statuses: Iterable[Status]) -> Iterator[Status]:
+        """Look after the guest also while a fragmented disk's millions of extents are listed."""
+        watched = time.monotonic()
+        for status in statuses:
+            yield status
+            if time.monotonic() - watched >= WATCH_SECONDS:
+                self.check()
+                watched = time.monotonic()
+
+
+def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical) -> tuple[Marks, int]:
+    """Return what must be looked at, and how many bytes bitmap or allocation map name.
+
+    Besides what is named these are zeroes where the layers below hold something else. They are there
+    when a disk was shrunk and grew again: its bitmap lost the bits of the end that went, and the old data
+    would come back (measured). Nor does it name the cluster that a new end cuts, whose rest was lost.
+    """
+    marks, named_bytes = Marks(one.disk.size), 0
+    for status in statuses:
+        zero = bool(status.flags[0] & ZERO)
+        named = bool(status.flags[1] & DIRTY) if one.bitmaps else not zero
+        named_bytes += status.length if named else 0
+        if zero:
+            marks.zero(status.offset, status.length)
+        elif named:
+            marks.data(status.offset, status.length)
+    if one.bitmaps and one.disk.size % CLUSTER_BYTES:
+        marks.data(one.disk.size - 1, 1)
+    marks.keep_vanished(below)
+    return marks, named_bytes

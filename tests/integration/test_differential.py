@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Differentials: what changed since any older point, by the bitmaps that are kept, or by a scan."""
+
+import signal
+
+import pytest
+
+from tests.integration.test_failures import SLOW, copying, wait_for
+
+MIB = 1 << 20
+
+
+def how(report) -> dict[str, str]:
+    return {disk["name"]: "scan" if disk["scanned"] else disk["kind"] for disk in report["disks"]}
+
+
+def three_points(lab, *options: str) -> list[str]:
+    """Make a full and two incrementals; lab.moments keeps what the disks held at each."""
+    ids = []
+    for kind in ("full", "incremental", "incremental"):
+        lab.writer.write(30)
+        ids.append(lab.backup(kind, *options)["point"])
+        lab.moments = [*getattr(lab, "moments", []), lab.writer.moment]
+    lab.writer.write(30)
+    return ids
+
+
+def bitmaps_of(lab, disk: str = "vda") -> list[str]:
+    return sorted(name[-16:] for name in lab.machine.bitmaps()[f"node-{disk}"])
+
+
+def test_a_differential_by_checkpoints_stands_on_its_base_alone(build, make_lab):
+    lab = make_lab(build)
+    first, second, third = three_points(lab, "--keep-checkpoints", "3")
+    assert bitmaps_of(lab) == [first, second, third]
+    report = lab.backup("incremental", "--since", first, "--keep-checkpoints", "3")
+    assert how(report) == {"vda": "incremental", "vdb": "incremental"}
+    assert report["parent"] == first
+    lab.assert_point(report["point"], lab.writer.moment)
+    (point,) = (lab.cli.repository / "web").glob(f"{report['point']}/vda.qcow2")
+    assert f"../{first}/vda.qcow2".encode() in point.read_bytes()[:65536]
+    assert bitmaps_of(lab) == [first, second, third, report["point"]]
+    lab.writer.write(20)
+    after = lab.backup("incremental", "--keep-checkpoints", "1")
+    assert after["parent"] == report["point"]
+    assert bitmaps_of(lab) == [report["point"], after["point"]]
+    lab.assert_point(after["point"], lab.writer.moment)
+    lab.assert_point(second, lab.moments[1])
+
+
+def test_a_differential_without_checkpoints_scans_and_says_why(build, make_lab):
+    lab = make_lab(build)
+    first, _, third = three_points(lab)
+    assert bitmaps_of(lab) == [third]
+    done = lab.cli.run("incremental", "web", "--since", first, "--json")
+    assert "--keep-checkpoints" in done.stderr
+    newest = lab.cli.json("list", "web", vm=False)[-1]
+    assert newest["parent"] == first
+    lab.assert_point(newest["point"], lab.writer.moment)
+    lab.next_is_right()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_differential_that_ends_in_mid_copy_gives_all_bitmaps_back(build, make_lab, number):
+    lab = make_lab(build)
+    first, second, third = three_points(lab, "--keep-checkpoints", "5")
+    with lab.cli.start("incremental", "web", "--since", first, "--keep-checkpoints", "5", *SLOW) as run:
+        wait_for(copying(lab))
+        run.send_signal(number)
+        run.communicate(timeout=30)
+    lab.writer.write(20)
+    if number == signal.SIGKILL:
+        lab.cli.run("recover", "web")
+    assert bitmaps_of(lab) == [first, second, third]
+    lab.writer.write(20)
+    report = lab.backup("incremental", "--since", second, "--keep-checkpoints", "5")
+    assert how(report) == {"vda": "incremental", "vdb": "incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_checkpoints_live_on_through_a_full_and_a_recover(build72, make_lab):
+    lab = make_lab(build72)
+    first, second, third = three_points(lab, "--keep-checkpoints", "9")
+    full = lab.backup("full", "--keep-checkpoints", "9")["point"]
+    lab.cli.run("recover", "web")
+    assert bitmaps_of(lab) == [first, second, third, full]
+    states = {
+        bitmap["name"][-16:]: bitmap["recording"]
+        for node in lab.machine.qmp("query-named-block-nodes", flat=True)
+        if node["node-name"] == "node-vda"
+        for bitmap in node["dirty-bitmaps"]
+    }
+    assert states == {first: False, second: False, third: False, full: True}
+    lab.writer.write(20)
+    report = lab.backup("incremental", "--since", second, "--keep-checkpoints", "9")
+    assert how(report)["vda"] == "incremental"
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_a_missing_checkpoint_in_between_is_a_gap_and_not_used(build72, make_lab):
+    lab = make_lab(build72)
+    first, second, _ = three_points(lab, "--keep-checkpoints", "9")
+    (name,) = (name for name in lab.machine.bitmaps()["node-vda"] if name.endswith(second))
+    assert lab.machine.qmp("block-dirty-bitmap-remove", node="node-vda", name=name) == {}
+    report = lab.backup("incremental", "--since", first, "--keep-checkpoints", "9")
+    assert how(report) == {"vda": "scan", "vdb": "incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_an_unknown_point_to_differ_from_touches_nothing(build72, make_lab):
+    lab = make_lab(build72)
+    first = lab.backup("full")["point"]
+    done = lab.cli.run("incremental", "web", "--since", "20200101T000000Z", code=2)
+    assert "20200101T000000Z" in done.stderr
+    assert bitmaps_of(lab) == [first]
+
+
+def test_shrunk_then_grown_over_two_points_shows_no_old_bytes(build72, make_lab):
+    """The layer of the small disk hides what lies below, also from the digests."""
+    lab = make_lab(build72, {"vda": 16 * MIB})
+    lab.writer.do("vda", "data", 0, 16 * MIB, 0x55)
+    lab.backup("full")
+    for size in (6 * MIB + 512, 16 * MIB):
+        lab.machine.qmp("block_resize", **{"node-name": "node-vda", "size": size})
+        model = lab.writer.model["vda"][:size]
+        lab.writer.model["vda"] = model + bytes(size - len(model))
+        report = lab.backup("incremental")
+        assert how(report) == {"vda": "incremental"}
+        lab.assert_point(report["point"], lab.writer.moment)
+    lab.writer.do("vda", "data", 8 * MIB, MIB, 0x55)  # what the hidden layer holds there
+    report = lab.backup("incremental")
+    lab.assert_point(report["point"], lab.writer.moment)
