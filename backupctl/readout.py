@@ -21,10 +21,10 @@ from backupctl.report import Stop
 from backupctl.repository import chain, images
 from backupctl.repository.chain import Layer
 from backupctl.repository.images import ImageFormat
-from backupctl.transfer import extents
+from backupctl.transfer import extents, marks
 from backupctl.transfer.connection import Connection
 from backupctl.transfer.copy import Copy, open_target
-from backupctl.transfer.extents import ZERO, Extent
+from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.proving import Prover, Range
 from backupctl.transfer.source import Source
@@ -181,10 +181,7 @@ def said(ranges: Sequence[Range]) -> str:
 
 def _part(source: Source, begin: int, end: int, most: int) -> Iterator[Extent]:
     """Yield a part of the disk in whole clusters, no extent longer than `most` bytes."""
-    states = (
-        Extent(status.offset, status.length, bool(status.flags[0] & ZERO)) for status in source.statuses()
-    )
-    for extent in extents.aligned(states, source.size, CLUSTER_BYTES):
+    for extent in marks.whole(source):
         first, last = max(extent.offset, begin), min(extent.end, end)
         if first < last:
             yield from extents.pieces(Extent(first, last - first, extent.zero), most)

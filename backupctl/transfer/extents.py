@@ -140,34 +140,3 @@ def pieces(extent: Extent, most: int) -> Iterator[Extent]:
         length = min(extent.end, offset - offset % most + most) - offset
         yield Extent(offset, length, extent.zero)
         offset += length
-
-
-def aligned(extents: Iterable[Extent], size: int, unit: int) -> Iterator[Extent]:
-    """Widen sorted extents to whole units of the disk: one that is zero, or named, only in part is data.
-
-    The last unit of the disk may be short.
-    """
-    return merge(_clipped(_widened(merge(extents), size, unit)))
-
-
-def _widened(extents: Iterable[Extent], size: int, unit: int) -> Iterator[Extent]:
-    for extent in extents:
-        start, inner = extent.offset // unit * unit, -(-extent.offset // unit) * unit
-        stop = min(-(-extent.end // unit) * unit, size)
-        last = stop if extent.end == stop else extent.end // unit * unit
-        if extent.zero and inner < last:
-            yield Extent(start, inner - start, zero=False)
-            yield Extent(inner, last - inner, zero=True)
-            yield Extent(last, stop - last, zero=False)
-        else:
-            yield Extent(start, stop - start, zero=False)
-
-
-def _clipped(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Cut off of each extent what the ones before it cover."""
-    done = 0
-    for extent in extents:
-        start = max(extent.offset, done)
-        if start < extent.end:
-            yield Extent(start, extent.end - start, extent.zero)
-            done = extent.end

@@ -18,9 +18,8 @@ from functools import partial
 
 import nbd
 
-from backupctl.clusters import CLUSTER_BYTES
 from backupctl.errors import WriteFailed
-from backupctl.transfer import extents
+from backupctl.transfer import extents, marks
 from backupctl.transfer.connection import Connection
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.source import Source
@@ -89,11 +88,7 @@ def _start(extent: Extent, connection: Connection) -> _Piece:
 
 
 def _pieces(source: Source) -> Iterator[Extent]:
-    states = (
-        Extent(status.offset, status.length, bool(status.flags[0] & extents.ZERO))
-        for status in source.statuses()
-    )
-    for extent in extents.aligned(states, source.size, CLUSTER_BYTES):
+    for extent in marks.whole(source):
         yield from extents.pieces(extent, PIECE_BYTES)
 
 
