@@ -2,14 +2,11 @@
 """Comparing with the digests what is read back, on its way to somewhere else."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
 from backupctl.transfer.digests import of_piece
 from backupctl.transfer.extents import Extent
-
-_BLOCK = 1024  # clusters: what is looked up at a time, since a chain may have hundreds of layers
 
 Range = tuple[int, int]
 """Offset and length in bytes."""
@@ -28,7 +25,6 @@ class Prover:
         self._expected = expected
         self._spoilt = spoilt
         self._zeroes = zeroes
-        self._block = lru_cache(4)(self._look_up)
 
     def __call__(self, extent: Extent, content: memoryview | None) -> Sequence[Extent]:
         """Return what of a piece is to be written; content: None if it is known to be zeroes."""
@@ -46,17 +42,7 @@ class Prover:
     def _compare(self, found: Records, end: int) -> None:
         if self._expected is None:
             return
-        should = self._window(int(found["cluster"][0]), len(found))
+        should = self._expected.window(int(found["cluster"][0]), len(found))
         wrong = found["cluster"][clusters.differ(found, should)]
         if len(wrong):
             self._spoilt(clusters.ranges(wrong, end))
-
-    def _window(self, first: int, count: int) -> Records:
-        begin = first % _BLOCK
-        if begin + count > _BLOCK:
-            return self._look_up(first, count)
-        return self._block(first - begin, _BLOCK)[begin : begin + count]
-
-    def _look_up(self, first: int, count: int) -> Records:
-        assert self._expected is not None
-        return self._expected.window(first, count)
