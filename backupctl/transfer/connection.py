@@ -22,6 +22,7 @@ import nbd
 from backupctl.errors import TransferError
 
 BASE_ALLOCATION = "base:allocation"
+ALLOCATION_DEPTH = "qemu:allocation-depth"
 _HANDSHAKE_BYTES = 64 << 20  # of memory; it takes next to none
 _FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
 
