@@ -50,7 +50,7 @@ class Taker:
         recorder = Recorder(below)
         with (
             images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
-            open_target(address, images.EXPORT) as target,
+            open_target(address, images.EXPORT, check=self.check) as target,
         ):
             total = sum(extent.length for extent in wanted)
             copied = Copy(

@@ -2,7 +2,7 @@
 """The point-in-time view as the copy sees it: an NBD export with its dirty bitmap."""
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -30,16 +30,18 @@ class Source:
         export: str,
         bitmap: str | None = None,
         stall_seconds: float = 60.0,
+        check: Callable[[], None] = lambda: None,
     ) -> Self:
         """Shake hands on every address.
 
-        bitmap: the dirty bitmap to ask for, None for all data. Raises ReadFailed.
+        bitmap: the dirty bitmap to ask for, None for all data. check: called at least every 100 ms while
+        `connect` and `statuses` wait for the server; what it raises ends them. Raises ReadFailed.
         """
         contexts = (BASE_ALLOCATION,) + ((f"qemu:dirty-bitmap:{bitmap}",) if bitmap else ())
         made: list[Connection] = []
         try:
             for address in addresses:
-                connection = Connection(export, ReadFailed, stall_seconds)
+                connection = Connection(export, ReadFailed, stall_seconds, check)
                 made.append(connection)
                 connection.connect(address, contexts)
             return cls(tuple(made), contexts)
