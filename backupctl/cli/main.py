@@ -14,6 +14,7 @@ from backupctl.cli import common, screen
 from backupctl.cli.points import list_points, show
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
+from backupctl.cli.serve import serve
 from backupctl.cli.simulate import simulate
 from backupctl.cli.vm import recover, status
 from backupctl.errors import BackupctlError, Failed, Interrupted, UsageError
@@ -29,7 +30,7 @@ def cli(config: str | None) -> None:
     """
 
 
-for _command in (full, incremental, list_points, show, restore, status, recover, simulate):
+for _command in (full, incremental, list_points, show, restore, serve, status, recover, simulate):
     cli.add_command(_command)
 
 

@@ -56,7 +56,7 @@ def print_line(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table to stdout: columns as wide as they need to be, those ending in ">" to the right."""
+    """Write a table to stdout, at once: columns as wide as needed, those ending in ">" to the right."""
     lines = [
         [column.removesuffix(">") for column in columns],
         *([clean(cell) for cell in row] for row in rows),
@@ -68,6 +68,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
             for column, text, width in zip(columns, line, widths, strict=True)
         )
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    sys.stdout.flush()
 
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:

@@ -34,7 +34,7 @@ _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 _SOCKET = "nbd.sock"
 _READY = "ready"
 # Measured: without these QEMU's server spends most of its time in page faults of its allocator.
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "67108864",
     "MALLOC_TRIM_THRESHOLD_": "268435456",
     "MALLOC_ARENA_MAX": "1",
@@ -83,10 +83,10 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
     when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
     """
-    with _private_folder() as folder, tempfile.TemporaryFile() as complaints:
+    with private_folder() as folder, tempfile.TemporaryFile() as complaints:
         server = _start(blockdev(chain, writable=writable), folder, complaints, writable=writable)
         try:
-            _await_ready(server, folder / _READY, complaints)
+            await_ready(server, folder / _READY, complaints)
             yield folder / _SOCKET
             status = _end(server)
         except BaseException:
@@ -103,8 +103,8 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Make a folder of our own for a socket, locked for as long as we live."""
+def private_folder() -> Iterator[Path]:
+    """Make a folder of our own for a socket, locked while we live; those of the dead are removed."""
     _sweep(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -143,11 +143,14 @@ def _start(
         *("--export", json.dumps(export)),
         *("--pidfile", str(folder / _READY)),
     ]
-    return qemu.start(command, complaints=complaints, environment=_ALLOCATOR)
+    return qemu.start(command, complaints=complaints, environment=ALLOCATOR)
 
 
-def _await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
-    """Wait for the process file, written when all is set up: a socket's name is there before it listens."""
+def await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
+    """Wait for the process file, written when all is set up: a socket's name is there before it listens.
+
+    Raises RepositoryError.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:
