@@ -10,12 +10,18 @@ from typing import NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, screen
+from backupctl.cli import (
+    common,
+    needs,  # noqa: F401 - first of all: it says what is missing
+    screen,
+)
+from backupctl.cli.demo import demo
 from backupctl.cli.points import list_points, show
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
 from backupctl.cli.serve import serve
 from backupctl.cli.simulate import simulate
+from backupctl.cli.verify import verify
 from backupctl.cli.vm import recover, status
 from backupctl.errors import BackupctlError, Failed, Interrupted, UsageError
 
@@ -30,7 +36,20 @@ def cli(config: str | None) -> None:
     """
 
 
-for _command in (full, incremental, list_points, show, restore, serve, status, recover, simulate):
+_COMMANDS = (
+    full,
+    incremental,
+    list_points,
+    show,
+    restore,
+    serve,
+    verify,
+    status,
+    recover,
+    simulate,
+    demo,
+)
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from backupctl.errors import (
@@ -33,7 +34,7 @@ from backupctl.errors import (
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import Owner, PointId, RepositoryId, VmName, point_id, vm_name
+from backupctl.names import Owner, PointId, RepositoryId, VmName, next_point_id, point_id, vm_name
 from backupctl.repository import durable, strict
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
@@ -43,6 +44,7 @@ from backupctl.repository.manifest import Manifest
 FORMAT = 1
 _FILE_NAME = "repository.json"
 _PARTIAL = ".partial"
+_NAMING_SECONDS = 10.0
 _LOST_AND_FOUND = "lost+found"  # in every new ext4 file system
 
 
@@ -132,6 +134,30 @@ class Repository:
         """Return a VM's folder, which need not exist yet."""
         return VmFolder(self.path / vm_name(name), name, self.id)
 
+    @contextmanager
+    def next_point(self, folder: "VmFolder", now: datetime) -> Iterator[PointId]:
+        """Choose the id of a VM's next point, which no other VM here uses; its folder is made in the block.
+
+        A disk that moves to another VM takes its bitmaps along. Were they named after a point of that VM
+        too, they would be taken for its own, and what the disk held before would be missing for ever.
+        Raises Locked, RepositoryError.
+        """
+        path = self.path / _FILE_NAME
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as err:
+            raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
+        try:
+            if not _flock(descriptor, _NAMING_SECONDS):
+                raise Locked(f"another run keeps {path} locked for longer than it takes to choose a name")
+            point = next_point_id(now, folder.newest())
+            others = [other for name in self.vms() if (other := self.vm(name)).path != folder.path]
+            while any(other.uses(point) for other in others):
+                point = next_point_id(now, point)
+            yield point
+        finally:
+            os.close(descriptor)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -187,23 +213,15 @@ class VmFolder:
                 state="nothing was touched",
             ) from err
         try:
-            self._take(descriptor, time.monotonic() + patience_seconds)
+            self._take(descriptor, patience_seconds)
             self._settle_names()
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def _take(self, descriptor: int, deadline: float) -> None:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as err:
-                if time.monotonic() > deadline:
-                    raise Locked(self._holder(descriptor), state="nothing was touched") from err
-                time.sleep(0.05)
-            except OSError as err:
-                raise RepositoryError(f"{self.path / 'lock'} can't be locked: {err.strerror}") from err
+    def _take(self, descriptor: int, patience_seconds: float) -> None:
+        if not _flock(descriptor, patience_seconds):
+            raise Locked(self._holder(descriptor), state="nothing was touched")
         with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -257,6 +275,10 @@ class VmFolder:
         """Return the newest id in use, of a committed point or of an unfinished one."""
         ids = [*self._committed(), *(partial.point for partial in self.partials())]
         return max(ids, default=None)
+
+    def uses(self, point: PointId) -> bool:
+        """Whether a committed point or an unfinished one has this id."""
+        return any(os.path.lexists(path) for path in (self.path / point, Partial(self, point).path))
 
     def is_committed(self, point: PointId) -> bool:
         """Whether the point's folder stands under its final name.
@@ -359,6 +381,21 @@ class Partial:
                 shutil.rmtree(self.path)  # follows no symbolic link
         except OSError as err:
             raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
+
+
+def _flock(descriptor: int, patience_seconds: float) -> bool:
+    """Lock an open file against other processes; whether that could be had. Raises RepositoryError."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        except OSError as err:
+            raise RepositoryError(f"the repository can't be locked: {err.strerror}") from err
 
 
 def _folders(path: Path) -> list[str]:

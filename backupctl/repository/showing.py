@@ -6,7 +6,6 @@ took. So the socket is made here (`listening.py`) and inherited.
 """
 
 import json
-import os
 import socket
 import subprocess
 import tempfile
@@ -88,7 +87,7 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 
 def _command(shown: Sequence[Shown], listening: int, ready: Path) -> list[str]:
     address = {"addr": {"type": "fd", "str": str(listening)}}
-    command = [os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")]
+    command = [qemu.server_program()]
     command += ["--nbd-server", json.dumps(address), "--pidfile", str(ready)]
     for number, one in enumerate(shown):
         node = f"disk{number}"  # a disk's own name may be too long, or none that QEMU takes for a node

@@ -21,6 +21,7 @@ import nbd
 from backupctl.errors import TransferError
 
 BASE_ALLOCATION = "base:allocation"
+ALLOCATION_DEPTH = "qemu:allocation-depth"
 _FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
 
 Entries = dict[str, list[int]]

@@ -8,7 +8,7 @@ from typing import Self
 
 from backupctl.errors import ReadFailed
 from backupctl.transfer import extents
-from backupctl.transfer.connection import BASE_ALLOCATION, Connection
+from backupctl.transfer.connection import ALLOCATION_DEPTH, BASE_ALLOCATION, Connection
 from backupctl.transfer.extents import BadReply, Status
 
 
@@ -30,12 +30,16 @@ class Source:
         export: str,
         bitmap: str | None = None,
         stall_seconds: float = 60.0,
+        *,
+        depth: bool = False,
     ) -> Self:
         """Shake hands on every address.
 
-        bitmap: the dirty bitmap to ask for, None for all data. Raises ReadFailed.
+        bitmap: the dirty bitmap to ask for, None for all data. depth: ask which layer stores what, too.
+        Raises ReadFailed.
         """
         contexts = (BASE_ALLOCATION,) + ((f"qemu:dirty-bitmap:{bitmap}",) if bitmap else ())
+        contexts += (ALLOCATION_DEPTH,) if depth else ()
         made: list[Connection] = []
         try:
             for address in addresses:

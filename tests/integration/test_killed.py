@@ -9,6 +9,8 @@ import subprocess
 
 import pytest
 
+pytestmark = pytest.mark.simulator_too
+
 CHUNKS = 4
 
 
