@@ -16,6 +16,7 @@ from backupctl.cli import (
     screen,
 )
 from backupctl.cli.demo import demo
+from backupctl.cli.diff import diff
 from backupctl.cli.points import list_points, show
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
@@ -43,6 +44,7 @@ _COMMANDS = (
     show,
     restore,
     serve,
+    diff,
     verify,
     status,
     recover,

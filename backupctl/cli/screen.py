@@ -9,6 +9,7 @@ none can move the cursor or colour the screen.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,26 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         )
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
     sys.stdout.flush()
+
+
+def print_styled(parts: Sequence[tuple[str, str]]) -> None:
+    """Write a line of texts, each with its style: to a terminal with colours, elsewhere without."""
+    line = Text.assemble(*((clean(text), style) for text, style in parts))
+    Console(highlight=False).print(line, soft_wrap=True)
+
+
+def printable(text: str, instead: str) -> str:
+    """Return the text if stdout's encoding has its characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return instead
+    return text
+
+
+def columns(*, least: int, margin: int) -> int:
+    """Return how many columns there are beside a margin, and never fewer than `least`."""
+    return max(shutil.get_terminal_size().columns - margin, least)
 
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:
