@@ -3,6 +3,7 @@
 
 import socket
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,15 +127,20 @@ class Session:
         self.do("block-export-del", id=identity, mode="hard")
         self.await_event("BLOCK_EXPORT_DELETED", id=identity)
 
-    def look(self, export: str, *bitmaps: str, without: tuple[str, ...] = ()) -> Any:
+    def look(
+        self, export: str, *bitmaps: str, without: tuple[str, ...] = (), hazy: AbstractSet[int] = frozenset()
+    ) -> Any:
         """Record what an NBD client sees of an export and the bitmaps served with it.
 
         without: members, or contexts among the extents, that are not to be compared.
+        hazy: blocks of `nbdview.BLOCK` bytes whose allocation is not to be compared.
         """
         seen = nbdview.look(self.nbd_socket, export, tuple(f"qemu:dirty-bitmap:{name}" for name in bitmaps))
         kept = {key: value for key, value in seen.items() if key not in without}
         if "extents" in kept:
             kept["extents"] = {name: each for name, each in seen["extents"].items() if name not in without}
+            if hazy and (allocation := kept["extents"].get("base:allocation")):
+                kept["extents"]["base:allocation"] = nbdview.hazed(allocation, hazy)
         return self.note(f"look at {export}", kept)
 
     @contextmanager
