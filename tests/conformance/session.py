@@ -4,14 +4,14 @@
 import socket
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.conformance import nbdview, normalise, subjects
 from tests.conformance.nbdwire import Wire
-from tests.conformance.qmp import Monitor, matches
+from tests.conformance.qmp import Monitor, MonitorClosed, matches
 
 Play = Callable[["Session"], None]
 SCRIPTS: dict[str, "Script"] = {}
@@ -167,6 +167,20 @@ class Session:
         """Cancel a job and wait until nothing is left of it."""
         self.do("block-job-cancel", device=job)
         self.await_event("JOB_STATUS_CHANGE", id=job, status="null")
+
+    def restart(self, *, kill: bool = False) -> None:
+        """End QEMU, by SIGKILL or by its own `quit`, and start it again with the same disks."""
+        if not kill:
+            self.do("quit")
+            with suppress(MonitorClosed):
+                while True:
+                    self.monitor.events.append(self.monitor.receive())
+        self.monitor.close()
+        self.subject.restart(kill=kill)
+        before, self.monitor = self.monitor, Monitor(self.subject.qmp)
+        self.monitor.events = before.events
+        self.monitor.receive()
+        self.monitor.execute("qmp_capabilities")
 
     def another_client(self) -> socket.socket:
         """Connect a further client to the same monitor."""

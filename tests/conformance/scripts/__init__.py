@@ -10,6 +10,8 @@ from tests.conformance.scripts import (  # noqa: F401 - imported for what they r
     jobs,
     machine,
     monitor,
+    plugging,
+    restarts,
     transactions,
     views,
     wire,

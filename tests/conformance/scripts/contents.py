@@ -32,7 +32,7 @@ def written_zeroed_and_discarded_clusters(s: Session) -> None:
 
 @script()
 def zeroes_to_parts_of_clusters(s: Session) -> None:
-    """Each cluster goes its own way: data stays data, and what reads as zeroes becomes a cluster of zeroes."""
+    """Each cluster goes its own way: one with data keeps its data, any other becomes a cluster of zeroes."""
     s.subject.write("vda", 5, 0, 4 * CLUSTER)
     s.subject.zero("vda", 4 * CLUSTER - 512, 1024)
     s.subject.write("vda", 6, 10 * CLUSTER + 512, 512)
