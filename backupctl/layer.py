@@ -7,6 +7,7 @@ of it goes through the digests: what the layers below hold already is not stored
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 from backupctl.clusters import CLUSTER_BYTES, Logical
@@ -51,8 +52,8 @@ class Taker:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
         marks, named_bytes = _look(one, self._watched(source.statuses()), below)
         total = marks.marked_bytes()
-        recorder = Recorder(below)
         with (
+            closing(Recorder(below, self.partial.path)) as recorder,
             images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
             open_target(address, images.EXPORT) as target,
         ):
@@ -65,7 +66,7 @@ class Taker:
                 stall_seconds=self.stall_seconds,
                 sieve=recorder,
             ).run(marks.extents())
-        checksum = digests.write(digests.path_of(path), disk.size, recorder.records())
+            checksum = digests.write_parts(digests.path_of(path), disk.size, recorder.count(), recorder.parts)
         stored = path.stat()
         return DiskEntry(
             name=disk.name,

@@ -20,6 +20,7 @@ from backupctl.cli.points import list_points, show
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
 from backupctl.cli.simulate import simulate
+from backupctl.cli.verify import verify
 from backupctl.cli.vm import recover, status
 from backupctl.errors import BackupctlError, Failed, Interrupted, UsageError
 
@@ -34,7 +35,19 @@ def cli(config: str | None) -> None:
     """
 
 
-for _command in (full, incremental, list_points, show, restore, status, recover, simulate, demo):
+_COMMANDS = (
+    full,
+    incremental,
+    list_points,
+    show,
+    restore,
+    verify,
+    status,
+    recover,
+    simulate,
+    demo,
+)
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl restore`."""
 
+import sys
 from typing import Any
 
 import click
 
 from backupctl import restore as core
 from backupctl.cli import common, screen, units
+from backupctl.errors import DamageFound
 from backupctl.names import vm_name
 from backupctl.report import Stop
+from backupctl.restore import RestoreReport
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4))
@@ -19,7 +22,7 @@ from backupctl.report import Stop
 )
 @click.option("--disk", metavar="D", help="Only this disk.")
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), help="The image's format.")
-@click.option("--force", is_flag=True, help="Write over what is there.")
+@click.option("--force", is_flag=True, help="Write over what is there, and let damaged data through.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.pass_context
 def restore(context: click.Context, /, **options: Any) -> None:
@@ -41,9 +44,16 @@ def restore(context: click.Context, /, **options: Any) -> None:
             reporter=reporter,
             stop=stop,
         )
-    if options["to"] == "-":
-        return
-    if options["as_json"]:
+    damaged = [one.name for one in report.images if one.damaged or one.unproven]
+    if options["to"] != "-":
+        _tell(report, as_json=options["as_json"])
+    if damaged:
+        # All that was asked for is there, and was told with its damage; who rests on it must know.
+        sys.exit(DamageFound.exit_code)
+
+
+def _tell(report: RestoreReport, *, as_json: bool) -> None:
+    if as_json:
         disks = [
             {
                 "name": one.name,
@@ -51,6 +61,8 @@ def restore(context: click.Context, /, **options: Any) -> None:
                 "format": one.format,
                 "size": one.size,
                 "seconds": round(one.seconds, 3),
+                "damaged": [{"offset": offset, "length": length} for offset, length in one.damaged],
+                "unproven": one.unproven or None,
             }
             for one in report.images
         ]

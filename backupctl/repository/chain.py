@@ -26,6 +26,21 @@ class Layer:
     path: Path
     entry: DiskEntry
 
+    def check(self) -> None:
+        """Compare the image's header with the manifest. Raises DamageFound."""
+        found, path, entry = header.read(self.path), self.path, self.entry
+        wanted = f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
+        if found.size != entry.size:
+            raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
+        if found.file_bytes != entry.file_bytes:
+            raise DamageFound(
+                f"{path} has {found.file_bytes} bytes; when it was made it had {entry.file_bytes}"
+            )
+        if found.backing != wanted:
+            raise DamageFound(
+                f"{path} stands on {found.backing!r:.200}; by its manifest it should be on {wanted!r}"
+            )
+
     def digests(self) -> DigestMap:
         """Open its digest map. Raises DamageFound, also if it is not the one that the manifest names."""
         path = digests.path_of(self.path)
@@ -65,16 +80,16 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
 def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:
     found = []
     while True:
-        path = point.path / f"{entry.name}.qcow2"
-        _check(path, entry)
-        found.append(Layer(path, entry))
+        layer = Layer(point.path / f"{entry.name}.qcow2", entry)
+        layer.check()
+        found.append(layer)
         if entry.parent is None:
             return tuple(found)
         # Each parent's id is smaller than its child's (the manifest was checked for it), so this ends.
         point = _parent(folder, entry.parent)
         below_it = point.manifest.disk(entry.name)
         if below_it is None:
-            raise DamageFound(f"{path} stands on {point.id}, which does not hold {entry.name}")
+            raise DamageFound(f"{layer.path} stands on {point.id}, which does not hold {entry.name}")
         entry = below_it
 
 
@@ -83,16 +98,3 @@ def _parent(folder: VmFolder, parent: PointId) -> Point:
         return folder.point(parent)
     except NoSuchPoint as err:
         raise DamageFound(f"{folder.path / parent} is missing, and newer points stand on it") from err
-
-
-def _check(path: Path, entry: DiskEntry) -> None:
-    found = header.read(path)
-    wanted = f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
-    if found.size != entry.size:
-        raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
-    if found.file_bytes != entry.file_bytes:
-        raise DamageFound(f"{path} has {found.file_bytes} bytes; when it was made it had {entry.file_bytes}")
-    if found.backing != wanted:
-        raise DamageFound(
-            f"{path} stands on {found.backing!r:.200}; by its manifest it should be on {wanted!r}"
-        )

@@ -17,6 +17,7 @@ zeroes. 16 zero bytes stand for a cluster that is stored as zeroes.
 """
 
 import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -33,6 +34,7 @@ VERSION = 1
 _HEAD = struct.Struct("<8sIIQQ")
 _HEADER_BYTES = 64
 _CHECKSUM = slice(32, 48)
+_CHECKSUM_BYTES = 16
 
 
 def path_of(image: Path) -> Path:
@@ -71,10 +73,19 @@ def write(path: Path, size_bytes: int, records: Records) -> str:
 
     records: ascending by cluster. Raises WriteFailed.
     """
-    head = _HEAD.pack(MAGIC, VERSION, CLUSTER_BYTES, size_bytes, len(records))
-    checksum = _checksum(head, records)
+    return write_parts(path, size_bytes, len(records), lambda: (records,))
+
+
+def write_parts(path: Path, size_bytes: int, records: int, parts: Callable[[], Iterable[Records]]) -> str:
+    """Do the same as `write` for so many records that come in parts, which are gone through twice."""
+    head = _HEAD.pack(MAGIC, VERSION, CLUSTER_BYTES, size_bytes, records)
+    hasher = blake3(head)
     try:
-        durable.write_new(path, (head + checksum).ljust(_HEADER_BYTES, b"\0"), _bytes(records))
+        for part in parts():
+            hasher.update(_bytes(part))
+        checksum = hasher.digest(_CHECKSUM_BYTES)
+        header = (head + checksum).ljust(_HEADER_BYTES, b"\0")
+        durable.write_new(path, header, map(_bytes, parts()))
     except OSError as err:
         raise WriteFailed(f"{path} can't be written: {err.strerror}") from err
     return checksum.hex()
@@ -98,10 +109,7 @@ def _refuse_disorder(path: Path, records: Records, size_bytes: int) -> None:
 
 
 def _checksum(head: bytes, records: Records) -> bytes:
-    hasher = blake3(head)
-    if len(records):
-        hasher.update(_bytes(records))
-    return bytes(hasher.digest(16))
+    return blake3(head).update(_bytes(records)).digest(_CHECKSUM_BYTES)
 
 
 def _bytes(records: Records) -> memoryview:

@@ -18,11 +18,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from backupctl.errors import RepositoryError, WriteFailed
 from backupctl.repository import durable, qemu
+
+ImageFormat = Literal["qcow2", "raw"]
 
 CLUSTER_BYTES = 65536
 EXPORT = "image"
@@ -76,6 +79,53 @@ def blockdev(chain: Sequence[Path], *, writable: bool = False) -> dict[str, Any]
     return options
 
 
+def create_target(path: Path, image_format: ImageFormat, size_bytes: int, *, onto_device: bool) -> None:
+    """Prepare what a restore writes to: an image, or a raw file that is one hole.
+
+    Raises WriteFailed, OSError.
+    """
+    if onto_device:
+        return
+    if image_format == "qcow2":
+        create_layer(path, size_bytes, None)
+    else:
+        os.truncate(path, size_bytes)
+
+
+@contextmanager
+def serve_target(path: Path, image_format: ImageFormat, *, onto_device: bool) -> Iterator[Path]:
+    """Serve for writing what `create_target` prepared; otherwise as `serve`."""
+    options = blockdev((path,), writable=True)
+    if image_format == "raw":
+        options["driver"] = "raw"
+        del options["backing"]
+        options["file"]["driver"] = "host_device" if onto_device else "file"
+    with _served(options, writable=True) as address:
+        yield address
+    _complete(path)
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """What `qemu-img check` says of an image's own tables. leaks: clusters that nothing uses, no harm."""
+
+    errors: int
+    leaks: int
+    said: str
+
+
+def check(path: Path) -> Soundness:
+    """Check a single image's tables, without those below it. Raises RepositoryError."""
+    done = qemu.img(["check", "--output=json", f"json:{json.dumps(blockdev((path,)))}"])
+    try:
+        found = json.loads(done.stdout)
+        errors = int(found["check-errors"]) + int(found.get("corruptions", 0))
+        return Soundness(errors, int(found.get("leaks", 0)), f"{errors} errors in its tables")
+    except (ValueError, KeyError, TypeError):
+        words = done.stderr.strip().splitlines()
+        return Soundness(1, 0, words[-1][:500] if words else "it said nothing")
+
+
 @contextmanager
 def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
     """Serve an image (with its chain, newest first) over NBD; yields the socket's path.
@@ -83,8 +133,16 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
     when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
     """
+    with _served(blockdev(chain, writable=writable), writable=writable) as address:
+        yield address
+    if writable:
+        _complete(chain[0])
+
+
+@contextmanager
+def _served(options: dict[str, Any], *, writable: bool) -> Iterator[Path]:
     with _private_folder() as folder, tempfile.TemporaryFile() as complaints:
-        server = _start(blockdev(chain, writable=writable), folder, complaints, writable=writable)
+        server = _start(options, folder, complaints, writable=writable)
         try:
             _await_ready(server, folder / _READY, complaints)
             yield folder / _SOCKET
@@ -94,12 +152,14 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
             server.wait()
             raise
         if status != 0 and writable:
-            raise WriteFailed(f"QEMU could not complete {chain[0]}: {qemu.said(complaints)}")
-    if writable:
-        try:
-            durable.sync_file(chain[0])
-        except OSError as err:
-            raise WriteFailed(f"{chain[0]} can't be brought to the disk: {err.strerror}") from err
+            raise WriteFailed(f"QEMU could not complete the image: {qemu.said(complaints)}")
+
+
+def _complete(path: Path) -> None:
+    try:
+        durable.sync_file(path)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
 
 
 @contextmanager
@@ -136,8 +196,9 @@ def _start(
     image = {**image, "node-name": "image"}
     server = {"addr": {"type": "unix", "path": str(folder / _SOCKET)}}
     export = {"type": "nbd", "id": EXPORT, "name": EXPORT, "node-name": "image", "writable": writable}
+    export["allocation-depth"] = not writable
     command = [
-        os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon"),
+        qemu.server_program(),
         *("--blockdev", json.dumps(image)),
         *("--nbd-server", json.dumps(server)),
         *("--export", json.dumps(export)),

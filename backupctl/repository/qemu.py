@@ -3,6 +3,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,18 @@ def img(arguments: Sequence[str], cwd: Path | None = None) -> "subprocess.Comple
 def img_program() -> str:
     """Name the qemu-img to use."""
     return os.environ.get("QEMU_IMG", "qemu-img")
+
+
+def server_program() -> str:
+    """Name the qemu-storage-daemon to use."""
+    return os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")
+
+
+def require_tools() -> None:
+    """Raise RepositoryError if one of QEMU's tools is not there: then nothing could be told of an image."""
+    for program in (img_program(), server_program()):
+        if shutil.which(program) is None:
+            raise RepositoryError(f"{program} is needed, and not found", state="nothing was touched")
 
 
 def start(

@@ -11,10 +11,19 @@ import numpy as np
 
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical
-from backupctl.transfer.extents import Extent
+from backupctl.transfer.extents import ZERO, Extent
+from backupctl.transfer.source import Source
 
 _NOTHING, _DATA, _ZERO = 0, 1, 2
 _WINDOW_CLUSTERS = 1 << 16
+
+
+def whole(source: Source) -> Iterator[Extent]:
+    """Return all of a source, in order: its data and its zeroes. Raises ReadFailed."""
+    marks = Marks(source.size)
+    for status in source.statuses():
+        (marks.zero if status.flags[0] & ZERO else marks.data)(status.offset, status.length)
+    return marks.extents()
 
 
 class Marks:
