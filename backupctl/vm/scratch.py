@@ -17,6 +17,7 @@ from pathlib import Path
 
 from backupctl.errors import Failed, Refused
 from backupctl.names import NodeName, Owner, VmName
+from backupctl.vm import reply
 from backupctl.vm.monitor import Monitor
 
 RESERVE_BYTES = 256 * 1024 * 1024
@@ -85,7 +86,9 @@ def make(monitor: Monitor, node: NodeName, size: int, folder: Path, private: Pat
     try:
         _format(f"/proc/self/fd/{descriptor}", size, descriptor)
         monitor.send_fd(descriptor)
-        fdset = monitor.execute("add-fd", {"opaque": node})["fdset-id"]
+        made = monitor.execute("add-fd", {"opaque": node})
+        with reply.understood("add-fd"):  # it becomes part of a path
+            fdset = reply.number(made["fdset-id"])
     except BaseException:
         os.close(descriptor)
         raise
