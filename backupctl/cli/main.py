@@ -17,6 +17,7 @@ from backupctl.cli import (
 )
 from backupctl.cli.demo import demo
 from backupctl.cli.points import list_points, show
+from backupctl.cli.prune import protect, prune, unprotect
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
 from backupctl.cli.simulate import simulate
@@ -42,6 +43,9 @@ _COMMANDS = (
     show,
     restore,
     verify,
+    prune,
+    protect,
+    unprotect,
     status,
     recover,
     simulate,
