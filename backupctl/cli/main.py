@@ -16,10 +16,12 @@ from backupctl.cli import (
     screen,
 )
 from backupctl.cli.demo import demo
+from backupctl.cli.diff import diff
 from backupctl.cli.points import list_points, show
 from backupctl.cli.prune import protect, prune, unprotect
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
+from backupctl.cli.serve import serve
 from backupctl.cli.simulate import simulate
 from backupctl.cli.verify import verify
 from backupctl.cli.vm import recover, status
@@ -42,6 +44,8 @@ _COMMANDS = (
     list_points,
     show,
     restore,
+    serve,
+    diff,
     verify,
     prune,
     protect,
