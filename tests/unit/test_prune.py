@@ -112,7 +112,7 @@ def sectors(rand: random.Random) -> int:
     return 512 * rand.randint(1, 10 * CLUSTER_BYTES // 512)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_is_dropped_each_point_that_stays_is_byte_equal(builder, seed):
     """Disks that grow and shrink at any sector, differentials, runs that leave a disk out."""
     rand = random.Random(seed)
@@ -121,14 +121,16 @@ def test_whatever_is_dropped_each_point_that_stays_is_byte_equal(builder, seed):
     for _ in range(7):
         disks = rand.choice([("vda", "vdb"), ("vda",), ("vdb",)])
         changed = rand.random() < 0.4
-        since = rand.choice([point for point in history.held if set(disks) <= set(history.held[point])])
+        since = rand.choice(
+            [None, *(one.id for one in builder.folder.points() if set(disks) <= set(history.held[one.id]))]
+        )
         history.take(
             *disks,
             full=rand.random() < 0.1,
             since=since if rand.random() < 0.2 else None,
             size=sectors(rand) if changed else None,
         )
-        if rand.random() < 0.4:
+        if rand.random() < 0.3:
             pruned(builder, Rules(last=rand.randint(1, 4)))
             history.check()
     report = pruned(builder, Rules(last=2))
@@ -143,7 +145,7 @@ def test_a_chain_is_merged_from_below_and_its_folders_go(builder):
     points = [history.take("vda", full=number == 0, size=1 << 20) for number in range(5)]
     report = pruned(builder, Rules(last=2))
     assert list(report.dropped) == list(report.removed) == points[:3]
-    assert sorted(path.name for path in builder.folder.path.iterdir()) == ["lock", *points[3:]]
+    assert sorted(path.name for path in builder.folder.path.iterdir()) == [*points[3:], "lock"]
     kept = builder.folder.point(points[3]).manifest
     assert (kept.kind, kept.parent, kept.disks[0].kind) == ("full", None, "full")
     history.check()
