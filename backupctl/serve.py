@@ -101,7 +101,7 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
 
 def _overlay(folder: VmFolder, target: Path, entry: DiskEntry, layers: tuple[Path, ...]) -> None:
     try:
-        overlay.make_or_take(folder, target, entry.size, layers)
+        overlay.make_or_take(folder.path.parent, target, entry.size, layers)
     except OSError as err:
         raise WriteFailed(f"{target} can't be made: {err.strerror}", state="nothing was touched") from err
 
