@@ -55,7 +55,7 @@ class Taker:
         with (
             closing(Recorder(below, self.partial.path)) as recorder,
             images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
-            open_target(address, images.EXPORT) as target,
+            open_target(address, images.EXPORT, check=self.check) as target,
         ):
             copied = Copy(
                 source,

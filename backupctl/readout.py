@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backupctl.clusters import CLUSTER_BYTES, Logical
-from backupctl.errors import DamageFound
+from backupctl.errors import DamageFound, ReadFailed
 from backupctl.names import PointId, VmName
 from backupctl.report import Stop
 from backupctl.repository import chain, images
@@ -88,9 +88,18 @@ class Readout:
     def _served(self) -> Iterator[Source]:
         with (
             images.serve([layer.path for layer in self.layers]) as address,
-            closing(Source.connect([address] * _CONNECTIONS, images.EXPORT)) as source,
+            closing(Source.connect([address] * _CONNECTIONS, images.EXPORT, borne=True)) as source,
         ):
-            yield source
+            try:
+                yield source
+            except ReadFailed as err:
+                if not all(connection.alive() for connection in source.connections):
+                    raise  # the server is lost: that tells nothing of what is stored
+                raise DamageFound(
+                    f"{self.layers[0].entry.name} of {self.vm} at {self.point} can't be read: {err.message}",
+                    state="the restore was given up; what it wrote is gone, or not complete",
+                    next_command=self._next(),
+                ) from err
 
     def _expected(self) -> Logical | None:
         try:

@@ -23,7 +23,7 @@ from backupctl.clusters import CLUSTER_BYTES, Logical
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, images, landing
+from backupctl.repository import chain, holding, images, landing
 from backupctl.repository.chain import Layer
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.inplace import Target
@@ -98,6 +98,22 @@ def restore(
     can be refused is refused before anything is changed. Raises UsageError, NoSuchPoint, DamageFound,
     ReadFailed, WriteFailed, RepositoryError, Interrupted.
     """
+    with holding.reading(folder, point.id) as held:
+        works = _works(folder, held, to, disk, image_format, reporter, stop)
+        done = tuple(_reconcile(work) for work in works)
+    return ReconcileReport(folder.name, point.id, done)
+
+
+def _works(
+    folder: VmFolder,
+    point: Point,
+    to: str,
+    disk: str | None,
+    image_format: ImageFormat | None,
+    reporter: Reporter,
+    stop: Stop,
+) -> list[_Work]:
+    """Return what is to be done, after all that can be refused was refused."""
     names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
     layers = {name: chain.layers(folder, point, name) for name in names}
     wanted = {name: target_of(DiskName(name), to, image_format) for name in names}
@@ -112,7 +128,7 @@ def restore(
         works.append(
             _Work(entry.name, layers[entry.name], target, expected, _room(target, entry.size), reporter, stop)
         )
-    return ReconcileReport(folder.name, point.id, tuple(_reconcile(work) for work in works))
+    return works
 
 
 def _target(folder: VmFolder, path: str, kind: ImageFormat, *, named: bool) -> Target:

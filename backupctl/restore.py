@@ -16,7 +16,7 @@ from backupctl.errors import TargetExists, UsageError, WriteFailed
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.readout import Readout, said
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, landing
+from backupctl.repository import chain, holding, landing
 from backupctl.repository.chain import Layer
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.layout import Point, VmFolder
@@ -85,6 +85,22 @@ def restore(
     All that can be refused is refused before a byte is written. Raises UsageError, NoSuchPoint,
     TargetExists, Locked, DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
     """
+    with holding.reading(folder, point.id) as held:
+        works = _works(folder, held, to, disk, image_format, force=force)
+        done = tuple(_restore(folder, held.id, work, force, reporter, stop) for work in works)
+    return RestoreReport(folder.name, point.id, done)
+
+
+def _works(
+    folder: VmFolder,
+    point: Point,
+    to: str,
+    disk: str | None,
+    image_format: ImageFormat | None,
+    *,
+    force: bool,
+) -> list[_Work]:
+    """Return what is to be done, after all that can be refused was refused."""
     names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
     chains = {name: chain.layers(folder, point, name) for name in names}
     works = [
@@ -95,8 +111,7 @@ def restore(
     for work in works:
         _refuse(folder, work, force=force)
     refuse_one_for_all([work.target for work in works], names)
-    done = tuple(_restore(folder, point.id, work, force, reporter, stop) for work in works)
-    return RestoreReport(folder.name, point.id, done)
+    return works
 
 
 def target_of(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from backupctl.errors import TargetExists, UsageError, WriteFailed
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter
-from backupctl.repository import chain, landing, overlay
+from backupctl.repository import chain, holding, landing, overlay
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.restore import STDOUT, refuse_one_for_all, target_of
@@ -55,6 +55,15 @@ def restore(
     """
     if image_format == "raw":
         raise UsageError("a thin restore is a qcow2 overlay: raw has no backing", state=_UNTOUCHED)
+    with holding.reading(folder, point.id) as held:
+        made = _make(folder, held, to, disk, force=force)
+    reporter.note(
+        f"these images need {folder.name} {point.id} to stay: backupctl protect {folder.name} {point.id}"
+    )
+    return ThinReport(folder.name, point.id, made)
+
+
+def _make(folder: VmFolder, point: Point, to: str, disk: str | None, *, force: bool) -> tuple[ThinDisk, ...]:
     names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
     chains = {name: chain.paths(folder, point, name) for name in names}
     targets = {name: target_of(DiskName(name), to, "qcow2")[0] for name in names}
@@ -71,10 +80,7 @@ def restore(
         except OSError as err:
             raise WriteFailed(f"{path} can't be made: {err.strerror}") from err
         made.append(ThinDisk(entry.name, path, entry.size, layers[0].resolve()))
-    reporter.note(
-        f"these images need {folder.name} {point.id} to stay: backupctl protect {folder.name} {point.id}"
-    )
-    return ThinReport(folder.name, point.id, tuple(made))
+    return tuple(made)
 
 
 def _refuse(folder: VmFolder, target: str, *, force: bool) -> None:

@@ -224,7 +224,9 @@ class _Work:
         assert records is not None
         with (
             images.serve((path,)) as address,
-            closing(Source.connect([address] * _CONNECTIONS, images.EXPORT, depth=True)) as source,
+            closing(
+                Source.connect([address] * _CONNECTIONS, images.EXPORT, depth=True, borne=True)
+            ) as source,
         ):
             data, zero = reading.stored(source)
             self._compare(point, entry, records, np.concatenate([data, zero]))

@@ -17,7 +17,7 @@ from backupctl.repository.layout import Point, VmFolder
 from backupctl.restore import RestoreReport
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
 @common.named(needs_vm=False)
 @click.argument("point", default="latest")
 @click.option(

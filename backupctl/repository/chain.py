@@ -100,6 +100,6 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
 
 def _parent(folder: VmFolder, parent: PointId) -> Point:
     try:
-        return folder.point(parent)
+        return folder.holder(parent)
     except NoSuchPoint as err:
         raise DamageFound(f"{folder.path / parent} is missing, and newer points stand on it") from err

@@ -8,17 +8,16 @@
     REPOSITORY/VM/POINT/                  a committed recovery point
     REPOSITORY/VM/POINT.partial/          a run under way, or one that died
 
-A point is committed when its folder stands under its final name, and by nothing else.
+A point is committed when its folder stands under its final name, and by nothing else. A prune may have
+retired it since (see markers.py): then it is no point any more, but younger ones may stand on it.
 """
 
-import fcntl
 import json
 import os
 import secrets
 import shutil
 import stat
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -35,7 +34,7 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import Owner, PointId, RepositoryId, VmName, next_point_id, point_id, vm_name
-from backupctl.repository import durable, strict
+from backupctl.repository import durable, locks, markers, strict
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
 from backupctl.repository.journal import Journal
@@ -148,7 +147,7 @@ class Repository:
         except OSError as err:
             raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
         try:
-            if not _flock(descriptor, _NAMING_SECONDS):
+            if not locks.take(descriptor, _NAMING_SECONDS):
                 raise Locked(f"another run keeps {path} locked for longer than it takes to choose a name")
             point = next_point_id(now, folder.newest())
             others = [other for name in self.vms() if (other := self.vm(name)).path != folder.path]
@@ -220,7 +219,7 @@ class VmFolder:
             os.close(descriptor)
 
     def _take(self, descriptor: int, patience_seconds: float) -> None:
-        if not _flock(descriptor, patience_seconds):
+        if not locks.take(descriptor, patience_seconds):
             raise Locked(self._holder(descriptor), state="nothing was touched")
         with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)
@@ -251,13 +250,17 @@ class VmFolder:
 
     def survey(self) -> Survey:
         """Return the committed points, oldest first, and what stands in their place but is damaged."""
-        good, damaged = [], []
-        for found in self._committed():
-            try:
-                good.append(self._open(found))
-            except BackupctlError as err:
-                damaged.append((self.path / found, err))
-        return Survey(tuple(good), tuple(damaged))
+        return self._survey(self._committed())
+
+    def retired(self) -> Survey:
+        """Return the points that were dropped, but whose layers younger ones may still need."""
+        return self._survey(found for found in self._standing() if self._is_retired(found))
+
+    def holder(self, point: PointId) -> Point:
+        """Return a point that others stand on, retired or not. Raises NoSuchPoint, DamageFound."""
+        if not self._stands(point):
+            raise NoSuchPoint(f"there is nothing of the point {point} of {self.name} in this repository")
+        return self._open(point)
 
     def point(self, wanted: str) -> Point:
         """Return one point by id, or the newest for "latest". Raises NoSuchPoint, DamageFound."""
@@ -272,8 +275,8 @@ class VmFolder:
         return self._open(found)
 
     def newest(self) -> PointId | None:
-        """Return the newest id in use, of a committed point or of an unfinished one."""
-        ids = [*self._committed(), *(partial.point for partial in self.partials())]
+        """Return the newest id in use, of a committed point, a retired or an unfinished one."""
+        ids = [*self._standing(), *(partial.point for partial in self.partials())]
         return max(ids, default=None)
 
     def uses(self, point: PointId) -> bool:
@@ -281,16 +284,11 @@ class VmFolder:
         return any(os.path.lexists(path) for path in (self.path / point, Partial(self, point).path))
 
     def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder stands under its final name.
+        """Whether the point's folder stands under its final name, and is not retired.
 
         Raises RepositoryError if that can't be told: "no" would roll back what may be committed.
         """
-        try:
-            return stat.S_ISDIR((self.path / point).lstat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as err:
-            raise RepositoryError(f"{self.path / point} can't be looked at: {err.strerror}") from err
+        return self._stands(point) and not self._is_retired(point)
 
     def partials(self) -> list["Partial"]:
         """Return what runs under way, or dead ones, have left."""
@@ -307,8 +305,31 @@ class VmFolder:
             raise RepositoryError(f"{partial.path} can't be written: {err.strerror}") from err
         return partial
 
-    def _committed(self) -> list[PointId]:
+    def _stands(self, point: PointId) -> bool:
+        try:
+            return stat.S_ISDIR((self.path / point).lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as err:
+            raise RepositoryError(f"{self.path / point} can't be looked at: {err.strerror}") from err
+
+    def _standing(self) -> list[PointId]:
         return _ids(_folders(self.path))
+
+    def _committed(self) -> list[PointId]:
+        return [found for found in self._standing() if not self._is_retired(found)]
+
+    def _is_retired(self, point: PointId) -> bool:
+        return markers.has(self.path / point, markers.RETIRED)
+
+    def _survey(self, ids: Iterable[PointId]) -> Survey:
+        good, damaged = [], []
+        for found in ids:
+            try:
+                good.append(self._open(found))
+            except BackupctlError as err:
+                damaged.append((self.path / found, err))
+        return Survey(tuple(good), tuple(damaged))
 
     def _open(self, point: PointId) -> Point:
         path = self.path / point
@@ -381,21 +402,6 @@ class Partial:
                 shutil.rmtree(self.path)  # follows no symbolic link
         except OSError as err:
             raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
-
-
-def _flock(descriptor: int, patience_seconds: float) -> bool:
-    """Lock an open file against other processes; whether that could be had. Raises RepositoryError."""
-    deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        except OSError as err:
-            raise RepositoryError(f"the repository can't be locked: {err.strerror}") from err
 
 
 def _folders(path: Path) -> list[str]:

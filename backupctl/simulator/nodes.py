@@ -230,6 +230,23 @@ class RawNode(Node):
 
 
 @dataclass(eq=False)
+class ThrottleNode(RawNode):
+    """A filter that could slow its file down, by the limits of its group; here it never does."""
+
+    group: str = ""
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.file.discard(offset, length)
+
+
+def protocol_of(node: Node | None) -> FileNode | None:
+    """Return the file node at the bottom of throttle nodes, None if it is another kind of node."""
+    while isinstance(node, ThrottleNode):
+        node = node.file
+    return node if isinstance(node, FileNode) else None
+
+
+@dataclass(eq=False)
 class Qcow2Node(Node):
     """The qcow2 format: clusters that are data, zero, or show what the backing node has."""
 
@@ -286,16 +303,16 @@ class Qcow2Node(Node):
 
     def _resize(self, size: int) -> None:
         self.store.resize(size)
-        file = self.child("file")
-        if isinstance(file, FileNode) and file.store is not None:
+        file = protocol_of(self.child("file"))
+        if file is not None and file.store is not None:
             file.store.write(_SIZE_IN_HEADER, size.to_bytes(8, "big"))
 
     def _allocate(self, offset: int, length: int) -> None:
         """Make room for a write: account for the file's growth, copy up what the write leaves of clusters."""
         cluster = self.store.cluster
         if new := self.store.new_clusters(offset, length):
-            file = self.child("file")
-            if isinstance(file, FileNode):
+            file = protocol_of(self.child("file"))
+            if file is not None:
                 file.grow(new * cluster)
             ends = {offset // cluster, (offset + length - 1) // cluster}
             for number in ends:

@@ -8,6 +8,7 @@ the command is retired; nothing of its data may be used then: libnbd leaves zero
 
 import errno
 import os
+import resource
 import select
 import socket
 import time
@@ -22,6 +23,8 @@ from backupctl.errors import TransferError
 
 BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
+_HANDSHAKE_BYTES = 64 << 20  # of memory; it takes next to none
+_CHECK_SECONDS = 0.1
 _FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
 
 Entries = dict[str, list[int]]
@@ -32,10 +35,16 @@ class Connection:
     """A connection to one export.
 
     failure: the error to raise, ReadFailed or WriteFailed. stall_seconds: the longest wait for any
-    sign of life.
+    sign of life. check: called at least every 100 ms of such a wait; what it raises ends it.
     """
 
-    def __init__(self, export: str, failure: type[TransferError], stall_seconds: float) -> None:
+    def __init__(
+        self,
+        export: str,
+        failure: type[TransferError],
+        stall_seconds: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
         self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
@@ -44,6 +53,8 @@ class Connection:
         self.failure = failure
         self._export = export
         self._stall_seconds = stall_seconds
+        self._check = check
+        self._checked = 0.0
 
     def connect(self, address: socket.socket | Path, contexts: Sequence[str] = ()) -> None:
         """Shake hands on a connected socket (a duplicate of it) or a unix socket's path.
@@ -57,7 +68,8 @@ class Connection:
                 self.handle.aio_connect_unix(str(address))
             else:
                 self.handle.aio_connect_socket(os.dup(address.fileno()))
-            self.wait(lambda: not self.handle.aio_is_connecting())
+            memory = _memory_bytes()
+            self.wait(lambda: self._greeted(memory))
             if not self.handle.aio_is_ready():
                 raise self.failure(f"the NBD server refused the export {self._export}")
             for context in contexts:
@@ -114,16 +126,28 @@ class Connection:
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Run this connection until `done()`. Raises `failure` at a stall or when the connection is lost."""
-        self._await(done, self._stall_seconds)
+        self._await(done, self._stall_seconds, self._check)
 
-    def _await(self, done: Callable[[], bool], seconds: float) -> None:
+    def _await(
+        self, done: Callable[[], bool], seconds: float, check: Callable[[], None] = lambda: None
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not done():
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - self._checked >= _CHECK_SECONDS:
+                self._checked = now
+                check()
+            if now > deadline:
                 raise self.failure(f"the NBD server was silent for {seconds:g} s")
             if not self.alive():
                 raise self.failure("the NBD connection was lost")
-            turn([self], 0.1)
+            turn([self], _CHECK_SECONDS)
+
+    def _greeted(self, memory_before: int) -> bool:
+        # libnbd keeps every context that a server tells of, and does not mind how many there are.
+        if _memory_bytes() - memory_before > _HANDSHAKE_BYTES:
+            raise self.failure("the NBD server's greeting has no end")
+        return not self.handle.aio_is_connecting()
 
     def alive(self) -> bool:
         """Whether the connection can still carry commands."""
@@ -150,6 +174,11 @@ class Connection:
         if not self.alive() or number in (errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE):
             return self.failure("the NBD connection was lost")
         return self.failure(f"the NBD server answered: {os.strerror(number) if number else err.string}")
+
+
+def _memory_bytes() -> int:
+    """Return the most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def turn(connections: Sequence[Connection], seconds: float, bell: int | None = None) -> None:

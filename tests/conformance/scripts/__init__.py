@@ -8,6 +8,7 @@ from tests.conformance.scripts import (  # noqa: F401 - imported for what they r
     exports,
     graph,
     jobs,
+    limits,
     machine,
     monitor,
     transactions,

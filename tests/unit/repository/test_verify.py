@@ -4,6 +4,7 @@
 import json
 import random
 import shutil
+import struct
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,6 +206,18 @@ def _qemu_io(image: Path, *commands: str) -> None:
     subprocess.run(
         ["qemu-io", *words, f"json:{json.dumps(node)}"], check=True, capture_output=True, timeout=60
     )
+
+
+def test_an_entry_of_a_table_that_leads_nowhere_costs_its_cluster_and_no_other(stock):
+    image = stock.image(P1)
+    content = image.read_bytes()
+    (first,) = struct.unpack_from(">Q", content, 40)
+    second = struct.unpack_from(">Q", content, first)[0] & (1 << 56) - 512
+    flip(image, second + 8 * 12 + 6, 1)  # now between two clusters, which QEMU refuses
+    found = {damage.kind: damage for damage in stock.verify().damage}
+    assert set(found) == {"image", "data"}  # qemu-img check sees it too
+    assert found["data"].ranges == ((12 * CLUSTER, CLUSTER),)
+    assert [one.point for one in found["data"].touches] == [P1, P2, P3]
 
 
 def test_a_sample_is_another_one_every_time_and_the_same_for_the_same_seed(builder):
