@@ -49,10 +49,11 @@ from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.settings import RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm import bitmaps, cleanup, disks, export, scratch, snapshot_access
+from backupctl.vm import bitmaps, cleanup, disks, export, room, scratch, snapshot_access
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
 from backupctl.vm.view import Cut, View
 
@@ -68,9 +69,10 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
         plan = _prepare(vm, repository, folder, options, monitor, reporter)
+        rooms = _rooms(plan, options, monitor, reporter)
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
-            return _Run(vm, repository, folder, options, reporter, stop, monitor, guard, plan).make()
+            return _Run(vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms).make()
 
 
 def _prepare(
@@ -84,7 +86,6 @@ def _prepare(
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
     if not monitor.version.at_least(5, 2):
         raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state="nothing was touched")
-    scratch.check_room(options.scratch)
     inventory = disks.inventory(monitor, vm.disk_names)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
@@ -108,6 +109,20 @@ def _prepare(
     )
     _tell(plan, options, reporter)
     return plan
+
+
+def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter) -> tuple[Room, ...]:
+    """Share out the scratch folder's room; part of step 1. Raises Refused."""
+    chosen = [one.disk for one in plan.disks]
+    rooms = room.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+    if short := [disk.name for disk, one in zip(chosen, rooms, strict=True) if one.size < one.wanted]:
+        has, wants = sum(one.size for one in rooms), sum(one.wanted for one in rooms)
+        reporter.warn(
+            f"the scratch file of {', '.join(short)} may not suffice: {has >> 20} MiB are set aside in "
+            f"{options.scratch}, {wants >> 20} MiB would do for a guest that overwrites all it has; "
+            "if it is too little the run is given up, and the guest goes on"
+        )
+    return rooms
 
 
 def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
@@ -147,6 +162,7 @@ class _Run:
     monitor: Monitor
     guard: Guard
     plan: Plan
+    rooms: tuple[Room, ...]
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     step: str = "attach"
     server_is_ours: bool = False
@@ -156,6 +172,7 @@ class _Run:
         self.point: PointId | None = None
         self.clients = ExitStack()
         self.exports: tuple[export.Export, ...] = ()
+        self.view: View | None = None
 
     def make(self) -> RunReport:
         """Take the point; whatever happens, bring the VM to rest."""
@@ -180,15 +197,18 @@ class _Run:
         private = self._private_folder()
         view = self._view(private, freezes)
         held.callback(view.close)
+        self.view = view
         view.attach()
+        view.guard_by(self.guard)
         freeze = self._moment(partial, view, freezes)
         sources = self._export(view)
         self._begin("copy")
-        entries = self._copy(partial, view, sources)
+        entries = self._copy(partial, sources)
         self._begin("dismantle")
         cleanup.dismantle(
             self.monitor, self.owner, recovery.actives(self.folder), clients=self._our_clients()
         )
+        self.view = None  # what QEMU said of it meanwhile no longer matters: all is read
         self._begin("commit")
         manifest = records.manifest(
             journal, self.plan.parent, entries, freeze, str(self.monitor.version), self.options.checkpoints
@@ -264,7 +284,9 @@ class _Run:
             self.clients.callback(one.close)
         sources = []
         for one in self.exports:
-            source = Source.connect(one.sockets, one.name, one.bitmap, self.options.stall_timeout_seconds)
+            source = Source.connect(
+                one.sockets, one.name, one.bitmap, self.options.stall_timeout_seconds, self._look
+            )
             self.clients.callback(source.close)
             sources.append(source)
         return sources
@@ -282,18 +304,19 @@ class _Run:
         self.monitor.transaction(actions)
         return shown
 
-    def _copy(self, partial: Partial, view: View, sources: list[Source]) -> tuple[DiskEntry, ...]:
+    def _copy(self, partial: Partial, sources: list[Source]) -> tuple[DiskEntry, ...]:
         """Step 7, one disk after the other."""
-
-        def check() -> None:
-            self.stop.check()
-            self.monitor.pump()
-            self.guard.check()
-            view.check()
-
         limiter = TokenBucket(self.options.limit_bytes_per_second)
-        taker = Taker(partial, limiter, self.reporter, check, self.options.stall_timeout_seconds)
+        taker = Taker(partial, limiter, self.reporter, self._look, self.options.stall_timeout_seconds)
         return tuple(taker.take(one, source) for one, source in zip(self.plan.disks, sources, strict=True))
+
+    def _look(self) -> None:
+        """Raise what must end the run now: a signal, the death of monitor or guard, a full scratch file."""
+        self.stop.check()
+        self.monitor.pump()
+        self.guard.check()
+        if self.view is not None:
+            self.view.check()
 
     def _bring_to_rest(self, failure: BaseException | None) -> None:
         """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.
@@ -315,6 +338,7 @@ class _Run:
                     server_is_ours=self.server_is_ours,
                     guarded=True,
                 )
+            self.guard.unwatch()
             self._await_thaw()
         except BackupctlError as err:
             raise self._unsettled(failure, err) from (failure or err)
@@ -360,7 +384,7 @@ class _Run:
         )
 
     def _begin(self, step: str) -> None:
-        self.stop.check()
+        self._look()
         self.step = step
         self.reporter.step(step)
 
@@ -376,7 +400,7 @@ class _Run:
             can = not snapshot_access.why_not(self.monitor, cuts) and (freezes or len(cuts) == 1)
             wish = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
-        return kind(self.monitor, self.owner, cuts, self.options.scratch, private)
+        return kind(self.monitor, self.owner, cuts, self.rooms, self.options.scratch, private)
 
     def _cuts(self) -> list[Cut]:
         assert self.point is not None

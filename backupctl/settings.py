@@ -63,6 +63,7 @@ class RunOptions:
 
     disks: names of disks to take, all writable ones if empty.
     scratch: folder for the scratch files.
+    scratch_bytes: room to set aside for them together, at least; None for half of what is free, at most.
     limit_bytes_per_second: rate limit of the copy over all disks, None for none.
     since: the point to differ from; None means the newest.
     checkpoints: how many bitmaps of older points stay in the VM for differentials.
@@ -76,6 +77,7 @@ class RunOptions:
     freeze: FreezeWish = "auto"
     freeze_budget_seconds: float = 10.0
     scratch: Path = Path("/var/tmp")  # noqa: S108 - large, survives a reboot, and the files in it have no name
+    scratch_bytes: int | None = None
     limit_bytes_per_second: int | None = None
     view: ViewWish = "fleecing"
     since: PointId | None = None

@@ -16,9 +16,11 @@ from backupctl.cli import (
     screen,
 )
 from backupctl.cli.demo import demo
+from backupctl.cli.diff import diff
 from backupctl.cli.points import list_points, show
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
+from backupctl.cli.serve import serve
 from backupctl.cli.simulate import simulate
 from backupctl.cli.verify import verify
 from backupctl.cli.vm import recover, status
@@ -41,6 +43,8 @@ _COMMANDS = (
     list_points,
     show,
     restore,
+    serve,
+    diff,
     verify,
     status,
     recover,

@@ -22,6 +22,12 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["fleecing", "snapshot-access", "auto"]),
             help="How the moment is held; snapshot-access (QEMU 10.0+) spares the guest a full scratch.",
         ),
+        click.option(
+            "--scratch-size",
+            metavar="SIZE",
+            help="Set aside so much in the scratch folder, or refuse. Without it: what the disks hold, "
+            "but half of what is free at most.",
+        ),
         click.option("--freeze-budget", type=float, metavar="SECONDS", help="The longest freeze (10)."),
         click.option(
             "--freeze",
@@ -77,13 +83,14 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
         return default if found is None else found
 
     default = common.DEFAULTS
-    limit = setting("limit", None)
+    limit, scratch_size = setting("limit", None), setting("scratch_size", None)
     wanted = RunOptions(
         kind=kind,
         disks=tuple(options["disks"]),
         freeze=setting("freeze", default.freeze),
         freeze_budget_seconds=float(setting("freeze_budget", default.freeze_budget_seconds)),
         scratch=Path(names.scratch()),
+        scratch_bytes=units.parse_size(scratch_size) if scratch_size else None,
         limit_bytes_per_second=units.parse_size(limit) if limit else None,
         view=setting("view", default.view),
         on_broken_chain=setting("on_broken_chain", default.on_broken_chain),

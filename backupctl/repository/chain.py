@@ -67,9 +67,14 @@ def layers(folder: VmFolder, point: Point, disk: str) -> tuple[Layer, ...]:
     """
     entry = point.manifest.disk(disk)
     if entry is None:
-        held = ", ".join(found.name for found in point.manifest.disks)
-        raise NoSuchPoint(f"the point {point.id} holds no disk {disk!r:.120}; its disks: {held}")
+        raise no_such_disk(point, disk)
     return _follow(folder, point, entry)
+
+
+def no_such_disk(point: Point, disk: str) -> NoSuchPoint:
+    """Return the error for a disk that a point does not hold."""
+    held = ", ".join(found.name for found in point.manifest.disks)
+    return NoSuchPoint(f"the point {point.id} holds no disk {disk!r:.120}; its disks: {held}")
 
 
 def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, ...]:

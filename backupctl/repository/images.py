@@ -37,7 +37,7 @@ _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 _SOCKET = "nbd.sock"
 _READY = "ready"
 # Measured: without these QEMU's server spends most of its time in page faults of its allocator.
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "67108864",
     "MALLOC_TRIM_THRESHOLD_": "268435456",
     "MALLOC_ARENA_MAX": "1",
@@ -100,7 +100,7 @@ def serve_target(path: Path, image_format: ImageFormat, *, onto_device: bool) ->
         options["driver"] = "raw"
         del options["backing"]
         options["file"]["driver"] = "host_device" if onto_device else "file"
-    with _served(options, writable=True) as address:
+    with served(options, writable=True) as address:
         yield address
     _complete(path)
 
@@ -133,18 +133,19 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
     when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
     """
-    with _served(blockdev(chain, writable=writable), writable=writable) as address:
+    with served(blockdev(chain, writable=writable), writable=writable) as address:
         yield address
     if writable:
         _complete(chain[0])
 
 
 @contextmanager
-def _served(options: dict[str, Any], *, writable: bool) -> Iterator[Path]:
-    with _private_folder() as folder, tempfile.TemporaryFile() as complaints:
+def served(options: dict[str, Any], *, writable: bool) -> Iterator[Path]:
+    """Serve what QEMU's options name, as `serve`; bringing it to the disk is left to the caller."""
+    with private_folder() as folder, tempfile.TemporaryFile() as complaints:
         server = _start(options, folder, complaints, writable=writable)
         try:
-            _await_ready(server, folder / _READY, complaints)
+            await_ready(server, folder / _READY, complaints)
             yield folder / _SOCKET
             status = _end(server)
         except BaseException:
@@ -163,8 +164,8 @@ def _complete(path: Path) -> None:
 
 
 @contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Make a folder of our own for a socket, locked for as long as we live."""
+def private_folder() -> Iterator[Path]:
+    """Make a folder of our own for a socket, locked while we live; those of the dead are removed."""
     _sweep(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -204,11 +205,14 @@ def _start(
         *("--export", json.dumps(export)),
         *("--pidfile", str(folder / _READY)),
     ]
-    return qemu.start(command, complaints=complaints, environment=_ALLOCATOR)
+    return qemu.start(command, complaints=complaints, environment=ALLOCATOR)
 
 
-def _await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
-    """Wait for the process file, written when all is set up: a socket's name is there before it listens."""
+def await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
+    """Wait for the process file, written when all is set up: a socket's name is there before it listens.
+
+    Raises RepositoryError.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:

@@ -51,8 +51,12 @@ def start(
     complaints: IO[bytes],
     output: int = subprocess.DEVNULL,
     environment: Mapping[str, str] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
-    """Start a child that dies with us. complaints: gets its stderr. Raises RepositoryError."""
+    """Start a child that dies with us. Raises RepositoryError.
+
+    complaints: gets its stderr. descriptors: those that it inherits, under the same numbers.
+    """
     try:
         return subprocess.Popen(
             command,
@@ -60,6 +64,7 @@ def start(
             stdout=output,
             stderr=complaints,
             env={**os.environ, **(environment or {})},
+            pass_fds=descriptors,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock can be held in it
         )

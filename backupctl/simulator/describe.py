@@ -4,7 +4,7 @@
 import json
 from typing import Any
 
-from backupctl.simulator.nodes import Node, Qcow2Node
+from backupctl.simulator.nodes import Node, Qcow2Node, protocol_of
 from backupctl.simulator.store import CLUSTER
 
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
@@ -52,7 +52,7 @@ def _depth(shown: Node) -> int:
 
 
 def _actual_size(shown: Node) -> int:
-    file = shown.child("file") or shown
+    file = protocol_of(shown.child("file")) or shown
     store = getattr(file, "store", None)
     return int(store.allocated_bytes()) if store is not None else 0
 

@@ -230,6 +230,23 @@ class RawNode(Node):
 
 
 @dataclass(eq=False)
+class ThrottleNode(RawNode):
+    """A filter that could slow its file down, by the limits of its group; here it never does."""
+
+    group: str = ""
+
+    def _discard(self, offset: int, length: int) -> None:
+        self.file.discard(offset, length)
+
+
+def protocol_of(node: Node | None) -> FileNode | None:
+    """Return the file node at the bottom of throttle nodes, None if it is another kind of node."""
+    while isinstance(node, ThrottleNode):
+        node = node.file
+    return node if isinstance(node, FileNode) else None
+
+
+@dataclass(eq=False)
 class Qcow2Node(Node):
     """The qcow2 format: clusters that are data, zero, or show what the backing node has."""
 
@@ -272,12 +289,12 @@ class Qcow2Node(Node):
 
     def _zero(self, offset: int, length: int) -> None:
         first, last = self._whole_clusters(offset, length)
-        if last > first:
-            self.store.punch(first, last - first, State.ZERO)
-            self._blank(offset, first - offset)
-            self._blank(last, offset + length - last)
-        else:
+        if last < first:
             self._blank(offset, length)
+            return
+        self.store.punch(first, last - first, State.ZERO)
+        self._blank(offset, first - offset)
+        self._blank(last, offset + length - last)
 
     def _discard(self, offset: int, length: int) -> None:
         first, last = self._whole_clusters(offset, length)
@@ -286,16 +303,16 @@ class Qcow2Node(Node):
 
     def _resize(self, size: int) -> None:
         self.store.resize(size)
-        file = self.child("file")
-        if isinstance(file, FileNode) and file.store is not None:
+        file = protocol_of(self.child("file"))
+        if file is not None and file.store is not None:
             file.store.write(_SIZE_IN_HEADER, size.to_bytes(8, "big"))
 
     def _allocate(self, offset: int, length: int) -> None:
         """Make room for a write: account for the file's growth, copy up what the write leaves of clusters."""
         cluster = self.store.cluster
         if new := self.store.new_clusters(offset, length):
-            file = self.child("file")
-            if isinstance(file, FileNode):
+            file = protocol_of(self.child("file"))
+            if file is not None:
                 file.grow(new * cluster)
             ends = {offset // cluster, (offset + length - 1) // cluster}
             for number in ends:
@@ -308,9 +325,15 @@ class Qcow2Node(Node):
             self.store.write(start, self.read(start, length))
 
     def _blank(self, offset: int, length: int) -> None:
-        """Write zeroes into parts of clusters, unless they read as zeroes anyway."""
-        if length > 0 and any(flags == Extent.DATA for _, flags in self.extents(offset, length)):
+        """Zero a part of one cluster: all of it where the rest reads as zeroes too, else by writing."""
+        start = offset // self.store.cluster * self.store.cluster
+        whole = min(self.store.cluster, self.size - start)
+        if not length:
+            return
+        if any(flags == Extent.DATA for _, flags in self.extents(start, whole)):
             self._write(offset, bytes(length))
+        else:
+            self.store.punch(start, whole, State.ZERO)
 
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
         cluster, end = self.store.cluster, offset + length

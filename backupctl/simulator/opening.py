@@ -19,7 +19,7 @@ from backupctl.simulator.descriptors import PREFIX, Descriptors
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.filters import CopyBeforeWrite, SnapshotAccess
 from backupctl.simulator.graph import Graph
-from backupctl.simulator.nodes import FileNode, Node, Qcow2Node, RawNode, Teller
+from backupctl.simulator.nodes import FileNode, Node, Qcow2Node, RawNode, Teller, ThrottleNode, protocol_of
 from backupctl.simulator.store import CLUSTER, ClusterStore, RawStore, States
 
 DATA_OFFSET = 1 << 20
@@ -46,6 +46,7 @@ FORMS: dict[str, arguments.Form] = {
         "cbw-timeout?": "uint32",
     },
     "snapshot-access": {**_COMMON, "file": "any"},
+    "throttle": {**_COMMON, "throttle-group": "str", "file": "any"},
 }
 Options = Mapping[str, Any]
 
@@ -54,7 +55,8 @@ class Opener:
     """Makes nodes.
 
     running: whether the guest runs; only then does QEMU let go of descriptors at once.
-    version: of QEMU. capacity: how much the file of a qcow2 node of this name may take, None for any amount.
+    groups: throttle groups with their limits. version: of QEMU.
+    capacity: how much the file of a qcow2 node of this name may take, None for any amount.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Opener:
         self.locked: set[tuple[int, int]] = set()
         self.capacity: Callable[[str], int | None] = lambda _node: None
         self.version = (7, 2, 0)
+        self.groups: dict[str, dict[str, int]] = {}
 
     def open(self, options: Options) -> Node:
         """Make a node that is the monitor's own. Raises CommandError, and has then made nothing."""
@@ -87,6 +90,7 @@ class Opener:
             self._graph.check_new_name(name)
         makers = {"file": self._file, "raw": self._raw, "qcow2": self._qcow2}
         makers |= {"copy-before-write": self._before_write, "snapshot-access": self._access}
+        makers |= {"throttle": self._throttle}
         node = makers[driver](name or self._graph.automatic_name(), options)
         node.owned = owned
         node.discards = options.get("discard") in ("unmap", "on")
@@ -101,7 +105,7 @@ class Opener:
         if not isinstance(given, dict):
             raise CommandError(f"Invalid parameter type for '{role}', expected: BlockdevRef")
         inherited = {key: options[key] for key in ("read-only",) if key in options}
-        return self._open(inherited | dict(given), owned="node-name" in given)
+        return self._open(inherited | dict(given), owned=False)
 
     def _file(self, name: str, options: Options) -> FileNode:
         path = options["filename"]
@@ -169,11 +173,21 @@ class Opener:
             filename=file.filename,
             store=self._clusters(file, size),
         )
-        if isinstance(file, FileNode):
-            file.capacity = lambda: self.capacity(name)
+        if (protocol := protocol_of(file)) is not None:
+            protocol.capacity = lambda: self.capacity(name)
         self._graph.link("file", made, name, file)
         if backing is not None:
             self._graph.link("backing", made, name, backing)
+        return made
+
+    def _throttle(self, name: str, options: Options) -> ThrottleNode:
+        group = options["throttle-group"]
+        if group not in self.groups:
+            raise CommandError(f"Throttle group '{group}' does not exist")
+        file = self._child(options, "file")
+        made = ThrottleNode(name, "throttle", self._tell, file.read_only, filename=file.filename)
+        made.group = group
+        self._graph.link("file", made, name, file)
         return made
 
     def _backing(self, options: Options) -> Node | None:
@@ -243,9 +257,10 @@ class RawFile(RawStore):
 
 def opened(node: Node) -> RawFile:
     """Return the file of a file node. Raises CommandError for another kind of node."""
-    if not isinstance(node, FileNode) or not isinstance(node.store, RawFile):
+    file = protocol_of(node)
+    if file is None or not isinstance(file.store, RawFile):
         raise CommandError(f"Node '{node.name}' can't hold an image here: only a file can")
-    return node.store
+    return file.store
 
 
 def _virtual_size(file: Node) -> int:

@@ -24,6 +24,7 @@ from backupctl.errors import TransferError
 BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
 _HANDSHAKE_BYTES = 64 << 20  # of memory; it takes next to none
+_CHECK_SECONDS = 0.1
 _FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
 
 Entries = dict[str, list[int]]
@@ -34,10 +35,16 @@ class Connection:
     """A connection to one export.
 
     failure: the error to raise, ReadFailed or WriteFailed. stall_seconds: the longest wait for any
-    sign of life.
+    sign of life. check: called at least every 100 ms of such a wait; what it raises ends it.
     """
 
-    def __init__(self, export: str, failure: type[TransferError], stall_seconds: float) -> None:
+    def __init__(
+        self,
+        export: str,
+        failure: type[TransferError],
+        stall_seconds: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
         self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
@@ -46,6 +53,8 @@ class Connection:
         self.failure = failure
         self._export = export
         self._stall_seconds = stall_seconds
+        self._check = check
+        self._checked = 0.0
 
     def connect(self, address: socket.socket | Path, contexts: Sequence[str] = ()) -> None:
         """Shake hands on a connected socket (a duplicate of it) or a unix socket's path.
@@ -117,16 +126,22 @@ class Connection:
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Run this connection until `done()`. Raises `failure` at a stall or when the connection is lost."""
-        self._await(done, self._stall_seconds)
+        self._await(done, self._stall_seconds, self._check)
 
-    def _await(self, done: Callable[[], bool], seconds: float) -> None:
+    def _await(
+        self, done: Callable[[], bool], seconds: float, check: Callable[[], None] = lambda: None
+    ) -> None:
         deadline = time.monotonic() + seconds
         while not done():
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now - self._checked >= _CHECK_SECONDS:
+                self._checked = now
+                check()
+            if now > deadline:
                 raise self.failure(f"the NBD server was silent for {seconds:g} s")
             if not self.alive():
                 raise self.failure("the NBD connection was lost")
-            turn([self], 0.1)
+            turn([self], _CHECK_SECONDS)
 
     def _greeted(self, memory_before: int) -> bool:
         # libnbd keeps every context that a server tells of, and does not mind how many there are.

@@ -78,12 +78,17 @@ class _Piece:
 
 
 @contextmanager
-def open_target(address: Path, export: str, connections: int = 2) -> Iterator[tuple[Connection, ...]]:
-    """Connect to a writable export; when the block ends well, all written is flushed. Raises WriteFailed."""
+def open_target(
+    address: Path, export: str, connections: int = 2, check: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Connection, ...]]:
+    """Connect to a writable export; when the block ends well, all written is flushed. Raises WriteFailed.
+
+    check: called at least every 100 ms of these waits; what it raises ends them.
+    """
     made = []
     try:
         for _ in range(connections):
-            connection = Connection(export, WriteFailed, stall_seconds=120.0)
+            connection = Connection(export, WriteFailed, 120.0, check)
             made.append(connection)
             connection.connect(address)
         yield tuple(made)

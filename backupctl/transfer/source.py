@@ -2,7 +2,7 @@
 """The point-in-time view as the copy sees it: an NBD export with its dirty bitmap."""
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -38,15 +38,17 @@ class Source:
         export: str,
         bitmap: str | None = None,
         stall_seconds: float = 60.0,
+        check: Callable[[], None] = lambda: None,
         *,
         depth: bool = False,
         borne: bool = False,
     ) -> Self:
         """Shake hands on every address.
 
-        bitmap: the dirty bitmap to ask for, None for all data. depth: ask which layer stores what, too; takes
-        two addresses at least. borne: a cluster whose state can't be told is called data, so that reading it
-        fails, and it alone. Raises ReadFailed.
+        bitmap: the dirty bitmap to ask for, None for all data. check: called at least every 100 ms while
+        `connect` and `statuses` wait for the server; what it raises ends them. depth: ask which layer stores
+        what, too; takes two addresses at least. borne: a cluster whose state can't be told is called data, so
+        that reading it fails, and it alone. Raises ReadFailed.
         """
         questions = [(BASE_ALLOCATION, *((f"qemu:dirty-bitmap:{bitmap}",) if bitmap else ()))]
         if depth:  # on a connection of its own: measured, QEMU hangs up when two answers to one are errors
@@ -54,7 +56,7 @@ class Source:
         made: list[Connection] = []
         try:
             for number, address in enumerate(addresses):
-                connection = Connection(export, ReadFailed, stall_seconds)
+                connection = Connection(export, ReadFailed, stall_seconds, check)
                 made.append(connection)
                 connection.connect(address, questions[min(number, len(questions) - 1)])
             return cls(tuple(made), questions, borne=borne)

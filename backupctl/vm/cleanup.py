@@ -4,7 +4,8 @@
 Nothing is remembered; QEMU is asked what there is of ours. So the same lines serve the end of a good
 run, the end of a failed one, and `recover` after a death anywhere.
 
-The order: exports (the SERVER closes first, while the client is still connected: on Debian's QEMU 7.2
+The order: first the limits on scratch files are eased, since what waits in them could keep an export or a
+job; then exports (the SERVER closes first, while the client is still connected: on Debian's QEMU 7.2
 a client that leaves first kills a VM whose disk has an iothread), NBD server, filters, jobs, nodes,
 descriptors.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 from backupctl.errors import CommandFailed, MonitorError
 from backupctl.names import NodeName, Owner
+from backupctl.vm import limit
 from backupctl.vm.export import descriptor_name
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.reply import flag, number, text, understood
@@ -55,6 +57,7 @@ def dismantle(
     Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
     """
     told = []
+    limit.lift(monitor, owner, limit.SLOW_BYTES_PER_SECOND)
     ours = _ours(monitor, owner, "query-block-exports", "id")
     nodes = _ours(monitor, owner, "query-named-block-nodes", "node-name")
     for name in ours:
@@ -73,15 +76,18 @@ def dismantle(
     if "closefd" in monitor.commands:
         _unless_gone(monitor, "closefd", {"fdname": descriptor_name(owner)})
     told += _withdraw_filters(monitor, owner, actives)
+    limit.lift(monitor, owner, limit.UNLIMITED)
     for name in _ours(monitor, owner, "query-jobs", "id"):
         _end_job(monitor, name)
         told.append(f"ended the job {name}")
     _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)
-    for name in sorted(nodes):  # acc before cbw before tmp: a node goes before those it stands on
+    # acc before cbw before tmp: a node goes before those it stands on; fil goes with its tmp
+    for name in sorted(name for name in nodes if "-fil" not in name):
         _unless_gone(monitor, "blockdev-del", {"node-name": name})
         told.append(f"removed the node {name}")
     if left := _ours(monitor, owner, "query-named-block-nodes", "node-name"):
         raise MonitorError(f"QEMU did not let go of the node {left[0]}: somebody else uses it")
+    told += [f"removed the limit {name}" for name in limit.remove(monitor, owner)]
     if "query-fdsets" in monitor.commands:
         told += _remove_fdsets(monitor, owner)
     return told
@@ -92,6 +98,7 @@ def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
     found = [f"export {name}" for name in _ours(monitor, owner, "query-block-exports", "id")]
     found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
     found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
+    found += [f"limit {name}" for name in limit.ours(monitor, owner)]
     if "query-fdsets" in monitor.commands and _runs(monitor):
         found += [f"descriptor set {each}" for each in _fdsets(monitor, owner)]
     return found

@@ -7,6 +7,9 @@
                     │                          ▲
                     └── blockdev-backup sync=none: old content, before it is overwritten
 
+A scratch file that may not be large enough lies behind a limit (see `room`), and its file node has a name
+and a write threshold.
+
 Source: V. Sementsov-Ogievskiy on the qemu-block list, 26 Dec 2017 and 15 Mar 2022. QEMU serialises the
 NBD reads against the copying itself. All disks and all bitmaps change in one transaction.
 """
@@ -14,26 +17,36 @@ NBD reads against the copying itself. All disks and all bitmaps change in one tr
 from collections.abc import Sequence
 from pathlib import Path
 
+from backupctl.errors import Failed
 from backupctl.names import NodeName, Owner
-from backupctl.vm import scratch
+from backupctl.vm import limit, scratch
 from backupctl.vm.bitmaps import Action
+from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.room import Room
 from backupctl.vm.view import Cut
 
 
 class Fleecing:
     """The default view; needs QEMU 5.2.
 
-    cuts: the disks and their bitmaps. folder: where the scratch files go. private: folder for named
-    scratch files, None where QEMU takes descriptors.
+    cuts: the disks and their bitmaps. rooms: for the scratch of each. folder: where the scratch files go.
+    private: folder for named scratch files, None where QEMU takes descriptors.
     """
 
     def __init__(
-        self, monitor: Monitor, owner: Owner, cuts: Sequence[Cut], folder: Path, private: Path | None
+        self,
+        monitor: Monitor,
+        owner: Owner,
+        cuts: Sequence[Cut],
+        rooms: Sequence[Room],
+        folder: Path,
+        private: Path | None,
     ) -> None:
         self._monitor = monitor
         self._owner = owner
         self._cuts = tuple(cuts)
+        self._rooms = tuple(rooms)
         self._folder = folder
         self._private = private
         self._scratches: list[scratch.Scratch] = []
@@ -41,15 +54,27 @@ class Fleecing:
 
     def attach(self) -> None:
         """Add the scratch nodes."""
-        for number, cut in enumerate(self._cuts):
+        for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
             node = self._owner.node("tmp", number)
-            made = scratch.make(self._monitor, node, cut.disk.size, self._folder, self._private)
+            made = scratch.make(self._monitor, node, cut.disk.size, self._folder, self._private, room.size)
             self._scratches.append(made)
-            file = {"driver": "file", "filename": made.filename}
             self._monitor.execute(
                 "blockdev-add",
-                {"driver": "qcow2", "node-name": node, "file": file, "backing": cut.disk.node},
+                {
+                    "driver": "qcow2",
+                    "node-name": node,
+                    "file": self._file(number, made, room),
+                    "backing": cut.disk.node,
+                },
             )
+            if room.give_up is not None:
+                watched = {"node-name": self._owner.node("fil", number), "write-threshold": room.give_up}
+                self._monitor.execute("block-set-write-threshold", watched)
+
+    def guard_by(self, guard: Guard) -> None:
+        """Have the guard end the jobs if we die, and look that no scratch file is used up."""
+        for number, (made, room) in enumerate(zip(self._scratches, self._rooms, strict=True)):
+            guard.watch(self._owner.node("job", number), made.descriptor, room.give_up)
 
     def cut(self) -> None:
         """One transaction: new bitmaps, old bitmaps disabled, copy-before-write on; for all disks."""
@@ -64,13 +89,32 @@ class Fleecing:
         return tuple(self._owner.node("tmp", number) for number in range(len(self._cuts)))
 
     def check(self) -> None:
-        """Raise Failed when the scratch folder is filling up: a full one makes GUEST writes fail."""
-        scratch.check_left(self._folder)
+        """Raise Failed when a scratch file or its folder is filling up: a full one fails GUEST writes."""
+        passed = self._monitor.thresholds_passed()
+        for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
+            if self._owner.node("fil", number) in passed:
+                raise Failed(
+                    f"the guest overwrote so much of {cut.disk.name} that its scratch file is filling up "
+                    f"({room.size >> 20} MiB were set aside in {self._folder}, {room.wanted >> 20} MiB would "
+                    "do for all that the disk holds): gave up before the guest's own writes could fail"
+                )
+        if not all(made.reserved for made in self._scratches):
+            scratch.check_left(self._folder)
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""
         for made in self._scratches:
             made.close()
+
+    def _file(self, number: int, made: scratch.Scratch, room: Room) -> dict[str, object]:
+        file: dict[str, object] = {"driver": "file", "filename": made.filename}
+        if room.give_up is not None:
+            file["node-name"] = self._owner.node("fil", number)
+        if room.stop is None:
+            return file
+        group = self._owner.node("lim", number)
+        limit.make(self._monitor, group, room.stop)
+        return {"driver": "throttle", "throttle-group": group, "file": file}
 
     def _backup(self, number: int, cut: Cut) -> Action:
         arguments = {

@@ -107,6 +107,18 @@ class Guard:
         """The exports are gone: the guard may let go of the sockets. Raises GuardLost."""
         self._ask({"do": "release"})
 
+    def watch(self, job: str, scratch: int, give_up_bytes: int | None) -> None:
+        """Have the guard end a job if we die, and us if we let its scratch file fill up.
+
+        scratch: a descriptor of the file. give_up_bytes: used of it when we should have ended the job; None
+        if it can't be used up. Raises GuardLost.
+        """
+        self._ask({"do": "watch", "job": job, "give_up": give_up_bytes}, (scratch,))
+
+    def unwatch(self) -> None:
+        """The jobs have ended. Raises GuardLost."""
+        self._ask({"do": "unwatch"})
+
     def check(self) -> None:
         """Raise GuardLost if the guard has died."""
         if self._process.poll() is not None:

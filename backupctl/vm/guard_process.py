@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guard: a separate process that looks after the guest when the run dies, by whatever cause.
 
-It holds two things for the run:
+It holds three things for the run:
 
 - the conversation with the guest agent. It freezes and thaws when the run says so, and thaws by itself
   when the freeze budget ends or the run is gone;
 - a duplicate of every NBD client socket. When the run is gone it has QEMU drop the exports, and lets go
   of the sockets only then: on Debian's QEMU 7.2 a client that goes away first kills a VM whose disk has
-  an iothread.
+  an iothread;
+- an eye on the scratch files, see `guard_watch`.
 
 The run talks to it over a socket pair, one JSON object a message, one answer to each; the end of that
 socket is the end of the run. It imports little and outlives the run by minutes at the most, unless QEMU
@@ -15,13 +16,13 @@ still has an export that nobody may leave.
 """
 
 import json
+import os
 import select
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -34,7 +35,9 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.settings import Address
+from backupctl.vm import guard_monitor
 from backupctl.vm.agent import Agent
+from backupctl.vm.guard_watch import LOOK_SECONDS, Watch, Watched
 
 THAW_PATIENCE_SECONDS = 300.0
 RETRY_SECONDS = 0.5
@@ -69,7 +72,7 @@ class Freezer:
             self.deadline = self._frozen_at  # its outcome is unknown, so a thaw is due now
             raise
         except AgentError:
-            self.deadline = None  # a refusal has no effect
+            self._look_after_a_refusal(agent)
             raise
 
     def thaw(self) -> float:
@@ -105,9 +108,21 @@ class Freezer:
                 "the guest is frozen already, by somebody else", state="the guest was left as it is"
             )
 
+    def _look_after_a_refusal(self, agent: Agent) -> None:
+        # A refusal should have no effect. An agent that fails half-way may leave the guest frozen.
+        with suppress(AgentError):
+            if agent.freeze_status() == "thawed":
+                self.deadline = None
+                return
+        self.deadline = self._frozen_at
+
     def _thaw_once(self) -> None:
         try:
+            again = self._agent is None
             agent = self._talk()
+            if again and agent.freeze_status() == "thawed":  # the try before did it, whatever was answered
+                self.deadline = None
+                return
             agent.thaw()
             if agent.freeze_status() != "thawed":
                 raise AgentTimeout("the guest is still frozen after a thaw")
@@ -133,9 +148,13 @@ class Freezer:
 class Holder:
     """The NBD client sockets of the run, and the exports they are connected to."""
 
-    def __init__(self, monitor: Address) -> None:
-        self._monitor = monitor
+    def __init__(self) -> None:
         self._held: list[tuple[socket.socket, str]] = []
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The exports that must go before the sockets do."""
+        return tuple(sorted({export for _, export in self._held}))
 
     def hold(self, descriptor: int, export: str) -> None:
         """Keep a socket open."""
@@ -146,17 +165,7 @@ class Holder:
         while self._held:
             self._held.pop()[0].close()
 
-    def drop_exports(self) -> None:
-        """Have QEMU drop the exports, then let go. Without end, unless QEMU itself hangs up."""
-        exports = sorted({export for _, export in self._held})
-        while exports and not self._drain():
-            with suppress(OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
-                drop_exports(self._monitor, exports, self._drain)
-                break
-            time.sleep(RETRY_SECONDS)
-        self.release()
-
-    def _drain(self) -> bool:
+    def drain(self) -> bool:
         """Throw away what QEMU says; whether it has hung up on all. It keeps an export that has to speak."""
         hung_up = 0
         for held, _ in self._held:
@@ -171,77 +180,57 @@ class Holder:
         return hung_up == len(self._held)
 
 
-def drop_exports(
-    monitor: Address, exports: list[str], drain: Callable[[], object], timeout_seconds: float = 10.0
-) -> None:
-    """Tell QEMU to drop exports, clients or not, and wait until they are gone.
-
-    A monitor conversation of four commands: small enough to need no library here. drain: called again
-    and again meanwhile. Raises OSError, ValueError, EOFError.
-    """
-    with _connect(monitor, timeout_seconds) as connection, connection.makefile("rwb") as stream:
-        _answer(stream, "QMP")
-        _command(stream, "qmp_capabilities")
-        for export in exports:
-            _command(stream, "block-export-del", id=export, mode="hard")
-        deadline = time.monotonic() + timeout_seconds
-        while any(entry["id"] in exports for entry in _command(stream, "query-block-exports")["return"]):
-            drain()
-            if time.monotonic() > deadline:
-                raise TimeoutError
-            time.sleep(0.02)
-
-
-def _connect(address: Address, timeout_seconds: float) -> socket.socket:
-    if address.path is None:
-        return socket.create_connection((address.host or "", address.port or 0), timeout_seconds)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    made.settimeout(timeout_seconds)
-    made.connect(address.path)
-    return made
-
-
-def _command(stream: Any, command: str, **arguments: str) -> dict[str, Any]:
-    stream.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-    stream.flush()
-    return _answer(stream, "return", "error")
-
-
-def _answer(stream: Any, *wanted: str) -> dict[str, Any]:
-    while True:
-        line = stream.readline(16 << 20)
-        if not line:
-            raise EOFError
-        message = json.loads(line)
-        if isinstance(message, dict) and any(name in message for name in wanted):
-            return message
-
-
 class Guard:
     """Serves the run's requests until it says goodbye or is gone."""
 
-    def __init__(self, run: socket.socket, freezer: Freezer, holder: Holder) -> None:
+    def __init__(self, run: socket.socket, monitor: Address, freezer: Freezer, watch: Watch) -> None:
         self._run = run
+        self._monitor = monitor
         self._freezer = freezer
-        self._holder = holder
+        self._holder = Holder()
+        self._watch = watch
 
     def serve(self) -> None:
-        """Answer requests; in between, thaw when that is due."""
+        """Answer requests; in between, thaw when that is due, and look at the scratch files."""
         waiting = select.poll()
         waiting.register(self._run, select.POLLIN)
         while True:
             self._freezer.thaw_when_due()
-            due = self._freezer.deadline
-            seconds = None if due is None else max(RETRY_SECONDS / 10, due - time.monotonic())
+            self._watch.look()
+            seconds = self._pause_seconds()
             if waiting.poll(None if seconds is None else seconds * 1000) and not self._serve_one():
                 return
 
+    def _pause_seconds(self) -> float | None:
+        due = self._freezer.deadline
+        until_due = None if due is None else max(RETRY_SECONDS / 10, due - time.monotonic())
+        if not self._watch.active:
+            return until_due
+        return LOOK_SECONDS if until_due is None else min(until_due, LOOK_SECONDS)
+
     def stand_in(self) -> None:
-        """Do what the run would have done: thaw, and drop the exports; neither waits for the other."""
+        """Do what the run would have done: thaw; take exports and jobs down. Neither waits for the other."""
         thawing = threading.Thread(target=self._freezer.thaw_for_good)
         thawing.start()
-        self._holder.drop_exports()
+        while not self._taken_down():
+            time.sleep(RETRY_SECONDS)
+        self._holder.release()
+        self._watch.forget()
         thawing.join()
+
+    def _taken_down(self) -> bool:
+        """Try to take exports and jobs down. While QEMU lives no socket is let go of before its export."""
+        left = guard_monitor.Left(self._holder.exports, self._watch.jobs, self._watch.groups)
+        hung_up = self._holder.drain()
+        if hung_up and not left.jobs:
+            return True
+        try:
+            guard_monitor.take_down(self._monitor, left, self._holder.drain)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return hung_up  # no QEMU, no job
+        except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
+            return False
+        return True
 
     def _serve_one(self) -> bool:
         try:
@@ -271,6 +260,11 @@ class Guard:
                 self._holder.hold(descriptors[0], str(request["export"]))
             case "release":
                 self._holder.release()
+            case "watch":
+                give_up = request["give_up"]
+                self._watch.add(Watched(str(request["job"]), descriptors[0], give_up))
+            case "unwatch":
+                self._watch.forget()
             case "frozen":
                 return self._freezer.deadline is not None
         return None
@@ -284,7 +278,7 @@ def main() -> None:
     with socket.socket(fileno=int(descriptor)) as run:
         run.send(b"{}")
         freezer = Freezer(Address.parse(agent) if agent else None, float(timeout))
-        guard = Guard(run, freezer, Holder(Address.parse(monitor)))
+        guard = Guard(run, Address.parse(monitor), freezer, Watch(os.getppid()))
         guard.serve()
     guard.stand_in()
 

@@ -29,6 +29,7 @@ from backupctl.settings import Address
 from backupctl.vm import reply
 
 T = TypeVar("T")
+_TURNS = 10  # of the event loop: a message passes through several tasks before it is heard
 
 _logger = logging.getLogger("qemu.qmp")
 _logger.addHandler(logging.NullHandler())
@@ -159,9 +160,17 @@ class Monitor:
 
     def pump(self) -> None:
         """Take in what QEMU said on its own. Raises OutcomeUnknown if it has hung up."""
-        self._loop.run_until_complete(asyncio.sleep(0))
+        for _ in range(_TURNS):
+            self._loop.run_until_complete(asyncio.sleep(0))
         if not self.alive:
             raise self._lost("(between commands)", "the monitor's connection broke")
+
+    def thresholds_passed(self) -> frozenset[str]:
+        """Return the nodes of which QEMU said, since the last call, that their write threshold is passed."""
+        told = [event.get("data") for event in self._client.events.clear()]
+        return frozenset(
+            str(data["node-name"]) for data in told if isinstance(data, dict) and "write-threshold" in data
+        )
 
     def close(self) -> None:
         """Leave the monitor to others. Never raises: what is said by now is said."""

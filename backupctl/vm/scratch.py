@@ -6,6 +6,7 @@ descriptor, needs no rights on the folder. Where descriptors can't be passed (a 
 qemu-storage-daemon) it is a named file in a private folder, which recovery finds by its name.
 """
 
+import ctypes
 import errno
 import os
 import shutil
@@ -20,48 +21,43 @@ from backupctl.names import NodeName, Owner, VmName
 from backupctl.vm import reply
 from backupctl.vm.monitor import Monitor
 
-RESERVE_BYTES = 256 * 1024 * 1024
-"""A run starts only with this much room, and is given up when less than half of it is left."""
+LOW_BYTES = 256 * 1024 * 1024
+"""Where no room can be set aside, a run is given up when its file system has less than this left."""
+_KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
 
 
 @dataclass(frozen=True)
 class Scratch:
     """One disk's scratch file.
 
-    filename: what QEMU opens. descriptor: ours, kept open to watch its size; -1 for a named file.
+    filename: what QEMU opens. descriptor: ours, by which others see how much of it is used.
+    reserved: whether its room is set aside, so that nobody else can take it.
     """
 
     filename: str
     descriptor: int
+    reserved: bool
 
     def close(self) -> None:
         """Let go of our descriptor; QEMU's own keeps the file."""
-        if self.descriptor >= 0:
-            with suppress(OSError):
-                os.close(self.descriptor)
+        with suppress(OSError):
+            os.close(self.descriptor)
 
 
-def check_room(folder: Path) -> None:
-    """Refuse a scratch folder that is missing, not writable or nearly full. Raises Refused."""
+def check_folder(folder: Path) -> None:
+    """Refuse a scratch folder that is missing or not writable. Raises Refused."""
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise Refused(
             f"the scratch folder {folder} is not a folder we can write to", state="nothing was touched"
-        )
-    free = free_bytes(folder)
-    if free < RESERVE_BYTES:
-        raise Refused(
-            f"the scratch folder {folder} has {free >> 20} MiB left; a run needs {RESERVE_BYTES >> 20} MiB, "
-            "because the guest's own writes fail when it is full",
-            state="nothing was touched",
         )
 
 
 def check_left(folder: Path) -> None:
     """Give up while there is still room, before the guest's writes could fail. Raises Failed."""
     left = free_bytes(folder)
-    if left < RESERVE_BYTES // 2:
+    if left < LOW_BYTES:
         raise Failed(
-            f"the scratch folder {folder} is filling up ({left >> 20} MiB left): "
+            f"the file system of the scratch folder {folder} is filling up ({left >> 20} MiB left): "
             "gave up before the guest's own writes could fail"
         )
 
@@ -72,19 +68,24 @@ def free_bytes(folder: Path) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
-def make(monitor: Monitor, node: NodeName, size: int, folder: Path, private: Path | None) -> Scratch:
-    """Make an empty qcow2 of `size` bytes and have QEMU know it.
+def make(
+    monitor: Monitor, node: NodeName, size: int, folder: Path, private: Path | None, room_bytes: int
+) -> Scratch:
+    """Make an empty qcow2 of `size` bytes, set room aside for it, and have QEMU know it.
 
     node: its name becomes the descriptor set's label, by which recovery knows it. private: a folder of
     the run for named files; None where descriptors can be passed. Raises Failed, MonitorError.
     """
     if private is not None:
         path = private / f"{node}.qcow2"
-        _format(str(path), size, -1)
-        return Scratch(str(path), -1)
-    descriptor = _nameless(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    else:
+        descriptor = _nameless(folder)
     try:
         _format(f"/proc/self/fd/{descriptor}", size, descriptor)
+        reserved = _reserve(descriptor, room_bytes, folder)
+        if private is not None:
+            return Scratch(str(path), descriptor, reserved)
         monitor.send_fd(descriptor)
         made = monitor.execute("add-fd", {"opaque": node})
         with reply.understood("add-fd"):  # it becomes part of a path
@@ -92,7 +93,21 @@ def make(monitor: Monitor, node: NodeName, size: int, folder: Path, private: Pat
     except BaseException:
         os.close(descriptor)
         raise
-    return Scratch(f"/dev/fdset/{fdset}", descriptor)
+    return Scratch(f"/dev/fdset/{fdset}", descriptor, reserved)
+
+
+def _reserve(descriptor: int, room_bytes: int, folder: Path) -> bool:
+    """Allocate room behind the end of a file; whether its file system can. Raises Failed."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+    while library.fallocate(descriptor, _KEEP_SIZE, 0, room_bytes):
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if number != errno.EINTR:
+            why = os.strerror(number)
+            raise Failed(f"{room_bytes >> 20} MiB can't be set aside in the scratch folder {folder}: {why}")
+    return True
 
 
 def private_folder(owner: Owner, vm: VmName, folder: Path) -> Path:

@@ -30,7 +30,9 @@ from pathlib import Path
 from backupctl.errors import Refused
 from backupctl.names import NodeName, Owner
 from backupctl.vm import bitmaps, scratch
+from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.room import Room
 from backupctl.vm.view import Cut, device_path
 
 CBW_TIMEOUT_SECONDS = 30
@@ -50,11 +52,18 @@ class SnapshotAccess:
     """The view that keeps the guest safe from a full scratch file."""
 
     def __init__(
-        self, monitor: Monitor, owner: Owner, cuts: Sequence[Cut], folder: Path, private: Path | None
+        self,
+        monitor: Monitor,
+        owner: Owner,
+        cuts: Sequence[Cut],
+        rooms: Sequence[Room],
+        folder: Path,
+        private: Path | None,
     ) -> None:
         self._monitor = monitor
         self._owner = owner
         self._cuts = tuple(cuts)
+        self._rooms = tuple(rooms)
         self._folder = folder
         self._private = private
         self._scratches: list[scratch.Scratch] = []
@@ -64,13 +73,16 @@ class SnapshotAccess:
         """Add scratch nodes and filters; no device uses them yet. Raises Refused, MonitorError."""
         if reason := why_not(self._monitor, self._cuts):
             raise Refused(f"--view snapshot-access can't be had: {reason}")
-        for number, cut in enumerate(self._cuts):
+        for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
             node = self._owner.node("tmp", number)
-            made = scratch.make(self._monitor, node, cut.disk.size, self._folder, self._private)
+            made = scratch.make(self._monitor, node, cut.disk.size, self._folder, self._private, room.size)
             self._scratches.append(made)
             file = {"driver": "file", "filename": made.filename}
             self._monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file})
             self._monitor.execute("blockdev-add", self._filter(number, cut))
+
+    def guard_by(self, guard: Guard) -> None:
+        """Nothing can harm the guest: a scratch file that can't grow breaks the snapshot."""
 
     def cut(self) -> None:
         """New bitmaps record, the filters go in, the base bitmaps stop: in this order."""

@@ -16,6 +16,7 @@ from typing import Protocol
 from backupctl.names import BitmapName, NodeName
 from backupctl.vm import bitmaps
 from backupctl.vm.disks import Disk
+from backupctl.vm.guard import Guard
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class View(Protocol):
 
     def attach(self) -> None:
         """Put in place what the view needs; the guest isn't frozen yet. Raises MonitorError, Failed."""
+
+    def guard_by(self, guard: Guard) -> None:
+        """Tell the guard what of it could harm the guest, before `cut`. Raises GuardLost."""
 
     def cut(self) -> None:
         """Take the moment of all disks at once. Raises MonitorError."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A victim: a simulated VM with a repository, and the command line between things that lie."""
 
+import fcntl
 import json
 import os
 import re
@@ -103,7 +104,9 @@ class Victim:
             if agent is not None:
                 guest = self.folder / "liar.agent"
                 liars.enter_context(Liar(guest, self.vm.agent_path, agent))
-            return self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
+            done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
+            self._settled()
+            return done
 
     def recovers(self) -> None:
         """Nothing was lost: the next incremental is what the guest sees, and all is at rest."""
@@ -117,12 +120,21 @@ class Victim:
         assert len([name for name in self.vm.bitmaps() if name.startswith("backupctl-")]) == 1
         assert self.vm.control("status")["frozen"] is False
 
-    def thawed(self) -> None:
-        """The guest is not frozen, or soon will not be: the guard goes on when the run has ended."""
+    def _settled(self) -> None:
+        """The guard goes on for a while when the run has ended; then the guest isn't frozen."""
         deadline = time.monotonic() + 20
-        while self.vm.control("status")["frozen"]:
-            assert time.monotonic() < deadline, "the guest stays frozen"
+        while not self._unlocked():
+            assert time.monotonic() < deadline, "the guard does not end"
             time.sleep(0.05)
+        assert self.vm.control("status")["frozen"] is False
+
+    def _unlocked(self) -> bool:
+        with (self.repository / "web" / "lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
 
     def good(self, kind: str) -> Any:
         done = self.run(kind, "web", "--json")

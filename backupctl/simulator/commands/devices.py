@@ -5,6 +5,7 @@ from typing import Any
 
 from backupctl.simulator import describe
 from backupctl.simulator.arguments import Form
+from backupctl.simulator.commands import objects
 from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.disks import Device
 from backupctl.simulator.failure import CommandError
@@ -39,6 +40,8 @@ def qom_list(vm: Machine, given: Arguments) -> list[dict[str, Any]]:
     if given["path"].rstrip("/") == PERIPHERAL:
         found = [{"name": name, "type": f"child<{each.driver}>"} for name, each in vm.devices.items()]
         return [{"name": "type", "type": "string"}, *found]
+    if given["path"].rstrip("/") == objects.OBJECTS:
+        return objects.listed(vm)
     device = _find(vm, given["path"])
     kinds = {"type": "string", "drive": "str", "serial": "str"}
     kinds |= {"iothread": "link<iothread>"} if device.driver.startswith("virtio") else {}
@@ -62,7 +65,11 @@ def qom_get(vm: Machine, given: Arguments) -> Any:
 
 @command("qom-set", {**PROPERTY, "value": "any"})
 def qom_set(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Hang a device on another node."""
+    """Hang a device on another node, or change a throttle group."""
+    if given["path"].startswith(objects.OBJECTS + "/"):
+        name = given["path"].removeprefix(objects.OBJECTS + "/")
+        objects.set_property(vm, name, given["property"], given["value"])
+        return {}
     device, wanted = _find(vm, given["path"]), given["property"]
     if wanted != "drive":
         raise CommandError(f"Property '{device.driver}.{wanted}' not found")

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Objects that users make: throttle groups. And the iothreads there are."""
+
+from typing import Any
+
+from backupctl.simulator import arguments
+from backupctl.simulator.arguments import Form
+from backupctl.simulator.commands.table import Arguments, command, open_command
+from backupctl.simulator.failure import CommandError
+from backupctl.simulator.graph import is_id
+from backupctl.simulator.machine import Machine
+from backupctl.simulator.nodes import ThrottleNode
+
+OBJECTS = "/objects"
+_LIMITS: Form = {
+    f"{what}-{of}{more}?": "int"
+    for what in ("bps", "iops")
+    for of in ("total", "read", "write")
+    for more in ("", "-max", "-max-length")
+} | {"iops-size?": "int"}
+_GROUP: Form = {"qom-type": "str", "id": "str", "limits?": "dict"}
+
+
+@open_command("object-add")
+def object_add(vm: Machine, given: Arguments) -> dict[str, Any]:
+    """Make a throttle group."""
+    for name in ("qom-type", "id"):
+        if name not in given:
+            raise CommandError(f"Parameter '{name}' is missing")
+    if given["qom-type"] != "throttle-group":
+        raise CommandError(f"Parameter 'qom-type' does not accept value '{given['qom-type']}'")
+    arguments.check(_GROUP, given)
+    name, limits = given["id"], given.get("limits", {})
+    arguments.check(_LIMITS, limits, "limits.")
+    if not is_id(name):
+        raise CommandError("Parameter 'id' expects an identifier")
+    if name in vm.opener.groups:
+        raise CommandError(f"attempt to add duplicate property '{name}' to object (type 'container')")
+    vm.opener.groups[name] = limits
+    return {}
+
+
+@command("object-del", {"id": "str"})
+def object_del(vm: Machine, given: Arguments) -> dict[str, Any]:
+    """Delete a throttle group that no node uses."""
+    name = given["id"]
+    if name not in vm.opener.groups:
+        raise CommandError(f"object '{name}' not found")
+    if any(isinstance(node, ThrottleNode) and node.group == name for node in vm.graph.nodes.values()):
+        raise CommandError(f"object '{name}' is in use, can not be deleted")
+    del vm.opener.groups[name]
+    return {}
+
+
+@command("query-iothreads")
+def query_iothreads(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
+    """Tell of the threads that serve disks."""
+    return [{"id": name} for name in _iothreads(vm)]
+
+
+def listed(vm: Machine) -> list[dict[str, str]]:
+    """Return all objects as `qom-list` shows them."""
+    found = [{"name": "type", "type": "string"}]
+    found += [{"name": name, "type": "child<iothread>"} for name in _iothreads(vm)]
+    return found + [{"name": name, "type": "child<throttle-group>"} for name in vm.opener.groups]
+
+
+def set_property(vm: Machine, name: str, wanted: str, value: Any) -> None:
+    """Change a throttle group. Raises CommandError."""
+    if name not in vm.opener.groups:
+        raise CommandError(f"Device '{OBJECTS}/{name}' not found", "DeviceNotFound")
+    if wanted != "limits":
+        raise CommandError(f"Property 'throttle-group.{wanted}' not found")
+    arguments.check(_LIMITS, value)
+    vm.opener.groups[name] = value
+
+
+def _iothreads(vm: Machine) -> list[str]:
+    return sorted({device.iothread for device in vm.devices.values() if device.iothread})

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guard's own conversation with QEMU's monitor: a few commands, small enough to need no library.
+
+It is held only when the run is dead, so that the monitor, which serves one client, is free.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from backupctl.settings import Address
+from backupctl.vm import limit
+
+TIMEOUT_SECONDS = 10.0
+MAX_REPLY_BYTES = 4 << 20
+_PAUSE_SECONDS = 0.02
+
+Execute = Callable[..., dict[str, Any]]
+"""Sends a command with its arguments; returns the answer, which may be an error."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a dead run left in QEMU that can't stay. groups: the throttle groups below its jobs."""
+
+    exports: tuple[str, ...]
+    jobs: tuple[str, ...]
+    groups: tuple[str, ...]
+
+
+def take_down(monitor: Address, left: Left, drain: Callable[[], object]) -> None:
+    """Do what `cleanup.dismantle` does for exports and jobs, in its order, and wait until they are gone.
+
+    drain: called again and again while exports go. Raises OSError, ValueError, EOFError, KeyError, TypeError.
+    """
+    with _conversation(monitor) as execute:
+        _lift(execute, left.groups, limit.SLOW_BYTES_PER_SECOND)
+        for export in left.exports:
+            execute("block-export-del", id=export, mode="hard")
+        for _ in _until_too_late():
+            drain()
+            if not _any(execute("query-block-exports"), left.exports):
+                break
+        _lift(execute, left.groups, limit.UNLIMITED)
+        for job in left.jobs:
+            execute("block-job-cancel", device=job, force=True)
+        for _ in _until_too_late():
+            if not _any(execute("query-jobs"), left.jobs):
+                break
+
+
+def _lift(execute: Execute, groups: tuple[str, ...], bytes_per_second: int) -> None:
+    """See `limit.lift`."""
+    limits = {"bps-write": bytes_per_second, "bps-write-max": 0}
+    for group in groups:
+        execute("qom-set", path=f"/objects/{group}", property="limits", value=limits)
+    if groups:
+        execute("transaction", actions=[])
+
+
+def _any(answer: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return any(entry["id"] in names for entry in answer["return"])
+
+
+@contextmanager
+def _conversation(address: Address) -> Iterator[Execute]:
+    with _connect(address) as connection, connection.makefile("rwb") as stream:
+
+        def execute(command: str, **arguments: object) -> dict[str, Any]:
+            stream.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            stream.flush()
+            return _answer(stream, "return", "error")
+
+        _answer(stream, "QMP")
+        execute("qmp_capabilities")
+        yield execute
+
+
+def _until_too_late() -> Iterator[None]:
+    """Yield again and again, with a pause. Raises TimeoutError."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(_PAUSE_SECONDS)
+    raise TimeoutError
+
+
+def _connect(address: Address) -> socket.socket:
+    if address.path is None:
+        return socket.create_connection((address.host or "", address.port or 0), TIMEOUT_SECONDS)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        made.settimeout(TIMEOUT_SECONDS)
+        made.connect(address.path)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+def _answer(stream: Any, *wanted: str) -> dict[str, Any]:
+    deadline = time.monotonic() + TIMEOUT_SECONDS  # events without end are no answer
+    while time.monotonic() < deadline:
+        line = stream.readline(MAX_REPLY_BYTES)
+        if not line:
+            raise EOFError
+        message = json.loads(line)
+        if isinstance(message, dict) and any(name in message for name in wanted):
+            return message
+    raise TimeoutError

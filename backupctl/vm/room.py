@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How much room a run sets aside for its scratch files, decided before anything is touched.
+
+With the fleecing view a scratch file that can't grow makes the GUEST's writes fail (measured). So each
+disk's scratch has room of its own, allocated before the moment, and is never used up::
+
+    0            give_up                          stop                  size
+    ├──────────────┼────────────────────────────────┼─────────────────────┤
+      the run        it is given up and rolled back   what is under way when QEMU's limit is lifted
+                     (write threshold; the guard      for the roll-back; until then the guest waits
+                     looks as well)                   here (a throttle group in QEMU)
+
+A scratch that is as large as the whole disk can't be used up and needs none of this.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backupctl.errors import MonitorError, Refused
+from backupctl.names import DiskName
+from backupctl.vm import disks, scratch
+from backupctl.vm.disks import Disk
+from backupctl.vm.monitor import Monitor
+
+MIB = 1 << 20
+RESERVE_BYTES = 256 * MIB
+"""For what the guest has under way: a virtio queue holds 256 requests, Linux makes them 1.25 MiB at most."""
+RESERVE_UNLIMITED_BYTES = 512 * MIB
+"""The same where QEMU itself can't limit the guest, and the run must be faster than it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """One disk's share. All in bytes.
+
+    size: what is set aside. give_up: used so far, the run ends; None if it can't be used up. stop: QEMU
+    itself lets no more in; None if it can't limit. wanted: what would do if all that the disk holds were
+    overwritten.
+    """
+
+    size: int
+    wanted: int
+    give_up: int | None
+    stop: int | None
+
+
+def limits(monitor: Monitor) -> bool:
+    """Whether this QEMU can limit what goes into a scratch file.
+
+    Before 9.0 a throttle node that joins a disk on an iothread crashes it (measured on 7.2.22:
+    qemu_mutex_unlock_impl: Operation not permitted).
+    """
+    if not monitor.version.at_least(6, 0):
+        return False
+    return monitor.version.at_least(9, 0) or not monitor.execute("query-iothreads")
+
+
+def survey(
+    monitor: Monitor, chosen: Sequence[Disk], folder: Path, wish_bytes: int | None
+) -> tuple[Room, ...]:
+    """Share out the scratch folder's room. wish_bytes: as for `share`. Raises Refused, MonitorError."""
+    scratch.check_folder(folder)
+    nodes = disks.named_nodes(monitor)
+    reserve = RESERVE_BYTES if (limited := limits(monitor)) else RESERVE_UNLIMITED_BYTES
+    held = [held_bytes(disk.size, nodes[disk.node]) for disk in chosen]
+    sizes = {disk.name: disk.size for disk in chosen}
+    made = share(sizes, held, scratch.free_bytes(folder), wish_bytes, reserve, limited=limited)
+    if made is None:
+        raise _hopeless(sizes, folder, wish_bytes, reserve)
+    return made
+
+
+def held_bytes(size: int, node: Mapping[str, Any]) -> int:
+    """Return how much of a disk is more than empty, as far as its node's reply tells; at most `size`.
+
+    A disk over a backing image, or on a block device, is taken for full.
+    """
+    try:
+        allocated = int(node["image"]["actual-size"])
+        alone = not int(node.get("backing_file_depth", 0)) and "backing-filename" not in node["image"]
+    except (KeyError, TypeError, ValueError) as err:
+        raise MonitorError(f"QEMU describes a disk in a way that makes no sense: {err!r:.200}") from err
+    return min(allocated, size) if alone and allocated > 0 else size
+
+
+def share(
+    sizes: Mapping[DiskName, int],
+    held: Sequence[int],
+    free_bytes: int,
+    wish_bytes: int | None,
+    reserve: int,
+    *,
+    limited: bool,
+) -> tuple[Room, ...] | None:
+    """Give each disk its share of `wish_bytes`, or of half of what is free; None if that is hopeless.
+
+    Half: others use that file system too, and the rest is a further reserve.
+    """
+    most = [whole(size) for size in sizes.values()]
+    least = [min(whole_size, 2 * reserve) for whole_size in most]
+    wanted = [min(whole_size, whole(data) + 2 * reserve) for whole_size, data in zip(most, held, strict=True)]
+    budget = free_bytes // 2 if wish_bytes is None else wish_bytes
+    if sum(least) > (free_bytes if wish_bytes is None else wish_bytes) or budget > free_bytes:
+        return None
+    part = _part(budget - sum(least), sum(wanted) - sum(least))
+    return tuple(
+        _room(low + int((high - low) * part), high, full, reserve, limited=limited)
+        for low, high, full in zip(least, wanted, most, strict=True)
+    )
+
+
+def whole(size: int) -> int:
+    """Return the most that a qcow2 file takes for `size` bytes of content."""
+    return size + size // 512 + 2 * MIB
+
+
+def _part(spare: int, lacking: int) -> float:
+    return 1.0 if lacking <= spare else max(spare, 0) / lacking
+
+
+def _room(size: int, wanted: int, most: int, reserve: int, *, limited: bool) -> Room:
+    if size >= most:
+        return Room(size, wanted, None, None)
+    # A sixteenth: QEMU's limit counts what it writes again, too, such as its tables, and must not be met
+    # before the threshold.
+    stop = size - reserve * 3 // 4
+    return Room(size, wanted, size - reserve - size // 16, stop if limited else None)
+
+
+def _hopeless(sizes: Mapping[DiskName, int], folder: Path, wish_bytes: int | None, reserve: int) -> Refused:
+    least = sum(min(whole(size), 2 * reserve) for size in sizes.values())
+    asked = "" if wish_bytes is None else f", of which {wish_bytes >> 20} MiB were asked for"
+    return Refused(
+        f"the scratch folder {folder} has {scratch.free_bytes(folder) >> 20} MiB left{asked}; to back up "
+        f"{', '.join(sizes)} at least {-(-least // MIB)} MiB must be set aside, because the guest's own "
+        "writes would fail if it were used up: choose another folder with --scratch",
+        state="nothing was touched",
+    )
