@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backupctl.errors import InvalidName, MonitorError, Refused
+from backupctl.errors import Failed, InvalidName, MonitorError, Refused
 from backupctl.names import PREFIX, DiskName, NodeName, disk_name
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.monitor import Monitor
@@ -92,6 +92,27 @@ def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
         raise MonitorError(
             f"QEMU describes its block nodes in a way that makes no sense: {err!r:.200}"
         ) from err
+
+
+def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
+    """Raise Failed if a device writes to another node than when it was listed: a snapshot came between.
+
+    To be called while no view or job stands over the disks. Raises MonitorError too.
+    """
+    try:
+        tops = {
+            str(device.get("qdev", "")): str(device["inserted"]["node-name"])
+            for device in monitor.execute("query-block")
+            if device.get("inserted")
+        }
+    except (KeyError, TypeError, AttributeError) as err:
+        raise MonitorError(f"QEMU's query-block makes no sense: {err!r:.200}") from err
+    for disk in disks:
+        if disk.qdev and (top := tops.get(disk.qdev)) != disk.node:
+            raise Failed(
+                f"{disk.name} writes to {top or 'nothing'} now, not to {disk.node}: an external snapshot was "
+                "taken while the run began, or its medium was changed"
+            )
 
 
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
