@@ -41,7 +41,7 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.layer import Taker
-from backupctl.names import BitmapName, DiskName, PointId, next_point_id
+from backupctl.names import BitmapName, DiskName, PointId
 from backupctl.planning import Plan
 from backupctl.report import Reporter, RunReport, Stop
 from backupctl.repository import chain
@@ -170,7 +170,7 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.owner = self.repository.owner
-        self.point = next_point_id(self.started, self.folder.newest())
+        self.point: PointId | None = None
         self.clients = ExitStack()
         self.exports: tuple[export.Export, ...] = ()
         self.view: View | None = None
@@ -192,8 +192,9 @@ class _Run:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
         freezes = self._freezes()
         self._begin("attach")
-        journal = records.journal(self.point, self.vm.name, self.repository.id, self.plan, self.started)
-        partial = self.folder.begin(self.point, journal)
+        with self.repository.next_point(self.folder, self.started) as self.point:
+            journal = records.journal(self.point, self.vm.name, self.repository.id, self.plan, self.started)
+            partial = self.folder.begin(self.point, journal)
         private = self._private_folder()
         view = self._view(private, freezes)
         held.callback(view.close)
@@ -376,7 +377,7 @@ class _Run:
         if failure is not None:
             settled.message = f"{_text(failure)}; and then it could not be rolled back: {err.message}"
             settled.step = self.step
-        elif self.folder.is_committed(self.point):
+        elif self.point is not None and self.folder.is_committed(self.point):
             settled.state = f"the point {self.point} is committed and whole; {settled.state}"
         return settled
 
@@ -414,6 +415,7 @@ class _Run:
         return kind(self.monitor, self.owner, cuts, self.rooms, self.options.scratch, private)
 
     def _cuts(self) -> list[Cut]:
+        assert self.point is not None
         return [
             Cut(
                 one.disk,

@@ -8,6 +8,7 @@ arrays (mapped files, mostly): a disk of 1 TiB has 16 million clusters.
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from numpy.typing import NDArray
 
 CLUSTER_BYTES = 65536
 """The unit of change of everything: bitmaps, qcow2 layers, digests."""
+
+# A chain may have hundreds of layers to ask, and a piece of the copy has only 16 clusters.
+_BLOCK_CLUSTERS = 1024
+_BLOCKS = 4
 
 RECORD = np.dtype([("cluster", "<u8"), ("low", "<u8"), ("high", "<u8")])
 """A cluster's number and the two halves of its digest, which are 0 for a cluster of zeroes."""
@@ -38,9 +43,16 @@ class Logical:
         for records, size in layers:
             shown = min(shown, size)
             self._layers.append((records, count(shown)))
+        self._block = lru_cache(_BLOCKS)(self._look_up)
 
     def window(self, first: int, clusters: int) -> Records:
         """Return one record for each of so many clusters, from number `first` on."""
+        begin = first % _BLOCK_CLUSTERS
+        if begin + clusters > _BLOCK_CLUSTERS:
+            return self._look_up(first, clusters)
+        return self._block(first - begin, _BLOCK_CLUSTERS)[begin : begin + clusters]
+
+    def _look_up(self, first: int, clusters: int) -> Records:
         found = blank(first, clusters)
         for records, shown in reversed(self._layers):
             numbers = records["cluster"]
@@ -48,6 +60,7 @@ class Logical:
             begin = bisect_left(numbers, first)
             part = records[begin : bisect_left(numbers, min(first + clusters, shown), lo=begin)]
             found[part["cluster"] - first] = part
+        found.setflags(write=False)  # the same ones are handed out again
         return found
 
 

@@ -5,20 +5,22 @@ Three ways to know what may have changed: a bitmap (incremental), nothing (scan)
 of it goes through the digests: what the layers below hold already is not stored again.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 from backupctl.clusters import CLUSTER_BYTES, Logical
+from backupctl.errors import ReadFailed
 from backupctl.planning import DiskPlan
 from backupctl.report import Reporter
 from backupctl.repository import chain, digests, images
 from backupctl.repository.layout import Partial
 from backupctl.repository.manifest import DiskEntry
-from backupctl.transfer import extents
 from backupctl.transfer.copy import Copy, open_target
-from backupctl.transfer.digests import Recorder, vanished
-from backupctl.transfer.extents import DIRTY, ZERO, Extent, Status
+from backupctl.transfer.digests import Recorder
+from backupctl.transfer.extents import DIRTY, ZERO, Status
 from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.marks import Marks
 from backupctl.transfer.source import Source
 
 
@@ -45,14 +47,15 @@ class Taker:
         layers = chain.below(self.partial.folder, one.base, disk.name)
         below = chain.logical(layers, disk.size)
         images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
-        statuses = list(source.statuses())
-        wanted = list(_wanted(one, statuses, below))
-        recorder = Recorder(below)
+        if source.size != disk.size:
+            raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
+        marks, named_bytes = _look(one, source.statuses(), below)
+        total = marks.marked_bytes()
         with (
+            closing(Recorder(below, self.partial.path)) as recorder,
             images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
             open_target(address, images.EXPORT, check=self.check) as target,
         ):
-            total = sum(extent.length for extent in wanted)
             copied = Copy(
                 source,
                 target,
@@ -61,8 +64,8 @@ class Taker:
                 progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
                 stall_seconds=self.stall_seconds,
                 sieve=recorder,
-            ).run(wanted)
-        checksum = digests.write(digests.path_of(path), disk.size, recorder.records())
+            ).run(marks.extents())
+            checksum = digests.write_parts(digests.path_of(path), disk.size, recorder.count(), recorder.parts)
         stored = path.stat()
         return DiskEntry(
             name=disk.name,
@@ -73,7 +76,7 @@ class Taker:
             format=disk.driver,
             persistent=disk.persistent,
             reason=one.reason,
-            dirty_bytes=sum(status.length for status in statuses if _named(one, status)),
+            dirty_bytes=named_bytes,
             copied_bytes=copied.copied_bytes,
             zero_bytes=copied.zero_bytes,
             stored_bytes=stored.st_blocks * 512,
@@ -84,27 +87,23 @@ class Taker:
         )
 
 
-def _named(one: DiskPlan, status: Status) -> bool:
-    """Whether a range is one that bitmap or allocation map name."""
-    return bool(status.flags[1] & DIRTY) if one.bitmaps else not status.flags[0] & ZERO
+def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical) -> tuple[Marks, int]:
+    """Return what must be looked at, and how many bytes bitmap or allocation map name.
 
-
-def _wanted(one: DiskPlan, statuses: Iterable[Status], below: Logical) -> Iterator[Extent]:
-    """Yield what must be looked at: what is named, and zeroes where the layers below hold something else.
-
-    Zeroes that nobody named are there when a disk was shrunk and grew again: its bitmap lost the bits of
-    the end that went, and the old data would come back (measured). Nor does it name the cluster that a
-    new end cuts, whose rest was lost.
+    Besides what is named these are zeroes where the layers below hold something else. They are there
+    when a disk was shrunk and grew again: its bitmap lost the bits of the end that went, and the old data
+    would come back (measured). Nor does it name the cluster that a new end cuts, whose rest was lost.
     """
-    looked_at = [
-        Extent(status.offset, status.length, bool(status.flags[0] & ZERO))
-        for status in statuses
-        if _named(one, status) or status.flags[0] & ZERO
-    ]
-    if one.bitmaps and (short := one.disk.size % CLUSTER_BYTES):
-        looked_at.append(Extent(one.disk.size - short, short, zero=False))
-    for extent in extents.aligned(looked_at, one.disk.size, CLUSTER_BYTES):
-        if extent.zero:
-            yield from vanished(extent, below)
-        else:
-            yield extent
+    marks, named_bytes = Marks(one.disk.size), 0
+    for status in statuses:
+        zero = bool(status.flags[0] & ZERO)
+        named = bool(status.flags[1] & DIRTY) if one.bitmaps else not zero
+        named_bytes += status.length if named else 0
+        if zero:
+            marks.zero(status.offset, status.length)
+        elif named:
+            marks.data(status.offset, status.length)
+    if one.bitmaps and one.disk.size % CLUSTER_BYTES:
+        marks.data(one.disk.size - 1, 1)
+    marks.keep_vanished(below)
+    return marks, named_bytes

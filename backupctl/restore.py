@@ -1,42 +1,48 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Restoring: a point's disks as images of their own, in a folder, a file, a block device or a pipe.
 
-The backup is only read. A file is made under another name beside the target, brought to the disk, and
-then renamed: after whatever death the target is absent (or as before), or complete.
+The backup is only read, and each cluster is compared with its digest. A file is made under another name
+beside the target, brought to the disk, and then renamed: after whatever death the target is absent (or as
+before), or complete.
 """
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from backupctl.errors import TargetExists, UsageError, WriteFailed
 from backupctl.names import DiskName, PointId, VmName
+from backupctl.readout import Readout, said
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, convert, images, landing
+from backupctl.repository import chain, holding, landing
+from backupctl.repository.chain import Layer
+from backupctl.repository.images import ImageFormat
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
-from backupctl.transfer.source import Source
-from backupctl.transfer.stream import stream
+from backupctl.transfer.proving import Range
 
 STDOUT = "-"
 _STDOUT_DESCRIPTOR = 1
-ImageFormat = Literal["qcow2", "raw"]
 _SUFFIXES: dict[str, ImageFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
 
 
 @dataclass(frozen=True)
 class RestoredDisk:
-    """One restored disk. path: where it is, "-" for stdout. size: virtual, in bytes."""
+    """One restored disk. path: where it is, "-" for stdout. size: virtual, in bytes.
+
+    damaged: ranges that `force` let through, in bytes. unproven: why nothing could be compared with its
+    digest, "" if all was.
+    """
 
     name: DiskName
     path: str
     format: ImageFormat
     size: int
     seconds: float
+    damaged: tuple[Range, ...]
+    unproven: str
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,10 @@ class RestoreReport:
 
 @dataclass(frozen=True)
 class _Work:
-    """One disk, its images (newest first), and where it goes."""
+    """One disk, its layers (newest first), and where it goes."""
 
     entry: DiskEntry
-    chain: tuple[Path, ...]
+    layers: tuple[Layer, ...]
     target: str
     format: ImageFormat
 
@@ -74,31 +80,42 @@ def restore(
     to: "-" for stdout, a block device, or a file (one disk); else a folder (gives DIR/<disk>.<format>):
     one that exists, a path that ends in "/", or a new one whose name has no image's ending.
     image_format: None takes it from the file's ending, else qcow2 for files and raw for the rest.
-    force: write over what is there.
+    force: write over what is there, and let damaged data through, named in the report.
 
     All that can be refused is refused before a byte is written. Raises UsageError, NoSuchPoint,
     TargetExists, Locked, DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
     """
+    with holding.reading(folder, point.id) as held:
+        works = _works(folder, held, to, disk, image_format, force=force)
+        done = tuple(_restore(folder, held.id, work, force, reporter, stop) for work in works)
+    return RestoreReport(folder.name, point.id, done)
+
+
+def _works(
+    folder: VmFolder,
+    point: Point,
+    to: str,
+    disk: str | None,
+    image_format: ImageFormat | None,
+    *,
+    force: bool,
+) -> list[_Work]:
+    """Return what is to be done, after all that can be refused was refused."""
     names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
-    chains = {name: chain.paths(folder, point, name) for name in names}
+    chains = {name: chain.layers(folder, point, name) for name in names}
     works = [
-        _Work(entry, chains[entry.name], *_target(entry.name, to, image_format))
+        _Work(entry, chains[entry.name], *target_of(entry.name, to, image_format))
         for entry in point.manifest.disks
         if entry.name in chains
     ]
     for work in works:
         _refuse(folder, work, force=force)
-    if len(works) > 1 and works[0].target == to:
-        raise UsageError(
-            f"this point has several disks ({', '.join(names)}): choose one with --disk, or name a folder",
-            state="nothing was touched",
-        )
-    done = tuple(_restore(work, force, reporter, stop) for work in works)
-    return RestoreReport(folder.name, point.id, done)
+    refuse_one_for_all([work.target for work in works], names)
+    return works
 
 
-def _target(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
-    """Return where a disk goes, and as what."""
+def target_of(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
+    """Return where a disk goes, and as what; `to` and `wanted` as `restore` takes them."""
     path = Path(to)
     if to == STDOUT or path.is_block_device():
         return to, wanted or "raw"
@@ -106,6 +123,15 @@ def _target(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, I
         kind: ImageFormat = wanted or "qcow2"
         return str(path / f"{name}.{kind}"), kind
     return to, wanted or _SUFFIXES.get(path.suffix.lower(), "qcow2")
+
+
+def refuse_one_for_all(targets: Sequence[str], disks: Sequence[str]) -> None:
+    """Refuse several disks with one target. Raises UsageError."""
+    if len(set(targets)) < len(targets):
+        raise UsageError(
+            f"this point has several disks ({', '.join(disks)}): choose one with --disk, or name a folder",
+            state="nothing was touched",
+        )
 
 
 def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
@@ -119,8 +145,7 @@ def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
         if os.isatty(_STDOUT_DESCRIPTOR):
             raise UsageError("an image is not written to a terminal: redirect the output, or name a file")
         return
-    if target.resolve().is_relative_to(folder.path.parent.resolve()):
-        raise UsageError(f"{target} is in the repository, which a restore never changes")
+    landing.refuse_inside(folder.path.parent, target)
     if not force and (device or os.path.lexists(target)):
         what = "is a block device, whose content would be lost" if device else "exists"
         raise TargetExists(
@@ -128,7 +153,9 @@ def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
         )
 
 
-def _restore(work: _Work, force: bool, reporter: Reporter, stop: Stop) -> RestoredDisk:
+def _restore(
+    folder: VmFolder, point: PointId, work: _Work, force: bool, reporter: Reporter, stop: Stop
+) -> RestoredDisk:
     begun = time.monotonic()
     entry = work.entry
     stop.check()
@@ -137,37 +164,29 @@ def _restore(work: _Work, force: bool, reporter: Reporter, stop: Stop) -> Restor
     def progress(done_bytes: int) -> None:
         reporter.progress(entry.name, done_bytes, entry.size)
 
+    reading = Readout(folder.name, point, work.layers, force, stop, progress)
     try:
         if work.target == STDOUT:
-            _to_stdout(work, stop, progress)
+            reading.into_stream(_STDOUT_DESCRIPTOR)
         elif Path(work.target).is_block_device():
             with landing.device(Path(work.target), entry.size) as target:
-                _convert(work, target, stop, progress, onto_device=True)
+                reading.into_image(target, work.format, onto_device=True)
         else:
             with landing.file(Path(work.target), force=force) as target:
-                _convert(work, target, stop, progress, onto_device=False)
+                reading.into_image(target, work.format, onto_device=False)
     except OSError as err:
         raise WriteFailed(f"{work.target} can't be written: {err.strerror}") from err
     progress(entry.size)
-    return RestoredDisk(entry.name, work.target, work.format, entry.size, time.monotonic() - begun)
-
-
-def _convert(
-    work: _Work, target: Path, stop: Stop, progress: Callable[[int], None], *, onto_device: bool
-) -> None:
-    convert.convert(
-        work.chain,
-        target,
+    if reading.damaged:
+        reporter.warn(f"{entry.name}: restored with damage: {said(reading.damaged)}")
+    if reading.unproven:
+        reporter.warn(f"{entry.name}: restored without proof: {reading.unproven}")
+    return RestoredDisk(
+        entry.name,
+        work.target,
         work.format,
-        onto_device=onto_device,
-        check=stop.check,
-        progress=lambda part: progress(int(part * work.entry.size)),
+        entry.size,
+        time.monotonic() - begun,
+        tuple(reading.damaged),
+        reading.unproven,
     )
-
-
-def _to_stdout(work: _Work, stop: Stop, progress: Callable[[int], None]) -> None:
-    with (
-        images.serve(work.chain) as address,
-        closing(Source.connect([address], images.EXPORT)) as source,
-    ):
-        stream(source, _STDOUT_DESCRIPTOR, check=stop.check, progress=progress)

@@ -19,6 +19,8 @@ from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
 from fixtures.machine import Disk, Machine
+from fixtures.simulated import SimulatedMachine
+from fixtures.simulated_guest import SimulatedAgent, SimulatedWriter
 from fixtures.writer import Writer
 
 MIB = 1 << 20
@@ -34,16 +36,44 @@ def get_build(version: str) -> Build:
         pytest.skip(f"QEMU {version} can't be had: {err}")
 
 
-@pytest.fixture(params=builds.VERSIONS)
-def build(request: pytest.FixtureRequest) -> Build:
-    """Each supported QEMU in turn."""
-    return get_build(request.param)
+SIMULATOR = "simulator"
+_VERSIONS = {"build": builds.VERSIONS, "build72": ("7.2",), "build10": ("10.0",)}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Play a test marked `simulator_too` on the simulator as well as on each QEMU, unless it `needs_qemu`."""
+    marked = metafunc.definition.get_closest_marker
+    too = [SIMULATOR] if marked("simulator_too") and not marked("needs_qemu") else []
+    for name, versions in _VERSIONS.items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, [*versions, *too], indirect=True)
+
+
+def _chosen(request: pytest.FixtureRequest, posing_as: str) -> Build:
+    if request.param != SIMULATOR:
+        return get_build(request.param)
+    try:
+        return builds.simulator(posing_as)
+    except CannotBeHad as err:
+        pytest.skip(str(err))
 
 
 @pytest.fixture
-def build72() -> Build:
-    """The distribution's QEMU, for what does not depend on the version."""
-    return get_build("7.2")
+def build(request: pytest.FixtureRequest) -> Build:
+    """Each supported QEMU in turn; then, for tests marked `simulator_too`, the simulator as the newest."""
+    return _chosen(request, builds.VERSIONS[-1])
+
+
+@pytest.fixture
+def build72(request: pytest.FixtureRequest) -> Build:
+    """The distribution's QEMU, for what does not depend on the version; then perhaps the simulator."""
+    return _chosen(request, "7.2")
+
+
+@pytest.fixture
+def build10(request: pytest.FixtureRequest) -> Build:
+    """The newest QEMU, for what only that one can do; then perhaps the simulator."""
+    return _chosen(request, "10.0")
 
 
 @pytest.fixture
@@ -104,12 +134,15 @@ class Cli:
         return content
 
 
+Agent = PlayedAgent | SimulatedAgent
+
+
 @dataclass
 class Lab:
-    """A machine without guest, its agent and writer, and the command line for it."""
+    """A machine without guest, or the simulator; its agent and writer, and the command line for it."""
 
     machine: Machine
-    agent: PlayedAgent
+    agent: Agent
     writer: Writer
     cli: Cli
     folder: Path
@@ -163,7 +196,7 @@ def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
         formats: dict[str, str] | None = None,
         seed: int = 1,
         open_to_user: bool = False,
-        kind_of_machine: type[Machine] = Machine,
+        kind_of_machine: type[Machine] | None = None,
         **machine_options: Any,
     ) -> Lab:
         sizes = sizes or {"vda": 16 * MIB, "vdb": 8 * MIB + 512}
@@ -178,12 +211,10 @@ def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
                 for parent in (tmp_path, *tmp_path.parents[:3]):
                     parent.chmod(parent.stat().st_mode | 0o011)
             disks.append(Disk(name, path, kind))
+        kind_of_machine = kind_of_machine or (SimulatedMachine if build.simulated else Machine)
         machine = kind_of_machine(build, disks, **machine_options)
         held.callback(machine.close)
-        writer = Writer(sizes, machine.io, seed)
-        held.callback(writer.stop)
-        agent = PlayedAgent(machine.agent_path, writer.freeze, writer.thaw)
-        held.enter_context(agent)
+        writer, agent = make_guest(machine, sizes, seed, held)
         try:
             machine.start()
         except CannotBeHad as err:
@@ -194,6 +225,17 @@ def make_lab(tmp_path: Path, held: ExitStack) -> Callable[..., Lab]:
         return Lab(machine, agent, writer, cli, tmp_path)
 
     return make
+
+
+def make_guest(machine: Machine, sizes: dict[str, int], seed: int, held: ExitStack) -> tuple[Writer, Agent]:
+    """Return who writes to a machine's disks and who answers as its agent: the test, or the simulator."""
+    if isinstance(machine, SimulatedMachine):
+        simulated = SimulatedWriter(machine, sizes, seed)
+        held.callback(simulated.stop)
+        return simulated, SimulatedAgent(machine)
+    writer = Writer(sizes, machine.io, seed)
+    held.callback(writer.stop)
+    return writer, held.enter_context(PlayedAgent(machine.agent_path, writer.freeze, writer.thaw))
 
 
 def make_cli(machine: Machine, folder: Path) -> Cli:

@@ -10,11 +10,20 @@ from typing import NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, screen
+from backupctl.cli import (
+    common,
+    needs,  # noqa: F401 - first of all: it says what is missing
+    screen,
+)
+from backupctl.cli.demo import demo
+from backupctl.cli.diff import diff
 from backupctl.cli.points import list_points, show
+from backupctl.cli.prune import protect, prune, unprotect
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
+from backupctl.cli.serve import serve
 from backupctl.cli.simulate import simulate
+from backupctl.cli.verify import verify
 from backupctl.cli.vm import recover, status
 from backupctl.errors import BackupctlError, Failed, Interrupted, UsageError
 
@@ -29,7 +38,24 @@ def cli(config: str | None) -> None:
     """
 
 
-for _command in (full, incremental, list_points, show, restore, status, recover, simulate):
+_COMMANDS = (
+    full,
+    incremental,
+    list_points,
+    show,
+    restore,
+    serve,
+    diff,
+    verify,
+    prune,
+    protect,
+    unprotect,
+    status,
+    recover,
+    simulate,
+    demo,
+)
+for _command in _COMMANDS:
     cli.add_command(_command)
 
 

@@ -9,6 +9,7 @@ none can move the cursor or colour the screen.
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -56,7 +57,7 @@ def print_line(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table to stdout: columns as wide as they need to be, those ending in ">" to the right."""
+    """Write a table to stdout, at once: columns as wide as needed, those ending in ">" to the right."""
     lines = [
         [column.removesuffix(">") for column in columns],
         *([clean(cell) for cell in row] for row in rows),
@@ -68,6 +69,27 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
             for column, text, width in zip(columns, line, widths, strict=True)
         )
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+    sys.stdout.flush()
+
+
+def print_styled(parts: Sequence[tuple[str, str]]) -> None:
+    """Write a line of texts, each with its style: to a terminal with colours, elsewhere without."""
+    line = Text.assemble(*((clean(text), style) for text, style in parts))
+    Console(highlight=False).print(line, soft_wrap=True)
+
+
+def printable(text: str, instead: str) -> str:
+    """Return the text if stdout's encoding has its characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return instead
+    return text
+
+
+def columns(*, least: int, margin: int) -> int:
+    """Return how many columns there are beside a margin, and never fewer than `least`."""
+    return max(shutil.get_terminal_size().columns - margin, least)
 
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:

@@ -22,7 +22,7 @@ _PATH = click.Path(path_type=Path)
     "--disk",
     "disks",
     multiple=True,
-    metavar="NAME=SIZE[,format=raw][,iothread=on][,readonly=on]",
+    metavar="NAME=SIZE[,format=raw][,node=NODE][,iothread=on][,readonly=on]",
     help="A disk; may be repeated.",
 )
 @click.option("--cdrom", "cdroms", multiple=True, metavar="NAME", help="An empty CD drive.")

@@ -16,8 +16,11 @@ A cluster's digest is BLAKE3 cut to 16 bytes, of its 65536 bytes; a short last o
 zeroes. 16 zero bytes stand for a cluster that is stored as zeroes.
 """
 
+import os
 import struct
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Self
 
@@ -26,18 +29,24 @@ from blake3 import blake3
 
 from backupctl.clusters import CLUSTER_BYTES, RECORD, Records, count
 from backupctl.errors import DamageFound, WriteFailed
-from backupctl.repository import durable
+from backupctl.repository import durable, plain
 
 MAGIC = b"bkdigest"
 VERSION = 1
 _HEAD = struct.Struct("<8sIIQQ")
 _HEADER_BYTES = 64
 _CHECKSUM = slice(32, 48)
+_CHECKSUM_BYTES = 16
 
 
 def path_of(image: Path) -> Path:
     """Return where the digest map of a layer lies: beside its image."""
     return image.with_suffix(".digests")
+
+
+def merged_path_of(image: Path) -> Path:
+    """Return where the map of a merged layer waits until its image is in place."""
+    return image.with_suffix(".digests.merged")
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,11 @@ class DigestMap:
     def open(cls, path: Path) -> Self:
         """Map a file, after every byte of it was checked. Raises DamageFound."""
         try:
-            with path.open("rb") as file:
+            with plain.open_file(path) as file:
                 header = file.read(_HEADER_BYTES)
-            if len(header) != _HEADER_BYTES:
-                raise DamageFound(f"{path} is cut off")
-            size_bytes, records = _read(path, header)
+                if len(header) != _HEADER_BYTES:
+                    raise DamageFound(f"{path} is cut off")
+                size_bytes, records = _read(path, file, header)
         except (OSError, ValueError) as err:
             raise DamageFound(f"the digest map {path} can't be read: {err}") from err
         checksum = _checksum(header[: _HEAD.size], records)
@@ -71,24 +80,33 @@ def write(path: Path, size_bytes: int, records: Records) -> str:
 
     records: ascending by cluster. Raises WriteFailed.
     """
-    head = _HEAD.pack(MAGIC, VERSION, CLUSTER_BYTES, size_bytes, len(records))
-    checksum = _checksum(head, records)
+    return write_parts(path, size_bytes, len(records), lambda: (records,))
+
+
+def write_parts(path: Path, size_bytes: int, records: int, parts: Callable[[], Iterable[Records]]) -> str:
+    """Do the same as `write` for so many records that come in parts, which are gone through twice."""
+    head = _HEAD.pack(MAGIC, VERSION, CLUSTER_BYTES, size_bytes, records)
+    hasher = blake3(head)
     try:
-        durable.write_new(path, (head + checksum).ljust(_HEADER_BYTES, b"\0"), _bytes(records))
+        for part in parts():
+            hasher.update(_bytes(part))
+        checksum = hasher.digest(_CHECKSUM_BYTES)
+        header = (head + checksum).ljust(_HEADER_BYTES, b"\0")
+        durable.write_new(path, header, map(_bytes, parts()))
     except OSError as err:
         raise WriteFailed(f"{path} can't be written: {err.strerror}") from err
     return checksum.hex()
 
 
-def _read(path: Path, header: bytes) -> tuple[int, Records]:
+def _read(path: Path, file: BufferedReader, header: bytes) -> tuple[int, Records]:
     magic, version, cluster_bytes, size_bytes, records = _HEAD.unpack_from(header)
     if (magic, version, cluster_bytes) != (MAGIC, VERSION, CLUSTER_BYTES):
         raise DamageFound(f"{path} is no digest map of a kind that this backupctl knows")
-    if path.stat().st_size != _HEADER_BYTES + records * RECORD.itemsize:
+    if os.fstat(file.fileno()).st_size != _HEADER_BYTES + records * RECORD.itemsize:
         raise DamageFound(f"the digest map {path} has not the length that it should have")
     if not records:  # nothing can't be mapped
         return size_bytes, np.empty(0, RECORD)
-    return size_bytes, np.memmap(path, RECORD, "r", offset=_HEADER_BYTES, shape=(records,))
+    return size_bytes, np.memmap(file, RECORD, "r", offset=_HEADER_BYTES, shape=(records,))
 
 
 def _refuse_disorder(path: Path, records: Records, size_bytes: int) -> None:
@@ -98,10 +116,7 @@ def _refuse_disorder(path: Path, records: Records, size_bytes: int) -> None:
 
 
 def _checksum(head: bytes, records: Records) -> bytes:
-    hasher = blake3(head)
-    if len(records):
-        hasher.update(_bytes(records))
-    return bytes(hasher.digest(16))
+    return blake3(head).update(_bytes(records)).digest(_CHECKSUM_BYTES)
 
 
 def _bytes(records: Records) -> memoryview:

@@ -8,6 +8,7 @@ error for good: the kernel may have dropped the data and call a second fsync a s
 import errno
 import os
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,11 +29,12 @@ def make_folder(path: Path, mode: int = 0o700) -> None:
     sync_folder(path.parent)
 
 
-def write_new(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a new file of some parts, and its content (not yet its name) to the disk. Raises OSError."""
+def write_new(path: Path, content: bytes, more: Iterable[memoryview] = ()) -> None:
+    """Write a new file, and its content (not yet its name) to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        for part in parts:
+        file.write(content)
+        for part in more:
             file.write(part)
         file.flush()
         os.fsync(file.fileno())

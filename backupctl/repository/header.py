@@ -7,9 +7,10 @@ file it opens that file, whatever its name. So the few fields that could lead el
 ::
 
     0  magic "QFI\xfb"       8  offset of the backing name    32  kind of encryption
-    4  version              16  length of the backing name    72  incompatible features (version 3)
-    20 bits of a cluster    24  virtual size                 100  length of the header; then extensions:
-                                                                  type, length, data padded to 8 bytes
+    4  version              16  length of the backing name    60  snapshots, and the offset of their table
+    20 bits of a cluster    24  virtual size                  72  incompatible, compatible, autoclear features
+    36 entries of L1        96  bits of a reference count    100  length of the header; then extensions:
+   104 compression, padding                                       type, length, data padded to 8 bytes
 """
 
 import os
@@ -18,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import DamageFound
+from backupctl.repository import plain
 
 _MAGIC = 0x514649FB
-_FIXED = struct.Struct(">IIQIIQI36xQ")
+_FIXED = struct.Struct(">IIQIIQII20xIQQQQII")
+_SIXTEEN_BITS = 4  # as a power of two
 _FIXED_BYTES = 104
+_HEADER_BYTES = (104, 112)  # before QEMU 5.1, and since
 _BACKING_FORMAT = 0xE2792ACA
 _READ_BYTES = 65536  # all of it lies in the first cluster
 _NAME_BYTES = 1023
@@ -45,10 +49,9 @@ class Header:
 def read(path: Path) -> Header:
     """Read an image's header. Raises DamageFound if it is none that we would write."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
+        with plain.open_file(path) as file:
             content = file.read(_READ_BYTES)
-            file_bytes = os.fstat(descriptor).st_size
+            file_bytes = os.fstat(file.fileno()).st_size
     except OSError as err:
         raise DamageFound(f"the image {path} can't be read: {err.strerror}") from err
     try:
@@ -59,14 +62,19 @@ def read(path: Path) -> Header:
 
 def parse(content: bytes, file_bytes: int) -> Header:
     """Read a header from an image's first cluster. Raises ValueError, struct.error."""
-    magic, version, backing_at, backing_length, bits, size, encryption, features = _FIXED.unpack_from(content)
+    (magic, version, backing_at, backing_length, bits, size, encryption, entries, *rest) = _FIXED.unpack_from(
+        content
+    )
+    *features, reference_bits, header_bytes = rest
     if (magic, version) != (_MAGIC, 3):
         raise ValueError("it does not begin as one of version 3 does")
-    if encryption or features:
-        # Encrypted, marked corrupt, not closed, data in another file, ...: none that we make.
-        raise ValueError(f"it has features (encryption {encryption}, incompatible {features:#x})")
-    if not 9 <= bits <= 21:
-        raise ValueError("its clusters have no size")
+    if encryption or any(features) or any(content[_FIXED_BYTES:header_bytes]):
+        # Encrypted, marked corrupt, not closed, data in another file, snapshots, ...: none that we make.
+        raise ValueError("it has features that none of ours has")
+    if not 9 <= bits <= 21 or reference_bits != _SIXTEEN_BITS or header_bytes not in _HEADER_BYTES:
+        raise ValueError("its clusters, reference counts or header have no size that we make")
+    if entries << (2 * bits - 3) < size:
+        raise ValueError("its first table is too short for its size")
     backing = ""
     if backing_at:
         if backing_length > _NAME_BYTES or backing_at + backing_length > len(content):

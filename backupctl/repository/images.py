@@ -18,11 +18,14 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from backupctl.errors import RepositoryError, WriteFailed
 from backupctl.repository import durable, qemu
+
+ImageFormat = Literal["qcow2", "raw"]
 
 CLUSTER_BYTES = 65536
 EXPORT = "image"
@@ -34,7 +37,7 @@ _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 _SOCKET = "nbd.sock"
 _READY = "ready"
 # Measured: without these QEMU's server spends most of its time in page faults of its allocator.
-_ALLOCATOR = {
+ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "67108864",
     "MALLOC_TRIM_THRESHOLD_": "268435456",
     "MALLOC_ARENA_MAX": "1",
@@ -55,11 +58,12 @@ def create_layer(path: Path, size_bytes: int, backing: str | None) -> None:
         raise WriteFailed(f"{path} can't be made: {done.stderr.strip():.500}")
 
 
-def blockdev(chain: Sequence[Path], *, writable: bool = False) -> dict[str, Any]:
+def blockdev(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> dict[str, Any]:
     """Return QEMU's options for an image with its whole chain, newest first, link by link.
 
     Only the newest may be writable. An unfinished image may be lost at any time, so flushes to it cost
-    for nothing; it is fsynced once, when it is complete.
+    for nothing; it is fsynced once, when it is complete. in_use: others read it, so whatever dies it must
+    stay a sound image, and QEMU's flushes are real.
     """
     options: dict[str, Any] | None = None
     for path in reversed(chain):
@@ -70,23 +74,89 @@ def blockdev(chain: Sequence[Path], *, writable: bool = False) -> dict[str, Any]
             file["locking"] = "off"  # committed images never change, and may lie on a read-only file system
         options = {"driver": "qcow2", "read-only": not top, "file": file, "backing": options}
         if top:
-            options["cache"] = {"no-flush": True}
+            options["cache"] = {"no-flush": not in_use}
             options["discard"] = "unmap"
     assert options is not None
     return options
 
 
+def create_target(path: Path, image_format: ImageFormat, size_bytes: int, *, onto_device: bool) -> None:
+    """Prepare what a restore writes to: an image, or a raw file that is one hole.
+
+    Raises WriteFailed, OSError.
+    """
+    if onto_device:
+        return
+    if image_format == "qcow2":
+        create_layer(path, size_bytes, None)
+    else:
+        os.truncate(path, size_bytes)
+
+
 @contextmanager
-def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
+def serve_target(path: Path, image_format: ImageFormat, *, onto_device: bool) -> Iterator[Path]:
+    """Serve for writing what `create_target` prepared; otherwise as `serve`."""
+    options = blockdev((path,), writable=True)
+    if image_format == "raw":
+        options["driver"] = "raw"
+        del options["backing"]
+        options["file"]["driver"] = "host_device" if onto_device else "file"
+    with served(options, writable=True) as address:
+        yield address
+    _complete(path)
+
+
+def resize(path: Path, size_bytes: int) -> None:
+    """Give an image another virtual size, durably; those below it are not looked at. Raises WriteFailed."""
+    options = blockdev((path,), writable=True, in_use=True)
+    done = qemu.img(["resize", "-q", "--shrink", f"json:{json.dumps(options)}", str(size_bytes)])
+    if done.returncode:
+        raise WriteFailed(f"{path} can't be resized: {done.stderr.strip():.500}")
+    _complete(path)
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """What `qemu-img check` says of an image's own tables. leaks: clusters that nothing uses, no harm."""
+
+    errors: int
+    leaks: int
+    said: str
+
+
+def check(path: Path) -> Soundness:
+    """Check a single image's tables, without those below it. Raises RepositoryError."""
+    done = qemu.img(["check", "--output=json", f"json:{json.dumps(blockdev((path,)))}"])
+    try:
+        found = json.loads(done.stdout)
+        errors = int(found["check-errors"]) + int(found.get("corruptions", 0))
+        return Soundness(errors, int(found.get("leaks", 0)), f"{errors} errors in its tables")
+    except (ValueError, KeyError, TypeError):
+        words = done.stderr.strip().splitlines()
+        return Soundness(1, 0, words[-1][:500] if words else "it said nothing")
+
+
+@contextmanager
+def serve(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> Iterator[Path]:
     """Serve an image (with its chain, newest first) over NBD; yields the socket's path.
 
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
-    when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
+    when the block raises, it is not, and must be thrown away. in_use: as for `blockdev`; then it is a
+    sound image all the time. Raises RepositoryError, WriteFailed.
     """
-    with _private_folder() as folder, tempfile.TemporaryFile() as complaints:
-        server = _start(blockdev(chain, writable=writable), folder, complaints, writable=writable)
+    with served(blockdev(chain, writable=writable, in_use=in_use), writable=writable) as address:
+        yield address
+    if writable:
+        _complete(chain[0])
+
+
+@contextmanager
+def served(options: dict[str, Any], *, writable: bool) -> Iterator[Path]:
+    """Serve what QEMU's options name, as `serve`; bringing it to the disk is left to the caller."""
+    with private_folder() as folder, tempfile.TemporaryFile() as complaints:
+        server = _start(options, folder, complaints, writable=writable)
         try:
-            _await_ready(server, folder / _READY, complaints)
+            await_ready(server, folder / _READY, complaints)
             yield folder / _SOCKET
             status = _end(server)
         except BaseException:
@@ -94,17 +164,19 @@ def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
             server.wait()
             raise
         if status != 0 and writable:
-            raise WriteFailed(f"QEMU could not complete {chain[0]}: {qemu.said(complaints)}")
-    if writable:
-        try:
-            durable.sync_file(chain[0])
-        except OSError as err:
-            raise WriteFailed(f"{chain[0]} can't be brought to the disk: {err.strerror}") from err
+            raise WriteFailed(f"QEMU could not complete the image: {qemu.said(complaints)}")
+
+
+def _complete(path: Path) -> None:
+    try:
+        durable.sync_file(path)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
 
 
 @contextmanager
-def _private_folder() -> Iterator[Path]:
-    """Make a folder of our own for a socket, locked for as long as we live."""
+def private_folder() -> Iterator[Path]:
+    """Make a folder of our own for a socket, locked while we live; those of the dead are removed."""
     _sweep(Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -136,18 +208,22 @@ def _start(
     image = {**image, "node-name": "image"}
     server = {"addr": {"type": "unix", "path": str(folder / _SOCKET)}}
     export = {"type": "nbd", "id": EXPORT, "name": EXPORT, "node-name": "image", "writable": writable}
+    export["allocation-depth"] = not writable
     command = [
-        os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon"),
+        qemu.server_program(),
         *("--blockdev", json.dumps(image)),
         *("--nbd-server", json.dumps(server)),
         *("--export", json.dumps(export)),
         *("--pidfile", str(folder / _READY)),
     ]
-    return qemu.start(command, complaints=complaints, environment=_ALLOCATOR)
+    return qemu.start(command, complaints=complaints, environment=ALLOCATOR)
 
 
-def _await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
-    """Wait for the process file, written when all is set up: a socket's name is there before it listens."""
+def await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
+    """Wait for the process file, written when all is set up: a socket's name is there before it listens.
+
+    Raises RepositoryError.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:

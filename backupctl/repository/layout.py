@@ -8,19 +8,19 @@
     REPOSITORY/VM/POINT/                  a committed recovery point
     REPOSITORY/VM/POINT.partial/          a run under way, or one that died
 
-A point is committed when its folder stands under its final name, and by nothing else.
+A point is committed when its folder stands under its final name, and by nothing else. A prune may have
+retired it since (see markers.py): then it is no point any more, but younger ones may stand on it.
 """
 
-import fcntl
 import json
 import os
 import secrets
 import shutil
 import stat
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from backupctl.errors import (
@@ -33,8 +33,8 @@ from backupctl.errors import (
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import Owner, PointId, RepositoryId, VmName, point_id, vm_name
-from backupctl.repository import durable, strict
+from backupctl.names import Owner, PointId, RepositoryId, VmName, next_point_id, point_id, vm_name
+from backupctl.repository import durable, locks, markers, plain, strict
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
 from backupctl.repository.journal import Journal
@@ -43,6 +43,7 @@ from backupctl.repository.manifest import Manifest
 FORMAT = 1
 _FILE_NAME = "repository.json"
 _PARTIAL = ".partial"
+_NAMING_SECONDS = 10.0
 _LOST_AND_FOUND = "lost+found"  # in every new ext4 file system
 
 
@@ -129,8 +130,37 @@ class Repository:
         return sorted(found)
 
     def vm(self, name: VmName) -> "VmFolder":
-        """Return a VM's folder, which need not exist yet."""
+        """Return a VM's folder, which need not exist yet. Raises RepositoryError."""
+        if (self.path / vm_name(name)).is_symlink():  # it would lead out of the repository
+            raise RepositoryError(
+                f"{self.path / name} is a symbolic link; a VM's points lie in the repository itself",
+                state="nothing was touched",
+            )
         return VmFolder(self.path / vm_name(name), name, self.id)
+
+    @contextmanager
+    def next_point(self, folder: "VmFolder", now: datetime) -> Iterator[PointId]:
+        """Choose the id of a VM's next point, which no other VM here uses; its folder is made in the block.
+
+        A disk that moves to another VM takes its bitmaps along. Were they named after a point of that VM
+        too, they would be taken for its own, and what the disk held before would be missing for ever.
+        Raises Locked, RepositoryError.
+        """
+        path = self.path / _FILE_NAME
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as err:
+            raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
+        try:
+            if not locks.take(descriptor, _NAMING_SECONDS):
+                raise Locked(f"another run keeps {path} locked for longer than it takes to choose a name")
+            point = next_point_id(now, folder.newest())
+            others = [other for name in self.vms() if (other := self.vm(name)).path != folder.path]
+            while any(other.uses(point) for other in others):
+                point = next_point_id(now, point)
+            yield point
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -187,23 +217,15 @@ class VmFolder:
                 state="nothing was touched",
             ) from err
         try:
-            self._take(descriptor, time.monotonic() + patience_seconds)
+            self._take(descriptor, patience_seconds)
             self._settle_names()
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def _take(self, descriptor: int, deadline: float) -> None:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as err:
-                if time.monotonic() > deadline:
-                    raise Locked(self._holder(descriptor), state="nothing was touched") from err
-                time.sleep(0.05)
-            except OSError as err:
-                raise RepositoryError(f"{self.path / 'lock'} can't be locked: {err.strerror}") from err
+    def _take(self, descriptor: int, patience_seconds: float) -> None:
+        if not locks.take(descriptor, patience_seconds):
+            raise Locked(self._holder(descriptor), state="nothing was touched")
         with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
@@ -233,13 +255,17 @@ class VmFolder:
 
     def survey(self) -> Survey:
         """Return the committed points, oldest first, and what stands in their place but is damaged."""
-        good, damaged = [], []
-        for found in self._committed():
-            try:
-                good.append(self._open(found))
-            except BackupctlError as err:
-                damaged.append((self.path / found, err))
-        return Survey(tuple(good), tuple(damaged))
+        return self._survey(self._committed())
+
+    def retired(self) -> Survey:
+        """Return the points that were dropped, but whose layers younger ones may still need."""
+        return self._survey(found for found in self._standing() if self._is_retired(found))
+
+    def holder(self, point: PointId) -> Point:
+        """Return a point that others stand on, retired or not. Raises NoSuchPoint, DamageFound."""
+        if not self._stands(point):
+            raise NoSuchPoint(f"there is nothing of the point {point} of {self.name} in this repository")
+        return self._open(point)
 
     def point(self, wanted: str) -> Point:
         """Return one point by id, or the newest for "latest". Raises NoSuchPoint, DamageFound."""
@@ -254,21 +280,20 @@ class VmFolder:
         return self._open(found)
 
     def newest(self) -> PointId | None:
-        """Return the newest id in use, of a committed point or of an unfinished one."""
-        ids = [*self._committed(), *(partial.point for partial in self.partials())]
+        """Return the newest id in use, of a committed point, a retired or an unfinished one."""
+        ids = [*self._standing(), *(partial.point for partial in self.partials())]
         return max(ids, default=None)
 
+    def uses(self, point: PointId) -> bool:
+        """Whether a committed point or an unfinished one has this id."""
+        return any(os.path.lexists(path) for path in (self.path / point, Partial(self, point).path))
+
     def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder stands under its final name.
+        """Whether the point's folder stands under its final name, and is not retired.
 
         Raises RepositoryError if that can't be told: "no" would roll back what may be committed.
         """
-        try:
-            return stat.S_ISDIR((self.path / point).lstat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as err:
-            raise RepositoryError(f"{self.path / point} can't be looked at: {err.strerror}") from err
+        return self._stands(point) and not self._is_retired(point)
 
     def partials(self) -> list["Partial"]:
         """Return what runs under way, or dead ones, have left."""
@@ -285,8 +310,31 @@ class VmFolder:
             raise RepositoryError(f"{partial.path} can't be written: {err.strerror}") from err
         return partial
 
-    def _committed(self) -> list[PointId]:
+    def _stands(self, point: PointId) -> bool:
+        try:
+            return stat.S_ISDIR((self.path / point).lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as err:
+            raise RepositoryError(f"{self.path / point} can't be looked at: {err.strerror}") from err
+
+    def _standing(self) -> list[PointId]:
         return _ids(_folders(self.path))
+
+    def _committed(self) -> list[PointId]:
+        return [found for found in self._standing() if not self._is_retired(found)]
+
+    def _is_retired(self, point: PointId) -> bool:
+        return markers.has(self.path / point, markers.RETIRED)
+
+    def _survey(self, ids: Iterable[PointId]) -> Survey:
+        good, damaged = [], []
+        for found in ids:
+            try:
+                good.append(self._open(found))
+            except BackupctlError as err:
+                damaged.append((self.path / found, err))
+        return Survey(tuple(good), tuple(damaged))
 
     def _open(self, point: PointId) -> Point:
         path = self.path / point
@@ -339,6 +387,12 @@ class Partial:
         The images must be complete. Raises RepositoryError; the point is then not committed.
         """
         try:
+            readable = Manifest.from_json(manifest.to_json()) == manifest
+        except BackupctlError as err:
+            raise RepositoryError(f"{self.path} is not committed: nobody could read it: {err}") from err
+        if not readable:
+            raise RepositoryError(f"{self.path} is not committed: it would be read as something else")
+        try:
             for entry in manifest.disks:
                 durable.sync_file(self.path / f"{entry.name}.qcow2")
                 durable.sync_file(self.path / f"{entry.name}.digests")
@@ -351,6 +405,13 @@ class Partial:
         except OSError as err:
             raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
         return Point(self.folder.path / self.point, manifest)
+
+    def take_back(self) -> None:
+        """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
+        try:
+            durable.rename(self.folder.path / self.point, self.path)
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
 
     def drop(self) -> None:
         """Remove the folder and all in it; a death in the middle leaves one to drop again."""
@@ -387,7 +448,6 @@ def _ids(names: list[str]) -> list[PointId]:
 
 
 def _read(path: Path) -> bytes:
-    """Read a small file, but no symbolic link, no pipe, and no more than a manifest may have."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
+    """Read a small file, and no more of it than a manifest may have."""
+    with plain.open_file(path) as file:
         return file.read(strict.MAX_BYTES + 1)

@@ -3,6 +3,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -32,14 +33,30 @@ def img_program() -> str:
     return os.environ.get("QEMU_IMG", "qemu-img")
 
 
+def server_program() -> str:
+    """Name the qemu-storage-daemon to use."""
+    return os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")
+
+
+def require_tools() -> None:
+    """Raise RepositoryError if one of QEMU's tools is not there: then nothing could be told of an image."""
+    for program in (img_program(), server_program()):
+        if shutil.which(program) is None:
+            raise RepositoryError(f"{program} is needed, and not found", state="nothing was touched")
+
+
 def start(
     command: Sequence[str],
     *,
     complaints: IO[bytes],
     output: int = subprocess.DEVNULL,
     environment: Mapping[str, str] | None = None,
+    descriptors: Sequence[int] = (),
 ) -> "subprocess.Popen[bytes]":
-    """Start a child that dies with us. complaints: gets its stderr. Raises RepositoryError."""
+    """Start a child that dies with us. Raises RepositoryError.
+
+    complaints: gets its stderr. descriptors: those that it inherits, under the same numbers.
+    """
     try:
         return subprocess.Popen(
             command,
@@ -47,6 +64,7 @@ def start(
             stdout=output,
             stderr=complaints,
             env={**os.environ, **(environment or {})},
+            pass_fds=descriptors,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock can be held in it
         )

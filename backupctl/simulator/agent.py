@@ -2,6 +2,7 @@
 """The guest agent: qemu-ga's protocol on a unix socket (qga/qapi-schema.json of QEMU)."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,8 @@ class Agent:
         guest = self._machine().guest
         changed = guest.frozen != frozen
         guest.frozen = frozen
+        if changed:
+            (guest.freezes if frozen else guest.thaws).append(time.time())
         writable = [spec for spec in self._machine().settings.disks if not spec.read_only]
         return len(writable) if changed else 0
 

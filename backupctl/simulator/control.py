@@ -32,6 +32,7 @@ class Control:
             "zero": lambda given: self._change("zero", given),
             "discard": lambda given: self._change("discard", given),
             "copy": self._copy,
+            "freeze": self._freeze,
             "moment": self._moment,
             "workload": self._workload,
             "step": self._step,
@@ -82,6 +83,9 @@ class Control:
     def _copy(self, given: Given) -> None:
         guest.copy_out(self._machine().top(given["disk"]), Path(given["to"]))
 
+    def _freeze(self, given: Given) -> None:
+        self._machine().guest.frozen = bool(given["frozen"])
+
     def _moment(self, _given: Given) -> dict[str, Any] | None:
         moment = self._machine().moment
         if moment is None:
@@ -104,7 +108,7 @@ class Control:
     def _status(self) -> dict[str, Any]:
         vm = self._machine()
         told: dict[str, Any] = {"running": vm.running, "frozen": vm.guest.frozen, "working": vm.guest.working}
-        told |= {"writes": len(vm.guest.journal)}
+        told |= {"writes": len(vm.guest.journal), "freezes": vm.guest.freezes, "thaws": vm.guest.thaws}
         return told | {"failed-writes": vm.guest.failed_writes, "nbd-clients": vm.nbd_clients}
 
     def _end(self, given: Given) -> None:

@@ -19,15 +19,23 @@ from backupctl.simulator.opening import DATA_OFFSET, Opener, RawFile, identity
 from backupctl.simulator.store import kept_clusters
 from backupctl.simulator.stored import BitmapFile
 
-_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=([0-9]+[kMGT]?)((?:,[a-z-]+=[a-z0-9]+)*)")
+_SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=([0-9]+[kMGT]?)((?:,[a-z-]+=[A-Za-z0-9_.-]+)*)")
+_MEANT = "NAME=SIZE[,format=raw][,node=NAME][,iothread=on][,readonly=on]"
+
+
+VIRTIO = ("virtio-blk-pci", "virtio-blk")
 
 
 @dataclass(frozen=True)
 class DiskSpec:
-    """A disk as the user asks for it: ``NAME=SIZE[,format=qcow2|raw][,iothread=on][,readonly=on]``."""
+    """A disk as the user asks for it: ``NAME=SIZE`` and options.
+
+    node: the name of its block node, ``drive-NAME`` if not said otherwise.
+    """
 
     name: str
     size: int
+    node: str
     format: str = "qcow2"
     iothread: bool = False
     read_only: bool = False
@@ -37,20 +45,13 @@ class DiskSpec:
         """Read a disk. Raises BadFault, saying what is wrong."""
         match = _SPEC.fullmatch(text)
         if match is None:
-            raise BadFault(
-                f"{text!r} is no disk: NAME=SIZE[,format=raw][,iothread=on][,readonly=on] is meant"
-            )
+            raise BadFault(f"{text!r} is no disk: {_MEANT} is meant")
         options = dict(part.split("=") for part in match[3].split(",") if part)
-        form = options.pop("format", "qcow2")
+        form, node = options.pop("format", "qcow2"), options.pop("node", f"drive-{match[1]}")
         switches = {name: options.pop(name, "off") == "on" for name in ("iothread", "readonly")}
         if options or form not in ("qcow2", "raw"):
-            raise BadFault(f"{text!r}: a disk has format=qcow2|raw, iothread=on and readonly=on")
-        return cls(match[1], number(match[2]), form, switches["iothread"], switches["readonly"])
-
-    @property
-    def node(self) -> str:
-        """The name of the disk's block node."""
-        return f"drive-{self.name}"
+            raise BadFault(f"{text!r}: a disk has format=qcow2|raw, node, iothread=on and readonly=on")
+        return cls(match[1], number(match[2]), node, form, switches["iothread"], switches["readonly"])
 
 
 @dataclass(eq=False)
@@ -66,7 +67,7 @@ class Device:
     @property
     def qdev(self) -> str:
         """The path under which `query-block` shows it."""
-        return f"/machine/peripheral/{self.name}/virtio-backend" if not self.removable else self.name
+        return f"/machine/peripheral/{self.name}/virtio-backend" if self.driver in VIRTIO else self.name
 
     def write_to(self, graph: Graph, node: Node) -> None:
         """Hang the device on a node."""

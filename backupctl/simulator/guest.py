@@ -40,7 +40,8 @@ class Entry:
 class Guest:
     """A guest with disks.
 
-    top: returns the node that a disk's device writes to. sizes: of the disks that the workload may use.
+    top: returns the node that a disk's device writes to. disks: those that the workload may use.
+    freezes, thaws: when the agent did so, in seconds since the epoch.
     """
 
     def __init__(self, seed: int, top: Callable[[str], Node], disks: list[str]) -> None:
@@ -50,6 +51,8 @@ class Guest:
         self._task: asyncio.Task[None] | None = None
         self.frozen = False
         self.running = True
+        self.freezes: list[float] = []
+        self.thaws: list[float] = []
         self.failed_writes = 0
         self.journal: list[Entry] = []
 

@@ -135,10 +135,10 @@ class Machine:
         if not self.settings.keep_moments:
             return
         moment = Moment(self.moment.number + 1 if self.moment else 1, time.time())
-        for spec in self.settings.disks:
-            path = self.settings.folder / f"{spec.name}.moment"
-            guest.copy_out(self.top(spec.name), path)
-            moment.disks[spec.name] = path
+        for name in [name for name, device in self.devices.items() if device.link]:
+            path = self.settings.folder / f"{name}.moment"
+            guest.copy_out(self.top(name), path)
+            moment.disks[name] = path
         self.moment = moment
 
     def drop_export(self, export: Export) -> None:

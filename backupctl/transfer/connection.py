@@ -8,6 +8,7 @@ the command is retired; nothing of its data may be used then: libnbd leaves zero
 
 import errno
 import os
+import resource
 import select
 import socket
 import time
@@ -21,6 +22,8 @@ import nbd
 from backupctl.errors import TransferError
 
 BASE_ALLOCATION = "base:allocation"
+ALLOCATION_DEPTH = "qemu:allocation-depth"
+_HANDSHAKE_BYTES = 64 << 20  # of memory; it takes next to none
 _CHECK_SECONDS = 0.1
 _FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
 
@@ -65,7 +68,8 @@ class Connection:
                 self.handle.aio_connect_unix(str(address))
             else:
                 self.handle.aio_connect_socket(os.dup(address.fileno()))
-            self.wait(lambda: not self.handle.aio_is_connecting())
+            memory = _memory_bytes()
+            self.wait(lambda: self._greeted(memory))
             if not self.handle.aio_is_ready():
                 raise self.failure(f"the NBD server refused the export {self._export}")
             for context in contexts:
@@ -139,6 +143,12 @@ class Connection:
                 raise self.failure("the NBD connection was lost")
             turn([self], _CHECK_SECONDS)
 
+    def _greeted(self, memory_before: int) -> bool:
+        # libnbd keeps every context that a server tells of, and does not mind how many there are.
+        if _memory_bytes() - memory_before > _HANDSHAKE_BYTES:
+            raise self.failure("the NBD server's greeting has no end")
+        return not self.handle.aio_is_connecting()
+
     def alive(self) -> bool:
         """Whether the connection can still carry commands."""
         return not (self.handle.aio_is_dead() or self.handle.aio_is_closed())
@@ -164,6 +174,11 @@ class Connection:
         if not self.alive() or number in (errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.EPIPE):
             return self.failure("the NBD connection was lost")
         return self.failure(f"the NBD server answered: {os.strerror(number) if number else err.string}")
+
+
+def _memory_bytes() -> int:
+    """Return the most memory that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def turn(connections: Sequence[Connection], seconds: float, bell: int | None = None) -> None:

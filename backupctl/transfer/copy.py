@@ -21,7 +21,7 @@ from pathlib import Path
 
 import nbd
 
-from backupctl.errors import WriteFailed
+from backupctl.errors import ReadFailed, WriteFailed
 from backupctl.transfer.connection import Connection, turn
 from backupctl.transfer.extents import Extent, pieces
 from backupctl.transfer.limit import TokenBucket
@@ -101,9 +101,12 @@ def open_target(
 class Copy:
     """One disk's copy; `run` does it.
 
+    target: none if the sieve lets nothing pass: then all is only read.
     check: called at least every 100 ms while bytes move; what it raises ends the copy.
     progress: told the bytes done. stall_seconds: the longest time without any piece ending.
     sieve: what chooses from each piece; None writes all, and pieces of nothing but zeroes as zeroes.
+    unreadable: told of each piece that the source could not read, and the copy goes on without it. None:
+    a read error ends the copy.
     """
 
     def __init__(
@@ -115,9 +118,11 @@ class Copy:
         progress: Callable[[int], None],
         stall_seconds: float = 60.0,
         sieve: Sieve | None = None,
+        unreadable: Callable[[Extent], None] | None = None,
     ) -> None:
+        sinks = target or source.connections
         self._pairs = [
-            (connection, target[number % len(target)]) for number, connection in enumerate(source.connections)
+            (connection, sinks[number % len(sinks)]) for number, connection in enumerate(source.connections)
         ]
         self._connections = [*source.connections, *target]
         self._limiter = limiter
@@ -125,6 +130,7 @@ class Copy:
         self._progress = progress
         self._stall_seconds = stall_seconds
         self._sieve = sieve or _as_it_is
+        self._unreadable = unreadable
         self._flying: deque[_Piece] = deque()
         self._idle: list[bytearray] = []
         self._copied = self._zero = 0
@@ -177,7 +183,15 @@ class Copy:
         moved = False
         for _ in range(len(self._flying)):
             piece = self._flying.popleft()
-            if piece.rests():
+            try:
+                rests = piece.rests()
+            except ReadFailed:
+                if self._unreadable is None or not piece.connection.alive():
+                    raise
+                moved = True
+                self._unreadable(piece.extent)
+                continue
+            if rests:
                 moved = True
                 if piece.writing:
                     self._count(piece)

@@ -28,6 +28,11 @@ MAX_QUESTION_BYTES = 1 << 30
 """Lengths are 32 bits on the wire (libnbd 1.14 has no block_status_64)."""
 
 
+MOST_CRUMBS = 10_000
+"""So many answers in a row may each tell of less than a cluster; after that they are no help but a trap."""
+_CRUMB_BYTES = 65536
+
+
 class BadReply(ValueError):
     """The block status reply is not one that a server may give."""
 
@@ -62,7 +67,9 @@ Ask = Callable[[int, int], dict[str, list[int]]]
 def survey(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> Iterator[Status]:
     """Ask for the whole range from `start` to `size`, as often as needed. Raises BadReply."""
     offset = start
+    crumbs = 0
     while offset < size:
+        begun = offset
         asked = min(size - offset, MAX_QUESTION_BYTES)
         reply = ask(offset, asked)
         missing = [context for context in contexts if context not in reply]
@@ -71,6 +78,9 @@ def survey(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> It
         for status in intersect(offset, asked, [reply[context] for context in contexts]):
             yield status
             offset = status.offset + status.length
+        crumbs = crumbs + 1 if offset - begun < min(asked, _CRUMB_BYTES) else 0
+        if crumbs > MOST_CRUMBS:
+            raise BadReply("crumbs without end")
 
 
 def intersect(offset: int, asked: int, replies: list[list[int]]) -> list[Status]:
@@ -140,34 +150,3 @@ def pieces(extent: Extent, most: int) -> Iterator[Extent]:
         length = min(extent.end, offset - offset % most + most) - offset
         yield Extent(offset, length, extent.zero)
         offset += length
-
-
-def aligned(extents: Iterable[Extent], size: int, unit: int) -> Iterator[Extent]:
-    """Widen sorted extents to whole units of the disk: one that is zero, or named, only in part is data.
-
-    The last unit of the disk may be short.
-    """
-    return merge(_clipped(_widened(merge(extents), size, unit)))
-
-
-def _widened(extents: Iterable[Extent], size: int, unit: int) -> Iterator[Extent]:
-    for extent in extents:
-        start, inner = extent.offset // unit * unit, -(-extent.offset // unit) * unit
-        stop = min(-(-extent.end // unit) * unit, size)
-        last = stop if extent.end == stop else extent.end // unit * unit
-        if extent.zero and inner < last:
-            yield Extent(start, inner - start, zero=False)
-            yield Extent(inner, last - inner, zero=True)
-            yield Extent(last, stop - last, zero=False)
-        else:
-            yield Extent(start, stop - start, zero=False)
-
-
-def _clipped(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Cut off of each extent what the ones before it cover."""
-    done = 0
-    for extent in extents:
-        start = max(extent.offset, done)
-        if start < extent.end:
-            yield Extent(start, extent.end - start, extent.zero)
-            done = extent.end

@@ -19,7 +19,7 @@ from functools import partial
 import nbd
 
 from backupctl.errors import WriteFailed
-from backupctl.transfer import extents
+from backupctl.transfer import extents, marks
 from backupctl.transfer.connection import Connection
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.source import Source
@@ -48,10 +48,16 @@ class _Piece:
 
 
 def stream(
-    source: Source, descriptor: int, *, check: Callable[[], None], progress: Callable[[int], None]
+    source: Source,
+    descriptor: int,
+    *,
+    check: Callable[[], None],
+    progress: Callable[[int], None],
+    look: Callable[[Extent, memoryview | None], object] = lambda _extent, _content: None,
 ) -> None:
     """Write all of `source` to a descriptor.
 
+    look: shown each piece before any byte of it is written (no content: zeroes); what it raises ends it.
     check: called at least every 100 ms while nobody takes the bytes; what it raises ends the stream.
     progress: told the bytes done. Raises ReadFailed, WriteFailed.
     """
@@ -65,7 +71,9 @@ def stream(
             if not flying:
                 return
             piece = flying.popleft()
-            _write_all(write, piece.content(), check)
+            content = piece.content()
+            look(piece.extent, content if piece.buffer is not None else None)
+            _write_all(write, content, check)
             done += piece.extent.length
             check()
             progress(done)
@@ -80,9 +88,8 @@ def _start(extent: Extent, connection: Connection) -> _Piece:
 
 
 def _pieces(source: Source) -> Iterator[Extent]:
-    for status in source.statuses():
-        zero = bool(status.flags[0] & extents.ZERO)
-        yield from extents.pieces(Extent(status.offset, status.length, zero), PIECE_BYTES)
+    for extent in marks.whole(source):
+        yield from extents.pieces(extent, PIECE_BYTES)
 
 
 @contextmanager

@@ -42,8 +42,8 @@ class Agent:
                 made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 made.settimeout(timeout_seconds)
                 made.connect(address.path)
-        except OSError as err:
-            why = err.strerror or "time-out"
+        except (OSError, UnicodeError) as err:  # UnicodeError: a host's name that can't be one
+            why = "time-out" if isinstance(err, TimeoutError) else getattr(err, "strerror", "") or str(err)
             raise AgentUnavailable(f"no guest agent at {address}: {why}") from err
         return cls(made, timeout_seconds)
 
@@ -79,7 +79,7 @@ class Agent:
 
     def _count(self, command: str, seconds: float | None = None) -> int:
         reply = self._command(command, seconds)
-        if not isinstance(reply, int) or isinstance(reply, bool):
+        if not isinstance(reply, int) or isinstance(reply, bool) or reply < 0:
             raise AgentTimeout(  # no refusal: whether the command took effect is not known
                 f"the agent's {command} makes no sense: {reply!r:.60}"
             )
@@ -97,8 +97,8 @@ class Agent:
             error = reply["error"]
             text = error.get("desc", "") if isinstance(error, dict) else ""
             raise AgentRefused(f"the guest agent refused {command}: {text or 'no reason given'!s:.300}")
-        if "return" not in reply:
-            raise AgentRefused(f"the agent's answer to {command} makes no sense")
+        if "return" not in reply:  # no refusal: it may well have done it
+            raise AgentTimeout(f"the agent's answer to {command} makes no sense")
         return reply["return"]
 
     def _synchronise(self) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backupctl.names import BitmapName, NodeName, Owner, PointId
+from backupctl.vm import reply
 
 GRANULARITY_BYTES = 65536
 """One bit for each cluster of the images that we write."""
@@ -44,20 +45,25 @@ class Bitmap:
     inconsistent: bool
 
     @classmethod
-    def parse(cls, node: NodeName, reply: Mapping[str, Any]) -> "Bitmap | None":
-        """Read one entry of `dirty-bitmaps`; None for the nameless one of a running job."""
-        name = reply.get("name")
+    def parse(cls, node: NodeName, entry: Mapping[str, Any]) -> "Bitmap | None":
+        """Read one entry of `dirty-bitmaps`; None for the nameless one of a running job.
+
+        To be called where `reply.understood` catches what it raises.
+        """
+        name = entry.get("name")
         if not name:
             return None
+        if not isinstance(name, str):
+            raise TypeError("a bitmap's name is no text")
         return cls(
-            name=BitmapName(str(name)),
+            name=BitmapName(name),
             node=node,
-            granularity=int(reply["granularity"]),
-            dirty_bytes=int(reply["count"]),
-            recording=bool(reply["recording"]),
-            busy=bool(reply["busy"]),
-            persistent=bool(reply["persistent"]),
-            inconsistent=bool(reply.get("inconsistent", False)),
+            granularity=reply.number(entry["granularity"]),
+            dirty_bytes=reply.number(entry["count"]),
+            recording=reply.flag(entry["recording"]),
+            busy=reply.flag(entry["busy"]),
+            persistent=reply.flag(entry["persistent"]),
+            inconsistent=reply.flag(entry.get("inconsistent", False)),
         )
 
     @property

@@ -19,6 +19,7 @@ from backupctl.names import NodeName, Owner
 from backupctl.vm import limit
 from backupctl.vm.export import descriptor_name
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.reply import flag, number, text, understood
 from backupctl.vm.view import device_path
 
 
@@ -98,14 +99,22 @@ def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
     found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
     found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
     found += [f"limit {name}" for name in limit.ours(monitor, owner)]
-    if "query-fdsets" in monitor.commands and monitor.execute("query-status").get("running"):
-        found += [f"descriptor set {number}" for number in _fdsets(monitor, owner)]
+    if "query-fdsets" in monitor.commands and _runs(monitor):
+        found += [f"descriptor set {each}" for each in _fdsets(monitor, owner)]
     return found
+
+
+def _runs(monitor: Monitor) -> bool:
+    status = monitor.execute("query-status")
+    with understood("query-status"):
+        return flag(status["running"])
 
 
 def _others_use_nbd(monitor: Monitor) -> bool:
     # Ours are gone by now. An export over vhost-user or FUSE needs no NBD server.
-    return any(export.get("type", "nbd") == "nbd" for export in monitor.execute("query-block-exports"))
+    exports = monitor.execute("query-block-exports")
+    with understood("query-block-exports"):
+        return any(export.get("type", "nbd") == "nbd" for export in exports)
 
 
 def _end_job(monitor: Monitor, name: str) -> None:
@@ -119,18 +128,18 @@ def _end_job(monitor: Monitor, name: str) -> None:
 def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, NodeName]) -> list[str]:
     """Give each device that writes through a filter of ours its active node back."""
     told = []
-    try:
+    devices = monitor.execute("query-block")
+    prefix = owner.node("cbw", 0)[:-1]
+    with understood("query-block"):
         tops = {
-            str(device["inserted"]["node-name"]): str(device.get("qdev", ""))
-            for device in monitor.execute("query-block")
+            device["inserted"].get("node-name", ""): text(device.get("qdev", ""))
+            for device in devices
             if device.get("inserted")
         }
-    except (KeyError, TypeError, AttributeError) as err:
-        raise MonitorError(f"QEMU's query-block makes no sense: {err!r:.200}") from err
-    prefix = owner.node("cbw", 0)[:-1]
+        ours = {top: int(top.removeprefix(prefix)) for top in tops if top.startswith(prefix)}
     for top, qdev in tops.items():
-        if top.startswith(prefix):
-            active = actives.get(int(top.removeprefix(prefix)))
+        if top in ours:
+            active = actives.get(ours[top])
             if active is None:
                 raise MonitorError(
                     f"the device {qdev} writes through the filter {top}, and the run's journal, which "
@@ -150,33 +159,27 @@ def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
     monitor/fds.c asks runstate_is_running).
     """
     before = _fdsets(monitor, owner)
-    for number in before:
-        _unless_gone(monitor, "remove-fd", {"fdset-id": number})
+    for each in before:
+        _unless_gone(monitor, "remove-fd", {"fdset-id": each})
     gone = set(before) - set(_fdsets(monitor, owner)) if before else set()
-    return [f"removed the descriptor set {number}" for number in sorted(gone)]
+    return [f"removed the descriptor set {each}" for each in sorted(gone)]
 
 
 def _fdsets(monitor: Monitor, owner: Owner) -> list[int]:
-    try:
+    fdsets = monitor.execute("query-fdsets")
+    with understood("query-fdsets"):
         return [
-            int(fdset["fdset-id"])
-            for fdset in monitor.execute("query-fdsets")
-            if any(owner.owns(str(fd.get("opaque", ""))) for fd in fdset["fds"])
+            number(fdset["fdset-id"])
+            for fdset in fdsets
+            if any(owner.owns(fd.get("opaque", "")) for fd in fdset["fds"])
         ]
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise MonitorError(f"QEMU's query-fdsets makes no sense: {err!r:.200}") from err
-
-
-def _ids(monitor: Monitor, query: str, key: str) -> list[str]:
-    arguments = {"flat": True} if query == "query-named-block-nodes" else None
-    try:
-        return [str(entry[key]) for entry in monitor.execute(query, arguments) if key in entry]
-    except TypeError as err:
-        raise MonitorError(f"QEMU's {query} makes no sense: {err!r:.200}") from err
 
 
 def _ours(monitor: Monitor, owner: Owner, query: str, key: str) -> list[str]:
-    return [name for name in _ids(monitor, query, key) if owner.owns(name)]
+    arguments = {"flat": True} if query == "query-named-block-nodes" else None
+    entries = monitor.execute(query, arguments)
+    with understood(query):
+        return [entry[key] for entry in entries if owner.owns(entry.get(key, ""))]
 
 
 def _unless_gone(monitor: Monitor, command: str, arguments: dict[str, object] | None) -> None:

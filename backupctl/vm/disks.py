@@ -13,11 +13,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backupctl.errors import Failed, InvalidName, MonitorError, Refused
+from backupctl.errors import Failed, InvalidName, Refused
 from backupctl.names import PREFIX, DiskName, NodeName, disk_name
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.reply import flag, number, text, understood
 
+MAX_SIZE = 1 << 60
+"""No disk is larger (bytes); a manifest would not take it."""
 JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "preallocate"})
 
 
@@ -75,23 +78,18 @@ def inventory(monitor: Monitor, stored_names: Mapping[str, str] | None = None) -
     would have one name, or a name can't be used; MonitorError if the replies make no sense.
     """
     nodes = named_nodes(monitor)
-    try:
-        devices = monitor.execute("query-block")
-        found = [_from_device(device, nodes) for device in devices] if devices else _exported(monitor, nodes)
+    devices = monitor.execute("query-block")
+    exports = [] if devices else monitor.execute("query-block-exports")
+    with understood("description of its disks"):
+        found = [_from_device(device, nodes) for device in devices] if devices else _exported(exports, nodes)
         return _collect(found, nodes, stored_names or {})
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise MonitorError(f"QEMU describes its disks in a way that makes no sense: {err!r:.200}") from err
 
 
 def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
     """Return every named node as `query-named-block-nodes` shows it. Raises MonitorError."""
     reply = monitor.execute("query-named-block-nodes", {"flat": True})
-    try:
-        return {NodeName(node["node-name"]): node for node in reply if node.get("node-name")}
-    except (KeyError, TypeError, AttributeError) as err:
-        raise MonitorError(
-            f"QEMU describes its block nodes in a way that makes no sense: {err!r:.200}"
-        ) from err
+    with understood("description of its block nodes"):
+        return {NodeName(text(node["node-name"])): node for node in reply if node.get("node-name")}
 
 
 def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
@@ -99,14 +97,13 @@ def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
 
     To be called while no view or job stands over the disks. Raises MonitorError too.
     """
-    try:
+    devices = monitor.execute("query-block")
+    with understood("description of its devices"):
         tops = {
-            str(device.get("qdev", "")): str(device["inserted"]["node-name"])
-            for device in monitor.execute("query-block")
+            text(device.get("qdev", "")): text(device["inserted"]["node-name"])
+            for device in devices
             if device.get("inserted")
         }
-    except (KeyError, TypeError, AttributeError) as err:
-        raise MonitorError(f"QEMU's query-block makes no sense: {err!r:.200}") from err
     for disk in disks:
         if disk.qdev and (top := tops.get(disk.qdev)) != disk.node:
             raise Failed(
@@ -117,11 +114,9 @@ def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
 
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
     """Return the bitmaps of one node of `named_nodes`. Raises MonitorError."""
-    try:
+    with understood(f"description of the bitmaps of {node}"):
         parsed = (Bitmap.parse(node, entry) for entry in reply.get("dirty-bitmaps", ()))
         return tuple(bitmap for bitmap in parsed if bitmap)
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise MonitorError(f"QEMU describes the bitmaps of {node} in a way that makes no sense") from err
 
 
 @dataclass(frozen=True)
@@ -139,11 +134,12 @@ class _Found:
 
 
 def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str, Any]]) -> _Found:
-    qdev = str(device.get("qdev", ""))
+    qdev = text(device.get("qdev", ""))
     inserted = device.get("inserted")
-    node = str(inserted.get("node-name", "")) if inserted else ""
-    name = _device_id(qdev) or ("" if node.startswith("#") else node) or str(device.get("device", "")) or node
-    driver = str(inserted.get("drv", "")) if inserted else ""
+    node = text(inserted.get("node-name", "")) if inserted else ""
+    own = text(device.get("device", ""))
+    name = _device_id(qdev) or ("" if node.startswith("#") else node) or own or node
+    driver = text(inserted.get("drv", "")) if inserted else ""
     if driver in JOB_FILTERS:
         return _Found(name, node, qdev, "", driver)
     return _Found(name or "(unnamed)", node, qdev, _why_not(device, inserted, nodes))
@@ -154,20 +150,19 @@ def _why_not(
 ) -> str:
     if not inserted:
         return "the drive is empty"
-    if inserted.get("ro"):
+    if flag(inserted.get("ro", False)):
         return "it is read-only"
-    if device.get("removable") and "tray_open" in device:
+    if flag(device.get("removable", False)) and "tray_open" in device:
         return "it is a removable medium"
-    if NodeName(str(inserted.get("node-name", ""))) not in nodes:
+    if inserted.get("node-name", "") not in nodes:
         return "its node has no name"
     return ""
 
 
-def _exported(monitor: Monitor, nodes: Mapping[NodeName, Mapping[str, Any]]) -> list[_Found]:
-    exports = monitor.execute("query-block-exports")
-    names = {str(export["node-name"]) for export in exports if not str(export["id"]).startswith(PREFIX)}
+def _exported(exports: list[Mapping[str, Any]], nodes: Mapping[NodeName, Mapping[str, Any]]) -> list[_Found]:
+    names = {text(export["node-name"]) for export in exports if not export["id"].startswith(PREFIX)}
     return [
-        _Found(name, name, "", "it is read-only" if nodes[NodeName(name)].get("ro") else "")
+        _Found(name, name, "", "it is read-only" if flag(nodes[NodeName(name)].get("ro", False)) else "")
         for name in sorted(names & set(nodes))
     ]
 
@@ -201,17 +196,14 @@ def _disk(medium: _Found, node: Mapping[str, Any], stored_names: Mapping[str, st
     except InvalidName as err:
         raise Refused(f"{err}; give the disk a name in the configuration") from err
     image = node["image"]
-    size = int(image["virtual-size"])
-    if size < 0:
-        raise ValueError(size)
     return Disk(
         name=name,
         node=NodeName(medium.node),
-        size=size,
-        driver=str(node["drv"]),
+        size=number(image["virtual-size"], MAX_SIZE),
+        driver=text(node["drv"], 100),
         persistent=_keeps_bitmaps(image),
         qdev=medium.qdev,
-        filename=str(image.get("filename", "")),
+        filename=str(image.get("filename", ""))[:4096],
         bitmaps=bitmaps_of(NodeName(medium.node), node),
     )
 

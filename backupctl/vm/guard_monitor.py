@@ -16,6 +16,7 @@ from backupctl.settings import Address
 from backupctl.vm import limit
 
 TIMEOUT_SECONDS = 10.0
+MAX_REPLY_BYTES = 4 << 20
 _PAUSE_SECONDS = 0.02
 
 Execute = Callable[..., dict[str, Any]]
@@ -101,10 +102,12 @@ def _connect(address: Address) -> socket.socket:
 
 
 def _answer(stream: Any, *wanted: str) -> dict[str, Any]:
-    while True:
-        line = stream.readline(16 << 20)
+    deadline = time.monotonic() + TIMEOUT_SECONDS  # events without end are no answer
+    while time.monotonic() < deadline:
+        line = stream.readline(MAX_REPLY_BYTES)
         if not line:
             raise EOFError
         message = json.loads(line)
         if isinstance(message, dict) and any(name in message for name in wanted):
             return message
+    raise TimeoutError

@@ -75,7 +75,7 @@ class Freezer:
             self.deadline = self._frozen_at  # its outcome is unknown, so a thaw is due now
             raise
         except AgentError:
-            self.deadline = None  # a refusal has no effect
+            self._look_after_a_refusal(agent)
             raise
 
     def thaw(self) -> float:
@@ -115,9 +115,21 @@ class Freezer:
                 "the guest is frozen already, by somebody else", state="the guest was left as it is"
             )
 
+    def _look_after_a_refusal(self, agent: Agent) -> None:
+        # A refusal should have no effect. An agent that fails half-way may leave the guest frozen.
+        with suppress(AgentError):
+            if agent.freeze_status() == "thawed":
+                self.deadline = None
+                return
+        self.deadline = self._frozen_at
+
     def _thaw_once(self) -> None:
         try:
+            again = self._agent is None
             agent = self._talk()
+            if again and agent.freeze_status() == "thawed":  # the try before did it, whatever was answered
+                self.deadline = None
+                return
             self.ended_early = agent.thaw() < self._count
             if agent.freeze_status() != "thawed":
                 raise AgentTimeout("the guest is still frozen after a thaw")

@@ -19,10 +19,14 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.error import ProtocolError
+from qemu.qmp.message import Message
 from qemu.qmp.protocol import StateError
+from qemu.qmp.qmp_client import BadReplyError
 
 from backupctl.errors import CommandFailed, MonitorError, MonitorUnreachable, OutcomeUnknown
 from backupctl.settings import Address
+from backupctl.vm import reply
 
 T = TypeVar("T")
 _TURNS = 10  # of the event loop: a message passes through several tasks before it is heard
@@ -30,6 +34,28 @@ _TURNS = 10  # of the event loop: a message passes through several tasks before 
 _logger = logging.getLogger("qemu.qmp")
 _logger.addHandler(logging.NullHandler())
 _logger.propagate = False  # its errors reach the user as ours; a second, raw line would only confuse
+
+
+class _Client(QMPClient):
+    """The library's client, with one sort of error for all that is no QMP, and no memory for events.
+
+    Nobody waits for events here; kept, a flood of them would pile up without end.
+    """
+
+    async def _do_recv(self) -> Message:
+        # A line without end, a nesting without end, a number of thousands of digits, what is no UTF-8: the
+        # library lets these out as they are, at whatever call comes next.
+        try:
+            return await super()._do_recv()
+        except (ProtocolError, ValueError, RecursionError):
+            raise ProtocolError("it sends what is no QMP") from None
+
+    async def _on_message(self, msg: Message) -> None:
+        if "event" in msg:
+            return
+        if not isinstance(msg.get("id", ""), str):  # else it would be looked up, hashable or not
+            raise ProtocolError("it sends an answer to nothing that was asked")
+        await super()._on_message(msg)
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,7 @@ class Monitor:
         self.address = address
         self._timeout = timeout_seconds
         self._loop = asyncio.new_event_loop()
-        self._client = QMPClient("monitor")
+        self._client = _Client("monitor")
         self._broken = ""
         self.version = Version(0, 0, 0)
         self.commands: frozenset[str] = frozenset()
@@ -75,7 +101,7 @@ class Monitor:
         try:
             self._run(self._client.connect(_connected_socket(address, timeout_seconds)))
             self.version = _version(self.execute("query-version"))
-            self.commands = frozenset(entry["name"] for entry in self.execute("query-commands"))
+            self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
         except TimeoutError as err:
             self.close()
             raise MonitorUnreachable(
@@ -83,7 +109,7 @@ class Monitor:
             ) from err
         except (QMPError, OSError, EOFError, OutcomeUnknown) as err:
             self.close()
-            raise MonitorUnreachable(f"no QEMU monitor at {address}: {_root(err)}") from err
+            raise MonitorUnreachable(f"no QEMU monitor at {address}: {_root(err)!s:.300}") from err
         except (KeyError, TypeError, ValueError, CommandFailed) as err:
             self.close()
             raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err
@@ -96,13 +122,16 @@ class Monitor:
         try:
             return self._run(self._client.execute(command, dict(arguments) if arguments else None))
         except ExecuteError as err:
-            raise CommandFailed(command, err.error.error.class_, err.error.error.desc) from err
+            told = err.error.error
+            raise CommandFailed(command, told.class_[:100], told.desc[:1000]) from err
         except TimeoutError as err:
             raise self._lost(command, f"silent for {self._timeout:g} s") from err
         except (ExecInterruptedError, StateError) as err:
             raise self._lost(command, "the monitor's connection broke") from err
+        except BadReplyError as err:
+            raise self._lost(command, "what it answers makes no sense") from err
         except (QMPError, OSError, EOFError) as err:
-            raise self._lost(command, str(_root(err))) from err
+            raise self._lost(command, f"{_root(err)!s:.300}") from err
 
     def transaction(self, actions: list[dict[str, object]]) -> None:
         """Do all of `actions` at one moment, or none of them. Raises as `execute` does."""
@@ -185,9 +214,9 @@ def _connected_socket(address: Address, timeout_seconds: float) -> socket.socket
     return sock
 
 
-def _version(reply: Any) -> Version:
-    qemu = reply["qemu"]
-    return Version(int(qemu["major"]), int(qemu["minor"]), int(qemu["micro"]), str(reply.get("package", "")))
+def _version(told: Any) -> Version:
+    major, minor, micro = (reply.number(told["qemu"][part], 9999) for part in ("major", "minor", "micro"))
+    return Version(major, minor, micro, reply.text(told.get("package", "")))
 
 
 def _root(err: BaseException) -> BaseException:

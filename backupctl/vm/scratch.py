@@ -18,6 +18,7 @@ from pathlib import Path
 
 from backupctl.errors import Failed, Refused
 from backupctl.names import NodeName, Owner, VmName
+from backupctl.vm import reply
 from backupctl.vm.monitor import Monitor
 
 LOW_BYTES = 256 * 1024 * 1024
@@ -86,7 +87,9 @@ def make(
         if private is not None:
             return Scratch(str(path), descriptor, reserved)
         monitor.send_fd(descriptor)
-        fdset = monitor.execute("add-fd", {"opaque": node})["fdset-id"]
+        made = monitor.execute("add-fd", {"opaque": node})
+        with reply.understood("add-fd"):  # it becomes part of a path
+            fdset = reply.number(made["fdset-id"])
     except BaseException:
         os.close(descriptor)
         raise

@@ -9,6 +9,8 @@ from tests.integration.test_failures import SLOW, copying, wait_for
 
 MIB = 1 << 20
 
+pytestmark = pytest.mark.simulator_too
+
 
 def how(report) -> dict[str, str]:
     return {disk["name"]: "scan" if disk["scanned"] else disk["kind"] for disk in report["disks"]}

@@ -12,6 +12,8 @@ import pytest
 
 from fixtures.proxy import Proxy
 
+pytestmark = pytest.mark.simulator_too
+
 SLOW = ("--limit", "2M")  # slow enough to be met in mid-copy
 
 

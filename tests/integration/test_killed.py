@@ -9,11 +9,20 @@ import subprocess
 
 import pytest
 
+pytestmark = pytest.mark.simulator_too
+
 CHUNKS = 4
 
 
-def run(lab, kind: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = lab.cli.command(kind, "web")
+KEEP = ("--keep-checkpoints", "2")
+SHAPES = {"full": ["full"], "incremental": ["incremental"], "differential": ["incremental", *KEEP]}
+
+
+def run(lab, shape: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    kind, *options = SHAPES[shape]
+    if shape == "differential":
+        options += ["--since", lab.cli.json("list", "web", vm=False)[-2]["point"]]
+    command = lab.cli.command(kind, "web", *options)
     command[command.index("backupctl")] = "tests.killed"
     return subprocess.run(
         command,
@@ -26,19 +35,21 @@ def run(lab, kind: str, **environment: str) -> "subprocess.CompletedProcess[str]
     )
 
 
-def steps_of(lab, kind: str) -> list[str]:
+def steps_of(lab, shape: str) -> list[str]:
     """Run once to the end; returns the names of its steps."""
     log = lab.folder / "steps"
-    done = run(lab, kind, STEPS=str(log))
+    done = run(lab, shape, STEPS=str(log))
     assert done.returncode == 0, done.stderr
     return log.read_text().splitlines()
 
 
-def explore(lab, kind: str, chunk: int) -> int:
-    lab.writer.write(20)
-    lab.backup("full")
+def explore(lab, shape: str, chunk: int) -> int:
+    keep = KEEP if shape == "differential" else ()
+    for kind in ("full", *["incremental"] * len(keep)):
+        lab.writer.write(10)
+        lab.backup(kind, *keep)
     lab.writer.write(5)
-    steps = steps_of(lab, kind)
+    steps = steps_of(lab, shape)
     cases = 0
     for number in range(chunk, len(steps), CHUNKS):
         for when in ("before", "after"):
@@ -46,29 +57,30 @@ def explore(lab, kind: str, chunk: int) -> int:
             committed = {point["point"] for point in lab.cli.json("list", "web", vm=False)}
             lab.writer.write(3)
             log = lab.folder / f"steps-{number}-{when}"
-            died = run(lab, kind, KILL_AT=str(number), KILL_WHEN=when, STEPS=str(log))
+            died = run(lab, shape, KILL_AT=str(number), KILL_WHEN=when, STEPS=str(log))
             if died.returncode == 0 and len(log.read_text().splitlines()) <= number:
                 continue  # it asked QEMU once less whether a job had ended, so there is no such step
             assert died.returncode == -signal.SIGKILL, f"{case}: {died.stderr}"
             lab.writer.write(3)
-            report = lab.backup("incremental")
+            report = lab.backup("incremental", *keep)
             try:
                 lab.assert_point(report["point"], lab.writer.moment)
-                lab.assert_at_rest()
+                lab.assert_at_rest(bitmaps_each=3 if keep else 1)
                 assert committed <= {point["point"] for point in lab.cli.json("list", "web", vm=False)}
-                if kind == "incremental":
+                assert not any(disk["scanned"] for disk in report["disks"]), "a bitmap was lost"
+                if shape != "full":
                     assert {disk["kind"] for disk in report["disks"]} == {"incremental"}
             except AssertionError as err:
                 raise AssertionError(f"{case}: {err}") from err
             cases += 1
-    print(f"{kind}, chunk {chunk}: {cases} cases")
+    print(f"{shape}, chunk {chunk}: {cases} cases")
     return cases
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-@pytest.mark.parametrize("kind", ["incremental", "full"])
-def test_sigkill_at_every_step(build, make_lab, kind, chunk):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sigkill_at_every_step(build, make_lab, shape, chunk):
     lab = make_lab(build, {"vda": 4 << 20, "vdb": (2 << 20) + 512}, seed=chunk)
-    assert explore(lab, kind, chunk) > 20
+    assert explore(lab, shape, chunk) > 20

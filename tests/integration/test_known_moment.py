@@ -3,7 +3,7 @@
 
 import pytest
 
-from tests.conftest import get_build
+pytestmark = pytest.mark.simulator_too
 
 
 def test_full_and_five_incrementals_under_writes_equal_their_moments(build, make_lab):
@@ -27,8 +27,8 @@ def test_full_and_five_incrementals_under_writes_equal_their_moments(build, make
 
 
 @pytest.mark.parametrize("view", ["snapshot-access", "auto"])
-def test_the_other_view_shows_the_moment(make_lab, view):
-    lab = make_lab(get_build("10.0"), seed=7)
+def test_the_other_view_shows_the_moment(build10, make_lab, view):
+    lab = make_lab(build10, seed=7)
     lab.writer.write(40)
     lab.writer.start()
     moments = {}

@@ -4,8 +4,12 @@
 import json
 import re
 
+import pytest
+
 from fixtures.proxy import Proxy
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.simulator_too
 
 
 def commands(text: str) -> list[dict]:

@@ -46,7 +46,7 @@ def test_what_is_answered_and_what_is_done(vm, deed, reply, done):
     assert client.execute("block-dirty-bitmap-add", ADD) == reply
     assert not deed.startswith("late") or time.monotonic() - begun >= 0.3
     client.close()
-    assert ("b0" in vm.bitmaps()) == done
+    assert ("b0" in vm.bitmap_states()) == done
 
 
 @pytest.mark.parametrize(("deed", "done"), [("silent", False), ("unanswered", True)])
@@ -69,7 +69,7 @@ def test_no_answer_comes_but_the_monitor_goes_on(vm, deed, done):
             raw.sendall(json.dumps(message | {"id": number}).encode())
         answered = [json.loads(stream.readline())["id"] for _ in range(2)]
     assert answered == [0, 2]
-    assert ("b0" in vm.bitmaps()) == done
+    assert ("b0" in vm.bitmap_states()) == done
 
 
 @pytest.mark.parametrize("when", ["", "-after"])
@@ -85,7 +85,7 @@ def test_a_clean_end_is_clean(vm):
     assert other(vm).execute("query-jobs", {}) == GONE
     assert vm.wait() == 0
     vm.start()
-    assert not vm.bitmaps()["b0"].get("inconsistent")
+    assert not vm.bitmap_states()["b0"].get("inconsistent")
 
 
 @pytest.mark.parametrize(("deed", "inconsistent"), [("crash", True), ("restart", False)])
@@ -97,7 +97,7 @@ def test_it_comes_back_with_bitmaps_as_qemu_leaves_them(vm, deed, inconsistent):
     vm.control("fault", spec=f"qmp:query-jobs={deed}")
     assert other(vm).execute("query-jobs", {}) == GONE
     reborn(vm)
-    assert {name: bool(each.get("inconsistent")) for name, each in vm.bitmaps().items()} == {
+    assert {name: bool(each.get("inconsistent")) for name, each in vm.bitmap_states().items()} == {
         "b0": inconsistent
     }
 

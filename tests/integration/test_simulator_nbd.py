@@ -227,7 +227,7 @@ def test_a_vanished_client_kills_what_it_kills_in_the_world(request, version, io
     handle.shutdown()
     if dies:
         assert vm.wait() == -signal.SIGABRT
-        assert "nbd_blockdev_client_closed" in vm.log()
+        assert "nbd_blockdev_client_closed" in vm.complaints()
     else:
         time.sleep(0.2)
         assert vm.qmp("query-status")["running"]

@@ -14,7 +14,7 @@ _EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs/testing.md").read_t
 
 
 def test_there_is_an_example_of_each_part_of_the_lab():
-    assert len(_EXAMPLES) == 3
+    assert len(_EXAMPLES) == 4
 
 
 for example in _EXAMPLES:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical
-from backupctl.layer import _wanted
+from backupctl.layer import _look
 from backupctl.names import BitmapName, DiskName, NodeName, PointId
 from backupctl.planning import DiskPlan
 from backupctl.transfer.extents import DIRTY, ZERO, Status
@@ -46,7 +46,9 @@ def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held):
         Status(at * UNIT, UNIT, (ZERO * zero, DIRTY * dirty) if how == "bitmap" else (ZERO * zero,))
         for at, (dirty, zero) in enumerate(places)
     ]
-    found = list(_wanted(plan_of(how, size), statuses, below))
+    marks, named_bytes = _look(plan_of(how, size), statuses, below)
+    found = list(marks.extents())
+    assert named_bytes == UNIT * sum(dirty if how == "bitmap" else not zero for dirty, zero in places)
     looked_at = {
         place: extent.zero
         for extent in found

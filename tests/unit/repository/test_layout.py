@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from backupctl.errors import (
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import VmName
+from backupctl.names import VmName, point_time
 from backupctl.repository.layout import Repository
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
@@ -187,7 +188,7 @@ def test_a_second_run_is_locked_out_and_told_by_whom(builder: Builder):
 HOLD = """
 import sys, time
 from pathlib import Path
-from backupctl.names import VmName
+from backupctl.names import VmName, point_time
 from backupctl.repository.layout import Repository
 with Repository.open(Path(sys.argv[1])).vm(VmName("vm1")).lock():
     print("held", flush=True)
@@ -268,3 +269,25 @@ def test_a_committed_point_holds_no_journal_and_only_what_it_should(builder: Bui
         "vda.digests",
         "vda.qcow2",
     ]
+
+
+def test_no_two_vms_of_a_repository_ever_have_a_point_of_one_id(builder: Builder):
+    """A disk that moves takes its bitmap along, which must not look like one of the other VM's points."""
+    builder.begin(P1)
+    now = point_time(P1)
+    second, third = builder.repository.vm(VmName("vm2")), builder.repository.vm(VmName("vm3"))
+    with builder.repository.next_point(second, now) as point:
+        assert point > P1
+    with builder.repository.next_point(third, now - timedelta(days=1)) as point:
+        assert point < P1
+
+
+def test_choosing_an_id_waits_for_others_who_choose_but_not_for_ever(builder: Builder, monkeypatch):
+    monkeypatch.setattr("backupctl.repository.layout._NAMING_SECONDS", 0.2)
+    choose = builder.repository.next_point
+    with (
+        choose(builder.folder, point_time(P1)),
+        pytest.raises(Locked),
+        choose(builder.folder, point_time(P1)),
+    ):
+        pass

@@ -34,7 +34,7 @@ def vm(tmp_path_factory):
 
 def power_on(folder, faults=None):
     events = []
-    disks = (DiskSpec("vda", SIZE), DiskSpec("vdb", SIZE, "raw"))
+    disks = (DiskSpec.parse(f"vda={SIZE}"), DiskSpec.parse(f"vdb={SIZE},format=raw"))
     made = Machine(Settings(folder, disks), faults or Faults(), events.append, Power(events.append))
     made.events = events
     return made

@@ -59,7 +59,7 @@ def given_for(command):
 
 @pytest.fixture(scope="module")
 def vm(tmp_path_factory):
-    disks = (DiskSpec("vda", 1 << 20), DiskSpec("vdb", 1 << 20, "raw"))
+    disks = (DiskSpec.parse("vda=1M"), DiskSpec.parse("vdb=1M,format=raw"))
     made = Machine(
         Settings(tmp_path_factory.mktemp("vm"), disks),
         Faults(),

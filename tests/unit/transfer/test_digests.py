@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-import itertools
 import json
 import os
 import subprocess
+import tracemalloc
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 from blake3 import blake3
@@ -11,14 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupctl.clusters import CLUSTER_BYTES, Logical
-from backupctl.transfer import extents
 from backupctl.transfer.copy import Copied, Copy, open_target
 from backupctl.transfer.digests import Recorder, of_piece
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.marks import Marks
 from backupctl.transfer.source import Source
 from tests.unit.transfer.conftest import qcow2_node, raw_node, tool
 
+UNIT = CLUSTER_BYTES // 4
 DATA = st.sampled_from([b"\0", b"a", b"b"])
 
 
@@ -51,7 +53,8 @@ def test_what_passes_is_what_differs_from_the_layers_below(kinds, before, known_
         after[extent.offset : extent.end] = new
     assert bytes(after) == content
     different = [number for number, kind in enumerate(kinds) if kind != before[number]]
-    assert recorder.records()["cluster"].tolist() == different
+    assert kept(recorder) == of_piece(0, memoryview(content))[different].tolist()
+    assert recorder.count() == len(different)
     assert recorder.unchanged_bytes == len(content) - len(different) * CLUSTER_BYTES
 
 
@@ -79,9 +82,14 @@ def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
     target.process.terminate()
     assert target.process.wait(20) == 0
     assert copied == Copied(len(now), 0)
-    assert stored(layer) == {5, 20, 40} == set(recorder.records()["cluster"].tolist())
+    assert stored(layer) == {5, 20, 40} == {cluster for cluster, _, _ in kept(recorder)}
     tool("qemu-img", "convert", "-O", "raw", layer, tmp_path / "after.raw")
     assert (tmp_path / "after.raw").read_bytes()[: len(now)] == now
+
+
+def kept(recorder: Recorder) -> list[tuple[int, int, int]]:
+    with closing(recorder):
+        return [record for part in recorder.parts() for record in part.tolist()]
 
 
 def stored(layer: Path) -> set[int]:
@@ -99,33 +107,47 @@ def stored(layer: Path) -> set[int]:
     }
 
 
-PIECES = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40), st.booleans()), max_size=12)
+PIECES = st.lists(st.tuples(st.integers(0, 9 * UNIT), st.integers(1, 40 * UNIT), st.booleans()), max_size=12)
 
 
-@given(PIECES, st.integers(1, 400))
-def test_aligned_extents_cover_all_that_was_named_and_call_zero_only_what_is(pieces, size):
-    unit, offset, given_extents = 8, 0, []
-    for gap, length, zero in pieces:
+@given(PIECES, st.integers(1, 60 * CLUSTER_BYTES))
+def test_marks_cover_all_that_was_named_and_call_zero_only_what_is(ranges, size):
+    marks, named, zero, offset = Marks(size), set(), set(), 0
+    for gap, length, is_zero in ranges:
         offset += gap
-        fits = min(length, size - offset)
-        if fits <= 0:
+        end = min(offset + length, size)
+        if offset >= end:
             break
-        given_extents.append(Extent(offset, fits, zero))
-        offset += fits
-    found = list(extents.aligned(given_extents, size, unit))
-    assert all(one.end <= two.offset for one, two in itertools.pairwise(found))
-    assert all(one.offset % unit == 0 and (one.end % unit == 0 or one.end == size) for one in found)
-    assert places(found) == {
-        near for place in places(given_extents) for near in unit_of(place, unit) if near < size
+        (marks.zero if is_zero else marks.data)(offset, end - offset)
+        named |= set(range(offset // CLUSTER_BYTES, -(-end // CLUSTER_BYTES)))
+        stop = -(-end // CLUSTER_BYTES) if end == size else end // CLUSTER_BYTES
+        if is_zero:
+            zero |= set(range(-(-offset // CLUSTER_BYTES), stop))
+        offset = end
+    found = list(marks.extents())
+    assert all(one.end <= two.offset for one, two in pairwise(found))
+    assert clusters_of(found) == named
+    assert clusters_of(extent for extent in found if extent.zero) == zero
+    assert all(extent.end <= size for extent in found)
+    assert marks.marked_bytes() == sum(extent.length for extent in found)
+
+
+def clusters_of(some) -> set[int]:
+    return {
+        number
+        for extent in some
+        for number in range(extent.offset // CLUSTER_BYTES, -(-extent.end // CLUSTER_BYTES))
     }
-    zero = places(extent for extent in given_extents if extent.zero)
-    whole = {place for place in zero if all(near in zero or near >= size for near in unit_of(place, unit))}
-    assert places(extent for extent in found if extent.zero) == whole
 
 
-def unit_of(place: int, unit: int) -> range:
-    return range(place // unit * unit, place // unit * unit + unit)
-
-
-def places(some) -> set[int]:
-    return {byte for extent in some for byte in range(extent.offset, extent.end)}
+def test_a_disk_of_a_tebibyte_in_fragments_costs_a_byte_for_each_cluster():
+    size = 1 << 40
+    tracemalloc.start()
+    try:
+        marks = Marks(size)
+        for offset in range(0, size, 1 << 24):
+            marks.data(offset, 4096)
+        assert marks.marked_bytes() == (size >> 24) * CLUSTER_BYTES
+        assert tracemalloc.get_traced_memory()[1] < 24 << 20
+    finally:
+        tracemalloc.stop()

@@ -135,3 +135,12 @@ def test_pieces_are_cut_at_multiples_and_the_last_one_is_kept():
         Extent(8, 8, zero=False),
         Extent(16, 7, zero=False),
     ]
+
+
+def test_crumbs_without_end_are_an_error_and_a_few_are_not():
+    def crumb(_offset: int, _length: int) -> dict[str, list[int]]:
+        return {"c": [1, 0]}
+
+    assert sum(status.length for status in extents.survey(crumb, extents.MOST_CRUMBS, ("c",))) == 10_000
+    with pytest.raises(extents.BadReply, match="crumbs"):
+        list(extents.survey(crumb, 1 << 40, ("c",)))

@@ -21,6 +21,8 @@ from backupctl.settings import Address
 from backupctl.vm.agent import Agent
 from backupctl.vm.guard import Guard
 from fixtures.agent import PlayedAgent
+from fixtures.simulated import Simulated
+from fixtures.simulated_guest import SimulatedAgent
 
 NO_MONITOR = Address(path="/nowhere")
 RUN = """
@@ -40,10 +42,15 @@ time.sleep(60)
 """
 
 
-@pytest.fixture
-def agent():
-    with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as played:
-        yield played
+@pytest.fixture(params=["played", "simulated"])
+def agent(request):
+    """An agent played by the test, then the simulator's."""
+    if request.param == "simulated":
+        with Simulated("--disk", "vda=1M") as machine:
+            yield SimulatedAgent(machine)
+    else:
+        with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as played:
+            yield played
 
 
 @pytest.fixture

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl diff`."""
+
+from typing import Any
+
+import click
+
+from backupctl import diff as core
+from backupctl.cli import common, picture, screen, units
+from backupctl.clusters import CLUSTER_BYTES
+from backupctl.diff import DiffReport, DiskDiff
+from backupctl.names import vm_name
+from backupctl.report import Stop
+
+_MOST_ROWS = 16
+_LABEL = 12
+_STYLES = ("dim", "yellow", "yellow", "red", "bold red")
+
+
+@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
+@common.named(needs_vm=False)
+@click.argument("before")
+@click.argument("after")
+@click.option("--disk", metavar="D", help="Only this disk.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.pass_context
+def diff(context: click.Context, /, **options: Any) -> None:
+    """Show which ranges of the disks changed from point BEFORE to point AFTER (ids, or `latest`).
+
+    The points may be of different chains. Only digests are compared: no data is read.
+    """
+    names = common.take(context, options)
+    folder = names.repository().vm(vm_name(names.name or ""))
+    stop = Stop()
+    with stop.on_signals():
+        report = core.diff(
+            folder,
+            folder.point(options["before"]),
+            folder.point(options["after"]),
+            disk=options["disk"],
+            stop=stop,
+        )
+        if options["as_json"]:
+            screen.print_json(_document(report))
+        else:
+            _show(report)
+
+
+def _document(report: DiffReport) -> dict[str, Any]:
+    return {
+        "vm": report.vm,
+        "before": report.before,
+        "after": report.after,
+        "disks": [
+            {
+                "name": one.name,
+                "size_before": one.size_before,
+                "size_after": one.size_after,
+                "changed_bytes": one.changed_bytes,
+                "ranges": [{"offset": offset, "length": length} for offset, length in one.ranges()],
+            }
+            for one in report.disks
+        ],
+        "only_before": list(report.only_before),
+        "only_after": list(report.only_after),
+    }
+
+
+def _show(report: DiffReport) -> None:
+    screen.print_line(f"{report.vm}: what changed from {report.before} to {report.after}")
+    for one in report.disks:
+        _show_disk(one)
+    for names, point in ((report.only_before, report.before), (report.only_after, report.after)):
+        if names:
+            screen.print_line(f"\nonly in {point}: {', '.join(names)}")
+
+
+def _show_disk(one: DiskDiff) -> None:
+    share = 100 * one.changed_bytes / one.size if one.size else 0.0
+    ranges = sum(1 for _ in one.ranges())
+    resized = (
+        f", was {units.size(one.size_before)} and is {units.size(one.size_after)}"
+        if one.size_before != one.size_after
+        else ""
+    )
+    screen.print_line(
+        f"\n{one.name}: {units.size(one.changed_bytes)} of {units.size(one.size)} changed "
+        f"({share:.1f} %) in {ranges} range{'' if ranges == 1 else 's'}{resized}"
+    )
+    shades = screen.printable(picture.BLOCKS, picture.ASCII)
+    drawn = picture.draw(one.changed, screen.columns(least=16, margin=_LABEL), _MOST_ROWS)
+    for row in drawn.rows:
+        label = units.size(row.first * CLUSTER_BYTES).rjust(_LABEL - 2)
+        cells = [(shades[shade], _STYLES[shade]) for shade in row.shades]
+        screen.print_styled([(f"{label}  ", ""), *cells])
+    each = units.size(drawn.clusters_each * CLUSTER_BYTES)
+    screen.print_line(
+        f"{'':>{_LABEL}}a character is {each}: {shades[0]} as before, {shades[1:]} the more of it changed"
+    )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl serve`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from backupctl import serve as core
+from backupctl.cli import common, screen, units
+from backupctl.names import vm_name
+from backupctl.report import Stop
+from backupctl.serve import Export
+
+
+@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
+@common.named(needs_vm=False)
+@click.argument("point")
+@click.option("--disk", metavar="D", help="Only this disk.")
+@click.option("--socket", metavar="PATH", help="Serve on this unix socket (else one in a private folder).")
+@click.option(
+    "--tcp", metavar="[HOST:]PORT", help="Serve on TCP, on this machine only; port 0 is any free one."
+)
+@click.option(
+    "--writable-overlay",
+    metavar="FILE",
+    help="Let one disk be written to: into this qcow2 file, a new one or one made so for the same point.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, when all is served.")
+@click.pass_context
+def serve(context: click.Context, /, **options: Any) -> None:
+    """Show the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
+
+    Each disk is an export of its own. The repository is only read.
+    """
+    names = common.take(context, options)
+    folder = names.repository().vm(vm_name(names.name or ""))
+    point = folder.point(options["point"])
+
+    def ready(exports: tuple[Export, ...]) -> None:
+        if options["as_json"]:
+            screen.print_json(
+                {
+                    "vm": folder.name,
+                    "point": point.id,
+                    "exports": [
+                        {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable}
+                        for one in exports
+                    ],
+                }
+            )
+            return
+        screen.print_table(
+            ("DISK", "SIZE>", "ACCESS", "URI"),
+            [
+                (one.disk, units.size(one.size), "writable" if one.writable else "read-only", one.uri)
+                for one in exports
+            ],
+        )
+
+    stop = Stop()
+    overlay = options["writable_overlay"]
+    with stop.on_signals(), screen.reporter() as reporter:
+        reporter.step(f"serving {folder.name} {point.id}, until Ctrl-C")
+        core.serve(
+            folder,
+            point,
+            disk=options["disk"],
+            unix=Path(options["socket"]) if options["socket"] else None,
+            tcp=options["tcp"],
+            writable_overlay=Path(overlay) if overlay else None,
+            ready=ready,
+            stop=stop,
+        )
+        if overlay:
+            reporter.note(f"what was written is in {overlay}; remove it when it is not needed any more")

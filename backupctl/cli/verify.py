@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl verify`."""
+
+import sys
+from typing import Any
+
+import click
+
+from backupctl import verify as core
+from backupctl.cli import common, screen, units
+from backupctl.errors import DamageFound, UsageError
+from backupctl.names import vm_name
+from backupctl.proof import Depth
+from backupctl.report import Stop
+from backupctl.repository.reach import Range
+from backupctl.verify import Damage, VerifyReport
+
+_SHOWN = 8
+
+
+@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@common.named(needs_vm=False, optional=True)
+@click.argument("point", required=False)
+@click.option("--fast", is_flag=True, help="Check all but the stored data.")
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="PERCENT",
+    help="Read only so much of the data, chosen by chance: another part every night.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.pass_context
+def verify(context: click.Context, /, **options: Any) -> None:
+    """Prove the repository: of all VMs, of one, or of one POINT (an id, or `latest`).
+
+    Every layer is read back and compared with the digests taken when it was read from the VM.
+    """
+    names = common.take(context, options)
+    repository = names.repository()
+    depth = _depth(options)
+    stop = Stop()
+    with stop.on_signals(), screen.reporter() as reporter:
+        if options["sample"] is not None:
+            reporter.note(f"a sample of {depth.percent:g} %; the same again: --seed {depth.seed}")
+        vm = vm_name(names.name) if names.name else None
+        report = core.verify(repository, vm, options["point"], depth, reporter, stop)
+    if options["as_json"]:
+        screen.print_json(_document(report, depth))
+        sys.exit(DamageFound.exit_code if report.damage else 0)
+    _tell(report, depth)
+    if report.damage:
+        raise DamageFound(
+            f"damage found in {repository.path}, {len(report.damage)} times",
+            state="nothing was changed; the points and ranges not named above are as they were read",
+            next_command="backupctl full NAME, so that a whole point exists again; "
+            "restore the damaged ones only with --force",
+        )
+
+
+def _depth(options: dict[str, Any]) -> Depth:
+    if options["fast"] and options["sample"] is not None:
+        raise UsageError("--fast reads no data, so there is nothing to --sample")
+    if options["seed"] is not None and options["sample"] is None:
+        raise UsageError("--seed chooses a --sample")
+    chosen = {"seed": options["seed"]} if options["seed"] is not None else {}
+    return Depth(data=not options["fast"], percent=options["sample"] or 100.0, **chosen)
+
+
+def _tell(report: VerifyReport, depth: Depth) -> None:
+    for note in report.notes:
+        screen.print_line(f"note: {note}")
+    for damage in report.damage:
+        _tell_damage(damage)
+    rate = f", {units.size(round(report.read_bytes / report.seconds))}/s" if depth.data else ""
+    what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
+    verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
+    screen.print_line(
+        f"{', '.join(report.vms) or 'no VM'}: {report.points} points, {report.layers} layers, {what} checked "
+        f"in {units.duration(report.seconds)}{rate}: {verdict}"
+    )
+
+
+def _tell_damage(damage: Damage) -> None:
+    screen.print_line(f"DAMAGE in the {damage.kind}: {damage.message}")
+    if damage.ranges:
+        screen.print_line(f"  bytes of {damage.disk} in this layer: {_ranges(damage.ranges)}")
+    for one in damage.touches:
+        screen.print_line(f"  touches {damage.vm} {one.point} {one.disk}: {_ranges(one.ranges)}")
+    if damage.ranges and not damage.touches:
+        screen.print_line("  touches no point: newer layers hide it")
+
+
+def _ranges(ranges: tuple[Range, ...]) -> str:
+    shown = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:_SHOWN])
+    more = f" and {len(ranges) - _SHOWN} more" if len(ranges) > _SHOWN else ""
+    return f"{shown}{more}"
+
+
+def _document(report: VerifyReport, depth: Depth) -> dict[str, Any]:
+    return {
+        "vms": list(report.vms),
+        "points": report.points,
+        "layers": report.layers,
+        "data": depth.data,
+        "percent": depth.percent if depth.data else 0,
+        "seed": depth.seed if depth.data and depth.percent < 100 else None,
+        "read_bytes": report.read_bytes,
+        "seconds": round(report.seconds, 3),
+        "notes": list(report.notes),
+        "damage": [
+            {
+                "vm": damage.vm,
+                "kind": damage.kind,
+                "path": str(damage.path),
+                "disk": damage.disk or None,
+                "message": damage.message,
+                "ranges": _pairs(damage.ranges),
+                "touches": [
+                    {"point": one.point, "disk": one.disk, "ranges": _pairs(one.ranges)}
+                    for one in damage.touches
+                ],
+            }
+            for damage in report.damage
+        ],
+    }
+
+
+def _pairs(ranges: tuple[Range, ...]) -> list[dict[str, int]]:
+    return [{"offset": offset, "length": length} for offset, length in ranges]

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sockets to serve on: unix, or TCP on this machine only."""
+
+import errno
+import fcntl
+import ipaddress
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from backupctl.errors import UsageError
+
+_BACKLOG = 16
+_PATIENCE_SECONDS = 3.0
+_TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):)?(?P<port>[0-9]{1,5})", re.ASCII)
+_UNTOUCHED = "nothing was touched"
+
+
+def tcp_address(text: str) -> tuple[str, int]:
+    """Read ``[HOST:]PORT``; only this machine is a host. Port 0: any that is free. Raises UsageError."""
+    match = _TCP.fullmatch(text)
+    if not match or int(match["port"]) > 65535:
+        raise UsageError(f"{text!r:.80} is no address; 10809 or 127.0.0.1:10809 is meant")
+    host = (match["host"] or "127.0.0.1").strip("[]")
+    host = "127.0.0.1" if host == "localhost" else host
+    with suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return host, int(match["port"])
+    raise UsageError(
+        f"{host!r:.80} is not this machine: a disk is shown to nobody else, for NBD asks for no password",
+        state=_UNTOUCHED,
+        next_command="serve on 127.0.0.1, and reach it through ssh -L",
+    )
+
+
+@contextmanager
+def tcp(host: str, port: int) -> Iterator[socket.socket]:
+    """Listen on a TCP port. Raises UsageError if it is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+            listening.listen(_BACKLOG)
+        except OSError as err:
+            raise UsageError(f"{host}:{port} can't be served on: {err.strerror}", state=_UNTOUCHED) from err
+        yield listening
+
+
+@contextmanager
+def unix(path: Path) -> Iterator[socket.socket]:
+    """Listen on a unix socket that only we may connect to; its file goes when the block ends.
+
+    A file that a dead server left is replaced, anything else is not. Raises UsageError.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+        made = _bind(listening, path)
+        try:
+            yield listening
+        finally:
+            with suppress(OSError):
+                if os.path.samestat(path.lstat(), made):
+                    path.unlink()
+
+
+def uri(listening: socket.socket, export: str) -> str:
+    """Return the NBD URI of an export on a listening socket."""
+    name = quote(export, safe="")
+    if listening.family == socket.AF_UNIX:
+        return f"nbd+unix:///{name}?socket={quote(listening.getsockname())}"
+    host, port = listening.getsockname()[:2]
+    return f"nbd://[{host}]:{port}/{name}" if ":" in host else f"nbd://{host}:{port}/{name}"
+
+
+def _bind(listening: socket.socket, path: Path) -> os.stat_result:
+    try:
+        with _alone(path.parent):
+            _remove_stale(path)
+            before = os.umask(0o177)
+            try:
+                listening.bind(str(path))
+            finally:
+                os.umask(before)
+            listening.listen(_BACKLOG)
+            return path.lstat()
+    except OSError as err:
+        why = err.strerror or str(err)  # a path that is too long has no number
+        raise UsageError(f"the socket {path} can't be made: {why}", state=_UNTOUCHED) from err
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep others of us out, who may be about to replace the same stale socket."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket on which nobody listens. Raises OSError if anything else stands there."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise FileExistsError(errno.EEXIST, "something else has that name")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(errno.EADDRINUSE, "somebody serves on it")

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Locks of the repository's files and folders: flock, which the kernel lets go when its holder dies."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from backupctl.errors import Locked, RepositoryError
+
+
+def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> bool:
+    """Lock an open file or folder; whether that could be had in this time. Raises RepositoryError."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        except OSError as err:
+            raise RepositoryError(f"the repository can't be locked: {err.strerror}") from err
+
+
+@contextmanager
+def folder(path: Path, patience_seconds: float, *, shared: bool = False) -> Iterator[None]:
+    """Lock a folder for as long as the block lasts. Raises Locked, FileNotFoundError, RepositoryError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as err:
+        raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
+    try:
+        if not take(descriptor, patience_seconds, shared=shared):
+            raise Locked(f"{path} is {'being changed by a prune' if shared else 'being read'}")
+        yield
+    finally:
+        os.close(descriptor)

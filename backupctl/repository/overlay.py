@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Images of the user's own that stand on a point's image, by its absolute path.
+
+The point below is only read, by QEMU itself and under the name that the overlay stores. So it must stay
+where it is, and as it is, for as long as the overlay is used.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backupctl.errors import DamageFound, TargetExists
+from backupctl.repository import header, images, landing
+
+_UNTOUCHED = "nothing was touched"
+
+
+def make(target: Path, size_bytes: int, chain: Sequence[Path], *, force: bool) -> None:
+    """Make an empty overlay, durably; after a death the target is absent (or as before), or complete.
+
+    chain: newest first. Raises TargetExists, Locked, WriteFailed, OSError.
+    """
+    with landing.file(target, force=force) as temporary:
+        images.create_layer(temporary, size_bytes, str(chain[0].resolve()))
+
+
+def stands_on(target: Path, size_bytes: int, chain: Sequence[Path]) -> bool:
+    """Whether an image is an overlay of just this chain's newest image (a relative name is none of ours)."""
+    try:
+        found = header.read(target.resolve())
+    except DamageFound:
+        return False
+    wanted = (str(chain[0].resolve()), "qcow2", size_bytes)
+    return (found.backing, found.backing_format, found.size) == wanted
+
+
+def make_or_take(repository: Path, target: Path, size_bytes: int, chain: Sequence[Path]) -> None:
+    """Make an overlay, or take one that was made here for the same point, with what was written to it.
+
+    Raises UsageError, TargetExists, Locked, WriteFailed, OSError.
+    """
+    landing.refuse_inside(repository, target)
+    if not target.exists():
+        make(target, size_bytes, chain, force=False)
+    elif not stands_on(target, size_bytes, chain):
+        raise TargetExists(
+            f"{target} exists, and is no overlay of this point",
+            state=_UNTOUCHED,
+            next_command="name a new file",
+        )

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A point's disks for others to look into: QEMU's own NBD server, on a socket that we listen on.
+
+QEMU would remove whatever stands where it is told to make a unix socket, and can't say which free port it
+took. So the socket is made here (`listening.py`) and inherited.
+"""
+
+import json
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from backupctl.errors import RepositoryError
+from backupctl.repository import images, qemu
+
+_READY = "ready"
+_STOP_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One export. options: QEMU's own, of the image with its chain."""
+
+    name: str
+    options: dict[str, Any]
+    writable: bool
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that works."""
+
+    child: "subprocess.Popen[bytes]"
+    complaints: IO[bytes]
+
+    def check(self) -> None:
+        """Raise RepositoryError if it has ended."""
+        if self.child.poll() is not None:
+            raise RepositoryError(f"QEMU's NBD server ended: {qemu.said(self.complaints)}")
+
+
+def layered(overlay: Path, chain: Sequence[Path]) -> dict[str, Any]:
+    """Return QEMU's options for a writable image of somebody's own on top of a chain (newest first).
+
+    QEMU locks it, so that no VM uses it meanwhile.
+    """
+    return {
+        "driver": "qcow2",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": str(overlay), "discard": "unmap"},
+        "backing": images.blockdev(chain),
+    }
+
+
+@contextmanager
+def serve(shown: Sequence[Shown], listening: socket.socket) -> Iterator[Server]:
+    """Serve some exports on a listening socket until the block ends. Raises RepositoryError."""
+    with images.private_folder() as folder, tempfile.TemporaryFile() as complaints:
+        child = qemu.start(
+            _command(shown, listening.fileno(), folder / _READY),
+            complaints=complaints,
+            environment=images.ALLOCATOR,
+            descriptors=[listening.fileno()],
+        )
+        try:
+            images.await_ready(child, folder / _READY, complaints)
+            yield Server(child, complaints)
+            _end(child)
+        finally:
+            child.kill()
+            child.wait()
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End a server with SIGTERM, on which it closes its images properly."""
+    child.terminate()
+    try:
+        child.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired as err:
+        raise RepositoryError(f"QEMU's NBD server did not end within {_STOP_SECONDS:g} s") from err
+
+
+def _command(shown: Sequence[Shown], listening: int, ready: Path) -> list[str]:
+    address = {"addr": {"type": "fd", "str": str(listening)}}
+    command = [qemu.server_program()]
+    command += ["--nbd-server", json.dumps(address), "--pidfile", str(ready)]
+    for number, one in enumerate(shown):
+        node = f"disk{number}"  # a disk's own name may be too long, or none that QEMU takes for a node
+        export = {"type": "nbd", "id": node, "name": one.name, "node-name": node, "writable": one.writable}
+        command += ["--blockdev", json.dumps({**one.options, "node-name": node})]
+        command += ["--export", json.dumps(export)]
+    return command

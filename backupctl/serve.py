@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Showing a point's disks over NBD, read-only or with a writable overlay, for as long as somebody looks."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from socket import socket
+
+from backupctl import listening
+from backupctl.errors import UsageError, WriteFailed
+from backupctl.names import DiskName
+from backupctl.report import Stop
+from backupctl.repository import chain, holding, images, overlay, showing
+from backupctl.repository.layout import Point, VmFolder
+from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.showing import Shown
+
+_LOOK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Export:
+    """One disk that is shown. size: virtual, in bytes."""
+
+    disk: DiskName
+    uri: str
+    size: int
+    writable: bool
+
+
+def serve(
+    folder: VmFolder,
+    point: Point,
+    *,
+    disk: str | None,
+    unix: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    ready: Callable[[tuple[Export, ...]], None],
+    stop: Stop,
+) -> None:
+    """Serve one disk of a point, or all, until `stop` is requested; that is the good end.
+
+    unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a private folder.
+    writable_overlay: what is written goes into this qcow2 file (one disk only), which stays. ready: told
+    what is served where. The repository is only read. Raises UsageError, NoSuchPoint, TargetExists, Locked,
+    DamageFound, RepositoryError, WriteFailed.
+    """
+    with holding.reading(folder, point.id) as held:
+        _serve(folder, held, disk, unix, tcp, writable_overlay, ready, stop)
+
+
+def _serve(
+    folder: VmFolder,
+    point: Point,
+    disk: str | None,
+    unix: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    ready: Callable[[tuple[Export, ...]], None],
+    stop: Stop,
+) -> None:
+    entries = _entries(point, disk)
+    chains = {entry.name: chain.paths(folder, point, entry.name) for entry in entries}
+    if writable_overlay is not None and len(entries) > 1:
+        names = ", ".join(entry.name for entry in entries)
+        raise UsageError(f"one overlay is for one disk: choose one of {names} with --disk")
+    with _listen(unix, tcp) as open_socket:
+        if writable_overlay is not None:
+            _overlay(folder, writable_overlay, entries[0], chains[entries[0].name])
+        shown = [_shown(entry, chains[entry.name], writable_overlay) for entry in entries]
+        with showing.serve(shown, open_socket) as server:
+            uris = (listening.uri(open_socket, one.name) for one in shown)
+            ready(
+                tuple(
+                    Export(entry.name, uri, entry.size, one.writable)
+                    for entry, uri, one in zip(entries, uris, shown, strict=True)
+                )
+            )
+            while not stop.requested:
+                server.check()
+                time.sleep(_LOOK_SECONDS)
+
+
+def _entries(point: Point, disk: str | None) -> tuple[DiskEntry, ...]:
+    if disk is None:
+        return point.manifest.disks
+    entry = point.manifest.disk(disk)
+    if entry is None:
+        raise chain.no_such_disk(point, disk)
+    return (entry,)
+
+
+@contextmanager
+def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
+    if unix is not None and tcp is not None:
+        raise UsageError("a unix socket or TCP: one of them")
+    chosen: AbstractContextManager[socket]
+    if tcp is not None:
+        chosen = listening.tcp(*listening.tcp_address(tcp))
+    elif unix is not None:
+        chosen = listening.unix(unix.absolute())
+    else:
+        with images.private_folder() as private:
+            folder = private / "public"  # the private one is locked, which `listening` would wait for
+            folder.mkdir(mode=0o700)
+            with listening.unix(folder / "nbd.sock") as found:
+                yield found
+        return
+    with chosen as found:
+        yield found
+
+
+def _overlay(folder: VmFolder, target: Path, entry: DiskEntry, layers: tuple[Path, ...]) -> None:
+    try:
+        overlay.make_or_take(folder.path.parent, target, entry.size, layers)
+    except OSError as err:
+        raise WriteFailed(f"{target} can't be made: {err.strerror}", state="nothing was touched") from err
+
+
+def _shown(entry: DiskEntry, layers: tuple[Path, ...], writable_overlay: Path | None) -> Shown:
+    if writable_overlay is None:
+        return Shown(entry.name, images.blockdev(layers), writable=False)
+    return Shown(entry.name, showing.layered(writable_overlay.resolve(), layers), writable=True)

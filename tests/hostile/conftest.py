@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A victim: a simulated VM with a repository, and the command line between things that lie."""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures.simulated import ROOT, Simulated
+from tests.hostile.liar import Liar, Lie
+from tests.hostile.nbd import LyingServer
+
+SIZE = 4 << 20
+MOST_SECONDS = 30.0
+MOST_MEMORY = 8 << 30  # of address space: a guard for this machine
+MOST_RESIDENT = 300 << 20  # measured
+MOST_WORDS = 8000
+CONTROL = re.compile(r"[^\n\x20-\x7e\xa0-\U0010ffff]")
+
+
+@dataclass
+class Done:
+    """How a command ended. resident: the most memory, in bytes, that it had."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    resident: int
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return json.loads(self.out)["error"]
+
+
+class Victim:
+    """A VM of one disk, a repository with one full point, and a folder that nobody may write to."""
+
+    def __init__(self, vm: Simulated, folder: Path) -> None:
+        self.vm, self.folder = vm, folder
+        self.repository = folder / "repository"
+        self.scratch = folder / "scratch"
+        self.outside = folder / "outside"
+        self.temporary = folder / "tmp"
+        for made in (self.scratch, self.outside, self.temporary):
+            made.mkdir()
+        (self.outside / "precious").write_text("untouched")
+        self.good("full")
+
+    def run(
+        self, *arguments: str, qmp: Path | None = None, agent: Path | None = None, vm: bool = True
+    ) -> Done:
+        """Run the command line; it must end in time, in bounds, and speak like a human being."""
+        command = [sys.executable, "-m", "tests.hostile.runner", *arguments]
+        command += ["--repository", str(self.repository)] if "--repository" not in arguments else []
+        if vm:
+            command += ["--qmp", f"unix:{qmp or self.vm.qmp_path}"]
+            command += ["--agent", f"unix:{agent or self.vm.agent_path}", "--scratch", str(self.scratch)]
+        begun = time.monotonic()
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            process = subprocess.Popen(
+                command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=self.outside,
+                env=self._environment(), preexec_fn=_bounded,  # noqa: PLW1509 - one system call
+            )  # fmt: skip
+            status, used = _wait(process, begun)
+            out.seek(0), err.seek(0)
+            done = Done(
+                os.waitstatus_to_exitcode(status),
+                out.read().decode(errors="surrogateescape"),
+                err.read().decode(),
+                time.monotonic() - begun,
+                used.ru_maxrss * 1024,
+            )
+        self._decent(done, raw="-" in arguments)
+        return done
+
+    def attack(
+        self,
+        kind: str = "incremental",
+        *options: str,
+        qmp: Mapping[str, Lie] | None = None,
+        agent: Mapping[str, Lie] | None = None,
+        nbd: LyingServer | None = None,
+    ) -> Done:
+        """Run a backup with liars in between. Some writes come first, so that there is something to lose."""
+        self.vm.control("step", count=20)
+        with ExitStack() as liars:
+            monitor, guest = self.vm.qmp_path, self.vm.agent_path
+            if qmp is not None or nbd is not None:
+                monitor = self.folder / "liar.qmp"
+                liars.enter_context(Liar(monitor, self.vm.qmp_path, qmp or {}, nbd))
+            if agent is not None:
+                guest = self.folder / "liar.agent"
+                liars.enter_context(Liar(guest, self.vm.agent_path, agent))
+            done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
+            self._settled()
+            return done
+
+    def recovers(self) -> None:
+        """Nothing was lost: the next incremental is what the guest sees, and all is at rest."""
+        assert self.run("recover", "web").code == 0
+        point = self.good("incremental")["point"]
+        restored = self.folder / "restored.raw"
+        assert self.run("restore", "web", point, "--to", str(restored), vm=False).code == 0
+        assert restored.read_bytes() == self.vm.content("vda")
+        restored.unlink()
+        assert self.ours() == []
+        assert len(self.vm.bitmaps()["drive-vda"]) == 1
+        assert self.vm.control("status")["frozen"] is False
+
+    def _settled(self) -> None:
+        """The guard goes on for a while when the run has ended; then the guest isn't frozen."""
+        deadline = time.monotonic() + 20
+        while not self._unlocked():
+            assert time.monotonic() < deadline, "the guard does not end"
+            time.sleep(0.05)
+        assert self.vm.control("status")["frozen"] is False
+
+    def _unlocked(self) -> bool:
+        with (self.repository / "web" / "lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    def good(self, kind: str) -> Any:
+        done = self.run(kind, "web", "--json")
+        assert done.code == 0, done
+        return json.loads(done.out)
+
+    def ours(self) -> list[str]:
+        """Name what is left of us in the VM, but bitmaps."""
+        found = [node["node-name"] for node in self.vm.qmp("query-named-block-nodes", flat=True)]
+        found += [one["id"] for one in self.vm.qmp("query-block-exports") + self.vm.qmp("query-jobs")]
+        return [name for name in found if name.startswith("backupctl-")]
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            **{name: text for name, text in os.environ.items() if not name.startswith("BACKUPCTL_")},
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(self.outside),
+            "TMPDIR": str(self.temporary),
+        }
+
+    def _decent(self, done: Done, *, raw: bool) -> None:
+        assert done.seconds < MOST_SECONDS, done
+        assert done.resident < MOST_RESIDENT, f"{done.resident >> 20} MiB: {done.err[-2000:]}"
+        assert done.code in (0, 1, 2, 3, 4, 75), done
+        assert len(done.err) < MOST_WORDS, f"{len(done.err)} characters: {done.err[:500]}"
+        for text in (done.err,) if raw else (done.err, done.out):
+            assert "Traceback" not in text, text[-4000:]
+            assert "an error in backupctl itself" not in text, text[-2000:]
+            assert not CONTROL.search(text), ascii(text[-2000:])
+        left = [path for path in self.outside.rglob("*") if path.name != "precious"]
+        assert left == [], "written outside of repository and scratch"
+        assert (self.outside / "precious").read_text() == "untouched"
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
+    """One for all cases of a module: what one case leaves behind, the next would trip over."""
+    with Simulated("--disk", f"vda={SIZE}", "--seed", "3") as vm:
+        yield Victim(vm, tmp_path_factory.mktemp("victim"))
+
+
+def _bounded() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+
+
+def _wait(process: "subprocess.Popen[bytes]", begun: float) -> tuple[int, resource.struct_rusage]:
+    while True:
+        pid, status, used = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return status, used
+        if time.monotonic() > begun + 2 * MOST_SECONDS:
+            process.kill()
+        time.sleep(0.01)
