@@ -36,6 +36,7 @@ from backupctl.errors import (
     CommandFailed,
     DamageFound,
     Failed,
+    FreezeOverrun,
     MonitorError,
     Refused,
 )
@@ -51,7 +52,7 @@ from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, room, scratch, snapshot_access
 from backupctl.vm.fleecing import Fleecing
-from backupctl.vm.guard import Guard
+from backupctl.vm.guard import Guard, Thawed
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
@@ -199,6 +200,7 @@ class _Run:
         held.callback(view.close)
         self.view = view
         view.attach()
+        disks.refuse_moved(self.monitor, [one.disk for one in self.plan.disks])
         view.guard_by(self.guard)
         freeze = self._moment(partial, view, freezes)
         sources = self._export(view)
@@ -229,11 +231,11 @@ class _Run:
             except AgentRefused as err:
                 self._go_on_without_freeze(err)
             else:
-                with self._thawed_at_the_end() as milliseconds:
+                with self._thawed_at_the_end() as thawed:
                     self.step = "transaction"
                     view.cut()
                 partial.note("export", froze=False)
-                return FreezeEntry(self.options.freeze, "frozen", round(milliseconds[0]))
+                return self._frozen(thawed[0])
         if not view.atomic:
             raise Refused("without a freeze, --view snapshot-access takes one disk only; use fleecing")
         self._begin("transaction")
@@ -242,12 +244,22 @@ class _Run:
         return FreezeEntry(self.options.freeze, "none", None)
 
     @contextmanager
-    def _thawed_at_the_end(self) -> Iterator[list[float]]:
-        milliseconds: list[float] = []
+    def _thawed_at_the_end(self) -> Iterator[list[Thawed]]:
+        thawed: list[Thawed] = []
         try:
-            yield milliseconds
+            yield thawed
         finally:
-            milliseconds.append(self.guard.thaw())
+            thawed.append(self.guard.thaw())
+
+    def _frozen(self, thawed: Thawed) -> FreezeEntry:
+        """Say what the freeze came to. Raises FreezeOverrun if it was required and did not last."""
+        if not thawed.ended_early:
+            return FreezeEntry(self.options.freeze, "frozen", round(thawed.milliseconds))
+        why = "somebody in the guest thawed its file systems before the moment was taken"
+        if self.options.freeze == "require":
+            raise FreezeOverrun(why)
+        self.reporter.warn(f"this point is crash-consistent: {why}")
+        return FreezeEntry(self.options.freeze, "none", None)
 
     def _freezes(self) -> bool:
         """Whether the guest will be frozen. A missing agent is noticed before anything is touched."""
