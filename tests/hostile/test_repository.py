@@ -267,7 +267,7 @@ def test_an_image_that_leads_elsewhere_is_damage_and_opens_nothing(victim, point
     if "table" in name and done.code == 0:  # a layer that stores nothing has no use for its table
         assert target.read_bytes() == victim.vm.content("vda")
         return
-    assert done.code == 4, done
+    assert done.code in ((1, 4) if "table" in name else (4,)), done  # 1: QEMU won't open it
     assert not target.exists()
 
 
