@@ -164,6 +164,7 @@ class Victim:
         assert len(done.err) < MOST_WORDS, f"{len(done.err)} characters: {done.err[:500]}"
         for text in (done.err,) if raw else (done.err, done.out):
             assert "Traceback" not in text, text[-4000:]
+            assert "\nbackupctl: all is well" not in text, "a forged line"
             assert "an error in backupctl itself" not in text, text[-2000:]
             assert not CONTROL.search(text), ascii(text[-2000:])
         left = [path for path in self.outside.rglob("*") if path.name != "precious"]
