@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backupctl.errors import MonitorError, Refused
+from backupctl.errors import Refused
 from backupctl.names import DiskName
-from backupctl.vm import disks, scratch
+from backupctl.vm import disks, reply, scratch
 from backupctl.vm.disks import Disk
 from backupctl.vm.monitor import Monitor
 
@@ -64,7 +64,8 @@ def survey(
     scratch.check_folder(folder)
     nodes = disks.named_nodes(monitor)
     reserve = RESERVE_BYTES if (limited := limits(monitor)) else RESERVE_UNLIMITED_BYTES
-    held = [held_bytes(disk.size, nodes[disk.node]) for disk in chosen]
+    with reply.understood("description of its disks"):  # one may have gone
+        held = [held_bytes(disk.size, nodes[disk.node]) for disk in chosen]
     sizes = {disk.name: disk.size for disk in chosen}
     made = share(sizes, held, scratch.free_bytes(folder), wish_bytes, reserve, limited=limited)
     if made is None:
@@ -77,11 +78,11 @@ def held_bytes(size: int, node: Mapping[str, Any]) -> int:
 
     A disk over a backing image, or on a block device, is taken for full.
     """
-    try:
-        allocated = int(node["image"]["actual-size"])
-        alone = not int(node.get("backing_file_depth", 0)) and "backing-filename" not in node["image"]
-    except (KeyError, TypeError, ValueError) as err:
-        raise MonitorError(f"QEMU describes a disk in a way that makes no sense: {err!r:.200}") from err
+    with reply.understood("description of a disk"):
+        allocated = reply.number(node["image"]["actual-size"])
+        alone = (
+            not reply.number(node.get("backing_file_depth", 0)) and "backing-filename" not in node["image"]
+        )
     return min(allocated, size) if alone and allocated > 0 else size
 
 
