@@ -14,8 +14,8 @@ found damaged is then told as the user sees it: which bytes of which disks at wh
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -111,10 +111,17 @@ class _Work:
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs."""
         self._reporter.step(f"verify {self.folder.name}")
-        chosen = None if wanted is None else self.folder.point(wanted)
+        chosen = None if wanted is None else _as_it_is(self.folder.point(wanted))
         survey, retired = self._survey()
-        self._known = {point.id: point for point in (*survey.points, *retired.points)}
+        self._known = {point.id: _as_it_is(point) for point in (*survey.points, *retired.points)}
         hidden = {point.id for point in retired.points}
+        standing = {(e.parent, e.name) for point in self._known.values() for e in point.manifest.disks}
+        self._needless = {
+            (point.id, entry.name)
+            for point in retired.points
+            for entry in point.manifest.disks
+            if (point.id, entry.name) not in standing
+        }
         self._reach = Reach(self._known.values(), self._records, hidden)
         layers = self._chosen(chosen)
         self.points = len(survey.points) if chosen is None else 1
@@ -140,7 +147,12 @@ class _Work:
 
     def _chosen(self, point: Point | None) -> list[tuple[Point, DiskEntry]]:
         if point is None:
-            return [(one, entry) for one in self._known.values() for entry in one.manifest.disks]
+            return [
+                (one, entry)
+                for one in self._known.values()
+                for entry in one.manifest.disks
+                if (one.id, entry.name) not in self._needless  # merged already; the next prune drops it
+            ]
         return [layer for entry in point.manifest.disks for layer in self._below(point, entry)]
 
     def _below(self, point: Point, entry: DiskEntry) -> Iterator[tuple[Point, DiskEntry]]:
@@ -219,7 +231,7 @@ class _Work:
         with ExitStack() as held:
             try:
                 held.enter_context(locks.folder(point.path, _PATIENCE_SECONDS, shared=True))
-                now = self.folder.holder(point.id)
+                now = _as_it_is(self.folder.holder(point.id))
             except (FileNotFoundError, NoSuchPoint):
                 self.notes.append(f"{point.path}: pruned meanwhile")
             except Locked:
@@ -260,3 +272,12 @@ class _Work:
 
 def _layer(point: Point, entry: DiskEntry) -> Layer:
     return Layer(point.path / f"{entry.name}.qcow2", entry)
+
+
+def _as_it_is(point: Point) -> Point:
+    """Return a point with, of two descriptions that a prune left of a disk, the one that holds."""
+    manifest = point.manifest
+    for entry in manifest.disks:
+        with suppress(DamageFound):  # told when the layer itself is looked at
+            manifest = manifest.with_disk(Layer.of(point, entry).entry)
+    return replace(point, manifest=manifest)

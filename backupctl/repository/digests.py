@@ -42,6 +42,11 @@ def path_of(image: Path) -> Path:
     return image.with_suffix(".digests")
 
 
+def merged_path_of(image: Path) -> Path:
+    """Return where the map of a merged layer waits until its image is in place."""
+    return image.with_suffix(".digests.merged")
+
+
 @dataclass(frozen=True)
 class DigestMap:
     """A layer's digest map. records: mapped from the file, read-only. checksum: 32 hex digits."""

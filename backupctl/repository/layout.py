@@ -395,6 +395,13 @@ class Partial:
             raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
         return Point(self.folder.path / self.point, manifest)
 
+    def take_back(self) -> None:
+        """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
+        try:
+            durable.rename(self.folder.path / self.point, self.path)
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
+
     def drop(self) -> None:
         """Remove the folder and all in it; a death in the middle leaves one to drop again."""
         try:
