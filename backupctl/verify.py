@@ -270,10 +270,6 @@ class _Work:
         self._reporter.warn(message)
 
 
-def _layer(point: Point, entry: DiskEntry) -> Layer:
-    return Layer(point.path / f"{entry.name}.qcow2", entry)
-
-
 def _as_it_is(point: Point) -> Point:
     """Return a point with, of two descriptions that a prune left of a disk, the one that holds."""
     manifest = point.manifest
@@ -281,3 +277,7 @@ def _as_it_is(point: Point) -> Point:
         with suppress(DamageFound):  # told when the layer itself is looked at
             manifest = manifest.with_disk(Layer.of(point, entry).entry)
     return replace(point, manifest=manifest)
+
+
+def _layer(point: Point, entry: DiskEntry) -> Layer:
+    return Layer(point.path / f"{entry.name}.qcow2", entry)
