@@ -44,8 +44,15 @@ def clean(text: object) -> str:
     )
 
 
+class _Said:
+    """What stdout has got. document: the one of `--json`."""
+
+    document = False
+
+
 def print_json(document: object) -> None:
     """Write the one document to stdout."""
+    _Said.document = True
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
     sys.stdout.flush()
 
@@ -92,8 +99,11 @@ def columns(*, least: int, margin: int) -> int:
 
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:
-    """Say what failed, at which step, what is the case now, and what to run next."""
-    if as_json:
+    """Say what failed, at which step, what is the case now, and what to run next.
+
+    Programs get it as the one document, unless a command had its own: then exit code and stderr tell.
+    """
+    if as_json and not _Said.document:
         print_json({"error": error_document(err)})
     lines = [f"backupctl: {clean(err.message)}"]
     for name, text in (("step", err.step), ("state", err.state), ("next", err.next_command)):
