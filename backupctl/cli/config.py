@@ -27,8 +27,10 @@ from backupctl.names import disk_name, vm_name
 from backupctl.settings import Address, Vm
 
 FILE_NAME = "backupctl.toml"
-_STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain"})
-_NUMBERS = frozenset({"freeze_budget", "keep_checkpoints"})
+_STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain", "keep_within"})
+_KEPT = frozenset(f"keep_{name}" for name in ("last", "hourly", "daily", "weekly", "monthly", "yearly"))
+_COUNTS = _KEPT | {"keep_checkpoints", "max_chain"}
+_NUMBERS = _COUNTS | {"freeze_budget"}
 _SETTINGS = _STRINGS | _NUMBERS
 _OF_VM = _SETTINGS | {"qmp", "agent", "disks"}
 
@@ -117,10 +119,8 @@ def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: s
             isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
         ):
             raise UsageError(f"{path}: {name} in {where} must be a number of seconds")
-        if name == "keep_checkpoints" and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 0
-        ):
-            raise UsageError(f"{path}: {name} in {where} must be a number of bitmaps, 0 or more")
+        if name in _COUNTS and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise UsageError(f"{path}: {name} in {where} must be a whole number, 0 or more")
         if name not in _NUMBERS and not isinstance(value, str):
             raise UsageError(f"{path}: {name} in {where} must be a text in quotes")
 
