@@ -172,11 +172,12 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
-    started: datetime = field(default_factory=lambda: _now())
+    started: datetime = field(init=False)
     step: str = "attach"
     server_is_ours: bool = False
 
     def __post_init__(self) -> None:
+        self.started = _now()
         self.owner = self.repository.owner
         self.point: PointId | None = None
         self.clients = ExitStack()

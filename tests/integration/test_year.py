@@ -83,7 +83,7 @@ def test_a_month_of_points_is_pruned_to_what_the_rules_hold(make_lab, monkeypatc
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_year_of_points_is_pruned_to_what_the_rules_hold(make_lab, monkeypatch):
-    lab = make_lab(builds.simulator("7.2"), {"vda": 32 * MIB, "vdb": 8 * MIB + 512}, seed=6)
+    lab = make_lab(builds.simulator("7.2"), {"vda": 32 * MIB + 512}, seed=6)
     rules = Rules(hourly=24, daily=7, weekly=5, monthly=12)
     figures = live(lab, monkeypatch, moments(340, 60), rules)
     told(figures)
