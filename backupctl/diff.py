@@ -15,7 +15,7 @@ from backupctl.clusters import CLUSTER_BYTES, Logical
 from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Stop
-from backupctl.repository import chain
+from backupctl.repository import chain, holding
 from backupctl.repository.layout import Point, VmFolder
 
 _WINDOW_CLUSTERS = 1 << 16
@@ -67,6 +67,11 @@ class DiffReport:
 
 def diff(folder: VmFolder, before: Point, after: Point, *, disk: str | None, stop: Stop) -> DiffReport:
     """Compare two points, or one disk of them. Raises NoSuchPoint, UsageError, DamageFound, Interrupted."""
+    with holding.reading(folder, before.id) as first, holding.reading(folder, after.id) as second:
+        return _diff(folder, first, second, disk, stop)
+
+
+def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop: Stop) -> DiffReport:
     held = [[entry.name for entry in point.manifest.disks] for point in (before, after)]
     if disk is not None:
         for point, names in zip((before, after), held, strict=True):

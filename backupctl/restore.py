@@ -8,6 +8,7 @@ before), or complete.
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,22 +104,18 @@ def _works(
     names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
     chains = {name: chain.layers(folder, point, name) for name in names}
     works = [
-        _Work(entry, chains[entry.name], *_target(entry.name, to, image_format))
+        _Work(entry, chains[entry.name], *target_of(entry.name, to, image_format))
         for entry in point.manifest.disks
         if entry.name in chains
     ]
     for work in works:
         _refuse(folder, work, force=force)
-    if len(works) > 1 and works[0].target == to:
-        raise UsageError(
-            f"this point has several disks ({', '.join(names)}): choose one with --disk, or name a folder",
-            state="nothing was touched",
-        )
+    refuse_one_for_all([work.target for work in works], names)
     return works
 
 
-def _target(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
-    """Return where a disk goes, and as what."""
+def target_of(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
+    """Return where a disk goes, and as what; `to` and `wanted` as `restore` takes them."""
     path = Path(to)
     if to == STDOUT or path.is_block_device():
         return to, wanted or "raw"
@@ -126,6 +123,15 @@ def _target(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, I
         kind: ImageFormat = wanted or "qcow2"
         return str(path / f"{name}.{kind}"), kind
     return to, wanted or _SUFFIXES.get(path.suffix.lower(), "qcow2")
+
+
+def refuse_one_for_all(targets: Sequence[str], disks: Sequence[str]) -> None:
+    """Refuse several disks with one target. Raises UsageError."""
+    if len(set(targets)) < len(targets):
+        raise UsageError(
+            f"this point has several disks ({', '.join(disks)}): choose one with --disk, or name a folder",
+            state="nothing was touched",
+        )
 
 
 def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
@@ -139,8 +145,7 @@ def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
         if os.isatty(_STDOUT_DESCRIPTOR):
             raise UsageError("an image is not written to a terminal: redirect the output, or name a file")
         return
-    if target.resolve().is_relative_to(folder.path.parent.resolve()):
-        raise UsageError(f"{target} is in the repository, which a restore never changes")
+    landing.refuse_inside(folder.path.parent, target)
     if not force and (device or os.path.lexists(target)):
         what = "is a block device, whose content would be lost" if device else "exists"
         raise TargetExists(

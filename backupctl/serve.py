@@ -12,7 +12,7 @@ from backupctl import listening
 from backupctl.errors import UsageError, WriteFailed
 from backupctl.names import DiskName
 from backupctl.report import Stop
-from backupctl.repository import chain, images, overlay, showing
+from backupctl.repository import chain, holding, images, overlay, showing
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.showing import Shown
@@ -48,6 +48,20 @@ def serve(
     what is served where. The repository is only read. Raises UsageError, NoSuchPoint, TargetExists, Locked,
     DamageFound, RepositoryError, WriteFailed.
     """
+    with holding.reading(folder, point.id) as held:
+        _serve(folder, held, disk, unix, tcp, writable_overlay, ready, stop)
+
+
+def _serve(
+    folder: VmFolder,
+    point: Point,
+    disk: str | None,
+    unix: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    ready: Callable[[tuple[Export, ...]], None],
+    stop: Stop,
+) -> None:
     entries = _entries(point, disk)
     chains = {entry.name: chain.paths(folder, point, entry.name) for entry in entries}
     if writable_overlay is not None and len(entries) > 1:
@@ -101,7 +115,7 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
 
 def _overlay(folder: VmFolder, target: Path, entry: DiskEntry, layers: tuple[Path, ...]) -> None:
     try:
-        overlay.make_or_take(folder, target, entry.size, layers)
+        overlay.make_or_take(folder.path.parent, target, entry.size, layers)
     except OSError as err:
         raise WriteFailed(f"{target} can't be made: {err.strerror}", state="nothing was touched") from err
 

@@ -17,7 +17,7 @@ _LABEL = 12
 _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
 @common.named(needs_vm=False)
 @click.argument("before")
 @click.argument("after")

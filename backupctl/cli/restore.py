@@ -2,19 +2,22 @@
 """`backupctl restore`."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
+from backupctl import reconcile, thin
 from backupctl import restore as core
 from backupctl.cli import common, screen, units
-from backupctl.errors import DamageFound
+from backupctl.errors import DamageFound, UsageError
 from backupctl.names import vm_name
-from backupctl.report import Stop
+from backupctl.report import Reporter, Stop
+from backupctl.repository.layout import Point, VmFolder
 from backupctl.restore import RestoreReport
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
 @common.named(needs_vm=False)
 @click.argument("point", default="latest")
 @click.option(
@@ -23,6 +26,12 @@ from backupctl.restore import RestoreReport
 @click.option("--disk", metavar="D", help="Only this disk.")
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), help="The image's format.")
 @click.option("--force", is_flag=True, help="Write over what is there, and let damaged data through.")
+@click.option("--thin", is_flag=True, help="An overlay on the point, which must stay: done at once.")
+@click.option(
+    "--only-changed",
+    is_flag=True,
+    help="Change the image or device that is there, in place: write only what differs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.pass_context
 def restore(context: click.Context, /, **options: Any) -> None:
@@ -32,8 +41,12 @@ def restore(context: click.Context, /, **options: Any) -> None:
     """
     names = common.take(context, options)
     folder = names.repository().vm(vm_name(names.name or ""))
+    way = _way(options)
     stop = Stop()
     with stop.on_signals(), screen.reporter() as reporter:
+        if way is not None:
+            way(folder, folder.point(options["point"]), options, reporter, stop)
+            return
         report = core.restore(
             folder,
             folder.point(options["point"]),
@@ -50,6 +63,73 @@ def restore(context: click.Context, /, **options: Any) -> None:
     if damaged:
         # All that was asked for is there, and was told with its damage; who rests on it must know.
         sys.exit(DamageFound.exit_code)
+
+
+def _way(options: dict[str, Any]) -> Callable[..., None] | None:
+    """Return what does it, if it is to be done another way than by a whole copy."""
+    if options["thin"] and options["only_changed"]:
+        raise UsageError("--thin makes a new image, --only-changed changes one that is there: one of them")
+    if options["only_changed"] and options["force"]:
+        raise UsageError("--only-changed changes what is there without --force, and lets no damage through")
+    return _thin if options["thin"] else _only_changed if options["only_changed"] else None
+
+
+def _thin(folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, _stop: Stop) -> None:
+    report = thin.restore(
+        folder,
+        point,
+        to=options["to"],
+        disk=options["disk"],
+        image_format=options["image_format"],
+        force=options["force"],
+        reporter=reporter,
+    )
+    if options["as_json"]:
+        disks = [
+            {"name": one.name, "path": str(one.path), "size": one.size, "backing": str(one.backing)}
+            for one in report.images
+        ]
+        screen.print_json({"vm": report.vm, "point": report.point, "disks": disks})
+        return
+    for one in report.images:
+        screen.print_line(
+            f"{report.vm} {report.point} {one.name}: {one.path} ({units.size(one.size)}, on {one.backing})"
+        )
+
+
+def _only_changed(
+    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Stop
+) -> None:
+    report = reconcile.restore(
+        folder,
+        point,
+        to=options["to"],
+        disk=options["disk"],
+        image_format=options["image_format"],
+        reporter=reporter,
+        stop=stop,
+    )
+    if options["as_json"]:
+        disks = [
+            {
+                "name": one.name,
+                "path": str(one.path),
+                "format": one.format,
+                "size": one.size,
+                "written_bytes": one.written_bytes,
+                "same_bytes": one.same_bytes,
+                "seconds": round(one.seconds, 3),
+            }
+            for one in report.images
+        ]
+        screen.print_json({"vm": report.vm, "point": report.point, "disks": disks})
+        return
+    for one in report.images:
+        screen.print_line(
+            f"{report.vm} {report.point} {one.name}: {one.path} ({one.format}), "
+            f"{units.size(one.written_bytes)} written, {units.size(one.same_bytes)} were right "
+            f"({units.duration(one.seconds)})"
+        )
 
 
 def _tell(report: RestoreReport, *, as_json: bool) -> None:

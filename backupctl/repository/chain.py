@@ -18,6 +18,9 @@ from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 
+MOST_LAYERS = 500
+"""A chain is handed to QEMU whole, link within link, as one argument of at most 128 KiB."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -129,8 +132,8 @@ def length(folder: VmFolder, point: Point, entry: DiskEntry) -> int:
 
 
 def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:
-    found = []
-    while True:
+    found: list[Layer] = []
+    while len(found) < MOST_LAYERS:
         layer = Layer.of(point, entry)
         layer.check()
         found.append(layer)
@@ -143,6 +146,10 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
         if below_it is None:
             raise DamageFound(f"{layer.path} stands on {point.id}, which does not hold {entry.name}")
         entry = below_it
+    raise DamageFound(
+        f"{found[0].path} stands on more than {MOST_LAYERS} layers, more than QEMU opens",
+        next_command="prune, or take a full, before a chain gets so long",
+    )
 
 
 def _parent(folder: VmFolder, parent: PointId) -> Point:

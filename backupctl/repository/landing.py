@@ -12,6 +12,12 @@ from backupctl.errors import Locked, TargetExists, UsageError
 from backupctl.repository import durable
 
 
+def refuse_inside(repository: Path, target: Path) -> None:
+    """Refuse a target within the repository. Raises UsageError."""
+    if target.resolve().is_relative_to(repository.resolve()):
+        raise UsageError(f"{target} is in the repository, which is only read", state="nothing was touched")
+
+
 @contextmanager
 def file(target: Path, *, force: bool) -> Iterator[Path]:
     """Give an empty file to write to; when the block ends well, it is on the disk as `target`.

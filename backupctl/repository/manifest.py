@@ -136,6 +136,8 @@ class Manifest:
                     f"the manifest has format {version}; this backupctl knows {FORMAT}: a newer one made it"
                 )
             return _read(document)
+        except RecursionError as err:
+            raise DamageFound(f"{FILE_NAME} is nested too deep") from err
         except Malformed as err:
             raise DamageFound(str(err)) from err
 

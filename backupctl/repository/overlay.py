@@ -8,17 +8,10 @@ where it is, and as it is, for as long as the overlay is used.
 from collections.abc import Sequence
 from pathlib import Path
 
-from backupctl.errors import DamageFound, TargetExists, UsageError
+from backupctl.errors import DamageFound, TargetExists
 from backupctl.repository import header, images, landing
-from backupctl.repository.layout import VmFolder
 
 _UNTOUCHED = "nothing was touched"
-
-
-def refuse_inside(folder: VmFolder, target: Path) -> None:
-    """Refuse a target within the repository. Raises UsageError."""
-    if target.resolve().is_relative_to(folder.path.parent.resolve()):
-        raise UsageError(f"{target} is in the repository, which is only read", state=_UNTOUCHED)
 
 
 def make(target: Path, size_bytes: int, chain: Sequence[Path], *, force: bool) -> None:
@@ -40,12 +33,12 @@ def stands_on(target: Path, size_bytes: int, chain: Sequence[Path]) -> bool:
     return (found.backing, found.backing_format, found.size) == wanted
 
 
-def make_or_take(folder: VmFolder, target: Path, size_bytes: int, chain: Sequence[Path]) -> None:
+def make_or_take(repository: Path, target: Path, size_bytes: int, chain: Sequence[Path]) -> None:
     """Make an overlay, or take one that was made here for the same point, with what was written to it.
 
     Raises UsageError, TargetExists, Locked, WriteFailed, OSError.
     """
-    refuse_inside(folder, target)
+    landing.refuse_inside(repository, target)
     if not target.exists():
         make(target, size_bytes, chain, force=False)
     elif not stands_on(target, size_bytes, chain):

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from backupctl import listening
-from backupctl.errors import UsageError
+from backupctl.errors import Locked, UsageError
+from backupctl.repository import locks
 from tests.unit.repository.conftest import P1, P2, Builder, disk_entry
 
 MIB = 1 << 20
@@ -262,6 +263,19 @@ def test_what_is_not_there_is_named(two_points):
     assert "no disk 'vdx'" in refused(builder, P2, "--disk", "vdx")
     assert "no recovery point" in refused(builder, "20250101T000000Z")
     assert "one of them" in refused(builder, P2, "--socket", "s", "--tcp", "0")
+
+
+def test_a_point_is_held_with_all_below_it_for_as_long_as_it_is_shown(two_points, serve):
+    """What prune does before it changes a point: nobody may be reading it, or what stands on it."""
+    builder, _ = two_points
+    serving = serve(builder, P2)
+    for point in (P1, P2):
+        with pytest.raises(Locked), locks.folder(builder.folder.path / point, 0):
+            pass
+    serving.end()
+    for point in (P1, P2):
+        with locks.folder(builder.folder.path / point, 0):
+            pass
 
 
 def test_damage_is_told_and_not_served(two_points):

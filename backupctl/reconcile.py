@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bringing an image or a block device that is there to the state of a point: only what differs is written.
+
+::
+
+    target ─► read ─► digests ─► compared with the point's digest maps ─► clusters that differ
+    point  ─► those clusters, each compared with its digest ─► written in place
+
+A death in the middle leaves a target that is neither the old nor the new one; the same again finishes it.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backupctl import clusters
+from backupctl.clusters import CLUSTER_BYTES, Logical
+from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed
+from backupctl.names import DiskName, PointId, VmName
+from backupctl.report import Reporter, Stop
+from backupctl.repository import chain, holding, images, landing
+from backupctl.repository.chain import Layer
+from backupctl.repository.images import ImageFormat
+from backupctl.repository.inplace import Target
+from backupctl.repository.layout import Point, VmFolder
+from backupctl.restore import STDOUT, refuse_one_for_all, target_of
+from backupctl.transfer import digests, extents, marks
+from backupctl.transfer.connection import Connection
+from backupctl.transfer.copy import Copy, Sieve, open_target
+from backupctl.transfer.extents import Extent
+from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.proving import Prover, Range
+from backupctl.transfer.source import Source
+
+_CONNECTIONS = 2
+_WINDOW_CLUSTERS = 1 << 16
+_MOST_BYTES = 8 << 20  # at a time: a device that can't make zeroes by itself has them written
+_HALF_DONE = "the target is partly changed; the same command again finishes it"
+
+
+@dataclass(frozen=True)
+class ReconciledDisk:
+    """One target that is now as the point. Sizes in bytes; written_bytes: in whole clusters."""
+
+    name: DiskName
+    path: Path
+    format: ImageFormat
+    size: int
+    written_bytes: int
+    same_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ReconcileReport:
+    """What was brought to the state of a point."""
+
+    vm: VmName
+    point: PointId
+    images: tuple[ReconciledDisk, ...]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One disk. layers: newest first. expected: what the target shall hold. room: what it has, in bytes."""
+
+    name: DiskName
+    layers: tuple[Layer, ...]
+    target: Target
+    expected: Logical
+    room: int
+    reporter: Reporter
+    stop: Stop
+
+    @property
+    def size(self) -> int:
+        return self.expected.size_bytes
+
+
+def restore(
+    folder: VmFolder,
+    point: Point,
+    *,
+    to: str,
+    disk: str | None,
+    image_format: ImageFormat | None,
+    reporter: Reporter,
+    stop: Stop,
+) -> ReconcileReport:
+    """Bring what stands at `to` (as in a whole restore) to the state of a point.
+
+    A file gets the disk's size; a block device may be larger, and keeps what is behind the disk. All that
+    can be refused is refused before anything is changed. Raises UsageError, NoSuchPoint, DamageFound,
+    ReadFailed, WriteFailed, RepositoryError, Interrupted.
+    """
+    with holding.reading(folder, point.id) as held:
+        works = _works(folder, held, to, disk, image_format, reporter, stop)
+        done = tuple(_reconcile(work) for work in works)
+    return ReconcileReport(folder.name, point.id, done)
+
+
+def _works(
+    folder: VmFolder,
+    point: Point,
+    to: str,
+    disk: str | None,
+    image_format: ImageFormat | None,
+    reporter: Reporter,
+    stop: Stop,
+) -> list[_Work]:
+    """Return what is to be done, after all that can be refused was refused."""
+    names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
+    layers = {name: chain.layers(folder, point, name) for name in names}
+    wanted = {name: target_of(DiskName(name), to, image_format) for name in names}
+    refuse_one_for_all([path for path, _ in wanted.values()], names)
+    works = []
+    for entry in point.manifest.disks:
+        if entry.name not in layers:
+            continue
+        path, kind = wanted[entry.name]
+        target = _target(folder, path, kind, named=image_format is not None)
+        expected = chain.logical(layers[entry.name], entry.size)
+        works.append(
+            _Work(entry.name, layers[entry.name], target, expected, _room(target, entry.size), reporter, stop)
+        )
+    return works
+
+
+def _target(folder: VmFolder, path: str, kind: ImageFormat, *, named: bool) -> Target:
+    if path == STDOUT:
+        raise UsageError("--only-changed needs an image that is there, not standard output")
+    landing.refuse_inside(folder.path.parent, Path(path))
+    try:
+        return Target.find(Path(path), kind, named=named)
+    except OSError as err:
+        raise UsageError(f"{path} can't be opened: {err.strerror}", state="nothing was touched") from err
+
+
+def _room(target: Target, size: int) -> int:
+    try:
+        room = target.size()
+    except OSError as err:
+        raise UsageError(f"{target.path} can't be read: {err.strerror}", state="nothing was touched") from err
+    if target.device and room < size:
+        raise UsageError(
+            f"{target.path} has {room} bytes; the disk needs {size}", state="nothing was touched"
+        )
+    return room
+
+
+def _reconcile(work: _Work) -> ReconciledDisk:
+    begun = time.monotonic()
+    work.stop.check()
+    _fit(work)
+    try:
+        with work.target.served(work.size) as address:
+            differing = _differing(work, address)
+            written = _write(work, address, differing)
+    except OSError as err:
+        raise WriteFailed(f"{work.target.path} can't be written: {err.strerror}", state=_HALF_DONE) from err
+    return ReconciledDisk(
+        work.name,
+        work.target.path,
+        work.target.format,
+        work.size,
+        written,
+        work.size - written,
+        time.monotonic() - begun,
+    )
+
+
+def _fit(work: _Work) -> None:
+    if work.room == work.size:
+        return
+    if work.target.device:
+        work.reporter.note(
+            f"{work.target.path} is larger than {work.name}: "
+            f"its last {work.room - work.size} bytes stay as they are"
+        )
+        return
+    work.reporter.note(f"{work.target.path} had {work.room} bytes, and gets the disk's {work.size}")
+    work.target.resize(work.size)
+
+
+def _differing(work: _Work, address: Path) -> NDArray[np.bool_]:
+    """Read the target; return one flag for each cluster of the disk."""
+    found = np.zeros(clusters.count(work.size), np.bool_)
+
+    def look(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
+        first, count = extent.offset // CLUSTER_BYTES, clusters.count(extent.length)
+        held = clusters.blank(first, count) if content is None else digests.of_piece(extent.offset, content)
+        found[first : first + count] = clusters.differ(held, work.expected.window(first, count))
+        return ()
+
+    def unreadable(extent: Extent) -> None:
+        first = extent.offset // CLUSTER_BYTES
+        found[first : first + clusters.count(extent.length)] = True
+
+    work.reporter.step(f"compare {work.target.path} with {work.name}")
+    with closing(Source.connect([address] * _CONNECTIONS, images.EXPORT)) as source:
+        _copy(work, source, (), work.size, look, unreadable).run(_until(marks.whole(source), work.size))
+    return found
+
+
+def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
+    """Write what differs from the point into the target; returns how many bytes."""
+
+    def spoilt(ranges: list[Range]) -> None:
+        raise DamageFound(
+            f"{work.name} is damaged in the repository: bytes {ranges[0][0]}-{sum(ranges[0]) - 1} are not "
+            "what was read from the VM",
+            state="nothing of the damaged data was written, but the target is partly changed",
+            next_command="backupctl verify NAME, which names all that is damaged",
+        )
+
+    def unreadable(extent: Extent) -> None:
+        spoilt([(extent.offset, extent.length)])
+
+    total = sum(extent.length for extent in _wanted(differing, work.expected))
+    if not total:
+        return 0
+    work.reporter.step(f"write what differs: {total} of {work.size} bytes")
+    prover = Prover(work.expected, spoilt, zeroes=True)
+    with (
+        images.serve([layer.path for layer in work.layers]) as point,
+        closing(Source.connect([point] * _CONNECTIONS, images.EXPORT)) as source,
+        open_target(address, images.EXPORT, _CONNECTIONS) as sinks,
+    ):
+        try:
+            _copy(work, source, sinks, total, prover, unreadable).run(_wanted(differing, work.expected))
+        except BackupctlError as err:
+            err.add(state=_HALF_DONE)
+            raise
+    return total
+
+
+def _copy(
+    work: _Work,
+    source: Source,
+    sinks: tuple[Connection, ...],
+    total: int,
+    sieve: Sieve,
+    unreadable: Callable[[Extent], None],
+) -> Copy:
+    def progress(done_bytes: int) -> None:
+        work.reporter.progress(work.name, done_bytes, total)
+
+    return Copy(
+        source, sinks, TokenBucket(None), work.stop.check, progress, sieve=sieve, unreadable=unreadable
+    )
+
+
+def _until(found: Iterator[Extent], size: int) -> Iterator[Extent]:
+    """Yield the part of the extents that belongs to the disk: a device may be larger."""
+    for extent in found:
+        if extent.offset < size:
+            yield Extent(extent.offset, min(extent.end, size) - extent.offset, extent.zero)
+
+
+def _wanted(differing: NDArray[np.bool_], expected: Logical) -> Iterator[Extent]:
+    """Yield what is to be written: data to be read from the point, and zeroes."""
+    for first in range(0, len(differing), _WINDOW_CLUSTERS):
+        flags = differing[first : first + _WINDOW_CLUSTERS]
+        records = expected.window(first, len(flags))[flags]
+        zero = clusters.is_zero(records)
+        for kind in (False, True):
+            for offset, length in clusters.ranges(records["cluster"][zero == kind], expected.size_bytes):
+                yield from extents.pieces(Extent(offset, length, kind), _MOST_BYTES)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A thin restore: QEMU reads the point through it, its own writes stay in it, the repository is as before."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backupctl.errors import DamageFound, TargetExists, UsageError
+from backupctl.report import Silent
+from backupctl.thin import restore
+from fixtures.machine import Disk, Machine
+from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
+from tests.unit.repository.test_restore import as_raw, tree
+
+MIB = 1 << 20
+
+
+def run(builder: Builder, to: object, *, point: str = "latest", **options):
+    wanted = {"disk": None, "image_format": None, "force": False, "reporter": Silent(), **options}
+    return restore(builder.folder, builder.folder.point(point), to=str(to), **wanted)
+
+
+def command(builder: Builder, *arguments: object) -> "subprocess.CompletedProcess[str]":
+    repository = str(builder.repository.path)
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "backupctl",
+            "restore",
+            "vm1",
+            *map(str, arguments),
+            "--repository",
+            repository,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_it_reads_as_the_point_and_takes_no_room(two_points, tmp_path):
+    """By qemu-img, through a relative name of the repository and from another folder."""
+    builder, content = two_points
+    report = run(builder, tmp_path / "thin" / "")
+    overlay = tmp_path / "thin" / "vda.qcow2"
+    (disk,) = report.images
+    assert (disk.path, disk.size) == (overlay, len(content))
+    assert disk.backing == (builder.folder.path / P2 / "vda.qcow2").resolve()
+    assert overlay.stat().st_size < MIB // 2
+    assert as_raw(overlay) == content
+    same = ["qemu-img", "compare", str(overlay), str(builder.folder.path / P2 / "vda.qcow2")]
+    assert subprocess.run(same, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def test_a_qemu_runs_on_it_at_once_and_the_repository_stays_as_it_is(two_points, tmp_path, build):
+    """A whole QEMU takes it for its disk: reads the point, writes, reads back."""
+    builder, _ = two_points
+    before = tree(builder.repository.path)
+    run(builder, f"{tmp_path}/thin/", point=P1)
+    overlay = tmp_path / "thin" / "vda.qcow2"
+    content = as_raw(overlay)
+    assert content[:70_000] == b"a" * 70_000
+    with Machine(build, [Disk("vda", overlay, "qcow2")]) as machine:
+        machine.io("vda", "read -q -P 0x61 0 69632")
+        machine.io("vda", "write -q -P 0x77 512 65536")
+        machine.io("vda", "read -q -P 0x77 512 65536")
+        machine.quit()
+    assert as_raw(overlay) == content[:512] + b"\x77" * 65_536 + content[66_048:]
+    assert tree(builder.repository.path) == before
+
+
+def test_every_disk_gets_one(builder: Builder, tmp_path):
+    builder.point(P1, (disk_entry("vda"), [(0, b"A" * 512)]), (disk_entry("vdb"), [(0, b"B" * 512)]))
+    run(builder, tmp_path)
+    assert as_raw(tmp_path / "vda.qcow2")[:512] == b"A" * 512
+    assert as_raw(tmp_path / "vdb.qcow2")[:512] == b"B" * 512
+    with pytest.raises(UsageError, match="--disk"):
+        run(builder, tmp_path / "one.qcow2")
+
+
+@pytest.mark.parametrize("options", [{"to": "-"}, {"to": "x/", "image_format": "raw"}])
+def test_what_can_have_no_backing_is_refused(two_points, options):
+    builder, _ = two_points
+    with pytest.raises(UsageError):
+        run(builder, **options)
+
+
+def test_what_exists_is_replaced_only_by_force_and_the_repository_never(two_points, tmp_path):
+    builder, content = two_points
+    target = tmp_path / "vda.qcow2"
+    target.write_bytes(b"precious")
+    with pytest.raises(TargetExists):
+        run(builder, target)
+    assert target.read_bytes() == b"precious"
+    run(builder, target, force=True)
+    assert as_raw(target) == content
+    with pytest.raises(UsageError, match="repository"):
+        run(builder, builder.folder.path / P1 / "vda.qcow2", force=True)
+
+
+def test_a_broken_chain_is_told_and_nothing_is_made(two_points, tmp_path):
+    builder, _ = two_points
+    (builder.folder.path / P1 / "vda.qcow2").unlink()
+    with pytest.raises(DamageFound):
+        run(builder, tmp_path / "thin.qcow2")
+    assert not (tmp_path / "thin.qcow2").exists()
+
+
+def test_death_at_any_step_leaves_the_target_absent_or_whole(two_points, tmp_path):
+    builder, content = two_points
+    target = tmp_path / "thin.qcow2"
+    number = 0
+    while not die_at(number, lambda: run(builder, target)):
+        assert not target.exists() or as_raw(target) == content
+        target.unlink(missing_ok=True)
+        number += 1
+    assert number > 3
+    assert as_raw(target) == content
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_the_command_tells_what_it_stands_on_and_how_to_keep_it(two_points, tmp_path):
+    builder, _ = two_points
+    done = command(builder, P2, "--to", tmp_path / "thin.qcow2", "--thin")
+    assert done.returncode == 0, done.stderr
+    assert f"on {builder.folder.path.resolve() / P2}/vda.qcow2" in done.stdout
+    assert f"backupctl protect vm1 {P2}" in done.stderr
+    done = command(builder, P2, "--to", f"{tmp_path}/more/", "--thin", "--json")
+    document = json.loads(done.stdout)
+    assert Path(document["disks"][0]["path"]).exists()
+    assert command(builder, P2, "--to", tmp_path, "--thin", "--only-changed").returncode == 2
