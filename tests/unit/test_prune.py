@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from backupctl.report import Silent, Stop
 from backupctl.repository import chain, holding, markers, merge
 from backupctl.repository.layout import Point, Repository
 from backupctl.repository.retention import Rules
+from backupctl.transfer.copy import Copy
 from tests.unit.repository.conftest import P1, Builder, changing_step, die_at, disk_entry
 
 LAST = Rules(last=1)
@@ -366,6 +368,36 @@ def deaths(builder: Builder, shape: str, folder: Path, stride: int) -> int:
         assert names == {one.point for one in report.decisions if one.keep}, f"step {number}"
     print(f"{shape}: {number} steps")
     return number // stride
+
+
+@pytest.mark.parametrize("size_mib", [6, 4])
+def test_a_death_while_bytes_are_written_loses_nothing(builder, size_mib):
+    """Some of the layer is in the lower image by then, which may have another size than before."""
+    history = history_of(builder, 15)
+    for number, mib in enumerate((4, 5, size_mib)):
+        history.content["vda"] = os.urandom(mib << 20)
+        history.take("vda", full=number == 0, size=mib << 20)
+    for writes in range(1, 9, 2):
+
+        def work(left: int = writes) -> None:
+            real = Copy._write
+
+            def write(copy: Copy, *arguments: object) -> None:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+                real(copy, *arguments)
+
+            Copy._write = write
+            pruned(builder)
+
+        assert not die_at(sys.maxsize, work)
+        assert any(builder.folder.path.rglob("*.merging"))
+        history.check()
+    pruned(builder)
+    history.check()
+    assert len(list(builder.folder.path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("shape", ["chain", "grown"])
