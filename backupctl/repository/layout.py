@@ -175,6 +175,11 @@ class Point:
         """Its id, the folder's name."""
         return self.manifest.point
 
+    @property
+    def protected(self) -> bool:
+        """Whether no prune drops it. Raises RepositoryError."""
+        return markers.has(self.path, markers.PROTECTED)
+
 
 @dataclass(frozen=True)
 class Survey:
