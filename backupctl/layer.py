@@ -5,8 +5,7 @@ Three ways to know what may have changed: a bitmap (incremental), nothing (scan)
 of it goes through the digests: what the layers below hold already is not stored again.
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from backupctl.report import Reporter
 from backupctl.repository import chain, digests, images
 from backupctl.repository.layout import Partial
 from backupctl.repository.manifest import DiskEntry
-from backupctl.transfer.copy import WATCH_SECONDS, Copy, open_target
+from backupctl.transfer.copy import Copy, open_target
 from backupctl.transfer.digests import Recorder
 from backupctl.transfer.extents import DIRTY, ZERO, Status
 from backupctl.transfer.limit import TokenBucket
@@ -50,7 +49,7 @@ class Taker:
         images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
-        marks, named_bytes = _look(one, self._watched(source.statuses()), below)
+        marks, named_bytes = _look(one, source.statuses(), below)
         total = marks.marked_bytes()
         with (
             closing(Recorder(below, self.partial.path)) as recorder,
@@ -86,15 +85,6 @@ class Taker:
             scanned=one.scanned,
             digests=checksum,
         )
-
-    def _watched(self, statuses: Iterable[Status]) -> Iterator[Status]:
-        """Look after the guest also while a fragmented disk's millions of extents are listed."""
-        watched = time.monotonic()
-        for status in statuses:
-            yield status
-            if time.monotonic() - watched >= WATCH_SECONDS:
-                self.check()
-                watched = time.monotonic()
 
 
 def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical) -> tuple[Marks, int]:

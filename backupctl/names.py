@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NewType
 
-from backupctl.errors import InvalidName
+from backupctl.errors import InvalidName, RepositoryError
 
 VmName = NewType("VmName", str)
 DiskName = NewType("DiskName", str)
@@ -52,10 +52,14 @@ def next_point_id(now: datetime, newest: PointId | None) -> PointId:
 
     Ids order the chain, so a clock that was set back must not sort a new point before its parent:
     then the id is one second past the newest; the manifest's times tell the clock's own reading.
+    Raises RepositoryError.
     """
     moment = now.astimezone(UTC).replace(microsecond=0)
     if newest is not None:
-        moment = max(moment, point_time(newest) + timedelta(seconds=1))
+        try:
+            moment = max(moment, point_time(newest) + timedelta(seconds=1))
+        except OverflowError as err:
+            raise RepositoryError(f"no point can follow {newest}: it is at the end of time") from err
     return PointId(moment.strftime(_POINT_FORMAT))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a run is told: which VM, where its sockets are, and what the user asked for."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,9 @@ Kind = Literal["full", "incremental"]
 FreezeWish = Literal["auto", "require", "never"]
 OnBrokenChain = Literal["scan", "full", "fail"]
 ViewWish = Literal["fleecing", "snapshot-access", "auto"]
+
+
+_PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Address:
         scheme, _, rest = text.partition(":")
         if scheme == "tcp":
             host, _, port = rest.rpartition(":")
-            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+            if not host or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
                 raise UsageError(f"{text!r:.200} is not an address: tcp:HOST:PORT is meant")
             return cls(host=host.strip("[]"), port=int(port))
         path = rest if scheme == "unix" else text

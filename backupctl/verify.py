@@ -15,8 +15,8 @@ found damaged is then told as the user sees it: which bytes of which disks at wh
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,13 +24,13 @@ import numpy as np
 
 from backupctl import clusters
 from backupctl.clusters import Logical, Records
-from backupctl.errors import BackupctlError, DamageFound, NoSuchPoint, ReadFailed, RepositoryError
+from backupctl.errors import BackupctlError, DamageFound, Locked, NoSuchPoint, ReadFailed, RepositoryError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
-from backupctl.repository import digests, header, images, qemu
+from backupctl.repository import digests, header, images, locks, markers, qemu
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
-from backupctl.repository.layout import Point, Repository, VmFolder
+from backupctl.repository.layout import Point, Repository, Survey, VmFolder
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.reach import Range, Reach, Touched
 from backupctl.transfer import reading
@@ -40,6 +40,8 @@ from backupctl.transfer.source import Source
 Kind = Literal["manifest", "chain", "image", "digests", "data"]
 _BLOCK = 16  # clusters: a sample is taken in mebibytes, since a disk seeks as long as it reads one
 _CONNECTIONS = 2
+_PATIENCE_SECONDS = 30.0
+_LOOKS = 5
 
 
 @dataclass(frozen=True)
@@ -120,28 +122,53 @@ class _Work:
         self._reporter = reporter
         self._stop = stop
         self._random = np.random.default_rng(depth.seed)
-        self._maps: dict[tuple[PointId, str], DigestMap | DamageFound] = {}
+        self._maps: dict[tuple[PointId, str, str], DigestMap | DamageFound] = {}
 
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs."""
         self._reporter.step(f"verify {self.folder.name}")
-        chosen = None if wanted is None else self.folder.point(wanted)
-        survey = self.folder.survey()
-        self._known = {point.id: point for point in survey.points}
-        self._reach = Reach(survey.points, self._records)
+        chosen = None if wanted is None else _as_it_is(self.folder.point(wanted))
+        survey, retired = self._survey()
+        self._known = {point.id: _as_it_is(point) for point in (*survey.points, *retired.points)}
+        hidden = {point.id for point in retired.points}
+        standing = {(e.parent, e.name) for point in self._known.values() for e in point.manifest.disks}
+        self._needless = {
+            (point.id, entry.name)
+            for point in retired.points
+            for entry in point.manifest.disks
+            if (point.id, entry.name) not in standing
+        }
+        self._reach = Reach(self._known.values(), self._records, hidden)
         layers = self._chosen(chosen)
-        self.points = len(self._known) if chosen is None else 1
+        self.points = len(survey.points) if chosen is None else 1
         self.layers = len(layers)
         if chosen is None:
-            for path, err in survey.damaged:
+            for path, err in (*survey.damaged, *retired.damaged):
                 self._found("manifest", path, "", err.message, self._reach.standing_on(PointId(path.name)))
             self.notes += [f"{partial.path}: an unfinished point" for partial in self.folder.partials()]
         self._missing_parents(layers)
-        self._read_all([layer for layer in layers if self._is_readable(*layer)])
+        self._prove_all(layers)
+
+    def _survey(self) -> tuple[Survey, Survey]:
+        """Look at all points, the retired ones too, again if a prune seems to have been at work meanwhile."""
+        found = self.folder.survey(), self.folder.retired()
+        for _ in range(_LOOKS):
+            again = self.folder.survey(), self.folder.retired()
+            if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
+                (each.points, [path for path, _ in each.damaged]) for each in found
+            ]:
+                break
+            found = again
+        return found
 
     def _chosen(self, point: Point | None) -> list[tuple[Point, DiskEntry]]:
         if point is None:
-            return [(one, entry) for one in self._known.values() for entry in one.manifest.disks]
+            return [
+                (one, entry)
+                for one in self._known.values()
+                for entry in one.manifest.disks
+                if (one.id, entry.name) not in self._needless  # merged already; the next prune drops it
+            ]
         return [layer for entry in point.manifest.disks for layer in self._below(point, entry)]
 
     def _below(self, point: Point, entry: DiskEntry) -> Iterator[tuple[Point, DiskEntry]]:
@@ -168,12 +195,46 @@ class _Work:
             text = f"{point.path / entry.name} stands on the point {entry.parent}, which {why}"
             self._found("chain", path, entry.name, text, self._reach.whole(point.id, entry.name))
 
+    def _prove_all(self, layers: list[tuple[Point, DiskEntry]]) -> None:
+        total = sum(self._data_bytes(point, entry) for point, entry in layers)
+        bar = DiskName(self.folder.name)  # one for all layers: there may be thousands
+        done = 0
+        for point, entry in layers:
+            self._stop.check()
+            before = done
+
+            def progress(done_bytes: int, before: int = before) -> None:
+                self._reporter.progress(bar, before + done_bytes, total)
+
+            with self._held(point) as now:
+                held = now.manifest.disk(entry.name) if now else None
+                if now and held and self._is_readable(now, held):
+                    self._read(now, held, progress)
+            done += self._data_bytes(point, entry)
+
+    @contextmanager
+    def _held(self, point: Point) -> Iterator[Point | None]:
+        """Keep prune off a point's layers; gives the point as it is now, None if it has been pruned."""
+        now = None
+        with ExitStack() as held:
+            try:
+                held.enter_context(locks.folder(point.path, _PATIENCE_SECONDS, shared=True))
+                now = _as_it_is(self.folder.holder(point.id))
+            except (FileNotFoundError, NoSuchPoint):
+                self.notes.append(f"{point.path}: pruned meanwhile")
+            except Locked:
+                self.notes.append(f"{point.path}: not verified, since a prune is changing it")
+            yield now
+
     def _is_readable(self, point: Point, entry: DiskEntry) -> bool:
         """Check all of a layer but its data; whether that can be read and compared."""
-        self._stop.check()
         layer = Layer(point.path / f"{entry.name}.qcow2", entry)
         try:
-            layer.check()
+            if self._merging(point, entry):
+                self.notes.append(f"{layer.path}: a prune has not ended yet; the next one goes on with it")
+                header.read(layer.path)
+            else:
+                layer.check()
         except DamageFound as err:
             whole = self._reach.whole(point.id, entry.name)
             self._found("image", layer.path, entry.name, err.message, whole)
@@ -199,25 +260,15 @@ class _Work:
         except DamageFound:
             return False
 
-    def _read_all(self, layers: list[tuple[Point, DiskEntry]]) -> None:
-        total = sum(self._data_bytes(point, entry) for point, entry in layers)
-        bar = DiskName(self.folder.name)  # one for all layers: there may be thousands
-        done = 0
-        for point, entry in layers:
-            before = done
-
-            def progress(done_bytes: int, before: int = before) -> None:
-                self._reporter.progress(bar, before + done_bytes, total)
-
-            try:
-                self._read(point, entry, progress)
-            except (ReadFailed, RepositoryError) as err:
-                path = point.path / f"{entry.name}.qcow2"
-                whole = self._reach.whole(point.id, entry.name)
-                self._found("image", path, entry.name, f"{path} can't be read: {err.message}", whole)
-            done += self._data_bytes(point, entry)
-
     def _read(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
+        try:
+            self._compare_all(point, entry, progress)
+        except (ReadFailed, RepositoryError) as err:
+            path = point.path / f"{entry.name}.qcow2"
+            whole = self._reach.whole(point.id, entry.name)
+            self._found("image", path, entry.name, f"{path} can't be read: {err.message}", whole)
+
+    def _compare_all(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
         """Compare what a layer stores with its digest map."""
         path = point.path / f"{entry.name}.qcow2"
         records = self._records(point, entry)
@@ -229,7 +280,7 @@ class _Work:
             ) as source,
         ):
             data, zero = reading.stored(source)
-            self._compare(point, entry, records, np.concatenate([data, zero]))
+            self._compare_names(point, entry, records, np.concatenate([data, zero]))
             named = records["cluster"]
             blank = np.intersect1d(zero, named[~clusters.is_zero(records)], assume_unique=True)
             self._spoilt(point, entry, "stored as zeroes, which they were not", blank)
@@ -258,7 +309,7 @@ class _Work:
         self._spoilt(point, entry, "can't be read", lost)
         self._spoilt(point, entry, "not what was read from the VM", np.sort(np.concatenate(differing)))
 
-    def _compare(self, point: Point, entry: DiskEntry, records: Records, stored: Clusters) -> None:
+    def _compare_names(self, point: Point, entry: DiskEntry, records: Records, stored: Clusters) -> None:
         """Compare what is stored with what is named, without a look at the bytes."""
         named = records["cluster"]
         self._spoilt(point, entry, "missing from the image", np.setdiff1d(named, stored))
@@ -273,6 +324,10 @@ class _Work:
         chosen = self._random.choice(blocks, count, replace=False)
         return stored[np.isin(stored // _BLOCK, chosen)]
 
+    @staticmethod
+    def _merging(point: Point, entry: DiskEntry) -> bool:
+        return markers.has(point.path, markers.merging(entry.name))
+
     def _data_bytes(self, point: Point, entry: DiskEntry) -> int:
         records = self._records(point, entry)
         data = 0 if records is None else int(np.count_nonzero(~clusters.is_zero(records)))
@@ -280,7 +335,7 @@ class _Work:
 
     def _map(self, point: Point, entry: DiskEntry) -> DigestMap | DamageFound:
         """Open a digest map once: every byte of it is checked by that."""
-        key = point.id, entry.name
+        key = point.id, entry.name, entry.digests
         if key not in self._maps:
             try:
                 self._maps[key] = Layer(point.path / f"{entry.name}.qcow2", entry).digests()
@@ -299,6 +354,8 @@ class _Work:
         ranges = tuple(clusters.ranges(damaged, entry.size))
         number = f"{len(damaged)} {'cluster' if len(damaged) == 1 else 'clusters'}"
         touches = self._reach.part(point.id, entry.name, damaged)
+        if not touches and self._merging(point, entry):
+            return  # it is being overwritten, below the very layer that it gets this from
         self._found("data", path, entry.name, f"{path}: {number} {what}", touches, ranges)
 
     def _found(
@@ -312,3 +369,12 @@ class _Work:
     ) -> None:
         self.damage.append(Damage(self.folder.name, kind, path, disk, message, ranges, touches))
         self._reporter.warn(message)
+
+
+def _as_it_is(point: Point) -> Point:
+    """Return a point with, of two descriptions that a prune left of a disk, the one that holds."""
+    manifest = point.manifest
+    for entry in manifest.disks:
+        with suppress(DamageFound):  # told when the layer itself is looked at
+            manifest = manifest.with_disk(Layer.of(point, entry).entry)
+    return replace(point, manifest=manifest)

@@ -20,13 +20,20 @@ import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from backupctl.errors import InvalidName, UsageError
 from backupctl.names import disk_name, vm_name
-from backupctl.settings import Address, Vm
+from backupctl.settings import Address, FreezeWish, OnBrokenChain, ViewWish, Vm
 
 FILE_NAME = "backupctl.toml"
+MAX_BYTES = 256 * 1024
+MAX_FREEZE_SECONDS = 3600
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "freeze": get_args(FreezeWish),
+    "view": get_args(ViewWish),
+    "on_broken_chain": get_args(OnBrokenChain),
+}
 _STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain"})
 _NUMBERS = frozenset({"freeze_budget", "keep_checkpoints"})
 _SETTINGS = _STRINGS | _NUMBERS
@@ -95,9 +102,13 @@ def _places() -> list[Path]:
 
 def _read(path: Path) -> Config:
     try:
-        content = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
-        raise UsageError(f"the configuration {path} can't be read: {err}") from err
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        if len(text) > MAX_BYTES:
+            raise UsageError(f"the configuration {path} is larger than {MAX_BYTES >> 10} KiB")
+        content = tomllib.loads(text.decode())
+    except (OSError, ValueError, RecursionError) as err:  # all that is no TOML is a ValueError, or too deep
+        raise UsageError(f"the configuration {path} can't be read: {err!s:.500}") from err
     _only(content, {"defaults", "vm"}, path, "at the top")
     defaults = _table(content.get("defaults", {}), path, "[defaults]")
     _check(defaults, _SETTINGS, path, "[defaults]")
@@ -114,22 +125,28 @@ def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: s
         if name == "disks":
             continue
         if name == "freeze_budget" and (
-            isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value <= MAX_FREEZE_SECONDS  # which is no number, or without end, is not in between
         ):
-            raise UsageError(f"{path}: {name} in {where} must be a number of seconds")
+            raise UsageError(
+                f"{path}: {name} in {where} must be a number of seconds, {MAX_FREEZE_SECONDS} at the most"
+            )
         if name == "keep_checkpoints" and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 0
+            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000
         ):
-            raise UsageError(f"{path}: {name} in {where} must be a number of bitmaps, 0 or more")
+            raise UsageError(f"{path}: {name} in {where} must be a number of bitmaps, 0 to 1000")
         if name not in _NUMBERS and not isinstance(value, str):
             raise UsageError(f"{path}: {name} in {where} must be a text in quotes")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            raise UsageError(f"{path}: {name} in {where} must be one of: {', '.join(_CHOICES[name])}")
 
 
 def _check_names(name: str, settings: dict[str, Any], path: Path) -> None:
     try:
         vm_name(name)
         for stored in _table(settings.get("disks", {}), path, f"[vm.{name}.disks]").values():
-            disk_name(str(stored))
+            disk_name(stored if isinstance(stored, str) else "")
     except InvalidName as err:
         raise UsageError(f"{path}: [vm.{name}]: {err.message}") from err
 

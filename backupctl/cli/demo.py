@@ -216,6 +216,7 @@ class Story:
             "Every point restored, and each byte compared with the frozen moment",
             "The moment is the simulator's own copy of the disks, taken at the transaction.",
         )
+        self._stage.guest_rests()
         self._stage.check_at_rest()
         changes = self._stage.changes()
         found = [one for point in self._stage.points() for one in self._stage.compare(point.id)]

@@ -18,6 +18,7 @@ from backupctl.cli import (
 from backupctl.cli.demo import demo
 from backupctl.cli.diff import diff
 from backupctl.cli.points import list_points, show
+from backupctl.cli.prune import protect, prune, unprotect
 from backupctl.cli.restore import restore
 from backupctl.cli.run import full, incremental
 from backupctl.cli.serve import serve
@@ -46,6 +47,9 @@ _COMMANDS = (
     serve,
     diff,
     verify,
+    prune,
+    protect,
+    unprotect,
     status,
     recover,
     simulate,

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from backupctl import backup
-from backupctl.cli import common, screen, units
+from backupctl.cli import common, config, screen, units
+from backupctl.errors import UsageError
 from backupctl.report import RunReport, Stop
 from backupctl.settings import Kind, RunOptions
 
@@ -84,11 +85,16 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
 
     default = common.DEFAULTS
     limit, scratch_size = setting("limit", None), setting("scratch_size", None)
+    budget = float(setting("freeze_budget", default.freeze_budget_seconds))
+    if not 0 < budget <= config.MAX_FREEZE_SECONDS:  # nor is "nan"
+        raise UsageError(
+            f"a freeze budget of {budget:g} s can't be had: above 0, {config.MAX_FREEZE_SECONDS} at the most"
+        )
     wanted = RunOptions(
         kind=kind,
         disks=tuple(options["disks"]),
         freeze=setting("freeze", default.freeze),
-        freeze_budget_seconds=float(setting("freeze_budget", default.freeze_budget_seconds)),
+        freeze_budget_seconds=budget,
         scratch=Path(names.scratch()),
         scratch_bytes=units.parse_size(scratch_size) if scratch_size else None,
         limit_bytes_per_second=units.parse_size(limit) if limit else None,

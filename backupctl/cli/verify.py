@@ -50,7 +50,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
     _tell(report, depth)
     if report.damage:
         raise DamageFound(
-            f"{len(report.damage)} damages found in {repository.path}",
+            f"damage found in {repository.path}, {len(report.damage)} times",
             state="nothing was changed; the points and ranges not named above are as they were read",
             next_command="backupctl full NAME, so that a whole point exists again; "
             "restore the damaged ones only with --force",
@@ -73,7 +73,7 @@ def _tell(report: VerifyReport, depth: Depth) -> None:
         _tell_damage(damage)
     rate = f", {units.size(round(report.read_bytes / report.seconds))}/s" if depth.data else ""
     what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
-    verdict = f"{len(report.damage)} damages" if report.damage else "no damage"
+    verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
     screen.print_line(
         f"{', '.join(report.vms) or 'no VM'}: {report.points} points, {report.layers} layers, {what} checked "
         f"in {units.duration(report.seconds)}{rate}: {verdict}"

@@ -24,7 +24,7 @@ from backupctl.vm.monitor import Monitor
 
 VM = "web"
 FORMATS = {"vda": "qcow2", "vdb": "raw"}
-DISKS = tuple(f"{name}=48M,format={form}" for name, form in FORMATS.items())
+DISKS = tuple(f"{name}=32M,format={form}" for name, form in FORMATS.items())
 WRITES_PER_SECOND = 100
 _PIECE_BYTES = 1 << 20
 _TOOLS = {"QEMU_IMG": "qemu-img", "QEMU_STORAGE_DAEMON": "qemu-storage-daemon"}
@@ -78,6 +78,10 @@ class Stage:
         """Let the guest make so many changes at once, then go on in the background."""
         self.machine.order("step", count=writes)
         self.machine.order("workload", **{"per-second": WRITES_PER_SECOND})
+
+    def guest_rests(self) -> None:
+        """Let the guest write no more."""
+        self.machine.order("workload", **{"per-second": 0})
 
     def changes(self) -> int:
         """Return how many changes the guest has made. Raises Failed if one of them failed."""

@@ -13,10 +13,13 @@ from pathlib import Path
 from backupctl.clusters import Logical
 from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.names import PointId
-from backupctl.repository import digests, header
+from backupctl.repository import digests, header, markers
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
+
+MOST_LAYERS = 500
+"""A chain is handed to QEMU whole, link within link, as one argument of at most 128 KiB."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,31 @@ class Layer:
     path: Path
     entry: DiskEntry
 
+    @classmethod
+    def of(cls, point: Point, entry: DiskEntry) -> "Layer":
+        """Return a disk's layer at a point; of two descriptions the one that its image agrees with.
+
+        Raises DamageFound if there are two and the image's header can't be read.
+        """
+        path = point.path / f"{entry.name}.qcow2"
+        after = entry.after_merge()
+        if after is not entry and header.read(path).backing == backing_of(after):
+            return cls(path, after)
+        return cls(path, entry)
+
+    @property
+    def merging(self) -> bool:
+        """Whether it is being overwritten with what the layer on it stores, and so masks."""
+        return markers.has(self.path.parent, markers.merging(self.entry.name))
+
     def check(self) -> None:
-        """Compare the image's header with the manifest. Raises DamageFound."""
+        """Compare the image's header with the manifest. Raises DamageFound, RepositoryError."""
         found, path, entry = header.read(self.path), self.path, self.entry
-        wanted = f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
-        if found.size != entry.size:
+        wanted = backing_of(entry)
+        changing = self.merging
+        if found.size != entry.size and not changing:
             raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
-        if found.file_bytes != entry.file_bytes:
+        if found.file_bytes != entry.file_bytes and not changing:
             raise DamageFound(
                 f"{path} has {found.file_bytes} bytes; when it was made it had {entry.file_bytes}"
             )
@@ -44,10 +65,26 @@ class Layer:
     def digests(self) -> DigestMap:
         """Open its digest map. Raises DamageFound, also if it is not the one that the manifest names."""
         path = digests.path_of(self.path)
+        try:
+            found = self._map(path)
+        except DamageFound:
+            # The image was exchanged and the map not yet: then the right one lies ready beside it.
+            ready = digests.merged_path_of(self.path)
+            if not ready.exists():
+                raise
+            found = self._map(ready)
+        return found
+
+    def _map(self, path: Path) -> DigestMap:
         found = DigestMap.open(path)
         if (found.checksum, found.size_bytes) != (self.entry.digests, self.entry.size):
             raise DamageFound(f"{path} is not the digest map that the manifest names")
         return found
+
+
+def backing_of(entry: DiskEntry) -> str:
+    """Return the backing link that an image must have, "" for none."""
+    return f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
 
 
 def logical(layers: Sequence[Layer], size: int) -> Logical:
@@ -82,12 +119,25 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
     return () if parent is None else layers(folder, _parent(folder, parent), disk)
 
 
+def length(folder: VmFolder, point: Point, entry: DiskEntry) -> int:
+    """Count the layers of a disk at a point, by the manifests alone. Raises DamageFound."""
+    found = 1
+    while entry.parent is not None:
+        point = _parent(folder, entry.parent)
+        held = point.manifest.disk(entry.name)
+        if held is None:
+            raise DamageFound(f"{point.path} does not hold {entry.name}, and newer points stand on it")
+        entry, found = held, found + 1
+    return found
+
+
 def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:
-    found = []
-    while True:
-        layer = Layer(point.path / f"{entry.name}.qcow2", entry)
+    found: list[Layer] = []
+    while len(found) < MOST_LAYERS:
+        layer = Layer.of(point, entry)
         layer.check()
         found.append(layer)
+        entry = layer.entry
         if entry.parent is None:
             return tuple(found)
         # Each parent's id is smaller than its child's (the manifest was checked for it), so this ends.
@@ -96,6 +146,10 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
         if below_it is None:
             raise DamageFound(f"{layer.path} stands on {point.id}, which does not hold {entry.name}")
         entry = below_it
+    raise DamageFound(
+        f"{found[0].path} stands on more than {MOST_LAYERS} layers, more than QEMU opens",
+        next_command="prune, or take a full, before a chain gets so long",
+    )
 
 
 def _parent(folder: VmFolder, parent: PointId) -> Point:

@@ -16,9 +16,11 @@ A cluster's digest is BLAKE3 cut to 16 bytes, of its 65536 bytes; a short last o
 zeroes. 16 zero bytes stand for a cluster that is stored as zeroes.
 """
 
+import os
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Self
 
@@ -27,7 +29,7 @@ from blake3 import blake3
 
 from backupctl.clusters import CLUSTER_BYTES, RECORD, Records, count
 from backupctl.errors import DamageFound, WriteFailed
-from backupctl.repository import durable
+from backupctl.repository import durable, plain
 
 MAGIC = b"bkdigest"
 VERSION = 1
@@ -42,6 +44,11 @@ def path_of(image: Path) -> Path:
     return image.with_suffix(".digests")
 
 
+def merged_path_of(image: Path) -> Path:
+    """Return where the map of a merged layer waits until its image is in place."""
+    return image.with_suffix(".digests.merged")
+
+
 @dataclass(frozen=True)
 class DigestMap:
     """A layer's digest map. records: mapped from the file, read-only. checksum: 32 hex digits."""
@@ -54,11 +61,11 @@ class DigestMap:
     def open(cls, path: Path) -> Self:
         """Map a file, after every byte of it was checked. Raises DamageFound."""
         try:
-            with path.open("rb") as file:
+            with plain.open_file(path) as file:
                 header = file.read(_HEADER_BYTES)
-            if len(header) != _HEADER_BYTES:
-                raise DamageFound(f"{path} is cut off")
-            size_bytes, records = _read(path, header)
+                if len(header) != _HEADER_BYTES:
+                    raise DamageFound(f"{path} is cut off")
+                size_bytes, records = _read(path, file, header)
         except (OSError, ValueError) as err:
             raise DamageFound(f"the digest map {path} can't be read: {err}") from err
         checksum = _checksum(header[: _HEAD.size], records)
@@ -91,15 +98,15 @@ def write_parts(path: Path, size_bytes: int, records: int, parts: Callable[[], I
     return checksum.hex()
 
 
-def _read(path: Path, header: bytes) -> tuple[int, Records]:
+def _read(path: Path, file: BufferedReader, header: bytes) -> tuple[int, Records]:
     magic, version, cluster_bytes, size_bytes, records = _HEAD.unpack_from(header)
     if (magic, version, cluster_bytes) != (MAGIC, VERSION, CLUSTER_BYTES):
         raise DamageFound(f"{path} is no digest map of a kind that this backupctl knows")
-    if path.stat().st_size != _HEADER_BYTES + records * RECORD.itemsize:
+    if os.fstat(file.fileno()).st_size != _HEADER_BYTES + records * RECORD.itemsize:
         raise DamageFound(f"the digest map {path} has not the length that it should have")
     if not records:  # nothing can't be mapped
         return size_bytes, np.empty(0, RECORD)
-    return size_bytes, np.memmap(path, RECORD, "r", offset=_HEADER_BYTES, shape=(records,))
+    return size_bytes, np.memmap(file, RECORD, "r", offset=_HEADER_BYTES, shape=(records,))
 
 
 def _refuse_disorder(path: Path, records: Records, size_bytes: int) -> None:

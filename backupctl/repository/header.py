@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import DamageFound
+from backupctl.repository import plain
 
 _MAGIC = 0x514649FB
 _FIXED = struct.Struct(">IIQIIQII20xIQQQQII")
@@ -48,10 +49,9 @@ class Header:
 def read(path: Path) -> Header:
     """Read an image's header. Raises DamageFound if it is none that we would write."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
+        with plain.open_file(path) as file:
             content = file.read(_READ_BYTES)
-            file_bytes = os.fstat(descriptor).st_size
+            file_bytes = os.fstat(file.fileno()).st_size
     except OSError as err:
         raise DamageFound(f"the image {path} can't be read: {err.strerror}") from err
     try:

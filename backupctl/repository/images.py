@@ -58,11 +58,12 @@ def create_layer(path: Path, size_bytes: int, backing: str | None) -> None:
         raise WriteFailed(f"{path} can't be made: {done.stderr.strip():.500}")
 
 
-def blockdev(chain: Sequence[Path], *, writable: bool = False) -> dict[str, Any]:
+def blockdev(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> dict[str, Any]:
     """Return QEMU's options for an image with its whole chain, newest first, link by link.
 
     Only the newest may be writable. An unfinished image may be lost at any time, so flushes to it cost
-    for nothing; it is fsynced once, when it is complete.
+    for nothing; it is fsynced once, when it is complete. in_use: others read it, so whatever dies it must
+    stay a sound image, and QEMU's flushes are real.
     """
     options: dict[str, Any] | None = None
     for path in reversed(chain):
@@ -73,7 +74,7 @@ def blockdev(chain: Sequence[Path], *, writable: bool = False) -> dict[str, Any]
             file["locking"] = "off"  # committed images never change, and may lie on a read-only file system
         options = {"driver": "qcow2", "read-only": not top, "file": file, "backing": options}
         if top:
-            options["cache"] = {"no-flush": True}
+            options["cache"] = {"no-flush": not in_use}
             options["discard"] = "unmap"
     assert options is not None
     return options
@@ -105,6 +106,15 @@ def serve_target(path: Path, image_format: ImageFormat, *, onto_device: bool) ->
     _complete(path)
 
 
+def resize(path: Path, size_bytes: int) -> None:
+    """Give an image another virtual size, durably; those below it are not looked at. Raises WriteFailed."""
+    options = blockdev((path,), writable=True, in_use=True)
+    done = qemu.img(["resize", "-q", "--shrink", f"json:{json.dumps(options)}", str(size_bytes)])
+    if done.returncode:
+        raise WriteFailed(f"{path} can't be resized: {done.stderr.strip():.500}")
+    _complete(path)
+
+
 @dataclass(frozen=True)
 class Soundness:
     """What `qemu-img check` says of an image's own tables. leaks: clusters that nothing uses, no harm."""
@@ -127,13 +137,14 @@ def check(path: Path) -> Soundness:
 
 
 @contextmanager
-def serve(chain: Sequence[Path], *, writable: bool = False) -> Iterator[Path]:
+def serve(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> Iterator[Path]:
     """Serve an image (with its chain, newest first) over NBD; yields the socket's path.
 
     The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
-    when the block raises, it is not, and must be thrown away. Raises RepositoryError, WriteFailed.
+    when the block raises, it is not, and must be thrown away. in_use: as for `blockdev`; then it is a
+    sound image all the time. Raises RepositoryError, WriteFailed.
     """
-    with served(blockdev(chain, writable=writable), writable=writable) as address:
+    with served(blockdev(chain, writable=writable, in_use=in_use), writable=writable) as address:
         yield address
     if writable:
         _complete(chain[0])

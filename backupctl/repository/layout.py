@@ -34,7 +34,7 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import Owner, PointId, RepositoryId, VmName, next_point_id, point_id, vm_name
-from backupctl.repository import durable, locks, markers, strict
+from backupctl.repository import durable, locks, markers, plain, strict
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
 from backupctl.repository.journal import Journal
@@ -130,7 +130,12 @@ class Repository:
         return sorted(found)
 
     def vm(self, name: VmName) -> "VmFolder":
-        """Return a VM's folder, which need not exist yet."""
+        """Return a VM's folder, which need not exist yet. Raises RepositoryError."""
+        if (self.path / vm_name(name)).is_symlink():  # it would lead out of the repository
+            raise RepositoryError(
+                f"{self.path / name} is a symbolic link; a VM's points lie in the repository itself",
+                state="nothing was touched",
+            )
         return VmFolder(self.path / vm_name(name), name, self.id)
 
     @contextmanager
@@ -382,6 +387,12 @@ class Partial:
         The images must be complete. Raises RepositoryError; the point is then not committed.
         """
         try:
+            readable = Manifest.from_json(manifest.to_json()) == manifest
+        except BackupctlError as err:
+            raise RepositoryError(f"{self.path} is not committed: nobody could read it: {err}") from err
+        if not readable:
+            raise RepositoryError(f"{self.path} is not committed: it would be read as something else")
+        try:
             for entry in manifest.disks:
                 durable.sync_file(self.path / f"{entry.name}.qcow2")
                 durable.sync_file(self.path / f"{entry.name}.digests")
@@ -394,6 +405,13 @@ class Partial:
         except OSError as err:
             raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
         return Point(self.folder.path / self.point, manifest)
+
+    def take_back(self) -> None:
+        """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
+        try:
+            durable.rename(self.folder.path / self.point, self.path)
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
 
     def drop(self) -> None:
         """Remove the folder and all in it; a death in the middle leaves one to drop again."""
@@ -430,7 +448,6 @@ def _ids(names: list[str]) -> list[PointId]:
 
 
 def _read(path: Path) -> bytes:
-    """Read a small file, but no symbolic link, no pipe, and no more than a manifest may have."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
+    """Read a small file, and no more of it than a manifest may have."""
+    with plain.open_file(path) as file:
         return file.read(strict.MAX_BYTES + 1)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The manifest: what a recovery point is. `manifest.json` in the point's folder, written once.
+"""The manifest: what a recovery point is. `manifest.json` in the point's folder; only prune changes it.
 
 It carries a checksum over all its other fields, so that any changed byte is found before a word of it
 is believed.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, cast
 
@@ -21,6 +21,20 @@ FORMAT = 1
 FILE_NAME = "manifest.json"
 
 PointKind = Literal["full", "incremental"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a layer is once the one below has been merged into it; sizes in bytes.
+
+    While a prune exchanges image and digest map a disk's entry has both descriptions; the image's own
+    backing link tells which of them holds.
+    """
+
+    parent: PointId | None
+    file_bytes: int
+    stored_bytes: int
+    digests: str
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,8 @@ class DiskEntry:
     an incremental point, "" otherwise. file_bytes: the length of its image, which QEMU would read as
     zeroes behind an end that was cut off. unchanged_bytes: named dirty, but the content was as before, so
     not stored. scanned: no bitmap told what changed; the whole disk was read and compared with the parent.
-    digests: the checksum of its digest map, which binds map and layer to this point.
+    digests: the checksum of its digest map, which binds map and layer to this point. merged: what it is
+    about to become, None but in the middle of a prune.
     """
 
     name: DiskName
@@ -60,6 +75,14 @@ class DiskEntry:
     unchanged_bytes: int
     scanned: bool
     digests: str
+    merged: Merged | None = None
+
+    def after_merge(self) -> "DiskEntry":
+        """Return the entry of what `merged` describes; this one if there is none."""
+        if self.merged is None:
+            return self
+        kind: PointKind = "incremental" if self.merged.parent else "full"
+        return replace(self, kind=kind, merged=None, **vars(self.merged))
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,11 @@ class Manifest:
         """Return the entry of a disk."""
         return next((entry for entry in self.disks if entry.name == name), None)
 
+    def with_disk(self, changed: DiskEntry) -> "Manifest":
+        """Return the manifest with another entry for the disk of that name."""
+        entries = tuple(changed if entry.name == changed.name else entry for entry in self.disks)
+        return replace(self, disks=entries)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the document, without its checksum."""
         return {"format": FORMAT, **asdict(self), "disks": [asdict(entry) for entry in self.disks]}
@@ -108,6 +136,8 @@ class Manifest:
                     f"the manifest has format {version}; this backupctl knows {FORMAT}: a newer one made it"
                 )
             return _read(document)
+        except RecursionError as err:
+            raise DamageFound(f"{FILE_NAME} is nested too deep") from err
         except Malformed as err:
             raise DamageFound(str(err)) from err
 
@@ -150,6 +180,8 @@ def _refuse_nonsense(manifest: Manifest) -> None:
         if parent is not None and parent >= manifest.point:
             raise Malformed(f"{FILE_NAME}: the parent {parent} is not older than the point")
     for entry in manifest.disks:
+        if entry.merged and entry.merged.parent and entry.merged.parent >= manifest.point:
+            raise Malformed(f"{FILE_NAME}: {entry.name} is to stand on a point that is not older")
         if (entry.kind == "incremental") != (entry.parent is not None):
             raise Malformed(f"{FILE_NAME}: {entry.name} is {entry.kind}, but its parent says otherwise")
     if (manifest.kind == "incremental") != (manifest.parent is not None):
@@ -175,9 +207,24 @@ def _disk(value: object) -> DiskEntry:
         unchanged_bytes=fields.number("unchanged_bytes"),
         scanned=fields.flag("scanned"),
         digests=fields.text("digests", _hexadecimal),
+        merged=_merged(fields.value("merged")),
     )
     fields.done()
     return entry
+
+
+def _merged(value: object) -> Merged | None:
+    if value is None:
+        return None
+    fields = Fields(value, "a merged layer")
+    found = Merged(
+        parent=fields.optional("parent", point_id),
+        file_bytes=fields.number("file_bytes"),
+        stored_bytes=fields.number("stored_bytes"),
+        digests=fields.text("digests", _hexadecimal),
+    )
+    fields.done()
+    return found
 
 
 def _freeze(value: object) -> FreezeEntry:

@@ -9,7 +9,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +38,18 @@ class Touched:
 class Reach:
     """The layers of a VM, and who stands on whom.
 
-    records: gives the records of a layer, None if they can't be had; then it masks nothing.
+    records: gives the records of a layer, None if they can't be had; then it masks nothing. retired: those
+    of `points` that are recovery points no more; only what stands on them is touched.
     """
 
     def __init__(
-        self, points: Iterable[Point], records: Callable[[Point, DiskEntry], Records | None]
+        self,
+        points: Iterable[Point],
+        records: Callable[[Point, DiskEntry], Records | None],
+        retired: Collection[PointId] = (),
     ) -> None:
         self._records = records
+        self._retired = retired
         self._layers: dict[tuple[PointId, str], tuple[Point, DiskEntry]] = {}
         self._above: dict[tuple[PointId, str], list[PointId]] = defaultdict(list)
         for point in points:
@@ -79,7 +84,8 @@ class Reach:
                 seen = self._through(layer, entry, seen)
             shown = ((0, entry.size),) if seen is None else clusters.ranges(seen, entry.size)
             if shown:
-                found.append(Touched(layer.id, entry.name, tuple(shown)))
+                if layer.id not in self._retired:
+                    found.append(Touched(layer.id, entry.name, tuple(shown)))
                 waiting += [(above, seen) for above in self._above[at, disk]]
         return tuple(sorted(found, key=lambda one: one.point))
 

@@ -13,7 +13,7 @@ from backupctl.errors import BackupctlError
 
 T = TypeVar("T")
 
-MAX_BYTES = 16 * 1024 * 1024
+MAX_BYTES = 4 * 1024 * 1024
 """No manifest or journal is larger; one that is isn't read."""
 MAX_SIZE = 1 << 60
 """No disk is larger (bytes)."""

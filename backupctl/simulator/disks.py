@@ -23,6 +23,9 @@ _SPEC = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=([0-9]+[kMGT]?)((?:,[a-z-]+=[A-Za
 _MEANT = "NAME=SIZE[,format=raw][,node=NAME][,iothread=on][,readonly=on]"
 
 
+VIRTIO = ("virtio-blk-pci", "virtio-blk")
+
+
 @dataclass(frozen=True)
 class DiskSpec:
     """A disk as the user asks for it: ``NAME=SIZE`` and options.
@@ -64,7 +67,7 @@ class Device:
     @property
     def qdev(self) -> str:
         """The path under which `query-block` shows it."""
-        return f"/machine/peripheral/{self.name}/virtio-backend" if not self.removable else self.name
+        return f"/machine/peripheral/{self.name}/virtio-backend" if self.driver in VIRTIO else self.name
 
     def write_to(self, graph: Graph, node: Node) -> None:
         """Hang the device on a node."""

@@ -159,12 +159,12 @@ class Jobs:
             self.dismiss(job)
 
     def _dissolve(self, job: Job) -> None:
-        """Take the filter out again: who used it uses the source."""
+        """Take the filter out again: who used it uses what is below, the source or a later job's filter."""
         for node in (job.filter, job.target):
             node.blockers.remove(BUSY)
         for link in list(job.filter.parents):
             if link not in job.links:
-                self._graph.move(link, job.source)
+                self._graph.move(link, job.filter.file)
         for link in job.links:
             self._graph.unlink(link)
 

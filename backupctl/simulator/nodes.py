@@ -289,12 +289,12 @@ class Qcow2Node(Node):
 
     def _zero(self, offset: int, length: int) -> None:
         first, last = self._whole_clusters(offset, length)
-        if last > first:
-            self.store.punch(first, last - first, State.ZERO)
-            self._blank(offset, first - offset)
-            self._blank(last, offset + length - last)
-        else:
+        if last < first:
             self._blank(offset, length)
+            return
+        self.store.punch(first, last - first, State.ZERO)
+        self._blank(offset, first - offset)
+        self._blank(last, offset + length - last)
 
     def _discard(self, offset: int, length: int) -> None:
         first, last = self._whole_clusters(offset, length)
@@ -325,9 +325,15 @@ class Qcow2Node(Node):
             self.store.write(start, self.read(start, length))
 
     def _blank(self, offset: int, length: int) -> None:
-        """Write zeroes into parts of clusters, unless they read as zeroes anyway."""
-        if length > 0 and any(flags == Extent.DATA for _, flags in self.extents(offset, length)):
+        """Zero a part of one cluster: all of it where the rest reads as zeroes too, else by writing."""
+        start = offset // self.store.cluster * self.store.cluster
+        whole = min(self.store.cluster, self.size - start)
+        if not length:
+            return
+        if any(flags == Extent.DATA for _, flags in self.extents(start, whole)):
             self._write(offset, bytes(length))
+        else:
+            self.store.punch(start, whole, State.ZERO)
 
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
         cluster, end = self.store.cluster, offset + length

@@ -41,10 +41,15 @@ class BitmapFile:
             self._write(entries, words)
 
     def save(self, node: Node) -> None:
-        """Store a node's persistent bitmaps: QEMU ends cleanly."""
+        """Store a node's persistent bitmaps: QEMU ends cleanly.
+
+        Those that were in the file keep their order; the others follow, the newest first.
+        """
         entries: list[dict[str, Any]] = []
         words: dict[str, Any] = {}
-        for bitmap in node.bitmaps.values():
+        known = [entry["name"] for entry in self._read()[0]]
+        newest_first = list(reversed(node.bitmaps.values()))
+        for bitmap in sorted(newest_first, key=lambda each: _place(known, each.name)):
             if bitmap.persistent:
                 words[f"b{len(entries)}"] = bitmap.bits.leaves
                 entry = {"name": bitmap.name, "granularity": bitmap.granularity, "size": bitmap.size}
@@ -71,3 +76,7 @@ class BitmapFile:
         with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **{_HEADER: header}, **words)
         partial.replace(self.path)
+
+
+def _place(names: list[str], name: str) -> int:
+    return names.index(name) if name in names else len(names)

@@ -57,7 +57,7 @@ def dismantle(
     Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
     """
     told = []
-    limit.lift(monitor, owner, limit.SLOW_BYTES_PER_SECOND)
+    limit.ease(monitor, owner)
     ours = _ours(monitor, owner, "query-block-exports", "id")
     nodes = _ours(monitor, owner, "query-named-block-nodes", "node-name")
     for name in ours:
@@ -76,7 +76,7 @@ def dismantle(
     if "closefd" in monitor.commands:
         _unless_gone(monitor, "closefd", {"fdname": descriptor_name(owner)})
     told += _withdraw_filters(monitor, owner, actives)
-    limit.lift(monitor, owner, limit.UNLIMITED)
+    limit.lift(monitor, owner)
     for name in _ours(monitor, owner, "query-jobs", "id"):
         _end_job(monitor, name)
         told.append(f"ended the job {name}")

@@ -14,6 +14,7 @@ Source: V. Sementsov-Ogievskiy on the qemu-block list, 26 Dec 2017 and 15 Mar 20
 NBD reads against the copying itself. All disks and all bitmaps change in one transaction.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
 from backupctl.vm.view import Cut
+
+_LIMIT_SECONDS = 1.0
 
 
 class Fleecing:
@@ -50,6 +53,7 @@ class Fleecing:
         self._folder = folder
         self._private = private
         self._scratches: list[scratch.Scratch] = []
+        self._limited_at = 0.0
         self.atomic = True
 
     def attach(self) -> None:
@@ -74,7 +78,8 @@ class Fleecing:
     def guard_by(self, guard: Guard) -> None:
         """Have the guard end the jobs if we die, and look that no scratch file is used up."""
         for number, (made, room) in enumerate(zip(self._scratches, self._rooms, strict=True)):
-            guard.watch(self._owner.node("job", number), made.descriptor, room.give_up)
+            job, limited = self._owner.node("job", number), room.stop is not None
+            guard.watch(job, made.descriptor, room.give_up, limited=limited)
 
     def cut(self) -> None:
         """One transaction: new bitmaps, old bitmaps disabled, copy-before-write on; for all disks."""
@@ -98,6 +103,7 @@ class Fleecing:
                     f"({room.size >> 20} MiB were set aside in {self._folder}, {room.wanted >> 20} MiB would "
                     "do for all that the disk holds): gave up before the guest's own writes could fail"
                 )
+        self._set_limits()
         if not all(made.reserved for made in self._scratches):
             scratch.check_left(self._folder)
 
@@ -105,6 +111,17 @@ class Fleecing:
         """Close our descriptors of the scratch files."""
         for made in self._scratches:
             made.close()
+
+    def _set_limits(self) -> None:
+        """Set each limit's bucket to what really is left; by itself it leaks."""
+        now = time.monotonic()
+        if now - self._limited_at < _LIMIT_SECONDS:
+            return
+        self._limited_at = now
+        for number, (made, room) in enumerate(zip(self._scratches, self._rooms, strict=True)):
+            if room.stop is not None:
+                left = limit.bucket(room.stop - limit.used_bytes(made.descriptor))
+                limit.change(self._monitor, self._owner.node("lim", number), left)
 
     def _file(self, number: int, made: scratch.Scratch, room: Room) -> dict[str, object]:
         file: dict[str, object] = {"driver": "file", "filename": made.filename}

@@ -107,13 +107,13 @@ class Guard:
         """The exports are gone: the guard may let go of the sockets. Raises GuardLost."""
         self._ask({"do": "release"})
 
-    def watch(self, job: str, scratch: int, give_up_bytes: int | None) -> None:
+    def watch(self, job: str, scratch: int, give_up_bytes: int | None, *, limited: bool) -> None:
         """Have the guard end a job if we die, and us if we let its scratch file fill up.
 
         scratch: a descriptor of the file. give_up_bytes: used of it when we should have ended the job; None
-        if it can't be used up. Raises GuardLost.
+        if it can't be used up. limited: whether QEMU holds the guest back before. Raises GuardLost.
         """
-        self._ask({"do": "watch", "job": job, "give_up": give_up_bytes}, (scratch,))
+        self._ask({"do": "watch", "job": job, "give_up": give_up_bytes, "limited": limited}, (scratch,))
 
     def unwatch(self) -> None:
         """The jobs have ended. Raises GuardLost."""

@@ -38,14 +38,16 @@ def take_down(monitor: Address, left: Left, drain: Callable[[], object]) -> None
     drain: called again and again while exports go. Raises OSError, ValueError, EOFError, KeyError, TypeError.
     """
     with _conversation(monitor) as execute:
-        _lift(execute, left.groups, limit.SLOW_BYTES_PER_SECOND)
+        _set(execute, left.groups, limit.SLOW_BYTES_PER_SECOND)
         for export in left.exports:
             execute("block-export-del", id=export, mode="hard")
         for _ in _until_too_late():
             drain()
             if not _any(execute("query-block-exports"), left.exports):
                 break
-        _lift(execute, left.groups, limit.UNLIMITED)
+        _set(execute, left.groups, limit.UNLIMITED)
+        if left.groups:
+            execute("transaction", actions=[])  # see `limit.lift`
         for job in left.jobs:
             execute("block-job-cancel", device=job, force=True)
         for _ in _until_too_late():
@@ -53,13 +55,10 @@ def take_down(monitor: Address, left: Left, drain: Callable[[], object]) -> None
                 break
 
 
-def _lift(execute: Execute, groups: tuple[str, ...], bytes_per_second: int) -> None:
-    """See `limit.lift`."""
-    limits = {"bps-write": bytes_per_second, "bps-write-max": 0}
+def _set(execute: Execute, groups: tuple[str, ...], bytes_per_second: int) -> None:
     for group in groups:
+        limits = limit.steady(bytes_per_second)
         execute("qom-set", path=f"/objects/{group}", property="limits", value=limits)
-    if groups:
-        execute("transaction", actions=[])
 
 
 def _any(answer: dict[str, Any], names: tuple[str, ...]) -> bool:

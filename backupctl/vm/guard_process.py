@@ -261,8 +261,8 @@ class Guard:
             case "release":
                 self._holder.release()
             case "watch":
-                give_up = request["give_up"]
-                self._watch.add(Watched(str(request["job"]), descriptors[0], give_up))
+                job, give_up, limited = request["job"], request["give_up"], request["limited"]
+                self._watch.add(Watched(job, descriptors[0], give_up, limited))
             case "unwatch":
                 self._watch.forget()
             case "frozen":

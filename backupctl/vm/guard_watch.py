@@ -12,21 +12,30 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-LOOK_SECONDS = 1.0
+from backupctl.vm import limit
+
+LOOK_SECONDS = 0.2
 PATIENCE_SECONDS = 10.0
+PATIENCE_UNLIMITED_SECONDS = 1.0
+"""Where QEMU itself does not hold the guest back meanwhile."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """One scratch file. job: that fills it. give_up: bytes at which the run must end, None for never."""
+    """One scratch file.
+
+    job: that fills it. give_up: bytes at which the run must end, None for never. limited: whether QEMU
+    holds the guest back before it is full.
+    """
 
     job: str
     descriptor: int
     give_up: int | None
+    limited: bool
 
     def overdue(self) -> bool:
         """Whether more of it is used than the run should have let happen."""
-        return self.give_up is not None and used_bytes(self.descriptor) > self.give_up
+        return self.give_up is not None and limit.used_bytes(self.descriptor) > self.give_up
 
 
 class Watch:
@@ -45,7 +54,7 @@ class Watch:
     @property
     def groups(self) -> tuple[str, ...]:
         """The throttle groups below those jobs."""
-        return tuple(one.job.replace("-job", "-lim") for one in self._watched if one.give_up is not None)
+        return tuple(one.job.replace("-job", "-lim") for one in self._watched if one.limited)
 
     @property
     def active(self) -> bool:
@@ -64,21 +73,14 @@ class Watch:
 
     def look(self) -> None:
         """Kill a run that has known for long that it must end, and does not."""
-        if not any(one.overdue() for one in self._watched):
+        overdue = [one for one in self._watched if one.overdue()]
+        if not overdue:
             self._overdue_since = None
-        elif self._overdue_since is None:
-            self._overdue_since = time.monotonic()
-        elif time.monotonic() - self._overdue_since > PATIENCE_SECONDS and os.getppid() == self._run:
+            return
+        now = time.monotonic()
+        self._overdue_since = self._overdue_since or now
+        limited = all(one.limited for one in overdue)
+        patience = PATIENCE_SECONDS if limited else PATIENCE_UNLIMITED_SECONDS
+        if now - self._overdue_since > patience and os.getppid() == self._run:
             with suppress(ProcessLookupError):
                 os.kill(self._run, signal.SIGKILL)
-
-
-def used_bytes(descriptor: int) -> int:
-    """Return how much of a file holds data; room that was only set aside counts as none."""
-    used = end = 0
-    with suppress(OSError):  # no data any more
-        while True:
-            start = os.lseek(descriptor, end, os.SEEK_DATA)
-            end = os.lseek(descriptor, start, os.SEEK_HOLE)
-            used += end - start
-    return used

@@ -52,7 +52,7 @@ def limits(monitor: Monitor) -> bool:
     Before 9.0 a throttle node that joins a disk on an iothread crashes it (measured on 7.2.22:
     qemu_mutex_unlock_impl: Operation not permitted).
     """
-    if not monitor.version.at_least(6, 0):
+    if not monitor.version.at_least(6, 0) or "query-iothreads" not in monitor.commands:
         return False
     return monitor.version.at_least(9, 0) or not monitor.execute("query-iothreads")
 

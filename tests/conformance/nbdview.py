@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a well-behaved client (libnbd) sees of an export: flags, extents, bytes, all in comparable form."""
 
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
 import nbd
 import numpy as np
 
+BLOCK = 4096
+HAZY = -1
 _ASK_BYTES = 1 << 20
 
 
@@ -83,6 +86,19 @@ def _append(extents: list[list[int]], start: int, length: int, flags: int) -> No
 
 def _clipped(extents: list[list[int]], end: int) -> list[list[int]]:
     return [[start, min(length, end - start), flags] for start, length, flags in extents if start < end]
+
+
+def hazed(extents: list[list[int]], blocks: AbstractSet[int]) -> list[list[int]]:
+    """Return extents with HAZY in place of the flags of some blocks, each of BLOCK bytes."""
+    found: list[list[int]] = []
+    for start, length, flags in extents:
+        at, end = start, start + length
+        while at < end:
+            block = at // BLOCK
+            stop = min(end, (block + 1) * BLOCK)
+            _append(found, at, stop - at, HAZY if block in blocks else flags)
+            at = stop
+    return found
 
 
 def read(handle: nbd.NBD) -> bytes:

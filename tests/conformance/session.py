@@ -3,14 +3,15 @@
 
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.conformance import nbdview, normalise, subjects
 from tests.conformance.nbdwire import Wire
-from tests.conformance.qmp import Monitor, matches
+from tests.conformance.qmp import Monitor, MonitorClosed, matches
 
 Play = Callable[["Session"], None]
 SCRIPTS: dict[str, "Script"] = {}
@@ -126,15 +127,20 @@ class Session:
         self.do("block-export-del", id=identity, mode="hard")
         self.await_event("BLOCK_EXPORT_DELETED", id=identity)
 
-    def look(self, export: str, *bitmaps: str, without: tuple[str, ...] = ()) -> Any:
+    def look(
+        self, export: str, *bitmaps: str, without: tuple[str, ...] = (), hazy: AbstractSet[int] = frozenset()
+    ) -> Any:
         """Record what an NBD client sees of an export and the bitmaps served with it.
 
         without: members, or contexts among the extents, that are not to be compared.
+        hazy: blocks of `nbdview.BLOCK` bytes whose allocation is not to be compared.
         """
         seen = nbdview.look(self.nbd_socket, export, tuple(f"qemu:dirty-bitmap:{name}" for name in bitmaps))
         kept = {key: value for key, value in seen.items() if key not in without}
         if "extents" in kept:
             kept["extents"] = {name: each for name, each in seen["extents"].items() if name not in without}
+            if hazy and (allocation := kept["extents"].get("base:allocation")):
+                kept["extents"]["base:allocation"] = nbdview.hazed(allocation, hazy)
         return self.note(f"look at {export}", kept)
 
     @contextmanager
@@ -161,6 +167,20 @@ class Session:
         """Cancel a job and wait until nothing is left of it."""
         self.do("block-job-cancel", device=job)
         self.await_event("JOB_STATUS_CHANGE", id=job, status="null")
+
+    def restart(self, *, kill: bool = False) -> None:
+        """End QEMU, by SIGKILL or by its own `quit`, and start it again with the same disks."""
+        if not kill:
+            self.do("quit")
+            with suppress(MonitorClosed):
+                while True:
+                    self.monitor.events.append(self.monitor.receive())
+        self.monitor.close()
+        self.subject.restart(kill=kill)
+        before, self.monitor = self.monitor, Monitor(self.subject.qmp)
+        self.monitor.events = before.events
+        self.monitor.receive()
+        self.monitor.execute("qmp_capabilities")
 
     def another_client(self) -> socket.socket:
         """Connect a further client to the same monitor."""

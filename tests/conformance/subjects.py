@@ -4,7 +4,8 @@
 All have the same two disks of 4 MiB, the writable qcow2 `vda` (node `drive-vda`) and the raw `vdb`
 (node `drive-vdb`), and whatever else a script asks for by `extras`: "cd" (an empty CD drive `cd0`),
 "readonly" (a read-only disk `vdc`), "port" (a free port `rp0` to plug a disk
-into), "running" (CPUs that run firmware; the CPUs of a real QEMU are stopped otherwise, to spare ours).
+into), "scsi" (a free SCSI bus `scsi0.0`, for disks named sd…), "running" (CPUs that run firmware; the CPUs of
+a real QEMU are stopped otherwise, to spare ours).
 """
 
 import importlib.util
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -37,6 +38,9 @@ class Subject(Protocol):
     folder: Path
     qmp: Path
 
+    def restart(self, *, kill: bool) -> None:
+        """Kill it, or wait until it has ended by itself; then start it again with the same disks."""
+
     def write(self, disk: str, pattern: int, offset: int, length: int) -> None:
         """Write a pattern byte as the guest would."""
 
@@ -54,31 +58,66 @@ class Missing(Exception):
 @contextmanager
 def started(name: str, folder: Path, extras: frozenset[str] = frozenset()) -> Iterator[Subject]:
     """Start a subject and end it when the block is left. Raises Missing."""
-    if name in SIMULATED:
-        command = _simulator_command(name, folder, extras)
-    else:
-        command = _qemu_command(name, folder, extras)
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        _wait_for(folder / "qmp", process, folder / "log")
-        subject = Simulator(folder) if name in SIMULATED else RealQemu(folder)
+    command = (_simulator_command if name in SIMULATED else _qemu_command)(name, folder, extras)
+    with closing(Process(command, folder)) as process:
+        subject = Simulator(process) if name in SIMULATED else RealQemu(process)
         with subject:
             yield subject
-    finally:
-        process.kill()
-        process.wait(10)
+
+
+class Process:
+    """What runs behind a subject's sockets in `folder`."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.folder = folder
+        self._command = command
+        self._running = self._start()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        for name in ("qmp", "hmp", "control", "agent", "nbd"):
+            (self.folder / name).unlink(missing_ok=True)
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            _wait_for(self.folder / "qmp", process, self.folder / "log")
+        except BaseException:
+            process.kill()
+            process.wait(10)
+            raise
+        return process
+
+    def restart(self, *, kill: bool) -> None:
+        """End it, or wait for its end, and start it again."""
+        if kill:
+            self._running.kill()
+        self._running.wait(_START_SECONDS)
+        self._running = self._start()
+
+    def close(self) -> None:
+        """End it."""
+        self._running.kill()
+        self._running.wait(10)
 
 
 class RealQemu:
     """A qemu-system-x86_64 with stopped CPUs; what the guest does goes through a second monitor."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.qmp = folder / "qmp"
-        self._guest = Monitor(folder / "hmp")
-        self._guest.receive()
-        self._guest.execute("qmp_capabilities")
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.folder = process.folder
+        self.qmp = self.folder / "qmp"
+        self._guest = self._take_pen()
+
+    def _take_pen(self) -> Monitor:
+        guest = Monitor(self.folder / "hmp")
+        guest.receive()
+        guest.execute("qmp_capabilities")
+        return guest
+
+    def restart(self, *, kill: bool) -> None:
+        self._guest.close()
+        self._process.restart(kill=kill)
+        self._guest = self._take_pen()
 
     def __enter__(self) -> Self:
         return self
@@ -98,7 +137,8 @@ class RealQemu:
     def _io(self, disk: str, command: str) -> None:
         log = self.folder / "log"
         before = log.stat().st_size
-        line = f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{command}"'
+        backend = disk if disk.startswith("sd") else f"/machine/peripheral/{disk}/virtio-backend"
+        line = f'qemu-io -d {backend} "{command}"'
         reply = self._guest.execute("human-monitor-command", {"command-line": line})
         # qemu-io tells its outcome on QEMU's standard output, not in the reply.
         said = log.read_text()[before:] + str(reply)
@@ -108,10 +148,16 @@ class RealQemu:
 class Simulator:
     """`backupctl simulate`; what the guest does goes through its control socket, one JSON line each."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.qmp = folder / "qmp"
-        self._control = Monitor(folder / "control")
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self.folder = process.folder
+        self.qmp = self.folder / "qmp"
+        self._control = Monitor(self.folder / "control")
+
+    def restart(self, *, kill: bool) -> None:
+        self._control.close()
+        self._process.restart(kill=kill)
+        self._control = Monitor(self.folder / "control")
 
     def __enter__(self) -> Self:
         return self
@@ -188,6 +234,8 @@ def _qemu_command(version: str, folder: Path, extras: frozenset[str]) -> list[st
         command += _disk("vdc", "qcow2", folder, readonly=True)
     if "cd" in extras:
         command += ["-device", "ide-cd,id=cd0,bus=ide.0"]
+    if "scsi" in extras:
+        command += ["-device", "virtio-scsi-pci,id=scsi0"]
     if "port" in extras:
         command += ["-device", "pcie-root-port,id=rp0,chassis=1,slot=1"]
     return command

@@ -17,6 +17,8 @@ from fixtures import guest as guests
 from fixtures.agent import SENTINEL, PlayedAgent
 from fixtures.debian import CannotBeHad
 from fixtures.machine import Disk, Machine, line_socket
+from fixtures.simulated import Simulated
+from fixtures.simulated_guest import SimulatedAgent
 from fixtures.storage_daemon import StorageDaemon
 from tests.conftest import MIB, ROOT, get_build
 
@@ -190,6 +192,49 @@ def test_the_played_agent_misbehaves_as_told(tmp_path, behaviour, heard, frozen)
             else:
                 assert stream.readline().encode().startswith(heard)
         assert agent.frozen is frozen
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "heard", "frozen"),
+    [
+        ("silent", None, False),
+        ("unanswered", None, True),
+        ("late", b'{"return": 1}\n', True),
+        ("refuse", b'{"error": {"class": "GenericError"', False),
+        ("garbage", b"", False),
+        ("hang up", b"", False),
+    ],
+)
+def test_the_simulated_agent_misbehaves_as_the_played_one(behaviour, heard, frozen):
+    with Simulated("--disk", "vda=1M") as machine:
+        agent = SimulatedAgent(machine)
+        agent.late_seconds = 0.2
+        agent.behaviour["guest-fsfreeze-freeze"] = behaviour
+        with line_socket(agent.path, 0.5) as stream:
+            stream.write('{"execute": "guest-fsfreeze-freeze"}\n')
+            stream.flush()
+            if heard is None:
+                with pytest.raises(TimeoutError):
+                    stream.readline()
+            else:
+                assert stream.buffer.readline().startswith(heard)
+        assert agent.frozen is frozen
+        assert (len(agent.freezes), len(agent.thaws)) == (int(frozen), 0)
+        agent.behaviour.clear()
+        assert converse(agent.path, "guest-fsfreeze-thaw") == [{"return": int(frozen)}]
+        assert (agent.frozen, len(agent.thaws)) == (False, int(frozen))
+
+
+def test_the_simulated_moment_is_the_model_as_it_was_at_the_transaction(make_lab):
+    lab = make_lab(builds.simulator("10.0"), formats={"vdb": "raw"}, seed=11)
+    lab.writer.write(100)
+    before = {disk: bytes(model) for disk, model in lab.writer.model.items()}
+    add = {"type": "block-dirty-bitmap-add", "data": {"node": "node-vda", "name": "b0"}}
+    assert lab.machine.qmp("transaction", actions=[add]) == {}
+    lab.writer.write(100)
+    assert lab.writer.moment == before
+    assert {disk: lab.machine.content(disk) for disk in before} == lab.writer.model
+    assert before != lab.writer.model
 
 
 @pytest.mark.guest

@@ -11,6 +11,8 @@ from tests.conformance.scripts import (  # noqa: F401 - imported for what they r
     limits,
     machine,
     monitor,
+    plugging,
+    restarts,
     transactions,
     views,
     wire,

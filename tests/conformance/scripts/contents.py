@@ -31,6 +31,21 @@ def written_zeroed_and_discarded_clusters(s: Session) -> None:
 
 
 @script()
+def zeroes_to_parts_of_clusters(s: Session) -> None:
+    """Each cluster goes its own way: one with data keeps its data, any other becomes a cluster of zeroes."""
+    s.subject.write("vda", 5, 0, 4 * CLUSTER)
+    s.subject.zero("vda", 4 * CLUSTER - 512, 1024)
+    s.subject.write("vda", 6, 10 * CLUSTER + 512, 512)
+    s.subject.zero("vda", 10 * CLUSTER - 1000, CLUSTER + 2000)
+    s.subject.zero("vda", 20 * CLUSTER + 512, 512)
+    s.subject.write("vda", 7, subjects.SIZE - CLUSTER, 512)
+    s.subject.zero("vda", subjects.SIZE - 512, 512)
+    s.serve()
+    s.export("drive-vda", name="disk", allocation_depth=True)
+    s.look("disk")
+
+
+@script()
 def a_bitmap_as_a_context(s: Session) -> None:
     s.do("block-dirty-bitmap-add", node="drive-vda", name="b0")
     s.subject.write("vda", 1, 0, 100)

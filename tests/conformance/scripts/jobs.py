@@ -77,6 +77,26 @@ def a_second_job_on_the_same_disk(s: Session) -> None:
 
 
 @script()
+def of_two_jobs_on_one_disk_either_may_end_first(s: Session) -> None:
+    """The one that goes on still keeps, and the disk's bitmap still marks, what the guest does."""
+    for first, second in (("job0", "job1"), ("job1", "job0")):
+        s.do("block-dirty-bitmap-add", node="drive-vda", name="b0")
+        s.scratch("tmp0", file=f"{first}-0")
+        s.scratch("tmp1", file=f"{first}-1")
+        s.fleece(job="job0", target="tmp0")
+        s.fleece(job="job1", target="tmp1")
+        s.end_job(first)
+        s.subject.write("vda", 7, 65536, 1000)
+        s.subject.discard("vda", 131072, 65536)
+        s.do("query-jobs")
+        s.end_job(second)
+        s.bitmaps()
+        s.do("block-dirty-bitmap-remove", node="drive-vda", name="b0")
+        for node in ("tmp0", "tmp1"):
+            s.do("blockdev-del", node_name=node)
+
+
+@script()
 def a_target_in_use_by_a_job(s: Session) -> None:
     s.scratch()
     s.fleece()

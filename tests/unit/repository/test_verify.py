@@ -14,7 +14,8 @@ import pytest
 from backupctl.errors import DamageFound, Interrupted, NoSuchPoint, RepositoryError
 from backupctl.names import PointId, VmName
 from backupctl.report import Silent, Stop
-from backupctl.repository.reach import Touched
+from backupctl.repository import locks, markers
+from backupctl.repository.reach import Reach, Touched
 from backupctl.verify import Depth, verify
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
@@ -307,3 +308,52 @@ def test_a_thousand_flipped_bits_are_a_thousand_found(builder):
         for cluster in range(offset // CLUSTER, (offset + length) // CLUSTER)
     ]
     assert found == numbers
+
+
+def test_the_layers_of_a_retired_point_are_verified_for_those_that_stand_on_it(stock):
+    image = stock.image(P1)
+    markers.put(image.parent, markers.RETIRED)
+    flip(image, stock.place(image, noise(1, 20)[:64]))
+    report = stock.verify()
+    assert (report.points, report.layers) == (2, 6)
+    (damage,) = report.damage
+    assert [one.point for one in damage.touches] == [P2, P3]
+    assert len(stock.verify("latest").damage) == 1
+
+
+def test_an_unfinished_merge_is_damage_only_where_nothing_masks_it(stock):
+    """P1 is being overwritten with what P2 stores: clusters 4 to 7, 10 and 30."""
+    image = stock.image(P1)
+    markers.put(image.parent, markers.RETIRED)
+    markers.put(image.parent, markers.merging("vda"))
+    _qemu_io(image, f"write -q -P 9 {4 * CLUSTER} {2 * CLUSTER}", f"write -q -P 9 {30 * CLUSTER} {CLUSTER}")
+    report = stock.verify()
+    assert report.damage == ()
+    assert "a prune has not ended yet" in report.notes[0]
+    _qemu_io(image, f"write -q -P 9 {3 * CLUSTER} {CLUSTER}")
+    (damage,) = stock.verify().damage
+    assert [one.ranges for one in damage.touches] == [((3 * CLUSTER, CLUSTER),)] * 2
+
+
+def test_a_prune_at_work_is_not_waited_for_for_ever(stock, monkeypatch):
+    monkeypatch.setattr("backupctl.verify._PATIENCE_SECONDS", 0.05)
+    with locks.folder(stock.image(P2).parent, 0):
+        report = stock.verify(data=False)
+    assert report.damage == ()
+    assert [note for note in report.notes if "a prune is changing it" in note] == list(report.notes[:2])
+    with locks.folder(stock.image(P2).parent, 0, shared=True):
+        assert stock.verify(data=False).notes == ()
+
+
+def test_a_point_that_is_pruned_meanwhile_is_no_damage(stock, monkeypatch):
+    """The newest goes, after the survey and before its layers' turn."""
+    real = Reach.__init__
+
+    def prune(*arguments):
+        real(*arguments)
+        shutil.rmtree(stock.image(P3).parent)
+
+    monkeypatch.setattr(Reach, "__init__", prune)
+    report = stock.verify(data=False)
+    assert report.damage == ()
+    assert report.notes[-1].endswith(f"{P3}: pruned meanwhile")

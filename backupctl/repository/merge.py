@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Merging a layer into the one below it, so that a dropped point's layer goes and no content is lost.
+
+::
+
+    before   N ──► D ──► P      D is retired, N the only layer that stands on it
+    after    N ───────► P       N's image is D's with what N stored written over it
+
+    1 mark      D/<disk>.merging is put: D's manifest need no longer be true
+    2 write     what N stores goes into D's image, in place; N masks each cluster meanwhile
+    3 describe  the merged digest map is laid ready, and N's manifest gets a second description, `merged`
+    4 switch    the image is renamed over N's, then the map, then the manifest says only what is
+
+After each step, and after a death within one, every reader of N sees the same bytes: up to the rename
+through N's old image, from then on in the new one, and the image's backing link tells which it is. Steps
+1 and 2 may be done again and again; once 3 is done only 4 is left. Step 2 is the caller's (bytes are
+moved by another room).
+
+A disk that grew from D to N while P holds something where D had ended already can't be written in place:
+the moment D's image grows, P would show through. Then the merged image is a new file in N's folder, made
+of both layers, and takes the place of D's in step 4.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from backupctl import clusters
+from backupctl.clusters import CLUSTER_BYTES, Logical, Records
+from backupctl.errors import RepositoryError, WriteFailed
+from backupctl.repository import digests, durable, header, images, markers
+from backupctl.repository import manifest as manifests
+from backupctl.repository.chain import Layer, backing_of
+from backupctl.repository.layout import Point
+from backupctl.repository.manifest import DiskEntry, Manifest, Merged
+
+_WINDOW_CLUSTERS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge. layers: N, D, and what is below, newest first. point: N's."""
+
+    point: Point
+    layers: tuple[Layer, ...]
+
+    @property
+    def upper(self) -> Layer:
+        """The layer that is merged."""
+        return self.layers[0]
+
+    @property
+    def lower(self) -> Layer:
+        """The layer that takes it in."""
+        return self.layers[1]
+
+    @property
+    def size(self) -> int:
+        """The disk's size afterwards, in bytes."""
+        return self.upper.entry.size
+
+    @property
+    def in_place(self) -> bool:
+        """Whether D's own image takes N's clusters; otherwise `image` is a new one."""
+        return len(self.layers) == 2 or self.size <= self.lower.entry.size
+
+    @property
+    def image(self) -> Path:
+        """The image that will be the merged one."""
+        return self.lower.path if self.in_place else _new_image(self.upper.path)
+
+    @property
+    def backing(self) -> str:
+        """The backing link of the merged image, "" for none."""
+        return backing_of(self.lower.entry)
+
+    def mark(self) -> None:
+        """Do step 1, and have an image to write to. Raises WriteFailed, DamageFound, RepositoryError."""
+        _remove(_new_image(self.upper.path))
+        if not self.in_place:
+            images.create_layer(self.image, self.size, self.backing)
+            return
+        markers.put(self.lower.path.parent, markers.merging(self.lower.entry.name))
+        if header.read(self.image).size < self.size:
+            images.resize(self.image, self.size)
+
+    def cut_cluster(self) -> tuple[int, int] | None:
+        """Return the rest of a cluster that D's larger image would keep behind the new end: offset, length.
+
+        It must be zeroes before the image is cut: it would come back when the disk grows again.
+        """
+        rest = -self.size % CLUSTER_BYTES
+        records = self.upper.digests().records
+        ends_in = len(records) and int(records["cluster"][-1]) == clusters.count(self.size) - 1
+        if not (rest and ends_in):
+            return None
+        room = header.read(self.image).size - self.size
+        return (self.size, min(rest, room)) if room > 0 else None
+
+    def describe(self) -> Point:
+        """Do step 3, when all bytes are written and flushed; returns N with both descriptions.
+
+        Raises WriteFailed, DamageFound, RepositoryError.
+        """
+        if header.read(self.image).size > self.size:
+            images.resize(self.image, self.size)
+        ready = digests.merged_path_of(self.upper.path)
+        _remove(ready)
+        count = sum(len(part) for part in self.records())
+        checksum = digests.write_parts(ready, self.size, count, self.records)
+        _sync_folder(ready.parent)
+        stored = self.image.stat()
+        merged = Merged(self.lower.entry.parent, stored.st_size, stored.st_blocks * 512, checksum)
+        entry = replace(self.upper.entry, merged=merged)
+        return rewrite(self.point, self.point.manifest.with_disk(entry))
+
+    def records(self) -> Iterator[Records]:
+        """Yield the records of the merged layer, ascending, a window at a time. Raises DamageFound."""
+        lower, upper = self.lower.digests().records, self.upper.digests().records
+        for first in range(0, clusters.count(self.size), _WINDOW_CLUSTERS):
+            part = _within(lower, first, self.size)
+            hidden = self._hidden(first)
+            if hidden is not None:
+                part = clusters.overlay(hidden, part, self.size)
+            found = clusters.overlay(part, _within(upper, first, self.size), self.size)
+            if len(found):
+                yield found
+
+    def _hidden(self, first: int) -> Records | None:
+        """Return zeroes for what D ended before, and P has: the merged layer must hide it."""
+        if self.in_place:
+            return None
+        below = [(layer.digests().records, layer.entry.size) for layer in self.layers[2:]]
+        length = min(_WINDOW_CLUSTERS, clusters.count(self.size) - first)
+        shown = Logical(below, self.size).window(first, length)
+        ended = shown["cluster"] >= clusters.count(self.lower.entry.size)
+        found = np.array(shown[ended & ~clusters.is_zero(shown)])
+        found["low"] = found["high"] = 0
+        return found
+
+
+def switch(point: Point, entry: DiskEntry) -> Point:
+    """Do step 4 for a disk whose manifest has both descriptions, or what is left of it; returns N.
+
+    The caller keeps readers away from N. Raises RepositoryError, DamageFound.
+    """
+    image = point.path / f"{entry.name}.qcow2"
+    after = entry.after_merge()
+    try:
+        if header.read(image).backing != backing_of(after):
+            _move(_made(point, entry), image)
+        ready = digests.merged_path_of(image)
+        if ready.exists():
+            _move(ready, digests.path_of(image))
+    except OSError as err:
+        raise RepositoryError(f"{image} can't be exchanged: {err.strerror}") from err
+    return rewrite(point, point.manifest.with_disk(after))
+
+
+def forget(points: Iterable[Point], gone: Point) -> None:
+    """Have no point named as built on one whose layers nobody needs any more. Raises RepositoryError."""
+    for point in points:
+        if point.manifest.parent == gone.id:
+            parents = [entry.parent for entry in point.manifest.disks if entry.parent]
+            parent = max(parents, default=None)
+            kind: manifests.PointKind = "incremental" if parent else "full"
+            rewrite(point, replace(point.manifest, parent=parent, kind=kind))
+
+
+def rewrite(point: Point, manifest: Manifest) -> Point:
+    """Replace a point's manifest, at once and durably. Raises RepositoryError."""
+    try:
+        durable.replace(point.path / manifests.FILE_NAME, manifest.to_json())
+    except OSError as err:
+        raise RepositoryError(f"{point.path} can't be written: {err.strerror}") from err
+    return replace(point, manifest=manifest)
+
+
+def _made(point: Point, entry: DiskEntry) -> Path:
+    """Return the merged image that waits to take its place."""
+    new = _new_image(point.path / f"{entry.name}.qcow2")
+    return new if new.exists() else point.path.parent / str(entry.parent) / f"{entry.name}.qcow2"
+
+
+def _new_image(path: Path) -> Path:
+    return path.with_suffix(".qcow2.merged")
+
+
+def _within(records: Records, first: int, size_bytes: int) -> Records:
+    """Return the records of one window."""
+    last = min(first + _WINDOW_CLUSTERS, clusters.count(size_bytes))
+    numbers = records["cluster"]
+    # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
+    begin = bisect_left(numbers, first)
+    return np.array(records[begin : bisect_left(numbers, last, lo=begin)])
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename over a file, durably: first where it is now, then where it was."""
+    source.rename(target)
+    durable.sync_folder(target.parent)
+    if source.parent != target.parent:
+        durable.sync_folder(source.parent)
+
+
+def _remove(path: Path) -> None:
+    """Remove what a dead prune left. Raises WriteFailed."""
+    try:
+        durable.remove(path)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be removed: {err.strerror}") from err
+
+
+def _sync_folder(path: Path) -> None:
+    try:
+        durable.sync_folder(path)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a disk may hold after the power failed: every legal outcome of a trace of steps.
+
+As ALICE and CrashMonkey do, for a file system that promises no more than POSIX:
+
+- what was written to a file since its last fsync may be there, or be missing, cut off, zeroes or garbage;
+- what was done to a folder's names since its last fsync may have happened or not, each on its own, in any
+  combination that has a meaning; an fsync of a file says nothing of its name;
+- a rename or link is whole or not at all.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+EMPTY, ZEROES, HALF, GARBAGE, TORN, WHOLE = "empty", "zeroes", "half", "garbage", "torn", "whole"
+DOUBTFUL = (EMPTY, ZEROES, HALF, GARBAGE, TORN, WHOLE)
+
+Content = tuple[str, str]
+"""A file's content: the digest of a whole one, and what became of it."""
+
+Tree = dict[str, Content | None]
+"""Path to content; None: a folder."""
+
+
+@dataclass(frozen=True)
+class NameStep:
+    """A change of names. gone, made: (folder, name) or None. inode: what it names.
+
+    unsynced: the folders that must be synced before it is durable.
+    """
+
+    gone: tuple[int, str] | None
+    made: tuple[int, str] | None
+    inode: int
+    unsynced: frozenset[int]
+
+    @classmethod
+    def of(cls, gone: tuple[int, str] | None, made: tuple[int, str] | None, inode: int) -> "NameStep":
+        return cls(gone, made, inode, frozenset(place[0] for place in (gone, made) if place))
+
+
+@dataclass
+class File:
+    """A file. synced: its durable content. coming: what the next fsync will make durable, if it is dirty."""
+
+    synced: str | None = None
+    coming: str | None = None
+
+
+@dataclass
+class Disk:
+    """The state of things while a trace is played."""
+
+    names: dict[tuple[int, str], int] = field(default_factory=dict)
+    durable: dict[tuple[int, str], int] = field(default_factory=dict)
+    files: dict[int, File] = field(default_factory=dict)
+    pending: list[NameStep] = field(default_factory=list)
+    inodes: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    def place(self, path: str) -> tuple[int, str]:
+        """Return folder and name of a path."""
+        folder = 0
+        *above, name = PurePosixPath(path).parts
+        for part in above:
+            folder = self.names[folder, part]
+        return folder, name
+
+    def inode(self, path: str) -> int:
+        return 0 if path == "." else self.names[self.place(path)]
+
+    def load(self, tree: dict[str, str | None]) -> None:
+        """Begin with a tree that is all durable: path to digest, None for a folder; parents first."""
+        for path, content in tree.items():
+            inode = next(self.inodes)
+            self.names[self.place(path)] = inode
+            if content is not None:
+                self.files[inode] = File(synced=content)
+        self.durable = dict(self.names)
+
+    def play(self, step: dict[str, Any]) -> None:
+        """Do a step."""
+        do, path = step["do"], step["path"]
+        if do in ("mkdir", "create"):
+            inode = next(self.inodes)
+            if do == "create":
+                self.files[inode] = File(coming=step["coming"])
+            self._name(NameStep.of(None, self.place(path), inode))
+        elif do in ("rename", "link"):
+            source = self.place(path)
+            gone = source if do == "rename" else None
+            self._name(NameStep.of(gone, self.place(step["to"]), self.names[source]))
+        elif do == "remove":
+            self._name(NameStep.of(self.place(path), None, self.names[self.place(path)]))
+        elif do == "dirty":
+            self.files[self.inode(path)].coming = step["coming"]
+        elif do == "sync" and "content" in step:
+            self.files[self.inode(path)] = File(synced=step["content"])
+        elif do == "sync":
+            self._sync_folder(self.inode(path))
+
+    def _name(self, step: NameStep) -> None:
+        self.pending.append(step)
+        apply(self.names, step)
+
+    def _sync_folder(self, folder: int) -> None:
+        """All changes of a folder's names are durable now, and of both folders if there are two."""
+        left = []
+        for step in self.pending:
+            waiting = step.unsynced - {folder}
+            if waiting:
+                left.append(replace(step, unsynced=waiting))
+            else:
+                apply(self.durable, step)
+        self.pending = left
+
+    def tree(self, kept: tuple[NameStep, ...], fates: dict[int, str]) -> Tree:
+        """Return what is found after a crash that kept some of the pending steps. fates: of dirty files."""
+        names = dict(self.durable)
+        for step in kept:
+            apply(names, step)
+        below: dict[int, list[tuple[str, int]]] = {}
+        for (folder, name), inode in names.items():
+            below.setdefault(folder, []).append((name, inode))
+        found: Tree = {}
+        waiting = [("", 0)]
+        while waiting:
+            path, folder = waiting.pop()
+            for name, inode in below.get(folder, []):
+                if inode in self.files:
+                    found[path + name] = self._content(inode, fates)
+                else:
+                    found[path + name] = None
+                    waiting.append((f"{path}{name}/", inode))
+        return found
+
+    def _content(self, inode: int, fates: dict[int, str]) -> Content:
+        file = self.files[inode]
+        if inode in fates and file.coming is not None:
+            return file.coming, fates[inode]
+        return (file.synced, WHOLE) if file.synced else ("", EMPTY)
+
+    def dirty(self) -> list[int]:
+        """Name the files whose content is in doubt."""
+        return sorted(inode for inode, file in self.files.items() if file.coming is not None)
+
+
+def apply(names: dict[tuple[int, str], int], step: NameStep) -> None:
+    """Change names, if what the step needs is there."""
+    if step.gone is not None:
+        if names.get(step.gone) != step.inode:
+            return
+        del names[step.gone]
+    if step.made is not None:
+        names[step.made] = step.inode
+
+
+def read(trace: Path, end: dict[str, str | None]) -> list[dict[str, Any]]:
+    """Read a trace. end: what there was after it.
+
+    coming: added to a step that makes a file dirty, the content that it is given by it.
+    """
+    steps = [json.loads(line) for line in (trace / "trace").read_text().splitlines()]
+    steps = [step for step in steps if not (step["path"] == "." and step["do"] == "mkdir")]
+    return [{**step, "coming": _coming(steps, number, end)} for number, step in enumerate(steps)]
+
+
+def crashes(
+    steps: list[dict[str, Any]], start: dict[str, str | None], most: int, seed: int
+) -> Iterator[tuple[int, Tree]]:
+    """Yield after each step what may be found: how many steps were done, and a tree.
+
+    most: so many for each step; where there are more, the corners and a sample. The same for the same seed.
+    """
+    disk = Disk()
+    disk.load(start)
+    chance = random.Random(seed)
+    for number, step in enumerate(steps):
+        disk.play(step)
+        for kept, fates in _choices(disk, most, chance):
+            yield number + 1, disk.tree(kept, fates)
+
+
+def _choices(
+    disk: Disk, most: int, chance: random.Random
+) -> Iterator[tuple[tuple[NameStep, ...], dict[int, str]]]:
+    pending, dirty = disk.pending, disk.dirty()
+    count = 2 ** len(pending) * len(DOUBTFUL) ** len(dirty)
+    if count <= most:
+        for bits in itertools.product((False, True), repeat=len(pending)):
+            for fates in itertools.product(DOUBTFUL, repeat=len(dirty)):
+                yield tuple(itertools.compress(pending, bits)), dict(zip(dirty, fates, strict=True))
+        return
+    whole = dict.fromkeys(dirty, WHOLE)
+    for one in pending:  # the corners: one change of names lost, and one kept, all files whole and none
+        for fates in (whole, dict.fromkeys(dirty, EMPTY)):
+            yield tuple(step for step in pending if step is not one), fates
+            yield (one,), fates
+    for one in dirty:
+        for fate in DOUBTFUL:
+            yield tuple(pending), {**whole, one: fate}
+    for _ in range(most):
+        kept = tuple(step for step in pending if chance.random() < 0.7)
+        yield kept, {inode: chance.choice(DOUBTFUL) for inode in dirty}
+
+
+def _coming(steps: list[dict[str, Any]], number: int, end: dict[str, str | None]) -> str | None:
+    """Return the content that the file of a step will have at its next fsync, or at the end."""
+    step = steps[number]
+    if step["do"] not in ("create", "dirty"):
+        return None
+    path = step["path"]
+    for later in steps[number + 1 :]:
+        if later["do"] == "rename" and f"{path}/".startswith(f"{later['path']}/"):
+            path = later["to"] + path[len(later["path"]) :]
+        if later["do"] == "sync" and later["path"] == path and "content" in later:
+            return str(later["content"])
+    return end.get(path)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Play a trace against every state that a power failure may leave, and look at each with the product's eyes.
+
+In each state: the repository opens; every point that was committed before the run is there, byte for byte;
+the new one is whole or not there, and is there once the VM's bitmaps rest on it; what the next run does
+first leaves nothing unfinished, takes no point away, and can begin a point of its own.
+"""
+
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backupctl import recovery
+from backupctl.errors import BackupctlError
+from backupctl.names import PointId, VmName, next_point_id, point_time
+from backupctl.report import Silent, Stop
+from backupctl.repository.journal import Journal
+from backupctl.repository.layout import Repository, VmFolder
+from backupctl.settings import Vm
+from backupctl.verify import Depth, verify
+from tests.powerloss import disk
+from tests.powerloss.disk import EMPTY, GARBAGE, HALF, TORN, WHOLE, ZEROES, Content, Tree
+
+VM = VmName("web")
+Points = dict[str, dict[str, Content]]
+"""Point to its files."""
+
+
+@dataclass
+class Recorded:
+    """A run that was recorded. start: what was durable before it; end: what there was after it."""
+
+    trace: Path
+    steps: list[dict[str, Any]]
+    start: dict[str, str | None]
+    end: dict[str, str | None]
+
+    def points(self, tree: dict[str, str | None]) -> Points:
+        """Return the committed points of a tree with their files."""
+        found: Points = {}
+        for path, content in tree.items():
+            parts = path.split("/")
+            if len(parts) == 3 and content is not None and not parts[1].endswith(".partial"):
+                found.setdefault(parts[1], {})[parts[2]] = (content, WHOLE)
+        return found
+
+
+@dataclass
+class Explored:
+    """What came of it. states: different ones. violations: what was wrong, in which."""
+
+    states: int = 0
+    verified: int = 0
+    violations: list[str] = field(default_factory=list)
+
+
+def explore(
+    run: Recorded, work: Path, *, most: int, verify_every: int = 0, stop_early: bool = False
+) -> Explored:
+    """Look at all states. most: for each step. verify_every: which of them are also verified, with data."""
+    before, after = run.points(run.start), run.points(run.end)
+    (new,) = set(after) - set(before)
+    result = Explored()
+    seen = set()
+    pool = Pool(run.trace, work / "pool")
+    relied_on = _relied_on(run.steps)
+    for done, tree in disk.crashes(run.steps, run.start, most, seed=1):
+        due = done > relied_on
+        key = due, frozenset(tree.items())
+        if key in seen:
+            continue
+        seen.add(key)
+        result.states += 1
+        state = work / "state"
+        pool.lay_out(tree, state)
+        deep = bool(verify_every) and result.states % verify_every == 0
+        result.verified += deep
+        try:
+            wrong = judge(state, before, after, new if due else None, deep=deep)
+        except BackupctlError as err:
+            wrong = f"{type(err).__name__}: {err.message}"
+        finally:
+            shutil.rmtree(state)
+        if wrong:
+            result.violations.append(f"after step {done - 1} ({run.steps[done - 1]}): {wrong}")
+            if stop_early:
+                break
+    return result
+
+
+def _relied_on(steps: list[dict[str, Any]]) -> int:
+    """Return the step by which the VM's bitmaps, or the user, rest on the new point.
+
+    The last time that bitmaps are given up: before it recovery may have removed some of a dead run's.
+    """
+    retired = [number for number, step in enumerate(steps) if step["do"] == "retired"]
+    return retired[-1] if retired else next(n for n, step in enumerate(steps) if step["do"] == "reported")
+
+
+def judge(state: Path, before: Points, after: Points, due: str | None, *, deep: bool) -> str:
+    """Return what is wrong with a state, "" if nothing is. due: a point that must be there."""
+    existed = (state / "repository.json").exists()
+    if before and not existed:
+        return "repository.json is gone"
+    repository = Repository.open_or_create(state)
+    folder = repository.vm(VM)
+    wrong = _points(folder, before, after, due)
+    if not wrong and deep:
+        found = verify(repository, None, None, Depth(), Silent(), Stop()).damage
+        wrong = f"verify: {found[0].message}" if found else ""
+    return wrong or _next_run(repository, folder) or _points(folder, before, after, due)
+
+
+def _points(folder: VmFolder, before: Points, after: Points, due: str | None) -> str:
+    survey = folder.survey()
+    if survey.damaged:
+        return f"damaged: {survey.damaged[0][1].message}"
+    there = {point.id for point in survey.points}
+    if not set(before) <= there or (due and due not in there):
+        return f"a committed point is gone; there are {sorted(there)}"
+    for point in survey.points:
+        names = {path.name for path in point.path.iterdir()}
+        if names != set(after[point.id]):
+            return f"{point.id} holds {sorted(names)}"
+        for name, (content, fate) in after[point.id].items():
+            if not os.path.samefile(point.path / name, Pool.path_of(folder.path.parent, (content, fate))):
+                return f"{point.id}/{name} is not whole"
+    return ""
+
+
+def _next_run(repository: Repository, folder: VmFolder) -> str:
+    """Do what the next run does first, and begin a point."""
+    vm = Vm(VM, "unix:/nowhere", None)
+    with folder.lock():
+        recovery.actives(folder)
+        recovery.drop_leftover_files(vm, folder, repository.owner, repository.path)
+        if folder.partials():
+            return "something unfinished is left"
+        newest = folder.newest()
+        point = next_point_id(point_time(newest or PointId("20260101T000000Z")), newest)
+        journal = Journal(point, VM, repository.id, "full", "attach", "2026", 1, (), False)
+        folder.begin(point, journal).drop()
+    return ""
+
+
+class Pool:
+    """Every content that a file may have, once; states are made of links to them."""
+
+    def __init__(self, trace: Path, folder: Path) -> None:
+        self._trace = trace
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    @staticmethod
+    def path_of(state: Path, content: Content) -> Path:
+        return state.parent / "pool" / ".".join(content)
+
+    def lay_out(self, tree: Tree, state: Path) -> None:
+        """Make a folder that looks like a tree."""
+        state.mkdir()
+        for path in sorted(tree):
+            content = tree[path]
+            if content is None:
+                (state / path).mkdir()
+            elif path.endswith("/lock"):
+                (state / path).touch()  # the one file that is written to
+            else:
+                os.link(self._made(content), state / path)
+
+    def _made(self, content: Content) -> Path:
+        path = self._folder / ".".join(content)
+        if not path.exists():
+            path.write_bytes(self._bytes(*content))
+        return path
+
+    def _bytes(self, digest: str, fate: str) -> bytes:
+        whole = (self._trace / digest).read_bytes() if digest else b""
+        half = len(whole) // 2
+        garbage = random.Random(len(whole)).randbytes(len(whole))
+        return {
+            WHOLE: whole,
+            EMPTY: b"",
+            ZEROES: bytes(len(whole)),
+            HALF: whole[:half],
+            GARBAGE: garbage,
+            TORN: whole[:half] + garbage[half:],
+        }[fate]

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The power fails at any moment of a run: every legal state of the disk keeps what was committed."""
+
+import hashlib
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures import builds
+from tests.powerloss import disk
+from tests.powerloss.explore import Recorded, explore
+
+MOST = 2500
+MOST_FOR_A_BUG = 300
+Steps = list[dict[str, Any]]
+
+
+def play(lab, module: str, kind: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = lab.cli.command(kind, "web")
+    command[command.index("backupctl")] = module
+    return subprocess.run(
+        command,
+        env={**lab.cli.environment, **environment},
+        cwd=lab.cli.environment["PYTHONPATH"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+def record(lab, kind: str, folder: Path, **environment: str) -> Recorded:
+    """Run the command line with a record of its steps."""
+    folder.mkdir()
+    repository = lab.cli.repository
+    start = tree(repository, folder)
+    environment |= {"TRACE": str(folder), "REPOSITORY": str(repository)}
+    done = play(lab, "tests.powerloss.recorder", kind, **environment)
+    assert done.returncode == 0, done.stderr
+    end = tree(repository, folder)
+    return Recorded(folder, disk.read(folder, end), start, end)
+
+
+def tree(root: Path, keep: Path) -> dict[str, str | None]:
+    """Return what is in a folder, keeping the content of every file."""
+    found: dict[str, str | None] = {}
+    for path in sorted(root.rglob("*")):
+        content = path.read_bytes() if path.is_file() else None
+        digest = None if content is None else hashlib.sha256(content).hexdigest()
+        found[str(path.relative_to(root))] = digest
+        if content is not None:
+            (keep / str(digest)).write_bytes(content)
+    return found
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """A folder whose fsyncs cost nothing, if there is one."""
+    memory = Path("/dev/shm")
+    where = memory if memory.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="backupctl-test-", dir=where) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def lab(make_lab):
+    """A VM of three disks, simulated: of the VM nothing is asked here but that it answers."""
+    sizes = {"vda": 2 << 20, "vdb": (1 << 20) + 512, "vdc": 1 << 20}
+    made = make_lab(builds.simulator("7.2"), sizes, seed=5)
+    made.writer.write(10)
+    return made
+
+
+def look_at_all(run: Recorded, work: Path, name: str) -> int:
+    done = explore(run, work, most=MOST, verify_every=300)
+    assert done.violations == [], done.violations[:5]
+    assert done.verified > 0
+    print(
+        f"\npower failure in {name}: {len(run.steps)} steps, {done.states} states, {done.verified} verified"
+    )
+    return done.states
+
+
+def test_every_state_after_a_power_failure_keeps_what_was_committed(lab, work, tmp_path):
+    """In the first full, which makes the repository; an incremental; and one that clears up after a death."""
+    states = look_at_all(record(lab, "full", tmp_path / "full"), work, "a first full")
+    lab.writer.write(5)
+    states += look_at_all(record(lab, "incremental", tmp_path / "more"), work, "an incremental")
+    lab.writer.write(5)
+    assert play(lab, "tests.killed", "incremental", KILL_AT=last_step(lab)).returncode == -signal.SIGKILL
+    assert list(lab.cli.repository.glob("web/*.partial/manifest.json"))
+    after_death = record(lab, "incremental", tmp_path / "again")
+    states += look_at_all(after_death, work, "an incremental after one that was killed at its commit")
+    print(f"power failure: {states} states in all")
+    assert states >= 3000
+
+
+def last_step(lab) -> str:
+    """Return the number of the commit's rename among the steps of an incremental."""
+    log = lab.folder / "steps"
+    assert play(lab, "tests.killed", "incremental", STEPS=str(log)).returncode == 0
+    names = [line.strip() for line in log.read_text().splitlines()]
+    return str(len(names) - 1 - names[::-1].index("rename"))
+
+
+def without(suffix: str, do: str = "sync") -> Callable[[Steps], Steps]:
+    """Leave out a kind of step on files of a name."""
+    return lambda steps: [
+        step for step in steps if step["do"] != do or not str(step["path"]).endswith(suffix)
+    ]
+
+
+def rename_first(steps: Steps) -> Steps:
+    """Commit before the last that the commit makes durable."""
+    at = last_of(steps, "rename", ".partial")
+    folder = steps[at]["path"]
+    begin = next(number for number, step in enumerate(steps) if str(step["path"]).endswith("manifest.json"))
+    moved = [{**step, "path": step["path"].replace(folder, steps[at]["to"])} for step in steps[begin:at]]
+    return [*steps[:begin], steps[at], *moved, *steps[at + 1 :]]
+
+
+def last_of(steps: Steps, do: str, suffix: str) -> int:
+    return max(n for n, step in enumerate(steps) if step["do"] == do and str(step["path"]).endswith(suffix))
+
+
+def without_last(do: str, suffix: str) -> Callable[[Steps], Steps]:
+    def left(steps: Steps) -> Steps:
+        dropped = last_of(steps, do, suffix)
+        return [step for number, step in enumerate(steps) if number != dropped]
+
+    return left
+
+
+def retired_first(steps: Steps) -> Steps:
+    """Give the base bitmap up before the commit is durable."""
+    at = last_of(steps, "rename", ".partial")
+    return [*steps[:at], {"do": "retired", "path": None, "coming": None}, *steps[at:]]
+
+
+BUGS: dict[str, Callable[[Steps], Steps]] = {
+    "an image is not synced": without("vda.qcow2"),
+    "a digest map is not synced": without("vdb.digests"),
+    "the manifest is not synced": without("manifest.json"),
+    "the point's folder is not synced before the rename": without_last("sync", ".partial"),
+    "the VM's folder is not synced after the rename": without_last("sync", "web"),
+    "the rename comes before the manifest is durable": rename_first,
+    "the base bitmap is given up before the commit": retired_first,
+    "the repository's own file is not synced": without(".new"),
+}
+
+
+@pytest.fixture
+def first_full(lab, tmp_path) -> Recorded:
+    return record(lab, "full", tmp_path / "full")
+
+
+def test_every_bug_that_is_planted_into_the_order_of_steps_is_caught(first_full, work):
+    for name, plant in BUGS.items():
+        planted = replace(first_full, steps=plant(first_full.steps))
+        assert len(planted.steps) != len(first_full.steps) or planted.steps != first_full.steps, name
+        assert explore(planted, work, most=MOST_FOR_A_BUG, stop_early=True).violations, name
+
+
+@pytest.mark.parametrize("forgotten", ["sync_file", "sync_folder"])
+def test_a_step_that_the_product_forgets_is_caught(lab, work, tmp_path, forgotten):
+    run = record(lab, "full", tmp_path / "full", FORGET=forgotten)
+    assert explore(run, work, most=MOST_FOR_A_BUG, stop_early=True).violations
+
+
+def test_what_is_kept_of_unsynced_steps_is_any_of_them():
+    """Two files made, one of them synced, in a folder that is synced after the first."""
+    steps = [
+        {"do": "create", "path": "a", "coming": "A"},
+        {"do": "sync", "path": ".", "coming": None},
+        {"do": "create", "path": "b", "coming": "B"},
+        {"do": "sync", "path": "b", "content": "B", "coming": None},
+    ]
+    last = {frozenset(found.items()) for done, found in disk.crashes(steps, {}, 100, 1) if done == 4}
+    fates = [("a", ("A", fate)) for fate in disk.DOUBTFUL]
+    whole = ("b", ("B", disk.WHOLE))
+    assert last == {frozenset({fate}) for fate in fates} | {frozenset({fate, whole}) for fate in fates}
+
+
+def test_a_rename_between_folders_is_durable_when_both_are_synced():
+    start = {"x": None, "y": None, "x/file": "F"}
+    steps = [
+        {"do": "rename", "path": "x/file", "to": "y/file", "coming": None},
+        {"do": "sync", "path": "y", "coming": None},
+        {"do": "sync", "path": "x", "coming": None},
+    ]
+    found: dict[int, set[str]] = {}
+    for done, outcome in disk.crashes(steps, start, 100, 1):
+        found.setdefault(done, set()).update(path for path in outcome if path.endswith("file"))
+    assert found == {1: {"x/file", "y/file"}, 2: {"x/file", "y/file"}, 3: {"y/file"}}
