@@ -12,45 +12,29 @@ A layer is read without those below it, so each byte is read once however many p
 found damaged is then told as the user sees it: which bytes of which disks at which points.
 """
 
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from backupctl import clusters
-from backupctl.clusters import Logical, Records
-from backupctl.errors import BackupctlError, DamageFound, Locked, NoSuchPoint, ReadFailed, RepositoryError
+from backupctl.clusters import Records
+from backupctl.errors import DamageFound, Locked, NoSuchPoint
 from backupctl.names import DiskName, PointId, VmName
+from backupctl.proof import Depth, Flaw, Kind, Proof
 from backupctl.report import Reporter, Stop
-from backupctl.repository import digests, header, images, locks, markers, qemu
+from backupctl.repository import locks, markers, qemu
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Point, Repository, Survey, VmFolder
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.reach import Range, Reach, Touched
-from backupctl.transfer import reading
-from backupctl.transfer.reading import Clusters
-from backupctl.transfer.source import Source
 
-Kind = Literal["manifest", "chain", "image", "digests", "data"]
-_BLOCK = 16  # clusters: a sample is taken in mebibytes, since a disk seeks as long as it reads one
-_CONNECTIONS = 2
 _PATIENCE_SECONDS = 30.0
 _LOOKS = 5
-
-
-@dataclass(frozen=True)
-class Depth:
-    """How deep to look. data: read it at all. percent: of it, a sample if below 100. seed: of the sample."""
-
-    data: bool = True
-    percent: float = 100.0
-    seed: int = field(default_factory=lambda: secrets.randbits(32))
 
 
 @dataclass(frozen=True)
@@ -208,9 +192,37 @@ class _Work:
 
             with self._held(point) as now:
                 held = now.manifest.disk(entry.name) if now else None
-                if now and held and self._is_readable(now, held):
-                    self._read(now, held, progress)
+                if now and held:
+                    self._prove(now, held, progress)
             done += self._data_bytes(point, entry)
+
+    def _prove(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
+        merging = markers.has(point.path, markers.merging(entry.name))
+        proof = Proof(
+            _layer(point, entry),
+            self._map(point, entry),
+            self._depth,
+            self._random,
+            self._stop,
+            merging=merging,
+        )
+        proof.run(progress)
+        self.notes += proof.notes
+        self.read_bytes += proof.read_bytes
+        for flaw in proof.flaws:
+            self._tell(point, entry, flaw, merging=merging)
+
+    def _tell(self, point: Point, entry: DiskEntry, flaw: Flaw, *, merging: bool) -> None:
+        """Say of a layer's flaw whom it touches."""
+        if flaw.clusters is None:
+            whole = self._reach.whole(point.id, entry.name)
+            self._found(flaw.kind, flaw.path, entry.name, flaw.message, whole)
+            return
+        touches = self._reach.part(point.id, entry.name, flaw.clusters)
+        if merging and flaw.kind == "data" and not touches:
+            return  # it is being overwritten, below the very layer that it gets this from
+        ranges = tuple(clusters.ranges(flaw.clusters, entry.size))
+        self._found(flaw.kind, flaw.path, entry.name, flaw.message, touches, ranges)
 
     @contextmanager
     def _held(self, point: Point) -> Iterator[Point | None]:
@@ -226,108 +238,6 @@ class _Work:
                 self.notes.append(f"{point.path}: not verified, since a prune is changing it")
             yield now
 
-    def _is_readable(self, point: Point, entry: DiskEntry) -> bool:
-        """Check all of a layer but its data; whether that can be read and compared."""
-        layer = Layer(point.path / f"{entry.name}.qcow2", entry)
-        try:
-            if self._merging(point, entry):
-                self.notes.append(f"{layer.path}: a prune has not ended yet; the next one goes on with it")
-                header.read(layer.path)
-            else:
-                layer.check()
-        except DamageFound as err:
-            whole = self._reach.whole(point.id, entry.name)
-            self._found("image", layer.path, entry.name, err.message, whole)
-            if not self._opens(layer):
-                return False
-        tables = images.check(layer.path)
-        if tables.leaks:
-            self.notes.append(f"{layer.path}: {tables.leaks} clusters that nothing uses: no harm")
-        if tables.errors:
-            self._found("image", layer.path, entry.name, f"{layer.path}: qemu-img check: {tables.said}", ())
-        found = self._map(point, entry)
-        if isinstance(found, DamageFound):
-            whole = self._reach.whole(point.id, entry.name)
-            self._found("digests", digests.path_of(layer.path), entry.name, found.message, whole)
-            return False
-        return True
-
-    @staticmethod
-    def _opens(layer: Layer) -> bool:
-        """Whether QEMU can open an image without harm; a cut off one tells by its data what is lost."""
-        try:
-            return header.read(layer.path).size == layer.entry.size
-        except DamageFound:
-            return False
-
-    def _read(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
-        try:
-            self._compare_all(point, entry, progress)
-        except (ReadFailed, RepositoryError) as err:
-            path = point.path / f"{entry.name}.qcow2"
-            whole = self._reach.whole(point.id, entry.name)
-            self._found("image", path, entry.name, f"{path} can't be read: {err.message}", whole)
-
-    def _compare_all(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
-        """Compare what a layer stores with its digest map."""
-        path = point.path / f"{entry.name}.qcow2"
-        records = self._records(point, entry)
-        assert records is not None
-        with (
-            images.serve((path,)) as address,
-            closing(
-                Source.connect([address] * _CONNECTIONS, images.EXPORT, depth=True, borne=True)
-            ) as source,
-        ):
-            data, zero = reading.stored(source)
-            self._compare_names(point, entry, records, np.concatenate([data, zero]))
-            named = records["cluster"]
-            blank = np.intersect1d(zero, named[~clusters.is_zero(records)], assume_unique=True)
-            self._spoilt(point, entry, "stored as zeroes, which they were not", blank)
-            if self._depth.data:
-                wanted = self._sample(np.intersect1d(data, named, assume_unique=True))
-                self._prove(point, entry, records, source, wanted, progress)
-
-    def _prove(
-        self,
-        point: Point,
-        entry: DiskEntry,
-        records: Records,
-        source: Source,
-        wanted: Clusters,
-        progress: Callable[[int], None],
-    ) -> None:
-        expected = Logical([(records, entry.size)], entry.size)
-        differing: list[Clusters] = [np.empty(0, np.uint64)]
-
-        def look(found: Records) -> None:
-            should = expected.window(int(found["cluster"][0]), len(found))
-            differing.append(found["cluster"][clusters.differ(found, should)])
-
-        lost = reading.read(source, wanted, look, check=self._stop.check, progress=progress)
-        self.read_bytes += len(wanted) * clusters.CLUSTER_BYTES
-        self._spoilt(point, entry, "can't be read", lost)
-        self._spoilt(point, entry, "not what was read from the VM", np.sort(np.concatenate(differing)))
-
-    def _compare_names(self, point: Point, entry: DiskEntry, records: Records, stored: Clusters) -> None:
-        """Compare what is stored with what is named, without a look at the bytes."""
-        named = records["cluster"]
-        self._spoilt(point, entry, "missing from the image", np.setdiff1d(named, stored))
-        self._spoilt(point, entry, "stored, but not by us", np.setdiff1d(stored, named))
-
-    def _sample(self, stored: Clusters) -> Clusters:
-        """Choose a sample by mebibytes, at least one."""
-        if self._depth.percent >= 100 or not len(stored):
-            return stored
-        blocks = np.unique(stored // _BLOCK)
-        count = max(1, round(len(blocks) * self._depth.percent / 100))
-        chosen = self._random.choice(blocks, count, replace=False)
-        return stored[np.isin(stored // _BLOCK, chosen)]
-
-    @staticmethod
-    def _merging(point: Point, entry: DiskEntry) -> bool:
-        return markers.has(point.path, markers.merging(entry.name))
-
     def _data_bytes(self, point: Point, entry: DiskEntry) -> int:
         records = self._records(point, entry)
         data = 0 if records is None else int(np.count_nonzero(~clusters.is_zero(records)))
@@ -338,25 +248,14 @@ class _Work:
         key = point.id, entry.name, entry.digests
         if key not in self._maps:
             try:
-                self._maps[key] = Layer(point.path / f"{entry.name}.qcow2", entry).digests()
+                self._maps[key] = _layer(point, entry).digests()
             except DamageFound as err:
                 self._maps[key] = err
         return self._maps[key]
 
     def _records(self, point: Point, entry: DiskEntry) -> Records | None:
         found = self._map(point, entry)
-        return None if isinstance(found, BackupctlError) else found.records
-
-    def _spoilt(self, point: Point, entry: DiskEntry, what: str, damaged: Clusters) -> None:
-        if not len(damaged):
-            return
-        path = point.path / f"{entry.name}.qcow2"
-        ranges = tuple(clusters.ranges(damaged, entry.size))
-        number = f"{len(damaged)} {'cluster' if len(damaged) == 1 else 'clusters'}"
-        touches = self._reach.part(point.id, entry.name, damaged)
-        if not touches and self._merging(point, entry):
-            return  # it is being overwritten, below the very layer that it gets this from
-        self._found("data", path, entry.name, f"{path}: {number} {what}", touches, ranges)
+        return None if isinstance(found, DamageFound) else found.records
 
     def _found(
         self,
@@ -378,3 +277,7 @@ def _as_it_is(point: Point) -> Point:
         with suppress(DamageFound):  # told when the layer itself is looked at
             manifest = manifest.with_disk(Layer.of(point, entry).entry)
     return replace(point, manifest=manifest)
+
+
+def _layer(point: Point, entry: DiskEntry) -> Layer:
+    return Layer(point.path / f"{entry.name}.qcow2", entry)

@@ -10,9 +10,10 @@ from backupctl import verify as core
 from backupctl.cli import common, screen, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.names import vm_name
+from backupctl.proof import Depth
 from backupctl.report import Stop
 from backupctl.repository.reach import Range
-from backupctl.verify import Damage, Depth, VerifyReport
+from backupctl.verify import Damage, VerifyReport
 
 _SHOWN = 8
 

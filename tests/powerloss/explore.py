@@ -16,11 +16,12 @@ from typing import Any
 from backupctl import recovery
 from backupctl.errors import BackupctlError
 from backupctl.names import PointId, VmName, next_point_id, point_time
+from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
 from backupctl.repository.journal import Journal
 from backupctl.repository.layout import Repository, VmFolder
 from backupctl.settings import Vm
-from backupctl.verify import Depth, verify
+from backupctl.verify import verify
 from tests.powerloss import disk
 from tests.powerloss.disk import EMPTY, GARBAGE, HALF, TORN, WHOLE, ZEROES, Content, Tree
 

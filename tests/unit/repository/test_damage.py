@@ -16,10 +16,11 @@ import pytest
 
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.names import PointId, VmName
+from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
 from backupctl.repository.layout import Repository
 from backupctl.restore import restore
-from backupctl.verify import Depth, VerifyReport, verify
+from backupctl.verify import VerifyReport, verify
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
 CLUSTER = 65536

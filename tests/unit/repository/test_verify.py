@@ -13,10 +13,11 @@ import pytest
 
 from backupctl.errors import DamageFound, Interrupted, NoSuchPoint, RepositoryError
 from backupctl.names import PointId, VmName
+from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
 from backupctl.repository import locks, markers
 from backupctl.repository.reach import Reach, Touched
-from backupctl.verify import Depth, verify
+from backupctl.verify import verify
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
 MIB = 1 << 20

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The proof of one layer: its image, its digest map, and whether they tell of the same bytes.
+
+The layer is read without those below it. What is found wrong becomes a `Flaw`; nothing is raised for it.
+"""
+
+import secrets
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from backupctl import clusters
+from backupctl.clusters import CLUSTER_BYTES, Logical, Records
+from backupctl.errors import DamageFound, ReadFailed, RepositoryError
+from backupctl.report import Stop
+from backupctl.repository import digests, header, images
+from backupctl.repository.chain import Layer
+from backupctl.repository.digests import DigestMap
+from backupctl.transfer import reading
+from backupctl.transfer.reading import Clusters
+from backupctl.transfer.source import Source
+
+Kind = Literal["manifest", "chain", "image", "digests", "data"]
+
+_BLOCK = 16  # clusters: a sample is taken in mebibytes, since a disk seeks as long as it reads one
+_CONNECTIONS = 2
+_NONE: Clusters = np.empty(0, np.uint64)
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How deep to look. data: read it at all. percent: of it, a sample if below 100. seed: of the sample."""
+
+    data: bool = True
+    percent: float = 100.0
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
+
+
+@dataclass(frozen=True)
+class Flaw:
+    """One thing wrong with a layer.
+
+    clusters: the damaged ones, ascending; none if its data can still be read right; None if nothing of it
+    can be trusted.
+    """
+
+    kind: Kind
+    path: Path
+    message: str
+    clusters: Clusters | None
+
+
+class Proof:
+    """The proof of a layer; `run` does it.
+
+    held: its digest map, or why it can't be had. merging: a prune was overwriting the image. chance: chooses
+    the sample.
+    """
+
+    def __init__(
+        self,
+        layer: Layer,
+        held: DigestMap | DamageFound,
+        depth: Depth,
+        chance: np.random.Generator,
+        stop: Stop,
+        *,
+        merging: bool,
+    ) -> None:
+        self.flaws: list[Flaw] = []
+        self.notes: list[str] = []
+        self.read_bytes = 0
+        self._layer = layer
+        self._held = held
+        self._depth = depth
+        self._chance = chance
+        self._stop = stop
+        self._merging = merging
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """Look at everything. progress: told the bytes of data read. Raises Interrupted."""
+        if not self._opens():
+            return
+        self._check_tables()
+        if isinstance(self._held, DamageFound):
+            self._flaw("digests", self._held.message, None, digests.path_of(self._layer.path))
+            return
+        try:
+            self._compare(self._held.records, progress)
+        except (ReadFailed, RepositoryError) as err:
+            self._flaw("image", f"{self._layer.path} can't be read: {err.message}", None)
+
+    def _opens(self) -> bool:
+        """Check the image's header; whether QEMU can open it without harm.
+
+        One that was cut off can be: its data tells what is lost.
+        """
+        path = self._layer.path
+        try:
+            if self._merging:
+                self.notes.append(f"{path}: a prune has not ended yet; the next one goes on with it")
+                header.read(path)
+            else:
+                self._layer.check()
+            return True
+        except DamageFound as err:
+            self._flaw("image", err.message, None)
+        try:
+            return header.read(path).size == self._layer.entry.size
+        except DamageFound:
+            return False
+
+    def _check_tables(self) -> None:
+        path = self._layer.path
+        tables = images.check(path)
+        if tables.leaks:
+            self.notes.append(f"{path}: {tables.leaks} clusters that nothing uses: no harm")
+        if tables.errors:
+            self._flaw("image", f"{path}: qemu-img check: {tables.said}", _NONE)
+
+    def _compare(self, records: Records, progress: Callable[[int], None]) -> None:
+        """Compare what the layer stores with its digest map."""
+        named = records["cluster"]
+        with (
+            images.serve((self._layer.path,)) as address,
+            closing(
+                Source.connect([address] * _CONNECTIONS, images.EXPORT, depth=True, borne=True)
+            ) as source,
+        ):
+            data, zero = reading.stored(source)
+            stored = np.concatenate([data, zero])
+            blank = np.intersect1d(zero, named[~clusters.is_zero(records)], assume_unique=True)
+            self._spoilt("missing from the image", np.setdiff1d(named, stored))
+            self._spoilt("stored, but not by us", np.setdiff1d(stored, named))
+            self._spoilt("stored as zeroes, which they were not", blank)
+            if self._depth.data:
+                wanted = self._sample(np.intersect1d(data, named, assume_unique=True))
+                self._compare_data(records, source, wanted, progress)
+
+    def _compare_data(
+        self, records: Records, source: Source, wanted: Clusters, progress: Callable[[int], None]
+    ) -> None:
+        size = self._layer.entry.size
+        expected = Logical([(records, size)], size)
+        differing = [_NONE]
+
+        def look(found: Records) -> None:
+            should = expected.window(int(found["cluster"][0]), len(found))
+            differing.append(found["cluster"][clusters.differ(found, should)])
+
+        lost = reading.read(source, wanted, look, check=self._stop.check, progress=progress)
+        self.read_bytes += len(wanted) * CLUSTER_BYTES
+        self._spoilt("can't be read", lost)
+        self._spoilt("not what was read from the VM", np.sort(np.concatenate(differing)))
+
+    def _sample(self, stored: Clusters) -> Clusters:
+        """Choose a sample by mebibytes, at least one."""
+        if self._depth.percent >= 100 or not len(stored):
+            return stored
+        blocks = np.unique(stored // _BLOCK)
+        count = max(1, round(len(blocks) * self._depth.percent / 100))
+        chosen = self._chance.choice(blocks, count, replace=False)
+        return stored[np.isin(stored // _BLOCK, chosen)]
+
+    def _spoilt(self, what: str, damaged: Clusters) -> None:
+        if len(damaged):
+            number = f"{len(damaged)} {'cluster' if len(damaged) == 1 else 'clusters'}"
+            self._flaw("data", f"{self._layer.path}: {number} {what}", damaged)
+
+    def _flaw(self, kind: Kind, message: str, damaged: Clusters | None, path: Path | None = None) -> None:
+        self.flaws.append(Flaw(kind, path or self._layer.path, message, damaged))
