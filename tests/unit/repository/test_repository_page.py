@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -133,14 +134,26 @@ def test_in_the_middle_of_a_prune_the_page_holds_as_well(chain, tmp_path):
         shutil.copytree(builder.repository.path, copy)
         other = Builder(Repository.open(copy))
         whole = die_at(number, lambda other=other: prune.prune(other.folder, Rules(last=1), Silent(), Stop()))
-        image = other.folder.path / P3 / "vda.qcow2"
-        subprocess.run(["qemu-img", "convert", "-O", "raw", image, tmp_path / "raw"], check=True, timeout=60)
+        _convert(other.folder.path / P3 / "vda.qcow2", tmp_path / "raw")
         assert (tmp_path / "raw").read_bytes() == held[P3]
         assert read(other, P3, tmp_path / "raw").returncode == 0
         states |= {path.name for path in other.folder.path.glob("*/*")}
         states |= {"described"} if '"digests"' in _merged(other) else set()
         number += 6
     assert {"retired", "vda.merging", "vda.digests.merged", "described"} <= states, "all of it was met"
+
+
+def _convert(image: Path, raw: Path) -> None:
+    """The dead prune's QEMU ends with it, but perhaps a moment later: until then it holds its lock."""
+    command = ["qemu-img", "convert", "-O", "raw", str(image), str(raw)]
+    deadline = time.monotonic() + 20
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode == 0:
+            return
+        assert "Is another process using the image" in done.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _merged(builder: Builder) -> str:
