@@ -45,8 +45,12 @@ def clean(text: object) -> str:
     )
 
 
+_printed: list[object] = []
+
+
 def print_json(document: object) -> None:
     """Write the one document to stdout."""
+    _printed.append(document)
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
     sys.stdout.flush()
 
@@ -94,7 +98,7 @@ def columns(*, least: int, margin: int) -> int:
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:
     """Say what failed, at which step, what is the case now, and what to run next."""
-    if as_json:
+    if as_json and not _printed:  # what was found, damage and all, may be out already: one document is one
         print_json({"error": error_document(err)})
     lines = [f"backupctl: {clean(err.message)}"]
     for name, text in (("step", err.step), ("state", err.state), ("next", err.next_command)):
