@@ -17,6 +17,7 @@ from backupctl.drills.runner import Outcome, Place
 from backupctl.errors import DamageFound, UsageError
 from backupctl.report import Stop
 
+_MOST_SAID = 100
 _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 
 
@@ -101,7 +102,7 @@ def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
     for one in outcomes:
         exit_code = "" if one.exit_code is None else _exit(one.exit_code)
         table.add_row(
-            *(one.name, one.breaks, one.step, clean(one.problem or one.said), exit_code),
+            *(one.name, one.breaks, one.step, _short(clean(one.problem or one.said)), exit_code),
             units.size(one.compared_bytes) if one.compared_bytes else "",
             f"[{_STYLES[one.verdict]}]{one.verdict}[/]",
         )
@@ -112,6 +113,11 @@ def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
     failed = len(outcomes) - passed - elsewhere
     more = f", {elsewhere} can only be played on the simulator" if elsewhere else ""
     console.print(f"\n{passed} passed, {failed} failed{more}; on {place}, {seconds:.0f} s. Nothing is left.")
+
+
+def _short(text: str) -> str:
+    """Cut what would make a row too high; --json has all of it."""
+    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
 
 
 def _exit(code: int) -> str:
