@@ -61,7 +61,7 @@ def test_what_zeroes_overwrite_is_lost_from_snapshot_access_before_10_0(make_lab
     cluster = 65536
     lab = make_lab(build, {"vda": 4 << 20})
     lab.machine.io("vda", "write -q -P 1 0 4M")
-    scratch, address = lab.folder / "scratch", lab.machine.folder / "nbd"
+    scratch, address = lab.folder / "tmp0.qcow2", lab.machine.folder / "nbd"
     subprocess.run(
         [build.tool("qemu-img"), "create", "-q", "-f", "qcow2", scratch, "4M"], check=True, timeout=30
     )
