@@ -34,7 +34,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "view": get_args(ViewWish),
     "on_broken_chain": get_args(OnBrokenChain),
 }
-_STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain"})
+_STRINGS = frozenset({"repository", "scratch", "scratch_size", "freeze", "limit", "view", "on_broken_chain"})
 _NUMBERS = frozenset({"freeze_budget", "keep_checkpoints"})
 _SETTINGS = _STRINGS | _NUMBERS
 _OF_VM = _SETTINGS | {"qmp", "agent", "disks"}
