@@ -29,6 +29,8 @@ from backupctl.settings import Address
 from backupctl.vm import reply
 
 T = TypeVar("T")
+MAX_THRESHOLDS = 1000
+MAX_NODE_NAME = 255
 _TURNS = 10  # of the event loop: a message passes through several tasks before it is heard
 
 _logger = logging.getLogger("qemu.qmp")
@@ -37,10 +39,15 @@ _logger.propagate = False  # its errors reach the user as ours; a second, raw li
 
 
 class _Client(QMPClient):
-    """The library's client, with one sort of error for all that is no QMP, and no memory for events.
+    """The library's client, with one sort of error for all that is no QMP, and next to no memory for events.
 
-    Nobody waits for events here; kept, a flood of them would pile up without end.
+    Nobody waits for events here; kept, a flood of them would pile up without end. thresholds: the nodes
+    whose write threshold was passed, which is all that is of interest.
     """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.thresholds: set[str] = set()
 
     async def _do_recv(self) -> Message:
         # A line without end, a nesting without end, a number of thousands of digits, what is no UTF-8: the
@@ -52,10 +59,19 @@ class _Client(QMPClient):
 
     async def _on_message(self, msg: Message) -> None:
         if "event" in msg:
+            self._hear(msg)
             return
         if not isinstance(msg.get("id", ""), str):  # else it would be looked up, hashable or not
             raise ProtocolError("it sends an answer to nothing that was asked")
         await super()._on_message(msg)
+
+    def _hear(self, event: Message) -> None:
+        data = event.get("data")
+        if event["event"] != "BLOCK_WRITE_THRESHOLD" or not isinstance(data, dict):
+            return
+        node = data.get("node-name")
+        if isinstance(node, str) and len(self.thresholds) < MAX_THRESHOLDS:
+            self.thresholds.add(node[:MAX_NODE_NAME])
 
 
 @dataclass(frozen=True)
@@ -167,10 +183,9 @@ class Monitor:
 
     def thresholds_passed(self) -> frozenset[str]:
         """Return the nodes of which QEMU said, since the last call, that their write threshold is passed."""
-        told = [event.get("data") for event in self._client.events.clear()]
-        return frozenset(
-            str(data["node-name"]) for data in told if isinstance(data, dict) and "write-threshold" in data
-        )
+        passed = frozenset(self._client.thresholds)
+        self._client.thresholds.clear()
+        return passed
 
     def close(self) -> None:
         """Leave the monitor to others. Never raises: what is said by now is said."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from fixtures.proxy import Proxy
+from fixtures.simulated import Simulated
+from tests.conftest import make_cli
 
 pytestmark = pytest.mark.simulator_too
 
@@ -430,3 +432,23 @@ def test_an_agent_without_freezing_costs_the_freeze_not_the_backup(lab):
     lab.assert_point(report["point"], lab.writer.moment)
     lab.agent.behaviour.clear()
     lab.next_is_right()
+
+
+def test_a_scratch_file_that_fills_up_ends_the_run_before_it_is_full():
+    """QEMU tells that its write threshold is passed; on the simulator, which never makes the guest wait."""
+    with Simulated("--disk", "vda=600M", "--version", "10.0.2") as vm:
+        vm.control("write", disk="vda", offset=0, length=600 << 20, pattern=1)
+        cli = make_cli(vm, vm.folder)
+        cli.run("full", "web")
+        with cli.start("full", "web", "--limit", "4M", "--scratch-size", "512M") as run:
+            wait_for(lambda: vm.qmp("query-block-exports"))
+            vm.control("write", disk="vda", offset=0, length=200 << 20, pattern=2)
+            time.sleep(0.5)
+            assert run.poll() is None, "there is room for that"
+            vm.control("write", disk="vda", offset=200 << 20, length=100 << 20, pattern=2)
+            _, told = run.communicate(timeout=30)
+        assert run.returncode == 1, told
+        assert "gave up before the guest's own writes could fail" in " ".join(told.split())
+        assert vm.leftovers() == []
+        assert vm.qmp("qom-list", path="/objects") == [{"name": "type", "type": "string"}]
+        assert cli.json("incremental", "web")["disks"][0]["copied_bytes"] == 300 << 20
