@@ -184,6 +184,17 @@ def test_an_agent_that_refuses_to_freeze_is_obeyed(lab):
     lab.next_is_right()
 
 
+def test_an_agent_that_refuses_to_freeze_is_obeyed_by_the_automatic_view_too(build10, make_lab):
+    """Two disks without a freeze are one moment only with fleecing."""
+    lab = make_lab(build10)
+    lab.writer.write(20)
+    lab.agent.behaviour["guest-fsfreeze-freeze"] = "refuse"
+    lab.writer.remember()
+    report = lab.backup("full", "--view", "auto")
+    assert report["consistency"] == "crash"
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
 def test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back(lab):
     lab.agent.behaviour["guest-fsfreeze-freeze"] = "unanswered"
     error = lab.backup("incremental", "--freeze-budget", "1", code=1)["error"]
@@ -334,6 +345,7 @@ def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
     lab.next_is_right()
 
 
+@pytest.mark.needs_qemu
 def test_an_external_snapshot_while_the_run_begins_is_noticed(lab):
     """The moment would be that of a layer to which the guest writes no more. (Later ones QEMU refuses.)"""
     spoilt = []
