@@ -419,7 +419,9 @@ class _Run:
         cuts = self._cuts()
         wish = self.options.view
         if wish == "auto":
-            can = not snapshot_access.why_not(self.monitor, cuts) and (freezes or len(cuts) == 1)
+            # Several disks in one moment need the freeze, and an agent may still refuse it.
+            sure = len(cuts) == 1 or (freezes and self.options.freeze == "require")
+            can = sure and not snapshot_access.why_not(self.monitor, cuts)
             wish = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
         return kind(self.monitor, self.owner, cuts, self.rooms, self.options.scratch, private)

@@ -35,7 +35,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "view": get_args(ViewWish),
     "on_broken_chain": get_args(OnBrokenChain),
 }
-_STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain", "keep_within"})
+_STRINGS = frozenset(
+    {"repository", "scratch", "scratch_size", "freeze", "limit", "view", "on_broken_chain", "keep_within"}
+)
 _KEPT = frozenset(f"keep_{name}" for name in ("last", "hourly", "daily", "weekly", "monthly", "yearly"))
 _COUNTS = _KEPT | {"keep_checkpoints", "max_chain"}
 _NUMBERS = _COUNTS | {"freeze_budget"}

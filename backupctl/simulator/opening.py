@@ -120,7 +120,7 @@ class Opener:
             self.locked.add(whose)
         store = RawFile(descriptor, lambda: self._closed(path, whose))
         made = FileNode(name, "file", self._tell, read_only, filename=path, store=store)
-        made.grown_bytes = store.allocated_bytes()
+        made.grown_bytes = min(store.allocated_bytes(), store.size)  # room set aside behind the end is no use
         return made
 
     def _descriptor(self, path: str, *, read_only: bool) -> int:

@@ -10,9 +10,9 @@
 
 What it is for: a scratch file that can't grow breaks the SNAPSHOT here, and with it our run; with
 fleecing it fails the guest's own write (measured). Needs devices whose ``drive`` property can be set while
-they run, and QEMU 10.0: the drivers are older (7.1), but on 7.2.22 old data that the guest overwrote with
-zeroes was now and then missing from the snapshot (measured: 2 of 2 runs of the known-moment test; 10.0.2
-none), and a backup that is silently wrong is worse than none.
+they run, and QEMU 10.0: the drivers are older (7.1), but on 7.2.22 whole clusters that the guest overwrites
+with zeroes read as zeroes in the snapshot, although their old data are copied (measured each time; never on
+10.0.2; a test of the known moment has the smallest case). A backup that is silently wrong is worse than none.
 
 Putting the filter in can't be part of a transaction, so the order carries the safety (measured with a
 live guest): first the new bitmap records, then the filter goes in, then the base bitmap stops. In

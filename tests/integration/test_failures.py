@@ -11,6 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from fixtures.proxy import Proxy
+from fixtures.simulated import Simulated
+from tests.conftest import make_cli
 
 pytestmark = pytest.mark.simulator_too
 
@@ -182,6 +184,17 @@ def test_an_agent_that_refuses_to_freeze_is_obeyed(lab):
     lab.next_is_right()
 
 
+def test_an_agent_that_refuses_to_freeze_is_obeyed_by_the_automatic_view_too(build10, make_lab):
+    """Two disks without a freeze are one moment only with fleecing."""
+    lab = make_lab(build10)
+    lab.writer.write(20)
+    lab.agent.behaviour["guest-fsfreeze-freeze"] = "refuse"
+    lab.writer.remember()
+    report = lab.backup("full", "--view", "auto")
+    assert report["consistency"] == "crash"
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
 def test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back(lab):
     lab.agent.behaviour["guest-fsfreeze-freeze"] = "unanswered"
     error = lab.backup("incremental", "--freeze-budget", "1", code=1)["error"]
@@ -332,6 +345,7 @@ def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
     lab.next_is_right()
 
 
+@pytest.mark.needs_qemu
 def test_an_external_snapshot_while_the_run_begins_is_noticed(lab):
     """The moment would be that of a layer to which the guest writes no more. (Later ones QEMU refuses.)"""
     spoilt = []
@@ -430,3 +444,23 @@ def test_an_agent_without_freezing_costs_the_freeze_not_the_backup(lab):
     lab.assert_point(report["point"], lab.writer.moment)
     lab.agent.behaviour.clear()
     lab.next_is_right()
+
+
+def test_a_scratch_file_that_fills_up_ends_the_run_before_it_is_full():
+    """QEMU tells that its write threshold is passed; on the simulator, which never makes the guest wait."""
+    with Simulated("--disk", "vda=600M", "--version", "10.0.2") as vm:
+        vm.control("write", disk="vda", offset=0, length=600 << 20, pattern=1)
+        cli = make_cli(vm, vm.folder)
+        cli.run("full", "web")
+        with cli.start("full", "web", "--limit", "4M", "--scratch-size", "512M") as run:
+            wait_for(lambda: vm.qmp("query-block-exports"))
+            vm.control("write", disk="vda", offset=0, length=200 << 20, pattern=2)
+            time.sleep(0.5)
+            assert run.poll() is None, "there is room for that"
+            vm.control("write", disk="vda", offset=200 << 20, length=100 << 20, pattern=2)
+            _, told = run.communicate(timeout=30)
+        assert run.returncode == 1, told
+        assert "gave up before the guest's own writes could fail" in " ".join(told.split())
+        assert vm.leftovers() == []
+        assert vm.qmp("qom-list", path="/objects") == [{"name": "type", "type": "string"}]
+        assert cli.json("incremental", "web")["disks"][0]["copied_bytes"] == 300 << 20

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Every point is the frozen moment, byte for byte, while the writes go on."""
 
+import subprocess
+
+import nbd
 import pytest
+
+from tests.conftest import get_build
 
 pytestmark = pytest.mark.simulator_too
 
@@ -47,6 +52,37 @@ def test_snapshot_access_is_refused_where_it_is_not_right(build72, make_lab):
     assert "10.0" in error["message"]
     lab.assert_at_rest(bitmaps_each=0)
     lab.backup("full", "--view", "auto")
+
+
+@pytest.mark.parametrize(("version", "lost"), [("7.2", [30, 31, 32]), ("10.0", [])])
+def test_what_zeroes_overwrite_is_lost_from_snapshot_access_before_10_0(make_lab, version, lost):
+    """The smallest case of why that view is offered from 10.0 on: QEMU alone, one write of zeroes."""
+    build = get_build(version)
+    cluster = 65536
+    lab = make_lab(build, {"vda": 4 << 20})
+    lab.machine.io("vda", "write -q -P 1 0 4M")
+    scratch, address = lab.folder / "tmp0.qcow2", lab.machine.folder / "nbd"
+    subprocess.run(
+        [build.tool("qemu-img"), "create", "-q", "-f", "qcow2", scratch, "4M"], check=True, timeout=30
+    )
+
+    def do(command: str, **arguments: object) -> None:
+        assert lab.machine.qmp(command, **{k.replace("_", "-"): v for k, v in arguments.items()}) == {}
+
+    do("blockdev-add", driver="qcow2", node_name="tmp0", file={"driver": "file", "filename": str(scratch)})
+    do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="node-vda", target="tmp0")
+    do("qom-set", path="/machine/peripheral/vda", property="drive", value="cbw0")
+    do("blockdev-add", driver="snapshot-access", node_name="acc0", file="cbw0")
+    do("nbd-server-start", addr={"type": "unix", "data": {"path": str(address)}})
+    do("block-export-add", type="nbd", id="e", node_name="acc0", name="e")
+    lab.machine.io("vda", f"write -q -P 2 {10 * cluster} {3 * cluster}")
+    lab.machine.io("vda", f"write -q -z {30 * cluster} {3 * cluster}")
+    handle = nbd.NBD()
+    handle.connect_uri(f"nbd+unix:///e?socket={address}")
+    content = handle.pread(4 << 20, 0)
+    handle.shutdown()
+    changed = [n for n in range(64) if content[n * cluster : (n + 1) * cluster] != b"\1" * cluster]
+    assert changed == lost
 
 
 def test_dirty_zeroes_are_stored_as_zeroes(build72, make_lab):
