@@ -96,6 +96,7 @@ def prune(
     try:
         with folder.lock():
             decisions = plan(folder, rules)
+            work.sweep()
             for point in retention.dropped(decisions):
                 work.retire(point)
         work.clear()
@@ -171,6 +172,12 @@ class _Work:
             return
         self.dropped.append(point)
         self.reporter.note(f"dropped {point}")
+
+    def sweep(self) -> None:
+        """Remove folders in whose removal a prune died; a dead run's are for `recover` to look at first."""
+        for leftover in self.folder.partials():
+            if markers.has(leftover.path, markers.RETIRED):
+                leftover.drop()
 
     def clear(self) -> None:
         """Do step 3, one layer after the other, until nothing is left that can be done now."""
