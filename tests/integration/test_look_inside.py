@@ -4,10 +4,13 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
+from fixtures.guest import Guest
 from fixtures.machine import Disk, Machine
+from tests.integration.test_guest import assert_unharmed
 from tests.unit.repository.test_repository_page import READER
 
 MIB = 1 << 20
@@ -100,3 +103,24 @@ def test_a_vm_put_back_in_place_goes_on_with_its_chain(build, make_lab, tmp_path
         after = lab.backup("incremental")
         assert after["disks"][0]["scanned"] == (image_format == "raw")
         assert lab.cli.raw(after["point"], "vda", tmp_path) == wanted
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+def test_a_real_guest_boots_at_once_from_a_thin_restore(build72, boot, tmp_path):
+    """It mounts the file system of the point, writes on, and the point below is as it was."""
+    guest, cli = boot(build72)
+    guest.tell("load")
+    time.sleep(1)
+    point = cli.json("full", "web", "--freeze", "require")["point"]
+    guest.tell("stop")
+    guest.quit()
+    image = cli.repository / "web" / point / "vda.qcow2"
+    before = image.read_bytes()
+    cli.run("restore", "web", point, "--to", f"{tmp_path}/thin/", "--thin", vm=False)
+    with Guest(build72, [Disk("vda", tmp_path / "thin" / "vda.qcow2", "qcow2")]) as again:
+        again.tell("load")
+        time.sleep(1)
+        again.tell("stop")
+        assert assert_unharmed(again) > 0
+    assert image.read_bytes() == before
