@@ -20,7 +20,7 @@ from functools import partial
 
 from backupctl import clusters
 from backupctl.clusters import Logical, Records
-from backupctl.errors import DamageFound, Failed, Locked
+from backupctl.errors import DamageFound, Failed, Locked, NoSuchPoint
 from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, images, locks, markers, merge, retention
@@ -69,7 +69,8 @@ class PruneReport:
 
 
 def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
-    """Decide for each point of a VM. Raises UsageError, DamageFound, RepositoryError."""
+    """Decide for each point of a VM. Raises UsageError, NoSuchPoint, DamageFound, RepositoryError."""
+    _refuse_unknown(folder)
     points = _all(folder)
     held = [
         Held(
@@ -89,13 +90,15 @@ def prune(
     """Drop what no rule holds, and finish what an earlier prune began.
 
     What can't be done now (a point is being read, a layer to be merged is damaged) is left, and told in
-    the report. Raises UsageError, Locked, DamageFound if a manifest is damaged: then nobody can tell what
-    stands on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
+    the report. Raises UsageError, NoSuchPoint, Locked, DamageFound if a manifest is damaged: then nobody
+    can tell what stands on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
+    _refuse_unknown(folder)
     work = _Work(folder, reporter, stop)
     try:
         with folder.lock():
             decisions = plan(folder, rules)
+            work.sweep()
             for point in retention.dropped(decisions):
                 work.retire(point)
         work.clear()
@@ -171,6 +174,12 @@ class _Work:
             return
         self.dropped.append(point)
         self.reporter.note(f"dropped {point}")
+
+    def sweep(self) -> None:
+        """Remove folders in whose removal a prune died; a dead run's are for `recover` to look at first."""
+        for leftover in self.folder.partials():
+            if markers.has(leftover.path, markers.RETIRED):
+                leftover.drop()
 
     def clear(self) -> None:
         """Do step 3, one layer after the other, until nothing is left that can be done now."""
@@ -279,6 +288,11 @@ class _Work:
     def _leave(self, why: str) -> None:
         self.left.append(why)
         self.reporter.warn(why)
+
+
+def _refuse_unknown(folder: VmFolder) -> None:
+    if not folder.exists():  # its lock would make it
+        raise NoSuchPoint(f"nothing of the VM {folder.name} is in {folder.path.parent}")
 
 
 def _all(folder: VmFolder) -> list[Point]:

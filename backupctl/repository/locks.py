@@ -28,7 +28,11 @@ def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> b
 
 @contextmanager
 def folder(path: Path, patience_seconds: float, *, shared: bool = False) -> Iterator[None]:
-    """Lock a folder for as long as the block lasts. Raises Locked, FileNotFoundError, RepositoryError."""
+    """Lock a folder for as long as the block lasts. Raises Locked, FileNotFoundError, RepositoryError.
+
+    Where folders can't be locked (some network file systems) a shared lock is none: nobody can have the
+    exclusive one either, so nothing is changed there under a reader.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -36,8 +40,17 @@ def folder(path: Path, patience_seconds: float, *, shared: bool = False) -> Iter
     except OSError as err:
         raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
     try:
-        if not take(descriptor, patience_seconds, shared=shared):
+        if not _taken(descriptor, patience_seconds, shared=shared):
             raise Locked(f"{path} is {'being changed by a prune' if shared else 'being read'}")
         yield
     finally:
         os.close(descriptor)
+
+
+def _taken(descriptor: int, patience_seconds: float, *, shared: bool) -> bool:
+    try:
+        return take(descriptor, patience_seconds, shared=shared)
+    except RepositoryError:
+        if not shared:
+            raise
+        return True

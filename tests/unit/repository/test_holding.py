@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Who reads a point keeps all that it stands on as it is; a retired point is none any more."""
 
+import errno
+import fcntl
+
 import pytest
 
-from backupctl.errors import Locked, NoSuchPoint
+from backupctl.errors import Locked, NoSuchPoint, RepositoryError
 from backupctl.repository import chain, holding, locks, markers
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
@@ -44,6 +47,19 @@ def test_a_reader_waits_for_a_switch_but_not_for_ever(chained: Builder, monkeypa
         pytest.raises(Locked, match="prune"),
         holding.reading(chained.folder, P2),
     ):
+        pass
+
+
+def test_where_folders_cannot_be_locked_reading_goes_on_and_pruning_does_not(chained: Builder, monkeypatch):
+    """As on some network file systems."""
+
+    def unable(_descriptor: int, _how: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    with holding.reading(chained.folder, P2) as held:
+        assert held.id == P2
+    with pytest.raises(RepositoryError, match="locked"), locks.folder(held.path, 0):
         pass
 
 
