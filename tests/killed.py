@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line, killed by SIGKILL at its nth step: `python -m tests.killed incremental web …`.
+"""The command line, interrupted at its nth step: `python -m tests.killed incremental web …`.
 
-A step is a monitor command, a request to the guard, or a durable step of the repository. KILL_AT: which one
-(from 0); KILL_WHEN: before or after it. STEPS: a file to which each step's name is written.
+A step is a monitor command, a request to the guard (it speaks to the agent), or a durable step of the
+repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it. STEPS: a file to which each step's
+name is written. What happens there is SIGKILL of the run; DEED names an end of the simulator in its place
+(quit, crash, restart), and CONTROL its control socket.
 """
 
 import itertools
+import json
 import os
 import signal
+import socket
+from collections.abc import Mapping
 from functools import wraps
 
 from backupctl.cli.main import main
@@ -15,42 +20,56 @@ from backupctl.repository import durable, images
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 
-KILL_AT = int(os.environ.get("KILL_AT", "-1"))
-KILL_WHEN = os.environ.get("KILL_WHEN", "before")
-STEPS = os.environ.get("STEPS")
-numbers = itertools.count()
+WATCHED = {
+    Monitor: ("execute", "send_fd"),
+    Guard: ("freeze", "thaw", "hold", "release", "ping_agent"),
+    durable: ("sync_file", "sync_folder", "make_folder", "write_new", "replace", "rename"),
+    images: ("create_layer",),
+}
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def interrupt(environment: Mapping[str, str]) -> None:
+    """Have it happen, once, in this process."""
+    numbers = itertools.count()
+    for owner, names in WATCHED.items():
+        for name in names:
+            _watch(owner, name, numbers, environment)
 
 
-def watch(owner: object, name: str) -> None:
+def _watch(owner: object, name: str, numbers: "itertools.count[int]", environment: Mapping[str, str]) -> None:
     real = getattr(owner, name)
+    wanted, when = int(environment.get("KILL_AT", "-1")), environment.get("KILL_WHEN", "before")
+    steps = environment.get("STEPS")
 
     @wraps(real)
     def stepped(*arguments, **options):
         mine = next(numbers)
-        if STEPS:
-            with open(STEPS, "a") as log:
+        if steps:
+            with open(steps, "a") as log:
                 first = arguments[1] if owner is Monitor and name == "execute" else ""
                 log.write(f"{name} {first}\n")
-        if mine == KILL_AT and KILL_WHEN == "before":
-            die()
+        if mine == wanted and when == "before":
+            _happen(environment)
         try:
             return real(*arguments, **options)
         finally:
-            if mine == KILL_AT:
-                die()
+            if mine == wanted and when == "after":
+                _happen(environment)
 
     setattr(owner, name, stepped)
 
 
-for name in ("execute", "send_fd"):
-    watch(Monitor, name)
-for name in ("freeze", "thaw", "hold", "release", "ping_agent"):
-    watch(Guard, name)
-for name in ("sync_file", "sync_folder", "make_folder", "write_new", "replace", "rename"):
-    watch(durable, name)
-watch(images, "create_layer")
-main()
+def _happen(environment: Mapping[str, str]) -> None:
+    how = environment.get("DEED", "")
+    if not how:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with socket.socket(socket.AF_UNIX) as control:
+        control.settimeout(20)
+        control.connect(environment["CONTROL"])
+        control.sendall(json.dumps({"do": "end", "how": how}).encode() + b"\n")
+        control.recv(1000)
+
+
+if __name__ == "__main__":
+    interrupt(os.environ)
+    main()
