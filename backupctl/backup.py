@@ -107,6 +107,7 @@ def _prepare(
         options.on_broken_chain,
         since=folder.point(options.since) if options.since else None,
         flaw=partial(_flaw, folder),
+        long=partial(_long, folder, options.max_chain),
     )
     _tell(plan, options, reporter)
     return plan
@@ -150,6 +151,14 @@ def _flaw(folder: VmFolder, base: PointId, disk: DiskName) -> str:
     return ""
 
 
+def _long(folder: VmFolder, most: int | None, base: PointId, disk: DiskName) -> str:
+    """Say why a disk's chain at a point is to get no more layers; "" if it may."""
+    length = 0 if most is None else len(chain.below(folder, base, disk))
+    if most is None or length < most:
+        return ""
+    return f"its chain has {length} layers, as many as --max-chain allows"
+
+
 @dataclass
 class _Run:
     """Steps 2 to 10 of one run."""
@@ -164,11 +173,12 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: datetime = field(init=False)
     step: str = "attach"
     server_is_ours: bool = False
 
     def __post_init__(self) -> None:
+        self.started = _now()
         self.owner = self.repository.owner
         self.point: PointId | None = None
         self.clients = ExitStack()
@@ -438,6 +448,11 @@ class _Run:
                 raise MonitorError(f"the node {one.disk.node} of {one.disk.name} has gone") from err
             if size != one.disk.size:
                 raise Failed(f"{one.disk.name} was resized while the run began")
+
+
+def _now() -> datetime:
+    """Tell the time after which a point is named."""
+    return datetime.now(UTC)
 
 
 def _text(err: BaseException) -> str:

@@ -38,15 +38,21 @@ _LINE_SECONDS = 10.0
 
 
 def clean(text: object) -> str:
-    """Return a text without control characters."""
+    """Return a text without control characters; nor may it begin a line of its own, as if we said it."""
     return "".join(
-        character if character.isprintable() or character == "\n" else f"\\x{ord(character):02x}"
-        for character in str(text)
+        character if character.isprintable() else f"\\x{ord(character):02x}" for character in str(text)
     )
+
+
+class _Said:
+    """What stdout has got. document: the one of `--json`."""
+
+    document = False
 
 
 def print_json(document: object) -> None:
     """Write the one document to stdout."""
+    _Said.document = True
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
     sys.stdout.flush()
 
@@ -93,8 +99,11 @@ def columns(*, least: int, margin: int) -> int:
 
 
 def print_error(err: BackupctlError, *, as_json: bool) -> None:
-    """Say what failed, at which step, what is the case now, and what to run next."""
-    if as_json:
+    """Say what failed, at which step, what is the case now, and what to run next.
+
+    Programs get it as the one document, unless a command had its own: then exit code and stderr tell.
+    """
+    if as_json and not _Said.document:
         print_json({"error": error_document(err)})
     lines = [f"backupctl: {clean(err.message)}"]
     for name, text in (("step", err.step), ("state", err.state), ("next", err.next_command)):

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl verify`."""
 
-import sys
 from typing import Any
 
 import click
@@ -47,8 +46,8 @@ def verify(context: click.Context, /, **options: Any) -> None:
         report = core.verify(repository, vm, options["point"], depth, reporter, stop)
     if options["as_json"]:
         screen.print_json(_document(report, depth))
-        sys.exit(DamageFound.exit_code if report.damage else 0)
-    _tell(report, depth)
+    else:
+        _tell(report, depth)
     if report.damage:
         raise DamageFound(
             f"damage found in {repository.path}, {len(report.damage)} times",

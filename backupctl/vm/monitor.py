@@ -29,8 +29,6 @@ from backupctl.settings import Address
 from backupctl.vm import reply
 
 T = TypeVar("T")
-MAX_THRESHOLDS = 1000
-MAX_NODE_NAME = 255
 _TURNS = 10  # of the event loop: a message passes through several tasks before it is heard
 
 _logger = logging.getLogger("qemu.qmp")
@@ -38,15 +36,18 @@ _logger.addHandler(logging.NullHandler())
 _logger.propagate = False  # its errors reach the user as ours; a second, raw line would only confuse
 
 
-class _Client(QMPClient):
-    """The library's client, with one sort of error for all that is no QMP, and next to no memory for events.
+_MOST_NAME, _MOST_NODES = 255, 10_000
 
-    Nobody waits for events here; kept, a flood of them would pile up without end. thresholds: the nodes
-    whose write threshold was passed, which is all that is of interest.
+
+class _Client(QMPClient):
+    """The library's client, with one sort of error for all that is no QMP, and little memory for events.
+
+    thresholds: the nodes whose write threshold was passed. Nothing else that QEMU says on its own is waited
+    for here; kept, a flood of it would pile up without end.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
+    def __init__(self) -> None:
+        super().__init__("monitor")
         self.thresholds: set[str] = set()
 
     async def _do_recv(self) -> Message:
@@ -59,19 +60,18 @@ class _Client(QMPClient):
 
     async def _on_message(self, msg: Message) -> None:
         if "event" in msg:
-            self._hear(msg)
+            self._note(msg["event"], msg.get("data"))
             return
         if not isinstance(msg.get("id", ""), str):  # else it would be looked up, hashable or not
             raise ProtocolError("it sends an answer to nothing that was asked")
         await super()._on_message(msg)
 
-    def _hear(self, event: Message) -> None:
-        data = event.get("data")
-        if event["event"] != "BLOCK_WRITE_THRESHOLD" or not isinstance(data, dict):
+    def _note(self, event: object, told: object) -> None:
+        if event != "BLOCK_WRITE_THRESHOLD" or not isinstance(told, dict):
             return
-        node = data.get("node-name")
-        if isinstance(node, str) and len(self.thresholds) < MAX_THRESHOLDS:
-            self.thresholds.add(node[:MAX_NODE_NAME])
+        node = told.get("node-name")
+        if isinstance(node, str) and len(node) <= _MOST_NAME and len(self.thresholds) < _MOST_NODES:
+            self.thresholds.add(node)
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Monitor:
         self.address = address
         self._timeout = timeout_seconds
         self._loop = asyncio.new_event_loop()
-        self._client = _Client("monitor")
+        self._client = _Client()
         self._broken = ""
         self.version = Version(0, 0, 0)
         self.commands: frozenset[str] = frozenset()

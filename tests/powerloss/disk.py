@@ -6,11 +6,14 @@ As ALICE and CrashMonkey do, for a file system that promises no more than POSIX:
 - what was written to a file since its last fsync may be there, or be missing, cut off, zeroes or garbage;
 - what was done to a folder's names since its last fsync may have happened or not, each on its own, in any
   combination that has a meaning; an fsync of a file says nothing of its name;
-- a rename or link is whole or not at all.
+- a rename or link is whole or not at all;
+- an image that QEMU writes in place has some of its blocks of 4 KiB as before and some as after: QEMU
+  flushes between what must not change places, which is taken on trust.
 """
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +22,11 @@ from typing import Any
 
 EMPTY, ZEROES, HALF, GARBAGE, TORN, WHOLE = "empty", "zeroes", "half", "garbage", "torn", "whole"
 DOUBTFUL = (EMPTY, ZEROES, HALF, GARBAGE, TORN, WHOLE)
+"""What may have become of a new file, or one whose content was to be replaced."""
+
+OLD = "old"
+MIXED = (OLD, *(f"mixed{number}" for number in range(20)), WHOLE)
+"""And of an image that QEMU writes in place: a block of it is old or new."""
 
 Content = tuple[str, str]
 """A file's content: the digest of a whole one, and what became of it."""
@@ -50,6 +58,7 @@ class File:
 
     synced: str | None = None
     coming: str | None = None
+    inplace: bool = False
 
 
 @dataclass
@@ -96,8 +105,9 @@ class Disk:
             self._name(NameStep.of(gone, self.place(step["to"]), self.names[source]))
         elif do == "remove":
             self._name(NameStep.of(self.place(path), None, self.names[self.place(path)]))
-        elif do == "dirty":
-            self.files[self.inode(path)].coming = step["coming"]
+        elif do in ("dirty", "inplace"):
+            file = self.files[self.inode(path)]
+            file.coming, file.inplace = step["coming"], do == "inplace"
         elif do == "sync" and "content" in step:
             self.files[self.inode(path)] = File(synced=step["content"])
         elif do == "sync":
@@ -141,12 +151,16 @@ class Disk:
     def _content(self, inode: int, fates: dict[int, str]) -> Content:
         file = self.files[inode]
         if inode in fates and file.coming is not None:
-            return file.coming, fates[inode]
+            return (f"{file.synced}-{file.coming}" if file.inplace else file.coming), fates[inode]
         return (file.synced, WHOLE) if file.synced else ("", EMPTY)
 
-    def dirty(self) -> list[int]:
-        """Name the files whose content is in doubt."""
-        return sorted(inode for inode, file in self.files.items() if file.coming is not None)
+    def dirty(self) -> dict[int, tuple[str, ...]]:
+        """Name the files whose content is in doubt, and what may become of each."""
+        return {
+            inode: MIXED if file.inplace else DOUBTFUL
+            for inode, file in sorted(self.files.items())
+            if file.coming is not None
+        }
 
 
 def apply(names: dict[tuple[int, str], int], step: NameStep) -> None:
@@ -189,29 +203,29 @@ def _choices(
     disk: Disk, most: int, chance: random.Random
 ) -> Iterator[tuple[tuple[NameStep, ...], dict[int, str]]]:
     pending, dirty = disk.pending, disk.dirty()
-    count = 2 ** len(pending) * len(DOUBTFUL) ** len(dirty)
+    count = 2 ** len(pending) * math.prod(map(len, dirty.values()))
     if count <= most:
         for bits in itertools.product((False, True), repeat=len(pending)):
-            for fates in itertools.product(DOUBTFUL, repeat=len(dirty)):
+            for fates in itertools.product(*dirty.values()):
                 yield tuple(itertools.compress(pending, bits)), dict(zip(dirty, fates, strict=True))
         return
     whole = dict.fromkeys(dirty, WHOLE)
     for one in pending:  # the corners: one change of names lost, and one kept, all files whole and none
-        for fates in (whole, dict.fromkeys(dirty, EMPTY)):
+        for fates in (whole, {inode: worst[0] for inode, worst in dirty.items()}):
             yield tuple(step for step in pending if step is not one), fates
             yield (one,), fates
-    for one in dirty:
-        for fate in DOUBTFUL:
-            yield tuple(pending), {**whole, one: fate}
+    for inode, doubtful in dirty.items():
+        for fate in doubtful:
+            yield tuple(pending), {**whole, inode: fate}
     for _ in range(most):
         kept = tuple(step for step in pending if chance.random() < 0.7)
-        yield kept, {inode: chance.choice(DOUBTFUL) for inode in dirty}
+        yield kept, {inode: chance.choice(doubtful) for inode, doubtful in dirty.items()}
 
 
 def _coming(steps: list[dict[str, Any]], number: int, end: dict[str, str | None]) -> str | None:
     """Return the content that the file of a step will have at its next fsync, or at the end."""
     step = steps[number]
-    if step["do"] not in ("create", "dirty"):
+    if step["do"] not in ("create", "dirty", "inplace"):
         return None
     path = step["path"]
     for later in steps[number + 1 :]:

@@ -1,31 +1,36 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Play a trace against every state that a power failure may leave, and look at each with the product's eyes.
 
-In each state: the repository opens; every point that was committed before the run is there, byte for byte;
+After a backup: the repository opens; every point that was committed before the run is there, byte for byte;
 the new one is whole or not there, and is there once the VM's bitmaps rest on it; what the next run does
-first leaves nothing unfinished, takes no point away, and can begin a point of its own.
+first leaves nothing unfinished, takes no point away, and can begin a point of its own. After a prune: every
+point that stays holds the same bytes and agrees with its digests, and so does one that goes, if it is there.
 """
 
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backupctl import recovery
+from backupctl import clusters, recovery
 from backupctl.errors import BackupctlError
 from backupctl.names import PointId, VmName, next_point_id, point_time
 from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
+from backupctl.repository import chain
 from backupctl.repository.journal import Journal
 from backupctl.repository.layout import Repository, VmFolder
 from backupctl.settings import Vm
+from backupctl.transfer.digests import of_piece
 from backupctl.verify import verify
-from tests.powerloss import disk
-from tests.powerloss.disk import EMPTY, GARBAGE, HALF, TORN, WHOLE, ZEROES, Content, Tree
+from tests.powerloss import disk, qcow2
+from tests.powerloss.disk import EMPTY, GARBAGE, HALF, MIXED, OLD, TORN, WHOLE, ZEROES, Content, Tree
 
 VM = VmName("web")
+_BLOCK_BYTES = 4096
 Points = dict[str, dict[str, Content]]
 """Point to its files."""
 
@@ -54,16 +59,19 @@ class Explored:
     """What came of it. states: different ones. violations: what was wrong, in which."""
 
     states: int = 0
-    verified: int = 0
+    looked_deep: int = 0
     violations: list[str] = field(default_factory=list)
 
 
+Judge = Callable[[Path, bool, bool], str]
+"""Says what is wrong with a state, "" if nothing is. It is told whether the new point must be there, and
+whether to look deeper than usual."""
+
+
 def explore(
-    run: Recorded, work: Path, *, most: int, verify_every: int = 0, stop_early: bool = False
+    run: Recorded, work: Path, judge: Judge, *, most: int, deep_every: int = 0, stop_early: bool = False
 ) -> Explored:
-    """Look at all states. most: for each step. verify_every: which of them are also verified, with data."""
-    before, after = run.points(run.start), run.points(run.end)
-    (new,) = set(after) - set(before)
+    """Look at all states. most: for each step. deep_every: at which of them deeper."""
     result = Explored()
     seen = set()
     pool = Pool(run.trace, work / "pool")
@@ -77,10 +85,10 @@ def explore(
         result.states += 1
         state = work / "state"
         pool.lay_out(tree, state)
-        deep = bool(verify_every) and result.states % verify_every == 0
-        result.verified += deep
+        deep = bool(deep_every) and result.states % deep_every == 0
+        result.looked_deep += deep
         try:
-            wrong = judge(state, before, after, new if due else None, deep=deep)
+            wrong = judge(state, due, deep)
         except BackupctlError as err:
             wrong = f"{type(err).__name__}: {err.message}"
         finally:
@@ -101,18 +109,68 @@ def _relied_on(steps: list[dict[str, Any]]) -> int:
     return retired[-1] if retired else next(n for n, step in enumerate(steps) if step["do"] == "reported")
 
 
-def judge(state: Path, before: Points, after: Points, due: str | None, *, deep: bool) -> str:
-    """Return what is wrong with a state, "" if nothing is. due: a point that must be there."""
-    existed = (state / "repository.json").exists()
-    if before and not existed:
-        return "repository.json is gone"
-    repository = Repository.open_or_create(state)
-    folder = repository.vm(VM)
-    wrong = _points(folder, before, after, due)
-    if not wrong and deep:
-        found = verify(repository, None, None, Depth(), Silent(), Stop()).damage
-        wrong = f"verify: {found[0].message}" if found else ""
-    return wrong or _next_run(repository, folder) or _points(folder, before, after, due)
+def after_backup(run: Recorded) -> Judge:
+    """Return the judge of a full's or an incremental's states."""
+    before, after = run.points(run.start), run.points(run.end)
+    (new,) = set(after) - set(before)
+
+    def judge(state: Path, due: bool, deep: bool) -> str:
+        if before and not (state / "repository.json").exists():
+            return "repository.json is gone"
+        repository = Repository.open_or_create(state)
+        folder = repository.vm(VM)
+        must = new if due else None
+        wrong = _points(folder, before, after, must) or (_verified(repository) if deep else "")
+        return wrong or _next_run(repository, folder) or _points(folder, before, after, must)
+
+    return judge
+
+
+Contents = dict[tuple[str, str], bytes]
+"""Point and disk to its bytes."""
+
+
+def after_prune(held: Contents, kept: set[str], again: Callable[[VmFolder], object]) -> Judge:
+    """Return the judge of a prune's states. again: prunes once more, by the same rules."""
+
+    def judge(state: Path, _due: bool, deep: bool) -> str:
+        repository = Repository.open(state)
+        folder = repository.vm(VM)
+        wrong = _contents(folder, held, kept) or (_verified(repository) if deep else "")
+        wrong = wrong or _next_run(repository, folder) or _contents(folder, held, kept)
+        if deep and not wrong:
+            again(folder)
+            there = {point.id for point in folder.points()}
+            wrong = "" if there == kept else f"after another prune there are {sorted(there)}"
+            wrong = wrong or _contents(folder, held, kept) or _verified(repository)
+        return wrong
+
+    return judge
+
+
+def _verified(repository: Repository) -> str:
+    found = verify(repository, None, None, Depth(), Silent(), Stop()).damage
+    return f"verify: {found[0].message}" if found else ""
+
+
+def _contents(folder: VmFolder, held: Contents, kept: set[str]) -> str:
+    """Compare every point that there is, cluster by cluster with its digests too."""
+    survey = folder.survey()
+    if survey.damaged:
+        return f"damaged: {survey.damaged[0][1].message}"
+    if not kept <= {point.id for point in survey.points}:
+        return f"a point that stays is gone; there are {[point.id for point in survey.points]}"
+    for point in survey.points:
+        for entry in point.manifest.disks:
+            layers = chain.layers(folder, point, entry.name)
+            content = qcow2.content([layer.path for layer in layers])
+            if content != held[point.id, entry.name]:
+                return f"{entry.name} of {point.id} is not what it was"
+            found = of_piece(0, memoryview(content))
+            should = chain.logical(layers, entry.size).window(0, len(found))
+            if clusters.differ(found, should).any():
+                return f"{entry.name} of {point.id} would be refused by a restore"
+    return ""
 
 
 def _points(folder: VmFolder, before: Points, after: Points, due: str | None) -> str:
@@ -178,6 +236,8 @@ class Pool:
         return path
 
     def _bytes(self, digest: str, fate: str) -> bytes:
+        if fate in MIXED and "-" in digest:
+            return self._mixed(*digest.split("-"), fate)
         whole = (self._trace / digest).read_bytes() if digest else b""
         half = len(whole) // 2
         garbage = random.Random(len(whole)).randbytes(len(whole))
@@ -189,3 +249,14 @@ class Pool:
             GARBAGE: garbage,
             TORN: whole[:half] + garbage[half:],
         }[fate]
+
+    def _mixed(self, before: str, after: str, fate: str) -> bytes:
+        """Return some blocks as they were, some as they will be; behind an end there are zeroes."""
+        old, new = (self._trace / before).read_bytes(), (self._trace / after).read_bytes()
+        if fate in (OLD, WHOLE):
+            return old if fate == OLD else new
+        chance = random.Random(fate)
+        length = max(len(old), len(new))
+        old, new = old.ljust(length, b"\0"), new.ljust(length, b"\0")
+        blocks = range(0, length, _BLOCK_BYTES)
+        return b"".join(chance.choice((old, new))[at : at + _BLOCK_BYTES] for at in blocks)

@@ -7,7 +7,8 @@ FORGET=sync_file (or another function of `durable`) makes that one do nothing: a
 
 What is seen: every file and folder made, renamed, linked or removed by Python (its audit events), every
 fsync, and the images that `qemu-img` makes. What QEMU writes into an image is not seen, and need not be:
-an image counts as dirty from its making to the fsync that follows the end of its server.
+an image counts as dirty from its making to the fsync that follows the end of its server; one that is written
+in place, while others stand on it, as `inplace`.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,19 @@ def created(path: Path, *arguments: Any) -> None:
     real_create(path, *arguments)
 
 
+def served(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> Any:
+    """Note an image that is about to be written in place."""
+    if writable and in_use:
+        note("inplace", Path(chain[0]))
+    return real_serve(chain, writable=writable, in_use=in_use)
+
+
+def resized(path: Path, size_bytes: int) -> None:
+    """Note an image that is about to get another size."""
+    note("inplace", Path(path))
+    real_resize(path, size_bytes)
+
+
 def told(self: Monitor, actions: Any) -> Any:
     """Note that bitmaps are given up: from here on the new point must be there, whatever happens."""
     if any(action["type"] == RETIRED for action in actions):
@@ -117,11 +132,13 @@ def told(self: Monitor, actions: Any) -> Any:
 
 
 real_fsync, real_create, real_transaction = os.fsync, images.create_layer, Monitor.transaction
+real_serve, real_resize = images.serve, images.resize
 
 if __name__ == "__main__":
     from backupctl.cli.main import main
 
     os.fsync, images.create_layer, Monitor.transaction = synced, created, told
+    images.serve, images.resize = served, resized
     for forgotten in os.environ.get("FORGET", "").split():
         setattr(durable, forgotten, lambda _path: None)
     sys.addaudithook(heard)

@@ -12,17 +12,21 @@ from typing import Any
 
 import pytest
 
+from backupctl import prune
+from backupctl.report import Silent, Stop
+from backupctl.repository.retention import Rules
 from fixtures import builds
 from tests.powerloss import disk
-from tests.powerloss.explore import Recorded, explore
+from tests.powerloss.explore import Judge, Recorded, after_backup, after_prune, explore
 
-MOST = 2500
+MOST = 1500
 MOST_FOR_A_BUG = 300
+SIZES = {"vda": 2 << 20, "vdb": (1 << 20) + 512, "vdc": 1 << 20}
 Steps = list[dict[str, Any]]
 
 
-def play(lab, module: str, kind: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = lab.cli.command(kind, "web")
+def play(lab, module: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    command = lab.cli.command(words[0], "web", *words[1:], vm=words[0] != "prune")
     command[command.index("backupctl")] = module
     return subprocess.run(
         command,
@@ -35,13 +39,13 @@ def play(lab, module: str, kind: str, **environment: str) -> "subprocess.Complet
     )
 
 
-def record(lab, kind: str, folder: Path, **environment: str) -> Recorded:
+def record(lab, folder: Path, *words: str, **environment: str) -> Recorded:
     """Run the command line with a record of its steps."""
     folder.mkdir()
     repository = lab.cli.repository
     start = tree(repository, folder)
     environment |= {"TRACE": str(folder), "REPOSITORY": str(repository)}
-    done = play(lab, "tests.powerloss.recorder", kind, **environment)
+    done = play(lab, "tests.powerloss.recorder", *words, **environment)
     assert done.returncode == 0, done.stderr
     end = tree(repository, folder)
     return Recorded(folder, disk.read(folder, end), start, end)
@@ -71,31 +75,28 @@ def work() -> Iterator[Path]:
 @pytest.fixture
 def lab(make_lab):
     """A VM of three disks, simulated: of the VM nothing is asked here but that it answers."""
-    sizes = {"vda": 2 << 20, "vdb": (1 << 20) + 512, "vdc": 1 << 20}
-    made = make_lab(builds.simulator("7.2"), sizes, seed=5)
+    made = make_lab(builds.simulator("7.2"), SIZES, seed=5)
     made.writer.write(10)
     return made
 
 
 def look_at_all(run: Recorded, work: Path, name: str) -> int:
-    done = explore(run, work, most=MOST, verify_every=300)
+    done = explore(run, work, after_backup(run), most=MOST, deep_every=300)
     assert done.violations == [], done.violations[:5]
-    assert done.verified > 0
-    print(
-        f"\npower failure in {name}: {len(run.steps)} steps, {done.states} states, {done.verified} verified"
-    )
+    assert done.looked_deep > 0
+    print(f"\npower failure in {name}: {len(run.steps)} steps, {done.states} states")
     return done.states
 
 
 def test_every_state_after_a_power_failure_keeps_what_was_committed(lab, work, tmp_path):
     """In the first full, which makes the repository; an incremental; and one that clears up after a death."""
-    states = look_at_all(record(lab, "full", tmp_path / "full"), work, "a first full")
+    states = look_at_all(record(lab, tmp_path / "full", "full"), work, "a first full")
     lab.writer.write(5)
-    states += look_at_all(record(lab, "incremental", tmp_path / "more"), work, "an incremental")
+    states += look_at_all(record(lab, tmp_path / "more", "incremental"), work, "an incremental")
     lab.writer.write(5)
     assert play(lab, "tests.killed", "incremental", KILL_AT=last_step(lab)).returncode == -signal.SIGKILL
     assert list(lab.cli.repository.glob("web/*.partial/manifest.json"))
-    after_death = record(lab, "incremental", tmp_path / "again")
+    after_death = record(lab, tmp_path / "again", "incremental")
     states += look_at_all(after_death, work, "an incremental after one that was killed at its commit")
     print(f"power failure: {states} states in all")
     assert states >= 3000
@@ -155,22 +156,73 @@ BUGS: dict[str, Callable[[Steps], Steps]] = {
 }
 
 
+def without_the_first_folders_syncs(steps: Steps) -> Steps:
+    """Forget the folder that a merged image is renamed out of."""
+    move = next(step for step in steps if step["do"] == "rename" and str(step["to"]).endswith(".qcow2"))
+    folder = str(move["path"]).rpartition("/")[0]
+    return [step for step in steps if step["do"] != "sync" or step["path"] != folder]
+
+
+PRUNE_BUGS: dict[str, Callable[[Steps], Steps]] = {
+    "the merged image is not synced": without(".qcow2"),
+    "the merged digest map is not synced": without(".digests.merged"),
+    "the folder that the merged image comes from is not synced": without_the_first_folders_syncs,
+}
+
+
 @pytest.fixture
 def first_full(lab, tmp_path) -> Recorded:
-    return record(lab, "full", tmp_path / "full")
+    return record(lab, tmp_path / "full", "full")
 
 
 def test_every_bug_that_is_planted_into_the_order_of_steps_is_caught(first_full, work):
     for name, plant in BUGS.items():
         planted = replace(first_full, steps=plant(first_full.steps))
         assert len(planted.steps) != len(first_full.steps) or planted.steps != first_full.steps, name
-        assert explore(planted, work, most=MOST_FOR_A_BUG, stop_early=True).violations, name
+        assert explore(
+            planted, work, after_backup(first_full), most=MOST_FOR_A_BUG, stop_early=True
+        ).violations, name
 
 
 @pytest.mark.parametrize("forgotten", ["sync_file", "sync_folder"])
 def test_a_step_that_the_product_forgets_is_caught(lab, work, tmp_path, forgotten):
-    run = record(lab, "full", tmp_path / "full", FORGET=forgotten)
-    assert explore(run, work, most=MOST_FOR_A_BUG, stop_early=True).violations
+    run = record(lab, tmp_path / "full", "full", FORGET=forgotten)
+    assert explore(run, work, after_backup(run), most=MOST_FOR_A_BUG, stop_early=True).violations
+
+
+@pytest.fixture
+def pruned(lab, tmp_path) -> tuple[Recorded, Judge]:
+    """A full and two incrementals, of which the full is pruned: the layer on it is merged into it."""
+    held = {}
+    for kind in ("full", "incremental", "incremental"):
+        point = lab.backup(kind, "--disk", "vda")["point"]
+        held[point, "vda"] = lab.cli.raw(point, "vda", lab.folder)
+        lab.writer.write(6)
+    run = record(lab, tmp_path / "prune", "prune", "--keep-last", "2")
+    kept = set(run.points(run.end))
+    assert len(kept) == 2
+
+    def again(folder):
+        prune.prune(folder, Rules(last=2), Silent(), Stop())
+
+    return run, after_prune(held, kept, again)
+
+
+def test_every_state_after_a_power_failure_in_a_prune_keeps_the_points_that_stay(pruned, work):
+    run, judge = pruned
+    assert any(step["do"] == "inplace" for step in run.steps)
+    done = explore(run, work, judge, most=MOST, deep_every=40)
+    assert done.violations == [], done.violations[:5]
+    assert done.looked_deep > 0
+    print(f"\npower failure in a prune: {len(run.steps)} steps, {done.states} states")
+
+
+def test_a_merge_that_forgets_to_sync_is_caught(pruned, work):
+    run, judge = pruned
+    for name, plant in PRUNE_BUGS.items():
+        planted = replace(run, steps=plant(run.steps))
+        assert planted.steps != run.steps, name
+        assert explore(planted, work, judge, most=MOST_FOR_A_BUG, stop_early=True).violations, name
 
 
 def test_what_is_kept_of_unsynced_steps_is_any_of_them():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from backupctl.errors import DamageFound
-from tests.unit.repository.conftest import P1, Builder, disk_entry
+from tests.unit.repository.conftest import P1, P2, Builder, disk_entry
 from tests.unit.repository.test_restore import as_raw, run, start_to_stdout
 
 CLUSTER = 65536
@@ -205,3 +205,12 @@ def test_options_that_make_no_sense_are_refused(builder, image, wrong):
 def test_a_sample_tells_its_seed(builder, image):
     done = command(builder, "verify", "--sample", "10", "--json")
     assert f"--seed {json.loads(done.stdout)['seed']}" in done.stderr
+
+
+def test_damage_beside_a_result_leaves_one_document_on_stdout(builder, image):
+    builder.point(P2, (disk_entry(size=SIZE), []))
+    overwrite(image.with_name("manifest.json"), 40, b"ruin")
+    done = command(builder, "list", "vm1", "--json")
+    assert done.returncode == 4
+    assert [point["point"] for point in json.loads(done.stdout)] == [P2]
+    assert "checksum" in done.stderr or "JSON" in done.stderr
