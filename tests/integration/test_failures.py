@@ -345,7 +345,7 @@ def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
     lab.next_is_right()
 
 
-@pytest.mark.needs_qemu
+@pytest.mark.needs_qemu("the simulator has no blockdev-snapshot-sync")
 def test_an_external_snapshot_while_the_run_begins_is_noticed(lab):
     """The moment would be that of a layer to which the guest writes no more. (Later ones QEMU refuses.)"""
     spoilt = []
