@@ -27,6 +27,7 @@ from backupctl.repository import qemu
 
 VM = "drilled"
 _RUN_SECONDS = 120.0
+_THAW_SECONDS = 5.0  # less than the freeze budget: it is the kill that the guard must answer to
 _OURS = "backupctl-"
 _EARLIER = "from an earlier run: "
 _WORTH = ("is read whole", "is taken full", "warning: ")
@@ -71,7 +72,8 @@ class Ground(ABC):
     """A VM with two disks and a repository.
 
     folder: all of it. moments: of each point, raw files by disk. last: the call that met what was broken.
-    aftermath: what the next run had to clear up, as it told.
+    aftermath: what the next run had to clear up, as it told. committed: hashes of the files of points that
+    must not change.
     """
 
     folder: Path
@@ -82,6 +84,7 @@ class Ground(ABC):
     moments: dict[str, dict[str, Path]] = field(default_factory=dict)
     last: Said | None = None
     aftermath: str = ""
+    committed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.repository = self.folder / "repository"
@@ -129,6 +132,21 @@ class Ground(ABC):
     def harmed(self) -> str:
         """Say what harm the guest came to; "" for none."""
         return ""
+
+    def frozen(self) -> bool:
+        """Whether the guest's file systems are frozen; a VM without a guest never is."""
+        return False
+
+    def await_thaw(self) -> None:
+        """Wait for the guard of a run that was killed to let the guest go on. Raises Unmet."""
+        deadline = time.monotonic() + _THAW_SECONDS
+        while self.frozen():
+            expect(time.monotonic() < deadline, f"the guest is thawed within {_THAW_SECONDS:g} s of the kill")
+            time.sleep(0.02)
+
+    def commit_known(self) -> None:
+        """Keep what the committed points are made of now, for `next_is_right` to compare."""
+        self.committed = self.fingerprint()
 
     def command(self, *arguments: str, doomed: str = "") -> list[str]:
         """Return the command line. doomed: the step at which the run dies by SIGKILL (see doomed.py)."""
@@ -243,6 +261,7 @@ class Ground(ABC):
         """The next incremental succeeds, every point is what it was, nothing is left. Raises Unmet."""
         self.write(10)
         self.backup("incremental")
+        expect(self.committed.items() <= self.fingerprint().items(), "committed points are as they were")
         self.at_rest()
         self.compare_all()
         expect(not self.harmed(), f"no write of the guest failed ({self.harmed()})")

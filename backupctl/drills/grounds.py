@@ -123,6 +123,10 @@ class SimulatorGround(Ground):
             return f"{status['failed-writes']} writes failed"
         return "it is still frozen" if status["frozen"] else ""
 
+    def frozen(self) -> bool:
+        """Ask the guest."""
+        return bool(self.machine.order("status")["frozen"])
+
     def order(self, do: str, **arguments: Any) -> Any:
         """Steer the simulator (docs/simulator.md)."""
         return self.machine.order(do, **arguments)

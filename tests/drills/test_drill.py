@@ -13,6 +13,12 @@ import pytest
 from backupctl.drills.catalog import DRILLS
 
 ROOT = Path(__file__).resolve().parents[2]
+PLANTED_IN = ("full", "incremental", "recover", "restore", "backupctl.vm.guard_process")
+UNMET = {
+    "kill-full-transaction": "the guest is thawed",
+    "bitmap-removed": "committed points are as they were",
+}
+"""The words of the verdict, where another check might have failed in its stead."""
 PLANTED = {
     # What a failed run recorded is thrown away instead of given back.
     "kill-incremental-copy": "from backupctl.vm import bitmaps\nbitmaps._give_back = lambda new, base: "
@@ -20,6 +26,17 @@ PLANTED = {
     "+ ([bitmaps._on(base.node, base.name, 'enable')] if new and base and not base.recording else [])\n",
     # A job is left behind.
     "sigterm": "from backupctl.vm import cleanup\ncleanup.dismantle = lambda *a, **k: []\n",
+    # The guard leaves the guest frozen when its run dies. (It is started without our folder in its path.)
+    "kill-full-transaction": "if 'backupctl.vm.guard_process' in sys.orig_argv:\n"
+    "    import threading\n    start = threading.Thread.start\n"
+    "    threading.Thread.start = lambda self: self._target.__name__ == 'thaw_for_good' or start(self)\n"
+    "else:\n    from backupctl.vm import guard\n"
+    "    guard._PACKAGE = f'{guard._PACKAGE}:' + __file__.rpartition('/')[0]\n",
+    # A run changes a point that was committed.
+    "bitmap-removed": "from backupctl.repository import layout\ncommit = layout.Partial.commit\n"
+    "def spoil(self, manifest):\n    for path in self.path.parent.glob('*Z/*.qcow2'):\n"
+    "        path.open('ab').write(bytes(512))\n    return commit(self, manifest)\n"
+    "layout.Partial.commit = spoil\n",
     # Whatever is read back is believed.
     "damaged-data": "from backupctl.transfer import proving\nproving.Prover._compare = lambda *a: None\n",
 }
@@ -31,7 +48,7 @@ def drill(
     """Call it; planted: Python that each run of backupctl begins with."""
     body = textwrap.indent(planted or "pass", "    ")
     (folder / "sitecustomize.py").write_text(
-        f"import sys\nif {{'full', 'incremental', 'recover', 'restore'}} & set(sys.orig_argv):\n{body}"
+        f"import sys\nif {{{', '.join(map(repr, PLANTED_IN))}}} & set(sys.orig_argv):\n{body}"
     )
     return subprocess.run(
         [sys.executable, "-m", "backupctl", "drill", *arguments],
@@ -65,6 +82,7 @@ def test_a_planted_bug_makes_its_drill_fail(tmp_path, name):
     (found,) = json.loads(done.stdout)["drills"]
     assert found["verdict"] == "FAILED"
     assert found["problem"]
+    assert UNMET.get(name, "") in found["problem"]
 
 
 def test_the_table_shows_every_drill_and_its_verdict(tmp_path):
