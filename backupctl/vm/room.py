@@ -117,7 +117,7 @@ def whole(size: int) -> int:
 
 
 def _part(spare: int, lacking: int) -> float:
-    return 1.0 if lacking <= spare else max(spare, 0) / lacking
+    return min(1.0, max(spare, 0) / lacking) if lacking else 1.0
 
 
 def _room(size: int, wanted: int, most: int, reserve: int, *, limited: bool) -> Room:
