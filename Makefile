@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check --no-input
 LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras --no-annotate \
     --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-.PHONY: help setup packages check test test-long drills demo bench lock clean
+.PHONY: help setup packages check test test-long drills fuzz demo bench lock clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -46,8 +46,13 @@ test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on
 test-long: $(VENV)/.tools ## The tests that take longer than CI has time for
 	$(VENV)/bin/pytest -n $(WORKERS) -m slow
 
-drills: $(VENV)/.tools ## Break runs in every way; each time the next incremental must be right (3 min)
-	$(VENV)/bin/pytest -n $(WORKERS) tests/integration/test_failures.py tests/integration/test_topology.py
+drills: $(VENV)/.tools ## Break runs in every way, on the simulator and on a real QEMU (5 min)
+	$(VENV)/bin/backupctl drill --on simulator
+	$(VENV)/bin/backupctl drill --on qemu
+	$(VENV)/bin/pytest -n $(WORKERS) tests/drills tests/integration/test_failures.py tests/integration/test_topology.py
+
+fuzz: $(VENV)/.tools ## Feed every parser with garbage; FUZZ_SECONDS=60 for longer on each (2 min)
+	$(VENV)/bin/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),8)
 
 demo: setup ## The main job live, on a real Linux guest; on the simulator where there is no QEMU (30 s; 4 s)
 	@$(VENV)/bin/python -m fixtures.demo

@@ -36,6 +36,7 @@ from backupctl.errors import (
     CommandFailed,
     DamageFound,
     Failed,
+    FreezeOverrun,
     MonitorError,
     Refused,
 )
@@ -51,7 +52,7 @@ from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, room, scratch, snapshot_access
 from backupctl.vm.fleecing import Fleecing
-from backupctl.vm.guard import Guard
+from backupctl.vm.guard import Guard, Thawed
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
@@ -106,6 +107,7 @@ def _prepare(
         options.on_broken_chain,
         since=folder.point(options.since) if options.since else None,
         flaw=partial(_flaw, folder),
+        long=partial(_long, folder, options.max_chain),
     )
     _tell(plan, options, reporter)
     return plan
@@ -149,6 +151,14 @@ def _flaw(folder: VmFolder, base: PointId, disk: DiskName) -> str:
     return ""
 
 
+def _long(folder: VmFolder, most: int | None, base: PointId, disk: DiskName) -> str:
+    """Say why a disk's chain at a point is to get no more layers; "" if it may."""
+    length = 0 if most is None else len(chain.below(folder, base, disk))
+    if most is None or length < most:
+        return ""
+    return f"its chain has {length} layers, as many as --max-chain allows"
+
+
 @dataclass
 class _Run:
     """Steps 2 to 10 of one run."""
@@ -163,11 +173,12 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
-    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    started: datetime = field(init=False)
     step: str = "attach"
     server_is_ours: bool = False
 
     def __post_init__(self) -> None:
+        self.started = _now()
         self.owner = self.repository.owner
         self.point: PointId | None = None
         self.clients = ExitStack()
@@ -199,6 +210,7 @@ class _Run:
         held.callback(view.close)
         self.view = view
         view.attach()
+        disks.refuse_moved(self.monitor, [one.disk for one in self.plan.disks])
         view.guard_by(self.guard)
         freeze = self._moment(partial, view, freezes)
         sources = self._export(view)
@@ -229,11 +241,11 @@ class _Run:
             except AgentRefused as err:
                 self._go_on_without_freeze(err)
             else:
-                with self._thawed_at_the_end() as milliseconds:
+                with self._thawed_at_the_end() as thawed:
                     self.step = "transaction"
                     view.cut()
                 partial.note("export", froze=False)
-                return FreezeEntry(self.options.freeze, "frozen", round(milliseconds[0]))
+                return self._frozen(thawed[0])
         if not view.atomic:
             raise Refused("without a freeze, --view snapshot-access takes one disk only; use fleecing")
         self._begin("transaction")
@@ -242,12 +254,22 @@ class _Run:
         return FreezeEntry(self.options.freeze, "none", None)
 
     @contextmanager
-    def _thawed_at_the_end(self) -> Iterator[list[float]]:
-        milliseconds: list[float] = []
+    def _thawed_at_the_end(self) -> Iterator[list[Thawed]]:
+        thawed: list[Thawed] = []
         try:
-            yield milliseconds
+            yield thawed
         finally:
-            milliseconds.append(self.guard.thaw())
+            thawed.append(self.guard.thaw())
+
+    def _frozen(self, thawed: Thawed) -> FreezeEntry:
+        """Say what the freeze came to. Raises FreezeOverrun if it was required and did not last."""
+        if not thawed.ended_early:
+            return FreezeEntry(self.options.freeze, "frozen", round(thawed.milliseconds))
+        why = "somebody in the guest thawed its file systems before the moment was taken"
+        if self.options.freeze == "require":
+            raise FreezeOverrun(why)
+        self.reporter.warn(f"this point is crash-consistent: {why}")
+        return FreezeEntry(self.options.freeze, "none", None)
 
     def _freezes(self) -> bool:
         """Whether the guest will be frozen. A missing agent is noticed before anything is touched."""
@@ -424,6 +446,11 @@ class _Run:
                 raise MonitorError(f"the node {one.disk.node} of {one.disk.name} has gone") from err
             if size != one.disk.size:
                 raise Failed(f"{one.disk.name} was resized while the run began")
+
+
+def _now() -> datetime:
+    """Tell the time after which a point is named."""
+    return datetime.now(UTC)
 
 
 def _text(err: BaseException) -> str:

@@ -63,8 +63,11 @@ def plan(
     on_broken_chain: OnBrokenChain = "scan",
     since: Point | None = None,
     flaw: Flaw = lambda _point, _disk: "",
+    long: Flaw = lambda _point, _disk: "",
 ) -> Plan:
     """Decide for each disk. points: the committed ones, oldest first. since: of a differential.
+
+    long: says why a disk's chain at a point is to get no more layers; then the disk is taken full.
 
     An incremental with no point to build on is a full. Raises Refused if a chain is broken and the
     user asked to fail then.
@@ -81,7 +84,14 @@ def plan(
         )
     if on_broken_chain == "full":
         plans = tuple(DiskPlan(one.disk, "full", None, one.reason) if one.reason else one for one in plans)
+    plans = tuple(_begun_anew(one, long) for one in plans)
     return Plan("incremental", parent.id, plans)
+
+
+def _begun_anew(one: DiskPlan, long: Flaw) -> DiskPlan:
+    """Take a disk full whose chain is long enough."""
+    reason = long(one.base, one.disk.name) if one.base else ""
+    return DiskPlan(one.disk, "full", None, reason) if reason else one
 
 
 def _incremental(

@@ -75,7 +75,7 @@ def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
         Held(
             point.id,
             tuple(entry.name for entry in point.manifest.disks),
-            markers.has(point.path, markers.PROTECTED),
+            point.protected,
         )
         for point in points
         if not markers.has(point.path, markers.RETIRED)
@@ -113,12 +113,6 @@ def prune(
         long_chains(folder, max_chain),
         tuple(work.damage),
     )
-
-
-def unfinished(folder: VmFolder) -> tuple[str, ...]:
-    """Tell what the next prune has to finish. Changes nothing."""
-    retired = folder.retired()
-    return tuple(f"dropped point {point.id}, whose layers are still to be merged" for point in retired.points)
 
 
 def protect(folder: VmFolder, wanted: str) -> PointId:

@@ -179,6 +179,10 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
         f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, scratch_folder)
     ]
     ids = tuple(point.id for point in points)
+    unmerged = tuple(
+        f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
+        for point in folder.retired().points
+    )
     try:
         with Monitor.connect(vm.qmp, DEFAULTS.agent_timeout_seconds) as monitor:
             inventory = disks.inventory(monitor, vm.disk_names)
@@ -193,12 +197,12 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
             None,
             err.message,
             (),
-            tuple(left),
+            (*left, *unmerged),
             "the VM can't be reached, so the next run would fail",
         )
     plan = planning.plan("incremental", inventory.disks, inventory, points, repository.owner)
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
-    return Status(vm.name, ids, damaged, version, "", states, tuple(left), _next_run(plan, left))
+    return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), _next_run(plan, left))
 
 
 def _thaw(vm: Vm, folder: VmFolder) -> list[str]:

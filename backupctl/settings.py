@@ -71,6 +71,7 @@ class RunOptions:
     limit_bytes_per_second: rate limit of the copy over all disks, None for none.
     since: the point to differ from; None means the newest.
     checkpoints: how many bitmaps of older points stay in the VM for differentials.
+    max_chain: how many layers a disk's chain may have; one that has them is begun anew. None: any number.
     freeze_budget_seconds: how long the guest may stay frozen.
     command_timeout_seconds: the longest that any one command to monitor or agent may take.
     stall_timeout_seconds: the longest that the copy may go without a byte arriving.
@@ -86,6 +87,7 @@ class RunOptions:
     view: ViewWish = "fleecing"
     since: PointId | None = None
     checkpoints: int = 0
+    max_chain: int | None = None
     on_broken_chain: OnBrokenChain = "scan"
     command_timeout_seconds: float = 30.0
     agent_timeout_seconds: float = 5.0

@@ -29,13 +29,16 @@ from backupctl.settings import Address, FreezeWish, OnBrokenChain, ViewWish, Vm
 FILE_NAME = "backupctl.toml"
 MAX_BYTES = 256 * 1024
 MAX_FREEZE_SECONDS = 3600
+MAX_COUNT = 1000
 _CHOICES: dict[str, tuple[str, ...]] = {
     "freeze": get_args(FreezeWish),
     "view": get_args(ViewWish),
     "on_broken_chain": get_args(OnBrokenChain),
 }
-_STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain"})
-_NUMBERS = frozenset({"freeze_budget", "keep_checkpoints"})
+_STRINGS = frozenset({"repository", "scratch", "freeze", "limit", "view", "on_broken_chain", "keep_within"})
+_KEPT = frozenset(f"keep_{name}" for name in ("last", "hourly", "daily", "weekly", "monthly", "yearly"))
+_COUNTS = _KEPT | {"keep_checkpoints", "max_chain"}
+_NUMBERS = _COUNTS | {"freeze_budget"}
 _SETTINGS = _STRINGS | _NUMBERS
 _OF_VM = _SETTINGS | {"qmp", "agent", "disks"}
 
@@ -132,10 +135,10 @@ def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: s
             raise UsageError(
                 f"{path}: {name} in {where} must be a number of seconds, {MAX_FREEZE_SECONDS} at the most"
             )
-        if name == "keep_checkpoints" and (
-            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1000
+        if name in _COUNTS and (
+            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT
         ):
-            raise UsageError(f"{path}: {name} in {where} must be a number of bitmaps, 0 to 1000")
+            raise UsageError(f"{path}: {name} in {where} must be a whole number, 0 to {MAX_COUNT}")
         if name not in _NUMBERS and not isinstance(value, str):
             raise UsageError(f"{path}: {name} in {where} must be a text in quotes")
         if name in _CHOICES and value not in _CHOICES[name]:

@@ -72,7 +72,8 @@ def _show(report: DiffReport) -> None:
         _show_disk(one)
     for names, point in ((report.only_before, report.before), (report.only_after, report.after)):
         if names:
-            screen.print_line(f"\nonly in {point}: {', '.join(names)}")
+            screen.print_line("")
+            screen.print_line(f"only in {point}: {', '.join(names)}")
 
 
 def _show_disk(one: DiskDiff) -> None:

@@ -17,6 +17,7 @@ from backupctl.cli import (
 )
 from backupctl.cli.demo import demo
 from backupctl.cli.diff import diff
+from backupctl.cli.drill import drill
 from backupctl.cli.points import list_points, show
 from backupctl.cli.prune import protect, prune, unprotect
 from backupctl.cli.restore import restore
@@ -54,6 +55,7 @@ _COMMANDS = (
     recover,
     simulate,
     demo,
+    drill,
 )
 for _command in _COMMANDS:
     cli.add_command(_command)

@@ -25,7 +25,9 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     if options["as_json"]:
         screen.print_json([point_document(point) for point in points])
     elif points:
-        screen.print_table(("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>"), _rows(points))
+        screen.print_table(
+            ("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>", "PROTECTED"), _rows(points)
+        )
     else:
         screen.print_line(f"no recovery points in {repository.path}")
     damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
@@ -46,6 +48,7 @@ def _rows(points: list[Point]) -> list[tuple[object, ...]]:
             point.manifest.consistency,
             ",".join(entry.name for entry in point.manifest.disks),
             units.size(sum(entry.stored_bytes for entry in point.manifest.disks)),
+            "yes" if point.protected else "",
         )
         for point in points
     ]
@@ -67,6 +70,7 @@ def point_document(point: Point) -> dict[str, Any]:
         "backupctl": manifest["backupctl"],
         "freeze": manifest["freeze"],
         "disks": manifest["disks"],
+        "protected": point.protected,
         "path": str(point.path),
     }
 
@@ -96,6 +100,7 @@ def show(context: click.Context, /, **options: Any) -> None:
         ("consistency", manifest.consistency),
         ("frozen", f"{frozen} (asked: {freeze.asked})"),
         ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
+        ("protected", "yes, no prune drops it" if point.protected else "no"),
         ("folder", point.path),
     ):
         screen.print_line(f"{name:<12} {value}")

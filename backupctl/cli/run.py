@@ -64,6 +64,12 @@ def full(context: click.Context, /, **options: Any) -> None:
     help="What to do with a disk whose bitmap can't be used: read it whole and store what differs (scan, the "
     "default), take it full, or fail.",
 )
+@click.option(
+    "--max-chain",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Take a disk full whose newest chain has N layers already (no limit).",
+)
 @click.option("--since", metavar="POINT", help="Store what changed since this point, not the newest.")
 @click.pass_context
 def incremental(context: click.Context, /, **options: Any) -> None:
@@ -102,6 +108,7 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
         on_broken_chain=setting("on_broken_chain", default.on_broken_chain),
         since=options.get("since"),
         checkpoints=int(setting("keep_checkpoints", default.checkpoints)),
+        max_chain=setting("max_chain", None) or None,
     )
     stop = Stop()
     with stop.on_signals(), screen.reporter() as reporter:

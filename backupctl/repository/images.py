@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from backupctl.errors import RepositoryError, WriteFailed
+from backupctl.errors import Locked, RepositoryError, WriteFailed
 from backupctl.repository import durable, qemu
 
 ImageFormat = Literal["qcow2", "raw"]
@@ -107,9 +107,14 @@ def serve_target(path: Path, image_format: ImageFormat, *, onto_device: bool) ->
 
 
 def resize(path: Path, size_bytes: int) -> None:
-    """Give an image another virtual size, durably; those below it are not looked at. Raises WriteFailed."""
+    """Give an image another virtual size, durably; those below it are not looked at.
+
+    Raises Locked, WriteFailed.
+    """
     options = blockdev((path,), writable=True, in_use=True)
     done = qemu.img(["resize", "-q", "--shrink", f"json:{json.dumps(options)}", str(size_bytes)])
+    if qemu.in_use(done.stderr):
+        raise Locked(f"{path} is in use, by a VM perhaps")
     if done.returncode:
         raise WriteFailed(f"{path} can't be resized: {done.stderr.strip():.500}")
     _complete(path)
@@ -222,12 +227,15 @@ def _start(
 def await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
     """Wait for the process file, written when all is set up: a socket's name is there before it listens.
 
-    Raises RepositoryError.
+    Raises Locked if QEMU finds an image in use, RepositoryError.
     """
     deadline = time.monotonic() + _START_SECONDS
     while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:
-            raise RepositoryError(f"QEMU can't open the image: {qemu.said(complaints)}")
+            why = qemu.said(complaints)
+            if qemu.in_use(why):
+                raise Locked(f"an image is in use, by a VM perhaps. QEMU asks: {why}")
+            raise RepositoryError(f"QEMU can't open the image: {why}")
         time.sleep(0.005)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backupctl.errors import BackupctlError, RepositoryError, UsageError, WriteFailed
+from backupctl.errors import BackupctlError, Locked, RepositoryError, UsageError, WriteFailed
 from backupctl.repository import durable, images, landing, qemu
 from backupctl.repository.images import ImageFormat
 
@@ -66,7 +66,7 @@ class Target:
         try:
             with images.served(self._blockdev(), writable=True):
                 pass  # qemu-img looks at a raw file without asking for its lock
-        except RepositoryError as err:
+        except (Locked, RepositoryError) as err:
             raise UsageError(f"{self.path} can't be used: {err.message}", state=_UNTOUCHED) from err
         with self.path.open("rb") as file:
             return file.seek(0, os.SEEK_END)

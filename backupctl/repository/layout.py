@@ -131,7 +131,7 @@ class Repository:
 
     def vm(self, name: VmName) -> "VmFolder":
         """Return a VM's folder, which need not exist yet. Raises RepositoryError."""
-        if (self.path / vm_name(name)).is_symlink():  # it would lead out of the repository
+        if os.path.islink(self.path / vm_name(name)):  # noqa: PTH114 - who opens it tells of other errors
             raise RepositoryError(
                 f"{self.path / name} is a symbolic link; a VM's points lie in the repository itself",
                 state="nothing was touched",
@@ -174,6 +174,11 @@ class Point:
     def id(self) -> PointId:
         """Its id, the folder's name."""
         return self.manifest.point
+
+    @property
+    def protected(self) -> bool:
+        """Whether no prune drops it. Raises RepositoryError."""
+        return markers.has(self.path, markers.PROTECTED)
 
 
 @dataclass(frozen=True)

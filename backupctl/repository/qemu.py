@@ -79,5 +79,10 @@ def said(complaints: IO[bytes]) -> str:
     return text.splitlines()[-1][:500] if text else "it said nothing"
 
 
+def in_use(said_by_qemu: str) -> bool:
+    """Whether QEMU's complaint is that somebody else has an image open and locked."""
+    return "Is another process using the image" in said_by_qemu
+
+
 def _die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

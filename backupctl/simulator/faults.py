@@ -38,7 +38,7 @@ DEEDS = {"error", "late", *PLAIN, *ENDS, *(f"{end}-after" for end in ENDS)}
 _SPEC = re.compile(
     r"(qmp|agent|nbd|scratch):([A-Za-z0-9_*?#.-]+)(?:@([^=]+))?=([a-z-]+)(?::(.*))?", re.DOTALL
 )
-_NUMBER = re.compile(r"(\d+)([kMGT]?)")
+_NUMBER = re.compile(r"([0-9]{1,18})([kMGT]?)")
 _UNITS = {"": 1, "k": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -104,7 +104,7 @@ def parse(text: str) -> Fault:
         _check(text, what, {"read", "status"})
         _check(text, deed, {"error"})
         first, last = _range(when)
-        if argument and not hasattr(errno, argument):
+        if argument and argument not in errno.errorcode.values():
             raise BadFault(f"{text!r}: {argument!r} is no errno")
     return Fault(text, where, what, first, last, deed, argument)
 
@@ -171,7 +171,7 @@ def _calls(text: str, when: str) -> tuple[int, int | None]:
     if when == "*":
         return 1, None
     digits = when.removesuffix("+") or "1"
-    if not digits.isdigit() or int(digits) < 1:
+    if not re.fullmatch("[0-9]{1,9}", digits) or int(digits) < 1:
         raise BadFault(f"{text!r}: {when!r} is no call: N, N+ or * is meant")
     return int(digits), None if when.endswith("+") else int(digits)
 
@@ -189,7 +189,5 @@ def _check(text: str, found: str, known: set[str]) -> None:
 
 
 def _seconds(text: str, argument: str) -> None:
-    try:
-        float(argument)
-    except ValueError as err:
-        raise BadFault(f"{text!r}: {argument!r} are no seconds") from err
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?|\.[0-9]{1,6}", argument):
+        raise BadFault(f"{text!r}: {argument!r} are no seconds")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backupctl.errors import InvalidName, Refused
+from backupctl.errors import Failed, InvalidName, Refused
 from backupctl.names import PREFIX, DiskName, NodeName, disk_name
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.monitor import Monitor
@@ -90,6 +90,26 @@ def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
     reply = monitor.execute("query-named-block-nodes", {"flat": True})
     with understood("description of its block nodes"):
         return {NodeName(text(node["node-name"])): node for node in reply if node.get("node-name")}
+
+
+def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
+    """Raise Failed if a device writes to another node than when it was listed: a snapshot came between.
+
+    To be called while no view or job stands over the disks. Raises MonitorError too.
+    """
+    devices = monitor.execute("query-block")
+    with understood("description of its devices"):
+        tops = {
+            text(device.get("qdev", "")): text(device["inserted"]["node-name"])
+            for device in devices
+            if device.get("inserted")
+        }
+    for disk in disks:
+        if disk.qdev and (top := tops.get(disk.qdev)) != disk.node:
+            raise Failed(
+                f"{disk.name} writes to {top or 'nothing'} now, not to {disk.node}: an external snapshot was "
+                "taken while the run began, or its medium was changed"
+            )
 
 
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +21,14 @@ from backupctl.vm.agent import thaw_if_frozen
 _START_SECONDS = 20.0
 _SLACK_SECONDS = 10.0
 _PACKAGE = Path(backupctl.__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Thawed:
+    """The end of a freeze. ended_early: somebody else had thawed the guest, or part of it, before."""
+
+    milliseconds: float
+    ended_early: bool
 
 
 class Guard:
@@ -82,13 +91,14 @@ class Guard:
         """
         return int(self._ask({"do": "freeze", "budget": budget_seconds}))
 
-    def thaw(self) -> float:
-        """Thaw the guest; returns for how many milliseconds it was frozen.
+    def thaw(self) -> Thawed:
+        """Thaw the guest; returns how it was frozen until now.
 
         Raises FreezeOverrun if the guard had to thaw it before, AgentError, GuardLost.
         """
         try:
-            return float(self._ask({"do": "thaw"}))
+            told = self._ask({"do": "thaw"})
+            return Thawed(float(told["milliseconds"]), bool(told["ended_early"]))
         except GuardLost:
             if self._agent is not None:
                 with suppress(AgentError):  # the last resort; the run fails in any case

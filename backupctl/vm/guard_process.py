@@ -52,6 +52,8 @@ class Freezer:
         self._timeout = timeout_seconds
         self._agent: Agent | None = None
         self._frozen_at = 0.0
+        self._count = 0
+        self.ended_early = False
         self.deadline: float | None = None  # while the guest is, or may be, frozen by us
         self.overrun = False
 
@@ -67,7 +69,8 @@ class Freezer:
         self.deadline = self._frozen_at + budget_seconds
         self.overrun = False
         try:
-            return agent.freeze(budget_seconds)
+            self._count = agent.freeze(budget_seconds)
+            return self._count
         except AgentTimeout:
             self.deadline = self._frozen_at  # its outcome is unknown, so a thaw is due now
             raise
@@ -76,7 +79,11 @@ class Freezer:
             raise
 
     def thaw(self) -> float:
-        """Thaw; returns the milliseconds from freeze to thaw. Raises AgentError, FreezeOverrun."""
+        """Thaw; returns the milliseconds from freeze to thaw. Raises AgentError, FreezeOverrun.
+
+        `ended_early` then tells whether somebody in the guest had thawed part of it before: what the agent
+        thaws is less than what it froze. (Its own status would still be "frozen".)
+        """
         if self.overrun:
             raise FreezeOverrun("the freeze budget ended, and the guard thawed the guest before the run did")
         try:
@@ -123,7 +130,7 @@ class Freezer:
             if again and agent.freeze_status() == "thawed":  # the try before did it, whatever was answered
                 self.deadline = None
                 return
-            agent.thaw()
+            self.ended_early = agent.thaw() < self._count
             if agent.freeze_status() != "thawed":
                 raise AgentTimeout("the guest is still frozen after a thaw")
         except AgentError:
@@ -255,7 +262,8 @@ class Guard:
             case "freeze":
                 return self._freezer.freeze(float(request["budget"]))
             case "thaw":
-                return self._freezer.thaw()
+                milliseconds = self._freezer.thaw()
+                return {"milliseconds": milliseconds, "ended_early": self._freezer.ended_early}
             case "hold":
                 self._holder.hold(descriptors[0], str(request["export"]))
             case "release":

@@ -14,8 +14,9 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from backupctl.errors import CommandFailed, MonitorError
+from backupctl.errors import CommandFailed
 from backupctl.names import NodeName, Owner
+from backupctl.vm.reply import text, understood
 
 if TYPE_CHECKING:  # the guard uses this module too, and imports little
     from backupctl.vm.monitor import Monitor
@@ -81,11 +82,10 @@ def ours(monitor: "Monitor", owner: Owner) -> list[str]:
         return []
     try:
         found = monitor.execute("qom-list", {"path": "/objects"})
-        return sorted(str(entry["name"]) for entry in found if owner.owns(str(entry["name"])))
     except CommandFailed:
         return []  # without any object there is no folder for them
-    except (KeyError, TypeError) as err:
-        raise MonitorError(f"QEMU's qom-list makes no sense: {err!r:.200}") from err
+    with understood("list of objects"):
+        return sorted(name for entry in found if owner.owns(name := text(entry["name"])))
 
 
 def used_bytes(descriptor: int) -> int:

@@ -36,11 +36,19 @@ _logger.addHandler(logging.NullHandler())
 _logger.propagate = False  # its errors reach the user as ours; a second, raw line would only confuse
 
 
-class _Client(QMPClient):
-    """The library's client, with one sort of error for all that is no QMP, and no memory for events.
+_MOST_NAME, _MOST_NODES = 255, 10_000
 
-    Nobody waits for events here; kept, a flood of them would pile up without end.
+
+class _Client(QMPClient):
+    """The library's client, with one sort of error for all that is no QMP, and little memory for events.
+
+    thresholds: the nodes whose write threshold was passed. Nothing else that QEMU says on its own is waited
+    for here; kept, a flood of it would pile up without end.
     """
+
+    def __init__(self) -> None:
+        super().__init__("monitor")
+        self.thresholds: set[str] = set()
 
     async def _do_recv(self) -> Message:
         # A line without end, a nesting without end, a number of thousands of digits, what is no UTF-8: the
@@ -52,10 +60,18 @@ class _Client(QMPClient):
 
     async def _on_message(self, msg: Message) -> None:
         if "event" in msg:
+            self._note(msg["event"], msg.get("data"))
             return
         if not isinstance(msg.get("id", ""), str):  # else it would be looked up, hashable or not
             raise ProtocolError("it sends an answer to nothing that was asked")
         await super()._on_message(msg)
+
+    def _note(self, event: object, told: object) -> None:
+        if event != "BLOCK_WRITE_THRESHOLD" or not isinstance(told, dict):
+            return
+        node = told.get("node-name")
+        if isinstance(node, str) and len(node) <= _MOST_NAME and len(self.thresholds) < _MOST_NODES:
+            self.thresholds.add(node)
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ class Monitor:
         self.address = address
         self._timeout = timeout_seconds
         self._loop = asyncio.new_event_loop()
-        self._client = _Client("monitor")
+        self._client = _Client()
         self._broken = ""
         self.version = Version(0, 0, 0)
         self.commands: frozenset[str] = frozenset()
@@ -167,10 +183,9 @@ class Monitor:
 
     def thresholds_passed(self) -> frozenset[str]:
         """Return the nodes of which QEMU said, since the last call, that their write threshold is passed."""
-        told = [event.get("data") for event in self._client.events.clear()]
-        return frozenset(
-            str(data["node-name"]) for data in told if isinstance(data, dict) and "write-threshold" in data
-        )
+        passed = frozenset(self._client.thresholds)
+        self._client.thresholds.clear()
+        return passed
 
     def close(self) -> None:
         """Leave the monitor to others. Never raises: what is said by now is said."""

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backupctl.errors import MonitorError, Refused
+from backupctl.errors import Refused
 from backupctl.names import DiskName
 from backupctl.vm import disks, scratch
 from backupctl.vm.disks import Disk
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.reply import number, understood
 
 MIB = 1 << 20
 RESERVE_BYTES = 256 * MIB
@@ -77,11 +78,10 @@ def held_bytes(size: int, node: Mapping[str, Any]) -> int:
 
     A disk over a backing image, or on a block device, is taken for full.
     """
-    try:
-        allocated = int(node["image"]["actual-size"])
-        alone = not int(node.get("backing_file_depth", 0)) and "backing-filename" not in node["image"]
-    except (KeyError, TypeError, ValueError) as err:
-        raise MonitorError(f"QEMU describes a disk in a way that makes no sense: {err!r:.200}") from err
+    with understood("description of a disk"):
+        image = node["image"]
+        allocated = number(image.get("actual-size", 0))
+        alone = not number(node.get("backing_file_depth", 0)) and "backing-filename" not in image
     return min(allocated, size) if alone and allocated > 0 else size
 
 

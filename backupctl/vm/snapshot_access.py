@@ -29,7 +29,7 @@ from pathlib import Path
 
 from backupctl.errors import Refused
 from backupctl.names import NodeName, Owner
-from backupctl.vm import bitmaps, scratch
+from backupctl.vm import bitmaps, disks, scratch
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
@@ -90,6 +90,8 @@ class SnapshotAccess:
             [action for cut in self._cuts for action in cut.bitmap_actions() if _adds(action)]
         )
         for number, cut in enumerate(self._cuts):
+            # Of a snapshot taken meanwhile this would take the guest's newest layer from it.
+            disks.refuse_moved(self._monitor, [cut.disk])
             drive = {"path": device_path(cut.disk.qdev), "property": "drive"}
             self._monitor.execute("qom-set", {**drive, "value": self._owner.node("cbw", number)})
         self._monitor.transaction(

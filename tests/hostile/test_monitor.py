@@ -66,7 +66,7 @@ GREETING = {
 def test_what_does_not_greet_as_a_monitor_is_unreachable_and_nothing_is_touched(victim, lie):
     done = victim.attack(qmp={"greeting": lie})
     assert done.error["kind"] == "MonitorUnreachable", done
-    assert done.seconds < 5
+    assert done.seconds < 15
     victim.recovers()
 
 
@@ -134,7 +134,8 @@ COMMANDS = (
     *("query-named-block-nodes", "query-block", "query-block-exports", "query-jobs", "query-fdsets"),
     *("query-commands", "query-status", "add-fd", "blockdev-add", "transaction", "getfd"),
     *("nbd-server-start", "block-export-add", "block-export-del", "nbd-server-stop", "blockdev-del"),
-    *("remove-fd", "block-job-cancel", "qmp_capabilities"),
+    *("remove-fd", "block-job-cancel", "qmp_capabilities", "qom-list", "object-add", "object-del"),
+    *("block-set-write-threshold", "query-iothreads"),
 )
 TOGETHER = [  # one command for each lie in the quick tier, all of them in the long one
     pytest.param(
@@ -167,6 +168,9 @@ DISKS = {
     "size of 63 bits": image(**{"virtual-size": (1 << 63) - 1}),
     "size of 300 bits": image(**{"virtual-size": 1 << 300}),
     "another size": image(**{"virtual-size": 5 << 20}),
+    "allocated below nothing": image(**{"actual-size": -1}),
+    "allocated without end": image(**{"actual-size": float("inf")}),
+    "allocated of a text": image(**{"actual-size": "1M"}),
     "no image": nodes(lambda node: node.pop("image")),
     "driver of escapes": nodes(lambda node: node.update(drv=ESCAPES)),
     "driver of a list": nodes(lambda node: node.update(drv=[])),

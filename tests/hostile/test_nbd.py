@@ -121,10 +121,12 @@ def test_a_handshake_that_leads_nowhere_is_a_read_error(victim, kind):
 
 
 @pytest.mark.parametrize(
-    "size",
-    [0, 1, SIZE - 65536, SIZE - 512, SIZE - 1, SIZE + 1, SIZE + 65536, 1 << 50, (1 << 63) - 1, 1 << 63],
+    ("kind", "size"),
+    [
+        *(("full", size) for size in (0, SIZE - 512)),
+        *(("incremental", size) for size in (0, 1, SIZE - 65536, SIZE - 512, SIZE - 1, SIZE + 1, 1 << 63)),
+    ],
 )
-@pytest.mark.parametrize("kind", ["full", "incremental"])
 def test_an_export_of_another_size_than_the_disk_is_a_read_error_and_no_short_image(victim, kind, size):
     done = victim.attack(kind, nbd=LyingServer(size))
     assert (done.code, done.error["kind"]) == (1, "ReadFailed"), done

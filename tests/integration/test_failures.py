@@ -192,6 +192,25 @@ def test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back(lab):
     lab.next_is_right()
 
 
+def test_a_freeze_that_somebody_ended_early_is_not_called_consistent(lab):
+    def end_it(content: bytes) -> str:
+        if b'"transaction"' in content and lab.agent.frozen:
+            lab.agent.frozen = False
+            lab.agent.on_thaw()
+        return ""
+
+    path = lab.machine.folder / "proxy"
+    with Proxy(path, lab.machine.qmp_path, end_it):
+        direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
+        error = lab.backup("incremental", "--freeze", "require", code=1)["error"]
+        report = lab.backup("incremental")
+        lab.cli.vm[1] = direct
+    assert "somebody in the guest thawed" in error["message"]
+    assert (report["consistency"], report["frozen_ms"]) == ("crash", None)
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
 def test_a_guest_that_somebody_else_froze_is_refused_and_left_frozen(lab):
     lab.agent.frozen = True
     error = lab.backup("incremental", code=1)["error"]
@@ -311,6 +330,31 @@ def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
     assert "NBD server already running" in error["message"]
     assert lab.machine.qmp("nbd-server-stop") == {}, "it was to be still there"
     lab.next_is_right()
+
+
+def test_an_external_snapshot_while_the_run_begins_is_noticed(lab):
+    """The moment would be that of a layer to which the guest writes no more. (Later ones QEMU refuses.)"""
+    spoilt = []
+
+    def spoil(content: bytes) -> str:
+        if not spoilt and b'"add-fd"' in content:
+            spoilt.append(content)
+            snapshot = {"snapshot-file": str(lab.folder / "over.qcow2"), "snapshot-node-name": "over"}
+            assert lab.machine.qmp("blockdev-snapshot-sync", **{"node-name": "node-vda"}, **snapshot) == {}
+        return ""
+
+    path = lab.machine.folder / "proxy"
+    with Proxy(path, lab.machine.qmp_path, spoil):
+        direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
+        error = lab.backup("full", code=1)["error"]
+        lab.cli.vm[1] = direct
+    assert spoilt
+    assert "external snapshot" in error["message"]
+    assert "rolled back" in error["state"]
+    lab.writer.write(5)
+    report = lab.backup("incremental")
+    assert {disk["name"]: disk["scanned"] for disk in report["disks"]} == {"vda": True, "vdb": False}
+    lab.assert_point(report["point"], lab.writer.moment)
 
 
 def test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed(lab):

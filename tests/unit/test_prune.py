@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,8 @@ from backupctl.report import Silent, Stop
 from backupctl.repository import chain, holding, markers, merge
 from backupctl.repository.layout import Point, Repository
 from backupctl.repository.retention import Rules
-from tests.unit.repository.conftest import P1, Builder, die_at, disk_entry
+from backupctl.transfer.copy import Copy
+from tests.unit.repository.conftest import P1, Builder, changing_step, die_at, disk_entry
 
 LAST = Rules(last=1)
 
@@ -300,7 +302,9 @@ def test_a_merge_costs_the_layer_and_not_the_full(builder, monkeypatch):
     size = 64 << 20
     history.content["vda"] = os.urandom(size)
     history.random.randint = lambda *_: 0
+    begin = written_by_children()
     history.take("vda", full=True, size=size)
+    assert written_by_children() - begin > size
     history.content["vda"] = history.content["vda"][:-CLUSTER_BYTES] + b"n" * CLUSTER_BYTES
     history.take("vda")
     before = written_by_children()
@@ -311,9 +315,9 @@ def test_a_merge_costs_the_layer_and_not_the_full(builder, monkeypatch):
 
 
 def written_by_children() -> int:
-    """Return the bytes that our finished children, and we, have had written to disks."""
+    """Return the bytes that we and our finished children have written to files."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(fields["write_bytes"])
+    return int(fields["wchar"])
 
 
 def test_chains_that_are_too_long_are_told(builder):
@@ -325,44 +329,84 @@ def test_chains_that_are_too_long_are_told(builder):
 
 
 def story(builder: Builder, shape: str) -> History:
+    """Make points of which the middle ones go."""
     history = history_of(builder, 14)
     size = 3 * CLUSTER_BYTES + 512
-    history.take("vda", "vdb", full=True, size=size)
-    history.take("vda", "vdb")
+    history.take("vda", full=True, size=size)
+    history.take("vda")
     if shape == "grown":
-        history.take("vda", "vdb", size=CLUSTER_BYTES)
-        history.take("vda", "vdb", size=size + 2 * CLUSTER_BYTES)
+        history.take("vda", size=CLUSTER_BYTES)
+        history.take("vda", size=size + 2 * CLUSTER_BYTES)
         markers.put(builder.folder.path / P1, markers.PROTECTED)
-    elif shape == "differential":
-        history.take("vda", "vdb", since=P1)
-    else:
+    elif shape == "two disks":
+        history.take("vda", "vdb", size=size)
         history.take("vda", "vdb")
+    else:
+        history.take("vda", size=size - CLUSTER_BYTES)
     return history
 
 
-@pytest.mark.parametrize("shape", ["chain", "differential", "grown"])
-def test_a_death_at_every_step_loses_nothing_and_the_next_prune_finishes(builder, shape, tmp_path):
+def deaths(builder: Builder, shape: str, folder: Path, stride: int) -> int:
+    """Die before every `stride`th step of a prune, look at what is there, prune again; returns the cases."""
     history = story(builder, shape)
-    kept = tmp_path / "kept"
-    path = builder.repository.path
+    path, kept = builder.repository.path, folder / "kept"
     shutil.copytree(path, kept)
-    number = 0
-    while True:
+    whole, number = False, -stride
+    while not whole:
+        number += stride
         shutil.rmtree(path)
         shutil.copytree(kept, path)
-        whole = die_at(number, lambda: pruned(builder))
-        newest = builder.folder.point("latest")
-        assert newest.id == history.point
+        whole = die_at(number, lambda: pruned(builder), changing_step)
+        assert builder.folder.point("latest").id == history.point
         history.check()
         report = pruned(builder)
-        assert report.left == ()
+        assert report.left == (), f"step {number}"
         history.check()
         for partial in builder.folder.partials():
             partial.drop()  # as each run's recovery does
         names = {path.name for path in builder.folder.path.iterdir()} - {"lock"}
-        assert names == {one.point for one in report.decisions if one.keep}
-        if whole:
-            break
-        number += 1
-    print(f"{shape}: {number} deaths")
-    assert number > 20
+        assert names == {one.point for one in report.decisions if one.keep}, f"step {number}"
+    print(f"{shape}: {number} steps")
+    return number // stride
+
+
+@pytest.mark.parametrize("size_mib", [6, 4])
+def test_a_death_while_bytes_are_written_loses_nothing(builder, size_mib):
+    """Some of the layer is in the lower image by then, which may have another size than before."""
+    history = history_of(builder, 15)
+    for number, mib in enumerate((4, 5, size_mib)):
+        history.content["vda"] = os.urandom(mib << 20)
+        history.take("vda", full=number == 0, size=mib << 20)
+    for writes in range(1, 9, 2):
+
+        def work(left: int = writes) -> None:
+            real = Copy._write
+
+            def write(copy: Copy, *arguments: object) -> None:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+                real(copy, *arguments)
+
+            Copy._write = write
+            pruned(builder)
+
+        assert not die_at(sys.maxsize, work)
+        assert any(builder.folder.path.rglob("*.merging"))
+        history.check()
+    pruned(builder)
+    history.check()
+    assert len(list(builder.folder.path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("shape", ["chain", "grown"])
+def test_a_death_loses_nothing_and_the_next_prune_finishes(builder, shape, tmp_path):
+    assert deaths(builder, shape, tmp_path, 7) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("shape", ["chain", "grown", "two disks"])
+def test_a_death_at_every_step_loses_nothing_and_the_next_prune_finishes(builder, shape, tmp_path):
+    assert deaths(builder, shape, tmp_path, 1) > 20

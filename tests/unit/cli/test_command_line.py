@@ -103,6 +103,11 @@ def test_what_comes_from_outside_can_not_move_the_cursor():
     assert screen.clean("é 漢") == "é 漢"
 
 
+def test_what_comes_from_outside_can_not_begin_a_line_as_if_we_said_it(capsys):
+    screen.print_error(UsageError("QEMU said: no\nbackupctl: all is well"), as_json=False)
+    assert capsys.readouterr().err == "backupctl: QEMU said: no\\x0abackupctl: all is well\n"
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

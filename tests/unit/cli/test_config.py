@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from backupctl.cli import config
+from backupctl.cli.main import cli
 from backupctl.errors import UsageError
 from backupctl.settings import Address
 
@@ -49,6 +50,17 @@ def test_the_command_line_wins(tmp_path):
         ('[vm.web]\n[vm.web.disks]\nvda = "../../etc"\n', "disk name"),
         ('[vm."../x"]\nqmp = "unix:/a"\n', "VM name"),
         ("[vm\n", "can't be read"),
+        ("[defaults]\nfreeze_budget = nan\n", "freeze_budget"),
+        ("[defaults]\nfreeze_budget = inf\n", "freeze_budget"),
+        ("[defaults]\nfreeze_budget = 1e300\n", "freeze_budget"),
+        ('[defaults]\nfreeze = "sometimes"\n', "auto, require, never"),
+        ('[vm.web]\nview = "x"\n', "fleecing"),
+        ('[vm.web]\non_broken_chain = "x"\n', "scan"),
+        ("[vm.web.disks]\nvda = 5\n", "disk name"),
+        ("a = " + "[" * 100_000, "can't be read"),
+        ("a = " + "9" * 5000, "can't be read"),
+        ("a = '\0'\n", "can't be read"),
+        ("#" * 300_000, "larger"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, text, said):
@@ -63,7 +75,16 @@ def test_an_unknown_vm_is_told_with_those_there_are(tmp_path):
         found.vm("db", None, None)
 
 
-@pytest.mark.parametrize("text", ["tcp:host", "tcp:host:0", "tcp:host:99999", "tcp::1", "unix:", ""])
+@pytest.mark.parametrize(
+    "text", ["tcp:host", "tcp:host:0", "tcp:h:" + "1" * 5000, "tcp:host:99999", "tcp::1", "unix:", ""]
+)
 def test_an_address_that_is_none_is_refused(text):
     with pytest.raises(UsageError):
         Address.parse(text)
+
+
+@pytest.mark.parametrize("budget", ["nan", "inf", "-1", "0", "1e300"])
+def test_a_freeze_budget_that_can_not_be_is_wrong_use(tmp_path, budget):
+    command = ["full", "web", "--qmp", "unix:/x", "--repository", str(tmp_path / "r")]
+    with pytest.raises(UsageError, match="freeze budget"):
+        cli.main([*command, f"--freeze-budget={budget}"], standalone_mode=False)

@@ -144,7 +144,18 @@ def write_image(layers: tuple[Path, ...], writes: Writes) -> None:
             connection.wait(lambda cookie=cookie: connection.completed(cookie))
 
 
-def die_at(number: int, work: Callable[[], object]) -> bool:
+def any_step(event: str, _arguments: object) -> bool:
+    return event in WATCHED
+
+
+def changing_step(event: str, arguments: tuple[object, ...]) -> bool:
+    """All but looking at files."""
+    return event in WATCHED and (event != "open" or bool(int(str(arguments[2])) & os.O_CREAT))
+
+
+def die_at(
+    number: int, work: Callable[[], object], counts: Callable[[str, tuple[object, ...]], bool] = any_step
+) -> bool:
     """Do `work` in a child that dies before its nth step on the file system; whether it got to its end."""
     child = os.fork()
     if child == 0:
@@ -162,7 +173,7 @@ def die_at(number: int, work: Callable[[], object]) -> bool:
             real_sync(descriptor)
 
         os.fsync = sync
-        sys.addaudithook(lambda event, _arguments: step() if event in WATCHED else None)
+        sys.addaudithook(lambda event, arguments: step() if counts(event, arguments) else None)
         try:
             work()
         except BaseException:

@@ -2,11 +2,13 @@
 """The commit: the order of its durable steps, a death between any two of them, and each of them failing."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backupctl.errors import BackupctlError, RepositoryError
+from backupctl.repository.manifest import FreezeEntry
 from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
 
 
@@ -173,3 +175,21 @@ def test_a_folder_that_can_not_be_looked_at_is_not_taken_for_uncommitted(builder
         patched.setattr(Path, "lstat", broken)
         with pytest.raises(BackupctlError, match="Input/output"):
             builder.folder.is_committed(P2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qemu": "1" * 200},
+        {"disks": ()},
+        {"freeze": FreezeEntry("sometimes", "none", None)},
+        {"start": "now"},
+    ],
+    ids=range(4),
+)
+def test_a_point_that_nobody_could_read_is_not_committed(builder: Builder, changes):
+    """What comes from outside gets into the manifest; a point that no run could read again is no point."""
+    partial, manifest = prepared(builder)
+    with pytest.raises(RepositoryError, match="nobody could read it"):
+        partial.commit(replace(manifest, **changes))
+    assert not builder.folder.is_committed(P2)

@@ -237,7 +237,7 @@ def test_a_writable_overlay_takes_the_writes_and_keeps_them_for_the_next_time(tw
 def test_an_overlay_is_written_by_one_server_at_a_time(two_points, serve, tmp_path):
     builder, _ = two_points
     serve(builder, P2, "--writable-overlay", tmp_path / "o")
-    assert "another process" in refused(builder, P2, "--writable-overlay", tmp_path / "o", code=1)
+    assert "another process" in refused(builder, P2, "--writable-overlay", tmp_path / "o", code=75)
 
 
 def test_an_overlay_is_for_its_own_point_and_never_in_the_repository(two_points, serve, tmp_path):

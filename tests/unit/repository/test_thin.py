@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from backupctl.errors import DamageFound, TargetExists, UsageError
-from backupctl.report import Silent
+from backupctl.prune import prune
+from backupctl.report import Silent, Stop
+from backupctl.repository.retention import Rules
 from backupctl.thin import restore
 from fixtures.machine import Disk, Machine
 from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
@@ -72,6 +74,30 @@ def test_a_qemu_runs_on_it_at_once_and_the_repository_stays_as_it_is(two_points,
         machine.quit()
     assert as_raw(overlay) == content[:512] + b"\x77" * 65_536 + content[66_048:]
     assert tree(builder.repository.path) == before
+
+
+def test_a_prune_below_a_vm_that_runs_on_it_waits_and_one_after_it_changes_no_byte(
+    two_points, tmp_path, build
+):
+    """QEMU has the layers open: nothing is written into them. Without it they are merged."""
+    builder, _ = two_points
+    run(builder, tmp_path / "thin.qcow2")
+    content = as_raw(tmp_path / "thin.qcow2")
+
+    def pruned():
+        return prune(builder.folder, Rules(last=1), Silent(), Stop())
+
+    with Machine(build, [Disk("vda", tmp_path / "thin.qcow2", "qcow2")]) as machine:
+        machine.io("vda", "write -q -P 0x77 0 512")
+        below = (builder.folder.path / P1 / "vda.qcow2").read_bytes()
+        assert pruned().left
+        assert (builder.folder.path / P1 / "vda.qcow2").read_bytes() == below
+        machine.quit()
+    content = b"\x77" * 512 + content[512:]
+    assert as_raw(tmp_path / "thin.qcow2") == content
+    assert pruned().left == ()
+    assert not (builder.folder.path / P1).exists()
+    assert as_raw(tmp_path / "thin.qcow2") == content
 
 
 def test_every_disk_gets_one(builder: Builder, tmp_path):

@@ -81,9 +81,21 @@ def test_freeze_and_thaw_tell_how_long(agent, start):
     guard = start()
     assert guard.freeze(10) == 1
     time.sleep(0.2)
-    assert 200 <= guard.thaw() < 2000
+    thawed = guard.thaw()
+    assert 200 <= thawed.milliseconds < 2000
+    assert not thawed.ended_early
     assert not guard.may_be_frozen()
     assert (len(agent.freezes), len(agent.thaws)) == (1, 1)
+
+
+def test_a_freeze_that_somebody_in_the_guest_ended_is_told(agent, start):
+    guard = start()
+    guard.freeze(10)
+    agent.frozen = False
+    assert guard.thaw().ended_early
+    assert not guard.may_be_frozen()
+    guard.freeze(10)
+    assert not guard.thaw().ended_early
 
 
 def test_the_budget_ends_the_freeze_and_the_run_is_told(agent, start):

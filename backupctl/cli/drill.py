@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl drill`: break a throw-away VM's backups in named ways, and show what became of them."""
+
+import time
+from dataclasses import asdict
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from backupctl.cli import common, screen, units
+from backupctl.cli.screen import clean
+from backupctl.drills import runner
+from backupctl.drills.catalog import DRILLS, Drill
+from backupctl.drills.demo import check_tools
+from backupctl.drills.runner import Outcome, Place
+from backupctl.errors import DamageFound, UsageError
+from backupctl.report import Stop
+
+_STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
+
+
+@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@click.argument("names", nargs=-1)
+@click.option("--list", "listing", is_flag=True, help="Name the drills, and play none.")
+@click.option(
+    "--on",
+    "place",
+    type=click.Choice(["simulator", "qemu"]),
+    default="simulator",
+    show_default=True,
+    help="The bundled simulator, or a throw-away real QEMU without a guest.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool) -> None:
+    """Drill failures: break backups of a throw-away VM, and see that nothing is lost.
+
+    NAMES are drills (all if there are none). Your own VMs, repositories and configuration are not touched.
+    """
+    chosen = _chosen(names)
+    if listing:
+        _list(chosen, as_json=as_json)
+        return
+    check_tools()
+    begun, stop = time.monotonic(), Stop()
+    outcomes = []
+    with stop.on_signals():
+        for outcome in runner.run(chosen, place, stop):
+            outcomes.append(outcome)
+            _tell(outcome, len(outcomes), len(chosen))
+    order = {one.name: number for number, one in enumerate(chosen)}
+    outcomes.sort(key=lambda one: order[one.name])
+    seconds = time.monotonic() - begun
+    if as_json:
+        screen.print_json(
+            {"on": place, "seconds": round(seconds, 1), "drills": [asdict(one) for one in outcomes]}
+        )
+    else:
+        _table(outcomes, place, seconds)
+    failed = [one.name for one in outcomes if one.verdict == "FAILED"]
+    if failed:
+        raise DamageFound(
+            f"{len(failed)} of {len(outcomes)} drills failed: {', '.join(failed)}",
+            state="only throw-away VMs were touched",
+            next_command=f"backupctl drill --on {place} {failed[0]}",
+        )
+
+
+def _chosen(names: tuple[str, ...]) -> list[Drill]:
+    unknown = sorted(set(names) - {one.name for one in DRILLS})
+    if unknown:
+        raise UsageError(f"there is no drill {unknown[0]!r:.60}", next_command="backupctl drill --list")
+    return [one for one in DRILLS if not names or one.name in names]
+
+
+def _list(chosen: list[Drill], *, as_json: bool) -> None:
+    if as_json:
+        screen.print_json(
+            [{"name": one.name, "breaks": one.breaks, "simulator_only": one.simulator_only} for one in chosen]
+        )
+        return
+    rows = [
+        (one.name, one.breaks, "simulator" if one.simulator_only else "simulator, qemu") for one in chosen
+    ]
+    screen.print_table(("DRILL", "WHAT IS BROKEN", "ON"), rows)
+
+
+def _tell(outcome: Outcome, done: int, total: int) -> None:
+    """Say on stderr how far it is: a drill takes seconds, all of them half a minute."""
+    problem = f": {outcome.problem}" if outcome.problem else ""
+    click.echo(clean(f"[{done}/{total}] {outcome.name} {outcome.verdict}{problem}"), err=True)
+
+
+def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("DRILL", "WHAT WAS BROKEN", "STEP", "WHAT THE TOOL SAID"):
+        table.add_column(title, overflow="fold")
+    table.add_column("EXIT", justify="right")
+    table.add_column("COMPARED", justify="right")
+    table.add_column("VERDICT")
+    for one in outcomes:
+        exit_code = "" if one.exit_code is None else _exit(one.exit_code)
+        table.add_row(
+            *(one.name, one.breaks, one.step, clean(one.problem or one.said), exit_code),
+            units.size(one.compared_bytes) if one.compared_bytes else "",
+            f"[{_STYLES[one.verdict]}]{one.verdict}[/]",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    passed = sum(one.verdict == "passed" for one in outcomes)
+    elsewhere = sum(one.verdict == "simulator only" for one in outcomes)
+    failed = len(outcomes) - passed - elsewhere
+    more = f", {elsewhere} can only be played on the simulator" if elsewhere else ""
+    console.print(f"\n{passed} passed, {failed} failed{more}; on {place}, {seconds:.0f} s. Nothing is left.")
+
+
+def _exit(code: int) -> str:
+    return "killed" if code == -9 else str(code)

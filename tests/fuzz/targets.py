@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The targets: bytes go in; the parser gives a value, or one of the errors that it documents."""
+
+import atexit
+import json
+import shutil
+import socket
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backupctl.cli import config, units
+from backupctl.clusters import RECORD
+from backupctl.errors import (
+    AgentError,
+    DamageFound,
+    InvalidName,
+    MonitorError,
+    NotARepository,
+    Refused,
+    RepositoryError,
+    UnknownFormat,
+    UsageError,
+)
+from backupctl.names import NodeName, Owner, RepositoryId, disk_name, point_id, vm_name
+from backupctl.repository import digests, header, strict
+from backupctl.repository.digests import DigestMap
+from backupctl.repository.journal import Journal, JournalDisk
+from backupctl.repository.layout import Repository
+from backupctl.repository.manifest import FreezeEntry, Manifest
+from backupctl.settings import Address
+from backupctl.simulator import faults
+from backupctl.transfer import extents
+from backupctl.transfer.extents import BadReply
+from backupctl.vm import bitmaps, disks, reply
+from backupctl.vm.agent import Agent
+from tests.unit.repository.conftest import P1, P2, disk_entry
+
+FOLDER = Path(tempfile.mkdtemp(prefix="backupctl-fuzz-"))
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+OWNER = Owner.of(RepositoryId("0" * 32))
+VM = vm_name("vm1")
+
+
+@dataclass(frozen=True)
+class Target:
+    """parse: what is fed. allowed: what it may raise. seeds: inputs to begin with."""
+
+    parse: Callable[[bytes], object]
+    allowed: tuple[type[Exception], ...]
+    seeds: tuple[bytes, ...]
+
+
+MANIFEST = Manifest(
+    point=P2,
+    kind="incremental",
+    parent=P1,
+    vm=VM,
+    repository=RepositoryId("0" * 32),
+    disks=(disk_entry("vda", P1), disk_entry("vdb")),
+    freeze=FreezeEntry("auto", "frozen", 51),
+    consistency="filesystem",
+    qemu="7.2.22",
+    backupctl="0.1.0",
+    start="2026-01-01T00:00:00Z",
+    end="2026-01-01T00:00:01Z",
+    checkpoints=0,
+)
+JOURNAL = Journal(
+    point=P2,
+    vm=VM,
+    repository=RepositoryId("0" * 32),
+    kind="incremental",
+    step="attach",
+    started="2026-01-01T00:00:00Z",
+    pid=42,
+    disks=(JournalDisk(disk_name("vda"), NodeName("node0"), 0, P1),),
+    froze=True,
+)
+BITMAP = {"name": "backupctl-00000000-20260101T000000Z", "granularity": 65536, "count": 4096}
+BITMAP |= {"recording": True, "busy": False, "persistent": True}
+IMAGE = {"virtual-size": 1 << 20, "format": "qcow2", "filename": "/d.qcow2"}
+IMAGE |= {"format-specific": {"type": "qcow2", "data": {"compat": "1.1"}}}
+NODES = [{"node-name": "n0", "drv": "qcow2", "ro": False, "image": IMAGE, "dirty-bitmaps": [BITMAP]}]
+INSERTED = {"node-name": "n0", "drv": "qcow2", "ro": False}
+DEVICES = [{"device": "", "qdev": "vda", "removable": False, "inserted": INSERTED}]
+EXPORTS = [{"id": "e", "node-name": "n0", "type": "vhost-user-blk"}]
+
+
+class Told:
+    """A monitor that answers what it was given."""
+
+    def __init__(self, answers: dict[str, Any]) -> None:
+        self._answers = answers
+
+    def execute(self, command: str, _arguments: object = None) -> Any:
+        return self._answers.get(command)
+
+
+def inventory(content: bytes) -> disks.Inventory:
+    told = Told(as_object(content))
+    return disks.inventory(told)  # type: ignore[arg-type]
+
+
+def bitmap(content: bytes) -> bitmaps.Bitmap | None:
+    with reply.understood("bitmap"):
+        return bitmaps.Bitmap.parse(NodeName("n0"), as_object(content))
+
+
+def agent(content: bytes) -> int:
+    """What an agent says to `guest-fsfreeze-freeze`, before it hangs up."""
+    ours, its = socket.socketpair()
+    with its, ours:
+        its.sendall(content[:60_000])
+        its.shutdown(socket.SHUT_WR)
+        talk = Agent(ours, 0.5)
+        talk._in_step = not content.startswith(b"\xff")
+        return talk.freeze(0.5)
+
+
+def status(content: bytes) -> list[extents.Status]:
+    """Block status of a disk of 64 MiB in two contexts, told by any numbers."""
+    numbers = iter([*struct.unpack(f">{len(content) // 4}I", content[: len(content) // 4 * 4])] * 2)
+
+    def ask(_offset: int, _length: int) -> dict[str, list[int]]:
+        return {name: [one for _, one in zip(range(4), numbers, strict=False)] for name in ("a", "b")}
+
+    found = list(extents.survey(ask, 64 << 20, ("a", "b")))
+    assert sum(one.length for one in found) == 64 << 20
+    assert all(one.length > 0 for one in found)
+    assert all(one.offset + one.length == two.offset for one, two in pairwise(found))
+    return found
+
+
+def as_object(content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def in_file(name: str, parse: Callable[[Path], object]) -> Callable[[bytes], object]:
+    """Parse from a file of that name."""
+
+    def from_file(content: bytes) -> object:
+        (FOLDER / name).write_bytes(content)
+        return parse(FOLDER / name)
+
+    return from_file
+
+
+def in_text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
+    return lambda content: parse(content.decode("utf-8", "surrogateescape"))
+
+
+def _digest_map() -> bytes:
+    records = np.zeros(3, RECORD)
+    records["cluster"] = [0, 2, 15]
+    path = FOLDER / "seed.digests"
+    path.unlink(missing_ok=True)
+    digests.write(path, 1 << 20, records)
+    return path.read_bytes()
+
+
+def _image_header() -> bytes:
+    fixed = struct.pack(">IIQIIQI", 0x514649FB, 3, 0, 0, 16, 1 << 20, 0)
+    tables = struct.pack(">IQQIIQ", 1, 196608, 65536, 1, 0, 0)
+    return (fixed + tables + struct.pack(">QQQII", 0, 0, 0, 4, 104) + bytes(8)).ljust(65536, b"\0")
+
+
+def names(text: str) -> None:
+    """A checked name is the one given, and stays in its folder."""
+    for check in (vm_name, disk_name, point_id):
+        try:
+            assert check(text) == text
+        except InvalidName:
+            continue
+        assert "/" not in text
+        assert text not in ("", ".", "..")
+    OWNER.point_of(text)
+
+
+TARGETS = {
+    "strict": Target(lambda content: strict.parse(content, "x"), (strict.Malformed,), (b'{"a": [1, "x"]}',)),
+    "manifest": Target(Manifest.from_json, (DamageFound, UnknownFormat), (MANIFEST.to_json(),)),
+    "journal": Target(Journal.from_json, (strict.Malformed,), (JOURNAL.to_json(),)),
+    "repository": Target(
+        in_file("repository.json", lambda path: Repository.open(path.parent)),
+        (DamageFound, UnknownFormat, NotARepository, RepositoryError),
+        (b'{"format": 1, "id": "00000000000000000000000000000000"}\n',),
+    ),
+    "header": Target(in_file("vda.qcow2", header.read), (DamageFound,), (_image_header(),)),
+    "digests": Target(in_file("vda.digests", DigestMap.open), (DamageFound,), (_digest_map(),)),
+    "address": Target(in_text(Address.parse), (UsageError,), (b"unix:/run/x", b"tcp:[::1]:4444", b"/run/x")),
+    "config": Target(
+        in_file("backupctl.toml", lambda path: config.load(str(path))),
+        (UsageError,),
+        (b'[defaults]\nfreeze_budget = 5\n[vm.web]\nqmp = "unix:/q"\n[vm.web.disks]\na = "b"\n',),
+    ),
+    "size": Target(in_text(units.parse_size), (UsageError,), (b"100M", b"1.5 GiB/s")),
+    "names": Target(
+        in_text(names), (), (b"web", b"20260101T000000Z", b"backupctl-00000000-20260101T000000Z")
+    ),
+    "disks": Target(
+        inventory,
+        (MonitorError, Refused),
+        (
+            json.dumps({"query-named-block-nodes": NODES, "query-block": DEVICES}).encode(),
+            json.dumps(
+                {"query-named-block-nodes": NODES, "query-block": [], "query-block-exports": EXPORTS}
+            ).encode(),
+        ),
+    ),
+    "bitmap": Target(bitmap, (MonitorError,), (json.dumps(BITMAP).encode(),)),
+    "agent": Target(
+        agent, (AgentError,), (b'{"return": 1}\n', b'\xff{"return": 7}\n{"error": {"desc": "x"}}\n')
+    ),
+    "extents": Target(status, (BadReply,), (struct.pack(">4I", 32 << 20, 0, 32 << 20, 1),)),
+    "fault": Target(
+        in_text(faults.parse),
+        (faults.BadFault,),
+        (
+            b"qmp:transaction@2=late:5",
+            b"nbd:read@1G-2G=error:EIO",
+            b"scratch:tmp*=full:1M",
+            b"nbd:sent@1k=drop",
+        ),
+    ),
+}

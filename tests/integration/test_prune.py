@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Keeping and pruning from the command line, with a machine that goes on being backed up."""
+
+import pytest
+
+from tests.conftest import MIB
+
+pytestmark = pytest.mark.simulator_too
+
+
+@pytest.fixture
+def lab(build72, make_lab):
+    return make_lab(build72, {"vda": 4 * MIB, "vdb": 2 * MIB + 512})
+
+
+def take(lab, count: int) -> dict[str, dict[str, bytes]]:
+    """Take points; returns what each of them holds."""
+    held = {}
+    for _ in range(count):
+        lab.writer.write(5)
+        point = lab.backup("incremental")["point"]
+        held[point] = dict(lab.writer.moment)
+    return held
+
+
+def prune(lab, *rules: str, code: int = 0):
+    return lab.cli.json("prune", "web", *rules, vm=False, code=code)
+
+
+def listed(lab) -> list[str]:
+    return [point["point"] for point in lab.cli.json("list", "web", vm=False)]
+
+
+def test_a_pruned_chain_goes_on_from_its_newest_point(lab):
+    held = take(lab, 5)
+    points = list(held)
+    assert lab.cli.json("protect", "web", points[1], vm=False)["protected"]
+    report = prune(lab, "--keep-last", "2")
+    assert report["dropped"] == report["removed"] == [points[0], points[2]]
+    assert listed(lab) == [points[1], *points[3:]]
+    for point in listed(lab):
+        lab.assert_point(point, held[point])
+    lab.assert_at_rest()
+    lab.next_is_right()
+    assert {disk["kind"] for disk in lab.cli.json("show", "web", "latest", vm=False)["disks"]} == {
+        "incremental"
+    }
+
+
+def test_a_dry_run_tells_the_same_and_touches_nothing(lab):
+    points = list(take(lab, 4))
+    said = prune(lab, "--keep-last", "1", "--dry-run")
+    assert listed(lab) == points
+    assert [one["keep"] for one in said["points"]] == [False, False, False, True]
+    assert prune(lab, "--keep-last", "1")["points"] == said["points"]
+    text = lab.cli.run("prune", "web", "--keep-daily", "3", "--dry-run", vm=False).stdout
+    assert "daily 1 of 3" in text
+    assert "nothing was touched" in text
+
+
+def test_no_rule_is_wrong_use(lab):
+    points = list(take(lab, 2))
+    done = lab.cli.run("prune", "web", vm=False, code=2)
+    assert "--keep-last" in done.stderr
+    assert listed(lab) == points
+
+
+def test_protection_is_shown_and_taken_away(lab):
+    old, new = take(lab, 2)
+    lab.cli.run("protect", "web", old, vm=False)
+    shown = lab.cli.json("list", "web", vm=False)
+    assert [point["protected"] for point in shown] == [True, False]
+    assert "no prune drops it" in lab.cli.run("show", "web", old, vm=False).stdout
+    assert prune(lab, "--keep-last", "1")["dropped"] == []
+    lab.cli.run("unprotect", "web", old, vm=False)
+    assert prune(lab, "--keep-last", "1")["dropped"] == [old]
+    assert listed(lab) == [new]
+
+
+def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
+    held = take(lab, 3)
+    points = list(held)
+    (lab.cli.repository / "web" / points[1] / "retired").touch()  # as a prune that died leaves it
+    status = lab.cli.json("status", "web")
+    assert any(points[1] in line and "merged" in line for line in status["leftovers"])
+    assert "clears up" not in status["next_run"]
+    assert listed(lab) == [points[0], points[2]]
+    lab.cli.run("restore", "web", points[1], "--to", str(lab.folder / "no"), vm=False, code=2)
+    lab.cli.run("verify", "web", vm=False)
+    assert prune(lab, "--keep-last", "9")["removed"] == [points[1]]
+    lab.assert_point(points[2], held[points[2]])
+    lab.next_is_right()
+
+
+def test_a_chain_that_is_long_enough_is_begun_anew(lab):
+    take(lab, 3)
+    lab.writer.write(5)
+    report = lab.backup("incremental", "--max-chain", "3")
+    assert {disk["kind"] for disk in report["disks"]} == {"full"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_at_rest()
+    report = lab.backup("incremental", "--max-chain", "3")
+    assert {disk["kind"] for disk in report["disks"]} == {"incremental"}
+    assert len(prune(lab, "--keep-last", "9", "--max-chain", "2")["long_chains"]) == 2

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A year's life in minutes: hourly and daily points of a machine that is written to, pruned after each."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from backupctl import backup, prune, verify
+from backupctl.names import vm_name
+from backupctl.report import Silent, Stop
+from backupctl.repository import chain
+from backupctl.repository.layout import Repository
+from backupctl.repository.retention import Rules
+from backupctl.settings import Address, RunOptions, Vm
+from fixtures import builds
+from tests.conftest import MIB
+
+BEGIN = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+def moments(days: int, hours: int) -> list[datetime]:
+    """Return so many daily moments, then so many hourly ones."""
+    daily = [BEGIN + timedelta(days=day) for day in range(days)]
+    return daily + [daily[-1] + timedelta(hours=hour) for hour in range(1, hours + 1)]
+
+
+def live(lab, monkeypatch, when: list[datetime], rules: Rules) -> dict[str, float]:
+    """Take a point at each moment and prune; each that is left is byte-equal. Returns figures."""
+    vm = Vm(vm_name("web"), Address.parse(str(lab.machine.qmp_path)), None)
+    repository = Repository.open_or_create(lab.cli.repository)
+    folder = repository.vm(vm.name)
+    scratch = lab.cli.scratch
+    held: dict[str, dict[str, bytes]] = {}
+    changed = merged = written = 0
+    lab.writer.write(30)
+    for moment in when:
+        monkeypatch.setattr(backup, "_now", lambda moment=moment: moment)
+        lab.writer.write(3)
+        options = RunOptions(kind="incremental", freeze="never", scratch=scratch)
+        taken = backup.run(vm, repository, options, Silent(), Stop())
+        changed += sum(disk.stored_bytes for disk in taken.disks)
+        held[taken.point] = dict(lab.writer.moment)
+        pruned = prune.prune(folder, rules, Silent(), Stop())
+        assert pruned.left == ()
+        kept = {one.point for one in pruned.decisions if one.keep}
+        assert kept == {point.id for point in folder.points()}
+        held = {point: content for point, content in held.items() if point in kept}
+        merged += len(pruned.merged)
+        written += sum(one.written_bytes for one in pruned.merged)
+    for point, content in held.items():
+        lab.assert_point(point, content)
+    lab.assert_at_rest()
+    report = verify.verify(repository, vm.name, None, verify.Depth(), Silent(), Stop())
+    assert report.damage == ()
+    points = folder.points()
+    return {
+        "taken": len(when),
+        "left": len(points),
+        "longest chain": max(chain.length(folder, points[-1], entry) for entry in points[-1].manifest.disks),
+        "merges": merged,
+        "MiB written by merges": written / MIB,
+        "MiB stored by all runs": changed / MIB,
+        "MiB in the repository": sum(
+            path.stat().st_blocks * 512 for path in folder.path.rglob("*") if path.is_file()
+        )
+        / MIB,
+        "leaks": len([note for note in report.notes if "nothing uses" in note]),
+    }
+
+
+def told(figures: dict[str, float]) -> None:
+    print("\n".join(f"{name:>24} {value:.4g}" for name, value in figures.items()))
+
+
+def test_a_month_of_points_is_pruned_to_what_the_rules_hold(make_lab, monkeypatch):
+    lab = make_lab(builds.simulator("7.2"), {"vda": 8 * MIB, "vdb": 2 * MIB + 512}, seed=5)
+    figures = live(lab, monkeypatch, moments(16, 8), Rules(hourly=4, daily=4, weekly=2))
+    told(figures)
+    assert figures["left"] == figures["longest chain"] == 8
+    assert figures["leaks"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_year_of_points_is_pruned_to_what_the_rules_hold(make_lab, monkeypatch):
+    lab = make_lab(builds.simulator("7.2"), {"vda": 32 * MIB + 512}, seed=6)
+    rules = Rules(hourly=24, daily=7, weekly=5, monthly=12)
+    figures = live(lab, monkeypatch, moments(340, 60), rules)
+    told(figures)
+    assert figures["taken"] == 400
+    assert figures["left"] == figures["longest chain"]
+    assert figures["left"] <= 24 + 7 + 5 + 12
+    assert figures["MiB in the repository"] < figures["MiB stored by all runs"] / 2
+    assert figures["leaks"] == 0
