@@ -69,19 +69,29 @@ class Victim:
             command += ["--qmp", f"unix:{qmp or self.vm.qmp_path}"]
             command += ["--agent", f"unix:{agent or self.vm.agent_path}", "--scratch", str(self.scratch)]
         begun = time.monotonic()
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with (
+            tempfile.TemporaryFile() as out,
+            tempfile.TemporaryFile() as err,
+            tempfile.TemporaryFile() as peak,
+        ):
             process = subprocess.Popen(
                 command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=self.outside,
-                env=self._environment(), preexec_fn=_bounded,  # noqa: PLW1509 - one system call
+                env=self._environment() | {"PEAK": str(peak.fileno())}, pass_fds=[peak.fileno()],
+                preexec_fn=_bounded,  # noqa: PLW1509 - one system call
             )  # fmt: skip
-            status, used = _wait(process, begun)
-            out.seek(0), err.seek(0)
+            try:
+                code = process.wait(2 * MOST_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+            seconds = time.monotonic() - begun
+            out.seek(0), err.seek(0), peak.seek(0)
             done = Done(
-                os.waitstatus_to_exitcode(status),
+                code,
                 out.read().decode(errors="surrogateescape"),
                 err.read().decode(),
-                time.monotonic() - begun,
-                used.ru_maxrss * 1024,
+                seconds,
+                int(peak.read() or -1) * 1024,
             )
         self._decent(done, raw="-" in arguments)
         return done
@@ -159,7 +169,7 @@ class Victim:
 
     def _decent(self, done: Done, *, raw: bool) -> None:
         assert done.seconds < MOST_SECONDS, done
-        assert done.resident < MOST_RESIDENT, f"{done.resident >> 20} MiB: {done.err[-2000:]}"
+        assert 0 < done.resident < MOST_RESIDENT, f"{done.resident >> 20} MiB: {done.err[-2000:]}"
         assert done.code in (0, 1, 2, 3, 4, 75), done
         assert len(done.err) < MOST_WORDS, f"{len(done.err)} characters: {done.err[:500]}"
         for text in (done.err,) if raw else (done.err, done.out):
@@ -181,14 +191,3 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
 
 def _bounded() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-
-
-def _wait(process: "subprocess.Popen[bytes]", begun: float) -> tuple[int, resource.struct_rusage]:
-    while True:
-        pid, status, used = os.wait4(process.pid, os.WNOHANG)
-        if pid:
-            process.returncode = os.waitstatus_to_exitcode(status)
-            return status, used
-        if time.monotonic() > begun + 2 * MOST_SECONDS:
-            process.kill()
-        time.sleep(0.01)

@@ -208,8 +208,7 @@ def test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back(lab):
 def test_a_freeze_that_somebody_ended_early_is_not_called_consistent(lab):
     def end_it(content: bytes) -> str:
         if b'"transaction"' in content and lab.agent.frozen:
-            lab.agent.frozen = False
-            lab.agent.on_thaw()
+            lab.agent.thawed_by_somebody()
         return ""
 
     path = lab.machine.folder / "proxy"

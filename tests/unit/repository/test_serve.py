@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -61,12 +62,14 @@ def command(builder: Builder, *arguments: object) -> list[str]:
 
 
 @pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Serving]]:
-    """Start `backupctl serve` with --json and wait until it tells where."""
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Serving]]:
+    """Start `backupctl serve` with --json and wait until it tells where.
+
+    Its own temporary folder has a short name: the name of a socket has at most 107 bytes.
+    """
     with ExitStack() as held:
+        temporary = held.enter_context(tempfile.TemporaryDirectory(prefix="bc-"))
+        monkeypatch.setenv("TMPDIR", temporary)
 
         def start(builder: Builder, *arguments: object) -> Serving:
             child = subprocess.Popen(
@@ -119,7 +122,7 @@ def test_every_disk_is_an_export_and_nothing_is_left_at_the_end(builder: Builder
     assert [one["writable"] for one in serving.document["exports"]] == [False, False]
     serving.end()
     assert tree(builder.repository.path) == before
-    assert list((tmp_path / "tmp").iterdir()) == []
+    assert os.listdir(os.environ["TMPDIR"]) == []
 
 
 def test_an_older_point_of_the_chain_is_shown_as_it_was(two_points, serve, tmp_path):
