@@ -3,6 +3,10 @@
 
 Three ways to know what may have changed: a bitmap (incremental), nothing (scan), everything (full). All
 of it goes through the digests: what the layers below hold already is not stored again.
+
+A differential has several bitmaps, and what changed between its base and the newest point is known twice:
+to the older ones of them, and to the digests of the two points. Both count. Of the bitmaps alone nobody
+could tell that one in between was removed by hand, whose point was pruned since.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,6 +54,9 @@ class Taker:
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
         marks, named_bytes = _look(one, source.statuses(), below)
+        if one.newest is not None:
+            newest = chain.below(self.partial.folder, one.newest, disk.name)
+            marks.data_where_they_differ(below, chain.logical(newest, disk.size))
         total = marks.marked_bytes()
         with (
             closing(Recorder(below, self.partial.path)) as recorder,

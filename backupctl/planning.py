@@ -30,7 +30,7 @@ class DiskPlan:
 
     base: the point that an incremental builds on, None for a full. bitmaps: those that together tell what
     changed since, oldest first; none for a full or a scan. reason: why there are none in an incremental
-    run, "" otherwise.
+    run, "" otherwise. newest: of a differential by bitmaps, the point from which the newest of them records.
     """
 
     disk: Disk
@@ -38,6 +38,7 @@ class DiskPlan:
     base: PointId | None
     reason: str
     bitmaps: tuple[BitmapName, ...] = ()
+    newest: PointId | None = None
 
     @property
     def scanned(self) -> bool:
@@ -113,7 +114,13 @@ def _incremental(
     for point in ids:
         if reason := why_unusable(owner, point, disk, inventory.elsewhere, newest=point == ids[-1]):
             return DiskPlan(disk, "incremental", base.id, reason)
-    return DiskPlan(disk, "incremental", base.id, "", tuple(owner.bitmap(point) for point in ids))
+    names = tuple(owner.bitmap(point) for point in ids)
+    newest = ids[-1]
+    if newest == base.id:
+        return DiskPlan(disk, "incremental", base.id, "", names)
+    if damage := flaw(newest, disk.name):
+        return DiskPlan(disk, "incremental", base.id, f"the chain of {newest} is damaged: {damage}")
+    return DiskPlan(disk, "incremental", base.id, "", names, newest)
 
 
 def newest_with(disk: DiskName, points: Sequence[Point]) -> Point | None:

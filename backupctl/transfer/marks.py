@@ -55,6 +55,13 @@ class Marks:
             part = self._kinds[first : first + _WINDOW_CLUSTERS]
             part[(part == _ZERO) & clusters.is_zero(below.window(first, len(part)))] = _NOTHING
 
+    def data_where_they_differ(self, before: Logical, after: Logical) -> None:
+        """Mark to be read what is not the same in both, and not marked yet."""
+        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
+            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+            differ = clusters.differ(before.window(first, len(part)), after.window(first, len(part)))
+            part[(part == _NOTHING) & differ] = _DATA
+
     def marked_bytes(self) -> int:
         """Return how much is marked."""
         return sum(extent.length for extent in self.extents())
