@@ -205,8 +205,7 @@ class _Run:
         with self.repository.next_point(self.folder, self.started) as self.point:
             journal = records.journal(self.point, self.vm.name, self.repository.id, self.plan, self.started)
             partial = self.folder.begin(self.point, journal)
-        private = self._private_folder()
-        view = self._view(private, freezes)
+        view = self._view(freezes)
         held.callback(view.close)
         self.view = view
         view.attach()
@@ -415,7 +414,7 @@ class _Run:
             return None
         return scratch.private_folder(self.owner, self.vm.name, self.options.scratch)
 
-    def _view(self, private: Path | None, freezes: bool) -> View:
+    def _view(self, freezes: bool) -> View:
         cuts = self._cuts()
         wish = self.options.view
         if wish == "auto":
@@ -424,7 +423,8 @@ class _Run:
             can = sure and not snapshot_access.why_not(self.monitor, cuts)
             wish = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
-        return kind(self.monitor, self.owner, cuts, self.rooms, self.options.scratch, private)
+        scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
+        return kind(self.monitor, self.owner, cuts, self.rooms, scratches)
 
     def _cuts(self) -> list[Cut]:
         assert self.point is not None

@@ -2,6 +2,7 @@
 """What a run is told: which VM, where its sockets are, and what the user asked for."""
 
 import re
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -43,6 +44,19 @@ class Address:
     def absolute(self) -> "Address":
         """Return the same address for a process in another folder."""
         return Address(path=str(Path(self.path).absolute())) if self.path else self
+
+    def connect(self, timeout_seconds: float) -> socket.socket:
+        """Return a connected socket with this time-out. Raises OSError."""
+        if self.path is None:
+            return socket.create_connection((self.host or "", self.port or 0), timeout_seconds)
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            made.settimeout(timeout_seconds)
+            made.connect(self.path)
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.path else f"tcp:{self.host}:{self.port}"

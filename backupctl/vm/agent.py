@@ -36,12 +36,7 @@ class Agent:
     def connect(cls, address: Address, timeout_seconds: float) -> Self:
         """Connect; nothing is said yet. Raises AgentUnavailable."""
         try:
-            if address.path is None:
-                made = socket.create_connection((address.host or "", address.port or 0), timeout_seconds)
-            else:
-                made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-                made.settimeout(timeout_seconds)
-                made.connect(address.path)
+            made = address.connect(timeout_seconds)
         except (OSError, UnicodeError) as err:  # UnicodeError: a host's name that can't be one
             why = "time-out" if isinstance(err, TimeoutError) else getattr(err, "strerror", "") or str(err)
             raise AgentUnavailable(f"no guest agent at {address}: {why}") from err

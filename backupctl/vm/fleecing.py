@@ -16,15 +16,15 @@ NBD reads against the copying itself. All disks and all bitmaps change in one tr
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from backupctl.errors import Failed
 from backupctl.names import NodeName, Owner
-from backupctl.vm import limit, scratch
+from backupctl.vm import limit
 from backupctl.vm.bitmaps import Action
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
+from backupctl.vm.scratch import Scratch, Scratches
 from backupctl.vm.view import Cut
 
 _LIMIT_SECONDS = 1.0
@@ -33,8 +33,7 @@ _LIMIT_SECONDS = 1.0
 class Fleecing:
     """The default view; needs QEMU 5.2.
 
-    cuts: the disks and their bitmaps. rooms: for the scratch of each. folder: where the scratch files go.
-    private: folder for named scratch files, None where QEMU takes descriptors.
+    cuts: the disks and their bitmaps. rooms: for the scratch of each.
     """
 
     def __init__(
@@ -43,16 +42,13 @@ class Fleecing:
         owner: Owner,
         cuts: Sequence[Cut],
         rooms: Sequence[Room],
-        folder: Path,
-        private: Path | None,
+        scratches: Scratches,
     ) -> None:
         self._monitor = monitor
         self._owner = owner
         self._cuts = tuple(cuts)
         self._rooms = tuple(rooms)
-        self._folder = folder
-        self._private = private
-        self._scratches: list[scratch.Scratch] = []
+        self._scratches = scratches
         self._limited_at = 0.0
         self.atomic = True
 
@@ -60,8 +56,7 @@ class Fleecing:
         """Add the scratch nodes."""
         for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
             node = self._owner.node("tmp", number)
-            made = scratch.make(self._monitor, node, cut.disk.size, self._folder, self._private, room.size)
-            self._scratches.append(made)
+            made = self._scratches.make(node, cut.disk.size, room.size)
             self._monitor.execute(
                 "blockdev-add",
                 {
@@ -77,7 +72,7 @@ class Fleecing:
 
     def guard_by(self, guard: Guard) -> None:
         """Have the guard end the jobs if we die, and look that no scratch file is used up."""
-        for number, (made, room) in enumerate(zip(self._scratches, self._rooms, strict=True)):
+        for number, (made, room) in enumerate(zip(self._scratches.made, self._rooms, strict=True)):
             job, limited = self._owner.node("job", number), room.stop is not None
             guard.watch(job, made.descriptor, room.give_up, limited=limited)
 
@@ -100,17 +95,16 @@ class Fleecing:
             if self._owner.node("fil", number) in passed:
                 raise Failed(
                     f"the guest overwrote so much of {cut.disk.name} that its scratch file is filling up "
-                    f"({room.size >> 20} MiB were set aside in {self._folder}, {room.wanted >> 20} MiB would "
-                    "do for all that the disk holds): gave up before the guest's own writes could fail"
+                    f"({room.size >> 20} MiB were set aside in {self._scratches.folder}, "
+                    f"{room.wanted >> 20} MiB would do for all that the disk holds): "
+                    "gave up before the guest's own writes could fail"
                 )
         self._set_limits()
-        if not all(made.reserved for made in self._scratches):
-            scratch.check_left(self._folder)
+        self._scratches.check()
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""
-        for made in self._scratches:
-            made.close()
+        self._scratches.close()
 
     def _set_limits(self) -> None:
         """Set each limit's bucket to what really is left; by itself it leaks."""
@@ -118,12 +112,12 @@ class Fleecing:
         if now - self._limited_at < _LIMIT_SECONDS:
             return
         self._limited_at = now
-        for number, (made, room) in enumerate(zip(self._scratches, self._rooms, strict=True)):
+        for number, (made, room) in enumerate(zip(self._scratches.made, self._rooms, strict=True)):
             if room.stop is not None:
                 left = limit.bucket(room.stop - limit.used_bytes(made.descriptor))
                 limit.change(self._monitor, self._owner.node("lim", number), left)
 
-    def _file(self, number: int, made: scratch.Scratch, room: Room) -> dict[str, object]:
+    def _file(self, number: int, made: Scratch, room: Room) -> dict[str, object]:
         file: dict[str, object] = {"driver": "file", "filename": made.filename}
         if room.give_up is not None:
             file["node-name"] = self._owner.node("fil", number)

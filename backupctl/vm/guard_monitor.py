@@ -5,7 +5,6 @@ It is held only when the run is dead, so that the monitor, which serves one clie
 """
 
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,7 +66,7 @@ def _any(answer: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 @contextmanager
 def _conversation(address: Address) -> Iterator[Execute]:
-    with _connect(address) as connection, connection.makefile("rwb") as stream:
+    with address.connect(TIMEOUT_SECONDS) as connection, connection.makefile("rwb") as stream:
 
         def execute(command: str, **arguments: object) -> dict[str, Any]:
             stream.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
@@ -86,19 +85,6 @@ def _until_too_late() -> Iterator[None]:
         yield
         time.sleep(_PAUSE_SECONDS)
     raise TimeoutError
-
-
-def _connect(address: Address) -> socket.socket:
-    if address.path is None:
-        return socket.create_connection((address.host or "", address.port or 0), TIMEOUT_SECONDS)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        made.settimeout(TIMEOUT_SECONDS)
-        made.connect(address.path)
-    except OSError:
-        made.close()
-        raise
-    return made
 
 
 def _answer(stream: Any, *wanted: str) -> dict[str, Any]:

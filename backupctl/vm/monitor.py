@@ -11,7 +11,6 @@ what QEMU says in between waits in the socket.
 
 import asyncio
 import logging
-import socket
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -115,7 +114,7 @@ class Monitor:
         """
         self = cls(address, timeout_seconds)
         try:
-            self._run(self._client.connect(_connected_socket(address, timeout_seconds)))
+            self._run(self._client.connect(address.connect(timeout_seconds)))
             self.version = _version(self.execute("query-version"))
             self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
         except TimeoutError as err:
@@ -214,19 +213,6 @@ class Monitor:
         # An answer that comes late must not be taken for the answer to a later question.
         self._broken = why
         return OutcomeUnknown(command, why)
-
-
-def _connected_socket(address: Address, timeout_seconds: float) -> socket.socket:
-    if address.path is None:
-        return socket.create_connection((address.host or "", address.port or 0), timeout_seconds)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        sock.settimeout(timeout_seconds)
-        sock.connect(address.path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _version(told: Any) -> Version:

@@ -38,11 +38,6 @@ class Scratch:
     descriptor: int
     reserved: bool
 
-    def close(self) -> None:
-        """Let go of our descriptor; QEMU's own keeps the file."""
-        with suppress(OSError):
-            os.close(self.descriptor)
-
 
 def check_folder(folder: Path) -> None:
     """Refuse a scratch folder that is missing or not writable. Raises Refused."""
@@ -52,48 +47,72 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def check_left(folder: Path) -> None:
-    """Give up while there is still room, before the guest's writes could fail. Raises Failed."""
-    left = free_bytes(folder)
-    if left < LOW_BYTES:
-        raise Failed(
-            f"the file system of the scratch folder {folder} is filling up ({left >> 20} MiB left): "
-            "gave up before the guest's own writes could fail"
-        )
-
-
 def free_bytes(folder: Path) -> int:
     """Return the room that an ordinary user has on the folder's file system."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
 
 
-def make(
-    monitor: Monitor, node: NodeName, size: int, folder: Path, private: Path | None, room_bytes: int
-) -> Scratch:
-    """Make an empty qcow2 of `size` bytes, set room aside for it, and have QEMU know it.
+class Scratches:
+    """The scratch files of one run, one for each disk, and our descriptors of them.
 
-    node: its name becomes the descriptor set's label, by which recovery knows it. private: a folder of
-    the run for named files; None where descriptors can be passed. Raises Failed, MonitorError.
+    folder: where they go. private: a folder of the run for named files; None where descriptors can be
+    passed. After `close` the files are QEMU's alone.
     """
-    if private is not None:
-        path = private / f"{node}.qcow2"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    else:
-        descriptor = _nameless(folder)
-    try:
-        _format(f"/proc/self/fd/{descriptor}", size, descriptor)
-        reserved = _reserve(descriptor, room_bytes, folder)
-        if private is not None:
-            return Scratch(str(path), descriptor, reserved)
-        monitor.send_fd(descriptor)
-        made = monitor.execute("add-fd", {"opaque": node})
+
+    def __init__(self, monitor: Monitor, folder: Path, private: Path | None) -> None:
+        self.folder = folder
+        self.made: list[Scratch] = []
+        self._monitor = monitor
+        self._private = private
+
+    def make(self, node: NodeName, size: int, room_bytes: int) -> Scratch:
+        """Make an empty qcow2 of `size` bytes, set room aside for it, and have QEMU know it.
+
+        node: its name becomes the descriptor set's label, by which recovery knows it. Raises Failed,
+        MonitorError.
+        """
+        if self._private is not None:
+            path = self._private / f"{node}.qcow2"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        else:
+            descriptor = _nameless(self.folder)
+        try:
+            _format(descriptor, size)
+            reserved = _reserve(descriptor, room_bytes, self.folder)
+            filename = str(path) if self._private is not None else self._hand_over(descriptor, node)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.made.append(Scratch(filename, descriptor, reserved))
+        return self.made[-1]
+
+    def check(self) -> None:
+        """Raise Failed when room that could not be set aside becomes scarce."""
+        if not all(one.reserved for one in self.made):
+            _check_left(self.folder)
+
+    def close(self) -> None:
+        """Close our descriptors. Never raises."""
+        for one in self.made:
+            with suppress(OSError):
+                os.close(one.descriptor)
+        self.made.clear()
+
+    def _hand_over(self, descriptor: int, node: NodeName) -> str:
+        self._monitor.send_fd(descriptor)
+        made = self._monitor.execute("add-fd", {"opaque": node})
         with reply.understood("add-fd"):  # it becomes part of a path
-            fdset = reply.number(made["fdset-id"])
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return Scratch(f"/dev/fdset/{fdset}", descriptor, reserved)
+            return f"/dev/fdset/{reply.number(made['fdset-id'])}"
+
+
+def _check_left(folder: Path) -> None:
+    left = free_bytes(folder)
+    if left < LOW_BYTES:
+        raise Failed(
+            f"the file system of the scratch folder {folder} is filling up ({left >> 20} MiB left): "
+            "gave up before the guest's own writes could fail"
+        )
 
 
 def _reserve(descriptor: int, room_bytes: int, folder: Path) -> bool:
@@ -154,10 +173,11 @@ def _nameless(folder: Path) -> int:
         raise Failed(f"no scratch file can be made in {folder}: {err.strerror}") from err
 
 
-def _format(filename: str, size: int, descriptor: int) -> None:
+def _format(descriptor: int, size: int) -> None:
+    program, filename = os.environ.get("QEMU_IMG", "qemu-img"), f"/proc/self/fd/{descriptor}"
     done = subprocess.run(
-        [os.environ.get("QEMU_IMG", "qemu-img"), "create", "-q", "-f", "qcow2", filename, str(size)],
-        pass_fds=(descriptor,) if descriptor >= 0 else (),
+        [program, "create", "-q", "-f", "qcow2", filename, str(size)],
+        pass_fds=(descriptor,),
         capture_output=True,
         text=True,
         timeout=60,

@@ -25,14 +25,14 @@ without a freeze this view takes one disk only (`atomic`).
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from backupctl.errors import Refused
 from backupctl.names import NodeName, Owner
-from backupctl.vm import bitmaps, disks, scratch
+from backupctl.vm import bitmaps, disks
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
+from backupctl.vm.scratch import Scratches
 from backupctl.vm.view import Cut, device_path
 
 CBW_TIMEOUT_SECONDS = 30
@@ -57,16 +57,13 @@ class SnapshotAccess:
         owner: Owner,
         cuts: Sequence[Cut],
         rooms: Sequence[Room],
-        folder: Path,
-        private: Path | None,
+        scratches: Scratches,
     ) -> None:
         self._monitor = monitor
         self._owner = owner
         self._cuts = tuple(cuts)
         self._rooms = tuple(rooms)
-        self._folder = folder
-        self._private = private
-        self._scratches: list[scratch.Scratch] = []
+        self._scratches = scratches
         self.atomic = len(self._cuts) == 1
 
     def attach(self) -> None:
@@ -75,8 +72,7 @@ class SnapshotAccess:
             raise Refused(f"--view snapshot-access can't be had: {reason}")
         for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
             node = self._owner.node("tmp", number)
-            made = scratch.make(self._monitor, node, cut.disk.size, self._folder, self._private, room.size)
-            self._scratches.append(made)
+            made = self._scratches.make(node, cut.disk.size, room.size)
             file = {"driver": "file", "filename": made.filename}
             self._monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file})
             self._monitor.execute("blockdev-add", self._filter(number, cut))
@@ -113,8 +109,7 @@ class SnapshotAccess:
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""
-        for made in self._scratches:
-            made.close()
+        self._scratches.close()
 
     def _filter(self, number: int, cut: Cut) -> dict[str, object]:
         return {
