@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from backupctl.cli import common, screen, units
 from backupctl.cli.screen import clean
@@ -18,6 +19,7 @@ from backupctl.errors import DamageFound, UsageError
 from backupctl.report import Stop
 
 _MOST_SAID = 100
+_WIDE = 130  # columns; with fewer, what was broken and said stand below the drill's name
 _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 
 
@@ -93,20 +95,26 @@ def _tell(outcome: Outcome, done: int, total: int) -> None:
 
 
 def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("DRILL", "WHAT WAS BROKEN", "STEP", "WHAT THE TOOL SAID"):
-        table.add_column(title, overflow="fold")
-    table.add_column("EXIT", justify="right")
-    table.add_column("COMPARED", justify="right")
-    table.add_column("VERDICT")
-    for one in outcomes:
-        exit_code = "" if one.exit_code is None else _exit(one.exit_code)
-        table.add_row(
-            *(one.name, one.breaks, one.step, _short(clean(one.problem or one.said)), exit_code),
-            units.size(one.compared_bytes) if one.compared_bytes else "",
-            f"[{_STYLES[one.verdict]}]{one.verdict}[/]",
-        )
     console = Console(highlight=False)
+    wide = console.width >= _WIDE
+    table = Table(box=None, pad_edge=False, header_style="bold", leading=0 if wide else 1)
+    table.add_column("DRILL", no_wrap=wide)
+    if wide:
+        table.add_column("WHAT WAS BROKEN")
+        table.add_column("WHAT THE TOOL SAID")
+    table.add_column("STEP", no_wrap=True)
+    table.add_column("EXIT", justify="right", no_wrap=True)
+    table.add_column("COMPARED", justify="right", no_wrap=True)
+    table.add_column("VERDICT", no_wrap=True)
+    for one in outcomes:
+        words = Text(one.name, "bold"), Text(one.breaks), Text(_short(clean(one.problem or one.said)), "dim")
+        table.add_row(
+            *(words if wide else [Text("\n").join(word for word in words if word)]),
+            one.step,
+            "" if one.exit_code is None else _exit(one.exit_code),
+            units.size(one.compared_bytes) if one.compared_bytes else "",
+            Text(one.verdict, _STYLES[one.verdict]),
+        )
     console.print(table)
     passed = sum(one.verdict == "passed" for one in outcomes)
     elsewhere = sum(one.verdict == "simulator only" for one in outcomes)
