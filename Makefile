@@ -55,7 +55,7 @@ fuzz: $(VENV)/.tools ## Feed every parser with garbage; FUZZ_SECONDS=60 for long
 	$(VENV)/bin/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),8)
 
 explore: $(VENV)/.tools ## Interrupt a run, and the recovery after it, at every step, on the simulator (hours)
-	$(VENV)/bin/pytest -n $(WORKERS) -m slow tests/exploration -s
+	$(VENV)/bin/pytest -n $(WORKERS) -m slow tests/exploration
 
 demo: setup ## The main job live, on a real Linux guest; on the simulator where there is no QEMU (30 s; 4 s)
 	@$(VENV)/bin/python -m fixtures.demo

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -47,6 +48,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, versions in _VERSIONS.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, [*versions, *too], indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add up the cases that tests played, each told by `record_property("cases", (what, how many))`."""
+    played: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", ()):
+            if name == "cases":
+                played[value[0]] += value[1]
+    if played:
+        terminalreporter.section("cases played, all right")
+    for what, number in sorted(played.items()):
+        terminalreporter.line(f"{number:8,} {what}")
 
 
 def _chosen(request: pytest.FixtureRequest, posing_as: str) -> Build:

@@ -60,7 +60,7 @@ def pairs(explorer: Explorer, first: Cut) -> int:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_sample_of_all_interruptions(explorer, shape):
+def test_a_sample_of_all_interruptions(explorer, shape, record_property):
     """The same sample each time: what the whole exploration finds it may not."""
     one = explorer(shape)
     steps, rng = one.steps(), random.Random(shape)
@@ -71,7 +71,7 @@ def test_a_sample_of_all_interruptions(explorer, shape):
     for deed in DEEDS:
         for cut in rng.sample(cuts(steps, deed), ENDS):
             play(one, cut)
-    print(f"{shape}: {one.cases} cases")
+    record_property("cases", (f"interruptions, a sample: {shape}", one.cases))
     assert one.cases == SINGLES + PAIRS + len(DEEDS) * ENDS
 
 
@@ -80,11 +80,11 @@ def test_a_sample_of_all_interruptions(explorer, shape):
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("deed", ["", *DEEDS])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_interruption(explorer, shape, deed, chunk):
+def test_every_interruption(explorer, shape, deed, chunk, record_property):
     one = explorer(shape)
     for cut in cuts(one.steps(), deed)[chunk::CHUNKS]:
         play(one, cut)
-    print(f"{shape}, {deed or 'SIGKILL'}: {one.cases} cases")
+    record_property("cases", (f"interruptions: {shape}, {deed or 'SIGKILL'}", one.cases))
     assert one.cases
 
 
@@ -92,10 +92,10 @@ def test_every_interruption(explorer, shape, deed, chunk):
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_pair(explorer, shape, chunk):
+def test_every_pair(explorer, shape, chunk, record_property):
     one = explorer(shape)
     played = sum(pairs(one, cut) for cut in cuts(one.steps())[chunk::CHUNKS])
-    print(f"{shape}: {played} pairs")
+    record_property("cases", (f"pairs of interruptions: {shape}", played))
     assert played
 
 

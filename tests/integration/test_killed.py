@@ -73,7 +73,6 @@ def explore(lab, shape: str, chunk: int) -> int:
             except AssertionError as err:
                 raise AssertionError(f"{case}: {err}") from err
             cases += 1
-    print(f"{shape}, chunk {chunk}: {cases} cases")
     return cases
 
 
@@ -81,6 +80,9 @@ def explore(lab, shape: str, chunk: int) -> int:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sigkill_at_every_step(build, make_lab, shape, chunk):
+def test_sigkill_at_every_step(build, make_lab, shape, chunk, record_property):
     lab = make_lab(build, {"vda": 4 << 20, "vdb": (2 << 20) + 512}, seed=chunk)
-    assert explore(lab, shape, chunk) > 20
+    cases = explore(lab, shape, chunk)
+    where = "the simulator" if build.simulated else f"QEMU {build.version}"
+    record_property("cases", (f"SIGKILL at a step on {where}: {shape}", cases))
+    assert cases > 20

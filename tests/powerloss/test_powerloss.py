@@ -80,25 +80,24 @@ def lab(make_lab):
     return made
 
 
-def look_at_all(run: Recorded, work: Path, name: str) -> int:
+def look_at_all(run: Recorded, work: Path) -> int:
     done = explore(run, work, after_backup(run), most=MOST, deep_every=300)
     assert done.violations == [], done.violations[:5]
     assert done.looked_deep > 0
-    print(f"\npower failure in {name}: {len(run.steps)} steps, {done.states} states")
     return done.states
 
 
-def test_every_state_after_a_power_failure_keeps_what_was_committed(lab, work, tmp_path):
+def test_every_state_after_a_power_failure_keeps_what_was_committed(lab, work, tmp_path, record_property):
     """In the first full, which makes the repository; an incremental; and one that clears up after a death."""
-    states = look_at_all(record(lab, tmp_path / "full", "full"), work, "a first full")
+    states = look_at_all(record(lab, tmp_path / "full", "full"), work)
     lab.writer.write(5)
-    states += look_at_all(record(lab, tmp_path / "more", "incremental"), work, "an incremental")
+    states += look_at_all(record(lab, tmp_path / "more", "incremental"), work)
     lab.writer.write(5)
     assert play(lab, "tests.killed", "incremental", KILL_AT=last_step(lab)).returncode == -signal.SIGKILL
     assert list(lab.cli.repository.glob("web/*.partial/manifest.json"))
     after_death = record(lab, tmp_path / "again", "incremental")
-    states += look_at_all(after_death, work, "an incremental after one that was killed at its commit")
-    print(f"power failure: {states} states in all")
+    states += look_at_all(after_death, work)
+    record_property("cases", ("states after a power failure in a run", states))
     assert states >= 3000
 
 
@@ -208,13 +207,15 @@ def pruned(lab, tmp_path) -> tuple[Recorded, Judge]:
     return run, after_prune(held, kept, again)
 
 
-def test_every_state_after_a_power_failure_in_a_prune_keeps_the_points_that_stay(pruned, work):
+def test_every_state_after_a_power_failure_in_a_prune_keeps_the_points_that_stay(
+    pruned, work, record_property
+):
     run, judge = pruned
     assert any(step["do"] == "inplace" for step in run.steps)
     done = explore(run, work, judge, most=MOST, deep_every=40)
     assert done.violations == [], done.violations[:5]
     assert done.looked_deep > 0
-    print(f"\npower failure in a prune: {len(run.steps)} steps, {done.states} states")
+    record_property("cases", ("states after a power failure in a prune", done.states))
 
 
 def test_a_merge_that_forgets_to_sync_is_caught(pruned, work):

@@ -373,7 +373,6 @@ def deaths(builder: Builder, shape: str, folder: Path, stride: int) -> int:
             partial.drop()  # as each run's recovery does
         names = {path.name for path in builder.folder.path.iterdir()} - {"lock"}
         assert names == {one.point for one in report.decisions if one.keep}, f"step {number}"
-    print(f"{shape}: {number} steps")
     return number // stride
 
 
@@ -408,12 +407,18 @@ def test_a_death_while_bytes_are_written_loses_nothing(builder, size_mib):
 
 
 @pytest.mark.parametrize("shape", ["chain", "grown"])
-def test_a_death_loses_nothing_and_the_next_prune_finishes(builder, shape, tmp_path):
-    assert deaths(builder, shape, tmp_path, 7) > 3
+def test_a_death_loses_nothing_and_the_next_prune_finishes(builder, shape, tmp_path, record_property):
+    cases = deaths(builder, shape, tmp_path, 7)
+    record_property("cases", (f"deaths in a prune, a sample: {shape}", cases))
+    assert cases > 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("shape", ["chain", "grown", "two disks"])
-def test_a_death_at_every_step_loses_nothing_and_the_next_prune_finishes(builder, shape, tmp_path):
-    assert deaths(builder, shape, tmp_path, 1) > 20
+def test_a_death_at_every_step_loses_nothing_and_the_next_prune_finishes(
+    builder, shape, tmp_path, record_property
+):
+    cases = deaths(builder, shape, tmp_path, 1)
+    record_property("cases", (f"deaths in a prune: {shape}", cases))
+    assert cases > 20
