@@ -21,6 +21,7 @@ from tests.powerloss.explore import Judge, Recorded, after_backup, after_prune, 
 
 MOST = 1500
 MOST_FOR_A_BUG = 300
+MIB = 1 << 20
 SIZES = {"vda": 2 << 20, "vdb": (1 << 20) + 512, "vdc": 1 << 20}
 Steps = list[dict[str, Any]]
 
@@ -189,29 +190,47 @@ def test_a_step_that_the_product_forgets_is_caught(lab, work, tmp_path, forgotte
     assert explore(run, work, after_backup(run), most=MOST_FOR_A_BUG, stop_early=True).violations
 
 
+HISTORIES = {
+    "one size": (2 << 20, 2 << 20, 2 << 20),
+    "grown": (2 << 20, 3 << 20, 3 << 20),
+    "shrunk": (2 << 20, MIB + 512, MIB + 512),
+    "grown over what a smaller one hid": (2 << 20, MIB + 512, 2 << 20),
+}
+"""The disk's size in bytes at each of three points."""
+
+
 @pytest.fixture
-def pruned(lab, tmp_path) -> tuple[Recorded, Judge]:
-    """A full and two incrementals, of which the full is pruned: the layer on it is merged into it."""
-    held = {}
-    for kind in ("full", "incremental", "incremental"):
-        point = lab.backup(kind, "--disk", "vda")["point"]
-        held[point, "vda"] = lab.cli.raw(point, "vda", lab.folder)
-        lab.writer.write(6)
-    run = record(lab, tmp_path / "prune", "prune", "--keep-last", "2")
+def pruned(request, lab, tmp_path) -> tuple[Recorded, Judge]:
+    """A full and two incrementals, of which one is pruned: the layer on it is merged into it."""
+    history = getattr(request, "param", "one size")
+    dropped = 1 if history == "grown over what a smaller one hid" else 0
+    held, points = {}, []
+    for kind, size in zip(("full", "incremental", "incremental"), HISTORIES[history], strict=True):
+        lab.machine.qmp("block_resize", **{"node-name": "node-vda", "size": size})
+        length = 262_144 if points else size
+        lab.machine.io("vda", f"write -P {len(points) + 1} {len(points) * 65_536} {length}")
+        points.append(lab.backup(kind, "--disk", "vda")["point"])
+        held[points[-1], "vda"] = lab.cli.raw(points[-1], "vda", lab.folder)
+    if dropped:
+        lab.cli.run("protect", "web", points[0], vm=False)
+    rules = Rules(last=2 - dropped)
+    run = record(lab, tmp_path / "prune", "prune", "--keep-last", str(rules.last))
     kept = set(run.points(run.end))
     assert len(kept) == 2
 
     def again(folder):
-        prune.prune(folder, Rules(last=2), Silent(), Stop())
+        prune.prune(folder, rules, Silent(), Stop())
 
     return run, after_prune(held, kept, again)
 
 
+@pytest.mark.parametrize("pruned", HISTORIES, indirect=True)
 def test_every_state_after_a_power_failure_in_a_prune_keeps_the_points_that_stay(
     pruned, work, record_property
 ):
     run, judge = pruned
-    assert any(step["do"] == "inplace" for step in run.steps)
+    made = [step for step in run.steps if step["do"] in ("inplace", "create")]
+    assert any(step["do"] == "inplace" or step["path"].endswith(".qcow2.merged") for step in made)
     done = explore(run, work, judge, most=MOST, deep_every=40)
     assert done.violations == [], done.violations[:5]
     assert done.looked_deep > 0
