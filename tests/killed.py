@@ -3,13 +3,15 @@
 
 A step is a monitor command, a request to the guard (it speaks to the agent), or a durable step of the
 repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it. STEPS: a file to which each step's
-name is written. What happens there is SIGKILL of the run; DEED names an end of the simulator in its place
-(quit, crash, restart), and CONTROL its control socket.
+name is written. What happens there is SIGKILL of the run; DEED names an end of the VM in its place: of the
+simulator (quit, crash, restart), whose control socket is CONTROL, or of the QEMU with the process id VM_PID
+(quit, crash).
 """
 
 import itertools
 import json
 import os
+import select
 import signal
 import socket
 from collections.abc import Mapping
@@ -63,11 +65,22 @@ def _happen(environment: Mapping[str, str]) -> None:
     how = environment.get("DEED", "")
     if not how:
         os.kill(os.getpid(), signal.SIGKILL)
+    if "VM_PID" in environment:
+        _end(int(environment["VM_PID"]), signal.SIGKILL if how == "crash" else signal.SIGTERM)
+        return
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(20)
         control.connect(environment["CONTROL"])
         control.sendall(json.dumps({"do": "end", "how": how}).encode() + b"\n")
         control.recv(1000)
+
+
+def _end(pid: int, number: signal.Signals) -> None:
+    """Have a QEMU end, and wait until it has."""
+    handle = os.pidfd_open(pid)
+    signal.pidfd_send_signal(handle, number)
+    assert select.select([handle], [], [], 20)[0], "QEMU did not end"
+    os.close(handle)
 
 
 if __name__ == "__main__":

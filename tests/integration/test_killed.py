@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""SIGKILL before and after every step of a run: the next incremental is byte-equal, nothing is left.
+"""SIGKILL, or the end of QEMU, at every step of a run: the next incremental is byte-equal, nothing is left.
 
 A failing case names KILL_AT and KILL_WHEN; `python -m tests.killed` repeats it.
 """
 
 import signal
 import subprocess
+from collections.abc import Iterable
 
 import pytest
 
@@ -86,3 +87,72 @@ def test_sigkill_at_every_step(build, make_lab, shape, chunk, record_property):
     where = "the simulator" if build.simulated else f"QEMU {build.version}"
     record_property("cases", (f"SIGKILL at a step on {where}: {shape}", cases))
     assert cases > 20
+
+
+def explore_ends(lab, shape: str, deed: str, numbers: Iterable[int]) -> int:
+    """End QEMU before steps of a run; a crash may cost what the guest had not flushed, but no more."""
+    cases = 0
+    for number in numbers:
+        case = f"KILL_AT={number} DEED={deed}"
+        committed = {point["point"] for point in lab.cli.json("list", "web", vm=False)}
+        lab.writer.write(3)
+        pid = str(lab.machine.process.pid)
+        ended = run(lab, shape, KILL_AT=str(number), DEED=deed, VM_PID=pid)
+        assert ended.returncode in (0, 1, 3), f"{case}: {ended.stderr}"
+        assert "Traceback" not in ended.stderr, f"{case}: {ended.stderr}"
+        assert not lab.agent.frozen, case
+        if lab.machine.alive():
+            continue  # it had fewer steps this time
+        restart(lab)
+        lab.cli.run("recover", "web")
+        lab.writer.write(3)
+        report = lab.backup("incremental")
+        try:
+            lab.assert_point(report["point"], lab.writer.moment)
+            lab.assert_at_rest()
+            assert committed <= {point["point"] for point in lab.cli.json("list", "web", vm=False)}
+            assert deed == "crash" or not any(disk["scanned"] for disk in report["disks"]), "bitmap lost"
+        except AssertionError as err:
+            raise AssertionError(f"{case}: {err}") from err
+        cases += 1
+    return cases
+
+
+def restart(lab) -> None:
+    """Start a QEMU that has ended; the guest then has what is in its images."""
+    lab.machine.kill()
+    for disk in lab.machine.disks:
+        raw = lab.folder / "after.raw"
+        command = [lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", disk.path, raw]
+        subprocess.run(command, check=True, timeout=60)
+        lab.writer.model[disk.name][:] = raw.read_bytes()
+    lab.machine.start()
+
+
+def lab_at_an_incremental(build, make_lab, seed: int):
+    lab = make_lab(build, {"vda": 4 << 20, "vdb": (2 << 20) + 512}, seed=seed)
+    for kind in ("full", "incremental"):
+        lab.writer.write(10)
+        lab.backup(kind)
+    return lab
+
+
+@pytest.mark.needs_qemu
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("deed", ["quit", "crash"])
+def test_the_end_of_qemu_at_some_steps(build, make_lab, deed):
+    lab = lab_at_an_incremental(build, make_lab, 9)
+    assert explore_ends(lab, "incremental", deed, range(7, len(steps_of(lab, "incremental")), 35)) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.needs_qemu
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("shape", ["full", "incremental"])
+@pytest.mark.parametrize("deed", ["quit", "crash"])
+def test_the_end_of_qemu_at_every_step(build, make_lab, shape, deed, chunk, record_property):
+    lab = lab_at_an_incremental(build, make_lab, chunk)
+    cases = explore_ends(lab, shape, deed, range(chunk, len(steps_of(lab, shape)), CHUNKS))
+    record_property("cases", (f"QEMU {build.version} ends ({deed}) at a step: {shape}", cases))
+    assert cases > 10
