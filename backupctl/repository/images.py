@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,6 @@ CLUSTER_BYTES = 65536
 EXPORT = "image"
 
 _START_SECONDS = 30.0
-_STOP_SECONDS = 120.0
 _PREFIX = "backupctl-image-"
 _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 _SOCKET = "nbd.sock"
@@ -163,11 +161,13 @@ def served(options: dict[str, Any], *, writable: bool) -> Iterator[Path]:
         try:
             await_ready(server, folder / _READY, complaints)
             yield folder / _SOCKET
-            status = _end(server)
+            status = qemu.end(server)
         except BaseException:
-            server.kill()
-            server.wait()
+            _kill(server)
             raise
+        if status is None:
+            _kill(server)
+            raise WriteFailed(f"QEMU did not complete the image within {qemu.END_SECONDS:g} s")
         if status != 0 and writable:
             raise WriteFailed(f"QEMU could not complete the image: {qemu.said(complaints)}")
 
@@ -207,9 +207,7 @@ def _sweep(temporary: Path) -> None:
                 os.close(descriptor)
 
 
-def _start(
-    image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool
-) -> "subprocess.Popen[bytes]":
+def _start(image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool) -> qemu.Child:
     image = {**image, "node-name": "image"}
     server = {"addr": {"type": "unix", "path": str(folder / _SOCKET)}}
     export = {"type": "nbd", "id": EXPORT, "name": EXPORT, "node-name": "image", "writable": writable}
@@ -224,7 +222,7 @@ def _start(
     return qemu.start(command, complaints=complaints, environment=ALLOCATOR)
 
 
-def await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[bytes]) -> None:
+def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes]) -> None:
     """Wait for the process file, written when all is set up: a socket's name is there before it listens.
 
     Raises Locked if QEMU finds an image in use, RepositoryError.
@@ -239,10 +237,6 @@ def await_ready(server: "subprocess.Popen[bytes]", ready: Path, complaints: IO[b
         time.sleep(0.005)
 
 
-def _end(server: "subprocess.Popen[bytes]") -> int:
-    """End the server with SIGTERM, on which it closes the image properly."""
-    server.terminate()
-    try:
-        return server.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired as err:
-        raise WriteFailed(f"QEMU did not complete the image within {_STOP_SECONDS:g} s") from err
+def _kill(server: qemu.Child) -> None:
+    server.kill()
+    server.wait()

@@ -6,12 +6,18 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 from backupctl.errors import RepositoryError
 
+Child: TypeAlias = "subprocess.Popen[bytes]"
+
+END_SECONDS = 120.0
+_AGAIN_SECONDS = 1.0
 _IMG_SECONDS = 300.0
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -52,7 +58,7 @@ def start(
     output: int = subprocess.DEVNULL,
     environment: Mapping[str, str] | None = None,
     descriptors: Sequence[int] = (),
-) -> "subprocess.Popen[bytes]":
+) -> Child:
     """Start a child that dies with us. Raises RepositoryError.
 
     complaints: gets its stderr. descriptors: those that it inherits, under the same numbers.
@@ -70,6 +76,21 @@ def start(
         )
     except OSError as err:
         raise RepositoryError(f"{command[0]} can't be started: {err.strerror}") from err
+
+
+def end(server: Child) -> int | None:
+    """End a qemu-storage-daemon with SIGTERM, on which it closes its images properly; returns its status.
+
+    None if it has not ended after `END_SECONDS`. The signal is sent again and again: its handler sets a
+    flag and wakes nobody, so one that comes between the main loop's look at the flag and its wait for
+    events is not noticed (QEMU 7.2.22, once in some 30,000 ends).
+    """
+    deadline = time.monotonic() + END_SECONDS
+    while time.monotonic() < deadline:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            return server.wait(_AGAIN_SECONDS)
+    return None
 
 
 def said(complaints: IO[bytes]) -> str:

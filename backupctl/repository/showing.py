@@ -7,7 +7,6 @@ took. So the socket is made here (`listening.py`) and inherited.
 
 import json
 import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from backupctl.errors import RepositoryError
 from backupctl.repository import images, qemu
 
 _READY = "ready"
-_STOP_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Shown:
 class Server:
     """A server that works."""
 
-    child: "subprocess.Popen[bytes]"
+    child: qemu.Child
     complaints: IO[bytes]
 
     def check(self) -> None:
@@ -70,19 +68,11 @@ def serve(shown: Sequence[Shown], listening: socket.socket) -> Iterator[Server]:
         try:
             images.await_ready(child, folder / _READY, complaints)
             yield Server(child, complaints)
-            _end(child)
+            if qemu.end(child) is None:
+                raise RepositoryError(f"QEMU's NBD server did not end within {qemu.END_SECONDS:g} s")
         finally:
             child.kill()
             child.wait()
-
-
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End a server with SIGTERM, on which it closes its images properly."""
-    child.terminate()
-    try:
-        child.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired as err:
-        raise RepositoryError(f"QEMU's NBD server did not end within {_STOP_SECONDS:g} s") from err
 
 
 def _command(shown: Sequence[Shown], listening: int, ready: Path) -> list[str]:
