@@ -177,8 +177,8 @@ class Connection:
 
 
 def _memory_bytes() -> int:
-    """Return the most memory that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the memory that this process has. Not its peak: that begins with what its parent had."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def turn(connections: Sequence[Connection], seconds: float, bell: int | None = None) -> None:
