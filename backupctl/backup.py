@@ -87,6 +87,7 @@ def _prepare(
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
     if not monitor.version.at_least(5, 2):
         raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state="nothing was touched")
+    disks.refuse_fuse(monitor)
     inventory = disks.inventory(monitor, vm.disk_names)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")

@@ -17,6 +17,7 @@ from backupctl.cli.demo import Screen, Story
 from backupctl.drills.demo import Stage, first_difference
 from backupctl.errors import DamageFound, Failed
 from backupctl.report import Stop
+from fixtures import builds
 from fixtures import demo as fixtures_demo
 from fixtures.debian import CannotBeHad
 from fixtures.storage_daemon import StorageDaemon
@@ -171,13 +172,17 @@ def command_lines():
             yield path.read_text(errors="replace")
 
 
-def test_make_demo_falls_back_to_the_simulator_and_says_so(monkeypatch, capfd):
+@pytest.mark.parametrize("reason", ["no FUSE here", "QEMU 10.0 may hang"])
+def test_make_demo_falls_back_to_the_simulator_and_says_so(monkeypatch, capfd, reason):
     def no_fuse(_self):
         raise CannotBeHad("no FUSE here")
 
     monkeypatch.setenv("QEMU", "no-such-qemu")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(StorageDaemon, "program", no_fuse)
+    if reason == "no FUSE here":
+        monkeypatch.setattr(StorageDaemon, "program", no_fuse)
+    else:
+        monkeypatch.setattr(builds, "version_of", lambda *_: "10.0")
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert fixtures_demo.main() == 0
@@ -187,7 +192,10 @@ def test_make_demo_falls_back_to_the_simulator_and_says_so(monkeypatch, capfd):
     places = [
         told.index(text)
         for text in (
-            *("No guest can be had here: no no-such-qemu is installed", "No storage daemon can be had here"),
+            *(
+                "No guest can be had here: no no-such-qemu is installed",
+                f"No storage daemon can be had here: {reason}",
+            ),
             *("the bundled simulator plays the VM", "A VM starts", "6 disks restored, all equal"),
         )
     ]

@@ -4,8 +4,8 @@
 from fixtures.storage_daemon import StorageDaemon
 
 
-def test_the_disks_of_a_storage_daemon_are_backed_up_over_named_files(build, make_lab):
-    lab = make_lab(build, kind_of_machine=StorageDaemon, seed=3)
+def test_the_disks_of_a_storage_daemon_are_backed_up_over_named_files(build72, make_lab):
+    lab = make_lab(build72, kind_of_machine=StorageDaemon, seed=3)
     lab.writer.write(60)
     lab.writer.start()
     moments = {}
@@ -32,3 +32,12 @@ def test_without_an_agent_its_points_are_crash_consistent_and_hold_what_changed(
     assert report["disks"][0]["name"] == "node-vda"
     assert report["disks"][0]["copied_bytes"] == (1 << 20) + 65536
     lab.assert_point(report["point"], {"node-vda": lab.writer.moment["vda"]})
+
+
+def test_a_fuse_export_is_refused_by_a_qemu_that_would_hang_with_it(build10, make_lab):
+    lab = make_lab(build10, kind_of_machine=StorageDaemon)
+    told = lab.cli.json("full", "web", code=1)["error"]
+    assert told["kind"] == "Refused"
+    assert "is exported by FUSE" in told["message"]
+    assert told["state"] == "nothing was touched"
+    lab.assert_at_rest(bitmaps_each=0)
