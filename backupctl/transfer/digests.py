@@ -37,7 +37,8 @@ def of_piece(offset: int, content: memoryview) -> Records:
 
 def _digest(cluster: memoryview) -> bytes:
     missing = CLUSTER_BYTES - len(cluster)
-    if cluster == _ZEROES[missing:]:
+    # As bytes: a memoryview is compared item by item, which for zeroes takes seven times as long as a digest.
+    if cluster[0] == 0 and cluster.tobytes() == _ZEROES[missing:]:
         return bytes(DIGEST_BYTES)
     hasher = blake3(cluster)
     if missing:

@@ -7,6 +7,7 @@ from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +37,15 @@ def test_a_digest_is_blake3_of_the_cluster_and_zero_for_zeroes():
     assert raw[0] == blake3(data).digest(16)
     assert raw[1] == bytes(16)
     assert raw[2] == blake3(b"tail".ljust(CLUSTER_BYTES, b"\0")).digest(16)
+
+
+@pytest.mark.parametrize("length", [CLUSTER_BYTES, 512])
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_one_byte_tells_a_cluster_from_zeroes(length, place):
+    data = bytearray(length)
+    assert bytes(of_piece(0, memoryview(data))[0])[8:] == bytes(16)
+    data[place] = 1
+    assert bytes(of_piece(0, memoryview(data))[0])[8:] == blake3(data.ljust(CLUSTER_BYTES, b"\0")).digest(16)
 
 
 @given(st.lists(DATA, min_size=1, max_size=16), st.lists(DATA, min_size=16, max_size=16), st.booleans())
