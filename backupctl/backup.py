@@ -50,7 +50,7 @@ from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.settings import RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm import bitmaps, cleanup, disks, export, room, scratch, snapshot_access
+from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scratch, snapshot_access
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard, Thawed
 from backupctl.vm.monitor import Monitor
@@ -85,14 +85,11 @@ def _prepare(
     reporter: Reporter,
 ) -> Plan:
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
-    if not monitor.version.at_least(5, 2):
-        raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state="nothing was touched")
-    disks.refuse_fuse(monitor)
+    preflight.refuse_qemu(monitor)
     inventory = disks.inventory(monitor, vm.disk_names)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
-    for name, driver in inventory.busy:
-        raise Refused(f"another job works on {name}: its top node is a {driver}", state="nothing was touched")
+    preflight.refuse_busy(inventory)
     chosen = inventory.chosen(options.disks)
     if not chosen:
         raise Refused("the VM has no writable disk", state="nothing was touched")

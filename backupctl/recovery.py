@@ -22,13 +22,14 @@ from backupctl.errors import (
     MonitorError,
     NeedsRecovery,
     NoSuchPoint,
+    Refused,
     UnknownFormat,
 )
 from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
 from backupctl.repository.layout import Point, Repository, VmFolder
 from backupctl.settings import RunOptions, Vm
-from backupctl.vm import bitmaps, cleanup, disks, scratch
+from backupctl.vm import bitmaps, cleanup, disks, preflight, scratch
 from backupctl.vm.guard import thaw_if_frozen
 from backupctl.vm.monitor import Monitor
 
@@ -189,6 +190,7 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
             left += cleanup.leftovers(monitor, repository.owner)
             version = str(monitor.version)
             left += _unsettled(monitor, repository.owner, folder)
+            refusal = _refusal(monitor, inventory, left)
     except MonitorError as err:
         return Status(
             vm.name,
@@ -202,7 +204,18 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
         )
     plan = planning.plan("incremental", inventory.disks, inventory, points, repository.owner)
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
-    return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), _next_run(plan, left))
+    next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
+    return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), next_run)
+
+
+def _refusal(monitor: Monitor, inventory: disks.Inventory, left: list[str]) -> str:
+    try:
+        preflight.refuse_qemu(monitor)
+        if not left:  # else the job may be a dead run's, which the next one ends before it looks
+            preflight.refuse_busy(inventory)
+    except Refused as err:
+        return err.message
+    return ""
 
 
 def _thaw(vm: Vm, folder: VmFolder) -> list[str]:

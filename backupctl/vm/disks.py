@@ -112,28 +112,6 @@ def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
             )
 
 
-def refuse_fuse(monitor: Monitor) -> None:
-    """Raise Refused if this QEMU, which exports something by FUSE, may hang for ever with our export's end.
-
-    From 8.1 on a FUSE export is busy until the request at hand is done, and waits for it in an event loop
-    within QEMU's own. An export of ours that is taken down in there waits for the request, which waits for
-    it (upstream's issue 2179; measured under load: about one run in three on 10.0.2, none of 120 on 7.2.22).
-    Raises MonitorError.
-    """
-    if not monitor.version.at_least(8, 1):
-        return
-    exports = monitor.execute("query-block-exports")
-    with understood("query-block-exports"):
-        for export in exports:
-            if export["type"] == "fuse":
-                node = text(export["node-name"])
-                raise Refused(
-                    f"{node} is exported by FUSE, and QEMU {monitor.version} may hang, with all its disks, "
-                    "when the view of a backup is taken down; export it by vhost-user-blk",
-                    state="nothing was touched",
-                )
-
-
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
     """Return the bitmaps of one node of `named_nodes`. Raises MonitorError."""
     with understood(f"description of the bitmaps of {node}"):

@@ -40,4 +40,5 @@ def test_a_fuse_export_is_refused_by_a_qemu_that_would_hang_with_it(build10, mak
     assert told["kind"] == "Refused"
     assert "is exported by FUSE" in told["message"]
     assert told["state"] == "nothing was touched"
+    assert told["message"] in lab.cli.json("status", "web")["next_run"]
     lab.assert_at_rest(bitmaps_each=0)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -256,6 +257,27 @@ def test_foreign_bitmaps_are_not_touched(build72, make_lab):
     lab.backup("incremental")
     assert "libvirt-1" in lab.machine.bitmaps()["node-vda"]
     lab.assert_at_rest()
+
+
+def test_a_disk_on_which_somebody_elses_job_works_is_refused_and_the_job_left_alone(build, make_lab):
+    lab = begun(make_lab, build, sizes={"vda": 8 * MIB})
+    target = lab.folder / "theirs.raw"
+    target.write_bytes(bytes(8 * MIB))
+    node = {"driver": "raw", "node-name": "theirs", "file": {"driver": "file", "filename": str(target)}}
+    job = {"job-id": "theirs", "device": "node-vda", "target": "theirs", "sync": "none"}
+    assert lab.machine.qmp("blockdev-add", **node) == {}
+    assert lab.machine.qmp("blockdev-backup", **job) == {}
+    told = lab.cli.json("incremental", "web", code=1)["error"]
+    assert (told["kind"], told["state"]) == ("Refused", "nothing was touched")
+    assert "another job works on vda" in told["message"]
+    assert told["message"] in lab.cli.json("status", "web")["next_run"]
+    assert [each["id"] for each in lab.machine.qmp("query-jobs")] == ["theirs"]
+    assert lab.machine.qmp("job-cancel", id="theirs") == {}
+    deadline = time.monotonic() + 20
+    while lab.machine.qmp("query-jobs"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lab.next_is_right()
 
 
 def test_two_repositories_back_up_one_vm_each_with_its_own_chain(build72, make_lab, tmp_path):
