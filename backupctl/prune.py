@@ -14,7 +14,7 @@ where this one ended. The VM's lock is taken for each step of it: a backup need 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -149,7 +149,10 @@ def long_chains(folder: VmFolder, most: int | None) -> tuple[str, ...]:
 
 @dataclass
 class _Work:
-    """Steps 2 and 3, and what they came to. skipped: merges that can't be done now, by point and disk."""
+    """Steps 2 and 3, and what they came to.
+
+    skipped: merges that can't be done now, by the upper point and disk. read: points that can't go now.
+    """
 
     folder: VmFolder
     reporter: Reporter
@@ -160,6 +163,7 @@ class _Work:
     left: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
     skipped: set[tuple[PointId, str]] = field(default_factory=set)
+    read: set[PointId] = field(default_factory=set)
 
     def retire(self, point: PointId) -> None:
         """Do step 2, unless somebody reads the point or has just protected it."""
@@ -205,19 +209,29 @@ class _Work:
         standing = _standing(points)
         retired = [point for point in points if markers.has(point.path, markers.RETIRED)]
         for point in retired:
-            if not any((point.id, entry.name) in standing for entry in point.manifest.disks):
+            needed = any((point.id, entry.name) in standing for entry in point.manifest.disks)
+            if not needed and point.id not in self.read:
                 return partial(self._remove, points, point)
         for point in retired:
             for entry in point.manifest.disks:
                 upper = standing.get((point.id, entry.name), [])
-                if len(upper) == 1 and (upper[0].id, entry.name) not in self.skipped:
+                if len(upper) != 1 or (upper[0].id, entry.name) in self.skipped:
+                    continue
+                above = standing.get((upper[0].id, entry.name), [])
+                if not merge.unfinished(point, upper[0], above, entry.name):
                     return partial(self._merge, point, upper[0], entry.name)
         return None
 
     def _remove(self, points: Sequence[Point], point: Point) -> None:
-        merge.forget(points, point)
-        leftover = Partial(self.folder, point.id)
-        leftover.take_back()
+        try:
+            with locks.folder(point.path, _PATIENCE_SECONDS):
+                merge.forget(points, point)
+                leftover = Partial(self.folder, point.id)
+                leftover.take_back()
+        except Locked as err:
+            self.read.add(point.id)
+            self._leave(f"{point.id} is dropped, but its folder stays for now: {err.message}")
+            return
         leftover.drop()  # a death in the middle of it leaves what every run's recovery removes
         self.removed.append(point.id)
 
@@ -242,7 +256,11 @@ class _Work:
 
     def _switch(self, point: Point, entry: DiskEntry) -> None:
         try:
-            with locks.folder(point.path, _PATIENCE_SECONDS):
+            with ExitStack() as held:
+                held.enter_context(locks.folder(point.path, _PATIENCE_SECONDS))
+                with suppress(FileNotFoundError):  # gone already: a death came after the image's move
+                    below = self.folder.path / str(entry.parent)
+                    held.enter_context(locks.folder(below, _PATIENCE_SECONDS))
                 done = merge.switch(point, entry)
         except Locked as err:
             self._skip(point, entry.name, f"{entry.name} of {point.id} is not exchanged: {err.message}")

@@ -115,7 +115,7 @@ class _Work:
         survey, retired = self._survey()
         self._known = {point.id: _as_it_is(point) for point in (*survey.points, *retired.points)}
         hidden = {point.id for point in retired.points}
-        standing = {(e.parent, e.name) for point in self._known.values() for e in point.manifest.disks}
+        standing = _standing(self._known.values())
         self._needless = {
             (point.id, entry.name)
             for point in retired.points
@@ -192,9 +192,16 @@ class _Work:
 
             with self._held(point) as now:
                 held = now.manifest.disk(entry.name) if now else None
-                if now and held:
+                if now and held and not self._merged_meanwhile(now, held):
                     self._prove(now, held, progress)
             done += self._data_bytes(point, entry)
+
+    def _merged_meanwhile(self, point: Point, entry: DiskEntry) -> bool:
+        """Whether a layer's image has gone into the one that stood on it: that one is the layer now."""
+        if _layer(point, entry).path.exists() or not markers.has(point.path, markers.RETIRED):
+            return False
+        survey, retired = self._survey()
+        return (point.id, entry.name) not in _standing(map(_as_it_is, (*survey.points, *retired.points)))
 
     def _prove(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
         merging = markers.has(point.path, markers.merging(entry.name))
@@ -277,6 +284,11 @@ def _as_it_is(point: Point) -> Point:
         with suppress(DamageFound):  # told when the layer itself is looked at
             manifest = manifest.with_disk(Layer.of(point, entry).entry)
     return replace(point, manifest=manifest)
+
+
+def _standing(points: Iterable[Point]) -> set[tuple[PointId | None, DiskName]]:
+    """Return the layers, by point and disk, on which another one stands."""
+    return {(entry.parent, entry.name) for point in points for entry in point.manifest.disks}
 
 
 def _layer(point: Point, entry: DiskEntry) -> Layer:

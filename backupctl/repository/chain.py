@@ -15,6 +15,7 @@ from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.names import PointId
 from backupctl.repository import digests, header, markers
 from backupctl.repository.digests import DigestMap
+from backupctl.repository.header import Header
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 
@@ -48,19 +49,30 @@ class Layer:
 
     def check(self) -> None:
         """Compare the image's header with the manifest. Raises DamageFound, RepositoryError."""
+        if self.merging:
+            self._check_link(header.read(self.path))
+        else:
+            self.check_as_stored()
+
+    def check_as_stored(self) -> None:
+        """Compare as `check` does, size and length too, whatever is going on. Raises DamageFound."""
         found, path, entry = header.read(self.path), self.path, self.entry
-        wanted = backing_of(entry)
-        changing = self.merging
-        if found.size != entry.size and not changing:
+        if found.size != entry.size:
             raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
-        if found.file_bytes != entry.file_bytes and not changing:
+        if found.file_bytes != entry.file_bytes:
             raise DamageFound(
                 f"{path} has {found.file_bytes} bytes; when it was made it had {entry.file_bytes}"
             )
+        self._check_link(found)
+
+    def _check_link(self, found: Header) -> None:
+        wanted = backing_of(self.entry)
         if found.backing != wanted:
             raise DamageFound(
-                f"{path} stands on {found.backing!r:.200}; by its manifest it should be on {wanted!r}"
+                f"{self.path} stands on {found.backing!r:.200}; by its manifest it should be on {wanted!r}"
             )
+        if found.backing_format != ("qcow2" if wanted else ""):
+            raise DamageFound(f"{self.path} takes what it stands on for {found.backing_format!r:.60}")
 
     def digests(self) -> DigestMap:
         """Open its digest map. Raises DamageFound, also if it is not the one that the manifest names."""

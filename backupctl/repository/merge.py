@@ -17,20 +17,22 @@ through N's old image, from then on in the new one, and the image's backing link
 moved by another room).
 
 A disk that grew from D to N while P holds something where D had ended already can't be written in place:
-the moment D's image grows, P would show through. Then the merged image is a new file in N's folder, made
-of both layers, and takes the place of D's in step 4.
+the moment D's image grows, P would show through. Nor can an image that has a second name: whoever made
+that hard link (`cp -al`, `rsync --link-dest`) means to have a copy. Then the merged image is a new file in
+N's folder, made of both layers, and takes the place of D's in step 4.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
-from backupctl.errors import RepositoryError, WriteFailed
+from backupctl.errors import DamageFound, RepositoryError, WriteFailed
 from backupctl.repository import digests, durable, header, images, markers
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
@@ -62,9 +64,19 @@ class Merge:
         """The disk's size afterwards, in bytes."""
         return self.upper.entry.size
 
-    @property
+    @cached_property
     def in_place(self) -> bool:
-        """Whether D's own image takes N's clusters; otherwise `image` is a new one."""
+        """Whether D's own image takes N's clusters; otherwise `image` is a new one.
+
+        Decided once: a hard link that somebody makes meanwhile must not change it half-way. Raises
+        DamageFound.
+        """
+        try:
+            names = self.lower.path.lstat().st_nlink
+        except OSError as err:
+            raise DamageFound(f"{self.lower.path} can't be looked at: {err.strerror}") from err
+        if names > 1:
+            return False
         return len(self.layers) == 2 or self.size <= self.lower.entry.size
 
     @property
@@ -81,7 +93,7 @@ class Merge:
         """Do step 1, and have an image to write to. Raises WriteFailed, DamageFound, RepositoryError."""
         _remove(_new_image(self.upper.path))
         if not self.in_place:
-            images.create_layer(self.image, self.size, self.backing)
+            images.create_layer(self.image, self.size, self.backing or None)
             return
         markers.put(self.lower.path.parent, markers.merging(self.lower.entry.name))
         if header.read(self.image).size < self.size:
@@ -142,16 +154,30 @@ class Merge:
         return found
 
 
+def unfinished(lower: Point, upper: Point, above: Sequence[Point], disk: str) -> bool:
+    """Whether a merge of `upper` into `lower` must wait for another one that is not at its end.
+
+    above: the points that stand on `upper`. A merge that was described holds the only copy of N's content
+    in D's image, and that image's name in N's manifest; one that was begun has made D's content something
+    else. So neither may D take part in a second merge before, nor N.
+    """
+    entries = [point.manifest.disk(disk) for point in (lower, upper, *above)]
+    return any(entry and entry.merged for entry in entries) or markers.has(upper.path, markers.merging(disk))
+
+
 def switch(point: Point, entry: DiskEntry) -> Point:
     """Do step 4 for a disk whose manifest has both descriptions, or what is left of it; returns N.
 
-    The caller keeps readers away from N. Raises RepositoryError, DamageFound.
+    The caller keeps readers away from N, and from D. Raises RepositoryError; DamageFound if what lies in
+    D's place is not the merged image: then nothing is moved.
     """
     image = point.path / f"{entry.name}.qcow2"
     after = entry.after_merge()
     try:
         if header.read(image).backing != backing_of(after):
-            _move(_made(point, entry), image)
+            made = _made(point, entry)
+            Layer(made, after).check_as_stored()
+            _move(made, image)
         ready = digests.merged_path_of(image)
         if ready.exists():
             _move(ready, digests.path_of(image))

@@ -358,3 +358,16 @@ def test_a_point_that_is_pruned_meanwhile_is_no_damage(stock, monkeypatch):
     report = stock.verify(data=False)
     assert report.damage == ()
     assert report.notes[-1].endswith(f"{P3}: pruned meanwhile")
+
+
+def test_a_flipped_bit_in_the_format_of_what_is_below_is_found(stock):
+    """backupctl opens the layer below as qcow2 in any case; a stranger's QEMU does as it is told here."""
+    image = stock.image(P2)
+    begin = stock.place(image, b"qcow2")
+    for offset in range(begin, begin + len(b"qcow2")):
+        flip(image, offset)
+        found = stock.verify(data=False).damage
+        assert [(each.path, each.disk) for each in found] == [(image, "vda")]
+        assert {touched.point for touched in found[0].touches} == {P2, P3}
+        flip(image, offset)
+    assert stock.verify().damage == ()
