@@ -16,6 +16,7 @@ where this one ended. The VM's lock is taken for each step of it: a backup need 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 
 from backupctl import clusters
@@ -75,13 +76,14 @@ def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
     held = [
         Held(
             point.id,
+            point.manifest.started,
             tuple(entry.name for entry in point.manifest.disks),
             point.protected,
         )
         for point in points
         if not markers.has(point.path, markers.RETIRED)
     ]
-    return retention.decide(held, rules)
+    return retention.decide(held, rules, datetime.now(UTC))
 
 
 def prune(

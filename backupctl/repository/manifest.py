@@ -106,6 +106,11 @@ class Manifest:
     end: str
     checkpoints: int
 
+    @property
+    def started(self) -> datetime:
+        """What the clock showed when the run began."""
+        return _moment(self.start)
+
     def disk(self, name: str) -> DiskEntry | None:
         """Return the entry of a disk."""
         return next((entry for entry in self.disks if entry.name == name), None)
@@ -250,8 +255,12 @@ def _hexadecimal(text: str) -> str:
 
 
 def _time(text: str) -> str:
-    datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z")
+    _moment(text)
     return text
+
+
+def _moment(text: str) -> datetime:
+    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z")
 
 
 def _checksum(document: dict[str, Any]) -> str:

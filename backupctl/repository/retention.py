@@ -6,6 +6,9 @@ newest point of each of the last so many periods in which there is one; `within`
 older than the newest by more than that. Periods are those of UTC, weeks are ISO's. A point stays if any
 rule holds it. Whatever the rules say, a protected point stays, and the newest, and the newest that holds
 each disk: the next incremental builds on it.
+
+Ids only ever grow, so after one run with the clock ahead those that follow lie in the future too. So what
+counts is what the clock showed at each run, and from a point in the future no age is counted.
 """
 
 import re
@@ -16,6 +19,7 @@ from datetime import datetime, timedelta
 from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, point_time
 
+_CLOCKS_DIFFER = timedelta(hours=1)  # by so much, where backups and prunes run on two machines
 _PART = re.compile(r"([0-9]{1,5})([hdwmy])", re.ASCII)
 _UNITS = {
     "h": timedelta(hours=1),
@@ -52,9 +56,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Held:
-    """What the rules need to know of a point."""
+    """What the rules need to know of a point. taken: what the clock showed when it was."""
 
     id: PointId
+    taken: datetime
     disks: tuple[DiskName, ...]
     protected: bool
 
@@ -68,7 +73,7 @@ class Decision:
     reasons: tuple[str, ...]
 
 
-def decide(points: Sequence[Held], rules: Rules) -> tuple[Decision, ...]:
+def decide(points: Sequence[Held], rules: Rules, now: datetime) -> tuple[Decision, ...]:
     """Decide for each point. points: of one VM, oldest first. Raises UsageError if there is no rule."""
     if rules.hold_nothing():
         raise UsageError(
@@ -78,10 +83,10 @@ def decide(points: Sequence[Held], rules: Rules) -> tuple[Decision, ...]:
         )
     ids = [point.id for point in points]
     reasons: dict[PointId, list[str]] = {point: [] for point in ids}
-    for found in (_needed(points), _by_last(ids, rules), _by_age(ids, rules)):
+    for found in (_needed(points), _by_last(ids, rules), _by_age(points, rules, now)):
         _add(reasons, found)
     for name, period in _PERIODS:
-        _add(reasons, _by_period(ids, name, period, getattr(rules, name)))
+        _add(reasons, _by_period(points, name, period, getattr(rules, name)))
     return tuple(
         Decision(point, bool(why), tuple(why) or ("no rule holds it",)) for point, why in reasons.items()
     )
@@ -115,18 +120,24 @@ def _by_last(ids: Sequence[PointId], rules: Rules) -> Mapping[PointId, str]:
     return {point: f"last {number} of {rules.last}" for number, point in enumerate(reversed(held), 1)}
 
 
-def _by_age(ids: Sequence[PointId], rules: Rules) -> Mapping[PointId, str]:
-    if rules.within is None or not ids:
+def _by_age(points: Sequence[Held], rules: Rules, now: datetime) -> Mapping[PointId, str]:
+    if rules.within is None:
         return {}
-    begin = point_time(ids[-1]) - rules.within
-    return {point: "within the time to keep" for point in ids if point_time(point) >= begin}
+    past = (point.taken for point in points if point.taken <= now + _CLOCKS_DIFFER)
+    begin = max(past, default=now) - rules.within
+    # By its id too: a clock that was far behind must not make a point of yesterday old.
+    return {
+        point.id: "within the time to keep"
+        for point in points
+        if max(point.taken, point_time(point.id)) >= begin
+    }
 
 
 def _by_period(
-    ids: Sequence[PointId], name: str, period: Callable[[datetime], str], most: int
+    points: Sequence[Held], name: str, period: Callable[[datetime], str], most: int
 ) -> Mapping[PointId, str]:
     """Return the newest point of each of the newest periods."""
-    newest = {period(point_time(point)): point for point in ids}
+    newest = {period(point.taken): point.id for point in points}
     chosen = sorted(newest.items(), key=lambda one: one[1], reverse=True)[:most]
     return {point: f"{name} {number} of {most} ({label})" for number, (label, point) in enumerate(chosen, 1)}
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from backupctl.clusters import CLUSTER_BYTES, RECORD, Records
-from backupctl.names import DiskName, NodeName, PointId, VmName
+from backupctl.names import DiskName, NodeName, PointId, VmName, point_time
 from backupctl.repository import chain, digests, images
 from backupctl.repository.journal import Journal
 from backupctl.repository.layout import Partial, Point, Repository, VmFolder
@@ -84,8 +84,8 @@ class Builder:
             consistency="crash",
             qemu="7.2.22",
             backupctl="0.1.0",
-            start="2026-01-01T00:00:00Z",
-            end="2026-01-01T00:00:01Z",
+            start=f"{point_time(point):%Y-%m-%dT%H:%M:%SZ}",
+            end=f"{point_time(point):%Y-%m-%dT%H:%M:%SZ}",
             checkpoints=0,
         )
 
