@@ -149,10 +149,10 @@ def _flaw(folder: VmFolder, base: PointId, disk: DiskName) -> str:
     return ""
 
 
-def _long(folder: VmFolder, most: int | None, base: PointId, disk: DiskName) -> str:
+def _long(folder: VmFolder, most: int, base: PointId, disk: DiskName) -> str:
     """Say why a disk's chain at a point is to get no more layers; "" if it may."""
-    length = 0 if most is None else len(chain.below(folder, base, disk))
-    if most is None or length < most:
+    length = len(chain.below(folder, base, disk))
+    if length < most:
         return ""
     return f"its chain has {length} layers, as many as --max-chain allows"
 

@@ -75,6 +75,11 @@ class Vm:
     disk_names: dict[str, str] = field(default_factory=dict)
 
 
+MAX_CHAIN = 180
+"""Layers of a chain, at the most. QEMU's tools follow the links by a name that grows with each of them, 20
+bytes a layer, until the system takes it no more (4,096); and opening takes time by more than their square."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What one run was asked to do.
@@ -85,7 +90,7 @@ class RunOptions:
     limit_bytes_per_second: rate limit of the copy over all disks, None for none.
     since: the point to differ from; None means the newest.
     checkpoints: how many bitmaps of older points stay in the VM for differentials.
-    max_chain: how many layers a disk's chain may have; one that has them is begun anew. None: any number.
+    max_chain: how many layers a disk's chain may have, at most MAX_CHAIN; one that has them is begun anew.
     freeze_budget_seconds: how long the guest may stay frozen.
     command_timeout_seconds: the longest that any one command to monitor or agent may take.
     stall_timeout_seconds: the longest that the copy may go without a byte arriving.
@@ -101,7 +106,7 @@ class RunOptions:
     view: ViewWish = "fleecing"
     since: PointId | None = None
     checkpoints: int = 0
-    max_chain: int | None = None
+    max_chain: int = 150
     on_broken_chain: OnBrokenChain = "scan"
     command_timeout_seconds: float = 30.0
     agent_timeout_seconds: float = 5.0

@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 from backupctl.errors import InvalidName, UsageError
 from backupctl.names import disk_name, vm_name
-from backupctl.settings import Address, FreezeWish, OnBrokenChain, ViewWish, Vm
+from backupctl.settings import MAX_CHAIN, Address, FreezeWish, OnBrokenChain, ViewWish, Vm
 
 FILE_NAME = "backupctl.toml"
 MAX_BYTES = 256 * 1024
@@ -137,10 +137,11 @@ def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: s
             raise UsageError(
                 f"{path}: {name} in {where} must be a number of seconds, {MAX_FREEZE_SECONDS} at the most"
             )
+        most = MAX_CHAIN if name == "max_chain" else MAX_COUNT
         if name in _COUNTS and (
-            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT
+            isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most
         ):
-            raise UsageError(f"{path}: {name} in {where} must be a whole number, 0 to {MAX_COUNT}")
+            raise UsageError(f"{path}: {name} in {where} must be a whole number, 0 to {most}")
         if name not in _NUMBERS and not isinstance(value, str):
             raise UsageError(f"{path}: {name} in {where} must be a text in quotes")
         if name in _CHOICES and value not in _CHOICES[name]:

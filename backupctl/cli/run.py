@@ -11,7 +11,7 @@ from backupctl import backup
 from backupctl.cli import common, config, screen, units
 from backupctl.errors import UsageError
 from backupctl.report import RunReport, Stop
-from backupctl.settings import Kind, RunOptions
+from backupctl.settings import MAX_CHAIN, Kind, RunOptions
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,9 +66,10 @@ def full(context: click.Context, /, **options: Any) -> None:
 )
 @click.option(
     "--max-chain",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=MAX_CHAIN),
     metavar="N",
-    help="Take a disk full whose newest chain has N layers already (no limit).",
+    help=f"Take a disk full whose newest chain has N layers already ({common.DEFAULTS.max_chain}; at most "
+    f"{MAX_CHAIN}, more than which QEMU's tools don't follow).",
 )
 @click.option("--since", metavar="POINT", help="Store what changed since this point, not the newest.")
 @click.pass_context
@@ -108,7 +109,7 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
         on_broken_chain=setting("on_broken_chain", default.on_broken_chain),
         since=options.get("since"),
         checkpoints=int(setting("keep_checkpoints", default.checkpoints)),
-        max_chain=setting("max_chain", None) or None,
+        max_chain=int(setting("max_chain", 0)) or default.max_chain,
     )
     stop = Stop()
     with stop.on_signals(), screen.reporter() as reporter:

@@ -5,10 +5,11 @@ The point below is only read, by QEMU itself and under the name that the overlay
 where it is, and as it is, for as long as the overlay is used.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from backupctl.errors import DamageFound, TargetExists
+from backupctl.errors import DamageFound, TargetExists, UsageError
 from backupctl.repository import header, images, landing
 
 _UNTOUCHED = "nothing was touched"
@@ -17,10 +18,25 @@ _UNTOUCHED = "nothing was touched"
 def make(target: Path, size_bytes: int, chain: Sequence[Path], *, force: bool) -> None:
     """Make an empty overlay, durably; after a death the target is absent (or as before), or complete.
 
-    chain: newest first. Raises TargetExists, Locked, WriteFailed, OSError.
+    chain: newest first. Raises UsageError if QEMU could not open it by the links that the images name,
+    TargetExists, Locked, WriteFailed, OSError.
     """
+    _refuse_too_deep(chain)
     with landing.file(target, force=force) as temporary:
         images.create_layer(temporary, size_bytes, str(chain[0].resolve()))
+
+
+def _refuse_too_deep(chain: Sequence[Path]) -> None:
+    """Refuse a chain whose oldest image QEMU could not name: it puts each relative link behind the last."""
+    name = str(chain[0].resolve())
+    for path in chain[1:]:
+        name = f"{name.rpartition('/')[0]}/../{path.parent.name}/{path.name}"
+    if len(os.fsencode(name)) >= os.pathconf("/", "PC_PATH_MAX"):
+        raise UsageError(
+            f"QEMU can't follow the links of {len(chain)} layers from {chain[0]}, so nothing stands on it: "
+            "take a whole restore",
+            state=_UNTOUCHED,
+        )
 
 
 def stands_on(target: Path, size_bytes: int, chain: Sequence[Path]) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from backupctl.errors import DamageFound, TargetExists, UsageError
 from backupctl.prune import prune
 from backupctl.report import Silent, Stop
+from backupctl.repository import images, overlay
 from backupctl.repository.retention import Rules
 from backupctl.thin import restore
 from fixtures.machine import Disk, Machine
@@ -160,3 +161,33 @@ def test_the_command_tells_what_it_stands_on_and_how_to_keep_it(two_points, tmp_
     document = json.loads(done.stdout)
     assert Path(document["disks"][0]["path"]).exists()
     assert command(builder, P2, "--to", tmp_path, "--thin", "--only-changed").returncode == 2
+
+
+def test_a_chain_that_qemu_can_not_follow_by_its_links_is_refused(tmp_path):
+    """QEMU names an image below by the name above and the link in it, so names grow; one byte decides."""
+    folder = tmp_path
+    while len(str(folder)) < 900:
+        folder /= "d" * min(200, 901 - len(str(folder)))
+    chain: list[Path] = []
+    for number in range(170):
+        (folder / f"{number:016}").mkdir(parents=True)
+        chain.insert(0, folder / f"{number:016}" / "vda.qcow2")
+        images.create_layer(chain[0], MIB, f"../{chain[1].parent.name}/vda.qcow2" if number else None)
+
+    def made(layers: int) -> bool:
+        thin = tmp_path / f"{layers}.qcow2"
+        try:
+            overlay.make(thin, MIB, chain[-layers:], force=False)
+        except UsageError:
+            images.create_layer(thin, MIB, str(chain[-layers]))
+            return False
+        return True
+
+    def opened(layers: int) -> bool:
+        command = ["qemu-img", "info", "--backing-chain", tmp_path / f"{layers}.qcow2"]
+        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+
+    most = max(layers for layers in range(140, 171) if made(layers))
+    assert 140 < most < 170
+    assert opened(most)
+    assert not opened(most + 1)
