@@ -67,13 +67,16 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
     folder = repository.vm(vm.name)
     reporter.step("prepare")
     with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds) as monitor:
+        recorded = recovery.newest_recorded(monitor, repository.owner)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
         plan = _prepare(vm, repository, folder, options, monitor, reporter)
         rooms = _rooms(plan, options, monitor, reporter)
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
-            return _Run(vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms).make()
+            return _Run(
+                vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms, recorded
+            ).make()
 
 
 def _prepare(
@@ -171,6 +174,7 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
+    recorded: PointId | None
     started: datetime = field(init=False)
     step: str = "attach"
     server_is_ours: bool = False
@@ -200,7 +204,7 @@ class _Run:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
         freezes = self._freezes()
         self._begin("attach")
-        with self.repository.next_point(self.folder, self.started) as self.point:
+        with self.repository.next_point(self.folder, self.started, self.recorded) as self.point:
             journal = records.journal(self.point, self.vm.name, self.repository.id, self.plan, self.started)
             partial = self.folder.begin(self.point, journal)
         view = self._view(freezes)
@@ -213,6 +217,7 @@ class _Run:
         sources = self._export(view)
         self._begin("copy")
         entries = self._copy(partial, sources)
+        view.confirm()
         self._begin("dismantle")
         cleanup.dismantle(
             self.monitor, self.owner, recovery.actives(self.folder), clients=self._our_clients()
@@ -429,7 +434,7 @@ class _Run:
         return [
             Cut(
                 one.disk,
-                self.owner.bitmap(self.point),
+                self.owner.bitmap(self.point, one.disk.name),
                 one.bitmaps,
                 () if one.bitmaps else bitmaps.gapped(one.disk.bitmaps, self.owner),
             )

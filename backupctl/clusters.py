@@ -33,7 +33,7 @@ class Logical:
 
     layers: records and disk's size in bytes of each, newest first. size_bytes: of the disk now. Beyond its
     own end a layer hides those below it: a disk that was shrunk and grew again has zeroes there. What no
-    layer stores is zeroes.
+    layer stores is zeroes. known_bytes: up to where every layer tells of the disk.
     """
 
     def __init__(self, layers: Sequence[tuple[Records, int]], size_bytes: int) -> None:
@@ -43,6 +43,7 @@ class Logical:
         for records, size in layers:
             shown = min(shown, size)
             self._layers.append((records, count(shown)))
+        self.known_bytes = shown
         self._block = lru_cache(_BLOCKS)(self._look_up)
 
     def window(self, first: int, clusters: int) -> Records:

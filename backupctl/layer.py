@@ -53,10 +53,13 @@ class Taker:
         images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
-        marks, named_bytes = _look(one, source.statuses(), below)
+        newest = below
         if one.newest is not None:
-            newest = chain.below(self.partial.folder, one.newest, disk.name)
-            marks.data_where_they_differ(below, chain.logical(newest, disk.size))
+            newest = chain.logical(chain.below(self.partial.folder, one.newest, disk.name), disk.size)
+        known_bytes = min(below.known_bytes, newest.known_bytes)
+        marks, named_bytes = _look(one, source.statuses(), below, known_bytes)
+        if newest is not below:
+            marks.data_where_they_differ(below, newest)
         total = marks.marked_bytes()
         with (
             closing(Recorder(below, self.partial.path)) as recorder,
@@ -94,8 +97,11 @@ class Taker:
         )
 
 
-def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical) -> tuple[Marks, int]:
+def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical, known_bytes: int) -> tuple[Marks, int]:
     """Return what must be looked at, and how many bytes bitmap or allocation map name.
+
+    known_bytes: up to where the earlier points tell of the disk. Behind it a disk has grown: its bitmap is
+    clean there (measured), and a raw disk on a volume that was extended has whatever lay there before.
 
     Besides what is named these are zeroes where the layers below hold something else. They are there
     when a disk was shrunk and grew again: its bitmap lost the bits of the end that went, and the old data
@@ -103,13 +109,14 @@ def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical) -> tuple[Ma
     """
     marks, named_bytes = Marks(one.disk.size), 0
     for status in statuses:
-        zero = bool(status.flags[0] & ZERO)
+        zero, end = bool(status.flags[0] & ZERO), status.offset + status.length
         named = bool(status.flags[1] & DIRTY) if one.bitmaps else not zero
         named_bytes += status.length if named else 0
         if zero:
             marks.zero(status.offset, status.length)
-        elif named:
-            marks.data(status.offset, status.length)
+        elif named or end > known_bytes:
+            offset = status.offset if named else max(status.offset, known_bytes)
+            marks.data(offset, end - offset)
     if one.bitmaps and one.disk.size % CLUSTER_BYTES:
         marks.data(one.disk.size - 1, 1)
     marks.keep_vanished(below)

@@ -23,7 +23,7 @@ BitmapName = NewType("BitmapName", str)
 PREFIX = "backupctl-"
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
 _POINT = re.compile(r"[0-9]{8}T[0-9]{6}Z", re.ASCII)
-_BITMAP = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-([0-9]{{8}}T[0-9]{{6}}Z)", re.ASCII)
+_BITMAP = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-([0-9]{{8}}T[0-9]{{6}}Z)(-{_SAFE.pattern})?", re.ASCII)
 _POINT_FORMAT = "%Y%m%dT%H%M%SZ"
 
 
@@ -82,12 +82,16 @@ class Owner:
         """Return the owner tag of a repository."""
         return cls(repository[:8])
 
-    def bitmap(self, point: PointId) -> BitmapName:
-        """Name the bitmap that records what changed since `point`."""
-        return BitmapName(f"{PREFIX}{self.tag}-{point}")
+    def bitmap(self, point: PointId, disk: DiskName) -> BitmapName:
+        """Name the bitmap that records what changed on a disk since `point`.
+
+        The disk is in it because a bitmap goes with its image: were two images exchanged, or renumbered as
+        one is taken out, each would be taken for what the other had held.
+        """
+        return BitmapName(f"{PREFIX}{self.tag}-{point}-{disk}")
 
     def point_of(self, bitmap: str) -> PointId | None:
-        """Return the point that a bitmap of ours records from; None for anybody else's."""
+        """Return the point that a bitmap of ours records from, of whatever disk; None for anybody else's."""
         match = _BITMAP.fullmatch(bitmap)
         return PointId(match[2]) if match and match[1] == self.tag else None
 

@@ -114,7 +114,7 @@ def _incremental(
     for point in ids:
         if reason := why_unusable(owner, point, disk, inventory.elsewhere, newest=point == ids[-1]):
             return DiskPlan(disk, "incremental", base.id, reason)
-    names = tuple(owner.bitmap(point) for point in ids)
+    names = tuple(owner.bitmap(point, disk.name) for point in ids)
     newest = ids[-1]
     if newest == base.id:
         return DiskPlan(disk, "incremental", base.id, "", names)
@@ -135,7 +135,7 @@ def why_unusable(
 
     newest: whether it must record up to now; an older one recorded up to the next.
     """
-    name = owner.bitmap(base)
+    name = owner.bitmap(base, disk.name)
     bitmap = next((bitmap for bitmap in disk.bitmaps if bitmap.name == name), None)
     if bitmap is None:
         return _why_missing(base, name, elsewhere, newest=newest)

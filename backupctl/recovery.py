@@ -141,6 +141,21 @@ def settle_bitmaps(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str
     return told
 
 
+def newest_recorded(monitor: Monitor, owner: Owner) -> PointId | None:
+    """Return the newest point from which a bitmap in QEMU records, committed here or not.
+
+    A copy of the repository may have made it, and that of the same second: no id may be used twice.
+    Raises MonitorError.
+    """
+    found = [
+        point
+        for node, reply in disks.named_nodes(monitor).items()
+        for bitmap in disks.bitmaps_of(node, reply)
+        if (point := owner.point_of(bitmap.name))
+    ]
+    return max(found, default=None)
+
+
 def drop_leftover_files(vm: Vm, folder: VmFolder, owner: Owner, scratch_folder: Path) -> list[str]:
     """Drop unfinished points and scratch folders. The caller holds the VM's lock."""
     told = []
@@ -264,7 +279,7 @@ def _checkpoints(folder: VmFolder) -> int:
 
 def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:
     newest = planning.newest_with(one.disk.name, points)
-    name = owner.bitmap(newest.id) if newest else None
+    name = owner.bitmap(newest.id, one.disk.name) if newest else None
     found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)
     return DiskStatus(
         name=one.disk.name,

@@ -139,8 +139,12 @@ class Repository:
         return VmFolder(self.path / vm_name(name), name, self.id)
 
     @contextmanager
-    def next_point(self, folder: "VmFolder", now: datetime) -> Iterator[PointId]:
+    def next_point(
+        self, folder: "VmFolder", now: datetime, recorded: PointId | None = None
+    ) -> Iterator[PointId]:
         """Choose the id of a VM's next point, which no other VM here uses; its folder is made in the block.
+
+        recorded: the newest id that was met in QEMU.
 
         A disk that moves to another VM takes its bitmaps along. Were they named after a point of that VM
         too, they would be taken for its own, and what the disk held before would be missing for ever.
@@ -154,7 +158,8 @@ class Repository:
         try:
             if not locks.take(descriptor, _NAMING_SECONDS):
                 raise Locked(f"another run keeps {path} locked for longer than it takes to choose a name")
-            point = next_point_id(now, folder.newest())
+            used = [known for known in (folder.newest(), recorded) if known]
+            point = next_point_id(now, max(used, default=None))
             others = [other for name in self.vms() if (other := self.vm(name)).path != folder.path]
             while any(other.uses(point) for other in others):
                 point = next_point_id(now, point)

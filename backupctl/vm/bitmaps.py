@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Dirty bitmaps: their state as QEMU tells it, and the transactions that change it.
 
-A bitmap of ours is named after the point it records from (`names.Owner`). So for one disk, with the
-newest committed point P and a run that makes point N:
+A bitmap of ours is named after the point it records from, and its disk (`names.Owner`). So for one disk,
+with the newest committed point P and a run that makes point N:
 
 ::
 
@@ -107,7 +107,7 @@ def gapped(bitmaps: Iterable[Bitmap], owner: Owner) -> tuple[BitmapName, ...]:
     stand beside the bitmap of a run either: were that run to fail, the newest would look like a base that
     the run itself had disabled, and be enabled again, gap and all.
     """
-    ours = sorted(_ours(bitmaps, owner).items())
+    ours = _ours(bitmaps, owner)
     if not ours or ours[-1][1].recording:
         return ()
     return tuple(bitmap.name for _, bitmap in ours if not bitmap.busy)
@@ -132,9 +132,9 @@ def settle(
     """
     bitmaps = tuple(bitmaps)
     ours = _ours(bitmaps, owner)
-    done = [ours[point] for point in sorted(ours) if committed(point)]
+    done = [one for point, one in ours if committed(point)]
     newest = done[-1] if done else None
-    gone = [ours[point] for point in sorted(ours) if not committed(point)]
+    gone = [one for point, one in ours if not committed(point)]
     unfinished = [one for one in gone if newest is None or one.name > newest.name]
     pruned = [one for one in gone if one not in unfinished]
     kept = _whole(done[:-1], gone)[-checkpoints:] if checkpoints else []
@@ -172,23 +172,26 @@ def _keep(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
 def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     """Undo `begin` for one node: what the unfinished bitmaps recorded belongs to `base`.
 
-    Not if the base went on recording all the time (a full), and not if the record has a gap: an
-    inconsistent bitmap, or none that records up to now. Then base stays disabled or inconsistent, the
-    next run sees that and does not use it; enabling it would hide the gap for ever.
+    Also if the base records: it did so all the time (a full), and loses nothing by it, or somebody has
+    enabled it since. Not if the record has a gap: an inconsistent bitmap, or none that records up to now.
+    Then base must not look sound: it stays disabled or inconsistent, or goes, if it records; the next run
+    sees that and does not use it.
     """
     removals = [_on(new.node, new.name, "remove") for new in unfinished]
-    if base is None or base.recording or not unfinished:
+    if base is None or not unfinished or base.inconsistent:
         return removals
-    if any(bitmap.inconsistent for bitmap in (base, *unfinished)) or not unfinished[-1].recording:
-        return removals
+    if any(bitmap.inconsistent for bitmap in unfinished) or not unfinished[-1].recording:
+        return [*removals, _on(base.node, base.name, "remove")] if base.recording else removals
     # Merge first: it refuses when a bitmap has vanished meanwhile, where `enable` in a transaction makes
     # QEMU itself crash (measured on 7.2.22 and 10.0.2). Within one transaction the order is one moment.
     merge = _merge(base.node, base.name, [new.name for new in unfinished])
-    return [merge, _on(base.node, base.name, "enable"), *removals]
+    return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 
 
-def _ours(bitmaps: Iterable[Bitmap], owner: Owner) -> dict[PointId, Bitmap]:
-    return {point: bitmap for bitmap in bitmaps if (point := owner.point_of(bitmap.name)) is not None}
+def _ours(bitmaps: Iterable[Bitmap], owner: Owner) -> list[tuple[PointId, Bitmap]]:
+    """Return our bitmaps with their points, oldest first: the point comes first in the name."""
+    found = [(point, one) for one in bitmaps if (point := owner.point_of(one.name)) is not None]
+    return sorted(found, key=lambda each: each[1].name)
 
 
 def _merge(node: NodeName, target: BitmapName, sources: Sequence[BitmapName]) -> Action:

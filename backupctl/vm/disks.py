@@ -92,20 +92,25 @@ def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
         return {NodeName(text(node["node-name"])): node for node in reply if node.get("node-name")}
 
 
+def tops(monitor: Monitor) -> dict[str, str]:
+    """Return the node that each device writes to, by the device's name. Raises MonitorError."""
+    devices = monitor.execute("query-block")
+    with understood("description of its devices"):
+        return {
+            text(device.get("qdev", "")): text(device["inserted"]["node-name"])
+            for device in devices
+            if device.get("inserted")
+        }
+
+
 def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
     """Raise Failed if a device writes to another node than when it was listed: a snapshot came between.
 
     To be called while no view or job stands over the disks. Raises MonitorError too.
     """
-    devices = monitor.execute("query-block")
-    with understood("description of its devices"):
-        tops = {
-            text(device.get("qdev", "")): text(device["inserted"]["node-name"])
-            for device in devices
-            if device.get("inserted")
-        }
+    by_device = tops(monitor)
     for disk in disks:
-        if disk.qdev and (top := tops.get(disk.qdev)) != disk.node:
+        if disk.qdev and (top := by_device.get(disk.qdev)) != disk.node:
             raise Failed(
                 f"{disk.name} writes to {top or 'nothing'} now, not to {disk.node}: an external snapshot was "
                 "taken while the run began, or its medium was changed"

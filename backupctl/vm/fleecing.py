@@ -23,11 +23,13 @@ from backupctl.vm import limit
 from backupctl.vm.bitmaps import Action
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.reply import understood
 from backupctl.vm.room import Room
 from backupctl.vm.scratch import Scratch, Scratches
 from backupctl.vm.view import Cut
 
 _LIMIT_SECONDS = 1.0
+_WORKING = frozenset({"running", "paused", "ready", "standby"})
 
 
 class Fleecing:
@@ -101,6 +103,18 @@ class Fleecing:
                 )
         self._set_limits()
         self._scratches.check()
+
+    def confirm(self) -> None:
+        """Raise Failed if somebody has ended a job of ours: what the guest wrote then was not kept apart."""
+        jobs = self._monitor.execute("query-jobs")
+        with understood("query-jobs"):
+            working = {job["id"] for job in jobs if job["status"] in _WORKING}
+        for number, cut in enumerate(self._cuts):
+            if self._owner.node("job", number) not in working:
+                raise Failed(
+                    f"the job that kept {cut.disk.name} at its moment was ended by somebody else, "
+                    "so what was read may be of later"
+                )
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""

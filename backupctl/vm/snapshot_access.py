@@ -26,7 +26,7 @@ without a freeze this view takes one disk only (`atomic`).
 
 from collections.abc import Sequence
 
-from backupctl.errors import Refused
+from backupctl.errors import Failed, Refused
 from backupctl.names import NodeName, Owner
 from backupctl.vm import bitmaps, disks
 from backupctl.vm.guard import Guard
@@ -106,6 +106,16 @@ class SnapshotAccess:
 
     def check(self) -> None:
         """Nothing to watch: a full scratch breaks the snapshot, and the copy's next read fails."""
+
+    def confirm(self) -> None:
+        """Raise Failed if a device no longer writes through its filter."""
+        tops = disks.tops(self._monitor)
+        for number, cut in enumerate(self._cuts):
+            if tops.get(cut.disk.qdev) != self._owner.node("cbw", number):
+                raise Failed(
+                    f"{cut.disk.name} writes no longer through the filter that kept it as it was: somebody "
+                    "else took it out or put something over it, so what was read may be of later"
+                )
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""

@@ -63,6 +63,12 @@ class View(Protocol):
     def check(self) -> None:
         """Raise Failed if the view can't be trusted, or could harm the guest, any longer."""
 
+    def confirm(self) -> None:
+        """Raise Failed unless the view stands yet, so that all that was read of it is of the moment.
+
+        Raises MonitorError. To be called when the last byte was read.
+        """
+
     def close(self) -> None:
         """Let go of what this process holds for the view. Never raises."""
 

@@ -35,9 +35,13 @@ def plan_of(how: str, size: int) -> DiskPlan:
     st.sampled_from(["full", "scan", "bitmap"]),
     st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40),
     st.sets(st.integers(0, 10)),
+    st.integers(0, 40),
 )
-def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held):
-    """places: dirty?, zero? held: clusters in which the parent has something else than zeroes."""
+def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held, known):
+    """places: dirty?, zero? held: clusters in which the parent has something else than zeroes.
+
+    known: so many places the disk had at the parent.
+    """
     size = len(places) * UNIT
     below_records = clusters.blank(0, 11)
     below_records["low"] = [number in held for number in range(11)]
@@ -46,7 +50,7 @@ def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held):
         Status(at * UNIT, UNIT, (ZERO * zero, DIRTY * dirty) if how == "bitmap" else (ZERO * zero,))
         for at, (dirty, zero) in enumerate(places)
     ]
-    marks, named_bytes = _look(plan_of(how, size), statuses, below)
+    marks, named_bytes = _look(plan_of(how, size), statuses, below, known * UNIT)
     found = list(marks.extents())
     assert named_bytes == UNIT * sum(dirty if how == "bitmap" else not zero for dirty, zero in places)
     looked_at = {
@@ -56,7 +60,8 @@ def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held):
     }
     for at, (dirty, zero) in enumerate(places):
         held_here = how != "full" and at // 4 in held
-        must = (dirty or (zero and held_here)) if how == "bitmap" else (not zero or held_here)
+        new = not zero and at >= known
+        must = (dirty or new or (zero and held_here)) if how == "bitmap" else (not zero or held_here)
         assert at in looked_at or not must or (zero and not held_here)
         assert not (looked_at.get(at) and not zero), "data would be overwritten by zeroes"
     if how == "bitmap" and size % CLUSTER_BYTES:

@@ -3,18 +3,24 @@
 
 from dataclasses import replace
 
-from backupctl.names import BitmapName, NodeName, Owner, PointId
+from backupctl.names import BitmapName, DiskName, NodeName, Owner, PointId
 from backupctl.vm.bitmaps import Bitmap, begin, gapped, settle
 
 OWNER = Owner("0123abcd")
 P0, P1, P2 = PointId("20260101T000000Z"), PointId("20260102T000000Z"), PointId("20260103T000000Z")
 
 
+def named(point: str) -> BitmapName:
+    return OWNER.bitmap(PointId(point), DiskName("vda"))
+
+
 def bitmap(point: str, **state: bool) -> Bitmap:
-    made = Bitmap(
-        BitmapName(f"backupctl-0123abcd-{point}"), NodeName("d0"), 65536, 0, True, False, True, False
-    )
+    made = Bitmap(named(point), NodeName("d0"), 65536, 0, True, False, True, False)
     return replace(made, **state)
+
+
+def day(name: str) -> str:
+    return OWNER.point_of(name)[:8]
 
 
 def words(settlement) -> list[str]:
@@ -24,11 +30,9 @@ def words(settlement) -> list[str]:
         data = action["data"]
         what = action["type"].removeprefix("block-dirty-bitmap-")
         if what == "merge":
-            found.append(
-                f"merge {'+'.join(n[-16:-8] for n in data['bitmaps'])} into {data['target'][-16:-8]}"
-            )
+            found.append(f"merge {'+'.join(map(day, data['bitmaps']))} into {day(data['target'])}")
         else:
-            found.append(f"{what} {data['name'][-16:-8]}")
+            found.append(f"{what} {day(data['name'])}")
     return found
 
 
@@ -37,18 +41,18 @@ def committed(*points):
 
 
 def test_begin_of_an_incremental_adds_the_new_bitmap_before_it_disables_the_base():
-    actions = begin(NodeName("d0"), OWNER.bitmap(P1), [OWNER.bitmap(P0)], persistent=True)
+    actions = begin(NodeName("d0"), named(P1), [named(P0)], persistent=True)
     assert [action["type"] for action in actions] == ["block-dirty-bitmap-add", "block-dirty-bitmap-disable"]
     assert actions[0]["data"] == {
         "node": "d0",
-        "name": "backupctl-0123abcd-20260102T000000Z",
+        "name": "backupctl-0123abcd-20260102T000000Z-vda",
         "granularity": 65536,
         "persistent": True,
     }
 
 
 def test_begin_of_a_full_leaves_the_old_chain_recording():
-    assert [a["type"] for a in begin(NodeName("d0"), OWNER.bitmap(P1), [], persistent=False)] == [
+    assert [a["type"] for a in begin(NodeName("d0"), named(P1), [], persistent=False)] == [
         "block-dirty-bitmap-add"
     ]
 
@@ -68,8 +72,16 @@ def test_a_committed_incremental_retires_its_base():
     assert words(found) == ["remove 20260101"]
 
 
-def test_an_uncommitted_full_only_loses_its_own_bitmap():
-    assert words(settle([bitmap(P0), bitmap(P1)], OWNER, committed(P0))) == ["remove 20260102"]
+def test_what_an_uncommitted_run_recorded_is_given_to_a_base_that_records_too():
+    """A full's, which loses nothing by it; or one that somebody has enabled, which lacks what came before."""
+    found = settle([bitmap(P0), bitmap(P1)], OWNER, committed(P0))
+    assert words(found) == ["merge 20260102 into 20260101", "remove 20260102"]
+
+
+def test_a_base_that_records_beside_a_record_with_a_gap_goes():
+    for state in ({"inconsistent": True}, {"recording": False}):
+        found = settle([bitmap(P0), bitmap(P1, **state)], OWNER, committed(P0))
+        assert words(found) == ["remove 20260102", "remove 20260101"]
 
 
 def test_an_uncommitted_first_full_only_loses_its_own_bitmap():
@@ -111,7 +123,7 @@ def test_foreign_bitmaps_and_those_of_another_repository_are_never_touched():
     foreign = [
         replace(bitmap(P0), name=BitmapName("libvirt-checkpoint")),
         replace(bitmap(P0), name=BitmapName(f"backupctl-ffffffff-{P0}")),
-        replace(bitmap(P0), name=BitmapName("backupctl-0123abcd-20260101T000000Z-mine")),
+        replace(bitmap(P0), name=BitmapName("backupctl-0123abcd-20260101T000000Z mine")),
     ]
     assert words(settle(foreign, OWNER, committed())) == []
 
@@ -170,6 +182,6 @@ def test_the_union_that_a_dead_differential_left_goes():
 
 def test_when_the_newest_does_not_record_no_older_checkpoint_is_of_use():
     older = [bitmap(P0, recording=False), bitmap(P1, recording=False)]
-    assert gapped(older, OWNER) == (OWNER.bitmap(P0), OWNER.bitmap(P1))
+    assert gapped(older, OWNER) == (named(P0), named(P1))
     assert gapped([*older, bitmap(P2)], OWNER) == ()
-    assert gapped([older[0], bitmap(P1, recording=False, busy=True)], OWNER) == (OWNER.bitmap(P0),)
+    assert gapped([older[0], bitmap(P1, recording=False, busy=True)], OWNER) == (named(P0),)
