@@ -169,6 +169,19 @@ def _bitmap_removed(ground: Ground) -> None:
     ground.next_is_right()
 
 
+def _job_ended(ground: Ground) -> None:
+    begun(ground)
+    with ground.start("incremental", VM, *ground.options, *SLOW) as run:
+        assert run.stderr is not None
+        await_line(run.stderr, "copy")
+        for job in ground.query("query-jobs"):
+            ground.query("block-job-cancel", device=job["id"], force=True)
+        said = ground.last = ground.wait(run)
+    expect(said.code == 1, f"it rolls back and ends with 1, not {said.code}")
+    ground.at_rest()
+    ground.next_is_right()
+
+
 def _on_simulator(name: str, breaks: str, spec: str, *codes: int, options: tuple[str, ...] = ()) -> Drill:
     def play(ground: Ground) -> None:
         _faulty(spec, codes, ground, *options)
@@ -224,5 +237,6 @@ DRILLS: tuple[Drill, ...] = (
     Drill("snapshot", "an external snapshot between two backups", _snapshot),
     Drill("resized", "a disk shrunk and grown between two backups", _resized),
     Drill("disk-added", "a disk added between two backups", _added),
+    Drill("job-ended", "somebody ends the backup job in mid-copy", _job_ended),
     Drill("bitmap-removed", "somebody removed the bitmap", _bitmap_removed),
 )

@@ -139,7 +139,7 @@ def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, Node
         ours = {top: int(top.removeprefix(prefix)) for top in tops if top.startswith(prefix)}
     for top, qdev in tops.items():
         if top in ours:
-            active = actives.get(ours[top])
+            active = _beneath(monitor, top) or actives.get(ours[top])
             if active is None:
                 raise MonitorError(
                     f"the device {qdev} writes through the filter {top}, and the run's journal, which "
@@ -150,6 +150,25 @@ def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, Node
             monitor.execute("qom-set", drive)
             told.append(f"took the filter {top} out again")
     return told
+
+
+def _beneath(monitor: Monitor, top: str) -> NodeName | None:
+    """Return the node that a filter stands on now, None if this QEMU does not tell.
+
+    Not always the one that it was put on: an external snapshot taken meanwhile has gone in between, and to
+    set the device to what lies below it would take from the guest what it wrote since.
+    """
+    if "x-debug-query-block-graph" not in monitor.commands:
+        return None
+    graph = monitor.execute("x-debug-query-block-graph")
+    with understood("x-debug-query-block-graph"):
+        names = {node["id"]: text(node["name"]) for node in graph["nodes"]}
+        below = [
+            NodeName(names[edge["child"]])
+            for edge in graph["edges"]
+            if edge["name"] == "file" and names[edge["parent"]] == top
+        ]
+    return below[0] if below else None
 
 
 def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:

@@ -15,7 +15,7 @@ NBD reads against the copying itself. All disks and all bitmaps change in one tr
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from backupctl.errors import Failed
 from backupctl.names import NodeName, Owner
@@ -52,6 +52,7 @@ class Fleecing:
         self._rooms = tuple(rooms)
         self._scratches = scratches
         self._limited_at = 0.0
+        self._stands = False
         self.atomic = True
 
     def attach(self) -> None:
@@ -84,7 +85,9 @@ class Fleecing:
         for number, cut in enumerate(self._cuts):
             actions += cut.bitmap_actions()
             actions.append(self._backup(number, cut))
+        self._monitor.jobs_ended()  # those of a dead run, which had the same names
         self._monitor.transaction(actions)
+        self._stands = True
 
     def expose(self) -> tuple[NodeName, ...]:
         """Return the scratch nodes: what isn't in one is read from its backing, the active node."""
@@ -101,6 +104,8 @@ class Fleecing:
                     f"{room.wanted >> 20} MiB would do for all that the disk holds): "
                     "gave up before the guest's own writes could fail"
                 )
+        if self._stands:
+            self._refuse_ended(self._monitor.jobs_ended())
         self._set_limits()
         self._scratches.check()
 
@@ -109,16 +114,20 @@ class Fleecing:
         jobs = self._monitor.execute("query-jobs")
         with understood("query-jobs"):
             working = {job["id"] for job in jobs if job["status"] in _WORKING}
-        for number, cut in enumerate(self._cuts):
-            if self._owner.node("job", number) not in working:
-                raise Failed(
-                    f"the job that kept {cut.disk.name} at its moment was ended by somebody else, "
-                    "so what was read may be of later"
-                )
+        ours = {self._owner.node("job", number) for number in range(len(self._cuts))}
+        self._refuse_ended(ours - working)
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""
         self._scratches.close()
+
+    def _refuse_ended(self, ended: Collection[str]) -> None:
+        for number, cut in enumerate(self._cuts):
+            if self._owner.node("job", number) in ended:
+                raise Failed(
+                    f"the job that kept {cut.disk.name} at its moment was ended by somebody else, "
+                    "so what was read may be of later"
+                )
 
     def _set_limits(self) -> None:
         """Set each limit's bucket to what really is left; by itself it leaks."""

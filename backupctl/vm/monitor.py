@@ -36,18 +36,24 @@ _logger.propagate = False  # its errors reach the user as ours; a second, raw li
 
 
 _MOST_NAME, _MOST_NODES = 255, 10_000
+_HEARD = {
+    "BLOCK_WRITE_THRESHOLD": "node-name",
+    "BLOCK_JOB_CANCELLED": "device",
+    "BLOCK_JOB_COMPLETED": "device",
+}
 
 
 class _Client(QMPClient):
     """The library's client, with one sort of error for all that is no QMP, and little memory for events.
 
-    thresholds: the nodes whose write threshold was passed. Nothing else that QEMU says on its own is waited
-    for here; kept, a flood of it would pile up without end.
+    thresholds: the nodes whose write threshold was passed. ended: the block jobs that came to an end.
+    Nothing else that QEMU says on its own is waited for here; kept, a flood of it would pile up without end.
     """
 
     def __init__(self) -> None:
         super().__init__("monitor")
         self.thresholds: set[str] = set()
+        self.ended: set[str] = set()
 
     async def _do_recv(self) -> Message:
         # A line without end, a nesting without end, a number of thousands of digits, what is no UTF-8: the
@@ -66,11 +72,12 @@ class _Client(QMPClient):
         await super()._on_message(msg)
 
     def _note(self, event: object, told: object) -> None:
-        if event != "BLOCK_WRITE_THRESHOLD" or not isinstance(told, dict):
+        if not isinstance(event, str) or event not in _HEARD or not isinstance(told, dict):
             return
-        node = told.get("node-name")
-        if isinstance(node, str) and len(node) <= _MOST_NAME and len(self.thresholds) < _MOST_NODES:
-            self.thresholds.add(node)
+        key = _HEARD[event]
+        kept, name = (self.thresholds if key == "node-name" else self.ended), told.get(key)
+        if isinstance(name, str) and len(name) <= _MOST_NAME and len(kept) < _MOST_NODES:
+            kept.add(name)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,12 @@ class Monitor:
         passed = frozenset(self._client.thresholds)
         self._client.thresholds.clear()
         return passed
+
+    def jobs_ended(self) -> frozenset[str]:
+        """Return the block jobs of which QEMU said, since the last call, that they have ended."""
+        ended = frozenset(self._client.ended)
+        self._client.ended.clear()
+        return ended
 
     def close(self) -> None:
         """Leave the monitor to others. Never raises: what is said by now is said."""

@@ -142,6 +142,51 @@ def test_a_job_that_somebody_ends_in_mid_copy_fails_the_run(build, make_lab, kin
     lab.next_is_right()
 
 
+def test_a_job_of_a_dead_run_whose_guard_died_too_is_not_taken_for_that_of_the_next(build, make_lab):
+    """It ends on the next run's own monitor connection, and has the same name."""
+    lab = make_lab(build, {"vda": 8 * MIB})
+    lab.writer.write(20)
+    lab.backup("full")
+    lab.writer.write(10)
+    tag = lab.machine.bitmaps()["node-vda"][0].split("-")[1]
+    target = lab.folder / "scratch.raw"
+    target.write_bytes(bytes(8 * MIB))
+    scratch, job = f"backupctl-{tag}-tmp0", f"backupctl-{tag}-job0"
+    node = {"driver": "raw", "node-name": scratch, "file": {"driver": "file", "filename": str(target)}}
+    assert lab.machine.qmp("blockdev-add", **node) == {}
+    order = {"job-id": job, "device": "node-vda", "target": scratch, "sync": "none"}
+    assert lab.machine.qmp("blockdev-backup", **order) == {}
+    lab.next_is_right()
+
+
+@pytest.mark.needs_qemu("the simulator takes no snapshot below a filter")
+def test_a_snapshot_below_our_filter_is_what_the_device_gets_back(build10, make_lab):
+    """Of the node that it had before, it would lose what the guest wrote since."""
+    lab = make_lab(build10, {"vda": 16 * MIB})
+    lab.writer.do("vda", "data", 0, 16 * MIB, 0x11)
+    overlay = lab.folder / "over.qcow2"
+    make = [build10.tool("qemu-img"), "create", "-q", "-f", "qcow2", overlay, "16M"]
+    subprocess.run(make, check=True, timeout=30)
+    node = {"driver": "qcow2", "node-name": "over", "file": {"driver": "file", "filename": str(overlay)}}
+    with lab.cli.start("full", "web", "--json", "--view", "snapshot-access", *SLOW) as run:
+        wait_for(copying(lab))
+        moment = lab.writer.moment
+        assert lab.machine.qmp("blockdev-add", **node, backing=None) == {}
+        assert lab.machine.qmp("blockdev-snapshot", node="node-vda", overlay="over") == {}
+        lab.writer.do("vda", "data", 14 * MIB, MIB, 0x22)
+        told, _ = run.communicate(timeout=60)
+    assert run.returncode == 0, told
+    lab.assert_point(json.loads(told)["point"], moment)
+    tops = [each["inserted"]["node-name"] for each in lab.machine.qmp("query-block") if each.get("inserted")]
+    assert tops == ["over"]
+    assert lab.machine.leftovers() == []
+    lab.machine.io("vda", f"read -q -P 0x22 {14 * MIB} {MIB}")
+    lab.writer.remember()
+    report = lab.backup("incremental")
+    assert taken(report) == {"vda": "scan"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
 def test_a_base_that_somebody_enabled_before_the_recovery_gets_the_record_all_the_same(build, make_lab):
     lab = make_lab(build, {"vda": 16 * MIB})
     lab.writer.write(80)
