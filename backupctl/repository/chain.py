@@ -132,14 +132,14 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
 
 
 def length(folder: VmFolder, point: Point, entry: DiskEntry) -> int:
-    """Count the layers of a disk at a point, by the manifests alone. Raises DamageFound."""
-    found = 1
+    """Count the layers of a disk at a point, without looking into them. Raises DamageFound."""
+    found, entry = 1, Layer.of(point, entry).entry
     while entry.parent is not None:
         point = _parent(folder, entry.parent)
         held = point.manifest.disk(entry.name)
         if held is None:
             raise DamageFound(f"{point.path} does not hold {entry.name}, and newer points stand on it")
-        entry, found = held, found + 1
+        entry, found = Layer.of(point, held).entry, found + 1
     return found
 
 

@@ -101,7 +101,7 @@ class Repository:
         made = RepositoryId(secrets.token_hex(16))
         content = (json.dumps({"format": FORMAT, "id": made}) + "\n").encode()
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            durable.make_folders(path)
             present = {entry.name for entry in path.iterdir()}
             if _FILE_NAME not in present and any(map(_is_foreign, present)):
                 raise NotARepository(

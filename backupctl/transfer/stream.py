@@ -98,15 +98,26 @@ def _outlet(descriptor: int) -> Iterator[Callable[[memoryview], int]]:
 
     A pipe whose reader sleeps would hold us in `write`, deaf to a request to stop. So it is opened anew
     without blocking: setting that on the descriptor itself would also change it for whoever shares it.
+    What is a file or a disk is brought to the disk at the end: a late error must not be lost.
     """
-    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISFIFO(mode):
         yield partial(os.write, descriptor)
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            _sync(descriptor)
         return
     own = os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         yield partial(_write_some, own)
     finally:
         os.close(own)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as err:
+        raise WriteFailed(f"the output can't be brought to the disk: {err.strerror}") from err
 
 
 def _write_some(descriptor: int, content: memoryview) -> int:

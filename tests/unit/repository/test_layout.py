@@ -19,6 +19,7 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import VmName, point_time
+from backupctl.repository import durable
 from backupctl.repository.layout import Repository
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
@@ -35,6 +36,14 @@ def test_a_repository_keeps_its_id(tmp_path):
     assert Repository.open(tmp_path / "a" / "b") == made
     assert Repository.open_or_create(tmp_path / "a" / "b") == made
     assert made.owner.tag == made.id[:8]
+
+
+def test_the_name_of_each_folder_that_is_made_for_it_is_durable(tmp_path, monkeypatch):
+    synced = []
+    real = durable.sync_folder
+    monkeypatch.setattr(durable, "sync_folder", lambda path: (synced.append(path), real(path)))
+    Repository.create(tmp_path / "a" / "b" / "c")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"} <= set(synced)
 
 
 def test_a_folder_with_other_things_is_not_made_a_repository(tmp_path):

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import errno
+import os
 import random
 import socket
 import time
@@ -180,6 +182,23 @@ def test_a_read_error_ends_a_stream_before_the_bytes_that_could_not_be_read(serv
     ):
         stream(source, out.fileno(), check=lambda: None, progress=lambda _done: None)
     assert (tmp_path / "out").read_bytes() == content[: offset - offset % MIB]
+
+
+def test_a_stream_into_a_file_ends_with_a_sync_whose_error_is_told(serve, tmp_path, monkeypatch):
+    """Some file systems tell of a full disk at no earlier time."""
+    (tmp_path / "disk").write_bytes(noise(MIB))
+    export = serve(raw_node(tmp_path / "disk"))
+
+    def failing(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with (
+        (tmp_path / "out").open("wb") as out,
+        closing(source_of(export)) as source,
+        pytest.raises(WriteFailed, match="No space left"),
+    ):
+        stream(source, out.fileno(), check=lambda: None, progress=lambda _done: None)
 
 
 def test_a_server_that_dies_in_mid_copy_is_an_error(serve, tmp_path):
