@@ -212,6 +212,8 @@ class _Run:
         self.view = view
         view.attach()
         disks.refuse_moved(self.monitor, [one.disk for one in self.plan.disks])
+        newest = {one.disk.node: one.bitmaps[-1] for one in self.plan.disks if one.bitmaps}
+        disks.refuse_disabled(self.monitor, newest)
         view.guard_by(self.guard)
         freeze = self._moment(partial, view, freezes)
         sources = self._export(view)

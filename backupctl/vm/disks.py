@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from backupctl.errors import Failed, InvalidName, Refused
-from backupctl.names import PREFIX, DiskName, NodeName, disk_name
+from backupctl.names import PREFIX, BitmapName, DiskName, NodeName, disk_name
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.reply import flag, number, text, understood
@@ -115,6 +115,18 @@ def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
                 f"{disk.name} writes to {top or 'nothing'} now, not to {disk.node}: an external snapshot was "
                 "taken while the run began, or its medium was changed"
             )
+
+
+def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) -> None:
+    """Raise Failed if a bitmap, by its node, has stopped to record since it was listed.
+
+    The transaction disables it all the same, and nobody could tell afterwards. Raises MonitorError.
+    """
+    nodes = named_nodes(monitor)
+    for node, name in recording.items():
+        found = {bitmap.name: bitmap for bitmap in bitmaps_of(node, nodes.get(node, {}))}
+        if name not in found or not found[name].recording:
+            raise Failed(f"somebody removed or disabled the bitmap {name} of {node} while the run began")
 
 
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:

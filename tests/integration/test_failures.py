@@ -370,10 +370,36 @@ def test_an_external_snapshot_while_the_run_begins_is_noticed(lab):
     lab.assert_point(report["point"], lab.writer.moment)
 
 
+def test_a_base_that_somebody_disables_while_the_run_begins_is_noticed(lab):
+    """The transaction would disable it once more, and hide what is missing from it."""
+    (base,) = lab.machine.bitmaps()["node-vda"]
+    spoilt = []
+
+    def spoil(content: bytes) -> str:
+        if not spoilt and b'"add-fd"' in content:
+            spoilt.append(content)
+            lab.machine.qmp("block-dirty-bitmap-disable", node="node-vda", name=base)
+            lab.writer.do("vda", "data", 0, 65536, 0x77)
+        return ""
+
+    path = lab.machine.folder / "proxy"
+    with Proxy(path, lab.machine.qmp_path, spoil):
+        direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
+        error = lab.backup("incremental", code=1)["error"]
+        lab.cli.vm[1] = direct
+    assert spoilt
+    assert "somebody removed or disabled" in error["message"]
+    report = lab.backup("incremental")
+    assert {disk["name"]: disk["scanned"] for disk in report["disks"]} == {"vda": True, "vdb": False}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.next_is_right()
+
+
 def test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed(lab):
     """The guard has the agent in hand, which serves one client only; nobody may wait for it."""
     point = lab.backup("incremental")["point"]
-    name = f"backupctl-{json.loads((lab.cli.repository / 'repository.json').read_text())['id'][:8]}-{point}"
+    tag = json.loads((lab.cli.repository / "repository.json").read_text())["id"][:8]
+    name = f"backupctl-{tag}-{point}-vdb"
     spoilt = []
 
     def spoil(content: bytes) -> str:
