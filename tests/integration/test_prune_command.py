@@ -3,6 +3,8 @@
 
 import pytest
 
+from backupctl import backup
+from backupctl.settings import MAX_CHAIN, RunOptions
 from tests.conftest import MIB
 
 pytestmark = pytest.mark.simulator_too
@@ -90,6 +92,14 @@ def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
     assert prune(lab, "--keep-last", "9")["removed"] == [points[1]]
     lab.assert_point(points[2], held[points[2]])
     lab.next_is_right()
+
+
+@pytest.mark.parametrize(("layers", "begun_anew"), [(149, False), (150, True)])
+def test_by_default_no_chain_gets_longer_than_qemus_tools_follow(monkeypatch, layers, begun_anew):
+    monkeypatch.setattr(backup.chain, "below", lambda *_: range(layers))
+    most = RunOptions(kind="incremental").max_chain
+    assert bool(backup._long(None, most, None, "vda")) is begun_anew
+    assert most <= MAX_CHAIN
 
 
 def test_a_chain_that_is_long_enough_is_begun_anew(lab):

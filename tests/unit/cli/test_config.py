@@ -43,6 +43,7 @@ def test_the_command_line_wins(tmp_path):
         ("[vm.web]\nqmp = 7\n", "qmp"),
         ('[defaults]\nfreeze_budget = "long"\n', "freeze_budget"),
         ("[defaults]\nfreeze_budget = -1\n", "freeze_budget"),
+        ("[defaults]\nmax_chain = 181\n", "a whole number, 0 to 180"),
         ("[defaults]\nkeep_checkpoints = -1\n", "keep_checkpoints"),
         ("[defaults]\nkeep_checkpoints = true\n", "keep_checkpoints"),
         ("[defaults]\nkeep_checkpoints = 1.5\n", "keep_checkpoints"),
