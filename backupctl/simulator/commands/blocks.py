@@ -7,6 +7,7 @@ from backupctl.simulator import describe
 from backupctl.simulator.arguments import Form
 from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.failure import CommandError
+from backupctl.simulator.graph import descendants
 from backupctl.simulator.machine import Machine
 
 
@@ -58,12 +59,16 @@ def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
 def blockdev_snapshot(vm: Machine, given: Arguments) -> dict[str, Any]:
     """Put an empty overlay over a disk: from now on the guest writes there."""
     node, overlay = vm.graph.find(given["node"]), vm.graph.find(given["overlay"])
+    if node.blockers:
+        raise CommandError(f"Node '{node.name}' is busy: {node.blockers[-1]}")
     if any(link.role in ("device", "export") for link in overlay.parents):
         raise CommandError("The overlay is already in use")
     if overlay.driver != "qcow2":
         raise CommandError("The overlay does not support backing images")
     if overlay.child("backing") is not None:
         raise CommandError("The overlay already has a backing image")
+    if overlay in (node, *descendants(node)):
+        raise CommandError(f"Making '{node.name}' a backing child of '{overlay.name}' would create a cycle")
     vm.graph.replace(node, overlay)
     vm.graph.link("backing", overlay, overlay.name, node)
     return {}

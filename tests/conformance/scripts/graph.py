@@ -134,6 +134,29 @@ def snapshot_errors(s: Session) -> None:
 
 
 @script()
+def no_snapshot_makes_a_cycle(s: Session) -> None:
+    s.scratch("a", None)
+    s.scratch("b", None, file="b.img")
+    s.do("blockdev-snapshot", node="a", overlay="a")
+    s.do("blockdev-snapshot", node="a", overlay="b")
+    s.do("blockdev-snapshot", node="b", overlay="a")
+    s.do("blockdev-snapshot", node="a", overlay="b")
+    s.nodes()
+    s.do("blockdev-del", node_name="a")
+    s.do("blockdev-del", node_name="b")
+    s.do("blockdev-del", node_name="a")
+
+
+@script()
+def no_snapshot_of_a_busy_node(s: Session) -> None:
+    s.scratch()
+    s.fleece()
+    s.scratch("overlay", None, file="overlay.img")
+    s.do("blockdev-snapshot", node="drive-vda", overlay="overlay")
+    s.end_job()
+
+
+@script()
 def a_write_threshold_tells_once(s: Session) -> None:
     s.do("block-set-write-threshold", node_name="drive-vdb", write_threshold=131072)
     s.subject.write("vdb", 1, 0, 65536)
