@@ -28,7 +28,11 @@ def three_points(lab, *options: str) -> list[str]:
 
 
 def bitmaps_of(lab, disk: str = "vda") -> list[str]:
-    return sorted(name[-16:] for name in lab.machine.bitmaps()[f"node-{disk}"])
+    return sorted(point_of(name, disk) for name in lab.machine.bitmaps()[f"node-{disk}"])
+
+
+def point_of(bitmap: str, disk: str) -> str:
+    return bitmap.removesuffix(f"-{disk}")[-16:]
 
 
 def test_a_differential_by_checkpoints_stands_on_its_base_alone(build, make_lab):
@@ -87,7 +91,7 @@ def test_checkpoints_live_on_through_a_full_and_a_recover(build72, make_lab):
     lab.cli.run("recover", "web")
     assert bitmaps_of(lab) == [first, second, third, full]
     states = {
-        bitmap["name"][-16:]: bitmap["recording"]
+        point_of(bitmap["name"], "vda"): bitmap["recording"]
         for node in lab.machine.qmp("query-named-block-nodes", flat=True)
         if node["node-name"] == "node-vda"
         for bitmap in node["dirty-bitmaps"]
