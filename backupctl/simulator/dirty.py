@@ -15,7 +15,8 @@ class DirtyBitmap:
 
     size: of the node, bytes. granularity: bytes that one bit stands for. recording: guest writes are noted.
     persistent: kept by a clean end of QEMU. busy: in use by an export or an action. inconsistent: QEMU died
-    while it had been loaded; it can only be removed.
+    while it had been loaded; it can only be removed. read_only: kept by a node that has become read-only;
+    its bits stay as they are.
     """
 
     name: str
@@ -24,6 +25,7 @@ class DirtyBitmap:
     recording: bool = True
     persistent: bool = False
     inconsistent: bool = False
+    read_only: bool = False
     busy: int = 0
     bits: HierarchicalBitmap = field(init=False)
 
@@ -54,12 +56,14 @@ class DirtyBitmap:
             begin = start * source.granularity
             self.mark(begin, min(length * source.granularity, self.size - begin))
 
-    def check(self, *, inconsistent_too: bool = False) -> None:
+    def check(self, *, inconsistent_too: bool = False, read_only_too: bool = False) -> None:
         """Raise CommandError unless the bitmap may be used."""
         if self.busy:
             raise CommandError(
                 f"Bitmap '{self.name}' is currently in use by another operation and cannot be used"
             )
+        if self.read_only and not read_only_too:
+            raise CommandError(f"Bitmap '{self.name}' is readonly and cannot be modified")
         if self.inconsistent and not inconsistent_too:
             raise CommandError(f"Bitmap '{self.name}' is inconsistent and cannot be used")
 

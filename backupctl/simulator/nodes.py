@@ -107,6 +107,12 @@ class Node:
         for bitmap in self.bitmaps.values():
             bitmap.resize(size)
 
+    def make_read_only(self) -> None:
+        """Take no more writes; what is stored with the node is stored now, and stays as it is."""
+        self.read_only = True
+        for bitmap in self.bitmaps.values():
+            bitmap.read_only = bitmap.persistent
+
     def _change(self, offset: int, length: int, action: Callable[[], None]) -> None:
         if not length:
             return

@@ -164,10 +164,13 @@ class ClusterStore:
         return int(np.count_nonzero(states != State.DATA))
 
     def resize(self, size: int) -> None:
-        """See `Store`."""
-        if size < self.size:
-            _punch(self._fd, self._base + size, self.size - size)
+        """See `Store`. As in qcow2 a cluster that the new end cuts keeps what it holds behind it.
+
+        Grown again, the disk shows that once more (measured on QEMU 7.2.22 and 10.0.2).
+        """
         clusters = -(-size // CLUSTER)
+        if size < self.size:
+            _punch(self._fd, self._base + clusters * CLUSTER, max(self.size - clusters * CLUSTER, 0))
         kept = self.states[:clusters]
         if isinstance(self.states, np.memmap):
             self.states = _mapped(Path(str(self.states.filename)), clusters)

@@ -126,13 +126,15 @@ class Actions:
         return Prepared(undo, lambda: _forget(node, bitmap.name))
 
     def _clear(self, data: Data) -> Prepared:
-        bitmap = self._usable(data)
+        bitmap = self._graph.bitmap(data["node"], data["name"])[1]
+        bitmap.check()
         before = bitmap.bits.copy()
         bitmap.bits.clear()
         return Prepared(undo=lambda: setattr(bitmap, "bits", before))
 
     def _record(self, data: Data, *, recording: bool) -> Prepared:
-        bitmap = self._usable(data)
+        bitmap = self._graph.bitmap(data["node"], data["name"])[1]
+        bitmap.check(read_only_too=True)
         before = bitmap.recording
         bitmap.recording = recording
         return Prepared(undo=lambda: setattr(bitmap, "recording", before))
@@ -153,13 +155,8 @@ class Actions:
     def _source(self, node: Node, source: str | Data) -> DirtyBitmap:
         place = (node.name, source) if isinstance(source, str) else (source["node"], source["name"])
         found = self._graph.bitmap(*place)[1]
-        found.check()
+        found.check(read_only_too=True)
         return found
-
-    def _usable(self, data: Data) -> DirtyBitmap:
-        bitmap = self._graph.bitmap(data["node"], data["name"])[1]
-        bitmap.check()
-        return bitmap
 
     def _backup(self, data: Data) -> Prepared:
         source, target = self._graph.find(data["device"]), self._graph.find(data["target"])

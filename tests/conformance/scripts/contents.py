@@ -176,3 +176,19 @@ def a_grown_disk_is_served_whole(s: Session) -> None:
     s.export("drive-vda", name="disk", bitmaps=["b0"])
     s.look("disk", "b0")
     s.unexport()
+
+
+@script()
+def a_cluster_that_a_shrunk_disk_cut_is_whole_again_when_it_grows(s: Session) -> None:
+    for disk in ("vda", "vdb"):
+        s.subject.write(disk, 5, 0, 8 * CLUSTER)
+        s.subject.zero(disk, 6 * CLUSTER, CLUSTER)
+        s.do("block-dirty-bitmap-add", node=f"drive-{disk}", name="b0")
+        for size in (4 * CLUSTER + 512, subjects.SIZE, 6 * CLUSTER + 512, subjects.SIZE):
+            s.do("block_resize", node_name=f"drive-{disk}", size=size)
+        s.do("block-dirty-bitmap-disable", node=f"drive-{disk}", name="b0")
+    s.serve()
+    s.export("drive-vda", "e0", name="qcow2", bitmaps=["b0"])
+    s.look("qcow2", "b0")
+    s.export("drive-vdb", "e1", name="raw", bitmaps=["b0"])
+    s.look("raw", "b0", without=("base:allocation",))

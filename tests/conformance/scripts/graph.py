@@ -125,6 +125,23 @@ def an_external_snapshot_leaves_the_bitmap_behind(s: Session) -> None:
 
 
 @script()
+def what_a_snapshot_left_behind_is_read_only(s: Session) -> None:
+    for name, persistent in (("stays", True), ("passes", False)):
+        s.do("block-dirty-bitmap-add", node="drive-vda", name=name, persistent=persistent)
+    s.scratch("overlay", None)
+    s.do("blockdev-snapshot", node="drive-vda", overlay="overlay")
+    s.bitmaps("drive-vda")
+    s.do("block-dirty-bitmap-add", node="drive-vda", name="new", persistent=True)
+    s.do("block-dirty-bitmap-add", node="drive-vda", name="new")
+    for what in ("disable", "enable", "clear", "remove"):
+        for name in ("stays", "passes"):
+            s.do(f"block-dirty-bitmap-{what}", node="drive-vda", name=name)
+    s.do("block-dirty-bitmap-merge", node="drive-vda", target="stays", bitmaps=["new"])
+    s.bitmaps("drive-vda")
+    s.nodes()
+
+
+@script()
 def snapshot_errors(s: Session) -> None:
     s.scratch("withbacking", "drive-vdb")
     s.do("blockdev-snapshot", node="drive-vda", overlay="absent")
