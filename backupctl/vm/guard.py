@@ -20,6 +20,8 @@ from backupctl.vm.agent import thaw_if_frozen
 
 _START_SECONDS = 20.0
 _SLACK_SECONDS = 10.0
+_MOST_EXCHANGES = 6
+"""With the agent, each with a time-out, that an answer may have to wait for."""
 _PACKAGE = Path(backupctl.__file__).parent.parent
 
 
@@ -114,8 +116,9 @@ class Guard:
         self._ask({"do": "hold", "export": export}, (connection.fileno(),))
 
     def release(self) -> None:
-        """The exports are gone: the guard may let go of the sockets. Raises GuardLost."""
-        self._ask({"do": "release"})
+        """The exports are gone: the guard may let go of the sockets. One that has died did."""
+        with suppress(GuardLost):
+            self._ask({"do": "release"})
 
     def watch(self, job: str, scratch: int, give_up_bytes: int | None, *, limited: bool) -> None:
         """Have the guard end a job if we die, and us if we let its scratch file fill up.
@@ -126,12 +129,18 @@ class Guard:
         self._ask({"do": "watch", "job": job, "give_up": give_up_bytes, "limited": limited}, (scratch,))
 
     def unwatch(self) -> None:
-        """The jobs have ended. Raises GuardLost."""
-        self._ask({"do": "unwatch"})
+        """The jobs have ended."""
+        with suppress(GuardLost):
+            self._ask({"do": "unwatch"})
+
+    @property
+    def alive(self) -> bool:
+        """Whether the guard stands by; one that died looks after nothing any more."""
+        return self._process.poll() is None
 
     def check(self) -> None:
         """Raise GuardLost if the guard has died."""
-        if self._process.poll() is not None:
+        if not self.alive:
             raise GuardLost("the guard process has died")
 
     def close(self) -> None:
@@ -159,8 +168,8 @@ class Guard:
         try:
             socket.send_fds(self._pair, [json.dumps(request).encode()], list(descriptors))
         except OSError as err:
-            raise GuardLost("the guard process has died") from err
-        patience = float(str(request.get("budget", 0))) + 3 * self._timeout + _SLACK_SECONDS
+            raise self._lost("has died") from err
+        patience = float(str(request.get("budget", 0))) + _MOST_EXCHANGES * self._timeout + _SLACK_SECONDS
         answer = self._receive(patience)
         if "error" in answer:
             raise _error(answer)
@@ -170,11 +179,20 @@ class Guard:
         self._pair.settimeout(seconds)
         try:
             content = self._pair.recv(65536)
+        except TimeoutError as err:
+            raise self._lost("does not answer") from err
         except OSError as err:
-            raise GuardLost("the guard process does not answer") from err
+            raise self._lost("has died") from err
         if not content:
-            raise GuardLost("the guard process has died")
+            raise self._lost("has died")
         return dict(json.loads(content))
+
+    def _lost(self, why: str) -> GuardLost:
+        """See to it that a guard which is none any more is dead: the agent that it has serves one client."""
+        self._process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_SLACK_SECONDS)
+        return GuardLost(f"the guard process {why}")
 
 
 def _error(answer: dict[str, Any]) -> BackupctlError:

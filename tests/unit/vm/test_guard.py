@@ -230,6 +230,19 @@ def test_a_guard_that_was_killed_is_noticed_and_the_run_thaws_itself(agent, star
         guard.check()
 
 
+def test_a_guard_that_hangs_with_the_guest_frozen_is_killed_and_the_run_thaws_itself(
+    agent, start, monkeypatch
+):
+    monkeypatch.setattr("backupctl.vm.guard._SLACK_SECONDS", 1.0)
+    guard = start(0.5)
+    guard.freeze(10)
+    os.kill(guard._process.pid, signal.SIGSTOP)
+    with pytest.raises(GuardLost, match="does not answer"):
+        guard.thaw()
+    assert not agent.frozen
+    assert not guard.alive
+
+
 def test_stale_answers_in_the_channel_are_passed_over():
     """The agent answers an earlier client's questions first; each is one line, the last one is ours."""
     ours, its = socket.socketpair()
