@@ -362,10 +362,9 @@ class _Run:
                     self.options.scratch,
                     clients=self._our_clients(),
                     server_is_ours=self.server_is_ours,
-                    guarded=self.guard.alive,
+                    await_thaw=self._await_thaw if self.guard.alive else None,
                 )
             self.guard.unwatch()
-            self._await_thaw()
         except BackupctlError as err:
             raise self._unsettled(failure, err) from (failure or err)
 
@@ -381,7 +380,7 @@ class _Run:
     def _await_thaw(self) -> None:
         """Give the guard a little time with an agent that was silent. Raises AgentTimeout."""
         deadline = time.monotonic() + 2 * self.options.agent_timeout_seconds
-        while self.guard.alive and self.guard.may_be_frozen():
+        while self.guard.may_be_frozen():
             if time.monotonic() > deadline:
                 raise AgentTimeout("the guest may still be frozen; the guard goes on trying for 5 minutes")
             time.sleep(0.1)

@@ -8,7 +8,8 @@ repository are asked, so every line may be the last one of a dying process, and 
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,22 +102,31 @@ def settle(
     *,
     clients: cleanup.Clients = cleanup.NOBODY,
     server_is_ours: bool = True,
-    guarded: bool = False,
+    await_thaw: Callable[[], None] | None = None,
 ) -> list[str]:
     """Do the work of `recover` for a caller who holds the lock and the monitor.
 
-    guarded: a guard of the caller's has the guest in hand. It has the agent too: QEMU's channel serves one
-    client at a time, so a second conversation would only wait.
+    await_thaw: for a caller whose guard has the guest in hand. It has the agent too: QEMU's channel serves
+    one client at a time, so a second conversation would only wait.
 
-    The guest comes first: it is thawed before anything else is looked at. Returns what was done, in
+    The guest comes first: it is thawed before anything else is looked at. An agent that is silent then is
+    asked again when all else is done, which spares the guest the rest. Returns what was done, in
     words. clients, server_is_ours: as for `cleanup.dismantle`. Raises NeedsRecovery.
     """
+    told: list[str] = []
     try:
-        told = [] if guarded else _thaw(vm, folder)
+        if await_thaw is None:
+            with suppress(AgentError):
+                told += _thaw(vm, folder)
         told += cleanup.dismantle(
             monitor, owner, actives(folder), clients=clients, server_is_ours=server_is_ours
         )
         told += settle_bitmaps(monitor, owner, folder)
+        # The journal alone tells that a freeze is ours to end, so it stays for as long as there may be one.
+        if await_thaw is None:
+            told += _thaw(vm, folder)
+        else:
+            await_thaw()
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
     except (MonitorError, AgentError) as err:
         raise needs_recovery(err, vm.name) from err

@@ -8,6 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from backupctl import backup
+from backupctl.errors import NeedsRecovery
+from backupctl.names import vm_name
+from backupctl.report import Silent, Stop
+from backupctl.repository.layout import Repository
+from backupctl.settings import Address, RunOptions, Vm
+from fixtures.proxy import Proxy
 from tests.integration.test_failures import SLOW, copying, wait_for
 
 
@@ -38,4 +45,52 @@ def test_a_guard_that_is_killed_in_mid_copy_costs_the_run_and_leaves_nothing(lab
     assert run.returncode == 1, told
     assert "the guard process has died" in told
     lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_a_guest_that_neither_run_nor_guard_could_thaw_is_thawed_by_recover(lab):
+    """The run ends in time, and tells; its guard goes on, and is killed."""
+    lab.agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
+    vm = Vm(
+        vm_name("web"),
+        Address(path=str(lab.machine.qmp_path)),
+        Address(path=str(lab.machine.agent_path)),
+    )
+    options = RunOptions(kind="incremental", scratch=lab.cli.scratch, agent_timeout_seconds=0.5)
+    with pytest.raises(NeedsRecovery):
+        backup.run(vm, Repository.open(lab.cli.repository), options, Silent(), Stop())
+    guard = guard_of(os.getpid())
+    os.kill(guard, signal.SIGKILL)
+    os.waitpid(guard, 0)
+    lab.agent.behaviour.clear()
+    assert lab.agent.frozen
+    assert "thawed the guest's file systems" in lab.cli.json("recover", "web")["actions"]
+    assert not lab.agent.frozen
+    lab.next_is_right()
+
+
+def test_a_silent_agent_holds_up_nothing_but_the_thaw(lab):
+    """Run and guard were killed with the guest frozen; the rest of their work is undone at once."""
+    lab.agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
+
+    def kill(content: bytes) -> str:
+        if b'"transaction"' not in content or not lab.agent.frozen:
+            return ""
+        for each in (guard_of(run.pid), run.pid):
+            os.kill(each, signal.SIGKILL)
+        return "after"
+
+    path = lab.machine.folder / "proxy"
+    with Proxy(path, lab.machine.qmp_path, kill):
+        direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
+        with lab.cli.start("incremental", "web") as run:
+            run.communicate(timeout=60)
+        lab.cli.vm[1] = direct
+    assert run.returncode == -signal.SIGKILL
+    assert lab.machine.leftovers() != []
+    assert "refused guest-fsfreeze-thaw" in lab.cli.json("recover", "web", code=3)["error"]["message"]
+    assert lab.machine.leftovers() == []
+    assert lab.agent.frozen
+    lab.agent.behaviour.clear()
+    assert "thawed the guest's file systems" in lab.cli.json("recover", "web")["actions"]
     lab.next_is_right()
