@@ -59,7 +59,11 @@ class Freezer:
 
     def ping(self) -> None:
         """See whether the agent is there and the guest not frozen. Raises AgentError, Refused."""
-        self._refuse_foreign_freeze(self._talk())
+        try:
+            self._refuse_foreign_freeze(self._talk())
+        except BackupctlError:
+            self._hang_up()
+            raise
 
     def freeze(self, budget_seconds: float) -> int:
         """Freeze. From the moment the command is sent the guest may be frozen. Raises AgentError, Refused."""
@@ -119,7 +123,7 @@ class Freezer:
         # A refusal should have no effect. An agent that fails half-way may leave the guest frozen.
         with suppress(AgentError):
             if agent.freeze_status() == "thawed":
-                self.deadline = None
+                self._let_go()
                 return
         self.deadline = self._frozen_at
 
@@ -128,7 +132,7 @@ class Freezer:
             again = self._agent is None
             agent = self._talk()
             if again and agent.freeze_status() == "thawed":  # the try before did it, whatever was answered
-                self.deadline = None
+                self._let_go()
                 return
             self.ended_early = agent.thaw() < self._count
             if agent.freeze_status() != "thawed":
@@ -137,7 +141,12 @@ class Freezer:
             # A new conversation for the next try: this one may be with an agent that has died.
             self._hang_up()
             raise
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """The guest is thawed. Its agent serves one client at a time, and the copy may take hours."""
         self.deadline = None
+        self._hang_up()
 
     def _talk(self) -> Agent:
         if self._agent is None:

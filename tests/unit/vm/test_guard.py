@@ -88,6 +88,22 @@ def test_freeze_and_thaw_tell_how_long(agent, start):
     assert (len(agent.freezes), len(agent.thaws)) == (1, 1)
 
 
+@pytest.mark.parametrize("freeze", ["done", "refuse"])
+def test_the_agent_is_left_to_others_once_the_guest_is_thawed(agent, start, freeze):
+    """It serves one client at a time, and a copy may take hours."""
+    guard = start()
+    guard.ping_agent()
+    if freeze == "refuse":
+        agent.behaviour["guest-fsfreeze-freeze"] = "refuse"
+        with pytest.raises(AgentRefused):
+            guard.freeze(10)
+    else:
+        guard.freeze(10)
+        guard.thaw()
+    with Agent.connect(Address(path=str(agent.path)), 2.0) as other:
+        assert other.freeze_status() == "thawed"
+
+
 def test_a_freeze_that_somebody_in_the_guest_ended_is_told(agent, start):
     guard = start()
     guard.freeze(10)
