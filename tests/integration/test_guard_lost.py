@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guard dies, too: the guest is thawed all the same, and nothing of ours stays in it."""
+"""Run and guard die in other orders: the guest is thawed all the same, and nothing of ours stays in it."""
 
 import os
+import select
 import signal
+import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -93,4 +96,21 @@ def test_a_silent_agent_holds_up_nothing_but_the_thaw(lab):
     assert lab.agent.frozen
     lab.agent.behaviour.clear()
     assert "thawed the guest's file systems" in lab.cli.json("recover", "web")["actions"]
+    lab.next_is_right()
+
+
+def test_the_guard_of_a_dead_run_waits_for_a_monitor_that_somebody_else_took_first(lab):
+    with lab.cli.start("incremental", "web", *SLOW) as run, socket.socket(socket.AF_UNIX) as other:
+        wait_for(copying(lab))
+        other.connect(str(lab.machine.qmp_path))  # served when the run has left
+        guard = os.pidfd_open(guard_of(run.pid))
+        run.kill()
+        run.communicate(timeout=30)
+        assert b"QMP" in other.recv(65536)
+        time.sleep(1)
+        assert lab.machine.qmp("query-block-exports"), "no socket may go before its export"
+    assert select.select([guard], [], [], 20)[0], "the guard was to end"
+    os.close(guard)
+    assert lab.machine.qmp("query-block-exports") == []
+    assert lab.machine.qmp("query-jobs") == []
     lab.next_is_right()
