@@ -51,7 +51,7 @@ drills: $(VENV)/.tools ## Break runs in every way, on the simulator and on a rea
 	$(VENV)/bin/backupctl drill --on qemu
 	$(VENV)/bin/pytest -n $(WORKERS) tests/drills tests/integration/test_failures.py tests/integration/test_topology.py
 
-fuzz: $(VENV)/.tools ## Feed every parser with garbage; FUZZ_SECONDS=60 for longer on each (2 min)
+fuzz: $(VENV)/.tools ## Feed every parser with garbage; FUZZ_SECONDS=60 for longer on each (3 min)
 	$(VENV)/bin/python -m tests.fuzz --seconds $(or $(FUZZ_SECONDS),8)
 
 explore: $(VENV)/.tools ## Interrupt a run, and the recovery after it, at every step, on the simulator (hours)

@@ -2,6 +2,7 @@
 """The targets: bytes go in; the parser gives a value, or one of the errors that it documents."""
 
 import atexit
+import io
 import json
 import shutil
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from backupctl import listening
 from backupctl.cli import config, units
 from backupctl.clusters import RECORD
 from backupctl.errors import (
@@ -29,16 +31,17 @@ from backupctl.errors import (
     UsageError,
 )
 from backupctl.names import NodeName, Owner, RepositoryId, disk_name, point_id, vm_name
-from backupctl.repository import digests, header, strict
+from backupctl.repository import digests, header, retention, strict
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import FreezeEntry, Manifest
 from backupctl.settings import Address
 from backupctl.simulator import faults
+from backupctl.simulator.disks import DiskSpec
 from backupctl.transfer import extents
 from backupctl.transfer.extents import BadReply
-from backupctl.vm import bitmaps, disks, reply
+from backupctl.vm import bitmaps, cleanup, disks, guard_monitor, monitor, reply
 from backupctl.vm.agent import Agent
 from tests.unit.repository.conftest import P1, P2, disk_entry
 
@@ -90,11 +93,20 @@ IMAGE |= {"format-specific": {"type": "qcow2", "data": {"compat": "1.1"}}}
 NODES = [{"node-name": "n0", "drv": "qcow2", "ro": False, "image": IMAGE, "dirty-bitmaps": [BITMAP]}]
 INSERTED = {"node-name": "n0", "drv": "qcow2", "ro": False}
 DEVICES = [{"device": "", "qdev": "vda", "removable": False, "inserted": INSERTED}]
+GRAPH = {
+    "nodes": [
+        {"id": 1, "type": "block-driver", "name": "cbw0"},
+        {"id": 2, "type": "block-driver", "name": "n0"},
+    ],
+    "edges": [{"parent": 1, "child": 2, "name": "file", "perm": [], "shared-perm": []}],
+}
 EXPORTS = [{"id": "e", "node-name": "n0", "type": "vhost-user-blk"}]
 
 
 class Told:
     """A monitor that answers what it was given."""
+
+    commands: frozenset[str] = frozenset()
 
     def __init__(self, answers: dict[str, Any]) -> None:
         self._answers = answers
@@ -111,6 +123,25 @@ def inventory(content: bytes) -> disks.Inventory:
 def bitmap(content: bytes) -> bitmaps.Bitmap | None:
     with reply.understood("bitmap"):
         return bitmaps.Bitmap.parse(NodeName("n0"), as_object(content))
+
+
+def beneath(content: bytes) -> NodeName | None:
+    told = Told({"x-debug-query-block-graph": as_object(content)})
+    told.commands = frozenset({"x-debug-query-block-graph"})
+    return cleanup._beneath(told, "cbw0")  # type: ignore[arg-type]
+
+
+def event(content: bytes) -> None:
+    """What QEMU says on its own; little of it is kept."""
+    client, told = monitor._Client(), as_object(content)
+    for _ in range(3):
+        client._note(told.get("event"), told.get("data"))
+    assert len(client.thresholds | client.ended) <= 1
+
+
+def guard(content: bytes) -> dict[str, Any]:
+    """A monitor's answer, as the guard reads it."""
+    return guard_monitor._answer(io.BytesIO(content), "return", "error")
 
 
 def agent(content: bytes) -> int:
@@ -204,6 +235,11 @@ TARGETS = {
         (UsageError,),
         (b'[defaults]\nfreeze_budget = 5\n[vm.web]\nqmp = "unix:/q"\n[vm.web.disks]\na = "b"\n',),
     ),
+    "duration": Target(in_text(retention.duration), (UsageError,), (b"1y6m", b"36h")),
+    "tcp": Target(in_text(listening.tcp_address), (UsageError,), (b"127.0.0.1:10809", b"[::1]:0", b"10809")),
+    "disk": Target(
+        in_text(DiskSpec.parse), (faults.BadFault,), (b"vda=10G,format=raw,node=n,iothread=on,readonly=on",)
+    ),
     "size": Target(in_text(units.parse_size), (UsageError,), (b"100M", b"1.5 GiB/s")),
     "names": Target(
         in_text(names), (), (b"web", b"20260101T000000Z", b"backupctl-00000000-20260101T000000Z")
@@ -219,6 +255,13 @@ TARGETS = {
         ),
     ),
     "bitmap": Target(bitmap, (MonitorError,), (json.dumps(BITMAP).encode(),)),
+    "graph": Target(beneath, (MonitorError,), (json.dumps(GRAPH).encode(),)),
+    "event": Target(event, (), (b'{"event": "BLOCK_WRITE_THRESHOLD", "data": {"node-name": "n0"}}',)),
+    "guard": Target(
+        guard,
+        (EOFError, ValueError, RecursionError),  # as `take_down` expects
+        (b'{"event": "X", "timestamp": {}}\n{"return": [{"id": "e"}]}\n',),
+    ),
     "agent": Target(
         agent, (AgentError,), (b'{"return": 1}\n', b'\xff{"return": 7}\n{"error": {"desc": "x"}}\n')
     ),

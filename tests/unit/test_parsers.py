@@ -85,7 +85,7 @@ def replaced(document: object, way: tuple, value: object) -> object:
     return changed
 
 
-@pytest.mark.parametrize("name", ["manifest", "journal", "repository", "disks", "bitmap"])
+@pytest.mark.parametrize("name", ["manifest", "journal", "repository", "disks", "bitmap", "graph", "event"])
 @COMMON
 @given(data=st.data(), value=JSON)
 def test_any_value_at_any_place_of_a_document(name, data, value):
