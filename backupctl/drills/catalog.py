@@ -206,7 +206,7 @@ DRILLS: tuple[Drill, ...] = (
     _on_simulator("agent-hangs", "the agent never answers", "agent:*@*=silent", 1),
     _on_simulator("agent-refuses", "the agent refuses to freeze", "agent:guest-fsfreeze-freeze=error", 1),
     _on_simulator("agent-frozen", "frozen, and no answer", "agent:guest-fsfreeze-freeze=unanswered", 1),
-    _on_simulator("agent-dies", "the agent hangs up on the thaw", "agent:guest-fsfreeze-thaw=hangup", 0, 1),
+    _on_simulator("agent-dies", "the agent hangs up on the thaw", "agent:guest-fsfreeze-thaw=hangup", 1),
     _on_simulator("nbd-drops", "the NBD connection breaks in mid-copy", "nbd:sent@300k=drop", 1),
     _on_simulator("nbd-stalls", "the NBD server falls silent", "nbd:sent@300k=stall", 1),
     _on_simulator("nbd-lies", "the NBD server sends garbage", "nbd:sent@300k=garbage", 1),
@@ -217,14 +217,11 @@ DRILLS: tuple[Drill, ...] = (
     _on_simulator("reply-lost", "the moment was taken, its reply is lost", "qmp:transaction=lost", 1),
     _on_simulator("reply-lost-scratch", "the scratch node's reply is lost", "qmp:blockdev-add=lost", 1),
     _on_simulator("reply-lost-export", "the export's reply is lost", "qmp:block-export-add=lost", 1),
-    _on_simulator(
-        "reply-lost-job", "the reply to ending the job is lost", "qmp:block-job-cancel=lost", 0, 1, 3
-    ),
+    _on_simulator("reply-lost-job", "the reply to ending the job is lost", "qmp:block-job-cancel=lost", 1),
     _on_simulator(
         "scratch-full",
         "the scratch file can't grow",
         "scratch:backupctl-*=full:600k",
-        0,
         1,
         options=("--view", "snapshot-access", *SLOW),
     ),
