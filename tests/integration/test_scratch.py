@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from fixtures import guest as guests
 from tests.conftest import MIB, get_build
 from tests.integration.test_guest import assert_unharmed
 
@@ -73,7 +74,8 @@ def words(text: str) -> str:
 
 
 def assert_point_is_the_paused_disk(guest, cli, tmp_path) -> None:
-    """The next incremental, of the paused guest, is its disk byte for byte."""
+    """The next incremental, of the paused guest, is its disk byte for byte, and the file system is clean."""
+    assert guest.tell("freeze") == "ok"
     guest.qmp("stop")
     report = cli.json("incremental", "web", "--freeze", "never")
     assert {disk["kind"] for disk in report["disks"]} == {"incremental"}
@@ -85,6 +87,7 @@ def assert_point_is_the_paused_disk(guest, cli, tmp_path) -> None:
         [*compare, raw, guest.disks[0].path], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    guests.check_file_system(raw)
 
 
 @pytest.mark.timeout(200)
