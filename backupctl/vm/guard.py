@@ -62,18 +62,12 @@ class Guard:
             str(agent.absolute() if agent else ""),
             str(agent_timeout_seconds),
         ]
-        with its:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "backupctl.vm.guard_process", *arguments],
-                pass_fds=(its.fileno(), lock),
-                stdin=subprocess.DEVNULL,
-                # Not ours: who waits for the end of our output must not wait for the guard's.
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env={**os.environ, "PYTHONPATH": str(_PACKAGE)},
-                start_new_session=True,
-            )
+        try:
+            with its:
+                process = _spawn(arguments, (its.fileno(), lock))
+        except OSError as err:
+            ours.close()
+            raise GuardLost(f"the guard process can't be started: {err.strerror}") from err
         guard = cls(process, ours, agent, agent_timeout_seconds)
         try:
             guard._receive(_START_SECONDS)
@@ -193,6 +187,20 @@ class Guard:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_SLACK_SECONDS)
         return GuardLost(f"the guard process {why}")
+
+
+def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "backupctl.vm.guard_process", *arguments],
+        pass_fds=descriptors,
+        stdin=subprocess.DEVNULL,
+        # Not ours: who waits for the end of our output must not wait for the guard's.
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(_PACKAGE)},
+        start_new_session=True,
+    )
 
 
 def _error(answer: dict[str, Any]) -> BackupctlError:

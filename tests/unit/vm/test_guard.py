@@ -234,6 +234,13 @@ def test_signals_do_not_end_the_guard(agent, start):
     assert not agent.frozen
 
 
+def test_a_guard_that_can_not_be_started_is_a_typed_error(agent, start, monkeypatch):
+    """As where no more processes are allowed."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(GuardLost, match="can't be started: No such file"):
+        start()
+
+
 def test_a_guard_that_was_killed_is_noticed_and_the_run_thaws_itself(agent, start):
     guard = start()
     guard.freeze(10)
