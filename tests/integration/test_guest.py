@@ -8,6 +8,7 @@ import pytest
 
 from fixtures import guest as guests
 from fixtures.guest import Guest
+from fixtures.proxy import Proxy
 from tests.conftest import Cli, get_build
 
 pytestmark = pytest.mark.guest
@@ -93,20 +94,26 @@ def test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive(build, boot, tm
 
 @pytest.mark.timeout(200)
 def test_sigkill_while_a_real_guest_is_frozen_thaws_it(boot, tmp_path):
-    """The run is stopped (SIGSTOP) with the guest frozen, then killed: the guard thaws."""
+    """The run is killed as it takes the moment, which is between freeze and thaw: the guard thaws."""
     guest, cli = boot(get_build("7.2"))
     cli.json("full", "web")
     guest.tell("load")
-    with cli.start("incremental", "web") as run:
-        journal = None
-        deadline = time.monotonic() + 30
-        while journal is None:
-            assert time.monotonic() < deadline
-            found = list((cli.repository / "web").glob("*.partial/run.json"))
-            journal = found[0] if found and '"froze": true' in found[0].read_text() else None
-        run.kill()
-        run.communicate(timeout=30)
-    time.sleep(2)
+    killed = []
+
+    def kill(content: bytes) -> str:
+        if killed or b'"transaction"' not in content:
+            return ""
+        killed.append(run.kill())
+        return "after"
+
+    path = guest.folder / "proxy"
+    with Proxy(path, guest.qmp_path, kill):
+        direct, cli.vm[1] = cli.vm[1], f"unix:{path}"
+        with cli.start("incremental", "web", "--freeze", "require") as run:
+            run.communicate(timeout=60)
+        cli.vm[1] = direct
+        assert killed
+        time.sleep(2)
     before = assert_unharmed(guest)
     time.sleep(1.5)
     assert assert_unharmed(guest) > before, "the guest was to go on writing"
