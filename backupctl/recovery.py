@@ -28,7 +28,7 @@ from backupctl.errors import (
 )
 from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
-from backupctl.repository.layout import Point, Repository, VmFolder
+from backupctl.repository.layout import Partial, Point, Repository, VmFolder
 from backupctl.settings import RunOptions, Vm
 from backupctl.vm import bitmaps, cleanup, disks, preflight, scratch
 from backupctl.vm.guard import thaw_if_frozen
@@ -200,7 +200,7 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
     survey = folder.survey()
     points = survey.points
     damaged = tuple(err.message for _, err in survey.damaged)
-    left = [f"unfinished point {partial.point}" for partial in folder.partials()]
+    left = [_unfinished(partial) for partial in folder.partials()]
     left += [
         f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, scratch_folder)
     ]
@@ -245,10 +245,23 @@ def _refusal(monitor: Monitor, inventory: disks.Inventory, left: list[str]) -> s
 
 def _thaw(vm: Vm, folder: VmFolder) -> list[str]:
     """Thaw the guest if a dead run of ours had frozen it. A freeze by anybody else is not ours to end."""
-    froze = any((journal := partial.journal()) and journal.froze for partial in folder.partials())
-    if froze and vm.agent and thaw_if_frozen(vm.agent, DEFAULTS.agent_timeout_seconds):
+    if (
+        any(map(_froze, folder.partials()))
+        and vm.agent
+        and thaw_if_frozen(vm.agent, DEFAULTS.agent_timeout_seconds)
+    ):
         return ["thawed the guest's file systems"]
     return []
+
+
+def _froze(partial: Partial) -> bool:
+    journal = partial.journal()
+    return journal is not None and journal.froze
+
+
+def _unfinished(partial: Partial) -> str:
+    frozen = ", whose run may have left the guest frozen" if _froze(partial) else ""
+    return f"unfinished point {partial.point}{frozen}"
 
 
 def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:

@@ -94,6 +94,8 @@ def test_a_silent_agent_holds_up_nothing_but_the_thaw(lab):
     assert "refused guest-fsfreeze-thaw" in lab.cli.json("recover", "web", code=3)["error"]["message"]
     assert lab.machine.leftovers() == []
     assert lab.agent.frozen
+    (left,) = lab.cli.json("status", "web")["leftovers"]
+    assert "may have left the guest frozen" in left
     lab.agent.behaviour.clear()
     assert "thawed the guest's file systems" in lab.cli.json("recover", "web")["actions"]
     lab.next_is_right()
