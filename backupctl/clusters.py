@@ -8,7 +8,7 @@ arrays (mapped files, mostly): a disk of 1 TiB has 16 million clusters.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -44,25 +44,27 @@ class Logical:
             shown = min(shown, size)
             self._layers.append((records, count(shown)))
         self.known_bytes = shown
-        self._block = lru_cache(_BLOCKS)(self._look_up)
+        # Of the layers and not of this object: a circle would keep each map's file open until it is noticed.
+        self._block = lru_cache(_BLOCKS)(partial(_look_up, self._layers))
 
     def window(self, first: int, clusters: int) -> Records:
         """Return one record for each of so many clusters, from number `first` on."""
         begin = first % _BLOCK_CLUSTERS
         if begin + clusters > _BLOCK_CLUSTERS:
-            return self._look_up(first, clusters)
+            return _look_up(self._layers, first, clusters)
         return self._block(first - begin, _BLOCK_CLUSTERS)[begin : begin + clusters]
 
-    def _look_up(self, first: int, clusters: int) -> Records:
-        found = blank(first, clusters)
-        for records, shown in reversed(self._layers):
-            numbers = records["cluster"]
-            # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
-            begin = bisect_left(numbers, first)
-            part = records[begin : bisect_left(numbers, min(first + clusters, shown), lo=begin)]
-            found[part["cluster"] - first] = part
-        found.setflags(write=False)  # the same ones are handed out again
-        return found
+
+def _look_up(layers: Sequence[tuple[Records, int]], first: int, clusters: int) -> Records:
+    found = blank(first, clusters)
+    for records, shown in reversed(layers):
+        numbers = records["cluster"]
+        # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
+        begin = bisect_left(numbers, first)
+        part = records[begin : bisect_left(numbers, min(first + clusters, shown), lo=begin)]
+        found[part["cluster"] - first] = part
+    found.setflags(write=False)  # the same ones are handed out again
+    return found
 
 
 def count(size_bytes: int) -> int:

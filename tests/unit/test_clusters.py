@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import itertools
+import weakref
 
 import numpy as np
 from hypothesis import given
@@ -41,6 +42,16 @@ def test_a_window_shows_the_newest_layer_and_zeroes_where_there_is_none(given_la
     model = merged(given_layers, size)
     assert window["cluster"].tolist() == list(range(first, first + length))
     assert window["low"].tolist() == [model.get(number, 0) for number in range(first, first + length)]
+
+
+def test_the_maps_that_it_shows_are_let_go_with_it_at_once():
+    """Each keeps its file open."""
+    found = records({1: 1})
+    let_go = weakref.ref(found)
+    logical = Logical([(found, 2 * CLUSTER_BYTES)], 2 * CLUSTER_BYTES)
+    assert logical.window(0, 2)["low"].tolist() == [0, 1]
+    del found, logical
+    assert let_go() is None
 
 
 @given(layers)
