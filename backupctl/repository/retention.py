@@ -97,7 +97,10 @@ def duration(text: str) -> timedelta:
     parts = _PART.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise UsageError(f"{text!r:.60} is no duration: one looks like 36h, 7d, 2w, 6m, 1y or 1y6m")
-    return sum((int(number) * _UNITS[unit] for number, unit in parts), timedelta())
+    try:
+        return sum((int(number) * _UNITS[unit] for number, unit in parts), timedelta())
+    except OverflowError as err:
+        raise UsageError(f"{text!r:.60} is longer than can be counted") from err
 
 
 def _needed(points: Sequence[Held]) -> Mapping[PointId, str]:
@@ -124,12 +127,12 @@ def _by_age(points: Sequence[Held], rules: Rules, now: datetime) -> Mapping[Poin
     if rules.within is None:
         return {}
     past = (point.taken for point in points if point.taken <= now + _CLOCKS_DIFFER)
-    begin = max(past, default=now) - rules.within
+    newest = max(past, default=now)
     # By its id too: a clock that was far behind must not make a point of yesterday old.
     return {
         point.id: "within the time to keep"
         for point in points
-        if max(point.taken, point_time(point.id)) >= begin
+        if newest - max(point.taken, point_time(point.id)) <= rules.within
     }
 
 

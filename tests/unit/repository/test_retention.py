@@ -73,6 +73,10 @@ def test_a_year_without_a_backup_drops_nothing_by_age():
     assert kept(HISTORY, Rules(within=timedelta(days=2))) == [point.id for point in HISTORY[2:]]
 
 
+def test_a_time_to_keep_that_is_longer_than_time_keeps_all():
+    assert kept(HISTORY, Rules(within=duration("9999y"))) == [point.id for point in HISTORY]
+
+
 def test_no_rule_is_an_error():
     with pytest.raises(UsageError):
         decide(HISTORY, Rules(), NOW)
@@ -86,7 +90,7 @@ def test_durations(text, found):
     assert duration(text) == found
 
 
-@pytest.mark.parametrize("text", ["", "7", "d", "-1d", "1d 2h", "1.5d", "7days", "1d\n"])
+@pytest.mark.parametrize("text", ["", "7", "d", "-1d", "1d 2h", "1.5d", "7days", "1d\n", 30 * "99999y"])
 def test_what_is_no_duration_is_refused(text):
     with pytest.raises(UsageError):
         duration(text)
