@@ -274,7 +274,7 @@ class VmFolder:
     def holder(self, point: PointId) -> Point:
         """Return a point that others stand on, retired or not. Raises NoSuchPoint, DamageFound."""
         if not self._stands(point):
-            raise NoSuchPoint(f"there is nothing of the point {point} of {self.name} in this repository")
+            raise self._nothing_of(point)
         return self._open(point)
 
     def point(self, wanted: str) -> Point:
@@ -342,15 +342,22 @@ class VmFolder:
         for found in ids:
             try:
                 good.append(self._open(found))
-            except BackupctlError as err:
+            except NoSuchPoint:
+                continue  # a prune has just removed it
+            except (DamageFound, UnknownFormat) as err:
                 damaged.append((self.path / found, err))
         return Survey(tuple(good), tuple(damaged))
+
+    def _nothing_of(self, point: PointId) -> NoSuchPoint:
+        return NoSuchPoint(f"there is nothing of the point {point} of {self.name} in this repository")
 
     def _open(self, point: PointId) -> Point:
         path = self.path / point
         try:
             manifest = Manifest.from_json(_read(path / manifests.FILE_NAME))
         except OSError as err:
+            if not self._stands(point):
+                raise self._nothing_of(point) from err
             raise DamageFound(f"the manifest of {path} can't be read: {err.strerror}") from err
         except BackupctlError as err:
             err.message = f"{path}: {err.message}"

@@ -19,8 +19,8 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import VmName, point_time
-from backupctl.repository import durable
-from backupctl.repository.layout import Repository
+from backupctl.repository import durable, layout
+from backupctl.repository.layout import Partial, Repository
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
 
@@ -134,6 +134,25 @@ def test_a_point_that_is_not_there_is_told(builder: Builder):
         builder.folder.point(P1)
     with pytest.raises(InvalidName):
         builder.folder.point("../vm1")
+
+
+def test_a_point_that_a_prune_removes_meanwhile_is_none_and_not_damaged(builder: Builder, monkeypatch):
+    """Whoever lists points takes no lock."""
+    plain_point(builder, P1)
+    plain_point(builder, P2)
+    real = layout._read
+
+    def too_late(path: Path) -> bytes:
+        if path.parent.name == P1:
+            Partial(builder.folder, P1).take_back()
+        return real(path)
+
+    monkeypatch.setattr(layout, "_read", too_late)
+    survey = builder.folder.survey()
+    assert ([point.id for point in survey.points], survey.damaged) == ([P2], ())
+    Partial(builder.folder, P1).path.rename(builder.folder.path / P1)
+    with pytest.raises(NoSuchPoint):
+        builder.folder.point(P1)
 
 
 def test_a_partial_is_no_point_but_its_id_is_in_use(builder: Builder):
