@@ -151,6 +151,8 @@ def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
         raise TargetExists(
             f"{target} {what}", state="nothing was touched", next_command="the same with --force"
         )
+    if target.is_file():
+        landing.refuse_in_use(target)
 
 
 def _restore(

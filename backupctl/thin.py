@@ -90,3 +90,5 @@ def _refuse(folder: VmFolder, target: str, *, force: bool) -> None:
     landing.refuse_inside(folder.path.parent, path)
     if path.exists() and not force:
         raise TargetExists(f"{path} exists", state=_UNTOUCHED, next_command="the same with --force")
+    if path.is_file():
+        landing.refuse_in_use(path)

@@ -4,6 +4,7 @@
 import errno
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,11 +12,29 @@ from pathlib import Path
 from backupctl.errors import Locked, TargetExists, UsageError
 from backupctl.repository import durable
 
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: kind, whence, start, length, process
+_WRITING = 101  # the byte of an image that QEMU keeps locked for as long as it may write to it
+
 
 def refuse_inside(repository: Path, target: Path) -> None:
     """Refuse a target within the repository. Raises UsageError."""
     if target.resolve().is_relative_to(repository.resolve()):
         raise UsageError(f"{target} is in the repository, which is only read", state="nothing was touched")
+
+
+def refuse_in_use(target: Path) -> None:
+    """Refuse to replace a file that QEMU writes to. Raises UsageError.
+
+    Its VM would go on in a file that has no name any more, and all that it writes would be gone with its end.
+    """
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _WRITING, 1, 0)
+    try:
+        with target.open("rb") as found:
+            kind, *_ = _FLOCK.unpack(fcntl.fcntl(found, fcntl.F_OFD_GETLK, asked))
+    except OSError:
+        return  # nothing is there, or nothing that tells
+    if kind != fcntl.F_UNLCK:
+        raise UsageError(f"{target} is in use, by a VM perhaps: it is not replaced")
 
 
 @contextmanager
@@ -85,6 +104,7 @@ def _into_place(temporary: Path, target: Path, *, force: bool) -> None:
     if force:
         if target.exists() and not target.is_file():
             raise TargetExists(f"{target} is no plain file: it is not replaced")
+        refuse_in_use(target)
         temporary.rename(target)
         return
     try:

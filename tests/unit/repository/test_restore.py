@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from backupctl import thin
 from backupctl.errors import Interrupted, Locked, TargetExists, UsageError, WriteFailed
 from backupctl.report import Silent, Stop
-from backupctl.repository import landing
+from backupctl.repository import images, landing
 from backupctl.repository.layout import VmFolder
 from backupctl.restore import restore
 from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
@@ -97,6 +98,34 @@ def test_what_exists_is_replaced_only_by_force(two_points, tmp_path):
     assert (tmp_path / "out.raw").read_bytes() == b"precious"
     run(builder.folder.point(P2), tmp_path / "out.raw", force=True)
     assert (tmp_path / "out.raw").read_bytes() == content
+
+
+def test_a_file_that_qemu_writes_to_is_not_replaced_even_by_force(two_points, tmp_path):
+    """Its VM would go on in a file without a name, and lose all that it writes. One that comes late, too."""
+    builder, content = two_points
+    point, target = builder.folder.point(P2), tmp_path / "vda.qcow2"
+    run(point, target)
+    before = target.stat().st_ino
+    with images.serve((target,), writable=True):
+        with pytest.raises(UsageError, match="in use"):
+            run(point, target, force=True)
+        with pytest.raises(UsageError, match="in use"):
+            thin.restore(
+                builder.folder,
+                point,
+                to=str(target),
+                disk=None,
+                image_format=None,
+                force=True,
+                reporter=Silent(),
+            )
+        with pytest.raises(UsageError, match="in use"), landing.file(target, force=True) as temporary:
+            temporary.write_bytes(b"restored before it was in use")
+        assert target.stat().st_ino == before
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    run(point, target, force=True)
+    assert as_raw(target) == content
+    assert target.stat().st_ino != before
 
 
 def test_one_existing_image_stops_the_whole_folder_before_a_byte_is_written(builder: Builder, tmp_path):
