@@ -59,7 +59,7 @@ class DigestMap:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Map a file, after every byte of it was checked. Raises DamageFound."""
+        """Map a file, after every byte of it was checked. Raises DamageFound, RepositoryError."""
         try:
             with plain.open_file(path) as file:
                 header = file.read(_HEADER_BYTES)
@@ -67,6 +67,8 @@ class DigestMap:
                     raise DamageFound(f"{path} is cut off")
                 size_bytes, records = _read(path, file, header)
         except (OSError, ValueError) as err:
+            if isinstance(err, OSError):
+                plain.refuse_shortage(path, err)
             raise DamageFound(f"the digest map {path} can't be read: {err}") from err
         checksum = _checksum(header[: _HEAD.size], records)
         if header[_CHECKSUM] != checksum or any(header[_CHECKSUM.stop :]):

@@ -7,14 +7,26 @@ import stat
 from io import BufferedReader
 from pathlib import Path
 
+from backupctl.errors import RepositoryError
+
 
 def open_file(path: Path) -> BufferedReader:
     """Open a plain file for reading: no symbolic link, no device, no pipe that we would wait at.
 
-    Raises OSError.
+    Raises OSError, RepositoryError.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as err:
+        refuse_shortage(path, err)
+        raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is no plain file", str(path))
+
+
+def refuse_shortage(path: Path, err: OSError) -> None:
+    """Raise RepositoryError if nothing more can be opened: that tells nothing of what is stored."""
+    if err.errno in (errno.EMFILE, errno.ENFILE):
+        raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err

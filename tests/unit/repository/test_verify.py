@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from backupctl.errors import DamageFound, Interrupted, NoSuchPoint, RepositoryEr
 from backupctl.names import PointId, VmName
 from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
-from backupctl.repository import locks, markers
+from backupctl.repository import digests, images, locks, markers
 from backupctl.repository.reach import Reach, Touched
 from backupctl.verify import verify
-from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
+from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry, stored, write_image
 
 MIB = 1 << 20
 CLUSTER = 65536
@@ -261,6 +262,29 @@ def test_without_qemu_nothing_is_called_damaged(stock, monkeypatch):
     monkeypatch.setenv("QEMU_STORAGE_DAEMON", "/nowhere/qemu-storage-daemon")
     with pytest.raises(RepositoryError, match="not found"):
         stock.verify()
+
+
+@pytest.mark.parametrize(("limit", "code"), [("-S -n 20", 0), ("-n 20", 1)])
+def test_more_layers_than_files_may_be_open_are_no_damage(builder, limit, code):
+    """Up to what the administrator allows; beyond that it is an error."""
+    partial = builder.begin(P1)
+    image = partial.path / "disk0.qcow2"
+    images.create_layer(image, MIB, None)
+    write_image((image,), [(0, noise(1, 1))])
+    checksum = digests.write(digests.path_of(image), MIB, stored(image, MIB))
+    entries = []
+    for number in range(16):
+        entry = replace(disk_entry(f"disk{number}"), file_bytes=image.stat().st_size, digests=checksum)
+        for suffix in ("qcow2", "digests") if number else ():
+            shutil.copyfile(image.with_suffix(f".{suffix}"), partial.path / f"{entry.name}.{suffix}")
+        entries.append(entry)
+    partial.commit(builder.manifest(P1, *entries))
+    command = [sys.executable, "-m", "backupctl", "verify", "--fast", "--repository", builder.repository.path]
+    shell = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", *command]
+    done = subprocess.run(shell, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert "DAMAGE" not in done.stdout
+    assert ("Too many open files" in done.stderr) == bool(code)
 
 
 def test_a_request_to_stop_ends_it(stock):
