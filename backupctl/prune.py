@@ -241,10 +241,10 @@ class _Work:
         """Do steps 1 to 3 of a merge; the switch comes next."""
         self.reporter.step(f"merge {disk} of {upper.id} into {lower.id}")
         try:
+            one = Merge.of(upper, chain.layers(self.folder, upper, disk))
             with locks.folder(lower.path, _PATIENCE_SECONDS):
                 # Nobody reads it now, and it is no point any more: who comes from here on reads it through
                 # the layer on it, which masks all that is going to be written.
-                one = Merge(upper, chain.layers(self.folder, upper, disk))
                 one.mark()
             written_bytes = self._pour(one)
             one.describe()
@@ -341,8 +341,9 @@ def _standing(points: Sequence[Point]) -> dict[tuple[PointId, str], list[Point]]
 def _proven(one: Merge, expected: Logical) -> Prover:
     def spoilt(ranges: list[Range]) -> None:
         damaged = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:4])
+        layers = " or ".join(str(layer.path) for layer in one.layers[: 1 if one.in_place else 2])
         raise DamageFound(
-            f"the layer {one.upper.path} is damaged (bytes {damaged} are not what was read from the VM), "
+            f"the layer {layers} is damaged (bytes {damaged} are not what was read from the VM), "
             "and is not merged"
         )
 

@@ -18,15 +18,16 @@ moved by another room).
 
 A disk that grew from D to N while P holds something where D had ended already can't be written in place:
 the moment D's image grows, P would show through. Nor can an image that has a second name: whoever made
-that hard link (`cp -al`, `rsync --link-dest`) means to have a copy. Then the merged image is a new file in
+that hard link (`cp -al`, `rsync --link-dest`) means to have a copy. Nor one whose own tables are damaged:
+where they call a cluster free that is not, QEMU would write over it. Then the merged image is a new file in
 N's folder, made of both layers, and takes the place of D's in step 4.
 """
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -44,10 +45,26 @@ _WINDOW_CLUSTERS = 1 << 16
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge. layers: N, D, and what is below, newest first. point: N's."""
+    """One merge; `of` decides how. layers: N, D, and what is below, newest first. point: N's.
+
+    in_place: D's own image takes N's clusters; otherwise `image` is a new one. Decided once: a hard link
+    that somebody makes meanwhile must not change it half-way.
+    """
 
     point: Point
     layers: tuple[Layer, ...]
+    in_place: bool
+
+    @classmethod
+    def of(cls, point: Point, layers: tuple[Layer, ...]) -> Self:
+        """Look at what is to be merged. Raises DamageFound, RepositoryError."""
+        upper, lower, *below = layers
+        try:
+            names = lower.path.lstat().st_nlink
+        except OSError as err:
+            raise DamageFound(f"{lower.path} can't be looked at: {err.strerror}") from err
+        fits = names == 1 and (not below or upper.entry.size <= lower.entry.size)
+        return cls(point, layers, fits and not images.check(lower.path).errors)
 
     @property
     def upper(self) -> Layer:
@@ -63,21 +80,6 @@ class Merge:
     def size(self) -> int:
         """The disk's size afterwards, in bytes."""
         return self.upper.entry.size
-
-    @cached_property
-    def in_place(self) -> bool:
-        """Whether D's own image takes N's clusters; otherwise `image` is a new one.
-
-        Decided once: a hard link that somebody makes meanwhile must not change it half-way. Raises
-        DamageFound.
-        """
-        try:
-            names = self.lower.path.lstat().st_nlink
-        except OSError as err:
-            raise DamageFound(f"{self.lower.path} can't be looked at: {err.strerror}") from err
-        if names > 1:
-            return False
-        return len(self.layers) == 2 or self.size <= self.lower.entry.size
 
     @property
     def image(self) -> Path:

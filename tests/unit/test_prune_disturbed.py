@@ -4,6 +4,7 @@
 import os
 import random
 import shutil
+import struct
 import subprocess
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -175,6 +176,25 @@ def test_a_hard_linked_copy_keeps_its_bytes(builder, tmp_path):
     assert converted(builder.folder.point(P3), "vda") == content
     assert damage(builder) == damage(copy) == ()
     assert {point: converted(copy.folder.point(point), "vda") for point in before} == before
+
+
+def test_an_image_whose_tables_call_used_clusters_free_is_not_written_to(builder):
+    """QEMU would take them for what is merged: all that stands on the image would lose what they hold."""
+    entry = disk_entry(size=SIZE)
+    builder.point(P1, (entry, [(0, b"a" * CLUSTER_BYTES * 4)]))
+    new = (6 * CLUSTER_BYTES, b"n" * CLUSTER_BYTES)
+    builder.point(P2, (replace(entry, kind="incremental", parent=P1), [new]))
+    image = builder.folder.path / P1 / "vda.qcow2"
+    stored = bytearray(image.read_bytes())
+    (table,) = struct.unpack_from(">Q", stored, 48)
+    (counts,) = struct.unpack_from(">Q", stored, table)
+    struct.pack_into(">H", stored, counts + 2 * (stored.index(b"a" * 512) // CLUSTER_BYTES), 0)
+    image.write_bytes(stored)
+    assert damage(builder)
+    content = converted(builder.folder.point(P2), "vda")
+    assert pruned(builder).left == ()
+    assert converted(builder.folder.point(P2), "vda") == content
+    assert damage(builder) == ()
 
 
 @pytest.mark.parametrize("place", ["before a layer", "within it"])
