@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from backupctl import clusters
-from backupctl.clusters import Logical, Records
+from backupctl.clusters import Records
 from backupctl.errors import DamageFound, Failed, Locked, NoSuchPoint
 from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
@@ -279,7 +279,7 @@ class _Work:
         else:
             read = one.layers
             wanted = list(one.records())
-        expected = chain.logical(read, one.size)
+        prover = Prover(chain.logical(read, one.size), partial(_refuse_damaged, one), zeroes=True)
         total = sum(len(part) for part in wanted) * clusters.CLUSTER_BYTES
         with (
             images.serve([layer.path for layer in read]) as served,
@@ -293,7 +293,8 @@ class _Work:
                 TokenBucket(None),
                 check=self.stop.check,
                 progress=lambda done: self.reporter.progress(one.upper.entry.name, done, total),
-                sieve=_proven(one, expected),
+                sieve=prover,
+                unreadable=lambda extent: _refuse_damaged(one, [(extent.offset, extent.length)]),
             ).run(extent for part in wanted for extent in _extents(part, one.size))
             cut = one.cut_cluster() if one.in_place else None
             if cut is not None:
@@ -338,16 +339,13 @@ def _standing(points: Sequence[Point]) -> dict[tuple[PointId, str], list[Point]]
     return found
 
 
-def _proven(one: Merge, expected: Logical) -> Prover:
-    def spoilt(ranges: list[Range]) -> None:
-        damaged = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:4])
-        layers = " or ".join(str(layer.path) for layer in one.layers[: 1 if one.in_place else 2])
-        raise DamageFound(
-            f"the layer {layers} is damaged (bytes {damaged} are not what was read from the VM), "
-            "and is not merged"
-        )
-
-    return Prover(expected, spoilt, zeroes=True)
+def _refuse_damaged(one: Merge, ranges: Sequence[Range]) -> None:
+    damaged = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:4])
+    layers = " or ".join(str(layer.path) for layer in one.layers[: 1 if one.in_place else 2])
+    raise DamageFound(
+        f"the layer {layers} is damaged (bytes {damaged} are not what was read from the VM), "
+        "and is not merged"
+    )
 
 
 def _extents(records: Records, size: int) -> Iterator[Extent]:

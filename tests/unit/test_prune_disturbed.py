@@ -178,6 +178,13 @@ def test_a_hard_linked_copy_keeps_its_bytes(builder, tmp_path):
     assert {point: converted(copy.folder.point(point), "vda") for point in before} == before
 
 
+def table_of(content: bytes) -> int:
+    """Return where the second level table of a small qcow2 lies."""
+    (first,) = struct.unpack_from(">Q", content, 40)
+    (second,) = struct.unpack_from(">Q", content, first)
+    return int(second) & (1 << 56) - 512
+
+
 def test_an_image_whose_tables_call_used_clusters_free_is_not_written_to(builder):
     """QEMU would take them for what is merged: all that stands on the image would lose what they hold."""
     entry = disk_entry(size=SIZE)
@@ -195,6 +202,25 @@ def test_an_image_whose_tables_call_used_clusters_free_is_not_written_to(builder
     assert pruned(builder).left == ()
     assert converted(builder.folder.point(P2), "vda") == content
     assert damage(builder) == ()
+
+
+def test_a_layer_that_can_not_be_read_is_damage_and_holds_up_no_other(builder):
+    history = history_of(builder, 3)
+    history.content.update(vda=b"a" * SIZE, vdb=b"a" * SIZE)
+    history.take("vda", "vdb", full=True, size=SIZE)
+    history.content.update(vda=b"b" * SIZE, vdb=b"b" * SIZE)
+    newest = history.take("vda", "vdb")
+    image = builder.folder.path / newest / "vda.qcow2"
+    stored = bytearray(image.read_bytes())
+    stored[table_of(stored) + 6] ^= 2  # now between two clusters, which QEMU refuses
+    image.write_bytes(stored)
+    report = pruned(builder)
+    assert len(report.damage) == 1
+    assert [merged.disk for merged in report.merged] == ["vdb"]
+    stored[table_of(stored) + 6] ^= 2
+    image.write_bytes(stored)
+    assert pruned(builder).left == ()
+    history.check()
 
 
 @pytest.mark.parametrize("place", ["before a layer", "within it"])
