@@ -21,7 +21,7 @@ from functools import partial
 
 from backupctl import clusters
 from backupctl.clusters import Records
-from backupctl.errors import DamageFound, Failed, Locked, NoSuchPoint
+from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint
 from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, images, locks, markers, merge, retention
@@ -246,7 +246,11 @@ class _Work:
                 # Nobody reads it now, and it is no point any more: who comes from here on reads it through
                 # the layer on it, which masks all that is going to be written.
                 one.mark()
-            written_bytes = self._pour(one)
+            try:
+                written_bytes = self._pour(one)
+            except BackupctlError:
+                one.forsake()  # or a want of room would last until the next prune, and keep backups out
+                raise
             one.describe()
         except Locked as err:
             self._skip(upper, disk, f"{disk} of {upper.id} is not merged: {err.message}")

@@ -25,6 +25,7 @@ N's folder, made of both layers, and takes the place of D's in step 4.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -100,6 +101,12 @@ class Merge:
         markers.put(self.lower.path.parent, markers.merging(self.lower.entry.name))
         if header.read(self.image).size < self.size:
             images.resize(self.image, self.size)
+
+    def forsake(self) -> None:
+        """Give step 2 up: of a new image nothing stays. What D's own has got, it gets again next time."""
+        if not self.in_place:
+            with suppress(OSError):
+                self.image.unlink()
 
     def cut_cluster(self) -> tuple[int, int] | None:
         """Return the rest of a cluster that D's larger image would keep behind the new end: offset, length.

@@ -6,6 +6,7 @@ import random
 import shutil
 import struct
 import subprocess
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -221,6 +222,26 @@ def test_a_layer_that_can_not_be_read_is_damage_and_holds_up_no_other(builder):
     image.write_bytes(stored)
     assert pruned(builder).left == ()
     history.check()
+
+
+def test_a_merge_that_finds_no_room_does_not_keep_what_there_was(small_file_system):
+    builder = Builder(Repository.create(small_file_system / "repository"))
+    content = three(builder)
+    image = builder.folder.path / P1 / "vda.qcow2"
+    copy = small_file_system / "copy"
+    os.link(image, copy)  # so the merged image has to be a new one
+    room = os.statvfs(small_file_system)
+    free = room.f_bavail * room.f_bsize
+    (small_file_system / "others").write_bytes(bytes(free - 5 * CLUSTER_BYTES))
+    command = [sys.executable, "-m", "backupctl", "prune", "vm1", "--keep-last", "1"]
+    command += ["--repository", builder.repository.path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, "No space left" in done.stderr) == (1, True), done.stderr
+    room = os.statvfs(small_file_system)
+    assert room.f_bavail * room.f_bsize > 4 * CLUSTER_BYTES
+    (small_file_system / "others").unlink()
+    assert pruned(builder).left == ()
+    assert converted(builder.folder.point(P3), "vda") == content
 
 
 @pytest.mark.parametrize("place", ["before a layer", "within it"])
