@@ -332,13 +332,15 @@ def _all(folder: VmFolder) -> list[Point]:
     return sorted((*survey.points, *retired.points), key=lambda point: point.id)
 
 
-def _standing(points: Sequence[Point]) -> dict[tuple[PointId, str], list[Point]]:
-    """Return for each layer the points whose layers stand on it."""
-    found: dict[tuple[PointId, str], list[Point]] = {}
+def _standing(points: Sequence[Point]) -> dict[tuple[PointId | None, str], list[Point]]:
+    """Return for each layer the points whose layers stand on it.
+
+    Also where only the manifest still says so: readers follow it to all that they must hold.
+    """
+    found: dict[tuple[PointId | None, str], list[Point]] = {}
     for point in points:
         for entry in point.manifest.disks:
-            parent = Layer.of(point, entry).entry.parent
-            if parent is not None:
+            for parent in {entry.parent, Layer.of(point, entry).entry.parent}:
                 found.setdefault((parent, entry.name), []).append(point)
     return found
 

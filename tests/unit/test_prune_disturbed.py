@@ -16,7 +16,7 @@ from backupctl import proof, prune, verify
 from backupctl.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, Locked
 from backupctl.report import Silent, Stop
-from backupctl.repository import chain, digests, locks, markers, merge
+from backupctl.repository import chain, digests, holding, locks, markers, merge
 from backupctl.repository.layout import Repository
 from backupctl.repository.retention import Rules
 from tests.unit.repository.conftest import P1, P2, P3, Builder, changing_step, die_at, disk_entry
@@ -145,6 +145,33 @@ def test_a_death_after_the_image_was_cut_is_finished_although_more_is_dropped_no
     assert pruned(builder).left == ()
     assert converted(builder.folder.point(P3), "vda") == content
     assert damage(builder) == ()
+
+
+def test_a_death_after_the_image_was_moved_leaves_the_way_to_what_is_below(builder, monkeypatch):
+    """P3's manifest still stands on P2: were P2 to go now, readers of P3 would not find, and hold, P1."""
+    content = three(builder)
+    prune.protect(builder.folder, P1)
+    real = merge._move
+
+    def die_after_it(source, target):
+        real(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "_move", die_after_it)
+        with pytest.raises(KeyboardInterrupt):
+            pruned(builder)
+    with read(builder, P3):
+        assert len(pruned(builder).left) == 1
+    with (
+        holding.reading(builder.folder, P3),
+        pytest.raises(Locked),
+        locks.folder(builder.folder.path / P1, 0),
+    ):
+        pass
+    assert pruned(builder).left == ()
+    assert builder.folder.point(P3).manifest.parent == P1
+    assert converted(builder.folder.point(P3), "vda") == content
 
 
 def test_an_image_that_is_not_the_merged_one_is_not_moved(builder, monkeypatch):
