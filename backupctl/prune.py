@@ -30,6 +30,7 @@ from backupctl.repository.layout import Partial, Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
 from backupctl.repository.retention import Decision, Held, Rules
+from backupctl.transfer import copy
 from backupctl.transfer.copy import Copy, open_target
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
@@ -289,7 +290,9 @@ class _Work:
             images.serve([layer.path for layer in read]) as served,
             closing(Source.connect([served] * _CONNECTIONS, images.EXPORT)) as source,
             images.serve((one.image,), writable=True, in_use=one.in_place) as address,
-            open_target(address, images.EXPORT) as target,
+            open_target(
+                address, images.EXPORT, check=self.stop.check, flush_seconds=copy.DISK_SECONDS
+            ) as target,
         ):
             copied = Copy(
                 source,

@@ -29,7 +29,7 @@ from backupctl.repository.images import ImageFormat
 from backupctl.repository.inplace import Target
 from backupctl.repository.layout import Point, VmFolder
 from backupctl.restore import STDOUT, refuse_one_for_all, target_of
-from backupctl.transfer import digests, extents, marks
+from backupctl.transfer import copy, digests, extents, marks
 from backupctl.transfer.connection import Connection
 from backupctl.transfer.copy import Copy, Sieve, open_target
 from backupctl.transfer.extents import Extent
@@ -229,7 +229,9 @@ def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
     with (
         images.serve([layer.path for layer in work.layers]) as point,
         closing(Source.connect([point] * _CONNECTIONS, images.EXPORT)) as source,
-        open_target(address, images.EXPORT, _CONNECTIONS) as sinks,
+        open_target(
+            address, images.EXPORT, _CONNECTIONS, work.stop.check, flush_seconds=copy.DISK_SECONDS
+        ) as sinks,
     ):
         try:
             _copy(work, source, sinks, total, prover, unreadable).run(_wanted(differing, work.expected))

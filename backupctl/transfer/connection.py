@@ -109,11 +109,11 @@ class Connection:
         except nbd.Error as err:
             raise self.explained(err) from err
 
-    def flush(self) -> None:
-        """Have the server write out what it holds. Raises `failure`."""
+    def flush(self, seconds: float) -> None:
+        """Have the server write out what it holds, within so long. Raises `failure`."""
         try:
             cookie = self.handle.aio_flush()
-            self.wait(lambda: self.completed(cookie))
+            self._await(lambda: self.completed(cookie), seconds, self._check)
         except nbd.Error as err:
             raise self.explained(err) from err
 

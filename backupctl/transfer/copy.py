@@ -31,7 +31,9 @@ PIECE_BYTES = 1 << 20
 ZERO_PIECE_BYTES = 256 << 20
 DEPTH = 6
 WATCH_SECONDS = 0.1
-
+ANSWER_SECONDS = 120.0
+DISK_SECONDS = 3600.0
+"""For a flush that reaches the disk: one that seeks at each cluster of what the kernel held back."""
 
 SIEVE_THREADS = 1  # measured: a second one only fights with the first for the interpreter
 
@@ -79,20 +81,25 @@ class _Piece:
 
 @contextmanager
 def open_target(
-    address: Path, export: str, connections: int = 2, check: Callable[[], None] = lambda: None
+    address: Path,
+    export: str,
+    connections: int = 2,
+    check: Callable[[], None] = lambda: None,
+    flush_seconds: float = ANSWER_SECONDS,
 ) -> Iterator[tuple[Connection, ...]]:
     """Connect to a writable export; when the block ends well, all written is flushed. Raises WriteFailed.
 
-    check: called at least every 100 ms of these waits; what it raises ends them.
+    check: called at least every 100 ms of these waits; what it raises ends them. flush_seconds: how long the
+    flush may take.
     """
     made = []
     try:
         for _ in range(connections):
-            connection = Connection(export, WriteFailed, 120.0, check)
+            connection = Connection(export, WriteFailed, ANSWER_SECONDS, check)
             made.append(connection)
             connection.connect(address)
         yield tuple(made)
-        made[0].flush()
+        made[0].flush(flush_seconds)
     finally:
         for connection in made:
             connection.close()

@@ -403,7 +403,7 @@ def test_what_was_written_is_flushed_if_all_went_well_and_a_failed_flush_is_told
 ):
     target = serve(qcow2_node(target_image(tmp_path, MIB)), writable=True)
 
-    def broken(connection):
+    def broken(connection, _seconds):
         raise connection.failure("No space left on device")
 
     monkeypatch.setattr(Connection, "flush", broken)
