@@ -77,7 +77,7 @@ def place(temporary: Path, target: Path) -> None:
     try:
         os.link(temporary, target)
     except OSError as err:
-        if err.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+        if err.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         # A file system without hard links: the best there is.
         if os.path.lexists(target):

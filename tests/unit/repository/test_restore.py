@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
+import errno
 import os
 import subprocess
 import sys
@@ -187,6 +188,22 @@ def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
         target.write_bytes(b"precious")
     assert target.read_bytes() == b"precious"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_target_file_system_without_hard_links_will_do(tmp_path, monkeypatch, number):
+    """FAT, CIFS and many a FUSE say it differently."""
+
+    def link(_source: Path, _target: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    target = tmp_path / "out.raw"
+    with landing.file(target, force=False) as temporary:
+        temporary.write_bytes(b"restored")
+    with pytest.raises(TargetExists), landing.file(target, force=False) as temporary:
+        temporary.write_bytes(b"another")
+    assert target.read_bytes() == b"restored"
 
 
 def test_a_target_file_system_that_fills_up_leaves_nothing(builder: Builder, tmp_path, small_file_system):
