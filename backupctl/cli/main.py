@@ -6,6 +6,7 @@ import resource
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from typing import NoReturn
 
 import click
@@ -91,9 +92,13 @@ def main() -> NoReturn:
 
 
 def _allow_many_files() -> None:
-    """Ask for more than the usual 1024: what a verify or a restore reads of each layer is held open."""
-    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, _MANY_FILES)), most))
+    """Ask for more than the usual 1024: what a verify or a restore reads of each layer is held open.
+
+    A sandbox may refuse it (systemd's `SystemCallFilter=~@resources`); few have so many that they need it.
+    """
+    with suppress(OSError, ValueError):
+        few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, _MANY_FILES)), most))
 
 
 def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
