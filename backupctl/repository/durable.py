@@ -18,6 +18,19 @@ def sync_file(path: Path) -> None:
     _sync(path, os.O_RDONLY)
 
 
+def sync_and_forget(path: Path) -> None:
+    """Bring a file's content to the disk, and keep none in memory: what is read next is what is there.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(path: Path) -> None:
     """Bring a folder's entries to the disk. Raises OSError."""
     _sync(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -13,8 +13,8 @@
 
 After each step, and after a death within one, every reader of N sees the same bytes: up to the rename
 through N's old image, from then on in the new one, and the image's backing link tells which it is. Steps
-1 and 2 may be done again and again; once 3 is done only 4 is left. Step 2 is the caller's (bytes are
-moved by another room).
+1 and 2 may be done again and again, and then begin with what is on the disk of D's image; once 3 is done
+only 4 is left. Step 2 is the caller's (bytes are moved by another room).
 
 A disk that grew from D to N while P holds something where D had ended already can't be written in place:
 the moment D's image grows, P would show through. Nor can an image that has a second name: whoever made
@@ -58,12 +58,14 @@ class Merge:
 
     @classmethod
     def of(cls, point: Point, layers: tuple[Layer, ...]) -> Self:
-        """Look at what is to be merged. Raises DamageFound, RepositoryError."""
+        """Look at what is to be merged. Raises DamageFound, WriteFailed, RepositoryError."""
         upper, lower, *below = layers
         try:
             names = lower.path.lstat().st_nlink
         except OSError as err:
             raise DamageFound(f"{lower.path} can't be looked at: {err.strerror}") from err
+        if lower.merging:
+            _forget(lower.path)
         fits = names == 1 and (not below or upper.entry.size <= lower.entry.size)
         return cls(point, layers, fits and not images.check(lower.path).errors)
 
@@ -247,6 +249,18 @@ def _remove(path: Path) -> None:
         durable.remove(path)
     except OSError as err:
         raise WriteFailed(f"{path} can't be removed: {err.strerror}") from err
+
+
+def _forget(path: Path) -> None:
+    """Have an image read from the disk.
+
+    The merge that did not end may have met a sync that failed. Then its tables lie in memory as if they had
+    been written: QEMU would leave them so, and the next sync succeed without them.
+    """
+    try:
+        durable.sync_and_forget(path)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
 
 
 def _sync_folder(path: Path) -> None:

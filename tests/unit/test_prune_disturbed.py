@@ -14,9 +14,9 @@ import pytest
 
 from backupctl import proof, prune, verify
 from backupctl.clusters import CLUSTER_BYTES
-from backupctl.errors import DamageFound, Locked
+from backupctl.errors import DamageFound, Locked, WriteFailed
 from backupctl.report import Silent, Stop
-from backupctl.repository import chain, digests, holding, locks, markers, merge
+from backupctl.repository import chain, digests, durable, holding, images, locks, markers, merge
 from backupctl.repository.layout import Repository
 from backupctl.repository.retention import Rules
 from tests.unit.repository.conftest import P1, P2, P3, Builder, changing_step, die_at, disk_entry
@@ -230,6 +230,42 @@ def test_an_image_whose_tables_call_used_clusters_free_is_not_written_to(builder
     assert pruned(builder).left == ()
     assert converted(builder.folder.point(P2), "vda") == content
     assert damage(builder) == ()
+
+
+def test_a_merge_that_is_begun_again_reads_the_image_from_the_disk(builder, monkeypatch):
+    """After a sync that failed the kernel shows in memory, as written, what never reached the disk."""
+    content = three(builder)
+    image = builder.folder.path / P1 / "vda.qcow2"
+    seen, real = [], images.check
+
+    def fail(path):
+        raise WriteFailed(f"{path}: Input/output error")
+
+    def check(path):
+        seen.append(in_memory(path))
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(images, "_complete", fail)
+        with pytest.raises(WriteFailed):
+            pruned(builder)
+    durable.sync_and_forget(image)
+    if in_memory(image):
+        pytest.skip("this file system has its files in memory only")
+    image.read_bytes()
+    monkeypatch.setattr(images, "check", check)
+    assert pruned(builder).left == ()
+    assert not seen[0]
+    assert converted(builder.folder.point(P3), "vda") == content
+
+
+def in_memory(path) -> bool:
+    """Whether the first bytes of a file can be read without asking the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(512)], 0, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
 
 
 def test_a_layer_that_can_not_be_read_is_damage_and_holds_up_no_other(builder):
