@@ -81,9 +81,11 @@ class Target:
     def served(self, size_bytes: int) -> Iterator[Path]:
         """Serve it for reading and writing; yields the socket. When the block ends well, it is on the disk.
 
-        size_bytes: what a device must have room for. Raises UsageError, RepositoryError, WriteFailed,
-        OSError.
+        What is read is what is on the disk, too: after a sync that failed the kernel would show what was
+        written, as if it had been. size_bytes: what a device must have room for. Raises UsageError,
+        RepositoryError, WriteFailed, OSError.
         """
+        durable.sync_and_forget(self.path)
         if self.device:
             with landing.device(self.path, size_bytes), _closed_properly(self._blockdev()) as address:
                 yield address

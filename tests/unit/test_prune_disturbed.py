@@ -19,7 +19,7 @@ from backupctl.report import Silent, Stop
 from backupctl.repository import chain, digests, durable, holding, images, locks, markers, merge
 from backupctl.repository.layout import Repository
 from backupctl.repository.retention import Rules
-from tests.unit.repository.conftest import P1, P2, P3, Builder, changing_step, die_at, disk_entry
+from tests.unit.repository.conftest import P1, P2, P3, Builder, changing_step, die_at, disk_entry, in_memory
 from tests.unit.test_prune import converted, history_of, pruned, sectors
 
 SIZE = 8 * CLUSTER_BYTES
@@ -257,15 +257,6 @@ def test_a_merge_that_is_begun_again_reads_the_image_from_the_disk(builder, monk
     assert pruned(builder).left == ()
     assert not seen[0]
     assert converted(builder.folder.point(P3), "vda") == content
-
-
-def in_memory(path) -> bool:
-    """Whether the first bytes of a file can be read without asking the disk."""
-    with path.open("rb") as file:
-        try:
-            return os.preadv(file.fileno(), [bytearray(512)], 0, os.RWF_NOWAIT) > 0
-        except BlockingIOError:
-            return False
 
 
 def test_a_layer_that_can_not_be_read_is_damage_and_holds_up_no_other(builder):

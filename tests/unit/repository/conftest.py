@@ -144,6 +144,15 @@ def write_image(layers: tuple[Path, ...], writes: Writes) -> None:
             connection.wait(lambda cookie=cookie: connection.completed(cookie))
 
 
+def in_memory(path: Path) -> bool:
+    """Whether the first bytes of a file can be read without asking the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(512)], 0, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+
+
 def any_step(event: str, _arguments: object) -> bool:
     return event in WATCHED
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from backupctl import reconcile
 from backupctl.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, Interrupted, UsageError
 from backupctl.reconcile import restore
 from backupctl.report import Silent, Stop
+from backupctl.repository import durable
 from fixtures.machine import Disk, Machine
-from tests.unit.repository.conftest import P1, P2, Builder, disk_entry
+from tests.unit.repository.conftest import P1, P2, Builder, disk_entry, in_memory
 from tests.unit.repository.test_restore import as_raw, tree
 
 SIZE = 40 * CLUSTER_BYTES + 512
@@ -88,6 +90,26 @@ def test_what_is_right_already_is_not_touched(disk, tmp_path):
     (report,) = run(builder, tmp_path, image_format="raw").images
     assert (report.written_bytes, report.same_bytes) == (0, SIZE)
     assert target.stat().st_mtime == 1
+
+
+def test_it_compares_what_is_on_the_disk(disk, tmp_path, monkeypatch):
+    """After a sync that failed the kernel shows in memory, as written, what never reached the disk."""
+    builder, content = disk
+    target = tmp_path / "vda.raw"
+    target.write_bytes(content)
+    durable.sync_and_forget(target)
+    if in_memory(target):
+        pytest.skip("this file system has its files in memory only")
+    target.read_bytes()
+    seen, real = [], reconcile._differing
+
+    def differing(work, address):
+        seen.append(in_memory(target))
+        return real(work, address)
+
+    monkeypatch.setattr(reconcile, "_differing", differing)
+    run(builder, target)
+    assert seen == [False]
 
 
 @pytest.mark.parametrize("seed", range(4))
