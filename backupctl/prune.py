@@ -278,14 +278,9 @@ class _Work:
 
     def _pour(self, one: Merge) -> int:
         """Write what the merged image lacks, each cluster compared with its digest; returns how much."""
-        if one.in_place:
-            read = one.layers[:1]
-            wanted = [one.upper.digests().records]
-        else:
-            read = one.layers
-            wanted = list(one.records())
+        read = one.layers[:1] if one.in_place else one.layers
         prover = Prover(chain.logical(read, one.size), partial(_refuse_damaged, one), zeroes=True)
-        total = sum(len(part) for part in wanted) * clusters.CLUSTER_BYTES
+        total = sum(len(part) for part in one.written()) * clusters.CLUSTER_BYTES
         with (
             images.serve([layer.path for layer in read]) as served,
             closing(Source.connect([served] * _CONNECTIONS, images.EXPORT)) as source,
@@ -302,7 +297,7 @@ class _Work:
                 progress=lambda done: self.reporter.progress(one.upper.entry.name, done, total),
                 sieve=prover,
                 unreadable=lambda extent: _refuse_damaged(one, [(extent.offset, extent.length)]),
-            ).run(extent for part in wanted for extent in _extents(part, one.size))
+            ).run(extent for part in one.written() for extent in _extents(part, one.size))
             cut = one.cut_cluster() if one.in_place else None
             if cut is not None:
                 blank = Extent(*cut, zero=True)

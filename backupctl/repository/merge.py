@@ -35,7 +35,7 @@ import numpy as np
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
 from backupctl.errors import DamageFound, RepositoryError, WriteFailed
-from backupctl.repository import digests, durable, header, images, markers
+from backupctl.repository import chain, digests, durable, header, images, markers
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
 from backupctl.repository.layout import Point
@@ -140,25 +140,28 @@ class Merge:
         entry = replace(self.upper.entry, merged=merged)
         return rewrite(self.point, self.point.manifest.with_disk(entry))
 
+    def written(self) -> Iterator[Records]:
+        """Yield the records of what step 2 writes: N's, or into a new image both. Raises DamageFound."""
+        if self.in_place:
+            yield self.upper.digests().records
+        else:
+            yield from self.records()
+
     def records(self) -> Iterator[Records]:
         """Yield the records of the merged layer, ascending, a window at a time. Raises DamageFound."""
         lower, upper = self.lower.digests().records, self.upper.digests().records
+        below = None if self.in_place else chain.logical(self.layers[2:], self.size)
         for first in range(0, clusters.count(self.size), _WINDOW_CLUSTERS):
             part = _within(lower, first, self.size)
-            hidden = self._hidden(first)
-            if hidden is not None:
-                part = clusters.overlay(hidden, part, self.size)
+            if below is not None:
+                part = clusters.overlay(self._hidden(below, first), part, self.size)
             found = clusters.overlay(part, _within(upper, first, self.size), self.size)
             if len(found):
                 yield found
 
-    def _hidden(self, first: int) -> Records | None:
+    def _hidden(self, below: Logical, first: int) -> Records:
         """Return zeroes for what D ended before, and P has: the merged layer must hide it."""
-        if self.in_place:
-            return None
-        below = [(layer.digests().records, layer.entry.size) for layer in self.layers[2:]]
-        length = min(_WINDOW_CLUSTERS, clusters.count(self.size) - first)
-        shown = Logical(below, self.size).window(first, length)
+        shown = below.window(first, min(_WINDOW_CLUSTERS, clusters.count(self.size) - first))
         ended = shown["cluster"] >= clusters.count(self.lower.entry.size)
         found = np.array(shown[ended & ~clusters.is_zero(shown)])
         found["low"] = found["high"] = 0

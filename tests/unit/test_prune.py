@@ -18,6 +18,7 @@ from backupctl.errors import DamageFound, NoSuchPoint, UsageError
 from backupctl.names import PointId, next_point_id, point_time
 from backupctl.report import Silent, Stop
 from backupctl.repository import chain, holding, markers, merge
+from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Point, Repository
 from backupctl.repository.retention import Rules
 from backupctl.transfer.copy import Copy
@@ -164,6 +165,23 @@ def test_a_disk_that_shrank_and_grew_again_does_not_get_its_old_data_back(builde
     markers.put(builder.folder.path / P1, markers.PROTECTED)
     report = pruned(builder, builder_rules)
     assert report.removed == (middle,)
+    history.check()
+
+
+def test_the_maps_below_a_new_image_are_opened_a_few_times_and_not_for_each_part_of_it(builder, monkeypatch):
+    """Each time all of a map is checked, and the one at the bottom of a large disk is large."""
+    history = history_of(builder, 2)
+    history.content["vda"] = b"old" * CLUSTER_BYTES * 8
+    for size in (24, 1, 20):
+        history.take("vda", full=size == 24, size=size * CLUSTER_BYTES)
+    markers.put(builder.folder.path / P1, markers.PROTECTED)
+    opened, real = [], DigestMap.open.__func__
+    monkeypatch.setattr(
+        DigestMap, "open", classmethod(lambda cls, path: (opened.append(path), real(cls, path))[1])
+    )
+    monkeypatch.setattr(merge, "_WINDOW_CLUSTERS", 1)
+    assert len(pruned(builder).merged) == 1
+    assert sum(P1 in path.parts for path in opened) <= 6
     history.check()
 
 
