@@ -124,9 +124,12 @@ def prune(
 def protect(folder: VmFolder, wanted: str) -> PointId:
     """Have prune never drop a point, until `unprotect`. Raises NoSuchPoint, Locked, RepositoryError."""
     point = folder.point(wanted)
-    # Prune wants the folder for itself to retire the point, so it can't do that in between.
-    with locks.folder(point.path, _PATIENCE_SECONDS, shared=True):
-        markers.put(folder.point(point.id).path, markers.PROTECTED)
+    try:
+        # Prune wants the folder for itself to retire the point, so it can't do that in between.
+        with locks.folder(point.path, _PATIENCE_SECONDS, shared=True):
+            markers.put(folder.point(point.id).path, markers.PROTECTED)
+    except FileNotFoundError as err:
+        raise NoSuchPoint(f"a prune has just removed {point.id} of {folder.name}") from err
     return point.id
 
 

@@ -17,9 +17,9 @@ from backupctl.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, NoSuchPoint, UsageError
 from backupctl.names import PointId, next_point_id, point_time
 from backupctl.report import Silent, Stop
-from backupctl.repository import chain, holding, markers, merge
+from backupctl.repository import chain, holding, locks, markers, merge
 from backupctl.repository.digests import DigestMap
-from backupctl.repository.layout import Point, Repository
+from backupctl.repository.layout import Partial, Point, Repository
 from backupctl.repository.retention import Rules
 from backupctl.transfer.copy import Copy
 from tests.unit.repository.conftest import P1, Builder, changing_step, die_at, disk_entry
@@ -320,6 +320,19 @@ def test_protect_and_unprotect(builder):
     assert pruned(builder).dropped == (old,)
     with pytest.raises(NoSuchPoint):
         prune.protect(builder.folder, old)
+
+
+def test_a_point_that_is_pruned_while_it_gets_protected_is_told(builder, monkeypatch):
+    point = history_of(builder, 11).take("vda", full=True, size=1 << 20)
+    real = locks.folder
+
+    def too_late(path, patience_seconds, **options):
+        Partial(builder.folder, point).take_back()
+        return real(path, patience_seconds, **options)
+
+    monkeypatch.setattr(locks, "folder", too_late)
+    with pytest.raises(NoSuchPoint):
+        prune.protect(builder.folder, point)
 
 
 def test_a_merge_costs_the_layer_and_not_the_full(builder, monkeypatch):
