@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from backupctl.errors import Locked, RepositoryError, WriteFailed
+from backupctl.errors import Failed, Locked, RepositoryError, WriteFailed
 from backupctl.repository import durable, qemu
 
 ImageFormat = Literal["qcow2", "raw"]
@@ -185,9 +186,16 @@ def _complete(path: Path) -> None:
 
 @contextmanager
 def private_folder() -> Iterator[Path]:
-    """Make a folder of our own for a socket, locked while we live; those of the dead are removed."""
-    _sweep(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name:
+    """Make a folder of our own for a socket, locked while we live; those of the dead are removed.
+
+    Raises Failed.
+    """
+    try:
+        _sweep(Path(tempfile.gettempdir()))
+        made = tempfile.TemporaryDirectory(prefix=_PREFIX)
+    except OSError as err:
+        raise Failed(f"no temporary folder can be made: {err.strerror}") from err
+    with made as name:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -230,7 +238,7 @@ def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], layers: 
     """Wait for the process file, written when all is set up: a socket's name is there before it listens.
 
     layers: how many images it has to open; 300 in one chain take 15 s. Raises Locked if QEMU finds an image
-    in use, RepositoryError.
+    in use, RepositoryError if it can't open one, Failed if that can't be told.
     """
     deadline = time.monotonic() + _START_SECONDS + layers * _LAYER_SECONDS
     while not ready.exists():
@@ -238,6 +246,8 @@ def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], layers: 
             why = qemu.said(complaints)
             if qemu.in_use(why):
                 raise Locked(f"an image is in use, by a VM perhaps. QEMU asks: {why}")
+            if server.returncode in (None, -signal.SIGKILL):  # too slow, or in the way of something else
+                raise Failed(f"QEMU did not come to open the image: {why}")
             raise RepositoryError(f"QEMU can't open the image: {why}")
         time.sleep(0.005)
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TypeAlias
 
-from backupctl.errors import RepositoryError
+from backupctl.errors import Failed, RepositoryError
 
 Child: TypeAlias = "subprocess.Popen[bytes]"
 
@@ -59,7 +59,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     descriptors: Sequence[int] = (),
 ) -> Child:
-    """Start a child that dies with us. Raises RepositoryError.
+    """Start a child that dies with us. Raises Failed.
 
     complaints: gets its stderr. descriptors: those that it inherits, under the same numbers.
     """
@@ -75,7 +75,7 @@ def start(
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock can be held in it
         )
     except OSError as err:
-        raise RepositoryError(f"{command[0]} can't be started: {err.strerror}") from err
+        raise Failed(f"{command[0]} can't be started: {err.strerror}") from err
 
 
 def end(server: Child) -> int | None:

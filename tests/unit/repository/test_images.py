@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backupctl.errors import DamageFound, NoSuchPoint, RepositoryError, WriteFailed
+from backupctl.errors import DamageFound, Failed, NoSuchPoint, RepositoryError, WriteFailed
 from backupctl.repository import chain, header, images
 from backupctl.transfer.source import Source
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry, write_image
@@ -122,12 +122,22 @@ def test_an_image_that_qemu_can_not_open_is_told_with_its_reason(tmp_path):
         raise AssertionError
 
 
+def test_a_temporary_folder_that_can_not_be_had_is_told(tmp_path, monkeypatch):
+    images.create_layer(tmp_path / "vda.qcow2", 1 << 20, None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    with (
+        pytest.raises(Failed, match="no temporary folder"),
+        images.serve([tmp_path / "vda.qcow2"]),
+    ):
+        pass
+
+
 def test_a_missing_tool_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("QEMU_STORAGE_DAEMON", "/nonexistent/qsd")
     monkeypatch.setenv("QEMU_IMG", "/nonexistent/img")
     with pytest.raises(RepositoryError, match="/nonexistent/img"):
         images.create_layer(tmp_path / "a.qcow2", 65536, None)
-    with pytest.raises(RepositoryError, match="/nonexistent/qsd"), images.serve([tmp_path / "a.qcow2"]):
+    with pytest.raises(Failed, match="/nonexistent/qsd"), images.serve([tmp_path / "a.qcow2"]):
         raise AssertionError
 
 

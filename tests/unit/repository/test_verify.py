@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.errors import DamageFound, Interrupted, NoSuchPoint, RepositoryError
+from backupctl.errors import DamageFound, Failed, Interrupted, NoSuchPoint, RepositoryError
 from backupctl.names import PointId, VmName
 from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
@@ -285,6 +285,16 @@ def test_more_layers_than_files_may_be_open_are_no_damage(builder, limit, code):
     assert done.returncode == code, done.stderr
     assert "DAMAGE" not in done.stdout
     assert ("Too many open files" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("script", ["#!/not/there\n", "#!/bin/sh\nkill -KILL $$\n"])
+def test_a_qemu_that_can_not_be_run_or_is_killed_calls_nothing_damaged(stock, monkeypatch, tmp_path, script):
+    program = tmp_path / "qemu-storage-daemon"
+    program.write_text(script)
+    program.chmod(0o755)
+    monkeypatch.setenv("QEMU_STORAGE_DAEMON", str(program))
+    with pytest.raises(Failed, match=r"can't be started|did not come"):
+        stock.verify()
 
 
 def test_a_request_to_stop_ends_it(stock):
