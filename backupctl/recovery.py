@@ -128,7 +128,10 @@ def settle(
         else:
             await_thaw()
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
-    except (MonitorError, AgentError) as err:
+    except AgentError as err:
+        err.message += "; if this VM has no agent any more, call recover without --agent"
+        raise needs_recovery(err, vm.name) from err
+    except MonitorError as err:
         raise needs_recovery(err, vm.name) from err
     return told
 

@@ -42,6 +42,16 @@ from backupctl.vm.guard_watch import LOOK_SECONDS, Watch, Watched
 THAW_PATIENCE_SECONDS = 300.0
 RETRY_SECONDS = 0.5
 MAX_MESSAGE_BYTES = 65536
+DEAF_TO = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+)
+"""What a terminal, a person or a service manager may send to all processes of a run."""
 
 
 class Freezer:
@@ -289,7 +299,7 @@ class Guard:
 
 def main() -> None:
     """Serve the run on the descriptor that is given as the first argument."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
     descriptor, monitor, agent, timeout = sys.argv[1:]
     with socket.socket(fileno=int(descriptor)) as run:

@@ -18,6 +18,7 @@ import pytest
 
 from backupctl.errors import AgentRefused, AgentTimeout, AgentUnavailable, FreezeOverrun, GuardLost, Refused
 from backupctl.settings import Address
+from backupctl.vm import guard_process
 from backupctl.vm.agent import Agent
 from backupctl.vm.guard import Guard
 from fixtures.agent import PlayedAgent
@@ -226,7 +227,7 @@ def test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed(agent,
 def test_signals_do_not_end_the_guard(agent, start):
     guard = start()
     guard.freeze(10)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in guard_process.DEAF_TO:
         os.kill(guard._process.pid, number)
     time.sleep(0.2)
     guard.check()
