@@ -424,7 +424,7 @@ class _Run:
         if wish == "auto":
             # Several disks in one moment need the freeze, and an agent may still refuse it.
             sure = len(cuts) == 1 or (freezes and self.options.freeze == "require")
-            can = sure and not snapshot_access.why_not(self.monitor, cuts)
+            can = sure and not snapshot_access.why_not(self.monitor, [cut.disk for cut in cuts])
             wish = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
         scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())

@@ -220,15 +220,18 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
             left += _unsettled(monitor, repository.owner, folder)
             refusal = _refusal(monitor, inventory, left)
     except MonitorError as err:
+        worker = folder.worker()  # it has the monitor, which serves one client, and all that looks unfinished
         return Status(
             vm.name,
             ids,
             damaged,
             None,
-            err.message,
+            worker or err.message,
             (),
-            (*left, *unmerged),
-            "the VM can't be reached, so the next run would fail",
+            (*(() if worker else left), *unmerged),
+            "it waits for a few seconds, then leaves with exit code 75"
+            if worker
+            else "the VM can't be reached, so the next run would fail",
         )
     plan = planning.plan("incremental", inventory.disks, inventory, points, repository.owner)
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)

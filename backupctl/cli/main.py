@@ -19,6 +19,7 @@ from backupctl.cli import (
 )
 from backupctl.cli.demo import demo
 from backupctl.cli.diff import diff
+from backupctl.cli.doctor import doctor
 from backupctl.cli.drill import drill
 from backupctl.cli.points import list_points, show
 from backupctl.cli.prune import protect, prune, unprotect
@@ -57,6 +58,7 @@ _COMMANDS = (
     unprotect,
     status,
     recover,
+    doctor,
     simulate,
     demo,
     drill,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl full` and `backupctl incremental`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,23 @@ def incremental(context: click.Context, /, **options: Any) -> None:
 
 def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
     names = common.take(context, options)
-    vm, repository = names.vm(), names.repository(create=True)
-    asked = {name: value for name, value in options.items() if value is not None}
+    vm, wanted = names.vm(), wishes(names, kind, options)
+    repository = names.repository(create=True)
+    stop = Stop()
+    with stop.on_signals(), screen.reporter() as reporter:
+        report = backup.run(vm, repository, wanted, reporter, stop)
+    if options["as_json"]:
+        screen.print_json(document(report))
+    else:
+        _print(report)
+
+
+def wishes(names: common.Named, kind: Kind, given: Mapping[str, Any]) -> RunOptions:
+    """Return what a run is asked to do: as given, else as configured, else by default. Raises UsageError."""
+    asked = {name: value for name, value in given.items() if value is not None}
 
     def setting(name: str, default: Any) -> Any:
-        found = asked.get(name, names.config.setting(vm.name, name))
+        found = asked.get(name, names.config.setting(names.name, name))
         return default if found is None else found
 
     default = common.DEFAULTS
@@ -97,9 +109,9 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
         raise UsageError(
             f"a freeze budget of {budget:g} s can't be had: above 0, {config.MAX_FREEZE_SECONDS} at the most"
         )
-    wanted = RunOptions(
+    return RunOptions(
         kind=kind,
-        disks=tuple(options["disks"]),
+        disks=tuple(given.get("disks", ())),
         freeze=setting("freeze", default.freeze),
         freeze_budget_seconds=budget,
         scratch=Path(names.scratch()),
@@ -107,17 +119,10 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
         limit_bytes_per_second=units.parse_size(limit) if limit else None,
         view=setting("view", default.view),
         on_broken_chain=setting("on_broken_chain", default.on_broken_chain),
-        since=options.get("since"),
+        since=given.get("since"),
         checkpoints=int(setting("keep_checkpoints", default.checkpoints)),
         max_chain=int(setting("max_chain", 0)) or default.max_chain,
     )
-    stop = Stop()
-    with stop.on_signals(), screen.reporter() as reporter:
-        report = backup.run(vm, repository, wanted, reporter, stop)
-    if options["as_json"]:
-        screen.print_json(document(report))
-    else:
-        _print(report)
 
 
 def document(report: RunReport) -> dict[str, Any]:

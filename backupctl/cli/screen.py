@@ -11,6 +11,7 @@ none can move the cursor or colour the screen.
 import json
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -60,6 +61,19 @@ def print_json(document: object) -> None:
 def print_line(text: str) -> None:
     """Write a line of a result to stdout."""
     sys.stdout.write(clean(text) + "\n")
+
+
+def print_wrapped(head: str, text: str) -> None:
+    """Write a line of a result to stdout; on a terminal what does not fit goes on below, behind the head."""
+    wrapped = textwrap.fill(
+        clean(text),
+        columns(least=40, margin=0) if sys.stdout.isatty() else sys.maxsize,
+        initial_indent=clean(head),
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    sys.stdout.write(wrapped + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

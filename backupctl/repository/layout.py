@@ -102,11 +102,7 @@ class Repository:
         content = (json.dumps({"format": FORMAT, "id": made}) + "\n").encode()
         try:
             durable.make_folders(path)
-            present = {entry.name for entry in path.iterdir()}
-            if _FILE_NAME not in present and any(map(_is_foreign, present)):
-                raise NotARepository(
-                    f"{path} is not empty and holds no repository; name a new or an empty folder"
-                )
+            cls.refuse_foreign(path)
             durable.publish(path / _FILE_NAME, content)
             durable.sync_folder(path.absolute().parent)
         except FileExistsError:
@@ -114,6 +110,15 @@ class Repository:
         except OSError as err:
             raise RepositoryError(f"{path} can't be made a repository: {err.strerror}") from err
         return cls(path, made)
+
+    @staticmethod
+    def refuse_foreign(path: Path) -> None:
+        """Raise NotARepository if a folder is somebody else's; OSError if it is none."""
+        present = {entry.name for entry in path.iterdir()}
+        if _FILE_NAME not in present and any(map(_is_foreign, present)):
+            raise NotARepository(
+                f"{path} is not empty and holds no repository; name a new or an empty folder"
+            )
 
     @property
     def owner(self) -> Owner:
@@ -230,6 +235,19 @@ class VmFolder:
             self._take(descriptor, patience_seconds)
             self._settle_names()
             yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def worker(self) -> str:
+        """Say who holds the lock, "" if nobody does or there is none yet. Changes nothing."""
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return ""
+        try:
+            return "" if locks.take(descriptor, 0, shared=True) else self._holder(descriptor)
+        except RepositoryError:  # no locks there: a run can't hold one either
+            return ""
         finally:
             os.close(descriptor)
 

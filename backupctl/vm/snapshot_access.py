@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from backupctl.errors import Failed, Refused
 from backupctl.names import NodeName, Owner
 from backupctl.vm import bitmaps, disks
+from backupctl.vm.disks import Disk
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
@@ -39,11 +40,11 @@ CBW_TIMEOUT_SECONDS = 30
 """How long a guest's write may wait for its copy before the snapshot is broken instead."""
 
 
-def why_not(monitor: Monitor, cuts: Sequence[Cut]) -> str:
+def why_not(monitor: Monitor, chosen: Sequence[Disk]) -> str:
     """Say why this VM can't have this view; "" if it can."""
     if not monitor.version.at_least(10, 0):
         return f"QEMU {monitor.version} is older than 10.0, from which on it is known to be right"
-    if "qom-set" not in monitor.commands or any(not cut.disk.qdev for cut in cuts):
+    if "qom-set" not in monitor.commands or any(not disk.qdev for disk in chosen):
         return "a disk has no device whose drive can be exchanged"
     return ""
 
@@ -68,7 +69,7 @@ class SnapshotAccess:
 
     def attach(self) -> None:
         """Add scratch nodes and filters; no device uses them yet. Raises Refused, MonitorError."""
-        if reason := why_not(self._monitor, self._cuts):
+        if reason := why_not(self._monitor, [cut.disk for cut in self._cuts]):
             raise Refused(f"--view snapshot-access can't be had: {reason}")
         for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
             node = self._owner.node("tmp", number)

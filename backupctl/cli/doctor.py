@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl doctor`."""
+
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from backupctl import doctor as core
+from backupctl.cli import common, run, screen
+from backupctl.doctor import Diagnosis
+from backupctl.errors import Failed
+
+
+@click.command(epilog=common.exit_help(0, 1, 2))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.named()
+@click.pass_context
+def doctor(context: click.Context, /, **options: Any) -> None:
+    """Look for what would make a backup of a VM fail, or may surprise. Changes nothing.
+
+    Looked at are QEMU's tools, the repository's rights and room, QEMU's version and monitor, iothreads,
+    disks, the scratch folder's room, the guest agent, and what earlier runs have left.
+    """
+    names = common.take(context, options)
+    vm, path = names.vm(), names.config.repository(names.name, names.repository_path)
+    found = core.examine(vm, path, run.wishes(names, "incremental", {}))
+    if options["as_json"]:
+        screen.print_json(
+            {"vm": found.vm, "ok": not found.bad, "findings": [asdict(one) for one in found.findings]}
+        )
+    else:
+        _tell(found)
+    if found.bad:
+        raise Failed(
+            f"a backup of {found.vm} would fail: {len(found.bad)} of {len(found.findings)} findings are bad",
+            state="nothing was touched",
+            next_command=f"backupctl doctor {found.vm}, when that is mended",
+        )
+
+
+def _tell(found: Diagnosis) -> None:
+    for one in found.findings:
+        head = f"{one.verdict:<8} {one.subject:<11} "
+        screen.print_wrapped(head, one.said)
+        if one.advice:
+            screen.print_wrapped(" " * len(head), f"({one.advice})")

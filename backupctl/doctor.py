@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What would make a run fail, or may surprise who relies on it: looked for before it matters.
+
+Nothing is changed, in the VM or on the disk. The agent is asked whether the guest is frozen, no more.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from backupctl import recovery
+from backupctl.errors import AgentError, BackupctlError, MonitorError, NotARepository, Refused
+from backupctl.names import VmName
+from backupctl.repository import qemu
+from backupctl.repository.layout import Repository
+from backupctl.settings import Address, RunOptions, Vm
+from backupctl.vm import cleanup, disks, preflight, room, scratch, snapshot_access
+from backupctl.vm.agent import Agent
+from backupctl.vm.disks import Inventory
+from backupctl.vm.monitor import Monitor
+
+Verdict = Literal["ok", "warning", "bad"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    verdict: bad is what makes a run fail. advice: what to do about it, or "".
+    """
+
+    subject: str
+    verdict: Verdict
+    said: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was looked at."""
+
+    vm: VmName
+    findings: tuple[Finding, ...]
+
+    @property
+    def bad(self) -> tuple[Finding, ...]:
+        """What makes a run fail."""
+        return tuple(one for one in self.findings if one.verdict == "bad")
+
+
+def examine(vm: Vm, path: Path, options: RunOptions) -> Diagnosis:
+    """Look at all that a run with these options needs. path: the repository's, which need not exist yet."""
+    repository = None
+    with suppress(BackupctlError):
+        repository = Repository.open(path)
+    found = [*_tools(), *_repository(vm, path)]
+    if repository is not None and (worker := repository.vm(vm.name).worker()):
+        found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
+    else:
+        found += _vm(vm, repository, options)
+    return Diagnosis(vm.name, tuple(found))
+
+
+def _tools() -> Iterator[Finding]:
+    programs = qemu.img_program(), qemu.server_program()
+    if missing := [program for program in programs if shutil.which(program) is None]:
+        advice = "apt install qemu-utils qemu-system-common (or set QEMU_IMG, QEMU_STORAGE_DAEMON)"
+        yield Finding("tools", "bad", f"not found: {' and '.join(missing)}", advice)
+    else:
+        yield Finding("tools", "ok", f"{' and '.join(programs)} are there")
+
+
+def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
+    try:
+        folder = Repository.open(path).vm(vm.name)
+        survey = folder.survey()
+    except NotARepository:
+        yield from _no_repository(path)
+        return
+    except BackupctlError as err:
+        yield Finding("repository", "bad", err.message)
+        return
+    if locked := _locked(path) or _locked(folder.path):
+        yield Finding("repository", "bad", locked)
+        return
+    said = f"{path}: {len(survey.points)} points of {vm.name}; {_free(path)}"
+    yield Finding("repository", "ok", said)
+    for _, damage in survey.damaged:
+        yield Finding("repository", "warning", damage.message, f"backupctl verify {vm.name}")
+
+
+def _no_repository(path: Path) -> Iterator[Finding]:
+    if os.path.lexists(path):
+        try:
+            Repository.refuse_foreign(path)
+        except (NotARepository, OSError) as err:
+            yield Finding("repository", "bad", str(err))
+            return
+    if locked := _locked(path):
+        yield Finding("repository", "bad", locked)
+        return
+    said = f"none in {path} yet, the first run makes it; {_free(path)}"
+    yield Finding("repository", "warning", said, "if there should be one: is its file system mounted?")
+
+
+def _locked(path: Path) -> str:
+    """Say why nothing can be written to a folder, or made where it is missing; "" if it can."""
+    there = _existing(path)
+    if os.access(there, os.W_OK | os.X_OK):
+        return ""
+    return f"{there} can't be written to: we lack the rights, or its file system is read-only"
+
+
+def _existing(path: Path) -> Path:
+    return next(one for one in (path.absolute(), *path.absolute().parents) if os.path.lexists(one))
+
+
+def _free(path: Path) -> str:
+    return f"{_mib(scratch.free_bytes(_existing(path)))} are free"
+
+
+def _vm(vm: Vm, repository: Repository | None, options: RunOptions) -> Iterator[Finding]:
+    """What the VM itself tells."""
+    try:
+        with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
+            yield Finding("monitor", "ok", f"QEMU {monitor.version} answers at {vm.qmp}")
+            yield from _qemu(monitor, options)
+            yield from _iothreads(monitor)
+            yield from _disks(vm, monitor, repository, options)
+    except MonitorError as err:
+        yield Finding("monitor", "bad", err.message, _how_to_reach(vm.qmp))
+        return
+    yield from _agent(vm, options)
+    if repository is not None:
+        yield from _history(vm, repository, options)
+
+
+def _how_to_reach(address: Address) -> str:
+    if address.path and not os.path.lexists(address.path):
+        return f"start QEMU with -qmp unix:{address.path},server=on,wait=off, or name the socket it has"
+    if address.path and not os.access(address.path, os.W_OK):
+        return "run backupctl as root, or as the user that QEMU runs as"
+    return "a monitor serves one client: end the other one, or give QEMU a monitor for backups alone"
+
+
+def _qemu(monitor: Monitor, options: RunOptions) -> Iterator[Finding]:
+    try:
+        preflight.refuse_qemu(monitor)
+    except Refused as err:
+        yield Finding("qemu", "bad", err.message)
+    if not monitor.passes_descriptors:
+        yield Finding(
+            "qemu",
+            "warning",
+            "no files can be handed over by this monitor, so QEMU itself must have the rights to open those "
+            f"in {options.scratch}, and to make a socket in the temporary folder",
+            "a monitor on a unix socket needs no rights",
+        )
+
+
+def _iothreads(monitor: Monitor) -> Iterator[Finding]:
+    if "query-iothreads" not in monitor.commands or not monitor.execute("query-iothreads"):
+        return
+    version = monitor.version
+    if version.at_least(7, 2) and not version.at_least(8, 0):
+        yield Finding(
+            "iothread",
+            "warning",
+            f"QEMU {version} may abort when an NBD client leaves a disk on an iothread; the guard of each "
+            "run sees to it that none does",
+            "never kill run and guard together: KillMode=process in a systemd unit",
+        )
+    if not room.limits(monitor):
+        yield Finding(
+            "iothread",
+            "warning",
+            f"QEMU {version} can't let a guest with an iothread wait when a scratch file fills up; each disk "
+            "has 512 MiB for the run to be given up in time",
+            "have much room in the scratch folder",
+        )
+
+
+def _disks(vm: Vm, monitor: Monitor, repository: Repository | None, options: RunOptions) -> Iterator[Finding]:
+    try:
+        inventory = disks.inventory(monitor, vm.disk_names)
+        yield from _media(inventory)
+        if repository is None or not cleanup.leftovers(monitor, repository.owner):
+            preflight.refuse_busy(inventory)  # else the job may be a dead run's
+        if options.view == "snapshot-access" and (why := snapshot_access.why_not(monitor, inventory.disks)):
+            yield Finding("view", "bad", f"snapshot-access can't be had: {why}", 'view = "fleecing"')
+    except Refused as err:
+        yield Finding("disks", "bad", err.message)
+        return
+    if inventory.disks:
+        yield from _scratch(monitor, inventory, options)
+
+
+def _media(inventory: Inventory) -> Iterator[Finding]:
+    found = ", ".join(f"{one.name} ({_mib(one.size)}, {one.driver})" for one in inventory.disks)
+    yield Finding("disks", "ok", found) if found else Finding("disks", "bad", "the VM has no writable disk")
+    for name, why in inventory.left_out:
+        yield Finding("disks", "ok", f"{name} is left out: {why}")
+    if transient := [one.name for one in inventory.disks if not one.persistent]:
+        yield Finding(
+            "disks",
+            "warning",
+            f"{', '.join(transient)} can't store a bitmap: the first incremental after each restart of QEMU "
+            "must read all of it",
+            "qcow2 of version 3 (compat=1.1) can",
+        )
+
+
+def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
+    try:
+        rooms = room.survey(monitor, inventory.disks, options.scratch, options.scratch_bytes)
+    except Refused as err:
+        yield Finding("scratch", "bad", err.message)
+        return
+    size, wanted = sum(one.size for one in rooms), sum(one.wanted for one in rooms)
+    said = f"{options.scratch}: {_mib(size)} would be set aside for a run"
+    if size < wanted:
+        said += f"; {_mib(wanted)} would do for a guest that overwrites all it has meanwhile"
+        yield Finding("scratch", "warning", said, "more room, or another folder: scratch, --scratch")
+    else:
+        yield Finding("scratch", "ok", said)
+
+
+def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
+    if options.freeze == "never":
+        return
+    without: Verdict = "bad" if options.freeze == "require" else "warning"
+    costs = "the run is refused" if options.freeze == "require" else "points are crash-consistent"
+    if vm.agent is None:
+        yield Finding(
+            "agent", without, f"none is named, so {costs}", "agent = in the configuration, or --agent"
+        )
+        return
+    try:
+        with Agent.connect(vm.agent, options.agent_timeout_seconds) as agent:
+            status = agent.freeze_status()
+    except AgentError as err:
+        yield Finding(
+            "agent", without, f"{err.message}: so {costs}", "is qemu-guest-agent at work in the guest?"
+        )
+        return
+    if status == "frozen":
+        advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
+        yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
+    else:
+        yield Finding("agent", "ok", f"answers at {vm.agent}; the guest is not frozen")
+
+
+def _history(vm: Vm, repository: Repository, options: RunOptions) -> Iterator[Finding]:
+    """What earlier runs left, and what the next one makes of it."""
+    found = recovery.status(vm, repository, options.scratch)
+    for left in found.leftovers:
+        yield Finding(
+            "leftovers", "warning", left, f"backupctl recover {vm.name}, or leave it to the next run"
+        )
+    broken: Verdict = "bad" if options.on_broken_chain == "fail" else "warning"
+    for disk in found.disks:
+        if disk.reason:
+            yield Finding("chain", broken, f"{disk.name}: {disk.reason}")
+    yield Finding("next run", "ok", found.next_run)
+
+
+def _mib(count: int) -> str:
+    return f"{count >> 20:,} MiB"

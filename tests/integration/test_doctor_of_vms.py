@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the doctor finds in a VM."""
+
+import pytest
+
+from tests.conftest import MIB
+
+
+def verdicts(told: dict, subject: str) -> list[str]:
+    """Return the verdicts on a subject."""
+    return [one["verdict"] for one in told["findings"] if one["subject"] == subject]
+
+
+@pytest.mark.simulator_too
+def test_a_vm_that_can_be_backed_up_has_nothing_bad_and_nothing_is_changed(build72, make_lab):
+    lab = make_lab(build72, {"vda": 8 * MIB})
+    told = lab.cli.json("doctor", "web")
+    assert told["ok"]
+    assert {one["subject"] for one in told["findings"]} == {
+        *("tools", "repository", "monitor", "disks", "scratch", "agent")
+    }
+    assert not lab.cli.repository.exists()
+    lab.writer.write(5)
+    point = lab.backup("full")["point"]
+    before = {path: path.stat().st_mtime_ns for path in lab.cli.repository.rglob("*")}
+    told = lab.cli.json("doctor", "web")
+    assert {one["verdict"] for one in told["findings"]} == {"ok"}
+    assert point in told["findings"][-1]["said"]
+    assert {path: path.stat().st_mtime_ns for path in lab.cli.repository.rglob("*")} == before
+    lab.assert_at_rest()
+    lab.agent.frozen = True
+    assert verdicts(lab.cli.json("doctor", "web", code=1), "agent") == ["bad"]
+    lab.agent.frozen = False
+
+
+def test_what_would_make_a_run_fail_is_bad_and_what_may_surprise_a_warning(build72, make_lab, tmp_path):
+    lab = make_lab(build72, {"vda": 8 * MIB, "vdb": 8 * MIB}, formats={"vdb": "raw"})
+    lab.agent.behaviour["guest-fsfreeze-status"] = "refuse"
+    told = lab.cli.json("doctor", "web")
+    assert verdicts(told, "agent") == ["warning"]
+    assert verdicts(told, "disks") == ["ok", "warning"]
+    strict = tmp_path / "strict.toml"
+    strict.write_text('[defaults]\nfreeze = "require"\nscratch_size = "1M"\nview = "snapshot-access"\n')
+    lab.cli.environment["BACKUPCTL_CONFIG"] = str(strict)
+    told = lab.cli.json("doctor", "web", code=1)
+    for subject in ("agent", "scratch", "view"):
+        assert verdicts(told, subject) == ["bad"], subject
