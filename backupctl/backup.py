@@ -136,7 +136,9 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
             how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
             reporter.note(f"{one.disk.name} {how}: {one.reason}")
         if not one.disk.persistent:
-            reporter.warn(
+            # Told anew each night it would hide what is new; `doctor` goes on telling it.
+            tell = reporter.note if plan.parent else reporter.warn
+            tell(
                 f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
                 "after a restart of QEMU its next incremental must read all of it"
             )

@@ -78,6 +78,12 @@ def named(*, needs_vm: bool = True, optional: bool = False) -> Callable[[Command
     return decorate
 
 
+def quiet(command: Command) -> Command:
+    """Give a command that timers run `--quiet`."""
+    said = "Say nothing but warnings and errors (and the document of --json)."
+    return click.option("--quiet", is_flag=True, help=said)(command)
+
+
 def take(context: click.Context, options: dict[str, Any]) -> Named:
     """Take what `named` added out of a command's options."""
     return Named(

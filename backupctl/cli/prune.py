@@ -46,6 +46,7 @@ def _rules(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Tell which disks of the points that stay still need more than N layers.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.quiet
 @click.pass_context
 def prune(context: click.Context, /, **options: Any) -> None:
     """Drop the points of a VM that no rule holds; all others stay whole.
@@ -71,11 +72,11 @@ def prune(context: click.Context, /, **options: Any) -> None:
         )
     else:
         stop = Stop()
-        with stop.on_signals(), screen.reporter() as reporter:
+        with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
             report = core.prune(folder, rules, reporter, stop, options["max_chain"])
     if options["as_json"]:
         screen.print_json(_document(folder.name, report, dry_run=options["dry_run"]))
-    else:
+    elif not options["quiet"]:
         _print(report, dry_run=options["dry_run"])
     if report.damage:
         raise DamageFound(

@@ -16,6 +16,7 @@ from backupctl.settings import MAX_CHAIN, Kind, RunOptions
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
+        common.quiet,
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
         click.option("--limit", metavar="RATE", help="Read no faster than this, e.g. 50M (bytes a second)."),
         click.option(
@@ -86,11 +87,11 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
     vm, wanted = names.vm(), wishes(names, kind, options)
     repository = names.repository(create=True)
     stop = Stop()
-    with stop.on_signals(), screen.reporter() as reporter:
+    with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
         report = backup.run(vm, repository, wanted, reporter, stop)
     if options["as_json"]:
         screen.print_json(document(report))
-    else:
+    elif not options["quiet"]:
         _print(report)
 
 

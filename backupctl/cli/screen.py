@@ -171,6 +171,19 @@ class Lines:
             sys.stderr.flush()
 
 
+class Quiet(Lines):
+    """A Reporter for timers whose every word is a mail: warnings only."""
+
+    def step(self, text: str) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """Say nothing."""
+
+
 class _Rate(ProgressColumn):
     """The rate in the units of --limit (rich's own column counts in powers of 1000)."""
 
@@ -207,8 +220,11 @@ class Live:
 
 
 @contextmanager
-def reporter() -> Iterator[Reporter]:
+def reporter(*, quiet: bool = False) -> Iterator[Reporter]:
     """Give the Reporter that fits stderr."""
+    if quiet:
+        yield Quiet()
+        return
     if not sys.stderr.isatty():
         yield Lines()
         return

@@ -29,6 +29,7 @@ _SHOWN = 8
 )
 @click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.quiet
 @click.pass_context
 def verify(context: click.Context, /, **options: Any) -> None:
     """Prove the repository: of all VMs, of one, or of one POINT (an id, or `latest`).
@@ -39,14 +40,14 @@ def verify(context: click.Context, /, **options: Any) -> None:
     repository = names.repository()
     depth = _depth(options)
     stop = Stop()
-    with stop.on_signals(), screen.reporter() as reporter:
-        if options["sample"] is not None:
-            reporter.note(f"a sample of {depth.percent:g} %; the same again: --seed {depth.seed}")
+    with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
+        if depth.percent < 100:
+            reporter.note(_sample(depth))
         vm = vm_name(names.name) if names.name else None
         report = core.verify(repository, vm, options["point"], depth, reporter, stop)
     if options["as_json"]:
         screen.print_json(_document(report, depth))
-    else:
+    elif report.damage or not options["quiet"]:
         _tell(report, depth)
     if report.damage:
         raise DamageFound(
@@ -66,7 +67,13 @@ def _depth(options: dict[str, Any]) -> Depth:
     return Depth(data=not options["fast"], percent=options["sample"] or 100.0, **chosen)
 
 
+def _sample(depth: Depth) -> str:
+    return f"a sample of {depth.percent:g} %; the same again: --seed {depth.seed}"
+
+
 def _tell(report: VerifyReport, depth: Depth) -> None:
+    if report.damage and depth.percent < 100:
+        screen.print_line(_sample(depth))
     for note in report.notes:
         screen.print_line(f"note: {note}")
     for damage in report.damage:

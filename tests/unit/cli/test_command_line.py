@@ -12,6 +12,7 @@ from backupctl import errors
 from backupctl.cli import common, screen, units
 from backupctl.cli.main import cli
 from backupctl.errors import BackupctlError, UsageError
+from backupctl.names import DiskName
 
 
 def every_error(base: type[BackupctlError] = BackupctlError) -> list[type[BackupctlError]]:
@@ -89,6 +90,15 @@ def test_an_empty_repository_lists_as_an_empty_json_list(tmp_path):
     backupctl("full", "web", "--qmp", "unix:/nowhere", "--repository", str(tmp_path / "r"))
     done = backupctl("list", "--repository", str(tmp_path / "r"), "--json")
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
+
+
+def test_quiet_says_nothing_but_warnings(capsys):
+    with screen.reporter(quiet=True) as reporter:
+        reporter.step("copy")
+        reporter.note("vda is new")
+        reporter.progress(DiskName("vda"), 1, 2)
+        reporter.warn("no agent")
+    assert tuple(capsys.readouterr()) == ("", "backupctl: warning: no agent\n")
 
 
 def test_a_folder_that_is_no_repository_is_refused(tmp_path):
