@@ -37,6 +37,7 @@ from backupctl.errors import (
     DamageFound,
     Failed,
     FreezeOverrun,
+    Interrupted,
     MonitorError,
     Refused,
 )
@@ -64,6 +65,16 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
 
     Raises Locked, Refused (nothing touched), Failed (rolled back), NeedsRecovery (not rolled back).
     """
+    try:
+        return _run(vm, repository, options, reporter, stop)
+    except Failed as err:  # of step 1; those after it have told more
+        do = options.kind if isinstance(err, Interrupted) else "doctor"
+        raise err.add(
+            step="prepare", state="nothing of this run was begun", next_command=f"backupctl {do} {vm.name}"
+        ) from err
+
+
+def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter, stop: Stop) -> RunReport:
     folder = repository.vm(vm.name)
     reporter.step("prepare")
     with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds) as monitor:

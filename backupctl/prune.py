@@ -318,7 +318,11 @@ class _Work:
 
 def _refuse_unknown(folder: VmFolder) -> None:
     if not folder.exists():  # its lock would make it
-        raise NoSuchPoint(f"nothing of the VM {folder.name} is in {folder.path.parent}")
+        raise NoSuchPoint(
+            f"nothing of the VM {folder.name} is in {folder.path.parent}",
+            state="nothing was touched",
+            next_command="backupctl list",
+        )
 
 
 def _all(folder: VmFolder) -> list[Point]:

@@ -21,6 +21,7 @@ from backupctl.errors import (
     CommandFailed,
     DamageFound,
     MonitorError,
+    MonitorUnreachable,
     NeedsRecovery,
     NoSuchPoint,
     Refused,
@@ -86,8 +87,11 @@ def recover(
     Raises Locked while a run is under way, MonitorUnreachable, NeedsRecovery.
     """
     folder = repository.vm(vm.name)
-    with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
-        told = settle(vm, folder, repository.owner, monitor, scratch_folder)
+    try:
+        with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
+            told = settle(vm, folder, repository.owner, monitor, scratch_folder)
+    except MonitorUnreachable as err:
+        raise err.add(state="nothing was touched", next_command=f"backupctl doctor {vm.name}") from err
     for line in told:
         reporter.note(line)
     return Recovered(tuple(told))

@@ -79,7 +79,11 @@ def verify(
     qemu.require_tools()
     folders = [repository.vm(name) for name in (repository.vms() if vm is None else [vm])]
     if vm is not None and not folders[0].exists():
-        raise NoSuchPoint(f"nothing of the VM {vm} is in {repository.path}")
+        raise NoSuchPoint(
+            f"nothing of the VM {vm} is in {repository.path}",
+            state="nothing was touched",
+            next_command="backupctl list",
+        )
     works = [_Work(folder, depth, reporter, stop) for folder in folders]
     for work in works:
         work.run(point)

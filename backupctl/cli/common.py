@@ -47,7 +47,8 @@ class Named:
         try:
             return Repository.open_or_create(path) if create else Repository.open(path)
         except NotARepository as err:
-            raise UsageError(err.message) from err
+            hint = "is its file system mounted? The first `backupctl full NAME` makes one in an empty folder"
+            raise UsageError(err.message, next_command=hint) from err
         except OSError as err:
             raise Failed(
                 f"the repository {path} can't be used: {err.strerror}", state="nothing was touched"

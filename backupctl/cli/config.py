@@ -113,7 +113,8 @@ def _read(path: Path) -> Config:
             raise UsageError(f"the configuration {path} is larger than {MAX_BYTES >> 10} KiB")
         content = tomllib.loads(text.decode())
     except (OSError, ValueError, RecursionError) as err:  # all that is no TOML is a ValueError, or too deep
-        raise UsageError(f"the configuration {path} can't be read: {err!s:.500}") from err
+        why = (isinstance(err, OSError) and err.strerror) or str(err)
+        raise UsageError(f"the configuration {path} can't be read: {why:.500}") from err
     _only(content, {"defaults", "vm"}, path, "at the top")
     defaults = _table(content.get("defaults", {}), path, "[defaults]")
     _check(defaults, _SETTINGS, path, "[defaults]")

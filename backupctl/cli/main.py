@@ -104,6 +104,8 @@ def _allow_many_files() -> None:
 
 
 def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
+    if isinstance(err, UsageError):
+        err.add(state="nothing was touched")
     if say:
         screen.print_error(err, as_json=as_json)
     sys.exit(err.exit_code)

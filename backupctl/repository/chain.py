@@ -123,7 +123,9 @@ def layers(folder: VmFolder, point: Point, disk: str) -> tuple[Layer, ...]:
 def no_such_disk(point: Point, disk: str) -> NoSuchPoint:
     """Return the error for a disk that a point does not hold."""
     held = ", ".join(found.name for found in point.manifest.disks)
-    return NoSuchPoint(f"the point {point.id} holds no disk {disk!r:.120}; its disks: {held}")
+    return NoSuchPoint(
+        f"the point {point.id} holds no disk {disk!r:.120}; its disks: {held}", state="nothing was touched"
+    )
 
 
 def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, ...]:

@@ -300,11 +300,11 @@ class VmFolder:
         if wanted == "latest":
             ids = self._committed()
             if not ids:
-                raise NoSuchPoint(f"there is no recovery point of {self.name} in this repository")
+                raise self._missing(f"there is no recovery point of {self.name} in this repository")
             return self._open(ids[-1])
         found = point_id(wanted)
         if not self.is_committed(found):
-            raise NoSuchPoint(f"there is no recovery point {found} of {self.name} in this repository")
+            raise self._missing(f"there is no recovery point {found} of {self.name} in this repository")
         return self._open(found)
 
     def newest(self) -> PointId | None:
@@ -338,6 +338,9 @@ class VmFolder:
             raise RepositoryError(f"{partial.path} can't be written: {err.strerror}") from err
         return partial
 
+    def _missing(self, message: str) -> NoSuchPoint:
+        return NoSuchPoint(message, state="nothing was touched", next_command=f"backupctl list {self.name}")
+
     def _stands(self, point: PointId) -> bool:
         try:
             return stat.S_ISDIR((self.path / point).lstat().st_mode)
@@ -367,7 +370,7 @@ class VmFolder:
         return Survey(tuple(good), tuple(damaged))
 
     def _nothing_of(self, point: PointId) -> NoSuchPoint:
-        return NoSuchPoint(f"there is nothing of the point {point} of {self.name} in this repository")
+        return self._missing(f"there is nothing of the point {point} of {self.name} in this repository")
 
     def _open(self, point: PointId) -> Point:
         path = self.path / point

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from backupctl.errors import Failed, InvalidName, Refused
+from backupctl.errors import Failed, InvalidName, Refused, UsageError
 from backupctl.names import PREFIX, BitmapName, DiskName, NodeName, disk_name
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.monitor import Monitor
@@ -58,15 +58,16 @@ class Inventory:
     elsewhere: tuple[Bitmap, ...]
 
     def chosen(self, names: Iterable[str]) -> tuple[Disk, ...]:
-        """Return the disks of these names, all if there are none. Raises Refused for an unknown one."""
+        """Return the disks of these names, all if there are none. Raises UsageError for an unknown one."""
         wanted = tuple(dict.fromkeys(names))
         known = {disk.name: disk for disk in self.disks}
         for name in wanted:
             if name not in known:
                 reasons = {left: f"{left} is left out: {why}" for left, why in self.left_out}
                 there = ", ".join(known) or "none"
-                raise Refused(
-                    reasons.get(name, f"the VM has no disk {name!r:.120}; its writable disks: {there}")
+                raise UsageError(
+                    reasons.get(name, f"the VM has no disk {name!r:.120}; its writable disks: {there}"),
+                    state="nothing was touched",
                 )
         return tuple(known[DiskName(name)] for name in wanted) if wanted else self.disks
 

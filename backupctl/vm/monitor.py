@@ -131,7 +131,7 @@ class Monitor:
             ) from err
         except (QMPError, OSError, EOFError, OutcomeUnknown) as err:
             self.close()
-            raise MonitorUnreachable(f"no QEMU monitor at {address}: {_root(err)!s:.300}") from err
+            raise MonitorUnreachable(f"no QEMU monitor at {address}: {_root(err):.300}") from err
         except (KeyError, TypeError, ValueError, CommandFailed) as err:
             self.close()
             raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err
@@ -153,7 +153,7 @@ class Monitor:
         except BadReplyError as err:
             raise self._lost(command, "what it answers makes no sense") from err
         except (QMPError, OSError, EOFError) as err:
-            raise self._lost(command, f"{_root(err)!s:.300}") from err
+            raise self._lost(command, f"{_root(err):.300}") from err
 
     def transaction(self, actions: list[dict[str, object]]) -> None:
         """Do all of `actions` at one moment, or none of them. Raises as `execute` does."""
@@ -233,7 +233,7 @@ def _version(told: Any) -> Version:
     return Version(major, minor, micro, reply.text(told.get("package", "")))
 
 
-def _root(err: BaseException) -> BaseException:
+def _root(err: BaseException) -> str:
     while err.__cause__ is not None:
         err = err.__cause__
-    return err
+    return (isinstance(err, OSError) and err.strerror) or str(err)

@@ -205,7 +205,7 @@ def test_a_run_for_one_disk_leaves_the_other_ones_chain_alone(build72, make_lab)
 
 def test_an_unknown_disk_is_refused_with_those_there_are(build72, make_lab):
     lab = make_lab(build72)
-    error = lab.backup("full", "--disk", "sda", code=1)["error"]
+    error = lab.backup("full", "--disk", "sda", code=2)["error"]
     assert "vda, vdb" in error["message"]
 
 

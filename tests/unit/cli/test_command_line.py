@@ -101,6 +101,14 @@ def test_quiet_says_nothing_but_warnings(capsys):
     assert tuple(capsys.readouterr()) == ("", "backupctl: warning: no agent\n")
 
 
+def test_wrong_use_touches_nothing_and_says_so(tmp_path):
+    done = backupctl(
+        "full", "web", "--qmp=unix:/x", "--limit=much", "--repository", str(tmp_path / "r"), "--json"
+    )
+    assert (done.returncode, json.loads(done.stdout)["error"]["state"]) == (2, "nothing was touched")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_is_no_repository_is_refused(tmp_path):
     (tmp_path / "something").write_text("else")
     done = backupctl("list", "--repository", str(tmp_path))
