@@ -60,6 +60,13 @@ class Named:
         return Path(found).expanduser() if found else DEFAULTS.scratch
 
 
+def config_option(command: Command) -> Command:
+    """Give a command `--config`; the group has it too, so that it may stand on either side of the command."""
+    places = f"$BACKUPCTL_CONFIG, ./{config.FILE_NAME}, ~/.config/backupctl/, /etc/backupctl/"
+    said = f"The configuration file; else, whichever is there first: {places}."
+    return click.option("--config", metavar="FILE", help=said)(command)
+
+
 def named(*, needs_vm: bool = True, optional: bool = False) -> Callable[[Command], Command]:
     """Give a command NAME and the options that say where VM and repository are.
 
@@ -67,6 +74,7 @@ def named(*, needs_vm: bool = True, optional: bool = False) -> Callable[[Command
     """
 
     def decorate(command: Command) -> Command:
+        command = config_option(command)
         command = click.option("--repository", metavar="DIR", help="The repository's folder.")(command)
         if needs_vm:
             command = click.option("--scratch", metavar="DIR", help="Folder for scratch files.")(command)
@@ -88,7 +96,7 @@ def quiet(command: Command) -> Command:
 def take(context: click.Context, options: dict[str, Any]) -> Named:
     """Take what `named` added out of a command's options."""
     return Named(
-        config=config.load(context.find_root().params.get("config")),
+        config=config.load(options.pop("config", None) or context.find_root().params.get("config")),
         name=options.pop("name", None),
         qmp=options.pop("qmp", None),
         agent=options.pop("agent", None),

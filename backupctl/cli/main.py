@@ -35,7 +35,7 @@ _MANY_FILES = 1 << 16
 
 
 @click.group(epilog=common.exit_help())
-@click.option("--config", metavar="FILE", help="The configuration file.")
+@common.config_option
 @click.version_option(__version__, prog_name="backupctl")
 def cli(config: str | None) -> None:
     """Incremental backups of running QEMU virtual machines, over QEMU's own monitor.

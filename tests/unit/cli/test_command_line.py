@@ -7,12 +7,14 @@ import sys
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from backupctl import errors
 from backupctl.cli import common, screen, units
 from backupctl.cli.main import cli
 from backupctl.errors import BackupctlError, UsageError
 from backupctl.names import DiskName
+from backupctl.repository.layout import Repository
 
 
 def every_error(base: type[BackupctlError] = BackupctlError) -> list[type[BackupctlError]]:
@@ -99,6 +101,14 @@ def test_quiet_says_nothing_but_warnings(capsys):
         reporter.progress(DiskName("vda"), 1, 2)
         reporter.warn("no agent")
     assert tuple(capsys.readouterr()) == ("", "backupctl: warning: no agent\n")
+
+
+def test_the_configuration_may_be_named_on_either_side_of_the_command(tmp_path):
+    path = tmp_path / "mine.toml"
+    Repository.create(tmp_path / "r")
+    path.write_text(f'[defaults]\nrepository = "{tmp_path}/r"\n')
+    for arguments in (["--config", str(path), "list"], ["list", "--config", str(path)]):
+        assert CliRunner().invoke(cli, arguments).output.startswith("no recovery points")
 
 
 def test_wrong_use_touches_nothing_and_says_so(tmp_path):
