@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -69,6 +70,7 @@ for _command in _COMMANDS:
 
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
+    replace_closed_streams()
     as_json = "--json" in sys.argv
     _allow_many_files()
     try:
@@ -111,16 +113,36 @@ def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
     sys.exit(err.exit_code)
 
 
+def replace_closed_streams() -> None:
+    """Open what stands for a standard stream that is closed; else the next file to be opened has its number.
+
+    An image that is to go to a closed stdout must be an error, so nothing can be written there.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)
+    nowhere = Path(os.devnull)
+    sys.stdout = sys.stdout or nowhere.open("w", encoding="utf-8")
+    sys.stderr = sys.stderr or nowhere.open("w", encoding="utf-8")
+
+
 def _bug() -> Failed:
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="backupctl-error-", suffix=".log", delete=False, encoding="utf-8"
-    ) as log:
-        traceback.print_exc(file=log)
     kind, text, _ = sys.exc_info()
+    details = ""
+    with (
+        suppress(OSError),  # no room for it
+        tempfile.NamedTemporaryFile(
+            "w", prefix="backupctl-error-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log,
+    ):
+        traceback.print_exc(file=log)
+        details = f"; the details are in {log.name}"
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
         state="whatever was begun was rolled back where that was possible",
-        next_command=f"backupctl status NAME; the details are in {log.name}",
+        next_command=f"backupctl status NAME{details}",
     )
 
 

@@ -8,6 +8,7 @@ import click
 
 from backupctl import recovery
 from backupctl.cli import common, screen, units
+from backupctl.errors import Interrupted
 
 
 @click.command(epilog=common.exit_help(0, 2))
@@ -52,8 +53,12 @@ def status(context: click.Context, /, **options: Any) -> None:
 def recover(context: click.Context, /, **options: Any) -> None:
     """Finish or undo what an earlier run left in the VM. Doing it again does nothing more."""
     names = common.take(context, options)
-    with screen.reporter() as reporter:
-        done = recovery.recover(names.vm(), names.repository(), reporter, names.scratch())
+    vm = names.vm()
+    try:
+        with screen.reporter() as reporter:
+            done = recovery.recover(vm, names.repository(), reporter, names.scratch())
+    except KeyboardInterrupt as err:
+        raise recovery.needs_recovery(Interrupted("interrupted"), vm.name) from err
     if options["as_json"]:
         screen.print_json({"vm": names.name, "actions": list(done.actions)})
     else:

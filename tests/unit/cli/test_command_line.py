@@ -103,6 +103,31 @@ def test_quiet_says_nothing_but_warnings(capsys):
     assert tuple(capsys.readouterr()) == ("", "backupctl: warning: no agent\n")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_changes_nothing_but_what_is_heard(tmp_path, closed):
+    Repository.create(tmp_path / "r")
+    command = [sys.executable, "-m", "backupctl", "list", "--repository", str(tmp_path / "r")]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+    for arguments, code in (([], 0), (["--repository", "/nowhere"], 2)):
+        done = subprocess.run(
+            [*shell, *command, *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+def test_nothing_that_is_opened_gets_the_number_of_a_closed_stdout():
+    """Else an image that is restored to it would be written into that."""
+    code = (
+        "import os; from backupctl.cli import main; main.replace_closed_streams(); print('heard by nobody')\n"
+        "try: os.write(1, b'x')\n"
+        "except OSError: os._exit(7)"
+    )
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", code], timeout=60, check=False
+    )
+    assert done.returncode == 7
+
+
 def test_the_configuration_may_be_named_on_either_side_of_the_command(tmp_path):
     path = tmp_path / "mine.toml"
     Repository.create(tmp_path / "r")
