@@ -67,6 +67,8 @@ def restore(context: click.Context, /, **options: Any) -> None:
 
 def _way(options: dict[str, Any]) -> Callable[..., None] | None:
     """Return what does it, if it is to be done another way than by a whole copy."""
+    if options["as_json"] and options["to"] == "-":
+        raise UsageError("standard output can't hold an image and the document of --json: one of them")
     if options["thin"] and options["only_changed"]:
         raise UsageError("--thin makes a new image, --only-changed changes one that is there: one of them")
     if options["only_changed"] and options["force"]:

@@ -71,6 +71,7 @@ def test_an_unreachable_monitor_is_told_and_nothing_is_left_in_the_repository(tm
     error = json.loads(done.stdout)["error"]
     assert error["kind"] == "MonitorUnreachable"
     assert error["exit_code"] == 1
+    assert (error["step"], error["next"]) == ("prepare", "backupctl doctor web")
     assert [path.name for path in (tmp_path / "r" / "web").iterdir()] == ["lock"]
 
 
@@ -142,6 +143,12 @@ def test_wrong_use_touches_nothing_and_says_so(tmp_path):
     )
     assert (done.returncode, json.loads(done.stdout)["error"]["state"]) == (2, "nothing was touched")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_and_a_document_do_not_share_standard_output(tmp_path):
+    Repository.create(tmp_path / "r")
+    done = backupctl("restore", "web", "--to", "-", "--json", "--repository", str(tmp_path / "r"))
+    assert (done.returncode, json.loads(done.stdout)["error"]["kind"]) == (2, "UsageError")
 
 
 def test_a_folder_that_is_no_repository_is_refused(tmp_path):
