@@ -43,7 +43,7 @@ check: $(VENV)/.tools ## Format, lint, types (10 s)
 test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on a real guest (15 min)
 	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow"
 
-test-long: $(VENV)/.tools ## The tests that take longer than CI has time for
+test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an hour or more)
 	$(VENV)/bin/pytest -n $(WORKERS) -m slow --ignore tests/exploration
 
 drills: $(VENV)/.tools ## Break runs in every way, on the simulator and on a real QEMU (5 min)
