@@ -61,7 +61,7 @@ def examine(vm: Vm, path: Path, options: RunOptions) -> Diagnosis:
     if repository is not None and (worker := repository.vm(vm.name).worker()):
         found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
     else:
-        found += _vm(vm, repository, options)
+        found += _vm(vm, repository, path, options)
     return Diagnosis(vm.name, tuple(found))
 
 
@@ -123,14 +123,14 @@ def _free(path: Path) -> str:
     return f"{_mib(scratch.free_bytes(_existing(path)))} are free"
 
 
-def _vm(vm: Vm, repository: Repository | None, options: RunOptions) -> Iterator[Finding]:
+def _vm(vm: Vm, repository: Repository | None, path: Path, options: RunOptions) -> Iterator[Finding]:
     """What the VM itself tells."""
     try:
         with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
             yield Finding("monitor", "ok", f"QEMU {monitor.version} answers at {vm.qmp}")
             yield from _qemu(monitor, options)
             yield from _iothreads(monitor)
-            yield from _disks(vm, monitor, repository, options)
+            yield from _disks(vm, monitor, repository, path, options)
     except MonitorError as err:
         yield Finding("monitor", "bad", err.message, _how_to_reach(vm.qmp))
         return
@@ -184,7 +184,9 @@ def _iothreads(monitor: Monitor) -> Iterator[Finding]:
         )
 
 
-def _disks(vm: Vm, monitor: Monitor, repository: Repository | None, options: RunOptions) -> Iterator[Finding]:
+def _disks(
+    vm: Vm, monitor: Monitor, repository: Repository | None, path: Path, options: RunOptions
+) -> Iterator[Finding]:
     try:
         inventory = disks.inventory(monitor, vm.disk_names)
         yield from _media(inventory)
@@ -197,6 +199,7 @@ def _disks(vm: Vm, monitor: Monitor, repository: Repository | None, options: Run
         return
     if inventory.disks:
         yield from _scratch(monitor, inventory, options)
+        yield from _room(monitor, inventory, repository, path)
 
 
 def _media(inventory: Inventory) -> Iterator[Finding]:
@@ -227,6 +230,20 @@ def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Ite
         yield Finding("scratch", "warning", said, "more room, or another folder: scratch, --scratch")
     else:
         yield Finding("scratch", "ok", said)
+
+
+def _room(
+    monitor: Monitor, inventory: Inventory, repository: Repository | None, path: Path
+) -> Iterator[Finding]:
+    """Whether what the next run may store has room in the repository."""
+    nodes, free, most = disks.named_nodes(monitor), scratch.free_bytes(_existing(path)), 0
+    for disk in inventory.disks:
+        ours = [one for one in disk.bitmaps if repository and repository.owner.point_of(one.name)]
+        marked = [one.dirty_bytes for one in ours if one.recording and not one.inconsistent]
+        most += min(marked, default=room.held_bytes(disk.size, nodes[disk.node]))
+    if most > free:
+        said = f"the next run may store {_mib(most)}; {_mib(free)} are free"
+        yield Finding("repository", "warning", said, "backupctl prune, or more room")
 
 
 def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
