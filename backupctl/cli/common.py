@@ -16,6 +16,7 @@ from backupctl.errors import (
     Locked,
     NeedsRecovery,
     NotARepository,
+    RepositoryError,
     UsageError,
 )
 from backupctl.repository.layout import Repository
@@ -49,6 +50,8 @@ class Named:
         except NotARepository as err:
             hint = "is its file system mounted? The first `backupctl full NAME` makes one in an empty folder"
             raise UsageError(err.message, next_command=hint) from err
+        except RepositoryError as err:
+            raise err.add(state="nothing was touched") from err
         except OSError as err:
             raise Failed(
                 f"the repository {path} can't be used: {err.strerror}", state="nothing was touched"

@@ -30,7 +30,7 @@ from backupctl.cli.serve import serve
 from backupctl.cli.simulate import simulate
 from backupctl.cli.verify import verify
 from backupctl.cli.vm import recover, status
-from backupctl.errors import BackupctlError, Failed, Interrupted, UsageError
+from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, UsageError
 
 _MANY_FILES = 1 << 16
 
@@ -106,7 +106,7 @@ def _allow_many_files() -> None:
 
 
 def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
-    if isinstance(err, UsageError):
+    if isinstance(err, UsageError | InvalidName):
         err.add(state="nothing was touched")
     if say:
         screen.print_error(err, as_json=as_json)

@@ -302,7 +302,10 @@ class VmFolder:
             if not ids:
                 raise self._missing(f"there is no recovery point of {self.name} in this repository")
             return self._open(ids[-1])
-        found = point_id(wanted)
+        try:
+            found = point_id(wanted)
+        except InvalidName as err:
+            raise err.add(next_command=f"backupctl list {self.name}") from err
         if not self.is_committed(found):
             raise self._missing(f"there is no recovery point {found} of {self.name} in this repository")
         return self._open(found)
