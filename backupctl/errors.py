@@ -36,6 +36,9 @@ what state things are in now, and the one command to run next. The layer that ra
 knows; the layers above add the rest with `BackupctlError.add`.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Self
 
 
@@ -56,6 +59,9 @@ class BackupctlError(Exception):
         self.step = step
         self.state = state
         self.next_command = next_command
+
+    def __str__(self) -> str:
+        return self.message  # to which a layer above may have added
 
     def add(self, *, step: str = "", state: str = "", next_command: str = "") -> Self:
         """Fill in what is still empty; what a lower layer said stands."""
@@ -167,6 +173,18 @@ class ReadFailed(TransferError):
 
 class WriteFailed(TransferError):
     """The image in the repository can't be written."""
+
+
+@contextmanager
+def moving(source: str, target: str) -> Iterator[None]:
+    """Name in a TransferError of the block what could not be read or written, unless it does so itself."""
+    try:
+        yield
+    except TransferError as err:
+        which, cant = (target, "written") if isinstance(err, WriteFailed) else (source, "read")
+        if not re.search(rf"\b{re.escape(which)}\b", err.message):
+            err.message = f"{which} can't be {cant}: {err.message}"
+        raise
 
 
 class RepositoryError(Failed):

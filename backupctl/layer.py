@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from backupctl.clusters import CLUSTER_BYTES, Logical
-from backupctl.errors import ReadFailed
+from backupctl.errors import ReadFailed, moving
 from backupctl.planning import DiskPlan
 from backupctl.report import Reporter
 from backupctl.repository import chain, digests, images
@@ -62,6 +62,7 @@ class Taker:
             marks.data_where_they_differ(below, newest)
         total = marks.marked_bytes()
         with (
+            moving(disk.name, str(path)),
             closing(Recorder(below, self.partial.path)) as recorder,
             images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
             open_target(address, images.EXPORT, check=self.check) as target,

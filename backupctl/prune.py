@@ -21,7 +21,7 @@ from functools import partial
 
 from backupctl import clusters
 from backupctl.clusters import Records
-from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint
+from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, moving
 from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, images, locks, markers, merge, retention
@@ -285,6 +285,7 @@ class _Work:
         prover = Prover(chain.logical(read, one.size), partial(_refuse_damaged, one), zeroes=True)
         total = sum(len(part) for part in one.written()) * clusters.CLUSTER_BYTES
         with (
+            moving(str(one.upper.path), str(one.image)),
             images.serve([layer.path for layer in read]) as served,
             closing(Source.connect([served] * _CONNECTIONS, images.EXPORT)) as source,
             images.serve((one.image,), writable=True, in_use=one.in_place) as address,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical
-from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed
+from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, holding, images, landing
@@ -158,7 +158,7 @@ def _reconcile(work: _Work) -> ReconciledDisk:
     work.stop.check()
     _fit(work)
     try:
-        with work.target.served(work.size) as address:
+        with moving(work.name, str(work.target.path)), work.target.served(work.size) as address:
             differing = _differing(work, address)
             written = _write(work, address, differing)
     except OSError as err:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.errors import TargetExists, UsageError, WriteFailed
+from backupctl.errors import Interrupted, TargetExists, TransferError, UsageError, WriteFailed, moving
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.readout import Readout, said
 from backupctl.report import Reporter, Stop
@@ -168,16 +168,9 @@ def _restore(
 
     reading = Readout(folder.name, point, work.layers, force, stop, progress)
     try:
-        if work.target == STDOUT:
-            reading.into_stream(_STDOUT_DESCRIPTOR)
-        elif Path(work.target).is_block_device():
-            with landing.device(Path(work.target), entry.size) as target:
-                reading.into_image(target, work.format, onto_device=True)
-        else:
-            with landing.file(Path(work.target), force=force) as target:
-                reading.into_image(target, work.format, onto_device=False)
-    except OSError as err:
-        raise WriteFailed(f"{work.target} can't be written: {err.strerror}") from err
+        _read_out(reading, work, force)
+    except (TransferError, Interrupted) as err:
+        raise err.add(state=_left(work.target), next_command="the same again") from err
     progress(entry.size)
     if reading.damaged:
         reporter.warn(f"{entry.name}: restored with damage: {said(reading.damaged)}")
@@ -192,3 +185,31 @@ def _restore(
         tuple(reading.damaged),
         reading.unproven,
     )
+
+
+def _read_out(reading: Readout, work: _Work, force: bool) -> None:
+    try:
+        with moving(work.entry.name, _called(work.target)):
+            if work.target == STDOUT:
+                reading.into_stream(_STDOUT_DESCRIPTOR)
+            elif Path(work.target).is_block_device():
+                with landing.device(Path(work.target), work.entry.size) as target:
+                    reading.into_image(target, work.format, onto_device=True)
+            else:
+                with landing.file(Path(work.target), force=force) as target:
+                    reading.into_image(target, work.format, onto_device=False)
+    except OSError as err:
+        raise WriteFailed(f"{_called(work.target)} can't be written: {err.strerror}") from err
+
+
+def _called(target: str) -> str:
+    return "standard output" if target == STDOUT else target
+
+
+def _left(target: str) -> str:
+    """Say what a restore that failed leaves."""
+    if target == STDOUT:
+        return "what was written is not complete"
+    if Path(target).is_block_device():
+        return f"{target} may hold a part of the image; the backup is as it was"
+    return f"nothing of this run is left at {target}; disks that were restored before it stay"
