@@ -49,6 +49,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
     outcomes = []
     with stop.on_signals():
         for outcome in runner.run(chosen, place, stop):
+            stop.check()  # a Ctrl-C in a terminal reaches what the drill started as well: that tells nothing
             outcomes.append(outcome)
             _tell(outcome, len(outcomes), len(chosen))
     order = {one.name: number for number, one in enumerate(chosen)}

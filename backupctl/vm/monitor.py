@@ -135,6 +135,9 @@ class Monitor:
         except (KeyError, TypeError, ValueError, CommandFailed) as err:
             self.close()
             raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err
+        except KeyboardInterrupt:
+            self.close()
+            raise
         return self
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
@@ -219,8 +222,16 @@ class Monitor:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
-        bounded = asyncio.wait_for(work, self._timeout if seconds is None else seconds)
-        return self._loop.run_until_complete(bounded)
+        bounded = self._loop.create_task(
+            asyncio.wait_for(work, self._timeout if seconds is None else seconds)
+        )
+        try:
+            return self._loop.run_until_complete(bounded)
+        except KeyboardInterrupt:  # what is thrown away half done complains, with a traceback
+            bounded.cancel()
+            with suppress(asyncio.CancelledError, QMPError, OSError, EOFError):
+                self._loop.run_until_complete(bounded)
+            raise
 
     def _lost(self, command: str, why: str) -> OutcomeUnknown:
         # An answer that comes late must not be taken for the answer to a later question.

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the monitor hears between commands."""
 
+import gc
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -77,3 +80,23 @@ def test_an_event_that_is_none_of_ours_or_nonsense_is_forgotten(tmp_path, told):
     with speaking(tmp_path / "qmp", told) as monitor:
         assert heard(monitor, 0.3) == set()
         assert monitor.alive
+
+
+def test_an_interrupt_while_nobody_greets_leaves_without_a_complaint(tmp_path, capfd):
+    def interrupt(_number, _frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(tmp_path / "qmp"))
+            listening.listen()
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                Monitor.connect(Address(path=str(tmp_path / "qmp")), 20)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    gc.collect()
+    assert capfd.readouterr().err == ""
