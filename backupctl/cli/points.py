@@ -25,9 +25,9 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     if options["as_json"]:
         screen.print_json([point_document(point) for point in points])
     elif points:
-        screen.print_table(
-            ("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>", "PROTECTED"), _rows(points)
-        )
+        columns = ("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>", "PROTECTED")
+        wide = len(columns) - (not any(point.protected for point in points))  # 80 columns are soon full
+        screen.print_table(columns[:wide], [row[:wide] for row in _rows(points)])
     else:
         screen.print_line(f"no recovery points in {repository.path}")
     damaged = [(path, err) for survey in surveys for path, err in survey.damaged]

@@ -253,7 +253,11 @@ class VmFolder:
 
     def _take(self, descriptor: int, patience_seconds: float) -> None:
         if not locks.take(descriptor, patience_seconds):
-            raise Locked(self._holder(descriptor), state="nothing was touched")
+            raise Locked(
+                self._holder(descriptor),
+                state="nothing was touched",
+                next_command=f"backupctl status {self.name}, and the same again when that run has ended",
+            )
         with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
