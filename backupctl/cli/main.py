@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command `backupctl`: its commands, and what becomes of errors."""
 
+import io
 import os
 import resource
 import sys
@@ -70,7 +71,7 @@ for _command in _COMMANDS:
 
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
-    replace_closed_streams()
+    prepare_streams()
     as_json = "--json" in sys.argv
     _allow_many_files()
     try:
@@ -113,8 +114,10 @@ def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
     sys.exit(err.exit_code)
 
 
-def replace_closed_streams() -> None:
-    """Open what stands for a standard stream that is closed; else the next file to be opened has its number.
+def prepare_streams() -> None:
+    """Have all that is said go somewhere, whatever the streams are that we were started with.
+
+    Where a standard stream is closed something is opened: else the next file to be opened has its number.
 
     An image that is to go to a closed stdout must be an error, so nothing can be written there.
     """
@@ -126,6 +129,8 @@ def replace_closed_streams() -> None:
     nowhere = Path(os.devnull)
     sys.stdout = sys.stdout or nowhere.open("w", encoding="utf-8")
     sys.stderr = sys.stderr or nowhere.open("w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name must not fail what is done
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _bug() -> Failed:

@@ -116,10 +116,17 @@ def test_a_closed_stream_changes_nothing_but_what_is_heard(tmp_path, closed):
         assert (done.returncode, "Traceback" in done.stderr) == (code, False)
 
 
+def test_a_name_that_the_terminal_can_not_show_is_written_in_another_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    Repository.create(tmp_path / "\u00e9")
+    done = backupctl("list", "--repository", str(tmp_path / "\u00e9"))
+    assert (done.returncode, "\\xe9" in done.stdout) == (0, True)
+
+
 def test_nothing_that_is_opened_gets_the_number_of_a_closed_stdout():
     """Else an image that is restored to it would be written into that."""
     code = (
-        "import os; from backupctl.cli import main; main.replace_closed_streams(); print('heard by nobody')\n"
+        "import os; from backupctl.cli import main; main.prepare_streams(); print('heard by nobody')\n"
         "try: os.write(1, b'x')\n"
         "except OSError: os._exit(7)"
     )
