@@ -62,7 +62,7 @@ class Taker:
             marks.data_where_they_differ(below, newest)
         total = marks.marked_bytes()
         with (
-            moving(disk.name, str(path)),
+            moving(disk.name, f"{path.name} in {self.partial.folder.path}"),
             closing(Recorder(below, self.partial.path)) as recorder,
             images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
             open_target(address, images.EXPORT, check=self.check) as target,

@@ -273,7 +273,7 @@ def test_a_target_that_is_full_leaves_what_was_there(build72, make_lab, mounted)
     lab.writer.write(400)
     lab.writer.do("vda", "data", 0, 16 << 20, 0x33)
     error = lab.backup("full", code=1)["error"]
-    assert re.search(r"vd[ab]\.qcow2 can't be written: .*No space left", error["message"])
+    assert re.search(r"vd[ab]\.qcow2 in .*web can't be written: .*No space left", error["message"])
     assert "rolled back" in error["state"]
     lab.assert_at_rest()
     lab.assert_point(first, moment)
