@@ -42,6 +42,16 @@ class Named:
         """Return the VM. Raises UsageError."""
         return self.config.vm(self.name or "", self.qmp, self.agent)
 
+    def has_repository(self) -> bool:
+        """Whether there is one. Raises UsageError, RepositoryError."""
+        try:
+            Repository.open(self.config.repository(self.name, self.repository_path))
+        except NotARepository:
+            return False
+        except RepositoryError as err:
+            raise err.add(state="nothing was touched") from err
+        return True
+
     def repository(self, *, create: bool = False) -> Repository:
         """Open the repository. Raises UsageError, RepositoryError."""
         path = self.config.repository(self.name, self.repository_path)

@@ -85,9 +85,13 @@ def incremental(context: click.Context, /, **options: Any) -> None:
 def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
     names = common.take(context, options)
     vm, wanted = names.vm(), wishes(names, kind, options)
+    new = not names.has_repository()
     repository = names.repository(create=True)
     stop = Stop()
     with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
+        if new:
+            tell = reporter.note if kind == "full" else reporter.warn
+            tell(f"a new repository was made in {repository.path}; is a file system not mounted there?")
         report = backup.run(vm, repository, wanted, reporter, stop)
     if options["as_json"]:
         screen.print_json(document(report))

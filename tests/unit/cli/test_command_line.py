@@ -144,6 +144,17 @@ def test_the_configuration_may_be_named_on_either_side_of_the_command(tmp_path):
         assert CliRunner().invoke(cli, arguments).output.startswith("no recovery points")
 
 
+def test_a_repository_that_an_incremental_had_to_make_is_a_warning(tmp_path):
+    """Most likely its file system is not mounted."""
+    said = [
+        backupctl(
+            "incremental", "web", "--qmp=unix:/x", "--quiet", "--repository", str(tmp_path / "r")
+        ).stderr
+        for _ in range(2)
+    ]
+    assert ["not mounted" in each for each in said] == [True, False]
+
+
 def test_wrong_use_touches_nothing_and_says_so(tmp_path):
     done = backupctl(
         "full", "web", "--qmp=unix:/x", "--limit=much", "--repository", str(tmp_path / "r"), "--json"
