@@ -136,9 +136,13 @@ def why_unusable(
     newest: whether it must record up to now; an older one recorded up to the next.
     """
     name = owner.bitmap(base, disk.name)
+    # Also if the active node has one: libvirt gives the overlay of a snapshot an empty bitmap of each name,
+    # and what was recorded before stays with the layer below.
+    if any(bitmap.name == name for bitmap in elsewhere):
+        return "its bitmap is on a layer that is no longer the active one (an external snapshot was taken)"
     bitmap = next((bitmap for bitmap in disk.bitmaps if bitmap.name == name), None)
     if bitmap is None:
-        return _why_missing(base, name, elsewhere, newest=newest)
+        return _why_missing(base, newest=newest)
     if bitmap.inconsistent:
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
     if newest and not bitmap.recording:
@@ -148,9 +152,7 @@ def why_unusable(
     return ""
 
 
-def _why_missing(base: PointId, name: BitmapName, elsewhere: Sequence[Bitmap], *, newest: bool) -> str:
-    if any(bitmap.name == name for bitmap in elsewhere):
-        return "its bitmap is on a layer that is no longer the active one (an external snapshot was taken)"
+def _why_missing(base: PointId, *, newest: bool) -> str:
     if not newest:
         return f"the checkpoint of {base} is not kept in the VM (see --keep-checkpoints)"
     return "its bitmap is gone (QEMU ended without storing it, somebody removed it, or this is another disk)"

@@ -38,6 +38,19 @@ def remove_bitmap(lab, disk: str) -> None:
     assert lab.machine.qmp("block-dirty-bitmap-remove", node=f"node-{disk}", name=name) == {}
 
 
+def snapshot(lab, *bitmaps: str) -> None:
+    """Have vda write to an overlay from now on, with bitmaps of its own."""
+    path = lab.folder / "overlay.qcow2"
+    command = [lab.machine.build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "16M"]
+    subprocess.run(command, check=True)
+    overlay = {"driver": "qcow2", "node-name": "over", "discard": "unmap", "backing": None}
+    overlay["file"] = {"driver": "file", "filename": str(path), "discard": "unmap"}
+    assert lab.machine.qmp("blockdev-add", **overlay) == {}
+    for name in bitmaps:
+        assert lab.machine.qmp("block-dirty-bitmap-add", node="over", name=name, persistent=True) == {}
+    assert lab.machine.qmp("blockdev-snapshot", node="node-vda", overlay="over") == {}
+
+
 def test_the_first_incremental_is_a_full(build72, make_lab):
     lab = make_lab(build72)
     lab.writer.write(10)
@@ -138,12 +151,7 @@ def test_a_clean_restart_of_qemu_keeps_the_chain(build, make_lab):
 
 def test_an_external_snapshot_ends_the_chain_of_its_disk(build, make_lab):
     lab = begun(make_lab, build)
-    path = lab.folder / "overlay.qcow2"
-    subprocess.run([build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "16M"], check=True)
-    overlay = {"driver": "qcow2", "node-name": "over", "discard": "unmap", "backing": None}
-    overlay["file"] = {"driver": "file", "filename": str(path), "discard": "unmap"}
-    assert lab.machine.qmp("blockdev-add", **overlay) == {}
-    assert lab.machine.qmp("blockdev-snapshot", node="node-vda", overlay="over") == {}
+    snapshot(lab)
     lab.writer.write(20)
     report = lab.backup("incremental")
     assert kinds(report) == {"vda": "scan", "vdb": "incremental"}
@@ -152,6 +160,22 @@ def test_an_external_snapshot_ends_the_chain_of_its_disk(build, make_lab):
     lab.writer.write(10)
     report = lab.backup("incremental")
     assert kinds(report) == {"vda": "incremental", "vdb": "incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_a_snapshot_that_took_the_bitmaps_name_along_ends_the_chain_too(build, make_lab):
+    """So does libvirt: the overlay gets an empty bitmap of each recording one's name, and that records on."""
+    lab = begun(make_lab, build, sizes={"vda": 16 * MIB})
+    lab.writer.do("vda", "data", 0, 65536, 0x77)
+    (name,) = lab.machine.bitmaps()["node-vda"]
+    snapshot(lab, name)
+    lab.writer.do("vda", "data", MIB, 65536, 0x78)
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "scan"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.writer.write(10)
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "incremental"}
     lab.assert_point(report["point"], lab.writer.moment)
 
 
