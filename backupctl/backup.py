@@ -55,7 +55,7 @@ from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scrat
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard, Thawed
 from backupctl.vm.monitor import Monitor
-from backupctl.vm.room import Room
+from backupctl.vm.room import Room, Shared
 from backupctl.vm.snapshot_access import SnapshotAccess
 from backupctl.vm.view import Cut, View
 
@@ -81,12 +81,12 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
         recorded = recovery.newest_recorded(monitor, repository.owner)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
-        plan = _prepare(vm, repository, folder, options, monitor, reporter)
+        plan, shared = _prepare(vm, repository, folder, options, monitor, reporter)
         rooms = _rooms(plan, options, monitor, reporter)
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
             return _Run(
-                vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms, recorded
+                vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms, shared, recorded
             ).make()
 
 
@@ -97,7 +97,7 @@ def _prepare(
     options: RunOptions,
     monitor: Monitor,
     reporter: Reporter,
-) -> Plan:
+) -> tuple[Plan, Shared]:
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
     preflight.refuse_qemu(monitor)
     inventory = disks.inventory(monitor, vm.disk_names)
@@ -122,7 +122,7 @@ def _prepare(
         long=partial(_long, folder, options.max_chain),
     )
     _tell(plan, options, reporter)
-    return plan
+    return plan, Shared.by(repository.path, inventory.disks)
 
 
 def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter) -> tuple[Room, ...]:
@@ -187,6 +187,7 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
+    shared: Shared
     recorded: PointId | None
     started: datetime = field(init=False)
     step: str = "attach"
@@ -350,12 +351,13 @@ class _Run:
         return tuple(taker.take(one, source) for one, source in zip(self.plan.disks, sources, strict=True))
 
     def _look(self) -> None:
-        """Raise what must end the run now: a signal, the death of monitor or guard, a full scratch file."""
+        """Raise what must end the run now: a signal, the death of monitor or guard, a file that fills up."""
         self.stop.check()
         self.monitor.pump()
         self.guard.check()
         if self.view is not None:
             self.view.check()
+        self.shared.check()
 
     def _bring_to_rest(self, failure: BaseException | None) -> None:
         """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.

@@ -13,12 +13,14 @@ disk's scratch has room of its own, allocated before the moment, and is never us
 A scratch that is as large as the whole disk can't be used up and needs none of this.
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backupctl.errors import Refused
+from backupctl.errors import Failed, Refused
 from backupctl.names import DiskName
 from backupctl.vm import disks, scratch
 from backupctl.vm.disks import Disk
@@ -45,6 +47,39 @@ class Room:
     wanted: int
     give_up: int | None
     stop: int | None
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The file system of a folder that a run fills, and the disks of the VM that lie on it too.
+
+    Were it full, the guest's own writes would fail: an image grows as the guest writes to new places.
+    """
+
+    folder: Path
+    disks: tuple[DiskName, ...]
+
+    @classmethod
+    def by(cls, folder: Path, found: Iterable[Disk]) -> "Shared":
+        """Look which of these disks share a folder's file system."""
+        device = folder.stat().st_dev
+        return cls(folder, tuple(disk.name for disk in found if _lies_on(disk.filename, device)))
+
+    def check(self) -> None:
+        """Raise Failed if its room is becoming scarce."""
+        if self.disks and (left := scratch.free_bytes(self.folder)) < scratch.LOW_BYTES:
+            raise Failed(
+                f"the file system of {self.folder} is filling up ({left >> 20} MiB left), and "
+                f"{', '.join(self.disks)} lies on it too: gave up before the guest's own writes could fail"
+            )
+
+
+def _lies_on(filename: str, device: int) -> bool:
+    try:
+        found = os.stat(filename)  # noqa: PTH116 - it may be any text, such as json:{...}
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_dev == device
 
 
 def limits(monitor: Monitor) -> bool:

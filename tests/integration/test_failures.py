@@ -282,6 +282,22 @@ def test_a_target_that_is_full_leaves_what_was_there(build72, make_lab, mounted)
 
 
 @needs_root
+def test_a_repository_beside_the_guests_disks_does_not_fill_their_file_system(
+    build72, make_lab, mounted, tmp_path
+):
+    """Else the next write of the guest to a new place would fail."""
+    mounted(tmp_path, "size=330m")
+    lab = make_lab(build72, {"vda": 32 << 20})
+    lab.writer.do("vda", "data", 0, 32 << 20, 0x33)
+    told = lab.backup("full", code=1)["error"]
+    assert "vda lies on it too" in told["message"]
+    assert "rolled back" in told["state"]
+    lab.assert_at_rest(bitmaps_each=0)
+    subprocess.run(["mount", "-o", "remount,size=600m", tmp_path], check=True)
+    lab.next_is_right()
+
+
+@needs_root
 def test_a_target_that_is_not_writable_is_refused_before_anything_is_touched(build72, make_lab, mounted):
     lab = make_lab(build72)
     lab.cli.repository.mkdir()
