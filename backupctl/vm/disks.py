@@ -10,10 +10,10 @@ vduse, FUSE).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from backupctl.errors import Failed, InvalidName, Refused, UsageError
+from backupctl.errors import CommandFailed, Failed, InvalidName, Refused, UsageError
 from backupctl.names import PREFIX, BitmapName, DiskName, NodeName, disk_name
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.monitor import Monitor
@@ -21,6 +21,7 @@ from backupctl.vm.reply import flag, number, text, understood
 
 MAX_SIZE = 1 << 60
 """No disk is larger (bytes); a manifest would not take it."""
+_PASSED = ("scsi-block", "scsi-generic")
 JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "preallocate"})
 
 
@@ -83,6 +84,7 @@ def inventory(monitor: Monitor, stored_names: Mapping[str, str] | None = None) -
     exports = [] if devices else monitor.execute("query-block-exports")
     with understood("description of its disks"):
         found = [_from_device(device, nodes) for device in devices] if devices else _exported(exports, nodes)
+        found = [_unless_passed_through(monitor, medium) for medium in found]
         return _collect(found, nodes, stored_names or {})
 
 
@@ -175,6 +177,24 @@ def _why_not(
     if inserted.get("node-name", "") not in nodes:
         return "its node has no name"
     return ""
+
+
+def _unless_passed_through(monitor: Monitor, medium: _Found) -> _Found:
+    """Say why not of a SCSI device that hands the guest's commands to the disk as they are.
+
+    All that it writes is SG_IO (QEMU's hw/scsi): no bitmap sees it, and a filter over the disk, such as a
+    job's, does not let it pass.
+    """
+    if medium.why_not or not medium.qdev or medium.qdev.endswith("/virtio-backend"):
+        return medium
+    path = medium.qdev if "/" in medium.qdev else f"/machine/peripheral/{medium.qdev}"
+    try:
+        kind = monitor.execute("qom-get", {"path": path, "property": "type"})
+    except CommandFailed:
+        return medium
+    if kind not in _PASSED:
+        return medium
+    return replace(medium, why_not=f"it is passed through ({kind}), so no bitmap sees what the guest writes")
 
 
 def _exported(exports: list[Mapping[str, Any]], nodes: Mapping[NodeName, Mapping[str, Any]]) -> list[_Found]:
