@@ -7,12 +7,19 @@ from backupctl.vm.monitor import Monitor
 from backupctl.vm.reply import text, understood
 
 _UNTOUCHED = "nothing was touched"
+_MIGRATING = {
+    "inmigrate": "is still on its way to this QEMU",
+    "finish-migrate": "is on its way to another QEMU",
+    "postmigrate": "has gone to another QEMU, or to a file",
+}
 
 
 def refuse_qemu(monitor: Monitor) -> None:
     """Raise Refused if this QEMU is too old, or would come to harm by its own backup. Raises MonitorError."""
     if not monitor.version.at_least(5, 2):
         raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state=_UNTOUCHED)
+    if "query-status" in monitor.commands:
+        _refuse_migrating(monitor)
     if monitor.version.at_least(8, 1):
         _refuse_fuse(monitor)
 
@@ -21,6 +28,19 @@ def refuse_busy(inventory: Inventory) -> None:
     """Raise Refused if somebody's job works on a disk."""
     for name, driver in inventory.busy:
         raise Refused(f"another job works on {name}: its top node is a {driver}", state=_UNTOUCHED)
+
+
+def _refuse_migrating(monitor: Monitor) -> None:
+    """Raise Refused if the VM is not this QEMU's: another may be writing to its disks.
+
+    What this one has kept of an image's tables is of earlier, and would make a point of old and new bytes.
+    QEMU itself refuses it in newer versions only (10.0.2, not 7.2.22).
+    """
+    told = monitor.execute("query-status")
+    with understood("query-status"):
+        state = text(told["status"])
+    if state in _MIGRATING:
+        raise Refused(f"the VM {_MIGRATING[state]}: it is migrated ({state})", state=_UNTOUCHED)
 
 
 def _refuse_fuse(monitor: Monitor) -> None:

@@ -179,6 +179,25 @@ def test_a_snapshot_that_took_the_bitmaps_name_along_ends_the_chain_too(build, m
     lab.assert_point(report["point"], lab.writer.moment)
 
 
+@pytest.mark.needs_qemu("the simulator can't be migrated")
+def test_a_vm_that_was_migrated_away_is_refused(build, make_lab):
+    """Its disks may be written by another QEMU now, behind what this one has kept of them."""
+    lab = begun(make_lab, build)
+    assert lab.machine.qmp("migrate", uri="exec:cat >/dev/null") == {}
+    deadline = time.monotonic() + 30
+    while lab.machine.qmp("query-status")["status"] != "postmigrate":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    error = lab.backup("incremental", code=1)["error"]
+    assert "has gone to another QEMU" in error["message"]
+    assert error["message"] in lab.cli.json("status", "web")["next_run"]
+    assert lab.machine.qmp("cont") == {}
+    lab.writer.write(5)
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
 @pytest.mark.parametrize("sizes", [(24 * MIB,), (10 * MIB,), (6 * MIB, 16 * MIB)], ids=str)
 def test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes(build, make_lab, sizes):
     """Shrunk and grown again: the end reads as zeroes, and no bitmap says so."""
