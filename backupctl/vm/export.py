@@ -63,7 +63,7 @@ def publish(
     connections: sockets for each export. Raises MonitorError, GuardLost, Failed.
     """
     names = [owner.node("exp", number) for number in range(len(shown))]
-    with _served(monitor, owner) as path:
+    with _served(monitor, owner, len(shown) * connections) as path:
         for name, one in zip(names, shown, strict=True):
             monitor.execute("block-export-add", _arguments(monitor, name, one))
         # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
@@ -88,25 +88,26 @@ def descriptor_name(owner: Owner) -> str:
 
 
 @contextmanager
-def _served(monitor: Monitor, owner: Owner) -> Iterator[str]:
-    """Start the NBD server; yields the path to connect to, which is gone after the block."""
+def _served(monitor: Monitor, owner: Owner, clients: int) -> Iterator[str]:
+    """Start the NBD server for so many clients; yields the path to connect to, gone after the block."""
     with tempfile.TemporaryDirectory(prefix="backupctl-") as folder:
         path = str(Path(folder, "nbd.sock"))  # short: a unix socket's path has 107 bytes
         if monitor.passes_descriptors:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(path)
-                listener.listen(64)
+                listener.listen(clients)
                 monitor.send_fd(listener.fileno())
                 monitor.execute("getfd", {"fdname": descriptor_name(owner)})
-                _start(monitor, {"type": "fd", "data": {"str": descriptor_name(owner)}})
+                _start(monitor, {"type": "fd", "data": {"str": descriptor_name(owner)}}, clients)
                 yield path
         else:
-            _start(monitor, {"type": "unix", "data": {"path": path}})
+            _start(monitor, {"type": "unix", "data": {"path": path}}, clients)
             yield path
 
 
-def _start(monitor: Monitor, address: dict[str, object]) -> None:
-    monitor.execute("nbd-server-start", {"addr": address})
+def _start(monitor: Monitor, address: dict[str, object], clients: int) -> None:
+    # Unless told, QEMU takes a hundred at most, and lets the others wait (measured).
+    monitor.execute("nbd-server-start", {"addr": address, "max-connections": clients})
 
 
 def _arguments(monitor: Monitor, name: str, one: Shown) -> dict[str, object]:
