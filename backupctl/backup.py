@@ -34,7 +34,6 @@ from backupctl.errors import (
     AgentUnavailable,
     BackupctlError,
     CommandFailed,
-    DamageFound,
     Failed,
     FreezeOverrun,
     Interrupted,
@@ -42,7 +41,7 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.layer import Taker
-from backupctl.names import BitmapName, DiskName, PointId
+from backupctl.names import BitmapName, PointId
 from backupctl.planning import Plan
 from backupctl.report import Reporter, RunReport, Stop
 from backupctl.repository import chain
@@ -118,8 +117,8 @@ def _prepare(
         repository.owner,
         options.on_broken_chain,
         since=folder.point(options.since) if options.since else None,
-        flaw=partial(_flaw, folder),
-        long=partial(_long, folder, options.max_chain),
+        flaw=partial(chain.flaw, folder),
+        long=partial(chain.long, folder, options.max_chain),
     )
     _tell(plan, options, reporter)
     return plan, Shared.by(repository.path, inventory.disks)
@@ -153,24 +152,6 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
                 f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
                 "after a restart of QEMU its next incremental must read all of it"
             )
-
-
-def _flaw(folder: VmFolder, base: PointId, disk: DiskName) -> str:
-    """Say why nothing can be built on a disk's chain at a point; "" if nothing is to be seen."""
-    try:
-        layers = chain.below(folder, base, disk)
-        chain.logical(layers, layers[0].entry.size)
-    except DamageFound as err:
-        return err.message
-    return ""
-
-
-def _long(folder: VmFolder, most: int, base: PointId, disk: DiskName) -> str:
-    """Say why a disk's chain at a point is to get no more layers; "" if it may."""
-    length = len(chain.below(folder, base, disk))
-    if length < most:
-        return ""
-    return f"its chain has {length} layers, as many as --max-chain allows"
 
 
 @dataclass

@@ -273,7 +273,7 @@ def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
 
 def _history(vm: Vm, repository: Repository, options: RunOptions) -> Iterator[Finding]:
     """What earlier runs left, and what the next one makes of it."""
-    found = recovery.status(vm, repository, options.scratch)
+    found = recovery.status(vm, repository, options)
     for left in found.leftovers:
         yield Finding(
             "leftovers", "warning", left, f"backupctl recover {vm.name}, or leave it to the next run"

@@ -7,6 +7,7 @@ Either way export, server, job, node and scratch go. Nothing is taken from memor
 repository are asked, so every line may be the last one of a dying process, and the next call goes on.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -29,8 +30,9 @@ from backupctl.errors import (
 )
 from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
+from backupctl.repository import chain
 from backupctl.repository.layout import Partial, Point, Repository, VmFolder
-from backupctl.settings import RunOptions, Vm
+from backupctl.settings import OnBrokenChain, RunOptions, Vm
 from backupctl.vm import bitmaps, cleanup, disks, preflight, scratch
 from backupctl.vm.guard import thaw_if_frozen
 from backupctl.vm.monitor import Monitor
@@ -201,15 +203,15 @@ def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
     )
 
 
-def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scratch) -> Status:
-    """Tell what there is and what the next run would do. Changes nothing; takes no lock."""
+def status(vm: Vm, repository: Repository, options: RunOptions = DEFAULTS) -> Status:
+    """Tell what there is and what the next run, with these options, would do. Changes and locks nothing."""
     folder = repository.vm(vm.name)
     survey = folder.survey()
     points = survey.points
     damaged = tuple(err.message for _, err in survey.damaged)
     left = [_unfinished(partial) for partial in folder.partials()]
     left += [
-        f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, scratch_folder)
+        f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, options.scratch)
     ]
     ids = tuple(point.id for point in points)
     unmerged = tuple(
@@ -237,10 +239,38 @@ def status(vm: Vm, repository: Repository, scratch_folder: Path = DEFAULTS.scrat
             if worker
             else "the VM can't be reached, so the next run would fail",
         )
-    plan = planning.plan("incremental", inventory.disks, inventory, points, repository.owner)
+    plan, broken = _plan(inventory, folder, points, repository.owner, options)
+    refusal = refusal or broken
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
     next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
     return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), next_run)
+
+
+def _plan(
+    inventory: disks.Inventory,
+    folder: VmFolder,
+    points: tuple[Point, ...],
+    owner: Owner,
+    options: RunOptions,
+) -> tuple[planning.Plan, str]:
+    """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
+
+    def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
+        return planning.plan(
+            "incremental",
+            inventory.disks,
+            inventory,
+            points,
+            owner,
+            on_broken_chain,
+            flaw=functools.partial(chain.flaw, folder),
+            long=functools.partial(chain.long, folder, options.max_chain),
+        )
+
+    try:
+        return planned(options.on_broken_chain), ""
+    except Refused as err:
+        return planned("scan"), err.message
 
 
 def _refusal(monitor: Monitor, inventory: disks.Inventory, left: list[str]) -> str:

@@ -9,6 +9,7 @@ import click
 from backupctl import recovery
 from backupctl.cli import common, screen, units
 from backupctl.errors import Interrupted
+from backupctl.settings import RunOptions
 
 
 @click.command(epilog=common.exit_help(0, 2))
@@ -18,7 +19,10 @@ from backupctl.errors import Interrupted
 def status(context: click.Context, /, **options: Any) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing."""
     names = common.take(context, options)
-    found = recovery.status(names.vm(), names.repository(), names.scratch())
+    wanted = {name: names.config.setting(names.name, name) for name in ("on_broken_chain", "max_chain")}
+    given = {name: value for name, value in wanted.items() if value}
+    run = RunOptions(kind="incremental", scratch=names.scratch(), **given)
+    found = recovery.status(names.vm(), names.repository(), run)
     if options["as_json"]:
         screen.print_json(asdict(found))
         return

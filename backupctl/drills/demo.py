@@ -126,7 +126,8 @@ class Stage:
 
     def check_at_rest(self) -> None:
         """Look whether anything of ours is left in the VM. Raises Failed, naming it."""
-        found = recovery.status(self.machine.vm, self.repository, self.scratch)
+        options = RunOptions("incremental", scratch=self.scratch)
+        found = recovery.status(self.machine.vm, self.repository, options)
         left = [*found.leftovers, *([found.problem] if found.problem else [])]
         if self.machine.order("status")["frozen"]:
             left.append("a frozen guest")

@@ -133,6 +133,24 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
     return () if parent is None else layers(folder, _parent(folder, parent), disk)
 
 
+def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
+    """Say why nothing can be built on a disk's chain at a point; "" if nothing is to be seen."""
+    try:
+        found = below(folder, point, disk)
+        logical(found, found[0].entry.size)
+    except DamageFound as err:
+        return err.message
+    return ""
+
+
+def long(folder: VmFolder, most: int, point: PointId, disk: str) -> str:
+    """Say why a disk's chain at a point is to get no more layers; "" if it may. Raises DamageFound."""
+    layers_there = len(below(folder, point, disk))
+    if layers_there < most:
+        return ""
+    return f"its chain has {layers_there} layers, as many as --max-chain allows"
+
+
 def length(folder: VmFolder, point: Point, entry: DiskEntry) -> int:
     """Count the layers of a disk at a point, without looking into them. Raises DamageFound."""
     found, entry = 1, Layer.of(point, entry).entry

@@ -3,7 +3,7 @@
 
 import pytest
 
-from backupctl import backup
+from backupctl.repository import chain
 from backupctl.settings import MAX_CHAIN, RunOptions
 from tests.conftest import MIB
 
@@ -96,16 +96,21 @@ def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
 
 @pytest.mark.parametrize(("layers", "begun_anew"), [(149, False), (150, True)])
 def test_by_default_no_chain_gets_longer_than_qemus_tools_follow(monkeypatch, layers, begun_anew):
-    monkeypatch.setattr(backup.chain, "below", lambda *_: range(layers))
+    monkeypatch.setattr(chain, "below", lambda *_: range(layers))
     most = RunOptions(kind="incremental").max_chain
-    assert bool(backup._long(None, most, None, "vda")) is begun_anew
+    assert bool(chain.long(None, most, None, "vda")) is begun_anew
     assert most <= MAX_CHAIN
 
 
 def test_a_chain_that_is_long_enough_is_begun_anew(lab):
     take(lab, 3)
     lab.writer.write(5)
-    report = lab.backup("incremental", "--max-chain", "3")
+    config = lab.folder / "backupctl.toml"
+    config.write_text("[defaults]\nmax_chain = 3\n")
+    lab.cli.environment["BACKUPCTL_CONFIG"] = str(config)
+    status = lab.cli.json("status", "web")
+    assert {(disk["next"], "3 layers" in disk["reason"]) for disk in status["disks"]} == {("full", True)}
+    report = lab.backup("incremental")
     assert {disk["kind"] for disk in report["disks"]} == {"full"}
     lab.assert_point(report["point"], lab.writer.moment)
     lab.assert_at_rest()
