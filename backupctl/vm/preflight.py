@@ -7,19 +7,18 @@ from backupctl.vm.monitor import Monitor
 from backupctl.vm.reply import text, understood
 
 _UNTOUCHED = "nothing was touched"
-_MIGRATING = {
+_GONE = {
     "inmigrate": "is still on its way to this QEMU",
-    "finish-migrate": "is on its way to another QEMU",
     "postmigrate": "has gone to another QEMU, or to a file",
 }
+_AT_REST = frozenset({"none", "completed", "failed", "cancelled"})
 
 
 def refuse_qemu(monitor: Monitor) -> None:
     """Raise Refused if this QEMU is too old, or would come to harm by its own backup. Raises MonitorError."""
     if not monitor.version.at_least(5, 2):
         raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state=_UNTOUCHED)
-    if "query-status" in monitor.commands:
-        _refuse_migrating(monitor)
+    _refuse_migrating(monitor)
     if monitor.version.at_least(8, 1):
         _refuse_fuse(monitor)
 
@@ -31,16 +30,21 @@ def refuse_busy(inventory: Inventory) -> None:
 
 
 def _refuse_migrating(monitor: Monitor) -> None:
-    """Raise Refused if the VM is not this QEMU's: another may be writing to its disks.
+    """Raise Refused if the VM is not, or not for long, this QEMU's.
 
-    What this one has kept of an image's tables is of earlier, and would make a point of old and new bytes.
-    QEMU itself refuses it in newer versions only (10.0.2, not 7.2.22).
+    Another may be writing to its disks: what this one has kept of an image's tables is of earlier, and would
+    make a point of old and new bytes (10.0.2 refuses that itself, 7.2.22 does not). And a migration that
+    comes to its end while we have a job or filter over a disk fails (measured).
     """
-    told = monitor.execute("query-status")
-    with understood("query-status"):
-        state = text(told["status"])
-    if state in _MIGRATING:
-        raise Refused(f"the VM {_MIGRATING[state]}: it is migrated ({state})", state=_UNTOUCHED)
+    if "query-migrate" not in monitor.commands:  # no VM, but a storage daemon
+        return
+    status, migration = monitor.execute("query-status"), monitor.execute("query-migrate")
+    with understood("query-status and query-migrate"):
+        state, moves = text(status["status"]), text(migration.get("status", "none"))
+    if state in _GONE:
+        raise Refused(f"the VM {_GONE[state]}: it was migrated ({state})", state=_UNTOUCHED)
+    if moves not in _AT_REST:
+        raise Refused(f"a migration of the VM is under way ({moves}), and would fail", state=_UNTOUCHED)
 
 
 def _refuse_fuse(monitor: Monitor) -> None:

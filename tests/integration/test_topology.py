@@ -180,17 +180,30 @@ def test_a_snapshot_that_took_the_bitmaps_name_along_ends_the_chain_too(build, m
 
 
 @pytest.mark.needs_qemu("the simulator can't be migrated")
-def test_a_vm_that_was_migrated_away_is_refused(build, make_lab):
-    """Its disks may be written by another QEMU now, behind what this one has kept of them."""
+def test_a_vm_that_is_migrated_is_refused_and_so_is_one_that_has_gone(build, make_lab):
+    """Our job would make a migration fail; and the disks of who has gone are written by another QEMU."""
     lab = begun(make_lab, build)
+
+    def refused() -> str:
+        error = lab.backup("incremental", code=1)["error"]
+        assert error["state"] == "nothing was touched"
+        return error["message"]
+
+    def migrated(wanted: str) -> None:
+        deadline = time.monotonic() + 30
+        while lab.machine.qmp("query-migrate").get("status") != wanted:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    pause = [{"capability": "pause-before-switchover", "state": True}]
+    assert lab.machine.qmp("migrate-set-capabilities", capabilities=pause) == {}
     assert lab.machine.qmp("migrate", uri="exec:cat >/dev/null") == {}
-    deadline = time.monotonic() + 30
-    while lab.machine.qmp("query-status")["status"] != "postmigrate":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    error = lab.backup("incremental", code=1)["error"]
-    assert "has gone to another QEMU" in error["message"]
-    assert error["message"] in lab.cli.json("status", "web")["next_run"]
+    migrated("pre-switchover")
+    assert "under way" in refused()
+    assert lab.machine.qmp("migrate-continue", state="pre-switchover") == {}
+    migrated("completed")
+    assert (why := refused()).startswith("the VM has gone")
+    assert why in lab.cli.json("status", "web")["next_run"]
     assert lab.machine.qmp("cont") == {}
     lab.writer.write(5)
     report = lab.backup("incremental")
