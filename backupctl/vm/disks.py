@@ -21,7 +21,8 @@ from backupctl.vm.reply import flag, number, text, understood
 
 MAX_SIZE = 1 << 60
 """No disk is larger (bytes); a manifest would not take it."""
-_PASSED = ("scsi-block", "scsi-generic")
+_PASSED = frozenset({"scsi-block", "scsi-generic"})
+_ELSEWHERE = ("vhost-user-blk", "vhost-user-scsi", "vhost-scsi")
 JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "preallocate"})
 
 
@@ -84,7 +85,8 @@ def inventory(monitor: Monitor, stored_names: Mapping[str, str] | None = None) -
     exports = [] if devices else monitor.execute("query-block-exports")
     with understood("description of its disks"):
         found = [_from_device(device, nodes) for device in devices] if devices else _exported(exports, nodes)
-        found = [_unless_passed_through(monitor, medium) for medium in found]
+        kinds = _kinds(monitor)
+        found = [_unless_passed_through(medium, kinds) for medium in found] + _served_elsewhere(kinds)
         return _collect(found, nodes, stored_names or {})
 
 
@@ -179,22 +181,40 @@ def _why_not(
     return ""
 
 
-def _unless_passed_through(monitor: Monitor, medium: _Found) -> _Found:
+def _kinds(monitor: Monitor) -> dict[str, str]:
+    """Return the type of each device that a user made, by its path. Raises MonitorError."""
+    found = {}
+    for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
+        try:
+            listed = monitor.execute("qom-list", {"path": folder})
+        except CommandFailed:  # a storage daemon has no machine
+            continue
+        for entry in listed:
+            if (kind := text(entry["type"])).startswith("child<"):
+                found[f"{folder}/{text(entry['name'])}"] = kind[len("child<") : -1]
+    return found
+
+
+def _unless_passed_through(medium: _Found, kinds: Mapping[str, str]) -> _Found:
     """Say why not of a SCSI device that hands the guest's commands to the disk as they are.
 
     All that it writes is SG_IO (QEMU's hw/scsi): no bitmap sees it, and a filter over the disk, such as a
     job's, does not let it pass.
     """
-    if medium.why_not or not medium.qdev or medium.qdev.endswith("/virtio-backend"):
-        return medium
     path = medium.qdev if "/" in medium.qdev else f"/machine/peripheral/{medium.qdev}"
-    try:
-        kind = monitor.execute("qom-get", {"path": path, "property": "type"})
-    except CommandFailed:
-        return medium
-    if kind not in _PASSED:
+    kind = kinds.get(path)
+    if medium.why_not or kind not in _PASSED:
         return medium
     return replace(medium, why_not=f"it is passed through ({kind}), so no bitmap sees what the guest writes")
+
+
+def _served_elsewhere(kinds: Mapping[str, str]) -> list[_Found]:
+    """Return the disks that another process serves to the guest: `query-block` doesn't tell of them."""
+    return [
+        _Found(path.rpartition("/")[2], "", "", f"another process serves it to the guest ({kind})")
+        for path, kind in kinds.items()
+        if kind.startswith(_ELSEWHERE)
+    ]
 
 
 def _exported(exports: list[Mapping[str, Any]], nodes: Mapping[NodeName, Mapping[str, Any]]) -> list[_Found]:

@@ -9,21 +9,22 @@ from backupctl.errors import CommandFailed, Refused
 from backupctl.vm import disks
 
 KINDS = {"lun": "scsi-block", "tape": "scsi-generic", "sda": "scsi-hd"}
+UNSEEN = {"fast": "vhost-user-blk-pci"}
 
 
 class Monitor:
-    """A QEMU with one SCSI device of each kind."""
+    """A QEMU with one SCSI device of each kind, and a disk that another process serves."""
 
     def execute(self, command: str, arguments: Any = None) -> Any:
         if command == "query-block":
             return [self._device(name) for name in KINDS]
         if command == "query-named-block-nodes":
             return [self._node(name) for name in KINDS]
-        assert command == "qom-get"
-        name = arguments["path"].removeprefix("/machine/peripheral/")
-        if arguments["property"] != "type" or name not in KINDS:
+        assert command == "qom-list"
+        if arguments["path"] != "/machine/peripheral":
             raise CommandFailed(command, "DeviceNotFound", "no such thing")
-        return KINDS[name]
+        made = {"name": "type", "type": "string"}
+        return [made, *({"name": name, "type": f"child<{kind}>"} for name, kind in (KINDS | UNSEEN).items())]
 
     def _device(self, name: str) -> dict[str, Any]:
         inserted = {"node-name": f"node-{name}", "drv": "host_device", "ro": False}
@@ -34,10 +35,11 @@ class Monitor:
         return {"node-name": f"node-{name}", "drv": "host_device", "ro": False, "image": image}
 
 
-def test_a_scsi_device_that_is_passed_through_is_left_out():
-    """The guest's commands go past all of QEMU's block layer, and past every bitmap."""
+def test_a_disk_whose_writes_qemu_does_not_see_is_left_out():
+    """The commands of a SCSI device that is passed through go past every bitmap; vhost-user past QEMU."""
     found = disks.inventory(Monitor())
     assert [disk.name for disk in found.disks] == ["sda"]
-    assert [name for name, _ in found.left_out] == ["lun", "tape"]
-    with pytest.raises(Refused, match="passed through"):
-        found.chosen(["lun"])
+    assert [name for name, _ in found.left_out] == ["lun", "tape", "fast"]
+    for name, why in (("lun", "passed through"), ("fast", "another process")):
+        with pytest.raises(Refused, match=why):
+            found.chosen([name])
