@@ -124,9 +124,8 @@ def settle(
         if await_thaw is None:
             with suppress(AgentError):
                 told += _thaw(vm, folder)
-        told += cleanup.dismantle(
-            monitor, owner, actives(folder), clients=clients, server_is_ours=server_is_ours
-        )
+        ours = server_is_ours and _may_serve(folder)
+        told += cleanup.dismantle(monitor, owner, actives(folder), clients=clients, server_is_ours=ours)
         told += settle_bitmaps(monitor, owner, folder)
         # The journal alone tells that a freeze is ours to end, so it stays for as long as there may be one.
         if await_thaw is None:
@@ -188,6 +187,12 @@ def actives(folder: VmFolder) -> dict[int, NodeName]:
     """Return the active node of each disk of an unfinished run, by the disk's number in it."""
     journals = [journal for partial in folder.partials() if (journal := partial.journal())]
     return {disk.number: disk.node for journal in journals for disk in journal.disks}
+
+
+def _may_serve(folder: VmFolder) -> bool:
+    """Whether an unfinished run may have started QEMU's NBD server: not before it noted that step."""
+    journals = [partial.journal() for partial in folder.partials()]
+    return not journals or any(journal is None or journal.step == "export" for journal in journals)
 
 
 def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:

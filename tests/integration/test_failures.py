@@ -361,6 +361,23 @@ def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
     lab.next_is_right()
 
 
+def test_the_nbd_server_of_somebody_else_outlives_the_recovery_of_a_run_that_had_none(build72, make_lab):
+    """It has no export yet by which it could be told from ours, but the run's journal tells."""
+    lab = make_lab(build72, {"vda": 8 << 20})
+    lab.agent.behaviour["guest-fsfreeze-freeze"] = "late"
+    with lab.cli.start("full", "web") as run:
+        wait_for(lambda: list((lab.cli.repository / "web").glob("*.partial/run.json")))
+        wait_for(lambda: any("-tmp0" in str(node) for node in lab.machine.qmp("query-named-block-nodes")))
+        run.kill()
+        run.communicate(timeout=30)
+    lab.agent.behaviour.clear()
+    address = {"type": "unix", "data": {"path": str(lab.machine.folder / "foreign")}}
+    assert lab.machine.qmp("nbd-server-start", addr=address) == {}
+    assert lab.cli.json("recover", "web")["actions"]
+    assert lab.machine.qmp("nbd-server-stop") == {}, "it was to be still there"
+    lab.assert_at_rest(bitmaps_each=0)
+
+
 @pytest.mark.needs_qemu("the simulator has no blockdev-snapshot-sync")
 def test_an_external_snapshot_while_the_run_begins_is_noticed(lab):
     """The moment would be that of a layer to which the guest writes no more. (Later ones QEMU refuses.)"""
