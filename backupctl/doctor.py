@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backupctl import recovery
+from backupctl import status
 from backupctl.errors import AgentError, BackupctlError, MonitorError, NotARepository, Refused
 from backupctl.names import VmName
 from backupctl.repository import qemu
@@ -258,13 +258,13 @@ def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
         return
     try:
         with Agent.connect(vm.agent, options.agent_timeout_seconds) as agent:
-            status = agent.freeze_status()
+            frozen = agent.freeze_status()
     except AgentError as err:
         yield Finding(
             "agent", without, f"{err.message}: so {costs}", "is qemu-guest-agent at work in the guest?"
         )
         return
-    if status == "frozen":
+    if frozen == "frozen":
         advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
         yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
     else:
@@ -273,7 +273,7 @@ def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
 
 def _history(vm: Vm, repository: Repository, options: RunOptions) -> Iterator[Finding]:
     """What earlier runs left, and what the next one makes of it."""
-    found = recovery.status(vm, repository, options)
+    found = status.look(vm, repository, options)
     for left in found.leftovers:
         yield Finding(
             "leftovers", "warning", left, f"backupctl recover {vm.name}, or leave it to the next run"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The names that tie QEMU and the repository together, each a type of its own.
 
-The name of a bitmap is its state: ``backupctl-<first 8 of the repository's id>-<point>`` records what
-changed since that point of that repository. Everything else that we make in QEMU is called
+The name of a bitmap is its state: ``backupctl-<first 8 of the repository's id>-<point>-<disk>`` records what
+changed on a disk since that point of that repository. Everything else that we make in QEMU is called
 ``backupctl-<first 8>-<what><disk's number>``; QEMU allows 31 characters for a node's name.
 """
 

@@ -7,7 +7,6 @@ Either way export, server, job, node and scratch go. Nothing is taken from memor
 repository are asked, so every line may be the last one of a dying process, and the next call goes on.
 """
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backupctl import planning
 from backupctl.errors import (
     AgentError,
     BackupctlError,
@@ -25,15 +23,13 @@ from backupctl.errors import (
     MonitorUnreachable,
     NeedsRecovery,
     NoSuchPoint,
-    Refused,
     UnknownFormat,
 )
-from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
+from backupctl.names import NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
-from backupctl.repository import chain
-from backupctl.repository.layout import Partial, Point, Repository, VmFolder
-from backupctl.settings import OnBrokenChain, RunOptions, Vm
-from backupctl.vm import bitmaps, cleanup, disks, preflight, scratch
+from backupctl.repository.layout import Partial, Repository, VmFolder
+from backupctl.settings import RunOptions, Vm
+from backupctl.vm import bitmaps, cleanup, disks, scratch
 from backupctl.vm.guard import thaw_if_frozen
 from backupctl.vm.monitor import Monitor
 
@@ -45,40 +41,6 @@ class Recovered:
     """What was finished or undone, in words; empty if all was at rest."""
 
     actions: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DiskStatus:
-    """One disk: its bitmap for the newest point, and how the next incremental would take it.
-
-    next: full, incremental or scan.
-    """
-
-    name: DiskName
-    node: str
-    size: int
-    bitmap: str | None
-    bitmap_state: str
-    next: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Status:
-    """What there is of a VM.
-
-    damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
-    problem).
-    """
-
-    vm: VmName
-    points: tuple[PointId, ...]
-    damaged: tuple[str, ...]
-    qemu: str | None
-    problem: str
-    disks: tuple[DiskStatus, ...]
-    leftovers: tuple[str, ...]
-    next_run: str
 
 
 def recover(
@@ -149,7 +111,7 @@ def settle_bitmaps(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str
     """
     actions: list[bitmaps.Action] = []
     told: list[str] = []
-    for settlement, reply in _settlements(monitor, owner, folder):
+    for settlement, reply in settlements(monitor, owner, folder):
         if not reply.get("ro"):
             actions += settlement.actions
             told += settlement.told
@@ -208,90 +170,10 @@ def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
     )
 
 
-def status(vm: Vm, repository: Repository, options: RunOptions = DEFAULTS) -> Status:
-    """Tell what there is and what the next run, with these options, would do. Changes and locks nothing."""
-    folder = repository.vm(vm.name)
-    survey = folder.survey()
-    points = survey.points
-    damaged = tuple(err.message for _, err in survey.damaged)
-    left = [_unfinished(partial) for partial in folder.partials()]
-    left += [
-        f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, options.scratch)
-    ]
-    ids = tuple(point.id for point in points)
-    unmerged = tuple(
-        f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
-        for point in folder.retired().points
-    )
-    try:
-        with Monitor.connect(vm.qmp, DEFAULTS.agent_timeout_seconds) as monitor:
-            inventory = disks.inventory(monitor, vm.disk_names)
-            left += cleanup.leftovers(monitor, repository.owner)
-            version = str(monitor.version)
-            left += _unsettled(monitor, repository.owner, folder)
-            refusal = _refusal(monitor, inventory, left)
-    except MonitorError as err:
-        worker = folder.worker()  # it has the monitor, which serves one client, and all that looks unfinished
-        return Status(
-            vm.name,
-            ids,
-            damaged,
-            None,
-            worker or err.message,
-            (),
-            (*(() if worker else left), *unmerged),
-            "it waits for a few seconds, then leaves with exit code 75"
-            if worker
-            else "the VM can't be reached, so the next run would fail",
-        )
-    plan, broken = _plan(inventory, folder, points, repository.owner, options)
-    refusal = refusal or broken
-    states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
-    next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
-    return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), next_run)
-
-
-def _plan(
-    inventory: disks.Inventory,
-    folder: VmFolder,
-    points: tuple[Point, ...],
-    owner: Owner,
-    options: RunOptions,
-) -> tuple[planning.Plan, str]:
-    """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
-
-    def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
-        return planning.plan(
-            "incremental",
-            inventory.disks,
-            inventory,
-            points,
-            owner,
-            on_broken_chain,
-            flaw=functools.partial(chain.flaw, folder),
-            long=functools.partial(chain.long, folder, options.max_chain),
-        )
-
-    try:
-        return planned(options.on_broken_chain), ""
-    except Refused as err:
-        return planned("scan"), err.message
-
-
-def _refusal(monitor: Monitor, inventory: disks.Inventory, left: list[str]) -> str:
-    try:
-        preflight.refuse_qemu(monitor)
-        if not left:  # else the job may be a dead run's, which the next one ends before it looks
-            preflight.refuse_busy(inventory)
-    except Refused as err:
-        return err.message
-    return ""
-
-
 def _thaw(vm: Vm, folder: VmFolder) -> list[str]:
     """Thaw the guest if a dead run of ours had frozen it. A freeze by anybody else is not ours to end."""
     if (
-        any(map(_froze, folder.partials()))
+        any(map(froze, folder.partials()))
         and vm.agent
         and thaw_if_frozen(vm.agent, DEFAULTS.agent_timeout_seconds)
     ):
@@ -299,14 +181,10 @@ def _thaw(vm: Vm, folder: VmFolder) -> list[str]:
     return []
 
 
-def _froze(partial: Partial) -> bool:
+def froze(partial: Partial) -> bool:
+    """Whether an unfinished run may have left the guest frozen."""
     journal = partial.journal()
     return journal is not None and journal.froze
-
-
-def _unfinished(partial: Partial) -> str:
-    frozen = ", whose run may have left the guest frozen" if _froze(partial) else ""
-    return f"unfinished point {partial.point}{frozen}"
 
 
 def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:
@@ -317,18 +195,10 @@ def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:
     return list(settlement.told)
 
 
-def _unsettled(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
-    return [
-        f"bitmap to settle: {line}"
-        for settlement, _ in _settlements(monitor, owner, folder)
-        for line in settlement.told
-    ]
-
-
-def _settlements(
+def settlements(
     monitor: Monitor, owner: Owner, folder: VmFolder
 ) -> Iterator[tuple[bitmaps.Settlement, Mapping[str, Any]]]:
-    """Yield what must happen to each node's bitmaps, with the node's reply."""
+    """Yield what must happen to each node's bitmaps, with the node's reply. Raises MonitorError."""
     checkpoints = _checkpoints(folder)
     for node, reply in disks.named_nodes(monitor).items():
         found = disks.bitmaps_of(node, reply)
@@ -343,32 +213,3 @@ def _checkpoints(folder: VmFolder) -> int:
         return 0
     except (DamageFound, UnknownFormat):
         return sys.maxsize
-
-
-def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:
-    newest = planning.newest_with(one.disk.name, points)
-    name = owner.bitmap(newest.id, one.disk.name) if newest else None
-    found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)
-    return DiskStatus(
-        name=one.disk.name,
-        node=one.disk.node,
-        size=one.disk.size,
-        bitmap=found.name if found else None,
-        bitmap_state=found.state if found else "none",
-        next="scan" if one.scanned else one.kind,
-        reason=one.reason,
-    )
-
-
-def _next_run(plan: planning.Plan, left: list[str]) -> str:
-    first = (
-        "the next run first clears up what an earlier one left, then " if left else "the next incremental "
-    )
-    if plan.parent is None:
-        return f"{first}takes a full: there is no point yet"
-    full = [one.disk.name for one in plan.disks if one.kind == "full"]
-    scanned = [one.disk.name for one in plan.disks if one.scanned]
-    text = f"{first}builds on {plan.parent}"
-    if scanned:
-        text += f", reads {', '.join(scanned)} whole to find what changed"
-    return f"{text}, takes {', '.join(full)} full" if full else text

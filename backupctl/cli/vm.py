@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from backupctl import recovery
+from backupctl import status as core
 from backupctl.cli import common, screen, units
 from backupctl.errors import Interrupted
 from backupctl.settings import RunOptions
@@ -22,7 +23,7 @@ def status(context: click.Context, /, **options: Any) -> None:
     wanted = {name: names.config.setting(names.name, name) for name in ("on_broken_chain", "max_chain")}
     given = {name: value for name, value in wanted.items() if value}
     run = RunOptions(kind="incremental", scratch=names.scratch(), **given)
-    found = recovery.status(names.vm(), names.repository(), run)
+    found = core.look(names.vm(), names.repository(), run)
     if options["as_json"]:
         screen.print_json(asdict(found))
         return

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backupctl import backup, recovery, restore
+from backupctl import backup, restore, status
 from backupctl.drills.simulated import SimulatedVm
 from backupctl.errors import BackupctlError, Failed, NeedsRecovery, UsageError
 from backupctl.names import PointId
@@ -85,10 +85,10 @@ class Stage:
 
     def changes(self) -> int:
         """Return how many changes the guest has made. Raises Failed if one of them failed."""
-        status = self.machine.order("status")
-        if status["failed-writes"]:
-            raise Failed(f"the guest came to harm: {status['failed-writes']} of its writes failed")
-        return int(status["writes"])
+        guest = self.machine.order("status")
+        if guest["failed-writes"]:
+            raise Failed(f"the guest came to harm: {guest['failed-writes']} of its writes failed")
+        return int(guest["writes"])
 
     def backup(self, kind: Kind) -> RunReport:
         """Make a point, and keep its moment. Raises what a run raises."""
@@ -127,7 +127,7 @@ class Stage:
     def check_at_rest(self) -> None:
         """Look whether anything of ours is left in the VM. Raises Failed, naming it."""
         options = RunOptions("incremental", scratch=self.scratch)
-        found = recovery.status(self.machine.vm, self.repository, options)
+        found = status.look(self.machine.vm, self.repository, options)
         left = [*found.leftovers, *([found.problem] if found.problem else [])]
         if self.machine.order("status")["frozen"]:
             left.append("a frozen guest")

@@ -3,7 +3,7 @@
 
 import pytest
 
-from backupctl import doctor, recovery
+from backupctl import doctor, status
 from backupctl.doctor import Finding
 from backupctl.names import VmName
 from backupctl.repository.layout import Repository
@@ -59,14 +59,14 @@ def test_missing_tools_are_named_with_where_they_come_from(tmp_path, monkeypatch
 def test_a_run_under_way_is_what_doctor_and_status_tell_of(tmp_path):
     """Its monitor serves one client, so it looks dead to others; and its point looks left over."""
     repository = Repository.create(tmp_path / "r")
-    folder = repository.vm(WEB.name)
+    folder, options = repository.vm(WEB.name), RunOptions("incremental", scratch=tmp_path)
     with folder.lock():
         (folder.path / "20260101T000000Z.partial").mkdir()
         (monitor,) = found(tmp_path / "r", "monitor")
-        status = recovery.status(WEB, repository, tmp_path)
+        told = status.look(WEB, repository, options)
     assert monitor.verdict == "warning"
-    for said in (monitor.said, status.problem):
+    for said in (monitor.said, told.problem):
         assert "another run" in said
-    assert status.leftovers == ()
-    left = recovery.status(WEB, repository, tmp_path)
+    assert told.leftovers == ()
+    left = status.look(WEB, repository, options)
     assert ("/nowhere/qmp" in left.problem, len(left.leftovers)) == (True, 1)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What there is of a VM, and what its next run would do: the questions of a run, and none of its deeds."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from backupctl import planning, recovery
+from backupctl.errors import MonitorError, Refused
+from backupctl.names import DiskName, Owner, PointId, VmName
+from backupctl.repository import chain
+from backupctl.repository.layout import Partial, Point, Repository, VmFolder
+from backupctl.settings import OnBrokenChain, RunOptions, Vm
+from backupctl.vm import cleanup, disks, preflight, scratch
+from backupctl.vm.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class DiskStatus:
+    """One disk: its bitmap for the newest point, and how the next incremental would take it.
+
+    next: full, incremental or scan.
+    """
+
+    name: DiskName
+    node: str
+    size: int
+    bitmap: str | None
+    bitmap_state: str
+    next: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is of a VM.
+
+    damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
+    problem).
+    """
+
+    vm: VmName
+    points: tuple[PointId, ...]
+    damaged: tuple[str, ...]
+    qemu: str | None
+    problem: str
+    disks: tuple[DiskStatus, ...]
+    leftovers: tuple[str, ...]
+    next_run: str
+
+
+def look(vm: Vm, repository: Repository, options: RunOptions) -> Status:
+    """Tell what there is and what the next run, with these options, would do. Changes and locks nothing."""
+    folder = repository.vm(vm.name)
+    survey = folder.survey()
+    points = survey.points
+    damaged = tuple(err.message for _, err in survey.damaged)
+    left = [_unfinished(one) for one in folder.partials()]
+    left += [
+        f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, options.scratch)
+    ]
+    ids = tuple(point.id for point in points)
+    unmerged = tuple(
+        f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
+        for point in folder.retired().points
+    )
+    try:
+        with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
+            inventory = disks.inventory(monitor, vm.disk_names)
+            left += cleanup.leftovers(monitor, repository.owner)
+            version = str(monitor.version)
+            left += _unsettled(monitor, repository.owner, folder)
+            refusal = _refusal(monitor, inventory, left)
+    except MonitorError as err:
+        worker = folder.worker()  # it has the monitor, which serves one client, and all that looks unfinished
+        return Status(
+            vm.name,
+            ids,
+            damaged,
+            None,
+            worker or err.message,
+            (),
+            (*(() if worker else left), *unmerged),
+            "it waits for a few seconds, then leaves with exit code 75"
+            if worker
+            else "the VM can't be reached, so the next run would fail",
+        )
+    plan, broken = _plan(inventory, folder, points, repository.owner, options)
+    refusal = refusal or broken
+    states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
+    next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
+    return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), next_run)
+
+
+def _plan(
+    inventory: disks.Inventory,
+    folder: VmFolder,
+    points: tuple[Point, ...],
+    owner: Owner,
+    options: RunOptions,
+) -> tuple[planning.Plan, str]:
+    """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
+
+    def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
+        return planning.plan(
+            "incremental",
+            inventory.disks,
+            inventory,
+            points,
+            owner,
+            on_broken_chain,
+            flaw=partial(chain.flaw, folder),
+            long=partial(chain.long, folder, options.max_chain),
+        )
+
+    try:
+        return planned(options.on_broken_chain), ""
+    except Refused as err:
+        return planned("scan"), err.message
+
+
+def _refusal(monitor: Monitor, inventory: disks.Inventory, left: list[str]) -> str:
+    try:
+        preflight.refuse_qemu(monitor)
+        if not left:  # else the job may be a dead run's, which the next one ends before it looks
+            preflight.refuse_busy(inventory)
+    except Refused as err:
+        return err.message
+    return ""
+
+
+def _unfinished(one: Partial) -> str:
+    frozen = ", whose run may have left the guest frozen" if recovery.froze(one) else ""
+    return f"unfinished point {one.point}{frozen}"
+
+
+def _unsettled(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
+    return [
+        f"bitmap to settle: {line}"
+        for settlement, _ in recovery.settlements(monitor, owner, folder)
+        for line in settlement.told
+    ]
+
+
+def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:
+    newest = planning.newest_with(one.disk.name, points)
+    name = owner.bitmap(newest.id, one.disk.name) if newest else None
+    found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)
+    return DiskStatus(
+        name=one.disk.name,
+        node=one.disk.node,
+        size=one.disk.size,
+        bitmap=found.name if found else None,
+        bitmap_state=found.state if found else "none",
+        next="scan" if one.scanned else one.kind,
+        reason=one.reason,
+    )
+
+
+def _next_run(plan: planning.Plan, left: list[str]) -> str:
+    first = (
+        "the next run first clears up what an earlier one left, then " if left else "the next incremental "
+    )
+    if plan.parent is None:
+        return f"{first}takes a full: there is no point yet"
+    full = [one.disk.name for one in plan.disks if one.kind == "full"]
+    scanned = [one.disk.name for one in plan.disks if one.scanned]
+    text = f"{first}builds on {plan.parent}"
+    if scanned:
+        text += f", reads {', '.join(scanned)} whole to find what changed"
+    return f"{text}, takes {', '.join(full)} full" if full else text
