@@ -6,6 +6,7 @@ way on: if a later one fails, the ways back are gone in the opposite order.
 
 QEMU (measured on 7.2 and 10.0) trips over its own way back where `block-dirty-bitmap-enable` is the action
 that fails: if there is no such bitmap it dies, if the bitmap is in use it is left disabled. So does this.
+Of a `block-dirty-bitmap-merge` of no bitmaps at all it dies when the merge is made final.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -141,6 +142,8 @@ class Actions:
 
     def _merge(self, data: Data) -> Prepared:
         node, target = self._graph.bitmap(data["node"], data["target"])
+        if not data["bitmaps"]:
+            return Prepared(commit=self._die)
         sources = [self._source(node, source) for source in data["bitmaps"]]
         target.check()
         before = target.bits.copy()

@@ -212,6 +212,18 @@ def test_a_transaction_that_fails_to_enable_a_missing_bitmap_kills_qemu(vm):
     assert vm.events == ["segv"]
 
 
+def test_a_merge_of_no_bitmaps_kills_qemu_unless_its_transaction_fails(vm):
+    run(vm, "block-dirty-bitmap-add", node="drive-vda", name="b0")
+    nothing = {"node": "drive-vda", "target": "b0", "bitmaps": []}
+    merge = {"type": "block-dirty-bitmap-merge", "data": nothing}
+    with pytest.raises(CommandError, match="aborted"):
+        run(vm, "transaction", actions=[merge, {"type": "abort", "data": {}}])
+    assert vm.events == []
+    run(vm, "transaction", actions=[merge])
+    run(vm, "block-dirty-bitmap-merge", **nothing)
+    assert vm.events == ["segv", "segv"]
+
+
 def test_a_transaction_that_fails_to_enable_a_busy_bitmap_leaves_it_disabled(vm):
     run(vm, "block-dirty-bitmap-add", node="drive-vda", name="b0")
     bitmap = vm.graph.find("drive-vda").bitmaps["b0"]
