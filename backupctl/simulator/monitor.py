@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The monitor: QMP as QEMU speaks it, one client at a time (docs/interop/qmp-spec of QEMU)."""
 
+import codecs
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,11 +63,12 @@ class Session:
         """Greet, then serve until the client leaves. Raises HangUp."""
         self.post({"QMP": {"version": version(self._machine()), "capabilities": ["oob"]}})
         text = ""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         while True:
             data, fds = await self._channel.receive()
             for fd in fds:
                 self._machine().receive_fd(fd)
-            text += data.decode("utf-8", errors="replace")
+            text += decoder.decode(data)
             while True:
                 message, text = _next(text)
                 if message is _INCOMPLETE:
@@ -152,6 +155,8 @@ class Session:
 _INCOMPLETE: Any = object()
 _BROKEN: Any = object()
 _decoder = json.JSONDecoder()
+# A word, number or escape up to the end of what has come: more of it may follow.
+_UNFINISHED = re.compile(r"\s*|[^\s{}\[\]:,\"]+")
 
 
 def _next(text: str) -> tuple[Any, str]:
@@ -164,8 +169,7 @@ def _next(text: str) -> tuple[Any, str]:
     except RecursionError:
         return _BROKEN, ""
     except json.JSONDecodeError as err:
-        cut_short = err.pos >= len(text.rstrip()) or err.msg.startswith("Unterminated string")
-        if cut_short:
+        if err.msg.startswith("Unterminated string") or _UNFINISHED.fullmatch(text, err.pos):
             return _INCOMPLETE, text
         return _BROKEN, text.partition("\n")[2]
     return message, text[end:]

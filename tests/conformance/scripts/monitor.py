@@ -2,6 +2,7 @@
 """Greeting, negotiation, errors of the monitor itself, one client at a time."""
 
 import json
+import time
 
 from tests.conformance import subjects
 from tests.conformance.qmp import Monitor
@@ -124,6 +125,22 @@ def several_commands_in_one_packet(s: Session) -> None:
     )
     for _ in range(3):
         s.note("reply", s.monitor.reply())
+
+
+@script()
+def a_command_in_two_pieces(s: Session) -> None:
+    """Wherever it is cut, it is one command."""
+    cuts = [
+        (b'{"execute": "query-named-block-nodes", "arguments": {"flat": tr', b'ue, "surplus": 1}}\n'),
+        (b'{"execute": "block_resize", "arguments": {"size": -', b"1}}\n"),
+        (b'{"execute": "query-\\u00', b'41"}\n'),
+        (b'{"execute": "query-\xc3', b'\xa4"}\n'),
+    ]
+    for first, second in cuts:
+        s.monitor.send(first)
+        time.sleep(0.1)
+        s.monitor.send(second)
+        s.note(str(first), s.monitor.reply())
 
 
 @script()
