@@ -96,8 +96,8 @@ class Session:
         )
 
     def _parse(self, message: Any) -> tuple[str, dict[str, Any]]:
-        if message is _BROKEN:
-            raise CommandError("JSON parse error, expecting value")
+        if isinstance(message, CommandError):
+            raise message
         if not isinstance(message, dict):
             raise CommandError("QMP input must be a JSON object")
         heads = _HEADS if self._oob else _HEADS[:1]
@@ -153,26 +153,33 @@ class Session:
 
 
 _INCOMPLETE: Any = object()
-_BROKEN: Any = object()
 _decoder = json.JSONDecoder()
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # A word, number or escape up to the end of what has come: more of it may follow.
 _UNFINISHED = re.compile(r"\s*|[^\s{}\[\]:,\"]+")
 
 
 def _next(text: str) -> tuple[Any, str]:
-    """Take the first message off a text; what can't be one is dropped up to the end of its line."""
+    """Take the first message off a text; what can't be one is an error, dropped up to the end of its line."""
     text = text.lstrip()
     if not text:
         return _INCOMPLETE, ""
     try:
         message, end = _decoder.raw_decode(text)
-    except RecursionError:
-        return _BROKEN, ""
+        half = _SURROGATE.search(json.dumps(message, ensure_ascii=False))
     except json.JSONDecodeError as err:
         if err.msg.startswith("Unterminated string") or _UNFINISHED.fullmatch(text, err.pos):
             return _INCOMPLETE, text
-        return _BROKEN, text.partition("\n")[2]
+        return _broken("expecting value"), text.partition("\n")[2]
+    except (RecursionError, ValueError):  # too deep, or a number of too many digits
+        return _broken("expecting value"), ""
+    if half is not None:
+        return _broken(f"\\u{ord(half[0]):x} is not a valid Unicode character"), text[end:]
     return message, text[end:]
+
+
+def _broken(why: str) -> CommandError:
+    return CommandError(f"JSON parse error, {why}")
 
 
 def _error(err: CommandError, message: Any) -> dict[str, Any]:

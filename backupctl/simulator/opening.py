@@ -8,6 +8,7 @@ the file. It is NOT a valid qcow2 image afterwards; which clusters hold data is 
 
 import errno
 import os
+import stat
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,6 +112,10 @@ class Opener:
         path = options["filename"]
         read_only = bool(options.get("read-only"))
         descriptor = self._descriptor(path, read_only=read_only)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            self._release(path)
+            raise CommandError(f"'file' driver requires '{path}' to be a regular file")
         whose = identity(descriptor)
         if not read_only and whose in self.locked:
             os.close(descriptor)
@@ -125,10 +130,15 @@ class Opener:
 
     def _descriptor(self, path: str, *, read_only: bool) -> int:
         flags = os.O_RDONLY if read_only else os.O_RDWR
+        if not path:
+            raise CommandError("The 'file' block driver requires a file name")
+        if "\0" in path:
+            raise CommandError(f"Could not open '{path}': {os.strerror(errno.ENOENT)}")
         try:
             if path.startswith(PREFIX):
                 return self._descriptors.open(path, read_only=read_only)
-            return os.open(path, flags | os.O_CLOEXEC)
+            # A pipe must not hold up everything until somebody writes to it.
+            return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as err:
             why = os.strerror(err.errno or errno.EIO)
             if path.startswith(PREFIX):
@@ -272,5 +282,5 @@ def _virtual_size(file: Node) -> int:
 
 def identity(descriptor: int) -> tuple[int, int]:
     """Return what tells a file from all others."""
-    stat = os.fstat(descriptor)
-    return stat.st_dev, stat.st_ino
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino

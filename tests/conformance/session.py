@@ -144,9 +144,9 @@ class Session:
         return self.note(f"look at {export}", kept)
 
     @contextmanager
-    def wire(self) -> Iterator[Wire]:
+    def wire(self, timeout: float = 20.0) -> Iterator[Wire]:
         """Open a raw connection to the NBD server."""
-        with Wire(self.nbd_socket) as wire:
+        with Wire(self.nbd_socket, timeout) as wire:
             yield wire
 
     def scratch(

@@ -51,6 +51,8 @@ def qom_list(vm: Machine, given: Arguments) -> list[dict[str, Any]]:
 @command("qom-get", PROPERTY)
 def qom_get(vm: Machine, given: Arguments) -> Any:
     """Return a property of a device."""
+    if given["path"].startswith(objects.OBJECTS + "/"):
+        return objects.get_property(vm, given["path"].removeprefix(objects.OBJECTS + "/"), given["property"])
     device, wanted = _find(vm, given["path"]), given["property"]
     known = {
         "type": device.driver,
@@ -73,7 +75,9 @@ def qom_set(vm: Machine, given: Arguments) -> dict[str, Any]:
     device, wanted = _find(vm, given["path"]), given["property"]
     if wanted != "drive":
         raise CommandError(f"Property '{device.driver}.{wanted}' not found")
-    node = vm.graph.find(str(given["value"]), "")
+    if not isinstance(given["value"], str):
+        raise CommandError("Invalid parameter type for 'drive', expected: string")
+    node = vm.graph.find(given["value"], "")
     device.write_to(vm.graph, node)
     if isinstance(node, CopyBeforeWrite):
         vm.keep_moment()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The NBD server and its exports."""
 
+import errno
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -30,23 +32,29 @@ EXPORT: Form = {
     "fixed-iothread?": "bool",
 }
 _BACKLOG = 10
+_MOST_CLIENTS = 100
+_PATH_BYTES = 107  # of a socket's address
 
 
 @command(
-    "nbd-server-start", {"addr": "dict", "tls-creds?": "str", "tls-authz?": "str", "max-connections?": "int"}
+    "nbd-server-start",
+    {"addr": "dict", "tls-creds?": "str", "tls-authz?": "str", "max-connections?": "uint32"},
 )
 def nbd_server_start(vm: Machine, given: Arguments) -> dict[str, Any]:
     """Listen on a unix socket, named or handed over."""
     arguments.check({"type": ("unix", "fd"), "data": "dict"}, given["addr"], "addr.")
     if vm.nbd.running:
         raise CommandError("NBD server already running")
+    if "tls-creds" in given:
+        raise CommandError(f"No TLS credentials with id '{given['tls-creds']}'")
+    most = given.get("max-connections", _MOST_CLIENTS)
     kind, data = given["addr"]["type"], given["addr"]["data"]
     if kind == "fd":
         arguments.check({"str": "str"}, data, "addr.data.")
-        vm.nbd.start(socket.socket(fileno=vm.descriptors.take(data["str"])))
+        vm.nbd.start(socket.socket(fileno=vm.descriptors.take(data["str"])), most)
     else:
         arguments.check({"path": "str"}, data, "addr.data.")
-        vm.nbd.start(_listen(data["path"]))
+        vm.nbd.start(_listen(data["path"]), most)
     return {}
 
 
@@ -105,9 +113,16 @@ def query_block_exports(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
 
 
 def _listen(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if len(path.encode()) > _PATH_BYTES:
+        raise CommandError(f"UNIX socket path '{path}' is too long")
+    if "\0" in path:
+        raise CommandError(f"Failed to bind socket to {path}: {os.strerror(errno.ENOENT)}")
     try:
         Path(path).unlink(missing_ok=True)
+    except OSError as err:
+        raise CommandError(f"Failed to unlink socket {path}: {err.strerror}") from err
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
         listener.bind(path)
         listener.listen(_BACKLOG)
     except OSError as err:

@@ -12,6 +12,7 @@ from backupctl.simulator.machine import Machine
 from backupctl.simulator.nodes import ThrottleNode
 
 OBJECTS = "/objects"
+_MOST = 10**15
 _LIMITS: Form = {
     f"{what}-{of}{more}?": "int"
     for what in ("bps", "iops")
@@ -30,8 +31,8 @@ def object_add(vm: Machine, given: Arguments) -> dict[str, Any]:
     if given["qom-type"] != "throttle-group":
         raise CommandError(f"Parameter 'qom-type' does not accept value '{given['qom-type']}'")
     arguments.check(_GROUP, given)
-    name, limits = given["id"], given.get("limits", {})
-    arguments.check(_LIMITS, limits, "limits.")
+    name = given["id"]
+    limits = _limits({}, given.get("limits", {}), "limits.")
     if not is_id(name):
         raise CommandError("Parameter 'id' expects an identifier")
     if name in vm.opener.groups:
@@ -71,8 +72,42 @@ def set_property(vm: Machine, name: str, wanted: str, value: Any) -> None:
         raise CommandError(f"Device '{OBJECTS}/{name}' not found", "DeviceNotFound")
     if wanted != "limits":
         raise CommandError(f"Property 'throttle-group.{wanted}' not found")
-    arguments.check(_LIMITS, value)
-    vm.opener.groups[name] = value
+    if not isinstance(value, dict):
+        raise CommandError("Invalid parameter type for 'limits', expected: object")
+    vm.opener.groups[name] = _limits(vm.opener.groups[name], value)
+
+
+def get_property(vm: Machine, name: str, wanted: str) -> Any:
+    """Return the limits of a throttle group. Raises CommandError."""
+    if name not in vm.opener.groups:
+        raise CommandError(f"Device '{OBJECTS}/{name}' not found", "DeviceNotFound")
+    if wanted != "limits":
+        raise CommandError(f"Property 'throttle-group.{wanted}' not found")
+    none = {each.removesuffix("?"): int(each.endswith("-length?")) for each in _LIMITS}
+    return none | vm.opener.groups[name]
+
+
+def _limits(before: dict[str, int], given: dict[str, Any], where: str = "") -> dict[str, int]:
+    """Return limits changed as asked. Raises CommandError for what a group can't have."""
+    arguments.check(_LIMITS, given, where)
+    found = before | given
+    for what in ("bps", "iops"):
+        for more in ("", "-max"):
+            if found.get(f"{what}-total{more}") and any(
+                found.get(f"{what}-{of}{more}") for of in ("read", "write")
+            ):
+                raise CommandError(
+                    "bps/iops/max total values and read/write values cannot be used at the same time"
+                )
+    for name, value in found.items():
+        average = found.get(name.removesuffix("-max"), 0)
+        if not 0 <= value <= _MOST:
+            raise CommandError(f"bps/iops/max values must be within [0, {_MOST}]")
+        if name.endswith("-max") and value and not average:
+            raise CommandError("bps_max/iops_max require corresponding bps/iops values")
+        if name.endswith("-max") and value and value < average:
+            raise CommandError("bps_max/iops_max cannot be lower than bps/iops")
+    return found
 
 
 def _iothreads(vm: Machine) -> list[str]:

@@ -33,6 +33,7 @@ class NbdServer:
         self._on_left = on_left
         self._listener: socket.socket | None = None
         self._tasks: dict[asyncio.Task[None], Client | None] = {}
+        self._left = asyncio.Event()
         self.exports: dict[str, Export] = {}
 
     @property
@@ -40,14 +41,17 @@ class NbdServer:
         """Whether it listens."""
         return self._listener is not None
 
-    def start(self, listener: socket.socket) -> None:
-        """Serve on a listening socket, which is the server's from now on."""
+    def start(self, listener: socket.socket, most: int = 0) -> None:
+        """Serve on a listening socket, which is the server's from now on.
+
+        most: so many clients are served at once, any number if 0; more of them have to wait.
+        """
         if self._listener is not None:
             listener.close()
             raise CommandError("NBD server already running")
         listener.setblocking(False)
         self._listener = listener
-        self._run(self._accept(listener), None)
+        self._run(self._accept(listener, most), None)
 
     def stop(self) -> list[Export]:
         """Stop listening, hang up on everybody; returns the exports that went with it."""
@@ -79,9 +83,12 @@ class NbdServer:
                 client.peer.close()
                 task.cancel()
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept(self, listener: socket.socket, most: int) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            while most and sum(client is not None for client in self._tasks.values()) >= most:
+                self._left.clear()
+                await self._left.wait()
             connection, _ = await loop.sock_accept(listener)
             client = Client(Peer(connection))
             self._run(self._serve(client), client)
@@ -116,5 +123,6 @@ class NbdServer:
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.pop(task, None)
+        self._left.set()
         if not task.cancelled():
             task.result()  # an error of ours ends the process, by the loop's handler

@@ -19,6 +19,25 @@ def the_server_starts_and_stops_once(s: Session) -> None:
 def a_socket_that_cannot_be_made(s: Session) -> None:
     s.do("nbd-server-start", addr={"type": "unix", "data": {"path": str(s.folder / "absent" / "socket")}})
     s.do("nbd-server-start", addr={"type": "nonsense", "data": {}})
+    for path in ("x" * 109, str(s.folder)):
+        s.do("nbd-server-start", addr={"type": "unix", "data": {"path": path}})
+    unix = {"type": "unix", "data": {"path": str(s.nbd_socket)}}
+    s.do("nbd-server-start", addr=unix, tls_creds="absent")
+    s.do("nbd-server-start", addr=unix, max_connections=-1)
+
+
+@script()
+def of_more_clients_than_allowed_the_last_one_waits(s: Session) -> None:
+    s.do("nbd-server-start", addr={"type": "unix", "data": {"path": str(s.nbd_socket)}}, max_connections=1)
+    with s.wire() as first:
+        first.handshake()
+        with s.wire(0.3) as second:
+            try:
+                s.note("while the first is here", second.handshake())
+            except TimeoutError:
+                s.note("while the first is here", "nothing")
+    with s.wire() as third:
+        s.note("after it left", third.handshake())
 
 
 @script()

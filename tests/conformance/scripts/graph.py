@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Nodes: blockdev-add and -del, names, resizing, external snapshots."""
 
+import os
+
 from tests.conformance import subjects
 from tests.conformance.session import Session, script
 
@@ -33,8 +35,14 @@ def node_names_have_31_characters_at_most(s: Session) -> None:
 
 
 @script()
-def a_file_that_is_not_there(s: Session) -> None:
-    s.execute("blockdev-add", _node("qcow2", s.folder / "absent"))
+def a_file_that_is_none(s: Session) -> None:
+    for path in (s.folder / "absent", s.folder, "/dev/null", "", "a\0b"):
+        node = _node("qcow2", path)
+        s.execute("blockdev-add", node)
+        s.execute("blockdev-add", node | {"read-only": True})
+    os.mkfifo(s.folder / "pipe")  # for reading only, QEMU would wait for a writer, and serve nobody meanwhile
+    s.execute("blockdev-add", _node("qcow2", s.folder / "pipe"))
+    s.nodes()
 
 
 @script()

@@ -46,6 +46,17 @@ def groups_that_can_not_be(s: Session) -> None:
     group(s, "0lim")
     group(s, limits={"no-such-limit": 1})
     s.do("qom-list", our_groups, path="/objects")
+    group(s)
+    for limits in (
+        5,
+        {"bps-write": -1},
+        {"bps-write": 0, "bps-write-max": 1},
+        {"bps-write": 2, "bps-write-max": 1},
+        {"bps-total": 1},
+        {"iops-read": 1},
+    ):
+        s.execute("qom-set", {"path": "/objects/lim0", "property": "limits", "value": limits})
+    s.execute("qom-get", {"path": "/objects/lim0", "property": "limits"})
 
 
 @script()

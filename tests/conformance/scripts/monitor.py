@@ -89,6 +89,8 @@ def malformed_input(s: Session) -> None:
         b'{"nothing": 1}\n',
         b'{"execute": 5}\n',
         b'{"execute": "query-status", "more": 1}\n',
+        b'{"execute": "query-status", "id": "\\ud800"}\n',
+        b'{"execute": "blockdev-del", "arguments": {"node-name": "\\u0000 \\ud83d\\ude00"}}\n',
     ):
         s.monitor.send(line)
         s.note(line.decode(), s.monitor.reply())

@@ -21,6 +21,7 @@ def qom_tells_of_the_device(s: Session) -> None:
     s.execute("qom-get", {"path": "/machine/peripheral/vda", "property": "absent"})
     s.execute("qom-get", {"path": "/machine/peripheral/absent", "property": "drive"})
     s.execute("qom-set", PROPERTY | {"value": "absent"})
+    s.execute("qom-set", PROPERTY | {"value": 5})
     s.execute("qom-list", {"path": "/machine/peripheral/absent"})
     s.do(
         "qom-list",

@@ -25,6 +25,9 @@ NAMES = [
     "file",
     "qcow2",
     "/dev/null",
+    ".",
+    "a\0b",
+    "x" * 200,
 ]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-2, 1 << 33) | st.sampled_from(NAMES),
@@ -34,7 +37,7 @@ VALUES = st.recursive(
     ),
     max_leaves=6,
 )
-FORMLESS = {"blockdev-add": ["driver", "node-name", "file", "backing", "target", "filename", "bitmap"]}
+FORMLESS = {"blockdev-add": ["driver", "node-name", "file", "backing", "target", "filename", "read-only"]}
 FORMLESS["device_add"] = ["driver", "id", "drive"]
 QUIET = sorted(set(TABLE) - {"quit"})
 
