@@ -13,7 +13,7 @@ PREFIX = "/dev/fdset/"
 
 @dataclass
 class Member:
-    """One descriptor of a set. removed: `remove-fd` was told to take it."""
+    """One descriptor of a set. removed: `remove-fd` was told to take it. A node's duplicate outlives it."""
 
     fd: int
     opaque: str | None
@@ -45,16 +45,16 @@ class Descriptors:
         self._sets.setdefault(number, Set()).members.append(Member(fd, opaque))
         return {"fdset-id": number, "fd": fd}
 
-    def remove(self, number: int, fd: int | None, *, running: bool) -> None:
-        """Mark a set, or one of its members, for removal, and remove what can be."""
+    def remove(self, number: int, fd: int | None, *, at_once: bool) -> None:
+        """Mark a set, or one of its members, for removal, and remove what is marked."""
         found = [m for m in self._sets[number].members if fd in (None, m.fd)] if number in self._sets else []
         if not found:
             shown = f"fdset-id:{number}" + ("" if fd is None else f", fd:{fd}")
             raise CommandError(f"File descriptor named '{shown}' not found")
         for member in found:
             member.removed = True
-        if running:
-            self.sweep()
+        if at_once:
+            self._sweep(number)
 
     def describe(self) -> list[dict[str, object]]:
         """Return what `query-fdsets` shows, newest set first."""
@@ -77,27 +77,27 @@ class Descriptors:
                 return fcntl.fcntl(member.fd, fcntl.F_DUPFD_CLOEXEC, 3)
         raise PermissionError(13, os.strerror(13))
 
-    def release(self, path: str, *, running: bool) -> None:
+    def release(self, path: str, *, at_once: bool) -> None:
         """Note that a node no longer holds its duplicate."""
         number = int(path.removeprefix(PREFIX))
         if number in self._sets:
             self._sets[number].users -= 1
-        if running:
-            self.sweep()
+            if at_once:
+                self._sweep(number)
 
-    def sweep(self, *, unclaimed: bool = False) -> None:
-        """Close members that are marked and unused. unclaimed: also all that no node uses.
+    def sweep(self) -> None:
+        """Close what is marked, and all that no node uses: the last monitor client has left."""
+        for number in list(self._sets):
+            self._sweep(number, unclaimed=True)
 
-        The latter happens when the last monitor client leaves.
-        """
-        for number, chosen in list(self._sets.items()):
-            if chosen.users:
-                continue
-            for member in [m for m in chosen.members if m.removed or unclaimed]:
-                os.close(member.fd)
-                chosen.members.remove(member)
-            if not chosen.members:
-                del self._sets[number]
+    def _sweep(self, number: int, *, unclaimed: bool = False) -> None:
+        chosen = self._sets[number]
+        abandoned = unclaimed and not chosen.users
+        for member in [m for m in chosen.members if m.removed or abandoned]:
+            os.close(member.fd)
+            chosen.members.remove(member)
+        if not chosen.members and not chosen.users:
+            del self._sets[number]
 
     def name(self, name: str, fd: int) -> None:
         """Give a descriptor a name; an older one of that name is closed."""

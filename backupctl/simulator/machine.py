@@ -75,7 +75,7 @@ class Machine:
         self.descriptors = Descriptors()
         self.jobs = Jobs(self.graph, self.tell)
         self.actions = Actions(self.graph, self.jobs, settings.version, lambda: power.end("segv"))
-        self.opener = Opener(self.graph, self.descriptors, self.tell, lambda: self.running)
+        self.opener = Opener(self.graph, self.descriptors, self.tell, lambda: self.lets_go)
         self.opener.capacity, self.opener.version = faults.capacity, settings.version
         self.nbd = NbdServer(faults, self._client_left)
         self.exports: dict[str, Export] = {}
@@ -93,6 +93,11 @@ class Machine:
     def running(self) -> bool:
         """Whether the guest's processors run."""
         return self.status == "running"
+
+    @property
+    def lets_go(self) -> bool:
+        """Whether descriptors that were removed go at once: before 9.1 only while the processors run."""
+        return self.running or self.settings.version >= (9, 1, 0)
 
     @property
     def nbd_clients(self) -> int:
@@ -118,17 +123,16 @@ class Machine:
             os.close(self.received_fd)
         self.received_fd = fd
 
-    def client_left(self) -> None:
-        """A monitor's client is gone, and with it what it sent and nothing uses."""
+    def clients_left(self) -> None:
+        """The last client of a monitor is gone, and with it what was sent and nothing uses."""
         self.receive_fd(None)
-        self.descriptors.sweep(unclaimed=True)
+        if self.lets_go:
+            self.descriptors.sweep()
 
     def set_status(self, status: str) -> None:
-        """Run or stop the guest's processors; descriptors that waited for it are let go."""
+        """Run or stop the guest's processors."""
         self.status = status
         self.guest.running = self.running
-        if self.running:
-            self.descriptors.sweep()
 
     def keep_moment(self) -> None:
         """Copy all disks as they are now, if that was asked for."""

@@ -20,10 +20,14 @@ _HEADS = ("execute", "exec-oob")
 
 
 class Monitor:
-    """One monitor socket. machine: returns the machine that stands at the moment."""
+    """One monitor socket.
 
-    def __init__(self, path: Path, machine: Callable[[], Machine]) -> None:
+    machine: returns the machine that stands at the moment. on_left: called when the client is gone.
+    """
+
+    def __init__(self, path: Path, machine: Callable[[], Machine], on_left: Callable[[], None]) -> None:
         self._machine = machine
+        self._on_left = on_left
         self._session: Session | None = None
         self.door = Door(path, self._serve)
 
@@ -43,7 +47,7 @@ class Monitor:
             await self._session.run()
         finally:
             self._session = None
-            self._machine().client_left()
+            self._on_left()
 
 
 class Session:

@@ -55,15 +55,15 @@ Options = Mapping[str, Any]
 class Opener:
     """Makes nodes.
 
-    running: whether the guest runs; only then does QEMU let go of descriptors at once.
+    lets_go: whether QEMU lets go of descriptors at once.
     groups: throttle groups with their limits. version: of QEMU.
     capacity: how much the file of a qcow2 node of this name may take, None for any amount.
     """
 
     def __init__(
-        self, graph: Graph, descriptors: Descriptors, tell: Teller, running: Callable[[], bool]
+        self, graph: Graph, descriptors: Descriptors, tell: Teller, lets_go: Callable[[], bool]
     ) -> None:
-        self._running = running
+        self._lets_go = lets_go
         self._graph = graph
         self._descriptors = descriptors
         self._tell = tell
@@ -158,7 +158,7 @@ class Opener:
 
     def _release(self, path: str) -> None:
         if path.startswith(PREFIX):
-            self._descriptors.release(path, running=self._running())
+            self._descriptors.release(path, at_once=self._lets_go())
 
     def _raw(self, name: str, options: Options) -> RawNode:
         file = self._child(options, "file")

@@ -76,7 +76,7 @@ class Process:
         self._settings = settings
         self._faults = faults
         self._writes_per_second = writes_per_second
-        self._monitors = [Monitor(path, lambda: self.machine) for path in sockets.monitors]
+        self._monitors = [Monitor(path, lambda: self.machine, self._client_left) for path in sockets.monitors]
         self._others: list[Agent | Control] = []
         if sockets.agent:
             self._others.append(Agent(sockets.agent, lambda: self.machine))
@@ -113,6 +113,10 @@ class Process:
         if self._writes_per_second:
             made.guest.start(self._writes_per_second)
         return made
+
+    def _client_left(self) -> None:
+        if not any(monitor.in_use for monitor in self._monitors):
+            self.machine.clients_left()
 
     def _tell(self, event: dict[str, Any]) -> None:
         for monitor in self._monitors:

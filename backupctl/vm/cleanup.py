@@ -174,8 +174,8 @@ def _beneath(monitor: Monitor, top: str) -> NodeName | None:
 def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
     """Remove our descriptor sets.
 
-    QEMU marks them and lets go at once while the guest runs, else when it runs again (measured; its
-    monitor/fds.c asks runstate_is_running).
+    QEMU marks them and lets go at once while the guest runs, else (before 9.1) when they are removed again or
+    the monitor's last client leaves while it runs (measured; its monitor/fds.c asks runstate_is_running).
     """
     before = _fdsets(monitor, owner)
     for each in before:

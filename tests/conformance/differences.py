@@ -72,6 +72,15 @@ ALLOWED = [
         "Failed to find .*",
     ),
     Allowed(
+        "fdset-of-stopped",
+        VERSIONS,
+        "While the processors stand still a removed descriptor set stays on 7.2, and later on too.",
+        "descriptors:a_stopped_machine_may_keep_a_removed_set",
+        r"replies\[[247] query-fdsets\]\.return",
+        r"\[\{'fds': \[\{'fd': '<fd>'\}\], 'fdset-id': 7\}\]",
+        r"\[\]",
+    ),
+    Allowed(
         "transaction-property-text",
         VERSIONS,
         "A capital letter in the text went away.",

@@ -146,24 +146,32 @@ class RealQemu:
 
 
 class Simulator:
-    """`backupctl simulate`; what the guest does goes through its control socket, one JSON line each."""
+    """`backupctl simulate`; what the guest does goes through its control socket, one JSON line each.
+
+    Its second monitor has a client, too: QEMU asks whether any client is left.
+    """
 
     def __init__(self, process: Process) -> None:
         self._process = process
         self.folder = process.folder
         self.qmp = self.folder / "qmp"
+        self._connect()
+
+    def _connect(self) -> None:
         self._control = Monitor(self.folder / "control")
+        self._second = Monitor(self.folder / "hmp")
 
     def restart(self, *, kill: bool) -> None:
-        self._control.close()
+        self.__exit__()
         self._process.restart(kill=kill)
-        self._control = Monitor(self.folder / "control")
+        self._connect()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._control.close()
+        self._second.close()
 
     def write(self, disk: str, pattern: int, offset: int, length: int) -> None:
         self._order("write", disk=disk, offset=offset, length=length, pattern=pattern)
@@ -257,6 +265,7 @@ def _simulator_command(name: str, folder: Path, extras: frozenset[str]) -> list[
         command += ["--disk", "vdc=4M,readonly=on"]
     if "cd" in extras:
         command += ["--cdrom", "cd0"]
+    command += ["--qmp", str(folder / "hmp")]
     for socket in ("qmp", "agent", "control"):
         command += [f"--{socket}", str(folder / socket)]
     return command

@@ -24,7 +24,7 @@ def add_fd(vm: Machine, given: Arguments) -> dict[str, Any]:
 @command("remove-fd", {"fdset-id": "int", "fd?": "int"})
 def remove_fd(vm: Machine, given: Arguments) -> dict[str, Any]:
     """Remove a set, or one descriptor of it."""
-    vm.descriptors.remove(given["fdset-id"], given.get("fd"), running=vm.running)
+    vm.descriptors.remove(given["fdset-id"], given.get("fd"), at_once=vm.lets_go)
     return {}
 
 

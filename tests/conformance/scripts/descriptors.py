@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.conformance import subjects
+from tests.conformance.qmp import Monitor
 from tests.conformance.session import Session, script
 
 # QEMU 7.2 forgets a removed descriptor set only while the machine runs, hence "running" (`subjects`).
@@ -78,8 +79,39 @@ def a_scratch_file_without_a_name_serves_a_node(s: Session) -> None:
     s.fleece()
     s.subject.write("vda", 7, 0, 65536)
     s.end_job()
+    s.do("remove-fd", fdset_id=7)
+    s.do("query-fdsets")
     s.do("blockdev-del", node_name="tmp0")
     s.do("remove-fd", fdset_id=7)
+    s.do("query-fdsets")
+
+
+@script("running")
+def descriptors_outlive_their_client_while_another_is_there(s: Session) -> None:
+    with opened(subjects.image(s.folder / "f")) as fd:
+        s.do("add-fd", fd=fd, fdset_id=7)
+        s.do("getfd", fd=fd, fdname="x")
+    s.monitor.close()
+    s.monitor = Monitor(s.subject.qmp)
+    s.monitor.receive()
+    s.do("qmp_capabilities")
+    s.do("query-fdsets")
+    s.do("closefd", fdname="x")
+
+
+@script()
+def a_stopped_machine_may_keep_a_removed_set(s: Session) -> None:
+    with opened(subjects.image(s.folder / "f")) as fd:
+        s.do("add-fd", fd=fd, fdset_id=7)
+    s.do("remove-fd", fdset_id=7)
+    s.do("query-fdsets")
+    s.do("cont")
+    s.do("query-fdsets")
+    with opened(subjects.image(s.folder / "g")) as fd:
+        s.do("add-fd", fd=fd, fdset_id=8)
+    s.do("remove-fd", fdset_id=8)
+    s.do("query-fdsets")
+    s.monitor.execute("remove-fd", {"fdset-id": 7})
     s.do("query-fdsets")
 
 
