@@ -96,6 +96,10 @@ class Node:
         """Make a range read as zeroes. Raises OSError."""
         self._change(offset, length, lambda: self._zero(offset, length))
 
+    def zeroes_fast(self, offset: int, length: int) -> bool:  # noqa: ARG002 - most nodes can anywhere
+        """Whether a range can be zeroed without writing. Raises OSError."""
+        return True
+
     def discard(self, offset: int, length: int) -> None:
         """Give up a range where the node heeds discards. Raises OSError."""
         if self.discards:
@@ -289,6 +293,16 @@ class Qcow2Node(Node):
             else:
                 yield part, Extent.HOLE | Extent.ZERO
 
+    def zeroes_fast(self, offset: int, length: int) -> bool:
+        """See `Node`."""
+        first, last = self._whole_clusters(offset, length)
+        ends = (
+            ((offset, length),)
+            if last < first
+            else ((offset, first - offset), (last, offset + length - last))
+        )
+        return not any(self._must_write(start, part) for start, part in ends)
+
     def _write(self, offset: int, data: Bytes) -> None:
         self._allocate(offset, len(data))
         self.store.write(offset, data)
@@ -332,14 +346,21 @@ class Qcow2Node(Node):
 
     def _blank(self, offset: int, length: int) -> None:
         """Zero a part of one cluster: all of it where the rest reads as zeroes too, else by writing."""
-        start = offset // self.store.cluster * self.store.cluster
-        whole = min(self.store.cluster, self.size - start)
-        if not length:
-            return
-        if any(flags == Extent.DATA for _, flags in self.extents(start, whole)):
+        start, whole = self._cluster_of(offset)
+        if self._must_write(offset, length):
             self._write(offset, bytes(length))
-        else:
+        elif length:
             self.store.punch(start, whole, State.ZERO)
+
+    def _must_write(self, offset: int, length: int) -> bool:
+        """Whether the rest of the cluster, of which a part is to be zeroed, does not read as zeroes."""
+        return bool(length) and any(
+            flags == Extent.DATA for _, flags in self.extents(*self._cluster_of(offset))
+        )
+
+    def _cluster_of(self, offset: int) -> tuple[int, int]:
+        start = offset // self.store.cluster * self.store.cluster
+        return start, min(self.store.cluster, self.size - start)
 
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
         cluster, end = self.store.cluster, offset + length

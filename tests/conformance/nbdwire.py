@@ -108,6 +108,11 @@ class Wire:
             assert self.option(OPTIONS["STRUCTURED_REPLY"]) == [("ACK", "")]
         return self.option(OPTIONS["GO"], named(export))
 
+    def export_name(self, export: str, *, padded: bool) -> str:
+        """Enter transmission in the oldest way; return what the server tells of the export."""
+        self.send(struct.pack(">QII", IHAVEOPT, OPTIONS["EXPORT_NAME"], len(export)) + export.encode())
+        return self._exactly(134 if padded else 10).hex()
+
     def request(
         self,
         command: int,

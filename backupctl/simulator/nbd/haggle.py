@@ -55,10 +55,13 @@ class Haggle:
         if flags & ~(_FIXED_NEWSTYLE | _NO_ZEROES):
             raise Gone
         self._no_zeroes = bool(flags & _NO_ZEROES)
+        fixed = bool(flags & _FIXED_NEWSTYLE)
         while self.choice.export is None:
             magic, option, length = wire.OPTION.unpack(await self._peer.receive(wire.OPTION.size))
             if magic != wire.OPTION_MAGIC or length > wire.MAX_REQUEST_BYTES:
                 raise Gone
+            if not fixed and option != Option.EXPORT_NAME:
+                raise Gone  # such a client knows no other answer
             await self._handle(option, bytes(await self._peer.receive(length)))
         return self.choice
 
@@ -112,7 +115,7 @@ class Haggle:
         await self._answer(option, Answer.POLICY, b"there is no TLS here")
 
     async def _info(self, option: int, data: bytes) -> None:
-        name, rest = _text(data)
+        name, rest = _name(data)
         (count,) = _unpack(">H", rest)
         if len(rest) != 2 + 2 * count:
             raise Malformed("the count of requests is wrong")
@@ -138,10 +141,10 @@ class Haggle:
         return [*pieces, struct.pack(">HQH", _INFO_EXPORT, export.node.size, flags)]
 
     async def _contexts(self, option: int, data: bytes) -> None:
-        if not self.choice.structured:
+        setting = option == Option.SET_META_CONTEXT
+        if setting and not self.choice.structured:
             raise Malformed("meta contexts need structured replies")
         name, queries = _queries(data)
-        setting = option == Option.SET_META_CONTEXT
         if setting:
             self.choice.contexts = {}
         export = self._exports.get(name)
@@ -174,7 +177,7 @@ def _matching(export: Export, queries: list[str], *, setting: bool) -> dict[str,
 
 
 def _queries(data: bytes) -> tuple[str, list[str]]:
-    name, rest = _text(data)
+    name, rest = _name(data)
     (count,) = _unpack(">I", rest)
     rest = rest[4:]
     queries = []
@@ -184,6 +187,13 @@ def _queries(data: bytes) -> tuple[str, list[str]]:
     if rest:
         raise Malformed("more data than queries")
     return name, queries
+
+
+def _name(data: bytes) -> tuple[str, bytes]:
+    name, rest = _text(data)
+    if len(data) - len(rest) - 4 > wire.MAX_NAME_BYTES:
+        raise Malformed("a name is too long")
+    return name, rest
 
 
 def _text(data: bytes) -> tuple[str, bytes]:

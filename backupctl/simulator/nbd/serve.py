@@ -6,6 +6,7 @@ import errno
 import itertools
 import struct
 from dataclasses import dataclass
+from typing import NoReturn
 
 from backupctl.simulator.faults import Faults, Stream
 from backupctl.simulator.nbd import wire
@@ -58,9 +59,11 @@ class Conversation:
             if magic == wire.REQUEST_MAGIC and command == Command.DISCONNECT:
                 return
             request = Request(RequestFlag(flags), command, cookie, offset, length)
+            if magic != wire.REQUEST_MAGIC:
+                await self._break(request, "wrong magic number")
             payload = await self._payload(request)
             try:
-                self._check(request, magic)
+                self._check(request)
                 await self._do(request, payload)
             except OSError as err:
                 await self._fail(request, err)
@@ -69,12 +72,15 @@ class Conversation:
         if request.command != Command.WRITE:
             return bytearray()
         if request.length > wire.MAX_REQUEST_BYTES:
-            raise Gone  # nobody wants to skip that much
+            await self._break(request, "too large")  # nobody wants to skip that much
         return await self._peer.receive(request.length)
 
-    def _check(self, request: Request, magic: int) -> None:
-        if magic != wire.REQUEST_MAGIC:
-            raise OSError(errno.EINVAL, "wrong magic number")
+    async def _break(self, request: Request, why: str) -> NoReturn:
+        """Answer, and hang up: where the next request begins can't be known. Raises Gone."""
+        await self._fail(request, OSError(errno.EINVAL, why))
+        raise Gone
+
+    def _check(self, request: Request) -> None:
         allowed = _ALLOWED.get(Command(request.command)) if request.command in list(Command) else None
         if allowed is None or int(request.flags) & ~int(allowed):
             raise OSError(errno.EINVAL, "unknown command or flag")
@@ -98,6 +104,10 @@ class Conversation:
             case Command.WRITE:
                 node.write(request.offset, payload)
             case Command.WRITE_ZEROES:
+                if request.flags & RequestFlag.FAST_ZERO and not node.zeroes_fast(
+                    request.offset, request.length
+                ):
+                    raise OSError(errno.ENOTSUP, "not faster than a write")
                 node.zero(request.offset, request.length)
             case Command.TRIM:
                 node.discard(request.offset, request.length)

@@ -31,6 +31,19 @@ def client_flags_that_nobody_knows(s: Session) -> None:
 
 
 @script()
+def a_client_of_before_fixed_newstyle_may_only_name_its_export(s: Session) -> None:
+    served(s)
+    for option in ("LIST", "ABORT", "GO"):
+        with s.wire() as wire:
+            wire.handshake(flags=0)
+            s.note(option, wire.option(OPTIONS[option]))
+    with s.wire() as wire:
+        wire.handshake(flags=0)
+        s.note("export name", wire.export_name("disk", padded=True))
+        s.note("read", wire.request(COMMANDS["READ"], 0, 512))
+
+
+@script()
 def list_tells_the_exports(s: Session) -> None:
     served(s)
     with s.wire() as wire:
@@ -47,6 +60,7 @@ def info_and_go(s: Session) -> None:
         s.note("info", wire.option(OPTIONS["INFO"], named("disk")))
         s.note("info with all", wire.option(OPTIONS["INFO"], named("disk", 1, 2, 3, 77)))
         s.note("info absent", wire.option(OPTIONS["INFO"], named("absent")))
+        s.note("info name too long", wire.option(OPTIONS["INFO"], named("n" * 4097)))
         s.note("info short", wire.option(OPTIONS["INFO"], b"\0\0"))
         s.note("info name too long for its option", wire.option(OPTIONS["INFO"], struct.pack(">IH", 99, 0)))
         s.note("go absent", wire.option(OPTIONS["GO"], named("absent")))
@@ -96,6 +110,7 @@ def meta_contexts_need_structured_replies(s: Session) -> None:
     with s.wire() as wire:
         wire.handshake()
         s.note("set", wire.option(OPTIONS["SET_META_CONTEXT"], contexts("disk", "base:allocation")))
+        s.note("list", wire.option(OPTIONS["LIST_META_CONTEXT"], contexts("disk")))
 
 
 @script()
@@ -143,12 +158,15 @@ def reads_at_and_beyond_the_end(s: Session) -> None:
 
 
 @script()
-def a_read_that_is_too_large(s: Session) -> None:
+def requests_that_are_too_large(s: Session) -> None:
     served(s)
     with s.wire() as wire:
         wire.handshake()
         wire.go("disk")
         s.note("read 64 MiB", wire.request(COMMANDS["READ"], 0, 64 << 20))
+        s.note("read goes on", wire.request(COMMANDS["READ"], 0, 512, flags=4))
+        s.note("write 64 MiB", wire.request(COMMANDS["WRITE"], 0, 64 << 20))
+        s.note("no further", wire.request(COMMANDS["READ"], 0, 512, flags=4))
 
 
 @script()
@@ -183,6 +201,7 @@ def a_request_with_a_wrong_magic_number(s: Session) -> None:
         wire.handshake()
         wire.go("disk")
         s.note("wrong magic", wire.request(COMMANDS["READ"], 0, 512, magic=0xDEADBEEF))
+        s.note("no further", wire.request(COMMANDS["READ"], 0, 512, flags=4))
 
 
 @script()
@@ -220,6 +239,9 @@ def simple_replies_for_a_plain_client(s: Session) -> None:
         wire.handshake()
         s.note("go", wire.go("disk", structured=False))
         s.note("write", wire.request(COMMANDS["WRITE"], 0, 512, payload=b"x" * 512))
+        for offset, length in ((0, 512), (0, 65536), (65536, 512), (1000, 200000)):
+            s.note("zero fast", wire.request(COMMANDS["WRITE_ZEROES"], offset, length, flags=16))
+            wire.request(COMMANDS["WRITE"], 0, 512, payload=b"x" * 512)
         s.note("write beyond the end", wire.request(COMMANDS["WRITE"], 4194304, 512, payload=b"x" * 512))
         s.note("zero", wire.request(COMMANDS["WRITE_ZEROES"], 0, 65536))
         s.note("trim", wire.request(COMMANDS["TRIM"], 65536, 65536))
