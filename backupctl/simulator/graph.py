@@ -11,6 +11,7 @@ from backupctl.simulator.nodes import Link, Node
 
 MAX_NODE_NAME = 31
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
+UNNAMED = "an unnamed block device"
 OUTSIDE = ("device", "export")
 """Roles of users that are no nodes: QEMU's block backends."""
 
@@ -141,6 +142,25 @@ def chain(node: Node | None) -> Iterator[Node]:
     while node is not None:
         yield node
         node = node.child("backing") or (None if node.driver == "qcow2" else node.child("file"))
+
+
+def refuse(node: Node, what: str, wanting: str, holding: str) -> CommandError:
+    """Return the error for a node that one user would use in a way that another one forbids.
+
+    what: the permission. wanting, holding: the two users, in the words of `shown`.
+    """
+    return CommandError(
+        f"Permission conflict on node '{node.name}': permissions '{what}' are both required by {wanting} "
+        f"and unshared by {holding}."
+    )
+
+
+def shown(link: Link) -> str:
+    """Tell of a use of a node, as QEMU does in messages."""
+    if link.user is not None:
+        return f"node '{link.name}' (uses node '{link.node.name}' as '{link.role}' child)"
+    user = link.name if link.role == "export" else f"block device '{link.name}'"
+    return f"{user} (uses node '{link.node.name}' as 'root' child)"
 
 
 def is_id(text: str) -> bool:

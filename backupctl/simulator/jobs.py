@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.filters import CopyBeforeWrite
-from backupctl.simulator.graph import Graph, is_id
+from backupctl.simulator.graph import Graph, is_id, refuse, shown
 from backupctl.simulator.nodes import Extent, Link, Node, Teller
 
 BUSY = "block device is in use by block job: backup"
@@ -139,14 +139,11 @@ class Jobs:
         for link in stays:
             other = link.user
             if isinstance(other, CopyBeforeWrite) and other is not keeper:
+                refusal = refuse(source, "write", shown(keeper.children["file"]), shown(link))
                 self._graph.drop(keeper)
                 for status in ("created", "null"):
                     self._tell("JOB_STATUS_CHANGE", {"id": name, "status": status})
-                raise CommandError(
-                    f"Permission conflict on node '{source.name}': permissions 'write' are both required by "
-                    f"node '{keeper.name}' (uses node '{source.name}' as 'file' child) and unshared by "
-                    f"node '{other.name}' (uses node '{source.name}' as 'file' child)."
-                )
+                raise refusal
         self._graph.replace(source, keeper)
 
     def _conclude(self, job: Job, event: str) -> None:

@@ -7,8 +7,11 @@ from backupctl.simulator import describe
 from backupctl.simulator.arguments import Form
 from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.failure import CommandError
-from backupctl.simulator.graph import descendants
+from backupctl.simulator.filters import CopyBeforeWrite
+from backupctl.simulator.graph import UNNAMED, descendants, refuse, shown
+from backupctl.simulator.guest import BLOCK
 from backupctl.simulator.machine import Machine
+from backupctl.simulator.nodes import Link
 
 
 @open_command("blockdev-add")
@@ -41,18 +44,33 @@ RESIZE: Form = {"device?": "str", "node-name?": "str", "size": "int"}
 def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
     """Make a disk larger or smaller."""
     device, name = given.get("device", ""), given.get("node-name", "")
-    node = vm.graph.find(name or device, device)
+    node = vm.graph.find(name, device)
     if given["size"] < 0:
         raise CommandError("Parameter 'size' expects a >0 size")
     if node.blockers and vm.settings.version < (8, 0, 0):
         raise CommandError(f"Device '{given.get('device', '(null)')}' is in use")
     if node.blockers:
         raise CommandError(f"Node '{node.name}' is busy: {node.blockers[-1]}")
+    fixed = next((link for link in node.parents if _fixes_size(link)), None)
+    if fixed is not None:
+        raise refuse(node, "resize", shown(Link("export", None, UNNAMED, node)), shown(fixed))
+    if node.read_only:
+        raise CommandError("Image is read-only")
+    if node.driver == "qcow2" and given["size"] % BLOCK:
+        raise CommandError(f"The new size must be a multiple of {BLOCK}")
+    for bitmap in node.bitmaps.values():
+        bitmap.check()
     try:
         node.resize(given["size"])
     except OSError as err:
         raise CommandError(f"Could not resize: {err.strerror}") from err
     return {}
+
+
+def _fixes_size(link: Link) -> bool:
+    return link.role in ("export", "target") or (
+        link.role == "file" and isinstance(link.user, CopyBeforeWrite) and bool(link.user.parents)
+    )
 
 
 @command("blockdev-snapshot", {"node": "str", "overlay": "str"})

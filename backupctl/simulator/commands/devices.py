@@ -10,8 +10,9 @@ from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.disks import Device
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.filters import CopyBeforeWrite
-from backupctl.simulator.graph import writing_device
+from backupctl.simulator.graph import refuse, shown, writing_device
 from backupctl.simulator.machine import Machine
+from backupctl.simulator.nodes import Link
 
 PERIPHERAL = "/machine/peripheral"
 _DISKS = ("virtio-blk-pci", "scsi-hd", "virtio-blk")
@@ -101,11 +102,7 @@ def device_add(vm: Machine, given: Arguments) -> dict[str, Any]:
     node = vm.graph.nodes[drive]
     device = Device(name, driver, None)
     if other := writing_device(node):
-        raise CommandError(
-            f"Permission conflict on node '{drive}': permissions 'write' are both required by block device "
-            f"'{other.name}' (uses node '{drive}' as 'root' child) and unshared by block device "
-            f"'{device.qdev}' (uses node '{drive}' as 'root' child)."
-        )
+        raise refuse(node, "write", shown(other), shown(Link("device", None, device.qdev, node)))
     device.write_to(vm.graph, node)
     vm.devices[name] = device
     return {}

@@ -13,10 +13,10 @@ from backupctl.simulator.commands.bitmaps import check_sources
 from backupctl.simulator.commands.table import Arguments, command
 from backupctl.simulator.dirty import DirtyBitmap
 from backupctl.simulator.failure import CommandError
-from backupctl.simulator.graph import chain, is_id, writing_device
+from backupctl.simulator.graph import UNNAMED, chain, is_id, refuse, shown, writing_device
 from backupctl.simulator.machine import Machine
 from backupctl.simulator.nbd.export import Export
-from backupctl.simulator.nodes import Node
+from backupctl.simulator.nodes import Link, Node
 
 EXPORT: Form = {
     "type": ("nbd",),
@@ -84,7 +84,7 @@ def block_export_add(vm: Machine, given: Arguments) -> dict[str, Any]:
     bitmaps = _bitmaps(vm, node, given.get("bitmaps", []), writable=writable)
     for bitmap in bitmaps:
         bitmap.busy += 1
-    link = vm.graph.link("export", None, "an unnamed block device", node)
+    link = vm.graph.link("export", None, UNNAMED, node)
     export = Export(given["id"], name, link, writable, given.get("description", ""))
     export.depth, export.bitmaps = bool(given.get("allocation-depth")), bitmaps
     vm.exports[export.id] = vm.nbd.exports[name] = export
@@ -134,11 +134,7 @@ def _listen(path: str) -> socket.socket:
 def _check_sole_writer(node: Node) -> None:
     device = writing_device(node)
     if device is not None:
-        raise CommandError(
-            f"Permission conflict on node '{node.name}': permissions 'write' are both required by an unnamed "
-            f"block device (uses node '{node.name}' as 'root' child) and unshared by block device "
-            f"'{device.name}' (uses node '{node.name}' as 'root' child)."
-        )
+        raise refuse(node, "write", shown(Link("export", None, UNNAMED, node)), shown(device))
 
 
 def _bitmaps(vm: Machine, node: Node, wanted: list[Any], *, writable: bool) -> tuple[DirtyBitmap, ...]:

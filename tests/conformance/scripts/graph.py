@@ -109,8 +109,15 @@ def a_disk_shrinks(s: Session) -> None:
     s.bitmaps("drive-vdb")
 
 
-@script()
+@script("readonly")
 def resize_errors(s: Session) -> None:
+    s.do("block_resize", node_name="drive-vdc", size=2 * subjects.SIZE)
+    s.do("block_resize", device="drive-vda", size=2 * subjects.SIZE)
+    s.do("block_resize", node_name="drive-vda", size=subjects.SIZE + 1)
+    s.serve()
+    s.export("drive-vda", name="disk")
+    s.do("block_resize", node_name="drive-vda", size=2 * subjects.SIZE)
+    s.unexport()
     s.do("block_resize", node_name="absent", size=1 << 20)
     s.do("block_resize", size=1 << 20)
     s.do("block_resize", node_name="drive-vda", size=-1)

@@ -64,6 +64,7 @@ def an_inconsistent_bitmap_can_only_be_removed(s: Session) -> None:
     _two_loaded(s)
     s.restart(kill=True)
     _add(s, "good")
+    s.do("block_resize", node_name="drive-vda", size=8 << 20)
     for command in ("enable", "disable", "clear"):
         s.do(f"block-dirty-bitmap-{command}", node="drive-vda", name="kept")
     s.do("block-dirty-bitmap-merge", node="drive-vda", target="good", bitmaps=["kept"])

@@ -34,6 +34,7 @@ def qom_tells_of_the_device(s: Session) -> None:
 def the_filter_goes_in_and_out(s: Session) -> None:
     filtered(s)
     s.do("query-block", lambda drives: sorted(d["inserted"]["node-name"] for d in drives))
+    s.do("block_resize", node_name="tmp0", size=8 << 20)
     s.do("blockdev-del", node_name="cbw0")
     s.execute("qom-set", PROPERTY | {"value": "drive-vda"})
     s.do("blockdev-del", node_name="cbw0")
