@@ -12,8 +12,9 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from backupctl.simulator.failure import CommandError
 from backupctl.simulator.faults import BadFault, number
-from backupctl.simulator.graph import Graph
+from backupctl.simulator.graph import Graph, check_filters
 from backupctl.simulator.nodes import FileNode, Link, Node, Qcow2Node, RawNode, Teller
 from backupctl.simulator.opening import DATA_OFFSET, Opener, RawFile, identity
 from backupctl.simulator.store import kept_clusters
@@ -70,11 +71,17 @@ class Device:
         return f"/machine/peripheral/{self.name}/virtio-backend" if self.driver in VIRTIO else self.name
 
     def write_to(self, graph: Graph, node: Node) -> None:
-        """Hang the device on a node."""
+        """Hang the device on a node. Raises CommandError, and has then changed nothing."""
         if self.link is None:
             self.link = graph.link("device", None, self.qdev, node)
-        else:
-            graph.move(self.link, node)
+            return
+        before = self.link.node
+        graph.move(self.link, node)
+        try:
+            check_filters(node)
+        except CommandError:
+            graph.move(self.link, before)
+            raise
 
 
 def open_disk(spec: DiskSpec, folder: Path, graph: Graph, tell: Teller, opener: Opener) -> Node:

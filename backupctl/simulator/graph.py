@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from backupctl.simulator.dirty import DirtyBitmap
 from backupctl.simulator.failure import CommandError
+from backupctl.simulator.filters import CopyBeforeWrite
 from backupctl.simulator.nodes import Link, Node
 
 MAX_NODE_NAME = 31
@@ -142,6 +143,32 @@ def chain(node: Node | None) -> Iterator[Node]:
     while node is not None:
         yield node
         node = node.child("backing") or (None if node.driver == "qcow2" else node.child("file"))
+
+
+def check_filters(node: Node) -> None:
+    """Raise CommandError where somebody writes to a node past a copy-before-write filter that is in use.
+
+    node: a filter, or what lies under filters.
+    """
+    below = node.file if isinstance(node, CopyBeforeWrite) else node
+    for held in filters_in_use(below):
+        writer = next((each for each in below.parents if each is not held and _writes(each)), None)
+        if writer is not None:
+            raise refuse(below, "write", shown(writer), shown(held))
+
+
+def filters_in_use(node: Node) -> list[Link]:
+    """Return the uses of a node by copy-before-write filters that somebody uses in turn."""
+    filters = [
+        link for link in node.parents if link.role == "file" and isinstance(link.user, CopyBeforeWrite)
+    ]
+    return [link for link in filters if link.user is not None and link.user.parents]
+
+
+def _writes(link: Link) -> bool:
+    if link.role == "device":
+        return not link.node.read_only
+    return isinstance(link.user, CopyBeforeWrite) and any(_writes(each) for each in link.user.parents)
 
 
 def refuse(node: Node, what: str, wanting: str, holding: str) -> CommandError:

@@ -19,7 +19,7 @@ from backupctl.simulator import arguments
 from backupctl.simulator.descriptors import PREFIX, Descriptors
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.filters import CopyBeforeWrite, SnapshotAccess
-from backupctl.simulator.graph import Graph
+from backupctl.simulator.graph import Graph, check_filters
 from backupctl.simulator.nodes import FileNode, Node, Qcow2Node, RawNode, Teller, ThrottleNode, protocol_of
 from backupctl.simulator.store import CLUSTER, ClusterStore, RawStore, States
 
@@ -96,6 +96,12 @@ class Opener:
         node.owned = owned
         node.discards = options.get("discard") in ("unmap", "on")
         self._graph.add(node)
+        try:
+            for link in node.children.values():
+                check_filters(link.node)
+        except CommandError:
+            self._graph.drop(node)
+            raise
         return node
 
     def _child(self, options: Options, role: str) -> Node:

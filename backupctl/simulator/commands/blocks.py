@@ -7,8 +7,7 @@ from backupctl.simulator import describe
 from backupctl.simulator.arguments import Form
 from backupctl.simulator.commands.table import Arguments, command, open_command
 from backupctl.simulator.failure import CommandError
-from backupctl.simulator.filters import CopyBeforeWrite
-from backupctl.simulator.graph import UNNAMED, descendants, refuse, shown
+from backupctl.simulator.graph import UNNAMED, descendants, filters_in_use, refuse, shown
 from backupctl.simulator.guest import BLOCK
 from backupctl.simulator.machine import Machine
 from backupctl.simulator.nodes import Link
@@ -51,7 +50,8 @@ def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
         raise CommandError(f"Device '{given.get('device', '(null)')}' is in use")
     if node.blockers:
         raise CommandError(f"Node '{node.name}' is busy: {node.blockers[-1]}")
-    fixed = next((link for link in node.parents if _fixes_size(link)), None)
+    fixed = next((each for each in node.parents if each.role in ("export", "target")), None)
+    fixed = fixed or next(iter(filters_in_use(node)), None)
     if fixed is not None:
         raise refuse(node, "resize", shown(Link("export", None, UNNAMED, node)), shown(fixed))
     if node.read_only:
@@ -65,12 +65,6 @@ def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
     except OSError as err:
         raise CommandError(f"Could not resize: {err.strerror}") from err
     return {}
-
-
-def _fixes_size(link: Link) -> bool:
-    return link.role in ("export", "target") or (
-        link.role == "file" and isinstance(link.user, CopyBeforeWrite) and bool(link.user.parents)
-    )
 
 
 @command("blockdev-snapshot", {"node": "str", "overlay": "str"})

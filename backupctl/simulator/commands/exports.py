@@ -13,7 +13,16 @@ from backupctl.simulator.commands.bitmaps import check_sources
 from backupctl.simulator.commands.table import Arguments, command
 from backupctl.simulator.dirty import DirtyBitmap
 from backupctl.simulator.failure import CommandError
-from backupctl.simulator.graph import UNNAMED, chain, is_id, refuse, shown, writing_device
+from backupctl.simulator.graph import (
+    UNNAMED,
+    chain,
+    check_filters,
+    filters_in_use,
+    is_id,
+    refuse,
+    shown,
+    writing_device,
+)
 from backupctl.simulator.machine import Machine
 from backupctl.simulator.nbd.export import Export
 from backupctl.simulator.nodes import Link, Node
@@ -82,9 +91,14 @@ def block_export_add(vm: Machine, given: Arguments) -> dict[str, Any]:
     if writable:
         _check_sole_writer(node)
     bitmaps = _bitmaps(vm, node, given.get("bitmaps", []), writable=writable)
+    link = vm.graph.link("export", None, UNNAMED, node)
+    try:
+        check_filters(node)
+    except CommandError:
+        vm.graph.unlink(link)
+        raise
     for bitmap in bitmaps:
         bitmap.busy += 1
-    link = vm.graph.link("export", None, UNNAMED, node)
     export = Export(given["id"], name, link, writable, given.get("description", ""))
     export.depth, export.bitmaps = bool(given.get("allocation-depth")), bitmaps
     vm.exports[export.id] = vm.nbd.exports[name] = export
@@ -132,9 +146,9 @@ def _listen(path: str) -> socket.socket:
 
 
 def _check_sole_writer(node: Node) -> None:
-    device = writing_device(node)
-    if device is not None:
-        raise refuse(node, "write", shown(Link("export", None, UNNAMED, node)), shown(device))
+    held = writing_device(node) or next(iter(filters_in_use(node)), None)
+    if held is not None:
+        raise refuse(node, "write", shown(Link("export", None, UNNAMED, node)), shown(held))
 
 
 def _bitmaps(vm: Machine, node: Node, wanted: list[Any], *, writable: bool) -> tuple[DirtyBitmap, ...]:

@@ -112,6 +112,27 @@ def filter_errors(s: Session) -> None:
 
 
 @script()
+def nobody_writes_past_a_filter_that_is_in_use(s: Session) -> None:
+    s.scratch(backing=None)
+    s.scratch("tmp1", None)
+    s.do("blockdev-add", driver="copy-before-write", node_name="cbw0", file="drive-vda", target="tmp0")
+    s.do("blockdev-add", driver="copy-before-write", node_name="cbw1", file="drive-vda", target="tmp1")
+    s.do("blockdev-add", driver="snapshot-access", node_name="snap0", file="cbw0")
+    s.serve()
+    s.export("cbw0")
+    s.execute("qom-set", PROPERTY | {"value": "cbw0"})
+    s.do("blockdev-add", driver="snapshot-access", node_name="snap0", file="cbw0")
+    s.execute("qom-set", PROPERTY | {"value": "drive-vda"})
+    s.execute("qom-set", PROPERTY | {"value": "cbw1"})
+    s.execute("qom-get", PROPERTY)
+    s.export("drive-vda", writable=True)
+    s.nodes()
+    s.do("blockdev-del", node_name="snap0")
+    s.execute("qom-set", PROPERTY | {"value": "cbw1"})
+    s.execute("qom-set", PROPERTY | {"value": "drive-vda"})
+
+
+@script()
 def the_filter_and_its_parts_are_in_use(s: Session) -> None:
     filtered(s)
     s.do("blockdev-add", driver="snapshot-access", node_name="snap0", file="cbw0")
