@@ -15,8 +15,8 @@ class DirtyBitmap:
 
     size: of the node, bytes. granularity: bytes that one bit stands for. recording: guest writes are noted.
     persistent: kept by a clean end of QEMU. busy: in use by an export or an action. inconsistent: QEMU died
-    while it had been loaded; it can only be removed. read_only: kept by a node that has become read-only;
-    its bits stay as they are.
+    while it had been loaded; it can only be removed. read_only: it is stored, and its node
+    closed for writing.
     """
 
     name: str

@@ -108,14 +108,8 @@ def _qcow2(spec: DiskSpec, folder: Path, path: Path, tell: Teller) -> Qcow2Node:
     node = Qcow2Node(spec.node, "qcow2", tell, store=store)
     bitmaps = BitmapFile(folder / f"{spec.name}.bitmaps")
     bitmaps.load(node)
-    node.unstore = bitmaps.forget
+    node.unstore, node.store_bitmaps = bitmaps.forget, lambda: bitmaps.save(node)
     return node
-
-
-def save_bitmaps(spec: DiskSpec, folder: Path, node: Node) -> None:
-    """Store a disk's persistent bitmaps, and its size: QEMU ends cleanly."""
-    if spec.format == "qcow2" and not spec.read_only:
-        BitmapFile(folder / f"{spec.name}.bitmaps").save(node)
 
 
 def _create(path: Path, spec: DiskSpec) -> None:

@@ -167,8 +167,9 @@ class Machine:
             for job in list(self.jobs.jobs.values()):
                 if job.status == "running":
                     self.jobs.cancel(job)
-            for spec in self.settings.disks:
-                disks.save_bitmaps(spec, self.settings.folder, self._nodes[spec.name])
+            for node in self._nodes.values():
+                if not node.read_only:
+                    node.store_bitmaps()
         self.graph.close()
         self.receive_fd(None)
         self.descriptors.close()

@@ -47,7 +47,7 @@ class Node:
 
     parents: who uses it. blockers: why it must not be deleted, newest last. owned: made by `blockdev-add`
     and not yet deleted. write_threshold: tell when a write ends behind this offset; 0 for never.
-    unstore: called with the name of a bitmap that is removed.
+    unstore: called with the name of a bitmap that is removed. store_bitmaps: keeps those that are persistent.
     """
 
     name: str
@@ -63,6 +63,7 @@ class Node:
     children: dict[str, Link] = field(default_factory=dict)
     blockers: list[str] = field(default_factory=list)
     unstore: Callable[[str], None] = lambda _name: None
+    store_bitmaps: Callable[[], None] = lambda: None
 
     @property
     def size(self) -> int:
@@ -111,11 +112,13 @@ class Node:
         for bitmap in self.bitmaps.values():
             bitmap.resize(size)
 
-    def make_read_only(self) -> None:
-        """Take no more writes; what is stored with the node is stored now, and stays as it is."""
+    def close_for_writing(self) -> None:
+        """Become read-only, which stores persistent bitmaps, as a clean end of QEMU does."""
+        if not self.read_only:
+            self.store_bitmaps()
         self.read_only = True
         for bitmap in self.bitmaps.values():
-            bitmap.read_only = bitmap.persistent
+            bitmap.read_only = bitmap.read_only or bitmap.persistent
 
     def _change(self, offset: int, length: int, action: Callable[[], None]) -> None:
         if not length:

@@ -83,7 +83,7 @@ def blockdev_snapshot(vm: Machine, given: Arguments) -> dict[str, Any]:
         raise CommandError(f"Making '{node.name}' a backing child of '{overlay.name}' would create a cycle")
     vm.graph.replace(node, overlay)
     vm.graph.link("backing", overlay, overlay.name, node)
-    node.make_read_only()
+    node.close_for_writing()
     return {}
 
 

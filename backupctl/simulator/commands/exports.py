@@ -160,7 +160,7 @@ def _bitmaps(vm: Machine, node: Node, wanted: list[Any], *, writable: bool) -> t
                 raise CommandError(f"Bitmap '{each}' is not found")
         else:
             bitmap = vm.graph.bitmap(each["node"], each["name"])[1]
-        bitmap.check()
+        bitmap.check(read_only_too=True)
         if not writable and bitmap.recording and _on_chain(node, bitmap):
             raise CommandError(f"Enabled bitmap '{bitmap.name}' incompatible with readonly export")
         found.append(bitmap)

@@ -112,6 +112,31 @@ def what_is_renewed_under_its_name_is_gone_after_a_crash(s: Session) -> None:
     s.bitmaps()
 
 
+@script()
+def an_external_snapshot_stores_the_bitmaps_below_it(s: Session) -> None:
+    """Its old layer is closed for writing: a crash finds them whole, and nobody changes them until then."""
+    _two_loaded(s)
+    _add(s, "young", persistent=True)
+    _add(s, "transient")
+    s.scratch("overlay", None)
+    s.do("blockdev-snapshot", node="drive-vda", overlay="overlay")
+    s.nodes()
+    for command in ("disable", "clear", "remove"):
+        for name in ("kept", "transient"):
+            s.do(f"block-dirty-bitmap-{command}", node="drive-vda", name=name)
+    s.do("block-dirty-bitmap-merge", node="drive-vda", target="kept", bitmaps=["still"])
+    s.do("block-dirty-bitmap-add", node="overlay", name="above")
+    sources = [{"node": "drive-vda", "name": "kept"}]
+    s.do("block-dirty-bitmap-merge", node="overlay", target="above", bitmaps=sources)
+    s.bitmaps("overlay")
+    s.bitmaps()
+    s.serve()
+    s.export("overlay", bitmaps=["still"])
+    s.look("overlay", "still", without=("base:allocation",))
+    s.restart(kill=True)
+    s.bitmaps()
+
+
 def _in_mid_backup(s: Session) -> None:
     s.scratch()
     s.transaction(
