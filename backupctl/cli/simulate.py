@@ -34,7 +34,9 @@ _PATH = click.Path(path_type=Path)
     "--version", "version_text", default="7.2.22", show_default=True, help="QEMU's version to claim."
 )
 @click.option("--seed", default=0, show_default=True, help="Of the guest's writes.")
-@click.option("--writes", default=0.0, metavar="PER_SECOND", help="Let the guest write.")
+@click.option(
+    "--writes", default=0.0, type=click.FloatRange(min=0), metavar="PER_SECOND", help="Let the guest write."
+)
 @click.option(
     "--fault", "faults", multiple=True, metavar="SPEC", help="What is to go wrong (docs/simulator.md)."
 )

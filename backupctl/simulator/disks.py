@@ -9,6 +9,7 @@ and NAME.bitmaps. A raw disk's file is the disk. A qcow2's file has a real heade
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,20 @@ class DiskSpec:
         if options or form not in ("qcow2", "raw"):
             raise BadFault(f"{text!r}: a disk has format=qcow2|raw, node, iothread=on and readonly=on")
         return cls(match[1], number(match[2]), node, form, switches["iothread"], switches["readonly"])
+
+
+def check_names(specs: Sequence[DiskSpec], cdroms: Sequence[str]) -> None:
+    """Raise BadFault for disks that can't be in one VM, or nodes that can't have their names."""
+    graph, devices = Graph(), [*(spec.name for spec in specs), *cdroms]
+    for name in devices:
+        if devices.count(name) > 1:
+            raise BadFault(f"there can't be two disks {name!r}")
+    for spec in specs:
+        try:
+            graph.check_new_name(spec.node)
+        except CommandError as err:
+            raise BadFault(f"disk {spec.name!r}: {err}") from err
+        graph.add(RawNode(spec.node, "raw", lambda _event, _data: None))
 
 
 @dataclass(eq=False)

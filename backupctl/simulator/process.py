@@ -12,7 +12,7 @@ from typing import Any
 
 from backupctl.simulator.agent import Agent
 from backupctl.simulator.control import Control
-from backupctl.simulator.disks import DiskSpec
+from backupctl.simulator.disks import DiskSpec, check_names
 from backupctl.simulator.faults import Faults
 from backupctl.simulator.machine import Machine, Power, Settings
 from backupctl.simulator.monitor import Monitor
@@ -54,9 +54,11 @@ async def serve(wishes: Wishes, ready: Callable[[], None]) -> None:
     faults = Faults()
     for text in wishes.faults:
         faults.add(text)
+    disks = tuple(DiskSpec.parse(text) for text in wishes.disks)
+    check_names(disks, wishes.cdroms)
     settings = Settings(
         wishes.folder,
-        tuple(DiskSpec.parse(text) for text in wishes.disks),
+        disks,
         wishes.version,
         wishes.seed,
         wishes.cdroms,
@@ -91,7 +93,7 @@ class Process:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._broken)
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._quit)
+            loop.add_signal_handler(number, self._quit, "host-signal")
         # The monitors last: who waits for one of them to appear finds the others there.
         for room in (*self._others, *self._monitors):
             room.door.open()
@@ -131,13 +133,13 @@ class Process:
             sys.stderr.flush()
             os.kill(os.getpid(), signal.SIGABRT)
         if how == "quit":
-            self._quit()
+            self._quit("host-qmp-quit")
         else:
             asyncio.get_running_loop().call_soon(lambda: self._restart(clean=how == "restart"))
 
-    def _quit(self) -> None:
+    def _quit(self, reason: str) -> None:
         if not self._ended.is_set():
-            self.machine.tell("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+            self.machine.tell("SHUTDOWN", {"guest": False, "reason": reason})
             self.machine.end(clean=True)
             self._ended.set()
 

@@ -102,6 +102,23 @@ def test_it_comes_back_with_bitmaps_as_qemu_leaves_them(vm, deed, inconsistent):
     }
 
 
+@pytest.mark.parametrize(("end", "reason"), [("quit", "host-qmp-quit"), ("SIGTERM", "host-signal")])
+def test_a_clean_end_says_who_wanted_it(vm, end, reason):
+    with socket.socket(socket.AF_UNIX) as raw:
+        raw.settimeout(10)
+        raw.connect(str(vm.qmp_path))
+        stream = raw.makefile("rb")
+        stream.readline()
+        raw.sendall(b'{"execute": "qmp_capabilities"}\n')
+        stream.readline()
+        if end == "quit":
+            raw.sendall(b'{"execute": "quit"}\n')
+        else:
+            vm.process.terminate()
+        said = [json.loads(line) for line in stream]
+    assert [each["data"]["reason"] for each in said if each.get("event") == "SHUTDOWN"] == [reason]
+
+
 def reborn(vm):
     """Wait until the machine that hung up on everybody serves again."""
     vm._hang_up()
