@@ -137,7 +137,7 @@ def lab_at_an_incremental(build, make_lab, seed: int):
     return lab
 
 
-@pytest.mark.needs_qemu
+@pytest.mark.needs_qemu("tests/exploration ends the simulator at every step")
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("deed", ["quit", "crash"])
 def test_the_end_of_qemu_at_some_steps(build, make_lab, deed):
@@ -146,7 +146,7 @@ def test_the_end_of_qemu_at_some_steps(build, make_lab, deed):
 
 
 @pytest.mark.slow
-@pytest.mark.needs_qemu
+@pytest.mark.needs_qemu("tests/exploration ends the simulator at every step")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("shape", ["full", "incremental"])

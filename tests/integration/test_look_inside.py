@@ -16,6 +16,7 @@ from tests.unit.repository.test_repository_page import READER
 MIB = 1 << 20
 
 
+@pytest.mark.simulator_too
 def test_every_way_to_a_point_of_a_real_run_shows_the_same_bytes(build, make_lab, tmp_path):
     """serve, a thin restore, the page's reader, and diff agree with what the guest had written."""
     lab = make_lab(build)

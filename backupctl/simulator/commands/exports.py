@@ -25,6 +25,7 @@ from backupctl.simulator.graph import (
 )
 from backupctl.simulator.machine import Machine
 from backupctl.simulator.nbd.export import Export
+from backupctl.simulator.nbd.wire import MAX_NAME_BYTES
 from backupctl.simulator.nodes import Link, Node
 
 EXPORT: Form = {
@@ -86,7 +87,12 @@ def block_export_add(vm: Machine, given: Arguments) -> dict[str, Any]:
     writable = bool(given.get("writable"))
     if writable and node.read_only:
         raise CommandError("Cannot export read-only node as writable")
-    name = str(given.get("name", given["node-name"]))
+    if (iothread := given.get("iothread")) and all(d.iothread != iothread for d in vm.devices.values()):
+        raise CommandError(f'iothread "{iothread}" not found')
+    name, description = str(given.get("name", given["node-name"])), given.get("description", "")
+    for what, text in (("export name", name), ("description", description)):
+        if len(text.encode()) > MAX_NAME_BYTES:
+            raise CommandError(f"{what} '{text}' too long")
     vm.nbd.check_new(name)
     if writable:
         _check_sole_writer(node)
@@ -99,7 +105,7 @@ def block_export_add(vm: Machine, given: Arguments) -> dict[str, Any]:
         raise
     for bitmap in bitmaps:
         bitmap.busy += 1
-    export = Export(given["id"], name, link, writable, given.get("description", ""))
+    export = Export(given["id"], name, link, writable, description)
     export.depth, export.bitmaps = bool(given.get("allocation-depth")), bitmaps
     vm.exports[export.id] = vm.nbd.exports[name] = export
     return {}

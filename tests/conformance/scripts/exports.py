@@ -63,6 +63,10 @@ def export_ids_and_names_are_unique(s: Session) -> None:
     s.export("drive-vda", name="other")
     s.export("drive-vda", "e1", name="disk")
     s.export("drive-vda", "9 bad id")
+    for length in (4096, 4097):
+        s.export("drive-vda", f"n{length}", name="n" * length)
+        s.export("drive-vda", f"d{length}", name=f"d{length}", description="d" * length)
+    s.export("drive-vda", "e2", name="thread", iothread="absent")
     s.do("query-block-exports", lambda found: sorted(e["id"] for e in found))
 
 
