@@ -30,7 +30,16 @@ def merge_nothing(s: Session) -> None:
     s.do("block-dirty-bitmap-merge", node="drive-vda", target="b0", bitmaps=[])
 
 
-DANGERS = [enable_an_absent_bitmap, enable_an_absent_bitmap_after_a_good_action, merge_nothing]
+def give_a_device_the_drive_it_has(s: Session) -> None:
+    s.do("qom-set", path="/machine/peripheral/vda", property="drive", value="drive-vda")
+
+
+DANGERS = [
+    enable_an_absent_bitmap,
+    enable_an_absent_bitmap_after_a_good_action,
+    merge_nothing,
+    give_a_device_the_drive_it_has,
+]
 
 
 @pytest.mark.parametrize("version", subjects.REAL)

@@ -70,9 +70,10 @@ def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
 @command("blockdev-snapshot", {"node": "str", "overlay": "str"})
 def blockdev_snapshot(vm: Machine, given: Arguments) -> dict[str, Any]:
     """Put an empty overlay over a disk: from now on the guest writes there."""
-    node, overlay = vm.graph.find(given["node"]), vm.graph.find(given["overlay"])
+    node = vm.graph.find(given["node"])
     if node.blockers:
         raise CommandError(f"Node '{node.name}' is busy: {node.blockers[-1]}")
+    overlay = vm.graph.find(given["overlay"])
     if any(link.role in ("device", "export") for link in overlay.parents):
         raise CommandError("The overlay is already in use")
     if overlay.driver != "qcow2":

@@ -185,6 +185,7 @@ def no_snapshot_of_a_busy_node(s: Session) -> None:
     s.fleece()
     s.scratch("overlay", None, file="overlay.img")
     s.do("blockdev-snapshot", node="drive-vda", overlay="overlay")
+    s.do("blockdev-snapshot", node="drive-vda", overlay="absent")
     s.end_job()
 
 

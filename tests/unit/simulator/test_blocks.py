@@ -224,6 +224,12 @@ def test_a_merge_of_no_bitmaps_kills_qemu_unless_its_transaction_fails(vm):
     assert vm.events == ["segv", "segv"]
 
 
+def test_a_device_that_is_given_the_drive_it_has_kills_qemu(vm):
+    drive = {"path": "/machine/peripheral/vda", "property": "drive"}
+    run(vm, "qom-set", **drive, value="drive-vda")
+    assert vm.events == ["segv"]
+
+
 def test_a_transaction_that_fails_to_enable_a_busy_bitmap_leaves_it_disabled(vm):
     run(vm, "block-dirty-bitmap-add", node="drive-vda", name="b0")
     bitmap = vm.graph.find("drive-vda").bitmaps["b0"]
