@@ -128,6 +128,8 @@ class Jobs:
                 raise CommandError(f"Node '{node.name}' is busy: {BUSY}")
         if source.size != target.size:
             raise CommandError("Source and target image have different sizes")
+        if target.read_only:
+            raise CommandError("Could not create node: Block node is read-only")
         if not is_id(name):
             raise CommandError(f"Invalid job ID '{name}'")
         if name in self.jobs:

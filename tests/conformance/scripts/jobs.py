@@ -48,6 +48,8 @@ def job_errors(s: Session) -> None:
     s.do("blockdev-backup", device="absent", target="tmp0", sync="none", job_id="j")
     s.do("blockdev-backup", device="drive-vda", target="tmp0", sync="none", job_id="9 bad id")
     s.do("blockdev-backup", device="drive-vda", target="drive-vda", sync="none", job_id="j")
+    s.scratch("readonly", None, read_only=True)
+    s.do("blockdev-backup", device="drive-vda", target="readonly", sync="none", job_id="j")
     s.do("query-jobs")
 
 
