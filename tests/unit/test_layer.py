@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What of a disk is looked at: pure, so every shape of changes can be tried."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backupctl import clusters
@@ -37,6 +37,7 @@ def plan_of(how: str, size: int) -> DiskPlan:
     st.sets(st.integers(0, 10)),
     st.integers(0, 40),
 )
+@example("bitmap", [(False, True)] * 8, {0, 1}, 40)
 def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held, known):
     """places: dirty?, zero? held: clusters in which the parent has something else than zeroes.
 
