@@ -1,33 +1,47 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command line, interrupted at its nth step: `python -m tests.killed incremental web …`.
 
-A step is a monitor command, a request to the guard (it speaks to the agent), or a durable step of the
-repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it. STEPS: a file to which each step's
-name is written. What happens there is SIGKILL of the run; DEED names an end of the VM in its place: of the
-simulator (quit, crash, restart), whose control socket is CONTROL, or of the QEMU with the process id VM_PID
-(quit, crash).
+A step is a monitor command, a request to the guard (it speaks to the agent), an agent command of the run
+itself, or a durable step of the repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it.
+STEPS: a file to which each step's name is written. What happens there is SIGKILL of the run, or DEED:
+
+- term: SIGTERM of the run;
+- eio, enospc: a durable step fails, once, or this one and all that follow;
+- hangup, lost: the connection is closed at the next monitor command, which is not done, or done;
+- quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
+
+CONTROL is the simulator's control socket. Its guest then writes before each export is made, so that the new
+bitmap has something to lose.
 """
 
+import errno
 import itertools
 import json
 import os
+import re
 import select
 import signal
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import wraps
 
 from backupctl.cli.main import main
 from backupctl.repository import durable, images
+from backupctl.vm.agent import Agent
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 
 WATCHED = {
     Monitor: ("execute", "send_fd"),
-    Guard: ("freeze", "thaw", "hold", "release", "ping_agent"),
+    Guard: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
+    Agent: ("freeze_status", "thaw"),
     durable: ("sync_file", "sync_folder", "make_folder", "write_new", "replace", "rename"),
     images: ("create_layer",),
 }
+ERRORS = {"eio": errno.EIO, "enospc": errno.ENOSPC}
+BUG = re.compile(r"\b[A-Z]\w*(Error|Exception)\b|in backupctl itself")
+"""No error of ours is told by its class: that was none of those that were meant."""
 
 
 def interrupt(environment: Mapping[str, str]) -> None:
@@ -42,6 +56,7 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
     real = getattr(owner, name)
     wanted, when = int(environment.get("KILL_AT", "-1")), environment.get("KILL_WHEN", "before")
     steps = environment.get("STEPS")
+    error = ERRORS.get(environment.get("DEED", ""), 0) if owner is durable else 0
 
     @wraps(real)
     def stepped(*arguments, **options):
@@ -50,6 +65,11 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
             with open(steps, "a") as log:
                 first = arguments[1] if owner is Monitor and name == "execute" else ""
                 log.write(f"{name} {first}\n")
+        if error and (mine == wanted or (mine > wanted >= 0 and error == errno.ENOSPC)):
+            raise OSError(error, os.strerror(error))
+        if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:
+            with suppress(OSError):  # it may have ended
+                _order(environment, {"do": "step", "count": 2})
         if mine == wanted and when == "before":
             _happen(environment)
         try:
@@ -63,15 +83,23 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
 
 def _happen(environment: Mapping[str, str]) -> None:
     how = environment.get("DEED", "")
-    if not how:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if how in ERRORS:
+        return
+    if how in ("", "term"):
+        os.kill(os.getpid(), signal.SIGTERM if how else signal.SIGKILL)
+        return
     if "VM_PID" in environment:
         _end(int(environment["VM_PID"]), signal.SIGKILL if how == "crash" else signal.SIGTERM)
         return
+    fault = how in ("hangup", "lost")
+    _order(environment, {"do": "fault", "spec": f"qmp:*={how}"} if fault else {"do": "end", "how": how})
+
+
+def _order(environment: Mapping[str, str], order: dict[str, object]) -> None:
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(20)
         control.connect(environment["CONTROL"])
-        control.sendall(json.dumps({"do": "end", "how": how}).encode() + b"\n")
+        control.sendall(json.dumps(order).encode() + b"\n")
         control.recv(1000)
 
 

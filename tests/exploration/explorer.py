@@ -2,10 +2,13 @@
 """Every place at which a run, and the recovery after it, can be interrupted; and what must be true then.
 
 A case is two interruptions at the most: one of the run, at a step, before or after it, and one of the
-`recover` that follows. After it `recover` runs to its end, the guest having written all the while, and then:
+`recover` that follows. A run that ends with 0 has made a point, one that ends with 1 has made none, and
+neither has left anything. Then `recover` runs to its end, the guest having written all the while, and:
 
 - nothing of ours is left but the committed set; the files of committed points are as they were;
+- no write of the guest has failed, and it is not frozen;
 - the next incremental succeeds, and each of its disks is byte-equal to the simulator's copy of the moment;
+- it stands on the newest point and stores little more than what differs from it;
 - no bitmap was lost: it is no scan (unless QEMU itself crashed).
 """
 
@@ -14,12 +17,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import killed
 from tests.conftest import Lab
 
 KEEP = ("--keep-checkpoints", "2")
@@ -28,15 +32,20 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "incremental": ("incremental",),
     "two disks": ("incremental",),
     "differential": ("incremental", *KEEP),
+    "snapshot access": ("incremental", "--view", "snapshot-access"),
 }
 WHEN = ("before", "after")
+ENDS = ("quit", "crash", "restart")
+CLUSTER_BYTES = 65536
+TABLES_BYTES = 5 * CLUSTER_BYTES  # of a small qcow2
+CODES = {"": (-9,), "term": (0, 1), "eio": (1,), "enospc": (1,)}
 POINTS = 12  # more of them would only make chains long
 SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Cut:
-    """An interruption. deed: "" for SIGKILL of backupctl, else how QEMU ends: quit, crash or restart."""
+    """An interruption. deed: "" for SIGKILL of backupctl, else one of `tests.killed`."""
 
     step: int
     when: str
@@ -64,38 +73,51 @@ class Explorer:
 
     def steps(self) -> list[str]:
         """Play the run once to its end; returns the names of its steps."""
-        log = self.lab.folder / "steps"
-        log.unlink(missing_ok=True)
-        code, words = self._run(STEPS=str(log))
+        code, words = self._run()
         assert code == 0, words
+        steps = self._log.read_text().splitlines()
         self._right(committed=self._committed(), crashed=False)
-        return log.read_text().splitlines()
+        return steps
 
     def play(self, first: Cut, again: Cut | None = None) -> bool:
         """Play one case; whether `again` came to pass (a recovery has so many steps and no more)."""
-        if len(list(self._folder.glob("*Z"))) > POINTS:
-            self._begin()
         self.lab.writer.write(2)
         before = self._committed()
-        if first.deed:
-            self.lab.machine._hang_up()  # it will end
-        code, words = self._run(first)
-        assert code in ((-9,) if not first.deed else (0, 1, 3)), f"exit {code}: {words}"
-        assert "Traceback" not in words, words
-        came = True
-        if first.deed == "quit":
-            self._start_again()
+        code, came = self._interrupted(first, self._run)
+        assert came, "the run had fewer steps this time"
+        if code in (0, 1):
+            self.lab.assert_at_rest(bitmaps_each=None)
+            assert (self._committed() == before) == bool(code), f"exit {code} is a lie"
+        self.lab.writer.write(1)
         if again is not None:
-            self.lab.writer.write(1)
-            code, words = self._call("recover", "web", cut=again)
-            assert code in (-9, 0), f"recovery: exit {code}: {words}"
-            came = code == -9
+            _, came = self._interrupted(again, lambda cut: self._call("recover", "web", cut=cut))
         code, words = self._call("recover", "web")
         assert code == 0, f"recovery: exit {code}: {words}"
         self.lab.writer.write(2)
-        self._right(before, crashed=first.deed == "crash")
+        crashed = "crash" in (first.deed, again and again.deed)
+        self._right(before, crashed=crashed)
         self.cases += 1
+        if crashed or len(list(self._folder.glob("*Z"))) > POINTS:
+            self._begin()  # a crash costs the checkpoints, too
         return came
+
+    def _interrupted(self, cut: Cut, call: Callable[[Cut], tuple[int, str]]) -> tuple[int, bool]:
+        """Make a call with an interruption; returns its exit code and whether it came to that."""
+        if cut.deed in ENDS:
+            self.lab.machine._hang_up()  # it will end
+        code, words = call(cut)
+        came = len(self._log.read_text().splitlines()) > cut.step
+        assert code in (CODES.get(cut.deed, (0, 1, 3)) if came else (0,)), f"exit {code}: {words}"
+        assert not killed.BUG.search(words), words
+        if cut.deed == "quit" and came:
+            self._start_again()
+        self.lab.machine.control("clear-faults")
+        return code, came
+
+    @property
+    def _log(self) -> Path:
+        """Where the last call told its steps."""
+        return self.lab.folder / "steps"
 
     @property
     def _folder(self) -> Path:
@@ -118,27 +140,42 @@ class Explorer:
         for folder in old:
             shutil.rmtree(folder)
 
-    def _run(self, cut: Cut | None = None, **environment: str) -> tuple[int, str]:
+    def _run(self, cut: Cut | None = None) -> tuple[int, str]:
         kind, *options = SHAPES[self.shape]
         if self.shape == "differential":
             options += ["--since", sorted(path.name for path in self._folder.glob("*Z"))[-2]]
-        return self._call(kind, "web", *options, cut=cut, **environment)
+        return self._call(kind, "web", *options, cut=cut)
 
     def _right(self, committed: dict[str, tuple[int, ...]], *, crashed: bool) -> None:
         assert committed.items() <= self._committed().items(), "a committed point was touched"
         self.lab.assert_at_rest(bitmaps_each=None)
+        assert self.lab.machine.control("status")["failed-writes"] == 0, "a write of the guest failed"
+        newest = max(path.name for path in self._folder.glob("*Z"))
         code, words = self._call("incremental", "web", "--json", *self._keep)
         assert code == 0, words
         report = json.loads((self.lab.folder / "out").read_text())
-        for disk, content in self.lab.writer.moment.items():
-            raw = self.lab.folder / "compared.raw"
-            image = self._folder / report["point"] / f"{disk}.qcow2"
-            command = [self.lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", image, raw]
-            subprocess.run(command, check=True, timeout=SECONDS)
-            assert raw.read_bytes() == content, f"{disk} is not what it was at its moment"
-        scanned = [disk["name"] for disk in report["disks"] if disk["scanned"]]
-        assert crashed or not scanned, f"the bitmap of {scanned} was lost"
+        assert report["parent"] == newest
+        for disk in report["disks"]:
+            name = disk["name"]
+            content, parent = self._content(report["point"], name), self._content(newest, name)
+            assert content == self.lab.writer.moment[name], f"{name} is not what it was at its moment"
+            assert disk["kind"] == "incremental", f"the chain of {name} was lost"
+            assert crashed or not disk["scanned"], f"the bitmap of {name} was lost"
+            changed = sum(
+                content[at : at + CLUSTER_BYTES] != parent[at : at + CLUSTER_BYTES]
+                for at in range(0, len(content), CLUSTER_BYTES)
+            )
+            assert disk["stored_bytes"] <= changed * CLUSTER_BYTES + TABLES_BYTES, f"{changed} changed"
+        assert len(report["disks"]) == len(self.lab.writer.moment)
         self.lab.assert_at_rest(bitmaps_each=None if crashed else len(self._keep) + 1)
+
+    def _content(self, point: str, disk: str) -> bytes:
+        """Return a disk's bytes at a point, as QEMU's own tools read them."""
+        raw = self.lab.folder / "compared.raw"
+        image = self._folder / point / f"{disk}.qcow2"
+        command = [self.lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", image, raw]
+        subprocess.run(command, check=True, timeout=SECONDS)
+        return raw.read_bytes()
 
     def _committed(self) -> dict[str, tuple[int, ...]]:
         """Return what tells of each file of each committed point whether it was touched."""
@@ -148,11 +185,12 @@ class Explorer:
             found[str(path)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         return found
 
-    def _call(self, *arguments: str, cut: Cut | None = None, **environment: str) -> tuple[int, str]:
+    def _call(self, *arguments: str, cut: Cut | None = None) -> tuple[int, str]:
         """Call the command line in a child of the zygote; returns its exit code and what it said."""
+        self._log.unlink(missing_ok=True)
+        environment = {"STEPS": str(self._log), "CONTROL": str(self.lab.machine.folder / "control")}
         if cut is not None:
             environment |= {"KILL_AT": str(cut.step), "KILL_WHEN": cut.when, "DEED": cut.deed}
-            environment["CONTROL"] = str(self.lab.machine.folder / "control")
         words = self.lab.folder / "words"
         request: dict[str, Any] = {
             "arguments": self.lab.cli.command(*arguments)[3:],

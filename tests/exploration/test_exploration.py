@@ -12,13 +12,15 @@ from contextlib import ExitStack
 import pytest
 
 from fixtures import builds
-from tests.exploration.explorer import SHAPES, WHEN, Cut, Explorer, zygote
+from tests.exploration.explorer import ENDS, SHAPES, WHEN, Cut, Explorer, zygote
 
 MIB = 1 << 20
 CHUNKS = 8
 MOST_STEPS = 60  # no recovery has so many
-DEEDS = ("quit", "crash", "restart")
-SINGLES, PAIRS, ENDS = 7, 3, 2  # of each chunk, in the quick tier
+DURABLE = ("sync_file ", "sync_folder ", "make_folder ", "write_new ", "replace ", "rename ")
+MET = {"term": "", "hangup": "execute ", "lost": "execute ", "eio": DURABLE, "enospc": DURABLE}
+"""What does not kill a run: with what the steps begin at which it can be met."""
+SINGLES, OTHERS, AGAIN = 3, 1, ("", "", *ENDS)  # in the quick tier
 
 
 @pytest.fixture
@@ -36,23 +38,30 @@ def explorer(make_lab, held: ExitStack):
 def play(explorer: Explorer, first: Cut, again: Cut | None = None) -> bool:
     try:
         return explorer.play(first, again)
-    except AssertionError as err:
+    except BaseException as err:  # a time-out too
         case = " ".join(map(str, filter(None, (first, again))))
-        raise AssertionError(
-            f"{err}\nrepeat it: EXPLORE='{explorer.shape} {case}' pytest tests/exploration -k repeat"
-        ) from err
+        err.add_note(f"repeat it: EXPLORE='{explorer.shape} {case}' pytest tests/exploration -k repeat")
+        raise
 
 
 def cuts(steps: list[str], deed: str = "") -> list[Cut]:
+    if deed in MET:
+        numbers = [number for number, step in enumerate(steps) if step.startswith(MET[deed])]
+        return [Cut(number, "before", deed) for number in numbers]
     return [Cut(number, when, deed) for number in range(len(steps)) for when in WHEN]
 
 
-def pairs(explorer: Explorer, first: Cut) -> int:
+def around_the_commit(steps: list[str]) -> list[Cut]:
+    rename = max(number for number, step in enumerate(steps) if step == "rename ")
+    return [Cut(rename, when) for when in WHEN]
+
+
+def pairs(explorer: Explorer, first: Cut, deed: str = "") -> int:
     """Play a cut of the run with every cut of the recovery; returns how many there were."""
     played = 0
     for step in range(MOST_STEPS):
         for when in WHEN:
-            if not play(explorer, first, Cut(step, when)):
+            if not play(explorer, first, Cut(step, when, deed)):
                 return played
             played += 1
     raise AssertionError(f"a recovery had more than {MOST_STEPS} steps")
@@ -64,21 +73,20 @@ def test_a_sample_of_all_interruptions(explorer, shape, record_property):
     """The same sample each time: what the whole exploration finds it may not."""
     one = explorer(shape)
     steps, rng = one.steps(), random.Random(shape)
-    for cut in rng.sample(cuts(steps), SINGLES):
+    for cut in [*around_the_commit(steps), *rng.sample(cuts(steps), SINGLES)]:
         play(one, cut)
-    for cut in rng.sample(cuts(steps), PAIRS):
-        play(one, cut, Cut(rng.randrange(8), rng.choice(WHEN)))
-    for deed in DEEDS:
-        for cut in rng.sample(cuts(steps, deed), ENDS):
+    for cut, deed in zip(rng.sample(cuts(steps), len(AGAIN)), AGAIN, strict=True):
+        assert play(one, cut, Cut(rng.randrange(8), rng.choice(WHEN), deed)), "a recovery has more steps"
+    for deed in (*ENDS, *MET):
+        for cut in rng.sample(cuts(steps, deed), OTHERS):
             play(one, cut)
     record_property("cases", (f"interruptions, a sample: {shape}", one.cases))
-    assert one.cases == SINGLES + PAIRS + len(DEEDS) * ENDS
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-@pytest.mark.parametrize("deed", ["", *DEEDS])
+@pytest.mark.parametrize("deed", ["", *ENDS, *MET])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_interruption(explorer, shape, deed, chunk, record_property):
     one = explorer(shape)
@@ -96,6 +104,20 @@ def test_every_pair(explorer, shape, chunk, record_property):
     one = explorer(shape)
     played = sum(pairs(one, cut) for cut in cuts(one.steps())[chunk::CHUNKS])
     record_property("cases", (f"pairs of interruptions: {shape}", played))
+    assert played
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("deed", ENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_end_of_qemu_at_every_step_of_a_recovery(explorer, shape, deed, record_property):
+    """After deaths here and there, the commit's among them."""
+    one = explorer(shape)
+    steps = one.steps()
+    firsts = [*around_the_commit(steps), *random.Random(deed).sample(cuts(steps), SINGLES)]
+    played = sum(pairs(one, first, deed) for first in firsts)
+    record_property("cases", (f"QEMU ends ({deed}) in a recovery: {shape}", played))
     assert played
 
 
