@@ -12,7 +12,7 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check --no-input
 LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras --no-annotate \
     --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-.PHONY: help setup packages check test test-long explore drills fuzz demo bench lock clean
+.PHONY: help setup packages check test test-long explore planted drills fuzz demo bench lock clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -44,7 +44,7 @@ test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on
 	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow"
 
 test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an hour or more)
-	$(VENV)/bin/pytest -n $(WORKERS) -m slow --ignore tests/exploration
+	$(VENV)/bin/pytest -n $(WORKERS) -m slow --ignore tests/exploration --ignore tests/planted
 
 drills: $(VENV)/.tools ## Break runs in every way, on the simulator and on a real QEMU (5 min)
 	$(VENV)/bin/backupctl drill --on simulator
@@ -56,6 +56,9 @@ fuzz: $(VENV)/.tools ## Feed every parser with garbage; FUZZ_SECONDS=60 for long
 
 explore: $(VENV)/.tools ## Interrupt a run, and the recovery after it, at every step, on the simulator (hours)
 	$(VENV)/bin/pytest -n $(WORKERS) -m slow tests/exploration
+
+planted: $(VENV)/.tools ## Plant bugs, one at a time: the tests must catch each (4 min)
+	$(VENV)/bin/pytest -n $(WORKERS) tests/planted
 
 demo: setup ## The main job live, on a real Linux guest; on the simulator where there is no QEMU (30 s; 4 s)
 	@$(VENV)/bin/python -m fixtures.demo

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bugs that somebody might make one day, each with a test that must then fail.
+
+old stands in the module just once and is replaced by new. The test is of the quick tier.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One bug. module: below backupctl/. test: below tests/, as pytest names it."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str
+
+
+FAILURES = "integration/test_failures.py::"
+KNOWN = "integration/test_known_moment.py::"
+EXPLORED = "exploration/test_exploration.py::test_a_sample_of_all_interruptions"
+COMMIT = "unit/repository/test_commit.py::"
+COPY = "unit/transfer/test_copy.py::"
+EXTENTS = "unit/transfer/test_extents.py::"
+GUARD = "unit/vm/test_guard.py::"
+IOTHREAD = (
+    "integration/test_guest.py::"
+    "test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive[7.2-virtio-blk-pci-5]"
+)
+LAYER = "unit/test_layer.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
+REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
+SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
+
+BUGS = (
+    Bug(
+        "no thaw after a transaction that failed",
+        "backup.py",
+        "        try:\n            yield thawed\n        finally:\n"
+        "            thawed.append(self.guard.thaw())\n",
+        "        yield thawed\n        thawed.append(self.guard.thaw())\n",
+        FAILURES + REFUSED,
+    ),
+    Bug(
+        "thaw before the transaction's reply",
+        "backup.py",
+        '                    self.step = "transaction"\n                    view.cut()\n',
+        '                    self.step = "transaction"\n                view.cut()\n',
+        FAILURES + "test_a_freeze_that_somebody_ended_early_is_not_called_consistent[simulator]",
+    ),
+    Bug(
+        "the guard does not thaw when its run dies",
+        "vm/guard_process.py",
+        "        thawing.start()\n",
+        "        thawing.run = lambda: None\n        thawing.start()\n",
+        GUARD + "test_sigkill_of_the_run_leaves_the_guest_thawed",
+    ),
+    Bug(
+        "the freeze budget is not looked at",
+        "vm/guard_process.py",
+        "            self._freezer.thaw_when_due()\n",
+        "",
+        GUARD + "test_the_budget_ends_the_freeze_and_the_run_is_told",
+    ),
+    Bug(
+        "a guest that somebody else froze is thawed",
+        "vm/guard_process.py",
+        "        self._refuse_foreign_freeze(agent)\n        self._frozen_at",
+        "        self._frozen_at",
+        GUARD + "test_a_guest_frozen_by_somebody_else_is_refused_and_never_thawed",
+    ),
+    Bug(
+        "the base bitmap is retired before the commit",
+        "backup.py",
+        '        self._begin("commit")\n',
+        '        self._begin("commit")\n'
+        "        for one in self.plan.disks:\n"
+        "            for name in one.bitmaps:\n"
+        '                old = {"node": one.disk.node, "name": name}\n'
+        '                self.monitor.execute("block-dirty-bitmap-remove", old)\n',
+        EXPLORED + "[incremental]",
+    ),
+    Bug(
+        "base bitmaps are retired for some disks only",
+        "recovery.py",
+        "            actions += settlement.actions\n",
+        "            actions = actions or [*settlement.actions]\n",
+        KNOWN + SIMULATED_YEAR,
+    ),
+    Bug(
+        "what an unfinished run recorded is thrown away",
+        "vm/bitmaps.py",
+        "    return [merge, *(()",
+        "    return [*(()",
+        EXPLORED + "[incremental]",
+    ),
+    Bug(
+        "copied from the active node",
+        "backup.py",
+        "            export.Shown(node, cut.disk.node, bitmap)\n",
+        "            export.Shown(cut.disk.node, cut.disk.node, bitmap)\n",
+        KNOWN + SIMULATED_YEAR,
+    ),
+    Bug(
+        "bitmaps are looked for at the view's node",
+        "backup.py",
+        "            export.Shown(node, cut.disk.node, bitmap)\n",
+        "            export.Shown(node, node, bitmap)\n",
+        KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
+    ),
+    Bug(
+        "the second disk is read with the first one's bitmap",
+        "backup.py",
+        "                shown.append(one.bitmaps[0] if one.bitmaps else None)\n",
+        "                shown.append(self.plan.disks[0].bitmaps[0] if one.bitmaps else None)\n",
+        KNOWN + SIMULATED_YEAR,
+    ),
+    Bug(
+        "extents are not clipped",
+        "transfer/extents.py",
+        "        found.append((min(length, left), flags))\n",
+        "        found.append((length, flags))\n",
+        EXTENTS + "test_long_is_clipped",
+    ),
+    Bug(
+        "a short block status is taken for the end",
+        "transfer/extents.py",
+        "    while offset < size:\n",
+        "    while offset == start:\n",
+        EXTENTS + "test_short_is_asked_again_and_not_taken_for_the_end",
+    ),
+    Bug(
+        "the dirty bit is inverted",
+        "layer.py",
+        "bool(status.flags[1] & DIRTY)",
+        "not status.flags[1] & DIRTY",
+        LAYER,
+    ),
+    Bug(
+        "zeroes are skipped",
+        "layer.py",
+        "            marks.zero(status.offset, status.length)\n",
+        "            pass\n",
+        LAYER,
+    ),
+    Bug(
+        "the last cluster is dropped if it is no whole one",
+        "transfer/marks.py",
+        "clusters.count(offset + length)] = _DATA",
+        "(offset + length) // CLUSTER_BYTES] = _DATA",
+        "unit/transfer/test_digests.py::test_marks_cover_all_that_was_named_and_call_zero_only_what_is",
+    ),
+    Bug(
+        "offsets of 32 bits",
+        "transfer/copy.py",
+        "nbd.Buffer.from_buffer(piece.content), extent.offset)",
+        "nbd.Buffer.from_buffer(piece.content), extent.offset & 0xFFFFFFFF)",
+        COPY + "test_data_beyond_4_gib_arrives_where_it_belongs",
+    ),
+    Bug(
+        "a read error is swallowed",
+        "transfer/connection.py",
+        "            return bool(self.handle.aio_command_completed(cookie))\n"
+        "        except nbd.Error as err:\n            raise self.explained(err) from err\n",
+        "            return bool(self.handle.aio_command_completed(cookie))\n"
+        "        except nbd.Error:\n            return True\n",
+        COPY + "test_a_read_error_is_fatal_and_never_zeroes",
+    ),
+    Bug(
+        "what changed is taken for unchanged",
+        "transfer/digests.py",
+        "        wanted = _extents(found[new], extent.end)\n",
+        "        wanted = _extents(found[new][1:], extent.end)\n",
+        "unit/transfer/test_digests.py::test_what_passes_is_what_differs_from_the_layers_below",
+    ),
+    Bug(
+        "a failed fsync is tried again",
+        "repository/durable.py",
+        "        os.fsync(descriptor)\n    finally:\n",
+        "        os.fsync(descriptor)\n    except OSError:\n        os.fsync(descriptor)\n    finally:\n",
+        COMMIT + "test_a_failed_sync_is_never_a_commit",
+    ),
+    Bug(
+        "the folder is not synced after the rename",
+        "repository/durable.py",
+        "    source.rename(target)\n    try:\n        sync_folder(target.parent)\n",
+        "    source.rename(target)\n    try:\n        pass\n",
+        COMMIT + "test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_after_it",
+    ),
+    Bug(
+        "the manifest comes before the data",
+        "repository/layout.py",
+        "            for entry in manifest.disks:\n"
+        '                durable.sync_file(self.path / f"{entry.name}.qcow2")\n'
+        '                durable.sync_file(self.path / f"{entry.name}.digests")\n'
+        "            durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())\n",
+        "            durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())\n"
+        "            for entry in manifest.disks:\n"
+        '                durable.sync_file(self.path / f"{entry.name}.qcow2")\n'
+        '                durable.sync_file(self.path / f"{entry.name}.digests")\n',
+        COMMIT + "test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_after_it",
+    ),
+    Bug(
+        "a wrong backing link",
+        "layer.py",
+        'f"../{one.base}/{disk.name}.qcow2" if one.base else None',
+        'f"../{self.partial.point}/{disk.name}.qcow2" if one.base else None',
+        KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
+    ),
+    Bug(
+        "the base is chosen by the age of its folder",
+        "planning.py",
+        "for point in reversed(points) if",
+        "for point in sorted(points, key=lambda one: -one.path.stat().st_mtime_ns) if",
+        "unit/test_planning.py"
+        "::test_the_base_is_the_newest_point_that_holds_the_disk_whichever_folder_was_touched_last",
+    ),
+    Bug(
+        "recovery drops a committed point, too",
+        "recovery.py",
+        "        partial.drop()\n",
+        "        partial.drop()\n        __import__('shutil').rmtree(folder.point('latest').path)\n",
+        EXPLORED + "[incremental]",
+    ),
+    Bug(
+        "recovery leaves the job",
+        "vm/cleanup.py",
+        "        _end_job(monitor, name)\n"
+        '        told.append(f"ended the job {name}")\n'
+        '    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)\n',
+        "        pass\n",
+        FAILURES + "test_sigkill_in_mid_copy_is_undone_by_the_next_run[simulator]",
+    ),
+    Bug(
+        "the lock is let go before the guard has done its work",
+        "vm/guard.py",
+        "pass_fds=(its.fileno(), lock)",
+        "pass_fds=(its.fileno(),)",
+        GUARD + "test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed",
+    ),
+    Bug(
+        "recover takes no lock",
+        "recovery.py",
+        "    with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:\n",
+        "    with Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:\n",
+        FAILURES + "test_a_second_run_is_told_that_the_first_one_works[simulator]",
+    ),
+    Bug(
+        "our clients leave before the export goes",
+        "vm/cleanup.py",
+        "    for name in ours:\n        _unless_gone(",
+        "    clients.let_go()\n    for name in ours:\n        _unless_gone(",
+        IOTHREAD,
+    ),
+    Bug(
+        "the guard lets go of the sockets before the export goes",
+        "vm/guard_process.py",
+        "        while not self._taken_down():\n",
+        "        self._holder.release()\n        while not self._taken_down():\n",
+        IOTHREAD,
+    ),
+    Bug(
+        "the agent's time-out is taken for success",
+        "vm/agent.py",
+        '            raise AgentTimeout(f"the guest agent took',
+        '            return 1\n            raise AgentTimeout(f"the guest agent took',
+        FAILURES + "test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back[simulator]",
+    ),
+    Bug(
+        "an inconsistent bitmap is taken for an empty one",
+        "planning.py",
+        '        return "its bitmap is inconsistent (QEMU did not end cleanly)"\n',
+        '        return ""\n',
+        "integration/test_topology.py::test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than"
+        "_the_change_is_stored[simulator]",
+    ),
+    Bug(
+        "a run that copied some disks only ends with 0",
+        "backup.py",
+        "        return tuple(taker.take(one, source) for",
+        "        taken = []\n"
+        "        for one, source in zip(self.plan.disks, sources, strict=True):\n"
+        "            with __import__('contextlib').suppress(Failed):\n"
+        "                taken.append(taker.take(one, source))\n"
+        "        return tuple(taken)\n"
+        "        return tuple(taker.take(one, source) for",
+        FAILURES + "test_a_connection_dropped_in_mid_copy_is_a_failed_run[simulator-exp1]",
+    ),
+    Bug(
+        "damaged data is restored",
+        "transfer/proving.py",
+        "        if len(wrong):\n",
+        "        if not len(wrong):\n",
+        "unit/repository/test_restore_damaged.py::test_damaged_data_is_refused_by_range_and_nothing_is_left",
+    ),
+)
