@@ -235,8 +235,8 @@ BUGS = (
     Bug(
         "the lock is let go before the guard has done its work",
         "vm/guard.py",
-        "pass_fds=(its.fileno(), lock)",
-        "pass_fds=(its.fileno(),)",
+        "_spawn(arguments, (its.fileno(), lock))",
+        "_spawn(arguments, (its.fileno(),))",
         GUARD + "test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed",
     ),
     Bug(
