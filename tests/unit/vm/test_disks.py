@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.errors import CommandFailed, Refused
+from backupctl.errors import CommandFailed, UsageError
 from backupctl.vm import disks
 
 KINDS = {"lun": "scsi-block", "tape": "scsi-generic", "sda": "scsi-hd"}
@@ -41,5 +41,5 @@ def test_a_disk_whose_writes_qemu_does_not_see_is_left_out():
     assert [disk.name for disk in found.disks] == ["sda"]
     assert [name for name, _ in found.left_out] == ["lun", "tape", "fast"]
     for name, why in (("lun", "passed through"), ("fast", "another process")):
-        with pytest.raises(Refused, match=why):
+        with pytest.raises(UsageError, match=why):
             found.chosen([name])
