@@ -8,6 +8,7 @@ is believed.
 import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 from blake3 import blake3
@@ -133,18 +134,24 @@ class Manifest:
     @classmethod
     def from_json(cls, content: bytes) -> "Manifest":
         """Read a manifest. Raises UnknownFormat, DamageFound."""
-        try:
-            document = strict.parse(content, FILE_NAME)
-            version = document.get("format") if isinstance(document, dict) else None
-            if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
-                raise UnknownFormat(
-                    f"the manifest has format {version}; this backupctl knows {FORMAT}: a newer one made it"
-                )
-            return _read(document)
-        except RecursionError as err:
-            raise DamageFound(f"{FILE_NAME} is nested too deep") from err
-        except Malformed as err:
-            raise DamageFound(str(err)) from err
+        return _read_once(content)
+
+
+@lru_cache(1 << 14)
+def _read_once(content: bytes) -> Manifest:
+    """Read a manifest, one of each content: a prune looks at all of them after every step."""
+    try:
+        document = strict.parse(content, FILE_NAME)
+        version = document.get("format") if isinstance(document, dict) else None
+        if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
+            raise UnknownFormat(
+                f"the manifest has format {version}; this backupctl knows {FORMAT}: a newer one made it"
+            )
+        return _read(document)
+    except RecursionError as err:
+        raise DamageFound(f"{FILE_NAME} is nested too deep") from err
+    except Malformed as err:
+        raise DamageFound(str(err)) from err
 
 
 def _read(document: object) -> Manifest:
