@@ -55,6 +55,8 @@ def recover(
         with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
             told = settle(vm, folder, repository.owner, monitor, scratch_folder)
     except MonitorUnreachable as err:
+        if folder.partials():
+            raise needs_recovery(err, vm.name) from err
         raise err.add(state="nothing was touched", next_command=f"backupctl doctor {vm.name}") from err
     for line in told:
         reporter.note(line)

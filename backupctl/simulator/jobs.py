@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Backup jobs: their states, their events, and the filter that copies before the guest writes."""
 
+import errno
+import os
 from dataclasses import dataclass, field
 
 from backupctl.simulator.failure import CommandError
@@ -15,7 +17,7 @@ BUSY = "block device is in use by block job: backup"
 class Job:
     """A backup job.
 
-    group: jobs that end together with it (completion-mode grouped). cancelled: it ended that way.
+    group: jobs that end together with it (completion-mode grouped). error: why it ended without success.
     """
 
     name: str
@@ -25,7 +27,7 @@ class Job:
     filter: CopyBeforeWrite
     auto_dismiss: bool = True
     status: str = "created"
-    cancelled: bool = False
+    error: str = ""
     done_bytes: int = 0
     length_bytes: int = 0
     links: list[Link] = field(default_factory=list)
@@ -40,7 +42,7 @@ class Job:
         """Return what `query-jobs` shows."""
         told: dict[str, object] = {"id": self.name, "type": "backup", "status": self.status}
         told |= {"current-progress": self.progress_bytes, "total-progress": self.length_bytes}
-        return told | ({"error": "Operation canceled"} if self.cancelled else {})
+        return told | ({"error": self.error} if self.error else {})
 
     def describe_block(self) -> dict[str, object]:
         """Return what `query-block-jobs` shows."""
@@ -86,10 +88,7 @@ class Jobs:
         """Let a created job run; a full copy is done at once and ends."""
         self._turn(job, "running")
         if job.sync == "full":
-            _copy_all(job)
-            for status in ("waiting", "pending"):
-                self._turn(job, status)
-            self._conclude(job, "BLOCK_JOB_COMPLETED")
+            self._copy(job)
 
     def withdraw(self, job: Job) -> None:
         """Undo `create` in a transaction that failed."""
@@ -108,7 +107,7 @@ class Jobs:
         for each in together:
             self._turn(each, "aborting")
         for each in reversed(together):
-            each.cancelled = True
+            each.error = os.strerror(errno.ECANCELED)
             self._conclude(each, "BLOCK_JOB_CANCELLED")
 
     def dismiss(self, job: Job) -> None:
@@ -148,9 +147,23 @@ class Jobs:
                 raise refusal
         self._graph.replace(source, keeper)
 
+    def _copy(self, job: Job) -> None:
+        try:
+            _copy_all(job)
+        except OSError as err:
+            self._tell("BLOCK_JOB_ERROR", {"device": job.name, "operation": "write", "action": "report"})
+            self._turn(job, "aborting")
+            job.error = err.strerror or str(err)
+        else:
+            for status in ("waiting", "pending"):
+                self._turn(job, status)
+        self._conclude(job, "BLOCK_JOB_COMPLETED")
+
     def _conclude(self, job: Job, event: str) -> None:
         told: dict[str, object] = {"device": job.name, "type": "backup", "len": job.length_bytes}
         told |= {"offset": job.progress_bytes, "speed": 0}
+        if job.error and event == "BLOCK_JOB_COMPLETED":
+            told["error"] = job.error
         self._dissolve(job)
         self._tell(event, told)
         self._turn(job, "concluded")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
@@ -355,6 +356,26 @@ def test_a_second_run_is_told_that_the_first_one_works(lab):
         assert recovery.returncode == 75
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=30)
+    lab.next_is_right()
+
+
+@pytest.mark.needs_qemu("it is about our own lock: one place is enough")
+def test_of_eight_runs_at_once_one_goes_on(build72, make_lab):
+    lab = make_lab(build72)
+    lab.backup("full")
+    lab.writer.do("vda", "data", 0, 16 << 20, 0x44)
+    begun = time.monotonic()
+    with ExitStack() as running:
+        runs = [running.enter_context(lab.cli.start("incremental", "web", *SLOW)) for _ in range(8)]
+        wait_for(lambda: sum(run.poll() is not None for run in runs) == 7, 60)
+        assert {run.returncode for run in runs} == {None, 75}
+        seconds = time.monotonic() - begun
+        (at_work,) = (run for run in runs if run.poll() is None)
+        at_work.send_signal(signal.SIGTERM)
+        for run in runs:
+            run.communicate(timeout=30)
+    assert at_work.returncode == 1
+    assert seconds < 20
     lab.next_is_right()
 
 

@@ -13,7 +13,7 @@ from backupctl import errors
 from backupctl.cli import common, screen, units
 from backupctl.cli.main import cli
 from backupctl.errors import BackupctlError, UsageError
-from backupctl.names import DiskName
+from backupctl.names import DiskName, vm_name
 from backupctl.repository.layout import Repository
 
 COMMANDS = cli.list_commands(click.Context(cli))
@@ -81,6 +81,19 @@ def test_an_unreachable_monitor_is_told_and_nothing_is_left_in_the_repository(tm
     assert error["exit_code"] == 1
     assert (error["step"], error["next"]) == ("prepare", "backupctl doctor web")
     assert [path.name for path in (tmp_path / "r" / "web").iterdir()] == ["lock"]
+
+
+def test_a_recover_that_can_not_reach_the_vm_says_whether_there_was_something_to_do(tmp_path):
+    command = ("recover", "web", "--qmp", "unix:/nowhere", "--repository", str(tmp_path / "r"))
+    folder = Repository.create(tmp_path / "r").vm(vm_name("web"))
+    with folder.lock():
+        pass  # which makes the VM's folder
+    assert backupctl(*command).returncode == 1
+    (folder.path / "20260101T000000Z.partial").mkdir()
+    done = backupctl(*command)
+    assert done.returncode == 3
+    assert "backupctl recover web" in done.stderr
+    assert [path.name for path in folder.path.glob("*.partial")] == ["20260101T000000Z.partial"]
 
 
 @pytest.mark.parametrize("name", ["../web", "a/b", ".web", "web\n", "w" * 101, "web.partial", ""])

@@ -57,6 +57,19 @@ def fleece(vm, device="drive-vda", target="tmp0", job="job0"):
     run(vm, "blockdev-backup", job_id=job, device=device, target=target, sync="none")
 
 
+def test_a_full_copy_onto_a_full_target_is_a_job_that_ends_with_an_error(vm):
+    vm.faults.add("scratch:tmp*=full:0")
+    assert vm.guest.change("vda", "write", 0, 512, b"x" * 512) == ""
+    scratch(vm, backing=None)
+    vm.events.clear()
+    run(vm, "blockdev-backup", job_id="job0", device="drive-vda", target="tmp0", sync="full")
+    told = {event["event"]: event["data"] for event in vm.events}
+    assert told["BLOCK_JOB_ERROR"] == {"device": "job0", "operation": "write", "action": "report"}
+    assert told["BLOCK_JOB_COMPLETED"]["error"] == "No space left on device"
+    assert run(vm, "query-jobs") == []
+    assert vm.graph.find("drive-vda").blockers == []
+
+
 def change(vm, disk, model, what, block, blocks, seed):
     """Make one change on a disk and on its model."""
     offset = block * 512
