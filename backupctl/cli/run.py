@@ -57,7 +57,7 @@ def full(context: click.Context, /, **options: Any) -> None:
     _run(context, "full", options)
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 3, 75))
+@click.command(epilog=common.exit_help(0, 1, 2, 3, 4, 75))
 @_options
 @click.option(
     "--on-broken-chain",

@@ -19,10 +19,11 @@ CHUNKS = 4
 
 KEEP = ("--keep-checkpoints", "2")
 SHAPES = {"full": ["full"], "incremental": ["incremental"], "differential": ["incremental", *KEEP]}
+FILTERED = {"snapshot-access": ["incremental", "--view", "snapshot-access"]}
 
 
 def run(lab, shape: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    kind, *options = SHAPES[shape]
+    kind, *options = (SHAPES | FILTERED)[shape]
     if shape == "differential":
         options += ["--since", lab.cli.json("list", "web", vm=False)[-2]["point"]]
     command = lab.cli.command(kind, "web", *options)
@@ -84,6 +85,20 @@ def explore(lab, shape: str, chunk: int) -> int:
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sigkill_at_every_step(build, make_lab, shape, chunk, record_property):
+    check_every_step(build, make_lab, shape, chunk, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize("shape", FILTERED)
+def test_sigkill_at_every_step_with_a_filter_of_ours_under_the_guest(
+    build10, make_lab, shape, chunk, record_property
+):
+    check_every_step(build10, make_lab, shape, chunk, record_property)
+
+
+def check_every_step(build, make_lab, shape: str, chunk: int, record_property) -> None:
     lab = make_lab(build, {"vda": 4 << 20, "vdb": (2 << 20) + 512}, seed=chunk)
     cases = explore(lab, shape, chunk)
     where = "the simulator" if build.simulated else f"QEMU {build.version}"
