@@ -200,14 +200,21 @@ def available(name: str) -> None:
         raise Missing(f"QEMU {name}: {error}") from error
 
 
-def required(name: str) -> None:
-    """Skip the test that calls this if a subject can't be had here, or fail it where that one must be."""
+def missing(name: str) -> str:
+    """Say why a subject can't be had here; "" if it can. Raises Missing where that one must be."""
     try:
         available(name)
     except Missing as error:
         if name in builds.required():
             raise
-        pytest.skip(str(error))
+        return str(error)
+    return ""
+
+
+def required(name: str) -> None:
+    """Skip the test that calls this if a subject can't be had here, or fail it where that one must be."""
+    if why := missing(name):
+        pytest.skip(why)
 
 
 def tool(name: str) -> str:
