@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl diff`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.text import Text
 
 from backupctl import diff as core
 from backupctl.cli import common, picture, screen, units
@@ -93,8 +96,14 @@ def _show_disk(one: DiskDiff) -> None:
     for row in drawn.rows:
         label = units.size(row.first * CLUSTER_BYTES).rjust(_LABEL - 2)
         cells = [(shades[shade], _STYLES[shade]) for shade in row.shades]
-        screen.print_styled([(f"{label}  ", ""), *cells])
+        _print_styled([(f"{label}  ", ""), *cells])
     each = units.size(drawn.clusters_each * CLUSTER_BYTES)
     screen.print_line(
         f"{'':>{_LABEL}}a character is {each}: {shades[0]} as before, {shades[1:]} the more of it changed"
     )
+
+
+def _print_styled(parts: Sequence[tuple[str, str]]) -> None:
+    """Write a line of texts, each with its style: to a terminal with colours, elsewhere without."""
+    line = Text.assemble(*((screen.clean(text), style) for text, style in parts))
+    Console(highlight=False).print(line, soft_wrap=True)

@@ -17,20 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from backupctl.cli import units
 from backupctl.errors import BackupctlError
 from backupctl.names import DiskName
 from backupctl.report import Reporter
@@ -90,12 +76,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         )
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
     sys.stdout.flush()
-
-
-def print_styled(parts: Sequence[tuple[str, str]]) -> None:
-    """Write a line of texts, each with its style: to a terminal with colours, elsewhere without."""
-    line = Text.assemble(*((clean(text), style) for text, style in parts))
-    Console(highlight=False).print(line, soft_wrap=True)
 
 
 def printable(text: str, instead: str) -> str:
@@ -184,41 +164,6 @@ class Quiet(Lines):
         """Say nothing."""
 
 
-class _Rate(ProgressColumn):
-    """The rate in the units of --limit (rich's own column counts in powers of 1000)."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{units.size(round(speed))}/s" if speed else "", style="progress.data.speed")
-
-
-class Live:
-    """A Reporter for a terminal: the step under way, and a bar for each disk."""
-
-    def __init__(self, display: Progress) -> None:
-        self._display = display
-        self._bars: dict[str, TaskID] = {}
-        self._step = display.add_task("", total=None, start=False, visible=False)
-
-    def step(self, text: str) -> None:
-        """A step begins."""
-        self._display.console.print(Text(f"· {clean(text)}", style="dim"))
-
-    def note(self, text: str) -> None:
-        """Something to know."""
-        self._display.console.print(Text(f"  {clean(text)}"))
-
-    def warn(self, text: str) -> None:
-        """Something to act on some time."""
-        self._display.console.print(Text(f"! {clean(text)}", style="yellow"))
-
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
-        """So much is copied."""
-        if disk not in self._bars:
-            self._bars[disk] = self._display.add_task(clean(disk), total=total_bytes)
-        self._display.update(self._bars[disk], completed=done_bytes, total=total_bytes)
-
-
 @contextmanager
 def reporter(*, quiet: bool = False) -> Iterator[Reporter]:
     """Give the Reporter that fits stderr."""
@@ -228,12 +173,7 @@ def reporter(*, quiet: bool = False) -> Iterator[Reporter]:
     if not sys.stderr.isatty():
         yield Lines()
         return
-    columns = (
-        TextColumn("  {task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        _Rate(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as display:
-        yield Live(display)
+    from backupctl.cli import live  # noqa: PLC0415 - rich takes a tenth of a run's start; timers need none of it
+
+    with live.reporter() as reporter:
+        yield reporter

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What is seen on a terminal while a command works: the step under way, and a bar for each disk."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from backupctl.cli import units
+from backupctl.cli.screen import clean
+from backupctl.names import DiskName
+
+
+class _Rate(ProgressColumn):
+    """The rate in the units of --limit (rich's own column counts in powers of 1000)."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{units.size(round(speed))}/s" if speed else "", style="progress.data.speed")
+
+
+class Live:
+    """A Reporter for a terminal: the step under way, and a bar for each disk."""
+
+    def __init__(self, display: Progress) -> None:
+        self._display = display
+        self._bars: dict[str, TaskID] = {}
+        self._step = display.add_task("", total=None, start=False, visible=False)
+
+    def step(self, text: str) -> None:
+        """A step begins."""
+        self._display.console.print(Text(f"· {clean(text)}", style="dim"))
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        self._display.console.print(Text(f"  {clean(text)}"))
+
+    def warn(self, text: str) -> None:
+        """Something to act on some time."""
+        self._display.console.print(Text(f"! {clean(text)}", style="yellow"))
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """So much is copied."""
+        if disk not in self._bars:
+            self._bars[disk] = self._display.add_task(clean(disk), total=total_bytes)
+        self._display.update(self._bars[disk], completed=done_bytes, total=total_bytes)
+
+
+@contextmanager
+def reporter() -> Iterator[Live]:
+    """Give the Reporter of a terminal."""
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        _Rate(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as display:
+        yield Live(display)
