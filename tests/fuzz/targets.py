@@ -100,6 +100,8 @@ GRAPH = {
     ],
     "edges": [{"parent": 1, "child": 2, "name": "file", "perm": [], "shared-perm": []}],
 }
+LISTED = [{"name": "type", "type": "string"}, {"name": "vda", "type": "child<virtio-blk-pci>"}]
+MACHINE = {"query-named-block-nodes": NODES, "query-block": DEVICES, "qom-list": LISTED}
 EXPORTS = [{"id": "e", "node-name": "n0", "type": "vhost-user-blk"}]
 
 
@@ -248,10 +250,8 @@ TARGETS = {
         inventory,
         (MonitorError, Refused),
         (
-            json.dumps({"query-named-block-nodes": NODES, "query-block": DEVICES}).encode(),
-            json.dumps(
-                {"query-named-block-nodes": NODES, "query-block": [], "query-block-exports": EXPORTS}
-            ).encode(),
+            json.dumps(MACHINE).encode(),
+            json.dumps(MACHINE | {"query-block": [], "query-block-exports": EXPORTS}).encode(),
         ),
     ),
     "bitmap": Target(bitmap, (MonitorError,), (json.dumps(BITMAP).encode(),)),

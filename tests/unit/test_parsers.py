@@ -14,7 +14,7 @@ from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.settings import Address
 from backupctl.simulator import faults
 from tests.fuzz.loop import mutate
-from tests.fuzz.targets import BITMAP, DEVICES, JOURNAL, NODES, TARGETS, bitmap, inventory
+from tests.fuzz.targets import BITMAP, JOURNAL, MACHINE, TARGETS, bitmap, inventory
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,20}", fullmatch=True).filter(
     lambda name: not name.endswith(".partial")
@@ -95,7 +95,7 @@ def test_any_value_at_any_place_of_a_document(name, data, value):
 
 
 @COMMON
-@given(replies=st.fixed_dictionaries({"query-named-block-nodes": JSON, "query-block": JSON}))
+@given(replies=st.fixed_dictionaries(dict.fromkeys(MACHINE, JSON)))
 def test_any_answers_of_a_monitor(replies):
     feed("disks", json.dumps(replies).encode())
 
@@ -148,7 +148,7 @@ def test_a_fault_that_is_taken_can_be_put_into_force(text):
 
 
 def test_good_answers_give_what_they_say():
-    found = inventory(json.dumps({"query-named-block-nodes": NODES, "query-block": DEVICES}).encode())
+    found = inventory(json.dumps(MACHINE).encode())
     (disk,) = found.disks
     assert (disk.name, disk.node, disk.size, disk.persistent) == ("vda", "n0", 1 << 20, True)
     assert disk.bitmaps == (bitmap(json.dumps(BITMAP).encode()),)
