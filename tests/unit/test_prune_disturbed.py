@@ -59,7 +59,10 @@ def _impatient(monkeypatch):
     monkeypatch.setattr(prune, "_PATIENCE_SECONDS", 0.05)
 
 
-@pytest.mark.parametrize("seed", range(12))
+SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed > 3 else ()) for seed in range(12)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_readers_and_deaths_at_any_moment_lose_nothing(builder, monkeypatch, seed):
     rand = random.Random(seed)
     real = locks.folder
