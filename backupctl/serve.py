@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 
-from backupctl import listening
+from backupctl import listening, private
 from backupctl.errors import UsageError, WriteFailed
 from backupctl.names import DiskName
 from backupctl.report import Stop
@@ -103,8 +103,8 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
     elif unix is not None:
         chosen = listening.unix(unix.absolute())
     else:
-        with images.private_folder() as private:
-            folder = private / "public"  # the private one is locked, which `listening` would wait for
+        with private.folder() as locked:
+            folder = locked / "public"  # for itself: the other is locked, which `listening` would wait for
             folder.mkdir(mode=0o700)
             with listening.unix(folder / "nbd.sock") as found:
                 yield found

@@ -9,19 +9,18 @@ No name that is stored in an image is ever opened. The chain is checked against 
 `chain.py` and given to QEMU link by link.
 """
 
-import fcntl
 import json
 import os
-import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from backupctl import private
 from backupctl.errors import Failed, Locked, RepositoryError, WriteFailed
 from backupctl.repository import durable, qemu
 
@@ -31,8 +30,6 @@ CLUSTER_BYTES = 65536
 EXPORT = "image"
 
 _START_SECONDS, _LAYER_SECONDS = 30.0, 0.5
-_PREFIX = "backupctl-image-"
-_NEW_SECONDS = 60.0  # one that is being made is not locked yet
 _SOCKET = "nbd.sock"
 _READY = "ready"
 # Measured: without these QEMU's server spends most of its time in page faults of its allocator.
@@ -161,7 +158,7 @@ def served(options: dict[str, Any], *, writable: bool, layers: int = 1) -> Itera
 
     layers: how many images QEMU has to open.
     """
-    with private_folder() as folder, tempfile.TemporaryFile() as complaints:
+    with private.folder() as folder, tempfile.TemporaryFile() as complaints:
         server = _start(options, folder, complaints, writable=writable)
         try:
             await_ready(server, folder / _READY, complaints, layers)
@@ -182,41 +179,6 @@ def _complete(path: Path) -> None:
         durable.sync_file(path)
     except OSError as err:
         raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
-
-
-@contextmanager
-def private_folder() -> Iterator[Path]:
-    """Make a folder of our own for a socket, locked while we live; those of the dead are removed.
-
-    Raises Failed.
-    """
-    try:
-        _sweep(Path(tempfile.gettempdir()))
-        made = tempfile.TemporaryDirectory(prefix=_PREFIX)
-    except OSError as err:
-        raise Failed(f"no temporary folder can be made: {err.strerror}") from err
-    with made as name:
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield Path(name)
-        finally:
-            os.close(descriptor)
-
-
-def _sweep(temporary: Path) -> None:
-    """Remove the folders of runs that were killed: those that nobody holds any more."""
-    for path in temporary.glob(f"{_PREFIX}*"):
-        with suppress(OSError):
-            found = path.lstat()
-            if found.st_uid != os.geteuid() or time.time() - found.st_mtime < _NEW_SECONDS:
-                continue
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
-            finally:
-                os.close(descriptor)
 
 
 def _start(image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool) -> qemu.Child:

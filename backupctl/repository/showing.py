@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from backupctl import private
 from backupctl.errors import RepositoryError
 from backupctl.repository import images, qemu
 
@@ -58,7 +59,7 @@ def layered(overlay: Path, chain: Sequence[Path]) -> dict[str, Any]:
 @contextmanager
 def serve(shown: Sequence[Shown], listening: socket.socket) -> Iterator[Server]:
     """Serve some exports on a listening socket until the block ends. Raises RepositoryError."""
-    with images.private_folder() as folder, tempfile.TemporaryFile() as complaints:
+    with private.folder() as folder, tempfile.TemporaryFile() as complaints:
         child = qemu.start(
             _command(shown, listening.fileno(), folder / _READY),
             complaints=complaints,

@@ -10,12 +10,11 @@ before its client goes away, or (Debian's 7.2, disk on an iothread) it aborts.
 """
 
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+from backupctl import private
 from backupctl.errors import Failed
 from backupctl.names import BitmapName, NodeName, Owner
 from backupctl.vm.guard import Guard
@@ -90,8 +89,8 @@ def descriptor_name(owner: Owner) -> str:
 @contextmanager
 def _served(monitor: Monitor, owner: Owner, clients: int) -> Iterator[str]:
     """Start the NBD server for so many clients; yields the path to connect to, gone after the block."""
-    with tempfile.TemporaryDirectory(prefix="backupctl-") as folder:
-        path = str(Path(folder, "nbd.sock"))  # short: a unix socket's path has 107 bytes
+    with private.folder() as folder:
+        path = str(folder / "nbd.sock")  # short: a unix socket's path has 107 bytes
         if monitor.passes_descriptors:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(path)

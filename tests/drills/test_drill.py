@@ -104,4 +104,4 @@ def test_nothing_is_left_behind(tmp_path):
     assert done.returncode == 0, done.stderr
     left = [path.name for path in (tmp_path / "tmp").iterdir()]
     # A folder for the socket of a run that was killed is swept by a later one.
-    assert [name for name in left if not name.startswith("backupctl-image-")] == []
+    assert [name for name in left if not name.startswith("bctl-")] == []

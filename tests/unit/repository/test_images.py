@@ -192,10 +192,10 @@ def test_what_a_killed_run_left_is_swept_and_what_lives_is_not(tmp_path, short_f
     temporary = short_folder
     images.create_layer(tmp_path / "a.qcow2", 65536, None)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
-    dead = temporary / "backupctl-image-dead"
-    young = temporary / "backupctl-image-young"
+    dead = temporary / "bctl-dead"
+    young = temporary / "bctl-young"
     other = temporary / "somebody-elses"
-    linked = temporary / "backupctl-image-link"
+    linked = temporary / "bctl-link"
     for folder in (dead, young, other):
         folder.mkdir()
         (folder / "nbd.sock").touch()
