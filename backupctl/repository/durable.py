@@ -23,12 +23,7 @@ def sync_and_forget(path: Path) -> None:
 
     Raises OSError.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
+    _sync(path, os.O_RDONLY, forget=True)
 
 
 def sync_folder(path: Path) -> None:
@@ -120,9 +115,11 @@ def remove(path: Path) -> None:
     sync_folder(path.parent)
 
 
-def _sync(path: Path, flags: int) -> None:
+def _sync(path: Path, flags: int, *, forget: bool = False) -> None:
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+        if forget:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(descriptor)
