@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line, dead by SIGKILL as it enters a step: `python -m backupctl.drills.doomed STEP full …`.
+"""The command line, dead by SIGKILL as it enters a step: the arguments STEP full … kill a full there.
 
 STEP `impatient` lets it live, with time-outs of seconds, so that a drill need not wait for a minute;
 `full-disk` lets no file grow beyond 300 KiB.
@@ -53,7 +53,8 @@ def hurry() -> None:
     )
 
 
-if __name__ == "__main__":
+def doomed() -> None:
+    """Be the command line; the first argument says how it ends."""
     fate = sys.argv.pop(1)
     if fate == "impatient":
         hurry()

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from backupctl.drills.demo import first_difference
+from backupctl.drills.warm import CLI, Warm
 from backupctl.errors import Failed
 from backupctl.repository import qemu
 
@@ -30,6 +31,8 @@ _RUN_SECONDS = 120.0
 _THAW_SECONDS = 5.0  # less than the freeze budget: it is the kill that the guard must answer to
 _OURS = "backupctl-"
 _EARLIER = "from an earlier run: "
+_DOOMED = "backupctl.drills.doomed:doomed"
+_ENDS = f"backupctl ends within {_RUN_SECONDS:g} s"
 _WORTH = ("is read whole", "is taken full", "warning: ")
 
 
@@ -71,12 +74,13 @@ class Said:
 class Ground(ABC):
     """A VM with two disks and a repository.
 
-    folder: all of it. moments: of each point, raw files by disk. last: the call that met what was broken.
-    aftermath: what the next run had to clear up, as it told. committed: hashes of the files of points that
-    must not change.
+    folder: all of it. warm: what calls are made by. moments: of each point, raw files by disk. last: the
+    call that met what was broken. aftermath: what the next run had to clear up, as it told. committed:
+    hashes of the files of points that must not change.
     """
 
     folder: Path
+    warm: Warm
     qmp: str = ""
     agent: str | None = None
     options: tuple[str, ...] = ()
@@ -148,10 +152,9 @@ class Ground(ABC):
         """Keep what the committed points are made of now, for `next_is_right` to compare."""
         self.committed = self.fingerprint()
 
-    def command(self, *arguments: str, doomed: str = "") -> list[str]:
-        """Return the command line. doomed: the step at which the run dies by SIGKILL (see doomed.py)."""
-        module = ["backupctl.drills.doomed", doomed] if doomed else ["backupctl"]
-        found = [sys.executable, "-m", *module, *arguments, "--repository", str(self.repository)]
+    def arguments(self, *arguments: str) -> list[str]:
+        """Return the arguments of a call, for JSON, with what every call needs."""
+        found = [*arguments, "--repository", str(self.repository), "--json"]
         if arguments[0] in ("full", "incremental", "recover", "status"):
             found += ["--qmp", self.qmp, "--scratch", str(self.scratch)]
             found += ["--agent", self.agent] if self.agent else []
@@ -166,15 +169,24 @@ class Ground(ABC):
         return {**kept, "HOME": str(self.home), "PYTHONPATH": packages.rstrip(os.pathsep)}
 
     def run(self, *arguments: str, doomed: str = "") -> Said:
-        """Call backupctl and wait for it."""
-        with self.start(*arguments, doomed=doomed) as process:
-            return self.wait(process)
+        """Call backupctl and wait for it. doomed: how it comes to harm (see doomed.py)."""
+        try:
+            done = self.warm.run(
+                [doomed, *self.arguments(*arguments)] if doomed else self.arguments(*arguments),
+                entry=_DOOMED if doomed else CLI,
+                environment=self.environment(),
+                folder=self.home,
+                timeout=_RUN_SECONDS,
+            )
+        except subprocess.TimeoutExpired as err:
+            raise Unmet(_ENDS) from err
+        return _said(done.returncode, done.stdout, done.stderr)
 
     @contextmanager
-    def start(self, *arguments: str, doomed: str = "") -> Iterator["subprocess.Popen[str]"]:
+    def start(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
         """Start backupctl; it is killed if it has not ended with the block."""
         process = subprocess.Popen(
-            [*self.command(*arguments, doomed=doomed), "--json"],
+            [sys.executable, "-m", "backupctl", *self.arguments(*arguments)],
             cwd=self.home,
             env=self.environment(),
             stdin=subprocess.DEVNULL,
@@ -194,13 +206,8 @@ class Ground(ABC):
         try:
             out, words = process.communicate(timeout=_RUN_SECONDS)
         except subprocess.TimeoutExpired as err:
-            raise Unmet(f"backupctl ends within {_RUN_SECONDS:g} s") from err
-        try:
-            document = json.loads(out) if out.strip() else {}
-        except ValueError as err:
-            raise Unmet("with --json there is one JSON document on stdout, and nothing else") from err
-        expect("Traceback" not in words, "an error is told in words, not as a traceback")
-        return Said(process.returncode, document, words)
+            raise Unmet(_ENDS) from err
+        return _said(process.returncode, out, words)
 
     def backup(self, kind: str, *options: str) -> str:
         """Make a point that must succeed; its moment is kept. Returns its id."""
@@ -275,6 +282,16 @@ class Ground(ABC):
 
     def _kept(self, point: str, moment: dict[str, Path]) -> dict[str, Path]:
         return {disk: path.rename(self.folder / f"{point}-{disk}.moment") for disk, path in moment.items()}
+
+
+def _said(code: int, out: str, words: str) -> Said:
+    """Look at what a call came to. Raises Unmet if that is not what one comes to, whatever happened."""
+    try:
+        document = json.loads(out) if out.strip() else {}
+    except ValueError as err:
+        raise Unmet("with --json there is one JSON document on stdout, and nothing else") from err
+    expect("Traceback" not in words, "an error is told in words, not as a traceback")
+    return Said(code, document, words)
 
 
 def _node(name: str, path: Path) -> dict[str, Any]:

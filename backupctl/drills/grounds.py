@@ -17,6 +17,7 @@ from typing import Any
 
 from backupctl.drills.ground import Ground
 from backupctl.drills.simulated import SimulatedVm
+from backupctl.drills.warm import Warm
 from backupctl.errors import Failed
 from backupctl.repository import qemu
 from backupctl.settings import Address
@@ -29,14 +30,14 @@ _COMMAND_SECONDS = 30.0
 
 
 @contextmanager
-def simulator(folder: Path) -> Iterator[Ground]:
+def simulator(folder: Path, warm: Warm) -> Iterator[Ground]:
     """Give a simulated VM whose guest is there with its agent."""
     disks = [f"{name}={size},node=node-{name}" for name, size in DISKS.items()]
     options = ("--seed", "7", "--keep-moments", "--version", _VERSION, "--qmp", str(folder / "look"))
     with ExitStack() as held:
-        vm = held.enter_context(SimulatedVm("drilled", folder, disks, options))
+        vm = held.enter_context(SimulatedVm("drilled", folder, disks, options, warm))
         ground = SimulatorGround(
-            folder, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
+            folder, warm, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
         )
         held.callback(ground.close)
         vm.order("workload", **{"per-second": 50})  # a guest that never rests
@@ -44,7 +45,7 @@ def simulator(folder: Path) -> Iterator[Ground]:
 
 
 @contextmanager
-def real(folder: Path) -> Iterator[Ground]:
+def real(folder: Path, warm: Warm) -> Iterator[Ground]:
     """Give a real QEMU whose disks are written by us. Raises Failed if there is none to run."""
     program = os.environ.get("QEMU", "qemu-system-x86_64")
     if shutil.which(program.split()[0]) is None:
@@ -53,7 +54,7 @@ def real(folder: Path) -> Iterator[Ground]:
         made = qemu.img(["create", "-q", "-f", "qcow2", str(folder / f"{name}.qcow2"), str(size)])
         if made.returncode:
             raise Failed(f"no disk for the drill's VM can be made: {made.stderr.strip():.300}")
-    ground = QemuGround(folder, f"unix:{folder / 'qmp'}", None, ("--freeze", "never"), program=program)
+    ground = QemuGround(folder, warm, f"unix:{folder / 'qmp'}", None, ("--freeze", "never"), program=program)
     try:
         ground.restart()
         yield ground

@@ -13,12 +13,13 @@ from typing import Literal
 from backupctl.drills import grounds
 from backupctl.drills.catalog import Drill
 from backupctl.drills.ground import Ground, Unmet
+from backupctl.drills.warm import Warm
 from backupctl.errors import BackupctlError
 from backupctl.report import Stop
 
 Place = Literal["simulator", "qemu"]
 Verdict = Literal["passed", "FAILED", "simulator only"]
-_GROUNDS: dict[str, Callable[[Path], AbstractContextManager[Ground]]] = {
+_GROUNDS: dict[str, Callable[[Path, Warm], AbstractContextManager[Ground]]] = {
     "simulator": grounds.simulator,
     "qemu": grounds.real,
 }
@@ -47,8 +48,8 @@ class Outcome:
 
 def run(drills: Sequence[Drill], place: Place, stop: Stop) -> Iterator[Outcome]:
     """Play the drills; yields each outcome as it is there. Raises Interrupted."""
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
-        coming = [threads.submit(_play, drill, place, stop) for drill in drills]
+    with Warm() as warm, ThreadPoolExecutor(_AT_ONCE) as threads:
+        coming = [threads.submit(_play, drill, place, warm, stop) for drill in drills]
         try:
             for one in as_completed(coming):
                 yield one.result()
@@ -57,12 +58,12 @@ def run(drills: Sequence[Drill], place: Place, stop: Stop) -> Iterator[Outcome]:
                 one.cancel()
 
 
-def _play(drill: Drill, place: Place, stop: Stop) -> Outcome:
+def _play(drill: Drill, place: Place, warm: Warm, stop: Stop) -> Outcome:
     stop.check()
     if drill.simulator_only and place != "simulator":
         return Outcome(drill.name, drill.breaks, "simulator only")
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bd-") as name, _GROUNDS[place](Path(name)) as ground:
+    with tempfile.TemporaryDirectory(prefix="bd-") as name, _GROUNDS[place](Path(name), warm) as ground:
         problem = ""
         try:
             drill.play(ground)

@@ -2,6 +2,7 @@
 """A simulated VM as a child process, reached through its sockets as any VM is, and steered by one more."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
 
+from backupctl.drills.warm import Call, Warm
 from backupctl.errors import Failed
 from backupctl.names import vm_name
 from backupctl.repository import qemu
@@ -25,27 +27,34 @@ _END_SECONDS = 5.0
 class SimulatedVm:
     """`backupctl simulate` in a folder; a context manager that starts and ends it.
 
-    disks: as `--disk` takes them. options: more of its command line. It dies with this process.
+    disks: as `--disk` takes them. options: more of its command line. warm: what it is started by, if not
+    as a program of its own. It dies with this process.
     """
 
-    def __init__(self, name: str, folder: Path, disks: Sequence[str], options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        disks: Sequence[str],
+        options: Sequence[str] = (),
+        warm: Warm | None = None,
+    ) -> None:
         self.folder = folder
         self.vm = Vm(vm_name(name), _address(folder, "qmp"), _address(folder, "agent"))
-        self._command = [sys.executable, "-m", "backupctl", "simulate", "--state", str(folder / "state")]
+        self._arguments = ["simulate", "--state", str(folder / "state")]
         for word in ("qmp", "agent", "control"):
-            self._command += [f"--{word}", str(folder / word)]
+            self._arguments += [f"--{word}", str(folder / word)]
         for disk in disks:
-            self._command += ["--disk", disk]
-        self._command += options
+            self._arguments += ["--disk", disk]
+        self._arguments += options
+        self._warm = warm
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
         """Start it. Raises Failed."""
         with ExitStack() as held:
             complaints = held.enter_context(tempfile.TemporaryFile())
-            process = qemu.start(self._command, complaints=complaints)
-            held.callback(_end, process)
-            self._await_sockets(process, complaints)
+            self._await_sockets(self._start(complaints, held), complaints)
             self._held = held.pop_all()
         return self
 
@@ -67,7 +76,17 @@ class SimulatedVm:
             raise Failed(f"the simulator refused {do!r}: {reply['error']}")
         return reply["return"]
 
-    def _await_sockets(self, process: "subprocess.Popen[bytes]", complaints: IO[bytes]) -> None:
+    def _start(self, complaints: IO[bytes], held: ExitStack) -> "subprocess.Popen[bytes] | Call":
+        if self._warm is not None:
+            call = self._warm.start(
+                self._arguments, environment=os.environ, folder=self.folder, out=complaints, words=complaints
+            )
+            return held.enter_context(call)
+        process = qemu.start([sys.executable, "-m", "backupctl", *self._arguments], complaints=complaints)
+        held.callback(_end, process)
+        return process
+
+    def _await_sockets(self, process: "subprocess.Popen[bytes] | Call", complaints: IO[bytes]) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while not (self.folder / "qmp").exists():  # the last to appear, and with its name it listens
             if process.poll() is not None or time.monotonic() > deadline:

@@ -13,7 +13,14 @@ import pytest
 from backupctl.drills.catalog import DRILLS
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANTED_IN = ("full", "incremental", "recover", "restore", "backupctl.vm.guard_process")
+PLANTED_IN = (
+    "backupctl.drills.warm",
+    "full",
+    "incremental",
+    "recover",
+    "restore",
+    "backupctl.vm.guard_process",
+)
 UNMET = {
     "kill-full-transaction": "the guest is thawed",
     "bitmap-removed": "committed points are as they were",

@@ -178,8 +178,8 @@ BUGS = (
         "a failed fsync is tried again",
         "repository/durable.py",
         "        os.fsync(descriptor)\n        if forget:\n",
-        "        try:\n            os.fsync(descriptor)\n        except OSError:\n            os.fsync(descriptor)\n"
-        "        if forget:\n",
+        "        try:\n            os.fsync(descriptor)\n        except OSError:\n"
+        "            os.fsync(descriptor)\n        if forget:\n",
         COMMIT + "test_a_failed_sync_is_never_a_commit",
     ),
     Bug(

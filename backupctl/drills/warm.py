@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Calls of the command line in children of one process that has imported it: that takes most of a call.
+
+`python -m backupctl.drills.warm MODULE…` is that process. On its stdin, a socket, it takes requests: JSON,
+with the descriptors of the child's stdout and stderr, and of a socket on which its exit code is told. It runs
+no call itself, so each child begins as a process just started would. A child is killed when nobody listens
+for its end any more.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import select
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NoReturn, Self
+
+from backupctl.errors import Failed
+
+CLI = "backupctl.cli.main:main"
+MODULES = (
+    *(f"backupctl.cli.{name}" for name in ("main", "run", "points", "restore", "verify", "simulate")),
+    "backupctl.simulator.process",
+)
+"""What drills call."""
+_REQUEST_BYTES = 1 << 17
+_END_SECONDS = 5.0
+
+
+class Warm:
+    """The process, seen from outside; a context manager that starts and ends it. Threads may share it."""
+
+    def __init__(
+        self, modules: Sequence[str] = MODULES, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self._modules = modules
+        self._environment = environment
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start it; it gets ready while we go on."""
+        with contextlib.ExitStack() as held:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._control = held.enter_context(ours)
+            with theirs:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, *self._modules],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    env=self._environment,
+                )
+            held.callback(process.wait, _END_SECONDS)
+            held.callback(ours.shutdown, socket.SHUT_RDWR)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        *,
+        entry: str = CLI,
+        environment: Mapping[str, str],
+        folder: Path,
+        out: IO[Any],
+        words: IO[Any],
+    ) -> "Call":
+        """Call a function in a child, as a program with these arguments.
+
+        entry: module:function. environment: all of it. folder: the working directory. out, words: files for
+        what it writes to stdout and stderr.
+        """
+        request = {
+            "entry": entry,
+            "arguments": list(arguments),
+            "environment": dict(environment),
+            "folder": str(folder),
+        }
+        news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            descriptors = [out.fileno(), words.fileno(), theirs.fileno()]
+            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
+        return Call(news)
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        *,
+        entry: str = CLI,
+        environment: Mapping[str, str],
+        folder: Path,
+        timeout: float,
+    ) -> "subprocess.CompletedProcess[str]":
+        """Make a call and wait for its end; returns what came of it.
+
+        timeout: seconds. The rest as for `start`. Raises subprocess.TimeoutExpired, Failed.
+        """
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as words:
+            with self.start(
+                arguments, entry=entry, environment=environment, folder=folder, out=out, words=words
+            ) as call:
+                code = call.wait(timeout)
+            if code is None:
+                raise subprocess.TimeoutExpired(list(arguments), timeout)
+            out.seek(0)
+            words.seek(0)
+            return subprocess.CompletedProcess(list(arguments), code, out.read(), words.read())
+
+
+class Call:
+    """A call under way; a context manager that kills it if it has not ended."""
+
+    def __init__(self, news: socket.socket) -> None:
+        self._news = news
+        self._code: int | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._news.close()
+
+    def wait(self, timeout: float) -> int | None:
+        """Return its exit code, negative for a signal; None if it has not ended after so many seconds.
+
+        Raises Failed.
+        """
+        if self._code is None and select.select([self._news], [], [], timeout)[0]:
+            code = self._news.recv(100)
+            if not code:
+                raise Failed("the process that starts the drills' runs has ended")
+            self._code = int(code)
+        return self._code
+
+    def poll(self) -> int | None:
+        """Return its exit code if it has ended. Raises Failed."""
+        return self.wait(0)
+
+
+def serve(control: socket.socket) -> None:
+    """Take requests until nobody can make any; then all children are killed."""
+    children: dict[int, tuple[int, socket.socket]] = {}
+    with selectors.DefaultSelector() as look:
+        look.register(control, selectors.EVENT_READ, None)
+        while True:
+            for key, _ in look.select():
+                if key.data is None:
+                    text, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 3)
+                    if not text:
+                        for process, _ in children.values():
+                            os.kill(process, signal.SIGKILL)
+                        return
+                    process = _fork(json.loads(text), descriptors)
+                    for descriptor in descriptors[:2]:
+                        os.close(descriptor)
+                    news = socket.socket(fileno=descriptors[2])
+                    ended = os.pidfd_open(process)
+                    children[ended] = process, news
+                    look.register(ended, selectors.EVENT_READ, ended)
+                    look.register(news, selectors.EVENT_READ, ended)
+                elif key.data in children:
+                    process, news = children[key.data]
+                    if key.fileobj is news:  # nobody listens any more
+                        os.kill(process, signal.SIGKILL)
+                    _, status = os.waitpid(process, 0)
+                    with contextlib.suppress(OSError):
+                        news.send(str(os.waitstatus_to_exitcode(status)).encode())
+                    for watched in (key.data, news):
+                        look.unregister(watched)
+                    news.close()
+                    os.close(key.data)
+                    del children[key.data]
+
+
+def _fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
+    process = os.fork()
+    if process == 0:
+        _be(request, descriptors)
+    return process
+
+
+def _be(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
+    """Become the program that was asked for."""
+    code = 1
+    try:
+        for number, descriptor in enumerate([os.open(os.devnull, os.O_RDONLY), *descriptors[:2]]):
+            os.dup2(descriptor, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv = ["backupctl", *request["arguments"]]
+        module, _, function = request["entry"].partition(":")
+        getattr(importlib.import_module(module), function)()
+        code = 0
+    except SystemExit as err:
+        code = err.code if isinstance(err.code, int) else int(err.code is not None)
+    except BaseException:  # noqa: BLE001 - told as the interpreter would
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C in the terminal our parent makes an end
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    gc.freeze()
+    with socket.socket(fileno=os.dup(0)) as stdin:
+        serve(stdin)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Calls made by the warm process are as calls of a program of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from backupctl.drills.warm import Warm
+from backupctl.errors import Failed
+
+PROGRAM = """
+import os, signal, sys, time
+def main():
+    exec(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def warm(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with Warm(
+        ["json"], {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}"}
+    ) as one:
+        yield one
+
+
+def call(warm: Warm, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
+    return warm.run([body], entry="program:main", environment=environment, folder=folder, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("pass", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit()", 0),
+        ("sys.exit('no')", 1),
+        ("os.kill(os.getpid(), 9)", -9),
+    ],
+)
+def test_the_exit_code_is_what_subprocess_tells(warm, body, code):
+    direct = subprocess.run([sys.executable, "-c", f"import os, sys\n{body}"], check=False)
+    assert call(warm, body).returncode == direct.returncode == code
+
+
+def test_an_exception_is_told_as_by_the_interpreter(warm):
+    done = call(warm, "print('begun'); 1 / 0")
+    assert (done.returncode, done.stdout) == (1, "begun\n")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_call_has_its_own_environment_folder_and_streams_and_no_other_descriptors(warm, tmp_path):
+    body = "print(dict(os.environ), os.getcwd(), sys.stdin.read() == '', os.listdir('/proc/self/fd'))"
+    done = call(warm, body, tmp_path, A="b")
+    assert done.stdout == f"{{'A': 'b'}} {tmp_path} True ['0', '1', '2', '3']\n"  # 3: of the listing itself
+
+
+def test_ctrl_c_can_be_heard_by_a_call(warm):
+    body = "try:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('heard')"
+    assert call(warm, body).stdout == "heard\n"
+
+
+def test_a_call_that_takes_too_long_is_killed(warm, tmp_path):
+    note = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired):
+        call(warm, f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)", timeout=2)
+    await_end(int(note.read_text()))
+
+
+def test_calls_run_side_by_side(warm):
+    begun = time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        codes = [
+            done.returncode
+            for done in threads.map(lambda code: call(warm, f"time.sleep(1); sys.exit({code})"), range(4))
+        ]
+    assert codes == [0, 1, 2, 3]
+    assert time.monotonic() - begun < 3.5
+
+
+def test_what_is_under_way_ends_with_the_warm_process(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    note = tmp_path / "pid"
+    body = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    streams = dict.fromkeys(("out", "words"), sys.__stderr__)
+    with Warm([], environment(tmp_path)) as warm:
+        call = warm.start([body], entry="program:main", environment={}, folder=tmp_path, **streams)
+        while not (note.exists() and note.read_text()):
+            time.sleep(0.01)
+        assert call.poll() is None
+    await_end(int(note.read_text()))
+    with call, pytest.raises(Failed, match="has ended"):
+        call.poll()
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder}"}
+
+
+def await_end(process: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
