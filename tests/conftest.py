@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from backupctl.drills.warm import Warm
 from fixtures import builds
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
@@ -97,6 +99,22 @@ def held() -> Iterator[ExitStack]:
         yield stack
 
 
+PROGRAM = (sys.executable, "-m", "backupctl")
+SECONDS = 120
+
+
+@cache
+def warm() -> Warm:
+    """Start, once, what makes the calls of the command line."""
+    return Warm().__enter__()
+
+
+def pytest_sessionfinish() -> None:
+    """End it."""
+    if warm.cache_info().currsize:
+        warm().__exit__()
+
+
 @dataclass
 class Cli:
     """The command line, as a user runs it. Every call has a time-out."""
@@ -108,20 +126,28 @@ class Cli:
     prefix: list[str] = field(default_factory=list)
 
     def command(self, *arguments: str, vm: bool = True) -> list[str]:
-        command = [*self.prefix, sys.executable, "-m", "backupctl", *arguments]
+        command = [*self.prefix, *PROGRAM, *arguments]
         command += ["--repository", str(self.repository)]
         return command + ([*self.vm, "--scratch", str(self.scratch)] if vm else [])
 
     def run(self, *arguments: str, code: int = 0, vm: bool = True) -> "subprocess.CompletedProcess[str]":
-        done = subprocess.run(
-            self.command(*arguments, vm=vm),
-            env=self.environment,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        if self.prefix:
+            done = subprocess.run(
+                self.command(*arguments, vm=vm),
+                env=self.environment,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+            )
+        else:  # a third of the suite's time would go into starts of Python
+            done = warm().run(
+                self.command(*arguments, vm=vm)[len(PROGRAM) :],
+                environment=self.environment,
+                folder=ROOT,
+                timeout=SECONDS,
+            )
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done

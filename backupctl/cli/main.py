@@ -76,7 +76,7 @@ def main() -> NoReturn:
     as_json = "--json" in sys.argv
     _allow_many_files()
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name="backupctl", standalone_mode=False)
         sys.stdout.flush()
     except click.exceptions.Exit as err:
         sys.exit(err.exit_code)
