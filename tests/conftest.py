@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.drills.warm import Warm
+from backupctl.drills.warm import CLI, MODULES, Warm
 from fixtures import builds
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
@@ -105,8 +105,8 @@ SECONDS = 120
 
 @cache
 def warm() -> Warm:
-    """Start, once, what makes the calls of the command line."""
-    return Warm().__enter__()
+    """Start, once, what makes calls of the command line: half the suite's time would go into their starts."""
+    return Warm((*MODULES, "tests.killed"), {**os.environ, "PYTHONPATH": str(ROOT)}).__enter__()
 
 
 def pytest_sessionfinish() -> None:
@@ -130,6 +130,18 @@ class Cli:
         command += ["--repository", str(self.repository)]
         return command + ([*self.vm, "--scratch", str(self.scratch)] if vm else [])
 
+    def call(
+        self, *arguments: str, vm: bool = True, entry: str = CLI, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Make a call, by another entry than the command line's own perhaps, whatever comes of it."""
+        return warm().run(
+            self.command(*arguments, vm=vm)[len(PROGRAM) :],
+            entry=entry,
+            environment={**self.environment, **environment},
+            folder=ROOT,
+            timeout=SECONDS,
+        )
+
     def run(self, *arguments: str, code: int = 0, vm: bool = True) -> "subprocess.CompletedProcess[str]":
         if self.prefix:
             done = subprocess.run(
@@ -141,13 +153,8 @@ class Cli:
                 timeout=SECONDS,
                 check=False,
             )
-        else:  # a third of the suite's time would go into starts of Python
-            done = warm().run(
-                self.command(*arguments, vm=vm)[len(PROGRAM) :],
-                environment=self.environment,
-                folder=ROOT,
-                timeout=SECONDS,
-            )
+        else:
+            done = self.call(*arguments, vm=vm)
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line, interrupted at its nth step: `python -m tests.killed incremental web …`.
+"""The command line, interrupted at its nth step: `Cli.call(…, entry=ENTRY, KILL_AT="5")`.
 
 A step is a monitor command, a request to the guard (it speaks to the agent), an agent command of the run
 itself, or a durable step of the repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it.
@@ -32,6 +32,7 @@ from backupctl.vm.agent import Agent
 from backupctl.vm.guard import Guard
 from backupctl.vm.monitor import Monitor
 
+ENTRY = "tests.killed:interrupted"
 WATCHED = {
     Monitor: ("execute", "send_fd"),
     Guard: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
@@ -111,6 +112,7 @@ def _end(pid: int, number: signal.Signals) -> None:
     os.close(handle)
 
 
-if __name__ == "__main__":
+def interrupted() -> None:
+    """Be the command line, to which what the environment says happens."""
     interrupt(os.environ)
     main()

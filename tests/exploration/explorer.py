@@ -13,15 +13,11 @@ neither has left anything. Then `recover` runs to its end, the guest having writ
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests import killed
 from tests.conftest import Lab
@@ -63,11 +59,10 @@ class Cut:
 class Explorer:
     """Plays cases of one shape on one lab."""
 
-    def __init__(self, lab: Lab, shape: str, zygote: "subprocess.Popen[str]") -> None:
+    def __init__(self, lab: Lab, shape: str) -> None:
         self.lab = lab
         self.shape = shape
         self.cases = 0
-        self._zygote = zygote
         self._keep = KEEP if shape == "differential" else ()
         self._begin()
 
@@ -153,7 +148,7 @@ class Explorer:
         newest = max(path.name for path in self._folder.glob("*Z"))
         code, words = self._call("incremental", "web", "--json", *self._keep)
         assert code == 0, words
-        report = json.loads((self.lab.folder / "out").read_text())
+        report = json.loads(self._last.stdout)
         assert report["parent"] == newest
         for disk in report["disks"]:
             name = disk["name"]
@@ -186,38 +181,10 @@ class Explorer:
         return found
 
     def _call(self, *arguments: str, cut: Cut | None = None) -> tuple[int, str]:
-        """Call the command line in a child of the zygote; returns its exit code and what it said."""
+        """Make a call, interrupted perhaps; returns its exit code and what it said."""
         self._log.unlink(missing_ok=True)
         environment = {"STEPS": str(self._log), "CONTROL": str(self.lab.machine.folder / "control")}
         if cut is not None:
             environment |= {"KILL_AT": str(cut.step), "KILL_WHEN": cut.when, "DEED": cut.deed}
-        words = self.lab.folder / "words"
-        request: dict[str, Any] = {
-            "arguments": self.lab.cli.command(*arguments)[3:],
-            "environment": environment,
-            "out": str(self.lab.folder / "out"),
-            "words": str(words),
-        }
-        assert self._zygote.stdin is not None
-        assert self._zygote.stdout is not None
-        self._zygote.stdin.write(json.dumps(request) + "\n")
-        self._zygote.stdin.flush()
-        return int(self._zygote.stdout.readline()), words.read_text()
-
-
-@contextmanager
-def zygote(environment: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
-    """Start one; it dies with us, or with the block."""
-    command = ["setpriv", "--pdeathsig=KILL", sys.executable, "-m", "tests.exploration.zygote"]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+        self._last = self.lab.cli.call(*arguments, entry=killed.ENTRY, **environment)
+        return self._last.returncode, self._last.stderr

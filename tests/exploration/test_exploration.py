@@ -7,12 +7,11 @@ are `make explore`.
 
 import os
 import random
-from contextlib import ExitStack
 
 import pytest
 
 from fixtures import builds
-from tests.exploration.explorer import ENDS, SHAPES, WHEN, Cut, Explorer, zygote
+from tests.exploration.explorer import ENDS, SHAPES, WHEN, Cut, Explorer
 
 MIB = 1 << 20
 CHUNKS = 8
@@ -24,13 +23,13 @@ SINGLES, OTHERS, AGAIN = 3, 1, ("", "", *ENDS)  # in the quick tier
 
 
 @pytest.fixture
-def explorer(make_lab, held: ExitStack):
+def explorer(make_lab):
     """Give `explorer(shape)`."""
 
     def make(shape: str) -> Explorer:
         sizes = {"vda": 2 * MIB} if shape != "two disks" else {"vda": 2 * MIB, "vdb": MIB + 512}
         lab = make_lab(builds.simulator("10.0"), sizes)
-        return Explorer(lab, shape, held.enter_context(zygote(lab.cli.environment)))
+        return Explorer(lab, shape)
 
     return make
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """SIGKILL, or the end of QEMU, at every step of a run: the next incremental is byte-equal, nothing is left.
 
-A failing case names KILL_AT and KILL_WHEN; `python -m tests.killed` repeats it.
+A failing case names KILL_AT and KILL_WHEN.
 """
 
 import signal
@@ -26,17 +26,7 @@ def run(lab, shape: str, **environment: str) -> "subprocess.CompletedProcess[str
     kind, *options = (SHAPES | FILTERED)[shape]
     if shape == "differential":
         options += ["--since", lab.cli.json("list", "web", vm=False)[-2]["point"]]
-    command = lab.cli.command(kind, "web", *options)
-    command[command.index("backupctl")] = "tests.killed"
-    return subprocess.run(
-        command,
-        env={**lab.cli.environment, **environment},
-        cwd=lab.cli.environment["PYTHONPATH"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    return lab.cli.call(kind, "web", *options, entry=killed.ENTRY, **environment)
 
 
 def steps_of(lab, shape: str) -> list[str]:

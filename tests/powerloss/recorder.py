@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command line, with a record of all that it does to the repository's folders and files.
 
-`TRACE=FOLDER REPOSITORY=DIR python -m tests.powerloss.recorder incremental web …` writes `FOLDER/trace`, a
-line of JSON for each step, and the content of every file at its fsync, under the name of its digest.
-FORGET=sync_file (or another function of `durable`) makes that one do nothing: a planted bug.
+Called with TRACE=FOLDER REPOSITORY=DIR in its environment it writes `FOLDER/trace`, a line of JSON for each
+step, and the content of every file at its fsync, under the name of its digest. FORGET=sync_file (or another
+function of `durable`) makes that one do nothing: a planted bug.
 
 What is seen: every file and folder made, renamed, linked or removed by Python (its audit events), every
 fsync, and the images that `qemu-img` makes. What QEMU writes into an image is not seen, and need not be:
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from backupctl.cli.main import main
 from backupctl.repository import durable, images
 from backupctl.vm.monitor import Monitor
 
@@ -134,9 +135,9 @@ def told(self: Monitor, actions: Any) -> Any:
 real_fsync, real_create, real_transaction = os.fsync, images.create_layer, Monitor.transaction
 real_serve, real_resize = images.serve, images.resize
 
-if __name__ == "__main__":
-    from backupctl.cli.main import main
 
+def recorded() -> None:
+    """Be the command line, whose steps are noted."""
     os.fsync, images.create_layer, Monitor.transaction = synced, created, told
     images.serve, images.resize = served, resized
     for forgotten in os.environ.get("FORGET", "").split():

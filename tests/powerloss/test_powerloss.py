@@ -3,7 +3,6 @@
 
 import hashlib
 import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,28 +15,16 @@ from backupctl import prune
 from backupctl.report import Silent, Stop
 from backupctl.repository.retention import Rules
 from fixtures import builds
+from tests import killed
 from tests.powerloss import disk
 from tests.powerloss.explore import Judge, Recorded, after_backup, after_prune, explore
 
+RECORDER = "tests.powerloss.recorder:recorded"
 MOST = 1500
 MOST_FOR_A_BUG = 300
 MIB = 1 << 20
 SIZES = {"vda": 2 << 20, "vdb": (1 << 20) + 512, "vdc": 1 << 20}
 Steps = list[dict[str, Any]]
-
-
-def play(lab, module: str, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = lab.cli.command(words[0], "web", *words[1:], vm=words[0] != "prune")
-    command[command.index("backupctl")] = module
-    return subprocess.run(
-        command,
-        env={**lab.cli.environment, **environment},
-        cwd=lab.cli.environment["PYTHONPATH"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
 
 
 def record(lab, folder: Path, *words: str, **environment: str) -> Recorded:
@@ -46,7 +33,7 @@ def record(lab, folder: Path, *words: str, **environment: str) -> Recorded:
     repository = lab.cli.repository
     start = tree(repository, folder)
     environment |= {"TRACE": str(folder), "REPOSITORY": str(repository)}
-    done = play(lab, "tests.powerloss.recorder", *words, **environment)
+    done = lab.cli.call(words[0], "web", *words[1:], vm=words[0] != "prune", entry=RECORDER, **environment)
     assert done.returncode == 0, done.stderr
     end = tree(repository, folder)
     return Recorded(folder, disk.read(folder, end), start, end)
@@ -94,7 +81,8 @@ def test_every_state_after_a_power_failure_keeps_what_was_committed(lab, work, t
     lab.writer.write(5)
     states += look_at_all(record(lab, tmp_path / "more", "incremental"), work)
     lab.writer.write(5)
-    assert play(lab, "tests.killed", "incremental", KILL_AT=last_step(lab)).returncode == -signal.SIGKILL
+    died = lab.cli.call("incremental", "web", entry=killed.ENTRY, KILL_AT=last_step(lab))
+    assert died.returncode == -signal.SIGKILL
     assert list(lab.cli.repository.glob("web/*.partial/manifest.json"))
     after_death = record(lab, tmp_path / "again", "incremental")
     states += look_at_all(after_death, work)
@@ -105,7 +93,7 @@ def test_every_state_after_a_power_failure_keeps_what_was_committed(lab, work, t
 def last_step(lab) -> str:
     """Return the number of the commit's rename among the steps of an incremental."""
     log = lab.folder / "steps"
-    assert play(lab, "tests.killed", "incremental", STEPS=str(log)).returncode == 0
+    assert lab.cli.call("incremental", "web", entry=killed.ENTRY, STEPS=str(log)).returncode == 0
     names = [line.strip() for line in log.read_text().splitlines()]
     return str(len(names) - 1 - names[::-1].index("rename"))
 
