@@ -45,8 +45,9 @@ from backupctl.names import BitmapName, PointId
 from backupctl.planning import Plan
 from backupctl.report import Reporter, RunReport, Stop
 from backupctl.repository import chain
-from backupctl.repository.layout import Partial, Repository, VmFolder
+from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
+from backupctl.repository.vm_folder import Partial, VmFolder
 from backupctl.settings import RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source

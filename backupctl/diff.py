@@ -16,7 +16,7 @@ from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Stop
 from backupctl.repository import chain, holding
-from backupctl.repository.layout import Point, VmFolder
+from backupctl.repository.vm_folder import Point, VmFolder
 
 _WINDOW_CLUSTERS = 1 << 16
 

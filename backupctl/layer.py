@@ -18,8 +18,8 @@ from backupctl.errors import ReadFailed, moving
 from backupctl.planning import DiskPlan
 from backupctl.report import Reporter
 from backupctl.repository import chain, digests, images
-from backupctl.repository.layout import Partial
 from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.vm_folder import Partial
 from backupctl.transfer.copy import Copy, open_target
 from backupctl.transfer.digests import Recorder
 from backupctl.transfer.extents import DIRTY, ZERO, Status

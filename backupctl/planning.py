@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from backupctl.errors import Refused
 from backupctl.names import BitmapName, DiskName, Owner, PointId
-from backupctl.repository.layout import Point
+from backupctl.repository.vm_folder import Point
 from backupctl.settings import Kind, OnBrokenChain
 from backupctl.vm.bitmaps import Bitmap
 from backupctl.vm.disks import Disk, Inventory

@@ -26,10 +26,10 @@ from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, images, locks, markers, merge, retention
 from backupctl.repository.chain import Layer
-from backupctl.repository.layout import Partial, Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
 from backupctl.repository.retention import Decision, Held, Rules
+from backupctl.repository.vm_folder import Partial, Point, VmFolder
 from backupctl.transfer import copy
 from backupctl.transfer.copy import Copy, open_target
 from backupctl.transfer.extents import Extent

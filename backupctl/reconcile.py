@@ -27,7 +27,7 @@ from backupctl.repository import chain, holding, images, landing
 from backupctl.repository.chain import Layer
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.inplace import Target
-from backupctl.repository.layout import Point, VmFolder
+from backupctl.repository.vm_folder import Point, VmFolder
 from backupctl.restore import STDOUT, refuse_one_for_all, target_of
 from backupctl.transfer import copy, digests, extents, marks
 from backupctl.transfer.connection import Connection

@@ -27,7 +27,8 @@ from backupctl.errors import (
 )
 from backupctl.names import NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
-from backupctl.repository.layout import Partial, Repository, VmFolder
+from backupctl.repository.layout import Repository
+from backupctl.repository.vm_folder import Partial, VmFolder
 from backupctl.settings import RunOptions, Vm
 from backupctl.vm import bitmaps, cleanup, disks, scratch
 from backupctl.vm.guard import thaw_if_frozen

@@ -19,8 +19,8 @@ from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, holding, landing
 from backupctl.repository.chain import Layer
 from backupctl.repository.images import ImageFormat
-from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.vm_folder import Point, VmFolder
 from backupctl.transfer.proving import Range
 
 STDOUT = "-"

@@ -13,9 +13,9 @@ from backupctl.errors import UsageError, WriteFailed
 from backupctl.names import DiskName
 from backupctl.report import Stop
 from backupctl.repository import chain, holding, images, overlay, showing
-from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.showing import Shown
+from backupctl.repository.vm_folder import Point, VmFolder
 
 _LOOK_SECONDS = 0.1
 

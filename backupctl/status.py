@@ -8,7 +8,8 @@ from backupctl import planning, recovery
 from backupctl.errors import MonitorError, Refused
 from backupctl.names import DiskName, Owner, PointId, VmName
 from backupctl.repository import chain
-from backupctl.repository.layout import Partial, Point, Repository, VmFolder
+from backupctl.repository.layout import Repository
+from backupctl.repository.vm_folder import Partial, Point, VmFolder
 from backupctl.settings import OnBrokenChain, RunOptions, Vm
 from backupctl.vm import cleanup, disks, preflight, scratch
 from backupctl.vm.monitor import Monitor

@@ -13,7 +13,7 @@ from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter
 from backupctl.repository import chain, holding, landing, overlay
 from backupctl.repository.images import ImageFormat
-from backupctl.repository.layout import Point, VmFolder
+from backupctl.repository.vm_folder import Point, VmFolder
 from backupctl.restore import STDOUT, refuse_one_for_all, target_of
 
 _UNTOUCHED = "nothing was touched"

@@ -29,9 +29,10 @@ from backupctl.report import Reporter, Stop
 from backupctl.repository import locks, markers, qemu
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
-from backupctl.repository.layout import Point, Repository, Survey, VmFolder
+from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.reach import Range, Reach, Touched
+from backupctl.repository.vm_folder import Point, Survey, VmFolder
 
 _PATIENCE_SECONDS = 30.0
 _LOOKS = 5

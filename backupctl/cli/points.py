@@ -8,7 +8,8 @@ import click
 from backupctl.cli import common, screen, units
 from backupctl.errors import DamageFound
 from backupctl.names import VmName, vm_name
-from backupctl.repository.layout import Point, Repository
+from backupctl.repository.layout import Repository
+from backupctl.repository.vm_folder import Point
 
 
 @click.command("list", epilog=common.exit_help(0, 2, 4))

@@ -13,7 +13,7 @@ from backupctl.cli import common, screen, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.names import vm_name
 from backupctl.report import Reporter, Stop
-from backupctl.repository.layout import Point, VmFolder
+from backupctl.repository.vm_folder import Point, VmFolder
 from backupctl.restore import RestoreReport
 
 

@@ -17,7 +17,8 @@ from backupctl.drills.simulated import SimulatedVm
 from backupctl.errors import BackupctlError, Failed, NeedsRecovery, UsageError
 from backupctl.names import PointId
 from backupctl.report import Reporter, RunReport, Silent, Stop
-from backupctl.repository.layout import Point, Repository
+from backupctl.repository.layout import Repository
+from backupctl.repository.vm_folder import Point
 from backupctl.settings import Kind, RunOptions
 from backupctl.vm import disks
 from backupctl.vm.monitor import Monitor

@@ -16,8 +16,8 @@ from backupctl.names import PointId
 from backupctl.repository import digests, header, markers
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.header import Header
-from backupctl.repository.layout import Point, VmFolder
 from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.vm_folder import Point, VmFolder
 
 MOST_LAYERS = 500
 """A chain is handed to QEMU whole, link within link, as one argument of at most 128 KiB."""

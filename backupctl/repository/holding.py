@@ -11,7 +11,7 @@ from pathlib import Path
 
 from backupctl.errors import BackupctlError, Locked
 from backupctl.repository import locks
-from backupctl.repository.layout import Point, VmFolder
+from backupctl.repository.vm_folder import Point, VmFolder
 
 _PATIENCE_SECONDS = 30.0  # a switch from an old image to a merged one takes a few fsyncs
 _TRIES = 5

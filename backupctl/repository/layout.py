@@ -8,41 +8,33 @@
     REPOSITORY/VM/POINT/                  a committed recovery point
     REPOSITORY/VM/POINT.partial/          a run under way, or one that died
 
-A point is committed when its folder stands under its final name, and by nothing else. A prune may have
-retired it since (see markers.py): then it is no point any more, but younger ones may stand on it.
+What is in a VM's folder is told in vm_folder.py.
 """
 
 import json
 import os
 import secrets
-import shutil
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from backupctl.errors import (
-    BackupctlError,
     DamageFound,
     InvalidName,
     Locked,
-    NoSuchPoint,
     NotARepository,
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import Owner, PointId, RepositoryId, VmName, next_point_id, point_id, vm_name
-from backupctl.repository import durable, locks, markers, plain, strict
-from backupctl.repository import journal as journals
+from backupctl.names import Owner, PointId, RepositoryId, VmName, next_point_id, vm_name
+from backupctl.repository import durable, locks, plain, strict
 from backupctl.repository import manifest as manifests
-from backupctl.repository.journal import Journal
-from backupctl.repository.manifest import Manifest
+from backupctl.repository.vm_folder import VmFolder
 
 FORMAT = 1
 _FILE_NAME = "repository.json"
-_PARTIAL = ".partial"
 _NAMING_SECONDS = 10.0
 _LOST_AND_FOUND = "lost+found"  # in every new ext4 file system
 
@@ -66,7 +58,7 @@ class Repository:
     def open(cls, path: Path) -> "Repository":
         """Open a repository. Raises NotARepository, UnknownFormat, DamageFound, RepositoryError."""
         try:
-            content = _read(path / _FILE_NAME)
+            content = plain.read(path / _FILE_NAME)
         except (FileNotFoundError, NotADirectoryError) as err:
             raise NotARepository(f"{path} is no repository: there is no {_FILE_NAME} in it") from err
         except OSError as err:
@@ -128,13 +120,13 @@ class Repository:
     def vms(self) -> list[VmName]:
         """Name the VMs that have a folder here."""
         found = []
-        for name in _folders(self.path):
+        for name in plain.folders(self.path):
             with suppress(InvalidName):
                 if name != _LOST_AND_FOUND:
                     found.append(vm_name(name))
         return sorted(found)
 
-    def vm(self, name: VmName) -> "VmFolder":
+    def vm(self, name: VmName) -> VmFolder:
         """Return a VM's folder, which need not exist yet. Raises RepositoryError."""
         if os.path.islink(self.path / vm_name(name)):  # noqa: PTH114 - who opens it tells of other errors
             raise RepositoryError(
@@ -145,7 +137,7 @@ class Repository:
 
     @contextmanager
     def next_point(
-        self, folder: "VmFolder", now: datetime, recorded: PointId | None = None
+        self, folder: VmFolder, now: datetime, recorded: PointId | None = None
     ) -> Iterator[PointId]:
         """Choose the id of a VM's next point, which no other VM here uses; its folder is made in the block.
 
@@ -173,326 +165,7 @@ class Repository:
             os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Point:
-    """A committed recovery point."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def id(self) -> PointId:
-        """Its id, the folder's name."""
-        return self.manifest.point
-
-    @property
-    def protected(self) -> bool:
-        """Whether no prune drops it. Raises RepositoryError."""
-        return markers.has(self.path, markers.PROTECTED)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """All that stands under a point's final name. damaged: folders whose manifest can't be believed."""
-
-    points: tuple[Point, ...]
-    damaged: tuple[tuple[Path, BackupctlError], ...]
-
-
-@dataclass(frozen=True)
-class VmFolder:
-    """One VM's part of a repository."""
-
-    path: Path
-    name: VmName
-    repository: RepositoryId
-
-    def exists(self) -> bool:
-        """Whether there ever was a run of this VM."""
-        return self.path.is_dir()
-
-    @contextmanager
-    def lock(self, patience_seconds: float = 4.0) -> Iterator[int]:
-        """Keep other runs out; yields the lock's descriptor. Raises Locked, RepositoryError.
-
-        Whoever inherits the descriptor holds the lock too: a run's guard does, so that nobody begins
-        while the guard of a dead run still works for the guest. It is mostly done in an instant, hence
-        the patience.
-        """
-        try:
-            if not self.path.is_dir():
-                with suppress(FileExistsError):
-                    durable.make_folder(self.path)
-            descriptor = os.open(
-                self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
-        except OSError as err:
-            raise RepositoryError(
-                f"the repository's folder {self.path} can't be written: {err.strerror}",
-                state="nothing was touched",
-            ) from err
-        try:
-            self._take(descriptor, patience_seconds)
-            self._settle_names()
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def worker(self) -> str:
-        """Say who holds the lock, "" if nobody does or there is none yet. Changes nothing."""
-        try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return ""
-        try:
-            return "" if locks.take(descriptor, 0, shared=True) else self._holder(descriptor)
-        except RepositoryError:  # no locks there: a run can't hold one either
-            return ""
-        finally:
-            os.close(descriptor)
-
-    def _take(self, descriptor: int, patience_seconds: float) -> None:
-        if not locks.take(descriptor, patience_seconds):
-            raise Locked(
-                self._holder(descriptor),
-                state="nothing was touched",
-                next_command=f"backupctl status {self.name}, and the same again when that run has ended",
-            )
-        with suppress(OSError):  # only a help for people; a full disk must not matter here
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-
-    def _holder(self, descriptor: int) -> str:
-        number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-        if number.isdigit() and not Path("/proc", number).exists():
-            return (
-                f"the guard of a run that died (process {number}) still works for {self.name}: "
-                "it thaws the guest or waits for QEMU's monitor; it gives up thawing after 5 minutes"
-            )
-        return f"another run (process {number or '?'}) works on {self.name} in this repository"
-
-    def _settle_names(self) -> None:
-        """Make durable what a dead run renamed: recovery is about to rest on it."""
-        try:
-            durable.sync_folder(self.path)
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be brought to the disk: {err.strerror}") from err
-
-    def points(self) -> tuple[Point, ...]:
-        """Return the committed points, oldest first. Raises DamageFound for the first that is damaged."""
-        survey = self.survey()
-        if survey.damaged:
-            raise survey.damaged[0][1]
-        return survey.points
-
-    def survey(self) -> Survey:
-        """Return the committed points, oldest first, and what stands in their place but is damaged."""
-        return self._survey(self._committed())
-
-    def retired(self) -> Survey:
-        """Return the points that were dropped, but whose layers younger ones may still need."""
-        return self._survey(found for found in self._standing() if self._is_retired(found))
-
-    def holder(self, point: PointId) -> Point:
-        """Return a point that others stand on, retired or not. Raises NoSuchPoint, DamageFound."""
-        if not self._stands(point):
-            raise self._nothing_of(point)
-        return self._open(point)
-
-    def point(self, wanted: str) -> Point:
-        """Return one point by id, or the newest for "latest". Raises NoSuchPoint, DamageFound."""
-        if wanted == "latest":
-            ids = self._committed()
-            if not ids:
-                raise self._missing(f"there is no recovery point of {self.name} in this repository")
-            return self._open(ids[-1])
-        try:
-            found = point_id(wanted)
-        except InvalidName as err:
-            raise err.add(next_command=f"backupctl list {self.name}") from err
-        if not self.is_committed(found):
-            raise self._missing(f"there is no recovery point {found} of {self.name} in this repository")
-        return self._open(found)
-
-    def newest(self) -> PointId | None:
-        """Return the newest id in use, of a committed point, a retired or an unfinished one."""
-        ids = [*self._standing(), *(partial.point for partial in self.partials())]
-        return max(ids, default=None)
-
-    def uses(self, point: PointId) -> bool:
-        """Whether a committed point or an unfinished one has this id."""
-        return any(os.path.lexists(path) for path in (self.path / point, Partial(self, point).path))
-
-    def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder stands under its final name, and is not retired.
-
-        Raises RepositoryError if that can't be told: "no" would roll back what may be committed.
-        """
-        return self._stands(point) and not self._is_retired(point)
-
-    def partials(self) -> list["Partial"]:
-        """Return what runs under way, or dead ones, have left."""
-        names = [name.removesuffix(_PARTIAL) for name in _folders(self.path) if name.endswith(_PARTIAL)]
-        return [Partial(self, found) for found in _ids(names)]
-
-    def begin(self, point: PointId, journal: Journal) -> "Partial":
-        """Make the folder of a new point, with its journal. Raises RepositoryError."""
-        partial = Partial(self, point)
-        try:
-            durable.make_folder(partial.path)
-            durable.replace(partial.path / journals.FILE_NAME, journal.to_json())
-        except OSError as err:
-            raise RepositoryError(f"{partial.path} can't be written: {err.strerror}") from err
-        return partial
-
-    def _missing(self, message: str) -> NoSuchPoint:
-        return NoSuchPoint(message, state="nothing was touched", next_command=f"backupctl list {self.name}")
-
-    def _stands(self, point: PointId) -> bool:
-        try:
-            return stat.S_ISDIR((self.path / point).lstat().st_mode)
-        except (FileNotFoundError, NotADirectoryError):
-            return False
-        except OSError as err:
-            raise RepositoryError(f"{self.path / point} can't be looked at: {err.strerror}") from err
-
-    def _standing(self) -> list[PointId]:
-        return _ids(_folders(self.path))
-
-    def _committed(self) -> list[PointId]:
-        return [found for found in self._standing() if not self._is_retired(found)]
-
-    def _is_retired(self, point: PointId) -> bool:
-        return markers.has(self.path / point, markers.RETIRED)
-
-    def _survey(self, ids: Iterable[PointId]) -> Survey:
-        good, damaged = [], []
-        for found in ids:
-            try:
-                good.append(self._open(found))
-            except NoSuchPoint:
-                continue  # a prune has just removed it
-            except (DamageFound, UnknownFormat) as err:
-                damaged.append((self.path / found, err))
-        return Survey(tuple(good), tuple(damaged))
-
-    def _nothing_of(self, point: PointId) -> NoSuchPoint:
-        return self._missing(f"there is nothing of the point {point} of {self.name} in this repository")
-
-    def _open(self, point: PointId) -> Point:
-        path = self.path / point
-        try:
-            manifest = Manifest.from_json(_read(path / manifests.FILE_NAME))
-        except OSError as err:
-            if not self._stands(point):
-                raise self._nothing_of(point) from err
-            raise DamageFound(f"the manifest of {path} can't be read: {err.strerror}") from err
-        except BackupctlError as err:
-            err.message = f"{path}: {err.message}"
-            raise
-        if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
-            raise DamageFound(f"{path}: the manifest is of another point, VM or repository")
-        return Point(path, manifest)
-
-
-@dataclass(frozen=True)
-class Partial:
-    """A point that is not committed."""
-
-    folder: VmFolder
-    point: PointId
-
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-        return self.folder.path / f"{self.point}{_PARTIAL}"
-
-    def journal(self) -> Journal | None:
-        """Return what the run noted, None if it can't be read or is of another run."""
-        try:
-            journal = Journal.from_json(_read(self.path / journals.FILE_NAME))
-        except (OSError, strict.Malformed):
-            return None
-        return journal if (journal.point, journal.vm) == (self.point, self.folder.name) else None
-
-    def note(self, step: str, *, froze: bool) -> None:
-        """Note durably how far the run is. Raises RepositoryError."""
-        journal = self.journal()
-        if journal is None:
-            raise RepositoryError(f"the journal of {self.path} is gone")
-        try:
-            changed = replace(journal, step=step, froze=froze)
-            durable.replace(self.path / journals.FILE_NAME, changed.to_json())
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be written: {err.strerror}") from err
-
-    def commit(self, manifest: Manifest) -> Point:
-        """Make this a point: THE commit point of the whole system is the rename in here.
-
-        The images must be complete. Raises RepositoryError; the point is then not committed.
-        """
-        try:
-            readable = Manifest.from_json(manifest.to_json()) == manifest
-        except BackupctlError as err:
-            raise RepositoryError(f"{self.path} is not committed: nobody could read it: {err}") from err
-        if not readable:
-            raise RepositoryError(f"{self.path} is not committed: it would be read as something else")
-        try:
-            for entry in manifest.disks:
-                durable.sync_file(self.path / f"{entry.name}.qcow2")
-                durable.sync_file(self.path / f"{entry.name}.digests")
-            durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
-            (self.path / journals.FILE_NAME).unlink()
-            durable.sync_folder(self.path)
-            # All that the manifest names is on disk. A death before the next line leaves a folder that
-            # recovery drops; one after it, a whole point.
-            durable.rename(self.path, self.folder.path / self.point)
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
-        return Point(self.folder.path / self.point, manifest)
-
-    def take_back(self) -> None:
-        """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
-        try:
-            durable.rename(self.folder.path / self.point, self.path)
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
-
-    def drop(self) -> None:
-        """Remove the folder and all in it; a death in the middle leaves one to drop again."""
-        try:
-            with suppress(FileNotFoundError):
-                shutil.rmtree(self.path)  # follows no symbolic link
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
-
-
-def _folders(path: Path) -> list[str]:
-    """Name the folders in a folder; symbolic links are none."""
-    try:
-        with os.scandir(path) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
-    except OSError as err:
-        raise RepositoryError(f"{path} can't be read: {err.strerror}") from err
-
-
 def _is_foreign(name: str) -> bool:
     """Whether a file of that name shows that a folder is somebody else's."""
     # A death while a repository was being made leaves its temporary file: that is ours.
     return name != _LOST_AND_FOUND and not name.startswith(f".{_FILE_NAME}.")
-
-
-def _ids(names: list[str]) -> list[PointId]:
-    found = []
-    for name in names:
-        with suppress(InvalidName):
-            found.append(point_id(name))
-    return sorted(found)
-
-
-def _read(path: Path) -> bytes:
-    """Read a small file, and no more of it than a manifest may have."""
-    with plain.open_file(path) as file:
-        return file.read(strict.MAX_BYTES + 1)

@@ -38,8 +38,8 @@ from backupctl.errors import DamageFound, RepositoryError, WriteFailed
 from backupctl.repository import chain, digests, durable, header, images, markers
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
-from backupctl.repository.layout import Point
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
+from backupctl.repository.vm_folder import Point
 
 _WINDOW_CLUSTERS = 1 << 16
 

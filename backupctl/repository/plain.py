@@ -8,6 +8,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from backupctl.errors import RepositoryError
+from backupctl.repository import strict
 
 
 def open_file(path: Path) -> BufferedReader:
@@ -24,6 +25,23 @@ def open_file(path: Path) -> BufferedReader:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is no plain file", str(path))
+
+
+def read(path: Path) -> bytes:
+    """Read a small file, and no more of it than a manifest may have. Raises OSError, RepositoryError."""
+    with open_file(path) as file:
+        return file.read(strict.MAX_BYTES + 1)
+
+
+def folders(path: Path) -> list[str]:
+    """Name the folders in a folder, if there is one; symbolic links are none. Raises RepositoryError."""
+    try:
+        with os.scandir(path) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:
+        return []
+    except OSError as err:
+        raise RepositoryError(f"{path} can't be read: {err.strerror}") from err
 
 
 def refuse_shortage(path: Path, err: OSError) -> None:

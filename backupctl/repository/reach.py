@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from backupctl import clusters
 from backupctl.clusters import Records
 from backupctl.names import DiskName, PointId
-from backupctl.repository.layout import Point
 from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.vm_folder import Point
 
 Range = tuple[int, int]
 """Offset and length in bytes."""

@@ -40,10 +40,10 @@ PLANTED = {
     "else:\n    from backupctl.vm import guard\n"
     "    guard._PACKAGE = f'{guard._PACKAGE}:' + __file__.rpartition('/')[0]\n",
     # A run changes a point that was committed.
-    "bitmap-removed": "from backupctl.repository import layout\ncommit = layout.Partial.commit\n"
+    "bitmap-removed": "from backupctl.repository import vm_folder\ncommit = vm_folder.Partial.commit\n"
     "def spoil(self, manifest):\n    for path in self.path.parent.glob('*Z/*.qcow2'):\n"
     "        path.open('ab').write(bytes(512))\n    return commit(self, manifest)\n"
-    "layout.Partial.commit = spoil\n",
+    "vm_folder.Partial.commit = spoil\n",
     # Whatever is read back is believed.
     "damaged-data": "from backupctl.transfer import proving\nproving.Prover._compare = lambda *a: None\n",
 }

@@ -191,7 +191,7 @@ BUGS = (
     ),
     Bug(
         "the manifest comes before the data",
-        "repository/layout.py",
+        "repository/vm_folder.py",
         "            for entry in manifest.disks:\n"
         '                durable.sync_file(self.path / f"{entry.name}.qcow2")\n'
         '                durable.sync_file(self.path / f"{entry.name}.digests")\n'

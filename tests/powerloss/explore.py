@@ -22,7 +22,8 @@ from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
 from backupctl.repository import chain
 from backupctl.repository.journal import Journal
-from backupctl.repository.layout import Repository, VmFolder
+from backupctl.repository.layout import Repository
+from backupctl.repository.vm_folder import VmFolder
 from backupctl.settings import Vm
 from backupctl.transfer.digests import of_piece
 from backupctl.verify import verify

@@ -5,7 +5,8 @@ import os
 
 from backupctl.names import DiskName
 from backupctl.planning import newest_with
-from backupctl.repository.layout import Point, Repository
+from backupctl.repository.layout import Repository
+from backupctl.repository.vm_folder import Point
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
 

@@ -19,8 +19,9 @@ from backupctl.names import PointId, next_point_id, point_time
 from backupctl.report import Silent, Stop
 from backupctl.repository import chain, holding, locks, markers, merge
 from backupctl.repository.digests import DigestMap
-from backupctl.repository.layout import Partial, Point, Repository
+from backupctl.repository.layout import Repository
 from backupctl.repository.retention import Rules
+from backupctl.repository.vm_folder import Partial, Point
 from backupctl.transfer.copy import Copy
 from tests.unit.repository.conftest import P1, Builder, changing_step, die_at, disk_entry
 

@@ -17,8 +17,9 @@ from backupctl.clusters import CLUSTER_BYTES, RECORD, Records
 from backupctl.names import DiskName, NodeName, PointId, VmName, point_time
 from backupctl.repository import chain, digests, images
 from backupctl.repository.journal import Journal
-from backupctl.repository.layout import Partial, Point, Repository, VmFolder
+from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
+from backupctl.repository.vm_folder import Partial, Point, VmFolder
 from backupctl.transfer.copy import open_target
 from backupctl.transfer.digests import of_piece
 

@@ -19,8 +19,9 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import VmName, point_time
-from backupctl.repository import durable, layout
-from backupctl.repository.layout import Partial, Repository
+from backupctl.repository import durable, plain
+from backupctl.repository.layout import Repository
+from backupctl.repository.vm_folder import Partial
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
 
 
@@ -140,14 +141,14 @@ def test_a_point_that_a_prune_removes_meanwhile_is_none_and_not_damaged(builder:
     """Whoever lists points takes no lock."""
     plain_point(builder, P1)
     plain_point(builder, P2)
-    real = layout._read
+    real = plain.read
 
     def too_late(path: Path) -> bytes:
         if path.parent.name == P1:
             Partial(builder.folder, P1).take_back()
         return real(path)
 
-    monkeypatch.setattr(layout, "_read", too_late)
+    monkeypatch.setattr(plain, "read", too_late)
     survey = builder.folder.survey()
     assert ([point.id for point in survey.points], survey.damaged) == ([P2], ())
     Partial(builder.folder, P1).path.rename(builder.folder.path / P1)

@@ -13,7 +13,7 @@ from backupctl import thin
 from backupctl.errors import Interrupted, Locked, TargetExists, UsageError, WriteFailed
 from backupctl.report import Silent, Stop
 from backupctl.repository import images, landing
-from backupctl.repository.layout import VmFolder
+from backupctl.repository.vm_folder import VmFolder
 from backupctl.restore import restore
 from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
 
