@@ -4,11 +4,15 @@
 import importlib.util
 import sys
 
+from backupctl.cli import screen
+from backupctl.errors import UsageError
+
 if importlib.util.find_spec("nbd") is None:
-    sys.stderr.write(
-        "backupctl: libnbd's Python module, `nbd`, is missing; the distribution has it, pip has not\n"
-        "  state: nothing was touched\n"
-        "  next:  apt install python3-libnbd; a virtual environment sees it if it was made by\n"
-        "         /usr/bin/python3 -m venv --system-site-packages\n"
+    missing = UsageError(
+        "libnbd's Python module, `nbd`, is missing; the distribution has it, pip has not",
+        state="nothing was touched",
+        next_command="apt install python3-libnbd; a virtual environment sees it if it was made by "
+        "/usr/bin/python3 -m venv --system-site-packages",
     )
-    sys.exit(2)
+    screen.print_error(missing, as_json="--json" in sys.argv)
+    sys.exit(missing.exit_code)

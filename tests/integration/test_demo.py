@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The demos: the one on the simulator tells the truth; `make demo` falls back to it and says so."""
 
+import json
 import os
 import re
 import signal
@@ -125,14 +126,15 @@ def test_missing_tools_are_named_with_what_to_install():
     assert "apt install" in done.stderr
 
 
-def test_a_missing_libnbd_is_named_with_what_to_install():
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_missing_libnbd_is_named_with_what_to_install(options):
     program = (
-        "import importlib.util as u; real = u.find_spec\n"
+        "import importlib.util as u, sys; real = u.find_spec; sys.modules['nbd'] = None\n"
         "u.find_spec = lambda name, *more: None if name == 'nbd' else real(name, *more)\n"
         "import backupctl.cli.main"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, "list", *options],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -143,6 +145,8 @@ def test_a_missing_libnbd_is_named_with_what_to_install():
     assert done.returncode == 2
     assert "apt install python3-libnbd" in done.stderr
     assert "Traceback" not in done.stderr
+    if options:
+        assert json.loads(done.stdout)["error"]["exit_code"] == 2
 
 
 def test_sigterm_ends_the_demo_and_leaves_nothing(tmp_path):
