@@ -77,7 +77,7 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
 def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter, stop: Stop) -> RunReport:
     folder = repository.vm(vm.name)
     reporter.step("prepare")
-    with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds) as monitor:
+    with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
         recorded = recovery.newest_recorded(monitor, repository.owner)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")

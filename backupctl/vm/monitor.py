@@ -23,11 +23,13 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import StateError
 from qemu.qmp.qmp_client import BadReplyError
 
-from backupctl.errors import CommandFailed, MonitorError, MonitorUnreachable, OutcomeUnknown
+from backupctl.errors import CommandFailed, Interrupted, MonitorError, MonitorUnreachable, OutcomeUnknown
+from backupctl.report import Stop
 from backupctl.settings import Address
 from backupctl.vm import reply
 
 T = TypeVar("T")
+_LOOK_SECONDS = 0.2
 _TURNS = 10  # of the event loop: a message passes through several tasks before it is heard
 
 _logger = logging.getLogger("qemu.qmp")
@@ -113,15 +115,15 @@ class Monitor:
         self.commands: frozenset[str] = frozenset()
 
     @classmethod
-    def connect(cls, address: Address, timeout_seconds: float) -> Self:
-        """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable.
+    def connect(cls, address: Address, timeout_seconds: float, stop: Stop | None = None) -> Self:
+        """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable, Interrupted.
 
-        A monitor that serves somebody else accepts the connection and says nothing (measured), so a
-        missing greeting most often means a second client.
+        stop: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
+        says nothing (measured), so a missing greeting most often means a second client.
         """
         self = cls(address, timeout_seconds)
         try:
-            self._run(self._client.connect(address.connect(timeout_seconds)))
+            self._run(self._client.connect(address.connect(timeout_seconds)), stop=stop)
             self.version = _version(self.execute("query-version"))
             self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
         except TimeoutError as err:
@@ -135,7 +137,7 @@ class Monitor:
         except (KeyError, TypeError, ValueError, CommandFailed) as err:
             self.close()
             raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             self.close()
             raise
         return self
@@ -221,13 +223,16 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def _run(self, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+    def _run(self, work: Coroutine[Any, Any, T], seconds: float | None = None, stop: Stop | None = None) -> T:
         bounded = self._loop.create_task(
             asyncio.wait_for(work, self._timeout if seconds is None else seconds)
         )
         try:
+            while stop is not None and not bounded.done():
+                self._loop.run_until_complete(asyncio.wait({bounded}, timeout=_LOOK_SECONDS))
+                stop.check()
             return self._loop.run_until_complete(bounded)
-        except KeyboardInterrupt:  # what is thrown away half done complains, with a traceback
+        except (KeyboardInterrupt, Interrupted):  # what is thrown away half done complains, with a traceback
             bounded.cancel()
             with suppress(asyncio.CancelledError, QMPError, OSError, EOFError):
                 self._loop.run_until_complete(bounded)

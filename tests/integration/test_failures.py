@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -60,6 +61,26 @@ def test_a_signal_in_mid_copy_rolls_back_and_leaves_with_1(lab, number):
     assert run.returncode == 1, told
     assert "rolled back" in told
     lab.assert_at_rest()
+    lab.next_is_right()
+
+
+def test_a_signal_is_heard_while_somebody_else_holds_the_monitor(lab):
+    """Who comes second is let in and not greeted."""
+    before = lab.cli.json("list", "web", vm=False)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.connect(str(lab.machine.qmp_path))
+        assert other.recv(10)
+        with lab.cli.start("incremental", "web") as run:
+            assert run.stderr.readline().endswith("prepare\n")
+            begun = time.monotonic()
+            run.send_signal(signal.SIGTERM)
+            _, told = run.communicate(timeout=30)
+    assert time.monotonic() - begun < 5
+    assert run.returncode == 1, told
+    assert "SIGTERM" in told
+    assert "nothing of this run was begun" in told
+    assert "Error" not in told
+    assert lab.cli.json("list", "web", vm=False) == before
     lab.next_is_right()
 
 
