@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backupctl.drills.warm import CLI, MODULES, Warm
-from fixtures import builds
+from backupctl.drills.warm import CLI
+from fixtures import builds, warm
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
@@ -103,16 +102,9 @@ PROGRAM = (sys.executable, "-m", "backupctl")
 SECONDS = 120
 
 
-@cache
-def warm() -> Warm:
-    """Start, once, what makes calls of the command line: half the suite's time would go into their starts."""
-    return Warm((*MODULES, "tests.killed"), {**os.environ, "PYTHONPATH": str(ROOT)}).__enter__()
-
-
 def pytest_sessionfinish() -> None:
-    """End it."""
-    if warm.cache_info().currsize:
-        warm().__exit__()
+    """End what made the calls."""
+    warm.close()
 
 
 @dataclass
@@ -134,7 +126,7 @@ class Cli:
         self, *arguments: str, vm: bool = True, entry: str = CLI, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         """Make a call, by another entry than the command line's own perhaps, whatever comes of it."""
-        return warm().run(
+        return warm.warm().run(
             self.command(*arguments, vm=vm)[len(PROGRAM) :],
             entry=entry,
             environment={**self.environment, **environment},

@@ -2,9 +2,9 @@
 """Calls of the command line in children of one process that has imported it: that takes most of a call.
 
 `python -m backupctl.drills.warm MODULE…` is that process. On its stdin, a socket, it takes requests: JSON,
-with the descriptors of the child's stdout and stderr, and of a socket on which its exit code is told. It runs
-no call itself, so each child begins as a process just started would. A child is killed when nobody listens
-for its end any more.
+with the descriptors of the child's stdout and stderr, and of a socket on which its process id is told and,
+later, its exit code. It runs no call itself, so each child begins as a process just started would. A child is
+killed when nobody listens for its end any more.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class Warm:
         """Call a function in a child, as a program with these arguments.
 
         entry: module:function. environment: all of it. folder: the working directory. out, words: files for
-        what it writes to stdout and stderr.
+        what it writes to stdout and stderr. Raises Failed.
         """
         request = {
             "entry": entry,
@@ -91,7 +91,11 @@ class Warm:
         with theirs:
             descriptors = [out.fileno(), words.fileno(), theirs.fileno()]
             socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
-        return Call(news)
+        try:
+            return Call(news)
+        except BaseException:
+            news.close()
+            raise
 
     def run(
         self,
@@ -111,19 +115,19 @@ class Warm:
                 arguments, entry=entry, environment=environment, folder=folder, out=out, words=words
             ) as call:
                 code = call.wait(timeout)
-            if code is None:
-                raise subprocess.TimeoutExpired(list(arguments), timeout)
             out.seek(0)
             words.seek(0)
             return subprocess.CompletedProcess(list(arguments), code, out.read(), words.read())
 
 
 class Call:
-    """A call under way; a context manager that kills it if it has not ended."""
+    """A call under way, with the ways of a Popen; a context manager that kills it if it has not ended."""
 
     def __init__(self, news: socket.socket) -> None:
+        """Wait until it has begun. Raises Failed."""
         self._news = news
-        self._code: int | None = None
+        self.returncode: int | None = None
+        self.pid = self._told()
 
     def __enter__(self) -> Self:
         return self
@@ -131,21 +135,40 @@ class Call:
     def __exit__(self, *_: object) -> None:
         self._news.close()
 
-    def wait(self, timeout: float) -> int | None:
-        """Return its exit code, negative for a signal; None if it has not ended after so many seconds.
-
-        Raises Failed.
-        """
-        if self._code is None and select.select([self._news], [], [], timeout)[0]:
-            code = self._news.recv(100)
-            if not code:
-                raise Failed("the process that starts the drills' runs has ended")
-            self._code = int(code)
-        return self._code
+    def wait(self, timeout: float) -> int:
+        """Return its exit code, negative for a signal. Raises subprocess.TimeoutExpired, Failed."""
+        if self.returncode is None:
+            if not select.select([self._news], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            self.returncode = self._told()
+            self._news.close()
+        return self.returncode
 
     def poll(self) -> int | None:
         """Return its exit code if it has ended. Raises Failed."""
-        return self.wait(0)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, if it has not ended."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def _told(self) -> int:
+        told = self._news.recv(100)
+        if not told:
+            raise Failed("the process that starts the drills' runs has ended")
+        return int(told)
 
 
 def serve(control: socket.socket) -> None:
@@ -165,6 +188,8 @@ def serve(control: socket.socket) -> None:
                     for descriptor in descriptors[:2]:
                         os.close(descriptor)
                     news = socket.socket(fileno=descriptors[2])
+                    with contextlib.suppress(OSError):
+                        news.send(str(process).encode())
                     ended = os.pidfd_open(process)
                     children[ended] = process, news
                     look.register(ended, selectors.EVENT_READ, ended)

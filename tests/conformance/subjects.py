@@ -13,17 +13,20 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import pytest
 
 from fixtures import builds
+from fixtures.warm import ENVIRONMENT, warm
 from tests.conformance.qmp import Monitor
+
+if TYPE_CHECKING:
+    from backupctl.drills.warm import Call
 
 SIZE = 4 << 20
 REAL = ("7.2", "10.0")
@@ -73,11 +76,16 @@ class Process:
         self._command = command
         self._running = self._start()
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _start(self) -> "subprocess.Popen[bytes] | Call":
         for name in ("qmp", "hmp", "control", "agent", "nbd"):
             (self.folder / name).unlink(missing_ok=True)
         with (self.folder / "log").open("ab") as log:
-            process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            if self._command[0] == "simulate":
+                process = warm().start(
+                    self._command, environment=ENVIRONMENT, folder=self.folder, out=log, words=log
+                )
+            else:
+                process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
             _wait_for(self.folder / "qmp", process, self.folder / "log")
         except BaseException:
@@ -264,7 +272,7 @@ def _disk(name: str, form: str, folder: Path, *, readonly: bool = False) -> list
 
 
 def _simulator_command(name: str, folder: Path, extras: frozenset[str]) -> list[str]:
-    command = [sys.executable, "-m", "backupctl", "simulate", "--version", SIMULATED[name]]
+    command = ["simulate", "--version", SIMULATED[name]]
     command += ["--state", str(folder), "--disk", "vda=4M", "--disk", "vdb=4M,format=raw"]
     if "running" not in extras:
         command += ["--paused"]
@@ -278,9 +286,9 @@ def _simulator_command(name: str, folder: Path, extras: frozenset[str]) -> list[
     return command
 
 
-def _wait_for(path: Path, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_for(path: Path, process: "subprocess.Popen[bytes] | Call", log: Path) -> None:
     end = time.monotonic() + _START_SECONDS
     while not path.exists():
         if process.poll() is not None or time.monotonic() > end:
-            raise AssertionError(f"{process.args!r:.60} did not start: {log.read_text()[-2000:]}")
+            raise AssertionError(f"{path} is not there: {log.read_text()[-2000:]}")
         time.sleep(0.005)

@@ -5,9 +5,7 @@ import fcntl
 import json
 import os
 import re
-import resource
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -19,12 +17,12 @@ from typing import Any
 import pytest
 
 from fixtures.simulated import ROOT, Simulated
+from fixtures.warm import warm
 from tests.hostile.liar import Liar, Lie
 from tests.hostile.nbd import LyingServer
 
 SIZE = 4 << 20
 MOST_SECONDS = 30.0
-MOST_MEMORY = 8 << 30  # of address space: a guard for this machine
 MOST_RESIDENT = 300 << 20  # measured
 MOST_WORDS = 8000
 CONTROL = re.compile(r"[^\n\x20-\x7e\xa0-\U0010ffff]")
@@ -63,35 +61,35 @@ class Victim:
         self, *arguments: str, qmp: Path | None = None, agent: Path | None = None, vm: bool = True
     ) -> Done:
         """Run the command line; it must end in time, in bounds, and speak like a human being."""
-        command = [sys.executable, "-m", "tests.hostile.runner", *arguments]
-        command += ["--repository", str(self.repository)] if "--repository" not in arguments else []
+        words = [*arguments]
+        words += ["--repository", str(self.repository)] if "--repository" not in arguments else []
         if vm:
-            command += ["--qmp", f"unix:{qmp or self.vm.qmp_path}"]
-            command += ["--agent", f"unix:{agent or self.vm.agent_path}", "--scratch", str(self.scratch)]
-        begun = time.monotonic()
-        with (
-            tempfile.TemporaryFile() as out,
-            tempfile.TemporaryFile() as err,
-            tempfile.TemporaryFile() as peak,
-        ):
-            process = subprocess.Popen(
-                command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=self.outside,
-                env=self._environment() | {"PEAK": str(peak.fileno())}, pass_fds=[peak.fileno()],
-                preexec_fn=_bounded,  # noqa: PLW1509 - one system call
-            )  # fmt: skip
-            try:
-                code = process.wait(2 * MOST_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                code = process.wait()
+            words += ["--qmp", f"unix:{qmp or self.vm.qmp_path}"]
+            words += ["--agent", f"unix:{agent or self.vm.agent_path}", "--scratch", str(self.scratch)]
+        begun, peak = time.monotonic(), self.folder / "peak"
+        peak.write_text("-1")
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            with warm().start(
+                words,
+                entry="tests.hostile.runner:bounded",
+                environment=self._environment() | {"PEAK": str(peak)},
+                folder=self.outside,
+                out=out,
+                words=err,
+            ) as call:
+                try:
+                    code = call.wait(2 * MOST_SECONDS)
+                except subprocess.TimeoutExpired:
+                    call.kill()
+                    code = call.wait(MOST_SECONDS)
             seconds = time.monotonic() - begun
-            out.seek(0), err.seek(0), peak.seek(0)
+            out.seek(0), err.seek(0)
             done = Done(
                 code,
                 out.read().decode(errors="surrogateescape"),
                 err.read().decode(),
                 seconds,
-                int(peak.read() or -1) * 1024,
+                int(peak.read_text()) * 1024,
             )
         self._decent(done, raw="-" in arguments)
         return done
@@ -199,7 +197,3 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
     """One for all cases of a module: what one case leaves behind, the next would trip over."""
     with Simulated("--disk", f"vda={SIZE}", "--seed", "3") as vm:
         yield Victim(vm, tmp_path_factory.mktemp("victim"))
-
-
-def _bounded() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))

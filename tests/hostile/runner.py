@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line with short time-outs: `python -m tests.hostile.runner full web …`.
+"""The command line with short time-outs and little memory, as `bounded`.
 
-The most memory that it had goes to the descriptor $PEAK at the end. What `wait4` tells would not do: to a
+The most memory that it had goes to the file $PEAK at the end, in KiB. What `wait4` tells would not do: to a
 child it counts what its parent had when it forked.
 """
 
-import atexit
 import os
+import resource
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,15 @@ recovery.DEFAULTS = replace(recovery.DEFAULTS, **SHORT)
 assert cleanup.dismantle.__kwdefaults__
 cleanup.dismantle.__kwdefaults__["patience_seconds"] = 1.0
 
-PEAK = int(os.environ.pop("PEAK"))
+MOST_MEMORY = 8 << 30  # of address space: a guard for this machine
 
 
-@atexit.register
-def tell_peak() -> None:
-    """Write VmHWM of proc(5)."""
-    status = Path("/proc/self/status").read_text()
-    os.write(PEAK, status.split("VmHWM:")[1].split()[0].encode())
-
-
-main()
+def bounded() -> None:
+    """Be the command line."""
+    peak = Path(os.environ.pop("PEAK"))
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    try:
+        main()
+    finally:
+        status = Path("/proc/self/status").read_text()  # VmHWM of proc(5)
+        peak.write_text(status.split("VmHWM:")[1].split()[0])
