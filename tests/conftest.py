@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.drills.warm import CLI
+from backupctl.drills.warm import CLI, Program
 from fixtures import builds, warm
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
@@ -126,12 +126,9 @@ class Cli:
         self, *arguments: str, vm: bool = True, entry: str = CLI, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         """Make a call, by another entry than the command line's own perhaps, whatever comes of it."""
+        called = self.command(*arguments, vm=vm)[len(PROGRAM) :]
         return warm.warm().run(
-            self.command(*arguments, vm=vm)[len(PROGRAM) :],
-            entry=entry,
-            environment={**self.environment, **environment},
-            folder=ROOT,
-            timeout=SECONDS,
+            Program(called, {**self.environment, **environment}, str(ROOT), entry), SECONDS
         )
 
     def run(self, *arguments: str, code: int = 0, vm: bool = True) -> "subprocess.CompletedProcess[str]":

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from backupctl.drills.demo import first_difference
-from backupctl.drills.warm import CLI, Warm
+from backupctl.drills.warm import CLI, Program, Warm
 from backupctl.errors import Failed
 from backupctl.repository import qemu
 
@@ -170,14 +169,11 @@ class Ground(ABC):
 
     def run(self, *arguments: str, doomed: str = "") -> Said:
         """Call backupctl and wait for it. doomed: how it comes to harm (see doomed.py)."""
+        called, entry = self.arguments(*arguments), CLI
+        if doomed:
+            called, entry = [doomed, *called], _DOOMED
         try:
-            done = self.warm.run(
-                [doomed, *self.arguments(*arguments)] if doomed else self.arguments(*arguments),
-                entry=_DOOMED if doomed else CLI,
-                environment=self.environment(),
-                folder=self.home,
-                timeout=_RUN_SECONDS,
-            )
+            done = self.warm.run(Program(called, self.environment(), str(self.home), entry), _RUN_SECONDS)
         except subprocess.TimeoutExpired as err:
             raise Unmet(_ENDS) from err
         return _said(done.returncode, done.stdout, done.stderr)
@@ -307,9 +303,3 @@ def await_line(stream: IO[str], word: str, seconds: float = 30.0) -> None:
         if time.monotonic() > deadline:
             break
     raise Failed(f"the run did not come to {word!r}")
-
-
-def kill(process: "subprocess.Popen[str]") -> None:
-    """Kill a process that we started."""
-    process.send_signal(signal.SIGKILL)
-    process.communicate()

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
 
-from backupctl.drills.warm import Call, Warm
+from backupctl.drills.warm import Call, Program, Warm
 from backupctl.errors import Failed
 from backupctl.names import vm_name
 from backupctl.repository import qemu
@@ -78,9 +78,8 @@ class SimulatedVm:
 
     def _start(self, complaints: IO[bytes], held: ExitStack) -> "subprocess.Popen[bytes] | Call":
         if self._warm is not None:
-            call = self._warm.start(
-                self._arguments, environment=os.environ, folder=self.folder, out=complaints, words=complaints
-            )
+            program = Program(self._arguments, dict(os.environ), str(self.folder))
+            call = self._warm.start(program, complaints, complaints)
             return held.enter_context(call)
         process = qemu.start([sys.executable, "-m", "backupctl", *self._arguments], complaints=complaints)
         held.callback(_end, process)

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import IO, Any, NoReturn, Self
 
 from backupctl.errors import Failed
@@ -34,6 +34,19 @@ MODULES = (
 """What drills call."""
 _REQUEST_BYTES = 1 << 17
 _END_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function to be called as a program.
+
+    environment: all of it. folder: the working directory. entry: module:function.
+    """
+
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    folder: str
+    entry: str = CLI
 
 
 class Warm:
@@ -66,58 +79,32 @@ class Warm:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def start(
-        self,
-        arguments: Sequence[str],
-        *,
-        entry: str = CLI,
-        environment: Mapping[str, str],
-        folder: Path,
-        out: IO[Any],
-        words: IO[Any],
-    ) -> "Call":
-        """Call a function in a child, as a program with these arguments.
-
-        entry: module:function. environment: all of it. folder: the working directory. out, words: files for
-        what it writes to stdout and stderr. Raises Failed.
-        """
-        request = {
-            "entry": entry,
-            "arguments": list(arguments),
-            "environment": dict(environment),
-            "folder": str(folder),
-        }
+    def start(self, program: Program, out: IO[Any], words: IO[Any]) -> "Call":
+        """Call it in a child. out, words: files for what it writes to stdout and stderr. Raises Failed."""
         news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            descriptors = [out.fileno(), words.fileno(), theirs.fileno()]
-            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
-        try:
-            return Call(news)
-        except BaseException:
-            news.close()
-            raise
+        with contextlib.ExitStack() as held:
+            held.enter_context(news)
+            with theirs:
+                request = json.dumps(asdict(program)).encode()
+                try:
+                    socket.send_fds(self._control, [request], [out.fileno(), words.fileno(), theirs.fileno()])
+                except OSError as err:
+                    raise Failed(f"the process that starts the drills' runs can't be asked: {err}") from err
+            call = Call(news)
+            held.pop_all()
+            return call
 
-    def run(
-        self,
-        arguments: Sequence[str],
-        *,
-        entry: str = CLI,
-        environment: Mapping[str, str],
-        folder: Path,
-        timeout: float,
-    ) -> "subprocess.CompletedProcess[str]":
-        """Make a call and wait for its end; returns what came of it.
+    def run(self, program: Program, timeout: float) -> "subprocess.CompletedProcess[str]":
+        """Call it and wait for its end; returns what came of it.
 
-        timeout: seconds. The rest as for `start`. Raises subprocess.TimeoutExpired, Failed.
+        timeout: seconds; after them it is killed. Raises subprocess.TimeoutExpired, Failed.
         """
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as words:
-            with self.start(
-                arguments, entry=entry, environment=environment, folder=folder, out=out, words=words
-            ) as call:
+            with self.start(program, out, words) as call:
                 code = call.wait(timeout)
             out.seek(0)
             words.seek(0)
-            return subprocess.CompletedProcess(list(arguments), code, out.read(), words.read())
+            return subprocess.CompletedProcess(program.arguments, code, out.read(), words.read())
 
 
 class Call:

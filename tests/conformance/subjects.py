@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import pytest
 
+from backupctl.drills.warm import Program
 from fixtures import builds
 from fixtures.warm import ENVIRONMENT, warm
 from tests.conformance.qmp import Monitor
@@ -81,9 +82,8 @@ class Process:
             (self.folder / name).unlink(missing_ok=True)
         with (self.folder / "log").open("ab") as log:
             if self._command[0] == "simulate":
-                process = warm().start(
-                    self._command, environment=ENVIRONMENT, folder=self.folder, out=log, words=log
-                )
+                program = Program(self._command, ENVIRONMENT, str(self.folder))
+                process = warm().start(program, log, log)
             else:
                 process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.drills.warm import Warm
+from backupctl.drills.warm import Program, Warm
 from backupctl.errors import Failed
 
+ENTRY = "program:main"
 PROGRAM = """
 import os, signal, sys, time
 def main():
@@ -30,7 +31,7 @@ def warm(tmp_path):
 
 
 def call(warm: Warm, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
-    return warm.run([body], entry="program:main", environment=environment, folder=folder, timeout=timeout)
+    return warm.run(Program([body], environment, str(folder), ENTRY), timeout)
 
 
 @pytest.mark.parametrize(
@@ -88,15 +89,16 @@ def test_what_is_under_way_ends_with_the_warm_process(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     note = tmp_path / "pid"
     body = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    streams = dict.fromkeys(("out", "words"), sys.__stderr__)
     with Warm([], environment(tmp_path)) as warm:
-        call = warm.start([body], entry="program:main", environment={}, folder=tmp_path, **streams)
+        under_way = warm.start(Program([body], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__)
         while not (note.exists() and note.read_text()):
             time.sleep(0.01)
-        assert call.poll() is None
+        assert under_way.poll() is None
     await_end(int(note.read_text()))
-    with call, pytest.raises(Failed, match="has ended"):
-        call.poll()
+    with under_way, pytest.raises(Failed, match="has ended"):
+        under_way.poll()
+    with pytest.raises(Failed, match="can't be asked"):
+        call(warm, "pass")
 
 
 def environment(folder: Path) -> dict[str, str]:

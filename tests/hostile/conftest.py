@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from backupctl.drills.warm import Program
 from fixtures.simulated import ROOT, Simulated
 from fixtures.warm import warm
 from tests.hostile.liar import Liar, Lie
@@ -69,14 +70,9 @@ class Victim:
         begun, peak = time.monotonic(), self.folder / "peak"
         peak.write_text("-1")
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            with warm().start(
-                words,
-                entry="tests.hostile.runner:bounded",
-                environment=self._environment() | {"PEAK": str(peak)},
-                folder=self.outside,
-                out=out,
-                words=err,
-            ) as call:
+            environment = self._environment() | {"PEAK": str(peak)}
+            program = Program(words, environment, str(self.outside), "tests.hostile.runner:bounded")
+            with warm().start(program, out, err) as call:
                 try:
                     code = call.wait(2 * MOST_SECONDS)
                 except subprocess.TimeoutExpired:
