@@ -41,7 +41,7 @@ check: $(VENV)/.tools ## Format, lint, types (10 s)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on a real guest (25 min on two cores)
+test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on a real guest (20 min on two cores)
 	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow"
 
 test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an hour or more)
