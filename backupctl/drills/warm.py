@@ -32,7 +32,7 @@ MODULES = (
     "backupctl.simulator.process",
 )
 """What drills call."""
-_REQUEST_BYTES = 1 << 17
+_REQUEST_BYTES = 1 << 18  # more than a socket sends at once by default
 _END_SECONDS = 5.0
 
 
@@ -158,48 +158,67 @@ class Call:
         return int(told)
 
 
+@dataclass(eq=False)
+class _Child:
+    """A call, seen from the process that made it. ended: a pidfd. news: where its caller listens."""
+
+    process: int
+    ended: int
+    news: socket.socket
+
+    @classmethod
+    def begin(cls, request: bytes, descriptors: Sequence[int]) -> "_Child":
+        """Fork. descriptors: of its stdout and stderr, and of its news."""
+        process = os.fork()
+        if process == 0:
+            _be(json.loads(request), descriptors)
+        for descriptor in descriptors[:2]:
+            os.close(descriptor)
+        child = cls(process, os.pidfd_open(process), socket.socket(fileno=descriptors[2]))
+        child._tell(process)
+        return child
+
+    def kill(self) -> None:
+        """Send SIGKILL; until `reap` the process id is its own."""
+        os.kill(self.process, signal.SIGKILL)
+
+    def reap(self) -> None:
+        """Wait for its end and tell of it."""
+        _, status = os.waitpid(self.process, 0)
+        self._tell(os.waitstatus_to_exitcode(status))
+        self.news.close()
+        os.close(self.ended)
+
+    def _tell(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # nobody may listen
+            self.news.send(str(number).encode())
+
+
 def serve(control: socket.socket) -> None:
     """Take requests until nobody can make any; then all children are killed."""
-    children: dict[int, tuple[int, socket.socket]] = {}
+    children = set[_Child]()
     with selectors.DefaultSelector() as look:
         look.register(control, selectors.EVENT_READ, None)
         while True:
             for key, _ in look.select():
-                if key.data is None:
-                    text, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 3)
-                    if not text:
-                        for process, _ in children.values():
-                            os.kill(process, signal.SIGKILL)
+                child = key.data
+                if child is None:
+                    request, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 3)
+                    if not request:
+                        for left in children:
+                            left.kill()
                         return
-                    process = _fork(json.loads(text), descriptors)
-                    for descriptor in descriptors[:2]:
-                        os.close(descriptor)
-                    news = socket.socket(fileno=descriptors[2])
-                    with contextlib.suppress(OSError):
-                        news.send(str(process).encode())
-                    ended = os.pidfd_open(process)
-                    children[ended] = process, news
-                    look.register(ended, selectors.EVENT_READ, ended)
-                    look.register(news, selectors.EVENT_READ, ended)
-                elif key.data in children:
-                    process, news = children[key.data]
-                    if key.fileobj is news:  # nobody listens any more
-                        os.kill(process, signal.SIGKILL)
-                    _, status = os.waitpid(process, 0)
-                    with contextlib.suppress(OSError):
-                        news.send(str(os.waitstatus_to_exitcode(status)).encode())
-                    for watched in (key.data, news):
+                    child = _Child.begin(request, descriptors)
+                    children.add(child)
+                    for watched in (child.ended, child.news):
+                        look.register(watched, selectors.EVENT_READ, child)
+                elif child in children:  # both may be told of at once
+                    for watched in (child.ended, child.news):
                         look.unregister(watched)
-                    news.close()
-                    os.close(key.data)
-                    del children[key.data]
-
-
-def _fork(request: dict[str, Any], descriptors: Sequence[int]) -> int:
-    process = os.fork()
-    if process == 0:
-        _be(request, descriptors)
-    return process
+                    if key.fileobj is child.news:  # its caller is gone
+                        child.kill()
+                    child.reap()
+                    children.remove(child)
 
 
 def _be(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:

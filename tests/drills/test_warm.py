@@ -85,6 +85,21 @@ def test_calls_run_side_by_side(warm):
     assert time.monotonic() - begun < 3.5
 
 
+def test_calls_that_end_as_their_callers_leave_do_not_disturb_others(warm, tmp_path):
+    """What ends takes its descriptors' numbers with it, and the next call gets them."""
+
+    def hurry(code: int) -> list[int]:
+        codes = []
+        for _ in range(15):
+            with warm.start(Program(["pass"], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__):
+                pass
+            codes.append(call(warm, f"sys.exit({code})").returncode)
+        return codes
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(hurry, range(4))) == [[code] * 15 for code in range(4)]
+
+
 def test_what_is_under_way_ends_with_the_warm_process(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     note = tmp_path / "pid"
