@@ -98,7 +98,6 @@ def held() -> Iterator[ExitStack]:
         yield stack
 
 
-PROGRAM = (sys.executable, "-m", "backupctl")
 SECONDS = 120
 
 
@@ -117,19 +116,19 @@ class Cli:
     vm: list[str] = field(default_factory=list)
     prefix: list[str] = field(default_factory=list)
 
+    def arguments(self, *arguments: str, vm: bool = True) -> list[str]:
+        found = [*arguments, "--repository", str(self.repository)]
+        return found + ([*self.vm, "--scratch", str(self.scratch)] if vm else [])
+
     def command(self, *arguments: str, vm: bool = True) -> list[str]:
-        command = [*self.prefix, *PROGRAM, *arguments]
-        command += ["--repository", str(self.repository)]
-        return command + ([*self.vm, "--scratch", str(self.scratch)] if vm else [])
+        return [*self.prefix, sys.executable, "-m", "backupctl", *self.arguments(*arguments, vm=vm)]
 
     def call(
         self, *arguments: str, vm: bool = True, entry: str = CLI, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         """Make a call, by another entry than the command line's own perhaps, whatever comes of it."""
-        called = self.command(*arguments, vm=vm)[len(PROGRAM) :]
-        return warm.warm().run(
-            Program(called, {**self.environment, **environment}, str(ROOT), entry), SECONDS
-        )
+        called, around = self.arguments(*arguments, vm=vm), {**self.environment, **environment}
+        return warm.warm().run(Program(called, around, str(ROOT), entry), SECONDS)
 
     def run(self, *arguments: str, code: int = 0, vm: bool = True) -> "subprocess.CompletedProcess[str]":
         if self.prefix:
