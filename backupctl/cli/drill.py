@@ -90,7 +90,7 @@ def _list(chosen: list[Drill], *, as_json: bool) -> None:
 
 
 def _tell(outcome: Outcome, done: int, total: int) -> None:
-    """Say on stderr how far it is: a drill takes seconds, all of them a minute or two."""
+    """Say on stderr how far it is: a drill takes seconds, all of them a minute."""
     problem = f": {outcome.problem}" if outcome.problem else ""
     click.echo(clean(f"[{done}/{total}] {outcome.name} {outcome.verdict}{problem}"), err=True)
 
