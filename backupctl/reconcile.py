@@ -10,25 +10,26 @@ A death in the middle leaves a target that is neither the old nor the new one; t
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backupctl import clusters
+from backupctl import clusters, destination, selection
 from backupctl.clusters import CLUSTER_BYTES, Logical
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, holding, images, landing
+from backupctl.repository import chain, images, inplace, landing
 from backupctl.repository.chain import Layer
+from backupctl.repository.foreign_header import ImageFeature
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.inplace import Target
 from backupctl.repository.vm_folder import Point, VmFolder
-from backupctl.restore import STDOUT, refuse_one_for_all, target_of
+from backupctl.selection import MissingDisk, Part
 from backupctl.transfer import copy, digests, extents, marks
 from backupctl.transfer.connection import Connection
 from backupctl.transfer.copy import Copy, Sieve, open_target
@@ -45,7 +46,10 @@ _HALF_DONE = "the target is partly changed; the same command again finishes it"
 
 @dataclass(frozen=True)
 class ReconciledDisk:
-    """One target that is now as the point. Sizes in bytes; written_bytes: in whole clusters."""
+    """One target that is now as the point. Sizes in bytes; written_bytes: in whole clusters.
+
+    point: the one that it was taken from.
+    """
 
     name: DiskName
     path: Path
@@ -54,15 +58,17 @@ class ReconciledDisk:
     written_bytes: int
     same_bytes: int
     seconds: float
+    point: PointId
 
 
 @dataclass(frozen=True)
 class ReconcileReport:
-    """What was brought to the state of a point."""
+    """What was brought to the state of a point. missing: disks that the point does not hold, left out."""
 
     vm: VmName
     point: PointId
     images: tuple[ReconciledDisk, ...]
+    missing: tuple[MissingDisk, ...]
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class _Work:
     """One disk. layers: newest first. expected: what the target shall hold. room: what it has, in bytes."""
 
     name: DiskName
+    point: PointId
     layers: tuple[Layer, ...]
     target: Target
     expected: Logical
@@ -91,54 +98,53 @@ def restore(
     image_format: ImageFormat | None,
     reporter: Reporter,
     stop: Stop,
+    all_disks: bool = False,
+    allowed: Collection[ImageFeature] = (),
 ) -> ReconcileReport:
     """Bring what stands at `to` (as in a whole restore) to the state of a point.
 
-    A file gets the disk's size; a block device may be larger, and keeps what is behind the disk. All that
-    can be refused is refused before anything is changed. Raises UsageError, NoSuchPoint, DamageFound,
-    ReadFailed, WriteFailed, RepositoryError, Interrupted.
+    image_format: None takes what the disk was in the VM, and raw for a block device. A file gets the disk's
+    size; a block device may be larger, and keeps what is behind the disk. all_disks: take those that the
+    point does not hold from their own newest points. allowed: what an image may lead to. All that can be
+    refused is refused before anything is changed. Raises UsageError, NoSuchPoint, DamageFound, ReadFailed,
+    WriteFailed, RepositoryError, Interrupted.
     """
-    with holding.reading(folder, point.id) as held:
-        works = _works(folder, held, to, disk, image_format, reporter, stop)
+    with (
+        selection.chosen(folder, point.id, disk, all_disks=all_disks, reporter=reporter) as chosen,
+        ExitStack() as held,
+    ):
+        layers = [chain.layers(folder, part.point, part.entry.name) for part in chosen.parts]
+        wanted = [destination.of_existing(part.entry, to, image_format) for part in chosen.parts]
+        destination.refuse_one_for_all([path for path, _ in wanted], chosen.names)
+        targets = [held.enter_context(_target(folder, *one, allowed)) for one in wanted]
+        destination.refuse_one_for_all([str(target.identity) for target in targets], chosen.names)
+        works = [
+            _work(part, below, target, reporter, stop)
+            for part, below, target in zip(chosen.parts, layers, targets, strict=True)
+        ]
         done = tuple(_reconcile(work) for work in works)
-    return ReconcileReport(folder.name, point.id, done)
+    return ReconcileReport(folder.name, point.id, done, chosen.missing)
 
 
-def _works(
-    folder: VmFolder,
-    point: Point,
-    to: str,
-    disk: str | None,
-    image_format: ImageFormat | None,
-    reporter: Reporter,
-    stop: Stop,
-) -> list[_Work]:
-    """Return what is to be done, after all that can be refused was refused."""
-    names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
-    layers = {name: chain.layers(folder, point, name) for name in names}
-    wanted = {name: target_of(DiskName(name), to, image_format) for name in names}
-    refuse_one_for_all([path for path, _ in wanted.values()], names)
-    works = []
-    for entry in point.manifest.disks:
-        if entry.name not in layers:
-            continue
-        path, kind = wanted[entry.name]
-        target = _target(folder, path, kind, named=image_format is not None)
-        expected = chain.logical(layers[entry.name], entry.size)
-        works.append(
-            _Work(entry.name, layers[entry.name], target, expected, _room(target, entry.size), reporter, stop)
-        )
-    return works
+def _work(part: Part, layers: tuple[Layer, ...], target: Target, reporter: Reporter, stop: Stop) -> _Work:
+    entry = part.entry
+    expected = chain.logical(layers, entry.size)
+    return _Work(
+        entry.name, part.point.id, layers, target, expected, _room(target, entry.size), reporter, stop
+    )
 
 
-def _target(folder: VmFolder, path: str, kind: ImageFormat, *, named: bool) -> Target:
-    if path == STDOUT:
-        raise UsageError("--only-changed needs an image that is there, not standard output")
+@contextmanager
+def _target(
+    folder: VmFolder, path: str, kind: ImageFormat, allowed: Collection[ImageFeature]
+) -> Iterator[Target]:
     landing.refuse_inside(folder.path.parent, Path(path))
-    try:
-        return Target.find(Path(path), kind, named=named)
-    except OSError as err:
-        raise UsageError(f"{path} can't be opened: {err.strerror}", state="nothing was touched") from err
+    with ExitStack() as held:
+        try:
+            found = held.enter_context(inplace.opened(Path(path), kind, allowed))
+        except OSError as err:
+            raise UsageError(f"{path} can't be opened: {err.strerror}", state="nothing was touched") from err
+        yield found
 
 
 def _room(target: Target, size: int) -> int:
@@ -158,7 +164,7 @@ def _reconcile(work: _Work) -> ReconciledDisk:
     work.stop.check()
     _fit(work)
     try:
-        with moving(work.name, str(work.target.path)), work.target.served(work.size) as address:
+        with moving(work.name, str(work.target.path)), work.target.served() as address:
             differing = _differing(work, address)
             written = _write(work, address, differing)
     except OSError as err:
@@ -171,6 +177,7 @@ def _reconcile(work: _Work) -> ReconciledDisk:
         written,
         work.size - written,
         time.monotonic() - begun,
+        work.point,
     )
 
 

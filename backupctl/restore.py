@@ -8,30 +8,34 @@ before), or complete.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from backupctl import destination, selection
+from backupctl.destination import STDOUT
 from backupctl.errors import Interrupted, TargetExists, TransferError, UsageError, WriteFailed, moving
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.readout import Readout, said
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, holding, landing
+from backupctl.repository import chain, landing
 from backupctl.repository.chain import Layer
+from backupctl.repository.foreign_header import ImageFeature
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.vm_folder import Point, VmFolder
+from backupctl.selection import MissingDisk, Selection
 from backupctl.transfer.proving import Range
 
-STDOUT = "-"
 _STDOUT_DESCRIPTOR = 1
-_SUFFIXES: dict[str, ImageFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
+_UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True)
 class RestoredDisk:
     """One restored disk. path: where it is, "-" for stdout. size: virtual, in bytes.
 
+    point: the one that it was taken from.
     damaged: ranges that `force` let through, in bytes. unproven: why nothing could be compared with its
     digest, "" if all was.
     """
@@ -43,22 +47,25 @@ class RestoredDisk:
     seconds: float
     damaged: tuple[Range, ...]
     unproven: str
+    point: PointId
 
 
 @dataclass(frozen=True)
 class RestoreReport:
-    """What a finished restore came to."""
+    """What a finished restore came to. missing: disks that the point does not hold, left out."""
 
     vm: VmName
     point: PointId
     images: tuple[RestoredDisk, ...]
+    missing: tuple[MissingDisk, ...]
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One disk, its layers (newest first), and where it goes."""
+    """One disk, the point that it is taken from, its layers (newest first), and where it goes."""
 
     entry: DiskEntry
+    point: PointId
     layers: tuple[Layer, ...]
     target: str
     format: ImageFormat
@@ -74,90 +81,66 @@ def restore(
     force: bool,
     reporter: Reporter,
     stop: Stop,
+    all_disks: bool = False,
+    allowed: Collection[ImageFeature] = (),
 ) -> RestoreReport:
     """Restore one disk of a point, or all.
 
-    to: "-" for stdout, a block device, or a file (one disk); else a folder (gives DIR/<disk>.<format>):
-    one that exists, a path that ends in "/", or a new one whose name has no image's ending.
-    image_format: None takes it from the file's ending, else qcow2 for files and raw for the rest.
-    force: write over what is there, and let damaged data through, named in the report.
+    to: "-" for stdout, or as `destination` tells. image_format: None takes it from the file's ending, else
+    qcow2 for new files and raw for the rest. force: write over what is there, and let damaged data through,
+    named in the report. all_disks: take those that the point does not hold from their own newest points.
+    allowed: what an image that is replaced may have that the new one has not.
 
     All that can be refused is refused before a byte is written. Raises UsageError, NoSuchPoint,
     TargetExists, Locked, DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
     """
-    with holding.reading(folder, point.id) as held:
-        works = _works(folder, held, to, disk, image_format, force=force)
-        done = tuple(_restore(folder, held.id, work, force, reporter, stop) for work in works)
-    return RestoreReport(folder.name, point.id, done)
+    with selection.chosen(folder, point.id, disk, all_disks=all_disks, reporter=reporter) as chosen:
+        works = _works(folder, chosen, to, image_format)
+        for work in works:
+            _refuse(folder, work, to, allowed, force=force)
+        done = tuple(_restore(folder, work, force, reporter, stop) for work in works)
+    return RestoreReport(folder.name, point.id, done, chosen.missing)
 
 
-def _works(
-    folder: VmFolder,
-    point: Point,
-    to: str,
-    disk: str | None,
-    image_format: ImageFormat | None,
-    *,
-    force: bool,
-) -> list[_Work]:
-    """Return what is to be done, after all that can be refused was refused."""
-    names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
-    chains = {name: chain.layers(folder, point, name) for name in names}
+def _works(folder: VmFolder, chosen: Selection, to: str, image_format: ImageFormat | None) -> list[_Work]:
     works = [
-        _Work(entry, chains[entry.name], *target_of(entry.name, to, image_format))
-        for entry in point.manifest.disks
-        if entry.name in chains
+        _Work(
+            part.entry,
+            part.point.id,
+            chain.layers(folder, part.point, part.entry.name),
+            *destination.of_new(part.entry, to, image_format),
+        )
+        for part in chosen.parts
     ]
-    for work in works:
-        _refuse(folder, work, force=force)
-    refuse_one_for_all([work.target for work in works], names)
+    destination.refuse_one_for_all([work.target for work in works], chosen.names)
     return works
 
 
-def target_of(name: DiskName, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
-    """Return where a disk goes, and as what; `to` and `wanted` as `restore` takes them."""
-    path = Path(to)
-    if to == STDOUT or path.is_block_device():
-        return to, wanted or "raw"
-    if path.is_dir() or to.endswith("/") or (not path.exists() and path.suffix.lower() not in _SUFFIXES):
-        kind: ImageFormat = wanted or "qcow2"
-        return str(path / f"{name}.{kind}"), kind
-    return to, wanted or _SUFFIXES.get(path.suffix.lower(), "qcow2")
-
-
-def refuse_one_for_all(targets: Sequence[str], disks: Sequence[str]) -> None:
-    """Refuse several disks with one target. Raises UsageError."""
-    if len(set(targets)) < len(targets):
-        raise UsageError(
-            f"this point has several disks ({', '.join(disks)}): choose one with --disk, or name a folder",
-            state="nothing was touched",
-        )
-
-
-def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
+def _refuse(
+    folder: VmFolder, work: _Work, to: str, allowed: Collection[ImageFeature], *, force: bool
+) -> None:
     """Refuse what must not be written to, while nothing is touched."""
     target = Path(work.target)
     device = target.is_block_device()
     if (work.target == STDOUT or device) and work.format != "raw":
         what = "a block device" if device else "standard output"
-        raise UsageError(f"{what} takes raw bytes, not a {work.format} image", state="nothing was touched")
+        raise UsageError(f"{what} takes raw bytes, not a {work.format} image", state=_UNTOUCHED)
     if work.target == STDOUT:
         if os.isatty(_STDOUT_DESCRIPTOR):
             raise UsageError("an image is not written to a terminal: redirect the output, or name a file")
         return
     landing.refuse_inside(folder.path.parent, target)
+    if not device:
+        destination.refuse_unplaceable(to, target)
     if not force and (device or os.path.lexists(target)):
         what = "is a block device, whose content would be lost" if device else "exists"
-        raise TargetExists(
-            f"{target} {what}", state="nothing was touched", next_command="the same with --force"
-        )
-    if target.is_file():
+        raise TargetExists(f"{target} {what}", state=_UNTOUCHED, next_command="the same with --force")
+    if not device and os.path.lexists(target):
         landing.refuse_in_use(target)
+        landing.refuse_more_than_bytes(target, work.format, allowed)
 
 
-def _restore(
-    folder: VmFolder, point: PointId, work: _Work, force: bool, reporter: Reporter, stop: Stop
-) -> RestoredDisk:
+def _restore(folder: VmFolder, work: _Work, force: bool, reporter: Reporter, stop: Stop) -> RestoredDisk:
     begun = time.monotonic()
     entry = work.entry
     stop.check()
@@ -166,9 +149,9 @@ def _restore(
     def progress(done_bytes: int) -> None:
         reporter.progress(entry.name, done_bytes, entry.size)
 
-    reading = Readout(folder.name, point, work.layers, force, stop, progress)
+    reading = Readout(folder.name, work.point, work.layers, force, stop, progress)
     try:
-        _read_out(reading, work, force)
+        _read_out(reading, work, force, reporter)
     except (TransferError, Interrupted) as err:
         raise err.add(state=_left(work.target), next_command="the same again") from err
     progress(entry.size)
@@ -184,10 +167,11 @@ def _restore(
         time.monotonic() - begun,
         tuple(reading.damaged),
         reading.unproven,
+        work.point,
     )
 
 
-def _read_out(reading: Readout, work: _Work, force: bool) -> None:
+def _read_out(reading: Readout, work: _Work, force: bool, reporter: Reporter) -> None:
     try:
         with moving(work.entry.name, _called(work.target)):
             if work.target == STDOUT:
@@ -196,7 +180,7 @@ def _read_out(reading: Readout, work: _Work, force: bool) -> None:
                 with landing.device(Path(work.target), work.entry.size) as target:
                     reading.into_image(target, work.format, onto_device=True)
             else:
-                with landing.file(Path(work.target), force=force) as target:
+                with landing.file(Path(work.target), force=force, warn=reporter.warn) as target:
                     reading.into_image(target, work.format, onto_device=False)
     except OSError as err:
         raise WriteFailed(f"{_called(work.target)} can't be written: {err.strerror}") from err

@@ -5,37 +5,43 @@ It takes no time and no room, and a VM can boot from it at once. The repository 
 writes goes into the overlay. The point must stay for as long as the overlay is used.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from backupctl import destination, selection
+from backupctl.destination import STDOUT
 from backupctl.errors import TargetExists, UsageError, WriteFailed
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter
-from backupctl.repository import chain, holding, landing, overlay
+from backupctl.repository import chain, landing, overlay
+from backupctl.repository.foreign_header import ImageFeature
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.vm_folder import Point, VmFolder
-from backupctl.restore import STDOUT, refuse_one_for_all, target_of
+from backupctl.selection import MissingDisk, Part
 
 _UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True)
 class ThinDisk:
-    """One overlay. size: virtual, in bytes. backing: the point's image, absolute."""
+    """One overlay. size: virtual, in bytes. backing: the point's image, absolute. point: whose it is."""
 
     name: DiskName
     path: Path
     size: int
     backing: Path
+    point: PointId
 
 
 @dataclass(frozen=True)
 class ThinReport:
-    """What a thin restore made."""
+    """What a thin restore made. missing: disks that the point does not hold, left out."""
 
     vm: VmName
     point: PointId
     images: tuple[ThinDisk, ...]
+    missing: tuple[MissingDisk, ...]
 
 
 def restore(
@@ -47,48 +53,53 @@ def restore(
     image_format: ImageFormat | None,
     force: bool,
     reporter: Reporter,
+    all_disks: bool = False,
+    allowed: Collection[ImageFeature] = (),
 ) -> ThinReport:
-    """Make overlays of one disk of a point, or of all; `to` as in a whole restore, but files only.
+    """Make overlays of one disk of a point, or of all; the options as in a whole restore, but files only.
 
     All that can be refused is refused before anything is made. Raises UsageError, NoSuchPoint, TargetExists,
     Locked, DamageFound, WriteFailed.
     """
     if image_format == "raw":
         raise UsageError("a thin restore is a qcow2 overlay: raw has no backing", state=_UNTOUCHED)
-    with holding.reading(folder, point.id) as held:
-        made = _make(folder, held, to, disk, force=force)
-    reporter.note(
-        f"these images need {folder.name} {point.id} to stay: backupctl protect {folder.name} {point.id}"
-    )
-    return ThinReport(folder.name, point.id, made)
+    with selection.chosen(folder, point.id, disk, all_disks=all_disks, reporter=reporter) as chosen:
+        chains = [chain.paths(folder, part.point, part.entry.name) for part in chosen.parts]
+        targets = [destination.of_new(part.entry, to, image_format)[0] for part in chosen.parts]
+        destination.refuse_one_for_all(targets, chosen.names)
+        for target in targets:
+            _refuse(folder, to, target, allowed, force=force)
+        made = tuple(
+            _make(part, Path(target), layers, force, reporter)
+            for part, target, layers in zip(chosen.parts, targets, chains, strict=True)
+        )
+    for needed in sorted({one.point for one in made}):
+        reporter.note(
+            f"these images need {folder.name} {needed} to stay: backupctl protect {folder.name} {needed}"
+        )
+    return ThinReport(folder.name, point.id, made, chosen.missing)
 
 
-def _make(folder: VmFolder, point: Point, to: str, disk: str | None, *, force: bool) -> tuple[ThinDisk, ...]:
-    names = [disk] if disk is not None else [entry.name for entry in point.manifest.disks]
-    chains = {name: chain.paths(folder, point, name) for name in names}
-    targets = {name: target_of(DiskName(name), to, "qcow2")[0] for name in names}
-    refuse_one_for_all(list(targets.values()), names)
-    for target in targets.values():
-        _refuse(folder, target, force=force)
-    made = []
-    for entry in point.manifest.disks:
-        if entry.name not in chains:
-            continue
-        path, layers = Path(targets[entry.name]), chains[entry.name]
-        try:
-            overlay.make(path, entry.size, layers, force=force)
-        except OSError as err:
-            raise WriteFailed(f"{path} can't be made: {err.strerror}") from err
-        made.append(ThinDisk(entry.name, path, entry.size, layers[0].resolve()))
-    return tuple(made)
+def _make(part: Part, path: Path, layers: Sequence[Path], force: bool, reporter: Reporter) -> ThinDisk:
+    try:
+        overlay.make(path, part.entry.size, layers, force=force, warn=reporter.warn)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be made: {err.strerror}") from err
+    return ThinDisk(part.entry.name, path, part.entry.size, layers[0].resolve(), part.point.id)
 
 
-def _refuse(folder: VmFolder, target: str, *, force: bool) -> None:
+def _refuse(
+    folder: VmFolder, to: str, target: str, allowed: Collection[ImageFeature], *, force: bool
+) -> None:
     path = Path(target)
     if target == STDOUT or path.is_block_device():
         raise UsageError("a thin restore makes files: name a folder, or a file", state=_UNTOUCHED)
     landing.refuse_inside(folder.path.parent, path)
-    if path.exists() and not force:
+    destination.refuse_unplaceable(to, path)
+    if not path.exists():
+        return
+    if not force:
         raise TargetExists(f"{path} exists", state=_UNTOUCHED, next_command="the same with --force")
-    if path.is_file():
-        landing.refuse_in_use(path)
+    landing.refuse_in_use(path)
+    # One overlay in the place of another is opened as before.
+    landing.refuse_more_than_bytes(path, "qcow2", {*allowed, "backing"})

@@ -12,32 +12,55 @@ from backupctl import restore as core
 from backupctl.cli import common, screen, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.names import vm_name
+from backupctl.reconcile import ReconcileReport
 from backupctl.report import Reporter, Stop
+from backupctl.repository.foreign_header import FEATURES
 from backupctl.repository.vm_folder import Point, VmFolder
 from backupctl.restore import RestoreReport
+from backupctl.thin import ThinReport
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
 @common.named(needs_vm=False)
 @click.argument("point", default="latest")
 @click.option(
-    "--to", required=True, metavar="DIR|FILE|DEVICE|-", help="Where to; `-` is standard output (raw)."
+    "--to", required=True, metavar="DIR|FILE|DEVICE|-", help="Where to (see above); `-` is standard output."
 )
 @click.option("--disk", metavar="D", help="Only this disk.")
+@click.option(
+    "--all-disks",
+    is_flag=True,
+    help="Take disks that POINT does not hold from the newest point before it that does.",
+)
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), help="The image's format.")
 @click.option("--force", is_flag=True, help="Write over what is there, and let damaged data through.")
 @click.option("--thin", is_flag=True, help="An overlay on the point, which must stay: done at once.")
 @click.option(
     "--only-changed",
     is_flag=True,
-    help="Change the image or device that is there, in place: write only what differs.",
+    help="Overwrite an existing image or device in place, without further confirmation: only what differs is "
+    "written.",
+)
+@click.option(
+    "--allow-image-feature",
+    "allowed",
+    type=click.Choice(FEATURES),
+    multiple=True,
+    help="Accept that the existing qcow2 image has a backing file, an external data file, or is encrypted.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @click.pass_context
 def restore(context: click.Context, /, **options: Any) -> None:
     """Restore a VM's disks as they were at POINT (an id, or `latest`).
 
-    A folder gets DIR/<disk>.<format>. The VM is not touched, and the repository is only read.
+    --to: an existing folder, a name that ends in `/`, and a new name without a suffix are folders; each disk
+    becomes DIR/<disk>.<format>. A name that ends in .qcow2, .raw or .img is a file of that format; a new file
+    with another suffix needs --format. The folder above must exist.
+
+    With --only-changed the image is taken for what the disk was in the VM (a device: raw), unless --format
+    says otherwise. Names and contents are never asked what they are.
+
+    The VM is not touched, and the repository is only read.
     """
     names = common.take(context, options)
     folder = names.repository().vm(vm_name(names.name or ""))
@@ -56,6 +79,8 @@ def restore(context: click.Context, /, **options: Any) -> None:
             force=options["force"],
             reporter=reporter,
             stop=stop,
+            all_disks=options["all_disks"],
+            allowed=options["allowed"],
         )
     damaged = [one.name for one in report.images if one.damaged or one.unproven]
     if options["to"] != "-":
@@ -85,17 +110,25 @@ def _thin(folder: VmFolder, point: Point, options: dict[str, Any], reporter: Rep
         image_format=options["image_format"],
         force=options["force"],
         reporter=reporter,
+        all_disks=options["all_disks"],
+        allowed=options["allowed"],
     )
     if options["as_json"]:
         disks = [
-            {"name": one.name, "path": str(one.path), "size": one.size, "backing": str(one.backing)}
+            {
+                "name": one.name,
+                "point": one.point,
+                "path": str(one.path),
+                "size": one.size,
+                "backing": str(one.backing),
+            }
             for one in report.images
         ]
-        screen.print_json({"vm": report.vm, "point": report.point, "disks": disks})
+        _print_document(report, disks)
         return
     for one in report.images:
         screen.print_line(
-            f"{report.vm} {report.point} {one.name}: {one.path} ({units.size(one.size)}, on {one.backing})"
+            f"{report.vm} {one.point} {one.name}: {one.path} ({units.size(one.size)}, on {one.backing})"
         )
 
 
@@ -110,11 +143,14 @@ def _only_changed(
         image_format=options["image_format"],
         reporter=reporter,
         stop=stop,
+        all_disks=options["all_disks"],
+        allowed=options["allowed"],
     )
     if options["as_json"]:
         disks = [
             {
                 "name": one.name,
+                "point": one.point,
                 "path": str(one.path),
                 "format": one.format,
                 "size": one.size,
@@ -124,11 +160,11 @@ def _only_changed(
             }
             for one in report.images
         ]
-        screen.print_json({"vm": report.vm, "point": report.point, "disks": disks})
+        _print_document(report, disks)
         return
     for one in report.images:
         screen.print_line(
-            f"{report.vm} {report.point} {one.name}: {one.path} ({one.format}), "
+            f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}), "
             f"{units.size(one.written_bytes)} written, {units.size(one.same_bytes)} were right "
             f"({units.duration(one.seconds)})"
         )
@@ -139,6 +175,7 @@ def _tell(report: RestoreReport, *, as_json: bool) -> None:
         disks = [
             {
                 "name": one.name,
+                "point": one.point,
                 "path": one.path,
                 "format": one.format,
                 "size": one.size,
@@ -148,10 +185,17 @@ def _tell(report: RestoreReport, *, as_json: bool) -> None:
             }
             for one in report.images
         ]
-        screen.print_json({"vm": report.vm, "point": report.point, "disks": disks})
+        _print_document(report, disks)
         return
     for one in report.images:
         screen.print_line(
-            f"{report.vm} {report.point} {one.name}: {one.path} ({one.format}, {units.size(one.size)}, "
+            f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}, {units.size(one.size)}, "
             f"{units.duration(one.seconds)})"
         )
+
+
+def _print_document(
+    report: RestoreReport | ThinReport | ReconcileReport, disks: list[dict[str, Any]]
+) -> None:
+    missing = [{"name": one.name, "point": one.point} for one in report.missing]
+    screen.print_json({"vm": report.vm, "point": report.point, "disks": disks, "missing": missing})

@@ -153,13 +153,15 @@ def serve(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False
 
 
 @contextmanager
-def served(options: dict[str, Any], *, writable: bool, layers: int = 1) -> Iterator[Path]:
+def served(
+    options: dict[str, Any], *, writable: bool, layers: int = 1, descriptors: Sequence[int] = ()
+) -> Iterator[Path]:
     """Serve what QEMU's options name, as `serve`; bringing it to the disk is left to the caller.
 
-    layers: how many images QEMU has to open.
+    layers: how many images QEMU has to open. descriptors: those that it inherits, under the same numbers.
     """
     with private.folder() as folder, tempfile.TemporaryFile() as complaints:
-        server = _start(options, folder, complaints, writable=writable)
+        server = _start(options, folder, complaints, writable=writable, descriptors=descriptors)
         try:
             await_ready(server, folder / _READY, complaints, layers)
             yield folder / _SOCKET
@@ -181,7 +183,14 @@ def _complete(path: Path) -> None:
         raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
 
 
-def _start(image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool) -> qemu.Child:
+def _start(
+    image: dict[str, Any],
+    folder: Path,
+    complaints: IO[bytes],
+    *,
+    writable: bool,
+    descriptors: Sequence[int] = (),
+) -> qemu.Child:
     image = {**image, "node-name": "image"}
     server = {"addr": {"type": "unix", "path": str(folder / _SOCKET)}}
     export = {"type": "nbd", "id": EXPORT, "name": EXPORT, "node-name": "image", "writable": writable}
@@ -193,7 +202,7 @@ def _start(image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writab
         *("--export", json.dumps(export)),
         *("--pidfile", str(folder / _READY)),
     ]
-    return qemu.start(command, complaints=complaints, environment=ALLOCATOR)
+    return qemu.start(command, complaints=complaints, environment=ALLOCATOR, descriptors=descriptors)
 
 
 def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], layers: int = 1) -> None:

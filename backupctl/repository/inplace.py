@@ -3,109 +3,186 @@
 
 QEMU locks it, so none that a VM uses is written; and it keeps the bitmaps in a qcow2, so that the VM's next
 incremental knows of what was changed here.
+
+What a file is, is known before it is opened, and never looked for in its bytes: those of a raw disk are the
+guest's. It is opened once. The header of a qcow2 is read from that descriptor, and QEMU gets the descriptor.
 """
 
+import errno
 import json
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backupctl.errors import BackupctlError, Locked, RepositoryError, UsageError, WriteFailed
-from backupctl.repository import durable, images, landing, qemu
+from backupctl.repository import foreign_header, images, qemu
+from backupctl.repository.foreign_header import ForeignHeader, ImageFeature
 from backupctl.repository.images import ImageFormat
 
-_QCOW2_MAGIC = b"QFI\xfb"
 _UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be changed. path: resolved. device: a block device, not a file."""
+    """What is to be changed. path: resolved. device: a block device, not a file.
+
+    descriptor: the open file, for reading and writing. layered: a qcow2 whose backing file QEMU shall read.
+    """
 
     path: Path
     format: ImageFormat
     device: bool
+    descriptor: int
+    layered: bool
 
-    @classmethod
-    def find(cls, path: Path, image_format: ImageFormat, *, named: bool) -> "Target":
-        """Look at what stands there. named: the user named the format. Raises UsageError, OSError."""
-        if not path.exists():
-            raise UsageError(
-                f"{path} does not exist: there is nothing of which only a part could have changed",
-                state=_UNTOUCHED,
-                next_command="the same without --only-changed",
-            )
-        found = path.resolve()
-        device = found.is_block_device()
-        if not device and not found.is_file():
-            raise UsageError(f"{path} is neither a file nor a block device", state=_UNTOUCHED)
-        if device and image_format != "raw":
-            raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=_UNTOUCHED)
-        # Some call a qcow2 "disk.img": its tables would be taken for the disk, and overwritten.
-        with found.open("rb") as file:
-            looks = file.read(4) == _QCOW2_MAGIC
-        if not named and not device and looks != (image_format == "qcow2"):
-            what = "is a qcow2 image" if looks else "is no qcow2 image"
-            raise UsageError(
-                f"{path} {what}, but its name says otherwise",
-                state=_UNTOUCHED,
-                next_command="the same with --format raw or --format qcow2",
-            )
-        return cls(found, image_format, device)
+    @property
+    def identity(self) -> tuple[int, int]:
+        """What tells it from every other file or device, whatever its names are."""
+        found = os.fstat(self.descriptor)
+        return (0, found.st_rdev) if self.device else (found.st_dev, found.st_ino)
 
     def size(self) -> int:
         """Return its virtual size in bytes. Raises UsageError if it is in use, or no such image, OSError."""
         if self.format == "qcow2":
-            done = qemu.img(["info", "--output=json", "-f", "qcow2", str(self.path)])
+            done = qemu.img(["info", "--output=json", self._argument()], descriptors=[self.descriptor])
             if done.returncode:
-                raise UsageError(f"{self.path} can't be used: {_first(done.stderr)}", state=_UNTOUCHED)
+                raise self._unusable(done.stderr)
             return int(json.loads(done.stdout)["virtual-size"])
         try:
-            with images.served(self._blockdev(), writable=True):
+            with images.served(self._blockdev(), writable=True, descriptors=[self.descriptor]):
                 pass  # qemu-img looks at a raw file without asking for its lock
         except (Locked, RepositoryError) as err:
-            raise UsageError(f"{self.path} can't be used: {err.message}", state=_UNTOUCHED) from err
-        with self.path.open("rb") as file:
-            return file.seek(0, os.SEEK_END)
+            raise self._unusable(err.message) from err
+        return os.lseek(self.descriptor, 0, os.SEEK_END)
 
     def resize(self, size_bytes: int) -> None:
         """Give a file another virtual size. Raises WriteFailed."""
-        done = qemu.img(["resize", "-q", "--shrink", "-f", self.format, str(self.path), str(size_bytes)])
+        command = ["resize", "-q", "--shrink", self._argument(), str(size_bytes)]
+        done = qemu.img(command, descriptors=[self.descriptor])
         if done.returncode:
-            raise WriteFailed(f"{self.path} can't be resized: {_first(done.stderr)}")
+            raise WriteFailed(f"{self.path} can't be resized: {self._said(done.stderr)}")
 
     @contextmanager
-    def served(self, size_bytes: int) -> Iterator[Path]:
+    def served(self) -> Iterator[Path]:
         """Serve it for reading and writing; yields the socket. When the block ends well, it is on the disk.
 
         What is read is what is on the disk, too: after a sync that failed the kernel would show what was
-        written, as if it had been. size_bytes: what a device must have room for. Raises UsageError,
-        RepositoryError, WriteFailed, OSError.
+        written, as if it had been. Raises RepositoryError, WriteFailed, OSError.
         """
-        durable.sync_and_forget(self.path)
-        if self.device:
-            with landing.device(self.path, size_bytes), _closed_properly(self._blockdev()) as address:
-                yield address
-            return
-        with _closed_properly(self._blockdev()) as address:
+        os.fsync(self.descriptor)
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        with _closed_properly(self._blockdev(), self.descriptor) as address:
             yield address
-        durable.sync_file(self.path)
+        os.fsync(self.descriptor)
 
     def _blockdev(self) -> dict[str, Any]:
         driver = "host_device" if self.device else "file"
-        file = {"driver": driver, "filename": str(self.path), "discard": "unmap"}
-        return {"driver": self.format, "discard": "unmap", "file": file}
+        file = {"driver": driver, "filename": self._open_file, "discard": "unmap"}
+        options = {"driver": self.format, "discard": "unmap", "file": file}
+        # Without this QEMU would open whatever the header names, also what it names by now.
+        return options if self.format == "raw" or self.layered else {**options, "backing": None}
+
+    def _argument(self) -> str:
+        return f"json:{json.dumps(self._blockdev())}"
+
+    @property
+    def _open_file(self) -> str:
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def _unusable(self, complaint: str) -> UsageError:
+        if qemu.in_use(complaint):
+            return UsageError(f"{self.path} is in use by another process, a VM perhaps", state=_UNTOUCHED)
+        return UsageError(f"{self.path} can't be used: {self._said(complaint)}", state=_UNTOUCHED)
+
+    def _said(self, complaint: str) -> str:
+        """Return QEMU's reason, without the options that it repeats, and with the name that people know."""
+        lines = complaint.strip().splitlines() or ["qemu-img says nothing"]
+        reason = lines[0].replace(self._argument(), str(self.path))
+        return reason.replace(self._open_file, str(self.path))[:500]
 
 
 @contextmanager
-def _closed_properly(options: dict[str, Any]) -> Iterator[Path]:
+def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeature]) -> Iterator[Target]:
+    """Open what stands there, once, as an image of that format.
+
+    allowed: what a qcow2 may lead to, because the user says so. Raises UsageError, OSError.
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist; --only-changed needs an existing image", state=_UNTOUCHED)
+    found = path.resolve()
+    device = found.is_block_device()
+    if device and image_format != "raw":
+        raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=_UNTOUCHED)
+    descriptor = _open(found, device=device)
+    try:
+        layered = image_format == "qcow2" and _check_header(path, descriptor, allowed)
+        yield Target(found, image_format, device, descriptor, layered)
+    finally:
+        os.close(descriptor)
+
+
+def _open(found: Path, *, device: bool) -> int:
+    """Open a file or a block device. A device in use (mounted, part of a volume group) is refused."""
+    claim = os.O_EXCL if device else 0
+    try:
+        descriptor = os.open(found, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | claim)
+    except OSError as err:
+        if err.errno == errno.EBUSY:
+            raise UsageError(f"{found} is in use (mounted, or part of something)", state=_UNTOUCHED) from err
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISBLK(mode) if device else stat.S_ISREG(mode)):
+        os.close(descriptor)
+        raise UsageError(f"{found} is neither a file nor a block device", state=_UNTOUCHED)
+    return descriptor
+
+
+def _check_header(path: Path, descriptor: int, allowed: Collection[ImageFeature]) -> bool:
+    """Refuse a qcow2 that leads elsewhere; returns whether its backing file belongs to it."""
+    try:
+        header = foreign_header.read(descriptor)
+    except ValueError as err:
+        raise UsageError(
+            f"{path} is no usable qcow2 image: {err}",
+            state=_UNTOUCHED,
+            next_command="the same with --format raw, if it is a raw image",
+        ) from err
+    if header.corrupt:
+        raise UsageError(
+            f"{path} is marked corrupt",
+            state=_UNTOUCHED,
+            next_command=f"qemu-img check -f qcow2 -r all {path}",
+        )
+    for feature in sorted(header.features.difference(allowed) | (header.features & {"encryption"})):
+        raise _leads_elsewhere(path, header, feature)
+    return "backing" in header.features
+
+
+def _leads_elsewhere(path: Path, header: ForeignHeader, feature: ImageFeature) -> UsageError:
+    message = f"{path} {header.describe(feature)}"
+    if feature == "encryption":
+        return UsageError(
+            f"{message}: it can't be changed in place",
+            state=_UNTOUCHED,
+            next_command="restore to a new file, without --only-changed",
+        )
+    return UsageError(
+        f"{message}: QEMU would open that as well",
+        state=_UNTOUCHED,
+        next_command=f"the same with --allow-image-feature {feature}, if that file is the image's own",
+    )
+
+
+@contextmanager
+def _closed_properly(options: dict[str, Any], descriptor: int) -> Iterator[Path]:
     """Serve an image, and let QEMU close it also after an error of ours: it is not to be thrown away."""
     failure: BackupctlError | None = None
     try:
-        with images.served(options, writable=True) as address:
+        with images.served(options, writable=True, descriptors=[descriptor]) as address:
             try:
                 yield address
             except BackupctlError as err:
@@ -115,7 +192,3 @@ def _closed_properly(options: dict[str, Any]) -> Iterator[Path]:
             raise
     if failure is not None:
         raise failure
-
-
-def _first(said: str) -> str:
-    return said.strip().splitlines()[0][:500] if said.strip() else "qemu-img says nothing"

@@ -6,7 +6,7 @@ where it is, and as it is, for as long as the overlay is used.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from backupctl.errors import DamageFound, TargetExists, UsageError
@@ -15,14 +15,22 @@ from backupctl.repository import header, images, landing
 _UNTOUCHED = "nothing was touched"
 
 
-def make(target: Path, size_bytes: int, chain: Sequence[Path], *, force: bool) -> None:
+def make(
+    target: Path,
+    size_bytes: int,
+    chain: Sequence[Path],
+    *,
+    force: bool,
+    warn: Callable[[str], None] = lambda _text: None,
+) -> None:
     """Make an empty overlay, durably; after a death the target is absent (or as before), or complete.
 
-    chain: newest first. Raises UsageError if QEMU could not open it by the links that the images name,
+    chain: newest first. warn: told what of a replaced file could not be kept.
+    Raises UsageError if QEMU could not open it by the links that the images name,
     TargetExists, Locked, WriteFailed, OSError.
     """
     _refuse_too_deep(chain)
-    with landing.file(target, force=force) as temporary:
+    with landing.file(target, force=force, warn=warn) as temporary:
         images.create_layer(temporary, size_bytes, str(chain[0].resolve()))
 
 

@@ -3,6 +3,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,16 +20,28 @@ Child: TypeAlias = "subprocess.Popen[bytes]"
 END_SECONDS = 120.0
 _AGAIN_SECONDS = 1.0
 _IMG_SECONDS = 300.0
+_NO_LOCK = re.compile(r'Failed to get (shared )?"[a-z ]+" lock')
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def img(arguments: Sequence[str], cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    """Run a `qemu-img` command that takes no time worth telling. Raises RepositoryError."""
+def img(
+    arguments: Sequence[str], cwd: Path | None = None, *, descriptors: Sequence[int] = ()
+) -> "subprocess.CompletedProcess[str]":
+    """Run a `qemu-img` command that takes no time worth telling. Raises RepositoryError.
+
+    descriptors: those that it inherits, under the same numbers.
+    """
     command = [img_program(), *arguments]
     try:
         return subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=_IMG_SECONDS, check=False
+            command,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=_IMG_SECONDS,
+            check=False,
+            pass_fds=descriptors,
         )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise RepositoryError(f"{command[0]} can't be run: {err}") from err
@@ -102,7 +115,7 @@ def said(complaints: IO[bytes]) -> str:
 
 def in_use(said_by_qemu: str) -> bool:
     """Whether QEMU's complaint is that somebody else has an image open and locked."""
-    return "Is another process using the image" in said_by_qemu
+    return "Is another process using the image" in said_by_qemu or bool(_NO_LOCK.search(said_by_qemu))
 
 
 def _die_with_parent() -> None:
