@@ -65,13 +65,13 @@ def restore(
         raise UsageError("a thin restore is a qcow2 overlay: raw has no backing", state=_UNTOUCHED)
     with selection.chosen(folder, point.id, disk, all_disks=all_disks, reporter=reporter) as chosen:
         chains = [chain.paths(folder, part.point, part.entry.name) for part in chosen.parts]
-        targets = [destination.of_new(part.entry, to, image_format)[0] for part in chosen.parts]
-        destination.refuse_one_for_all(targets, chosen.names)
-        for target in targets:
-            _refuse(folder, to, target, allowed, force=force)
+        targets = [destination.of_new(part.entry, to, image_format) for part in chosen.parts]
+        destination.refuse_one_for_all([target for target, _ in targets], chosen.names)
+        for target, kind in targets:
+            _refuse(folder, to, target, kind, allowed, force=force)
         made = tuple(
             _make(part, Path(target), layers, force, reporter)
-            for part, target, layers in zip(chosen.parts, targets, chains, strict=True)
+            for part, (target, _), layers in zip(chosen.parts, targets, chains, strict=True)
         )
     for needed in sorted({one.point for one in made}):
         reporter.note(
@@ -89,7 +89,13 @@ def _make(part: Part, path: Path, layers: Sequence[Path], force: bool, reporter:
 
 
 def _refuse(
-    folder: VmFolder, to: str, target: str, allowed: Collection[ImageFeature], *, force: bool
+    folder: VmFolder,
+    to: str,
+    target: str,
+    kind: ImageFormat,
+    allowed: Collection[ImageFeature],
+    *,
+    force: bool,
 ) -> None:
     path = Path(target)
     if target == STDOUT or path.is_block_device():
@@ -102,4 +108,4 @@ def _refuse(
         raise TargetExists(f"{path} exists", state=_UNTOUCHED, next_command="the same with --force")
     landing.refuse_in_use(path)
     # One overlay in the place of another is opened as before.
-    landing.refuse_more_than_bytes(path, "qcow2", {*allowed, "backing"})
+    landing.refuse_more_than_bytes(path, kind, {*allowed, "backing"})

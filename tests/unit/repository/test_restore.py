@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 import errno
+import fcntl
 import os
+import socket
+import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -18,7 +22,7 @@ from backupctl.restore import restore
 from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
 
 
-def run(point, to, *, disk=None, image_format=None, force=False, stop=None):
+def run(point, to, *, disk=None, image_format=None, force=False, stop=None, **options):
     folder = VmFolder(point.path.parent, point.manifest.vm, point.manifest.repository)
     return restore(
         folder,
@@ -29,7 +33,14 @@ def run(point, to, *, disk=None, image_format=None, force=False, stop=None):
         force=force,
         reporter=Silent(),
         stop=stop or Stop(),
+        **options,
     )
+
+
+def run_thin(point, to, *, force):
+    folder = VmFolder(point.path.parent, point.manifest.vm, point.manifest.repository)
+    wanted = {"disk": None, "image_format": None, "reporter": Silent()}
+    return thin.restore(folder, point, to=str(to), force=force, **wanted)
 
 
 def as_raw(path: Path) -> bytes:
@@ -129,6 +140,145 @@ def test_a_file_that_qemu_writes_to_is_not_replaced_even_by_force(two_points, tm
     assert target.stat().st_ino != before
 
 
+def acl(user: int) -> bytes:
+    """An ACL as the kernel stores it: rw for owner and a user, r for the group and the mask's rw."""
+    entries = [(1, 6, -1), (2, 6, user), (4, 4, -1), (0x10, 6, -1), (0x20, 0, -1)]
+    packed = (struct.pack("<HHI", tag, rights, number & 0xFFFFFFFF) for tag, rights, number in entries)
+    return struct.pack("<I", 2) + b"".join(packed)
+
+
+def test_a_replaced_file_hands_on_owner_mode_acl_and_labels(tmp_path):
+    """Its VM's QEMU may open the new one as it could the old one, and nobody else can."""
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    target, told = tmp_path / "out.raw", []
+    target.write_bytes(b"old")
+    os.chown(target, 4711, 4712)
+    target.chmod(0o4640)
+    given = {
+        "security.selinux": b"system_u:object_r:svirt_image_t:s0:c1,c2",
+        "system.posix_acl_access": acl(64055),
+    }
+    try:
+        for name, value in given.items():
+            os.setxattr(target, name, value)
+    except OSError as err:
+        pytest.skip(f"no ACLs or labels here: {err}")
+    os.setxattr(tmp_path, "system.posix_acl_default", acl(12345))  # what new files here would get
+    with landing.file(target, force=True, warn=told.append) as temporary:
+        temporary.write_bytes(b"new")
+        assert not temporary.stat().st_mode & 0o007
+    found = target.stat()
+    assert target.read_bytes() == b"new"
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (4711, 4712, 0o660)
+    assert {name: os.getxattr(target, name) for name in given} == given
+    assert told == []
+    os.removexattr(target, "system.posix_acl_access")
+    with landing.file(target, force=True, warn=told.append) as temporary:
+        temporary.write_bytes(b"newer")
+    assert "system.posix_acl_access" not in os.listxattr(target)
+
+
+def test_what_a_replaced_file_can_not_hand_on_is_told_and_no_other_group_gets_its_rights(
+    tmp_path, monkeypatch
+):
+    target, told = tmp_path / "out.raw", []
+    target.write_bytes(b"old")
+    target.chmod(0o664)
+    if os.geteuid() == 0:
+        os.chown(target, 4711, 4712)
+
+    def refused(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchown", refused)
+    with landing.file(target, force=True, warn=told.append) as temporary:
+        temporary.write_bytes(b"new")
+    if os.geteuid() != 0:
+        return
+    assert stat.S_IMODE(target.stat().st_mode) == 0o604
+    (warning,) = told
+    assert "group 4712 (Operation not permitted), owner 4711 (Operation not permitted)" in warning
+
+
+@pytest.mark.parametrize(
+    ("feature", "options", "words"),
+    [
+        (
+            "backing",
+            ["-u", "-b", "/no/such/base", "-F", "raw"],
+            "overlay on the backing file '/no/such/base'",
+        ),
+        ("data-file", ["-o", "data_file=data.raw"], "external file 'data.raw'"),
+        (
+            "encryption",
+            [
+                "--object",
+                "secret,id=key,data=x",
+                "-o",
+                "encrypt.format=aes,encrypt.key-secret=key",
+            ],
+            "is encrypted",
+        ),
+    ],
+)
+def test_an_image_that_is_more_than_its_bytes_is_not_replaced_unasked(
+    two_points, tmp_path, feature, options, words
+):
+    """Its VM is configured for a key, or for the file beside it, and could not use a plain image."""
+    builder, content = two_points
+    target, point = tmp_path / "vda.qcow2", builder.folder.point(P2)
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, str(target), "1M"]
+    subprocess.run(command, check=True, timeout=60, cwd=tmp_path)
+    before = target.read_bytes()
+    with pytest.raises(UsageError, match=words) as caught:
+        run(point, target, force=True)
+    assert f"--allow-image-feature {feature}" in caught.value.next_command
+    assert target.read_bytes() == before
+    run(point, target, force=True, allowed=[feature])
+    assert as_raw(target) == content
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+def test_what_is_no_plain_file_is_refused_before_anything_is_read(two_points, tmp_path, kind, monkeypatch):
+    builder, _ = two_points
+    target = tmp_path / "to" / "vda.qcow2"
+    target.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(target))
+    elif kind == "folder":
+        target.mkdir()
+    else:
+        target.symlink_to("/dev/null")
+
+    def served(*_arguments: object, **_options: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(images, "served", served)
+    for way in (run, run_thin):
+        with pytest.raises(TargetExists, match="not replaced, even with --force"):
+            way(builder.folder.point(P2), target.parent if kind == "folder" else target, force=True)
+
+
+def test_a_file_that_can_not_be_looked_at_is_not_taken_for_unused(two_points, tmp_path, monkeypatch):
+    builder, _ = two_points
+    target, real = tmp_path / "vda.qcow2", os.open
+    target.write_bytes(b"old")
+
+    def opened(path, flags, *rest, **more):
+        if path == target.resolve():
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(UsageError, match="whether it is in use: Permission denied"):
+        run(builder.folder.point(P2), target, force=True)
+    assert target.read_bytes() == b"old"
+
+
 def test_one_existing_image_stops_the_whole_folder_before_a_byte_is_written(builder: Builder, tmp_path):
     point = builder.point(P1, (disk_entry("vda"), []), (disk_entry("vdb"), []))
     (tmp_path / "vdb.raw").write_bytes(b"precious")
@@ -168,11 +318,14 @@ def test_a_stopped_restore_leaves_nothing(two_points, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repository"]
 
 
-def test_what_a_dead_restore_left_is_cleared_but_never_written_to(two_points, tmp_path):
+@pytest.mark.parametrize(
+    "name", [".out.raw.backupctl-restore", ".out.raw.backupctl-restore.0123456789abcdef"]
+)
+def test_what_a_dead_restore_left_is_cleared_but_never_written_to(two_points, tmp_path, name):
     builder, content = two_points
     target = tmp_path / "out.raw"
     target.write_bytes(b"complete")
-    leftover = tmp_path / ".out.raw.backupctl-restore"
+    leftover = tmp_path / name
     os.link(target, leftover)  # died between link and unlink
     held = target.open("rb")
     with held:
@@ -180,6 +333,50 @@ def test_what_a_dead_restore_left_is_cleared_but_never_written_to(two_points, tm
         assert held.read() == b"complete"
     assert target.read_bytes() == content
     assert not leftover.exists()
+
+
+def test_what_a_restore_left_that_had_given_it_away_already_is_cleared(tmp_path):
+    """As root: it dies when the new file has the owner of the old one, and not yet its name."""
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+    target, leftover = tmp_path / "out.raw", tmp_path / ".out.raw.backupctl-restore.0123456789abcdef"
+    for path in (target, leftover):
+        path.write_bytes(b"old")
+        os.chown(path, 4711, 4711)
+    with landing.file(target, force=True) as temporary:
+        temporary.write_bytes(b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.raw"]
+
+
+def test_nobody_else_holds_up_a_restore_with_a_file_of_that_name(tmp_path):
+    """Somebody's locked file, link, pipe or folder in a sticky folder is neither waited for nor touched."""
+    if os.geteuid() != 0:
+        pytest.skip("only root makes files of somebody else's")
+    theirs = [
+        tmp_path / f".out.raw.backupctl-restore{end}" for end in ("", *(f".{n:016x}" for n in range(4)))
+    ]
+    theirs[0].write_bytes(b"theirs")
+    theirs[1].write_bytes(b"ours, but open to all")
+    theirs[1].chmod(0o666)
+    theirs[2].symlink_to("/etc/passwd")
+    os.mkfifo(theirs[3])
+    theirs[4].mkdir()
+    os.chown(theirs[0], 4711, 4711)
+    with theirs[0].open("rb") as one, theirs[1].open("rb") as other:
+        fcntl.flock(one, fcntl.LOCK_EX)
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with landing.file(tmp_path / "out.raw", force=False) as temporary:
+            assert temporary not in theirs
+            temporary.write_bytes(b"restored")
+    assert (tmp_path / "out.raw").read_bytes() == b"restored"
+    assert set(tmp_path.iterdir()) == {*theirs, tmp_path / "out.raw"}
+
+
+def test_a_name_as_long_as_may_be_has_a_temporary_one(tmp_path):
+    target = tmp_path / ("ü" * 125 + ".raw")
+    with landing.file(target, force=False) as temporary:
+        temporary.write_bytes(b"restored")
+    assert target.read_bytes() == b"restored"
 
 
 def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path):
