@@ -176,6 +176,11 @@ def served(
             raise WriteFailed(f"QEMU could not complete the image: {qemu.said(complaints)}")
 
 
+def process_of(address: Path) -> int:
+    """Return the process that serves at an address of `served`. Raises OSError."""
+    return int(address.with_name(_READY).read_text(encoding="ascii"))
+
+
 def _complete(path: Path) -> None:
     try:
         durable.sync_file(path)

@@ -13,15 +13,18 @@ import json
 import os
 import stat
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backupctl.errors import BackupctlError, Locked, RepositoryError, UsageError, WriteFailed
 from backupctl.repository import foreign_header, images, qemu
 from backupctl.repository.foreign_header import ForeignHeader, ImageFeature
 from backupctl.repository.images import ImageFormat
+
+if TYPE_CHECKING:
+    import subprocess
 
 _UNTOUCHED = "nothing was touched"
 
@@ -31,6 +34,7 @@ class Target:
     """What is to be changed. path: resolved. device: a block device, not a file.
 
     descriptor: the open file, for reading and writing. layered: a qcow2 whose backing file QEMU shall read.
+    alone: a qcow2 that has no other file beside it.
     """
 
     path: Path
@@ -38,6 +42,7 @@ class Target:
     device: bool
     descriptor: int
     layered: bool
+    alone: bool
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -48,7 +53,7 @@ class Target:
     def size(self) -> int:
         """Return its virtual size in bytes. Raises UsageError if it is in use, or no such image, OSError."""
         if self.format == "qcow2":
-            done = qemu.img(["info", "--output=json", self._argument()], descriptors=[self.descriptor])
+            done = self._img("info", "--output=json", self._argument())
             if done.returncode:
                 raise self._unusable(done.stderr)
             return int(json.loads(done.stdout)["virtual-size"])
@@ -61,8 +66,7 @@ class Target:
 
     def resize(self, size_bytes: int) -> None:
         """Give a file another virtual size. Raises WriteFailed."""
-        command = ["resize", "-q", "--shrink", self._argument(), str(size_bytes)]
-        done = qemu.img(command, descriptors=[self.descriptor])
+        done = self._img("resize", "-q", "--shrink", self._argument(), str(size_bytes))
         if done.returncode:
             raise WriteFailed(f"{self.path} can't be resized: {self._said(done.stderr)}")
 
@@ -76,6 +80,8 @@ class Target:
         os.fsync(self.descriptor)
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         with _closed_properly(self._blockdev(), self.descriptor) as address:
+            if self.alone:
+                self._refuse_other_files(address)
             yield address
         os.fsync(self.descriptor)
 
@@ -85,6 +91,27 @@ class Target:
         options = {"driver": self.format, "discard": "unmap", "file": file}
         # Without this QEMU would open whatever the header names, also what it names by now.
         return options if self.format == "raw" or self.layered else {**options, "backing": None}
+
+    def _img(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """Run qemu-img with no more rights than the owner of the image: its header may change at any time."""
+        found = os.fstat(self.descriptor)
+        lent = os.geteuid() == 0 and found.st_uid != 0
+        rights = (found.st_uid, found.st_gid) if lent else None
+        return qemu.img(arguments, descriptors=[self.descriptor], rights=rights)
+
+    def _refuse_other_files(self, address: Path) -> None:
+        """Refuse to go on if QEMU opened another file: the header was exchanged after the look at it."""
+        for entry in Path("/proc", str(images.process_of(address)), "fd").iterdir():
+            with suppress(FileNotFoundError):
+                found, name = entry.stat(), entry.readlink()
+                image = (found.st_dev, found.st_ino) == self.identity
+                own = not found.st_nlink or name.parent == address.parent.resolve()
+                if image or own or not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
+                    continue
+                raise UsageError(
+                    f"{self.path} was changed by somebody else meanwhile: QEMU opened {name} because of it",
+                    state="nothing was written to either",
+                )
 
     def _argument(self) -> str:
         return f"json:{json.dumps(self._blockdev())}"
@@ -119,8 +146,11 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
         raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=_UNTOUCHED)
     descriptor = _open(found, device=device)
     try:
-        layered = image_format == "qcow2" and _check_header(path, descriptor, allowed)
-        yield Target(found, image_format, device, descriptor, layered)
+        if image_format == "raw":
+            yield Target(found, image_format, device, descriptor, layered=False, alone=False)
+            return
+        features = _features(path, descriptor, allowed)
+        yield Target(found, image_format, device, descriptor, "backing" in features, alone=not features)
     finally:
         os.close(descriptor)
 
@@ -141,8 +171,8 @@ def _open(found: Path, *, device: bool) -> int:
     return descriptor
 
 
-def _check_header(path: Path, descriptor: int, allowed: Collection[ImageFeature]) -> bool:
-    """Refuse a qcow2 that leads elsewhere; returns whether its backing file belongs to it."""
+def _features(path: Path, descriptor: int, allowed: Collection[ImageFeature]) -> frozenset[ImageFeature]:
+    """Return what a qcow2 leads to; what is not allowed is refused."""
     try:
         header = foreign_header.read(descriptor)
     except ValueError as err:
@@ -159,7 +189,7 @@ def _check_header(path: Path, descriptor: int, allowed: Collection[ImageFeature]
         )
     for feature in sorted(header.features.difference(allowed) | (header.features & {"encryption"})):
         raise _leads_elsewhere(path, header, feature)
-    return "backing" in header.features
+    return header.features
 
 
 def _leads_elsewhere(path: Path, header: ForeignHeader, feature: ImageFeature) -> UsageError:

@@ -26,12 +26,18 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def img(
-    arguments: Sequence[str], cwd: Path | None = None, *, descriptors: Sequence[int] = ()
+    arguments: Sequence[str],
+    cwd: Path | None = None,
+    *,
+    descriptors: Sequence[int] = (),
+    rights: tuple[int, int] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a `qemu-img` command that takes no time worth telling. Raises RepositoryError.
 
-    descriptors: those that it inherits, under the same numbers.
+    descriptors: those that it inherits, under the same numbers. rights: the user and group that it runs as,
+    for root only.
     """
+    user, group = rights or (None, None)
     command = [img_program(), *arguments]
     try:
         return subprocess.run(
@@ -42,6 +48,9 @@ def img(
             timeout=_IMG_SECONDS,
             check=False,
             pass_fds=descriptors,
+            user=user,
+            group=group,
+            extra_groups=[] if rights else None,
         )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise RepositoryError(f"{command[0]} can't be run: {err}") from err

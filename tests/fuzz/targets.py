@@ -31,7 +31,7 @@ from backupctl.errors import (
     UsageError,
 )
 from backupctl.names import NodeName, Owner, RepositoryId, disk_name, point_id, vm_name
-from backupctl.repository import digests, header, retention, strict
+from backupctl.repository import digests, foreign_header, header, retention, strict
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.layout import Repository
@@ -229,6 +229,7 @@ TARGETS = {
         (DamageFound, UnknownFormat, NotARepository, RepositoryError),
         (b'{"format": 1, "id": "00000000000000000000000000000000"}\n',),
     ),
+    "foreign-header": Target(foreign_header.parse, (ValueError,), (_image_header(),)),
     "header": Target(in_file("vda.qcow2", header.read), (DamageFound,), (_image_header(),)),
     "digests": Target(in_file("vda.digests", DigestMap.open), (DamageFound,), (_digest_map(),)),
     "address": Target(in_text(Address.parse), (UsageError,), (b"unix:/run/x", b"tcp:[::1]:4444", b"/run/x")),

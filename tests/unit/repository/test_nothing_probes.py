@@ -18,6 +18,7 @@ from backupctl.errors import BackupctlError, TargetExists, UsageError
 from backupctl.proof import Depth
 from backupctl.prune import prune
 from backupctl.report import Silent, Stop
+from backupctl.repository import foreign_header
 from backupctl.repository.retention import Rules
 from backupctl.verify import verify
 from tests.unit.repository.conftest import P1, P2, Builder, disk_entry
@@ -125,22 +126,51 @@ def test_no_overlay_is_made_of_a_raw_disk_that_begins_as_a_qcow2(attack, name):
     assert as_raw(disk) == attack.content
 
 
-def test_a_header_that_is_exchanged_after_the_look_at_it_opens_no_backing_file(attack, monkeypatch):
-    """QEMU is told that there is none, so what the header says by then does not matter."""
-    disk = attack.folder / "disk.qcow2"
+def exchanged_after_the_look(attack: Attack, monkeypatch, *options: object) -> Path:
+    """Make a plain qcow2 that becomes another one as soon as its header was read."""
+    disk, other = attack.folder / "disk.qcow2", attack.folder / "other"
     create = ["qemu-img", "create", "-q", "-f", "qcow2"]
     subprocess.run([*create, disk, str(SIZE)], check=True, timeout=60)
-    over = attack.folder / "over"
-    command = [*create, "-u", "-b", "/no/such/file", "-F", "raw", over, str(SIZE)]
-    subprocess.run(command, check=True, timeout=60)
-    exchanged, look = over.read_bytes(), reconcile.inplace.foreign_header.read
+    subprocess.run([*create, *options, other, str(SIZE)], check=True, timeout=60)
+    exchanged, look = other.read_bytes(), foreign_header.read
 
     def looked(descriptor):
         found = look(descriptor)
         disk.write_bytes(exchanged)
         return found
 
-    monkeypatch.setattr(reconcile.inplace.foreign_header, "read", looked)
+    monkeypatch.setattr(foreign_header, "read", looked)
+    return disk
+
+
+def test_a_header_that_is_exchanged_after_the_look_at_it_gets_nothing_written_elsewhere(attack, monkeypatch):
+    """QEMU opens what it names, with our rights; it is found there, and closed again."""
+    disk = exchanged_after_the_look(attack, monkeypatch, "-o", f"data_file={attack.victim}")
+    attack.victim.write_bytes(PRECIOUS)
+    os.utime(attack.victim, (1, 1))
+    with pytest.raises(UsageError, match=r"changed by somebody else meanwhile: QEMU opened .*victim"):
+        attack.run(reconcile.restore, disk, image_format="qcow2")
+    assert attack.unharmed()
+
+
+def test_a_header_that_is_exchanged_after_the_look_at_it_resizes_nothing_of_roots(attack, monkeypatch):
+    """qemu-img has no more rights than the owner of the image."""
+    if os.geteuid() != 0:
+        pytest.skip("only root has more rights than an owner")
+    disk = exchanged_after_the_look(attack, monkeypatch, "-o", f"data_file={attack.victim},data_file_raw=on")
+    attack.victim.write_bytes(PRECIOUS)
+    attack.victim.chmod(0o600)
+    os.utime(attack.victim, (1, 1))
+    os.chown(disk, 4711, 4711)
+    attack.builder.point(P2, (disk_entry(size=2 * SIZE), [(0, b"A")]))
+    with pytest.raises(BackupctlError, match=r"victim': Permission denied"):
+        attack.run(reconcile.restore, disk)
+    assert attack.unharmed()
+
+
+def test_a_header_that_is_exchanged_after_the_look_at_it_opens_no_backing_file(attack, monkeypatch):
+    """QEMU is told that there is none, so what the header says by then does not matter."""
+    disk = exchanged_after_the_look(attack, monkeypatch, "-u", "-b", "/no/such/file", "-F", "raw")
     attack.run(reconcile.restore, disk, image_format="qcow2")
     monkeypatch.undo()
     command = ["qemu-img", "compare", f"json:{json.dumps(plain(disk))}"]

@@ -324,6 +324,50 @@ def test_a_link_leads_to_the_image_and_stays(disk, tmp_path):
     assert report.path == tmp_path / "real.qcow2"
 
 
+@pytest.mark.parametrize("feature", ["backing", "data-file"])
+def test_an_image_of_two_files_is_changed_in_place_when_the_user_names_that(disk, tmp_path, feature):
+    builder, content = disk
+    target, other = tmp_path / "vda.qcow2", tmp_path / "other.raw"
+    other.write_bytes(spoil(content, 1, 9))
+    options = {"backing": ["-b", other, "-F", "raw"], "data-file": ["-o", f"data_file={other}"]}[feature]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, target, str(SIZE)]
+    subprocess.run(command, check=True, timeout=60)
+    with pytest.raises(UsageError, match=r"other\.raw") as caught:
+        run(builder, target)
+    assert f"--allow-image-feature {feature}" in caught.value.next_command
+    (report,) = run(builder, target, allowed=[feature]).images
+    assert as_raw(target) == content
+    if feature == "backing":
+        assert report.written_bytes == 2 * CLUSTER_BYTES
+        assert other.read_bytes() == spoil(content, 1, 9)
+
+
+def test_an_encrypted_or_corrupt_image_is_refused_with_a_way_out(disk, tmp_path):
+    builder, _ = disk
+    target = tmp_path / "vda.qcow2"
+    make(target, bytes(SIZE), "qcow2")
+    plain = target.read_bytes()
+    for at, value, words, way in ((35, 1, "encrypted", "new file"), (79, 2, "corrupt", "qemu-img check")):
+        spoilt = plain[:at] + bytes([value]) + plain[at + 1 :]
+        target.write_bytes(spoilt)
+        with pytest.raises(UsageError, match=words) as caught:
+            run(builder, target, allowed=["encryption"])
+        assert way in caught.value.next_command
+        assert target.read_bytes() == spoilt
+
+
+def test_an_image_of_somebody_elses_is_resized_and_changed_as_well(disk, tmp_path):
+    """qemu-img runs with the owner's rights, and nobody but us may enter the folder."""
+    builder, content = disk
+    target = tmp_path / "vda.qcow2"
+    make(target, bytes(CLUSTER_BYTES), "qcow2")
+    if os.geteuid() == 0:
+        os.chown(target, 4711, 4711)
+    target.chmod(0o600)
+    run(builder, target)
+    assert as_raw(target) == content
+
+
 def test_two_names_of_one_image_are_not_taken_for_two(builder: Builder, tmp_path):
     builder.point(P1, (disk_entry("vda"), [(0, b"A")]), (disk_entry("vdb"), [(0, b"B")]))
     make(tmp_path / "vda.qcow2", bytes(1 << 20), "qcow2")
