@@ -139,7 +139,11 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
     allowed: what a qcow2 may lead to, because the user says so. Raises UsageError, OSError.
     """
     if not path.exists():
-        raise UsageError(f"{path} does not exist; --only-changed needs an existing image", state=_UNTOUCHED)
+        raise UsageError(
+            f"{path} does not exist; --only-changed needs an existing image",
+            state=_UNTOUCHED,
+            next_command="the same without --only-changed; or --to IMAGE with --format qcow2 or --format raw",
+        )
     found = path.resolve()
     device = found.is_block_device()
     if device and image_format != "raw":
