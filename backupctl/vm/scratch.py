@@ -76,7 +76,7 @@ class Scratches:
         """
         if self._private is not None:
             path = self._private / f"{node}.qcow2"
-            descriptor = os.open(path, _NEW, 0o600)
+            descriptor = _named(path)
         else:
             descriptor = _nameless(self.folder)
         try:
@@ -166,6 +166,13 @@ def left_folders(owner: Owner, vm: VmName, folder: Path) -> list[str]:
 def _private_prefix(owner: Owner, vm: VmName) -> str:
     # '@' can't be part of a VM's name, so no VM's prefix is the beginning of another's.
     return f"{owner.node(vm, 0)[:-1]}@"
+
+
+def _named(path: Path) -> int:
+    try:
+        return os.open(path, _NEW, 0o600)
+    except OSError as err:
+        raise Failed(f"the scratch file {path} can't be made: {err.strerror}") from err
 
 
 def _nameless(folder: Path) -> int:
