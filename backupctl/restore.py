@@ -132,6 +132,7 @@ def _refuse(
     landing.refuse_inside(folder.path.parent, target)
     if not device:
         destination.refuse_unplaceable(to, target)
+    landing.place_of(target)
     if not force and (device or os.path.lexists(target)):
         what = "is a block device, whose content would be lost" if device else "exists"
         raise TargetExists(f"{target} {what}", state=_UNTOUCHED, next_command="the same with --force")

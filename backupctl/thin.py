@@ -102,6 +102,7 @@ def _refuse(
         raise UsageError("a thin restore makes files: name a folder, or a file", state=_UNTOUCHED)
     landing.refuse_inside(folder.path.parent, path)
     destination.refuse_unplaceable(to, path)
+    landing.place_of(path)
     if not path.exists():
         return
     if not force:

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backupctl import trusted
 from backupctl.errors import BackupctlError, Locked, RepositoryError, UsageError, WriteFailed
-from backupctl.repository import foreign_header, images, qemu
+from backupctl.repository import foreign_header, images, open_image, qemu
 from backupctl.repository.foreign_header import ForeignHeader, ImageFeature
 from backupctl.repository.images import ImageFormat
+from backupctl.repository.open_image import OpenImage
 
 if TYPE_CHECKING:
     import subprocess
@@ -58,7 +60,7 @@ class Target:
                 raise self._unusable(done.stderr)
             return int(json.loads(done.stdout)["virtual-size"])
         try:
-            with images.served(self._blockdev(), writable=True, descriptors=[self.descriptor]):
+            with images.served(self._blockdev(), writable=True, images=[self._image]):
                 pass  # qemu-img looks at a raw file without asking for its lock
         except (Locked, RepositoryError) as err:
             raise self._unusable(err.message) from err
@@ -79,7 +81,7 @@ class Target:
         """
         os.fsync(self.descriptor)
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        with _closed_properly(self._blockdev(), self.descriptor) as address:
+        with _closed_properly(self._blockdev(), self._image) as address:
             if self.alone:
                 self._refuse_other_files(address)
             yield address
@@ -87,7 +89,7 @@ class Target:
 
     def _blockdev(self) -> dict[str, Any]:
         driver = "host_device" if self.device else "file"
-        file = {"driver": driver, "filename": self._open_file, "discard": "unmap"}
+        file = {"driver": driver, "filename": self._image.name, "discard": "unmap"}
         options = {"driver": self.format, "discard": "unmap", "file": file}
         # Without this QEMU would open whatever the header names, also what it names by now.
         return options if self.format == "raw" or self.layered else {**options, "backing": None}
@@ -117,8 +119,8 @@ class Target:
         return f"json:{json.dumps(self._blockdev())}"
 
     @property
-    def _open_file(self) -> str:
-        return f"/proc/self/fd/{self.descriptor}"
+    def _image(self) -> OpenImage:
+        return OpenImage(self.path, self.descriptor)
 
     def _unusable(self, complaint: str) -> UsageError:
         if qemu.in_use(complaint):
@@ -129,7 +131,7 @@ class Target:
         """Return QEMU's reason, without the options that it repeats, and with the name that people know."""
         lines = complaint.strip().splitlines() or ["qemu-img says nothing"]
         reason = lines[0].replace(self._argument(), str(self.path))
-        return reason.replace(self._open_file, str(self.path))[:500]
+        return open_image.named(reason, [self._image])[:500]
 
 
 @contextmanager
@@ -144,7 +146,7 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
             state=_UNTOUCHED,
             next_command="the same without --only-changed; or --to IMAGE with --format qcow2 or --format raw",
         )
-    found = path.resolve()
+    found = trusted.resolve(path)
     device = found.is_block_device()
     if device and image_format != "raw":
         raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=_UNTOUCHED)
@@ -212,11 +214,11 @@ def _leads_elsewhere(path: Path, header: ForeignHeader, feature: ImageFeature) -
 
 
 @contextmanager
-def _closed_properly(options: dict[str, Any], descriptor: int) -> Iterator[Path]:
+def _closed_properly(options: dict[str, Any], image: OpenImage) -> Iterator[Path]:
     """Serve an image, and let QEMU close it also after an error of ours: it is not to be thrown away."""
     failure: BackupctlError | None = None
     try:
-        with images.served(options, writable=True, descriptors=[descriptor]) as address:
+        with images.served(options, writable=True, images=[image]) as address:
             try:
                 yield address
             except BackupctlError as err:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backupctl.errors import Locked, TargetExists, UsageError
+from backupctl import trusted
+from backupctl.errors import Locked, TargetExists, UsageError, WriteFailed
 from backupctl.repository import durable, foreign_header, ownership
 from backupctl.repository.foreign_header import ImageFeature
 from backupctl.repository.images import ImageFormat
+from backupctl.repository.open_image import OpenImage
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: kind, whence, start, length, process
 _TEMPORARY = ".backupctl-restore"
@@ -102,29 +104,51 @@ def _looking_at(target: Path) -> Iterator[int | None]:
 
 
 @contextmanager
-def file(target: Path, *, force: bool, warn: Callable[[str], None] = lambda _text: None) -> Iterator[Path]:
-    """Give an empty file to write to; when the block ends well, it is on the disk as `target`.
+def file(
+    target: Path, *, force: bool, warn: Callable[[str], None] = lambda _text: None
+) -> Iterator[OpenImage]:
+    """Give an empty file to write to, open; when the block ends well, it is on the disk as `target`.
 
-    A missing folder is made. What dead restores to the same target left is cleared, so nothing piles up. A
-    file that is replaced hands on its owner, mode, ACL and labels; warn: told what it could not. Raises
-    TargetExists, UsageError, Locked, OSError.
+    What is written to its descriptor goes into it, whatever has become of its name. A missing folder is made.
+    What dead restores to the same target left is cleared, so nothing piles up. A file that is replaced hands
+    on its owner, mode, ACL and labels; warn: told what it could not.
+
+    Raises TargetExists, Locked, WriteFailed, OSError; UsageError for one in use, and for a folder that others
+    could turn on root.
     """
-    target = target.resolve()
+    target = place_of(target)
     if not target.parent.is_dir():
         durable.make_folder(target.parent, mode=0o755)
     descriptor, temporary = _claim(target)
-    try:
+    with OpenImage(temporary, descriptor) as image:
         try:
-            yield temporary
-            os.fsync(descriptor)
-            _into_place(descriptor, temporary, target, force=force, warn=warn)
+            yield image
+            os.fsync(image.descriptor)
+            _refuse_exchanged(image)
+            _into_place(image.descriptor, temporary, target, force=force, warn=warn)
         except BaseException:
             with suppress(OSError):  # the first error is the one to tell
                 temporary.unlink()
             raise
         durable.sync_folder(target.parent)
-    finally:
-        os.close(descriptor)
+
+
+def place_of(target: Path, option: str = "--to") -> Path:
+    """Return where a target really is. Raises UsageError for one whose folder others could turn on root.
+
+    option: the one that named it, for the advice.
+    """
+    try:
+        return trusted.resolve(target)
+    except UsageError as err:
+        raise err.add(
+            state="nothing was touched", next_command=f"the same with {option} {trusted.SAFE}{target.name}"
+        ) from err
+
+
+def _refuse_exchanged(image: OpenImage) -> None:
+    if not image.still_named():
+        raise WriteFailed(f"{image.path} was exchanged by another process while it was being written")
 
 
 def _claim(target: Path) -> tuple[int, Path]:
@@ -215,14 +239,14 @@ def _take_after(replaced: int, descriptor: int, target: Path, warn: Callable[[st
 
 
 @contextmanager
-def device(target: Path, size_bytes: int) -> Iterator[Path]:
+def device(target: Path, size_bytes: int) -> Iterator[OpenImage]:
     """Give a block device to write to; when the block ends well, it is fsynced.
 
     A device in use (mounted, part of a volume group) is never written. When the block raises, it holds
     part of the image. Raises UsageError, OSError.
     """
     try:
-        claim = os.open(target.resolve(), os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC)
+        claim = os.open(place_of(target), os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as err:
         if err.errno == errno.EBUSY:
             raise UsageError(f"{target} is in use (mounted, or part of something)") from err
@@ -233,7 +257,7 @@ def device(target: Path, size_bytes: int) -> Iterator[Path]:
         room = os.lseek(claim, 0, os.SEEK_END)
         if room < size_bytes:
             raise UsageError(f"{target} has {room} bytes; the disk needs {size_bytes}")
-        yield target
+        yield OpenImage(target, claim)
         os.fsync(claim)
     finally:
         os.close(claim)

@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TypeAlias
 
 from backupctl.errors import Failed, RepositoryError
@@ -27,8 +26,6 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 def img(
     arguments: Sequence[str],
-    cwd: Path | None = None,
-    *,
     descriptors: Sequence[int] = (),
     rights: tuple[int, int] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
@@ -42,7 +39,6 @@ def img(
     try:
         return subprocess.run(
             command,
-            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=_IMG_SECONDS,
