@@ -66,6 +66,12 @@ def victim(tmp_path: Path) -> Path:
     return path
 
 
+def temporary_of(target: Path) -> Path:
+    """The file that is to become a target."""
+    (found,) = target.parent.glob(f".{target.name}.backupctl-restore.*")
+    return found
+
+
 def turn(path: Path, victim: Path) -> None:
     """Put a link to somebody's file in the place of a name."""
     path.rename(path.with_name("moved"))
@@ -86,7 +92,7 @@ def test_a_restore_whose_file_is_exchanged_for_a_link_writes_nothing_elsewhere(
     builder, _ = two_points
     target, before = tmp_path / "out" / f"vda.{image_format}", victim.read_bytes()
     target.parent.mkdir()
-    starts = at_start(number, lambda: turn(target.with_name(f".{target.name}.backupctl-restore"), victim))
+    starts = at_start(number, lambda: turn(temporary_of(target), victim))
     point = builder.folder.point(P2)
     if image_format == "raw" and number == 2:
         run(point, target)  # two servers, and no qemu-img
@@ -104,7 +110,7 @@ def test_a_thin_restore_whose_file_is_exchanged_for_a_link_writes_nothing_elsewh
     builder, _ = two_points
     target, before = tmp_path / "out" / "vda.qcow2", victim.read_bytes()
     target.parent.mkdir()
-    at_start(0, lambda: turn(target.with_name(".vda.qcow2.backupctl-restore"), victim))
+    at_start(0, lambda: turn(temporary_of(target), victim))
     with pytest.raises(WriteFailed, match="was exchanged"):
         thinly(builder, builder.folder.point(P2), target)
     assert victim.read_bytes() == before

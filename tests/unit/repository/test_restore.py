@@ -166,8 +166,8 @@ def test_a_replaced_file_hands_on_owner_mode_acl_and_labels(tmp_path):
         pytest.skip(f"no ACLs or labels here: {err}")
     os.setxattr(tmp_path, "system.posix_acl_default", acl(12345))  # what new files here would get
     with landing.file(target, force=True, warn=told.append) as temporary:
-        temporary.write_bytes(b"new")
-        assert not temporary.stat().st_mode & 0o007
+        temporary.path.write_bytes(b"new")
+        assert not temporary.path.stat().st_mode & 0o007
     found = target.stat()
     assert target.read_bytes() == b"new"
     assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (4711, 4712, 0o660)
@@ -175,7 +175,7 @@ def test_a_replaced_file_hands_on_owner_mode_acl_and_labels(tmp_path):
     assert told == []
     os.removexattr(target, "system.posix_acl_access")
     with landing.file(target, force=True, warn=told.append) as temporary:
-        temporary.write_bytes(b"newer")
+        temporary.path.write_bytes(b"newer")
     assert "system.posix_acl_access" not in os.listxattr(target)
 
 
@@ -193,7 +193,7 @@ def test_what_a_replaced_file_can_not_hand_on_is_told_and_no_other_group_gets_it
 
     monkeypatch.setattr(os, "fchown", refused)
     with landing.file(target, force=True, warn=told.append) as temporary:
-        temporary.write_bytes(b"new")
+        temporary.path.write_bytes(b"new")
     if os.geteuid() != 0:
         return
     assert stat.S_IMODE(target.stat().st_mode) == 0o604
@@ -344,7 +344,7 @@ def test_what_a_restore_left_that_had_given_it_away_already_is_cleared(tmp_path)
         path.write_bytes(b"old")
         os.chown(path, 4711, 4711)
     with landing.file(target, force=True) as temporary:
-        temporary.write_bytes(b"new")
+        temporary.path.write_bytes(b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["out.raw"]
 
 
@@ -366,8 +366,8 @@ def test_nobody_else_holds_up_a_restore_with_a_file_of_that_name(tmp_path):
         fcntl.flock(one, fcntl.LOCK_EX)
         fcntl.flock(other, fcntl.LOCK_EX)
         with landing.file(tmp_path / "out.raw", force=False) as temporary:
-            assert temporary not in theirs
-            temporary.write_bytes(b"restored")
+            assert temporary.path not in theirs
+            temporary.path.write_bytes(b"restored")
     assert (tmp_path / "out.raw").read_bytes() == b"restored"
     assert set(tmp_path.iterdir()) == {*theirs, tmp_path / "out.raw"}
 
@@ -375,7 +375,7 @@ def test_nobody_else_holds_up_a_restore_with_a_file_of_that_name(tmp_path):
 def test_a_name_as_long_as_may_be_has_a_temporary_one(tmp_path):
     target = tmp_path / ("ü" * 125 + ".raw")
     with landing.file(target, force=False) as temporary:
-        temporary.write_bytes(b"restored")
+        temporary.path.write_bytes(b"restored")
     assert target.read_bytes() == b"restored"
 
 
@@ -457,11 +457,11 @@ restore(folder, folder.point("latest"), to=sys.argv[2], disk=None, image_format=
 
 
 def users_of(path: Path) -> list[str]:
-    """The processes that have a file open."""
+    """The processes that have a file open whose name begins so."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            if entry.readlink() == path:
+            if str(entry.readlink()).startswith(str(path)):
                 found.append(entry.parent.parent.name)
         except OSError:
             continue
