@@ -146,7 +146,10 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
             state=_UNTOUCHED,
             next_command="the same without --only-changed; or --to IMAGE with --format qcow2 or --format raw",
         )
-    found = trusted.resolve(path)
+    try:
+        found = trusted.resolve(path)
+    except UsageError as err:
+        raise err.add(state=_UNTOUCHED) from err
     device = found.is_block_device()
     if device and image_format != "raw":
         raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=_UNTOUCHED)

@@ -368,6 +368,21 @@ def test_an_image_of_somebody_elses_is_resized_and_changed_as_well(disk, tmp_pat
     assert as_raw(target) == content
 
 
+def test_an_image_whose_name_others_could_turn_is_not_changed_by_root(disk, tmp_path):
+    """Whoever owns the folder could have us write into any file, by a link."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can be led to files of others")
+    builder, content = disk
+    target, victim = tmp_path / "theirs" / "vda.raw", tmp_path / "victim"
+    victim.write_bytes(spoil(content, 1))
+    target.parent.mkdir()
+    target.symlink_to(victim)
+    os.chown(target.parent, 4711, 4711)
+    with pytest.raises(UsageError, match="belongs to user 4711"):
+        run(builder, target)
+    assert victim.read_bytes() == spoil(content, 1)
+
+
 def test_two_names_of_one_image_are_not_taken_for_two(builder: Builder, tmp_path):
     builder.point(P1, (disk_entry("vda"), [(0, b"A")]), (disk_entry("vdb"), [(0, b"B")]))
     make(tmp_path / "vda.qcow2", bytes(1 << 20), "qcow2")
