@@ -214,8 +214,13 @@ def served(options: dict[str, Any], *, writable: bool, images: Sequence[OpenImag
 
 
 def process_of(address: Path) -> int:
-    """Return the process that serves at an address of `served`. Raises OSError."""
-    return int(address.with_name(_READY).read_text(encoding="ascii"))
+    """Return the process that serves at an address of `served`. Raises Failed, OSError."""
+    deadline = time.monotonic() + _START_SECONDS
+    while not (number := address.with_name(_READY).read_text(encoding="ascii")).endswith("\n"):
+        if time.monotonic() > deadline:  # the file is there a moment before its content is
+            raise Failed("QEMU's server did not say which process it is")
+        time.sleep(0.005)
+    return int(number)
 
 
 def _complete(image: OpenImage) -> None:
