@@ -295,4 +295,25 @@ BUGS = (
         "        if not len(wrong):\n",
         "unit/repository/test_restore_damaged.py::test_damaged_data_is_refused_by_range_and_nothing_is_left",
     ),
+    Bug(
+        "QEMU is given names that can be exchanged",
+        "repository/open_image.py",
+        '        return f"/proc/self/fd/{self.descriptor}"\n',
+        "        return str(self.path)\n",
+        "unit/repository/test_open_image.py::test_what_is_served_is_what_was_checked",
+    ),
+    Bug(
+        "a link in the place of an image is followed",
+        "repository/plain.py",
+        "flags | os.O_NOFOLLOW | os.O_NONBLOCK",
+        "flags | os.O_NONBLOCK",
+        "unit/repository/test_open_image.py::test_only_a_plain_file_is_opened",
+    ),
+    Bug(
+        "root restores into anybody's folder",
+        "trusted.py",
+        "    if os.geteuid() != _ROOT:\n",
+        "    if True:\n",
+        "unit/repository/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
+    ),
 )
