@@ -71,8 +71,8 @@ bench: setup ## Speed of copy (beside qemu-img convert), verify, and the simulat
 
 lock: packages ## Pin the Python packages anew, with their hashes, after a change of pyproject.toml (1 min)
 	@$(PYTHON) -m venv $(CACHE)/pip-tools
-	@$(CACHE)/pip-tools/bin/pip install -q --disable-pip-version-check pip-tools
-	@for pair in "requirements.txt" "requirements-dev.txt --extra=dev"; do \
+	@$(CACHE)/pip-tools/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements-lock.txt
+	@for pair in "requirements.txt" "requirements-dev.txt --extra=dev" "requirements-lock.txt --extra=lock"; do \
 	    CUSTOM_COMPILE_COMMAND="make lock" $(CACHE)/pip-tools/bin/pip-compile $(LOCK) -o $$pair pyproject.toml && \
 	    sed -i '1i # SPDX-License-Identifier: GPL-2.0-or-later' $${pair%% *} || exit 1; done
 
