@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the commands share: the VM's options, exit codes in the help, and acquiring what is named."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
-from backupctl.cli import config
+from backupctl.cli import config, next_command
 from backupctl.errors import (
     BackupctlError,
     DamageFound,
@@ -58,8 +59,11 @@ class Named:
         try:
             return Repository.open_or_create(path) if create else Repository.open(path)
         except NotARepository as err:
-            hint = "is its file system mounted? The first `backupctl full NAME` makes one in an empty folder"
-            raise UsageError(err.message, next_command=hint) from err
+            raise UsageError(
+                err.message,
+                hint="if there should be one: is its file system mounted? The first full makes one",
+                next_command=f"backupctl full {self.name}" if self.name else "",
+            ) from err
         except RepositoryError as err:
             raise err.add(state="nothing was touched") from err
         except OSError as err:
@@ -95,9 +99,23 @@ def named(*, needs_vm: bool = True, optional: bool = False) -> Callable[[Command
             command = click.option("--qmp", metavar="unix:PATH|tcp:HOST:PORT", help="QEMU's monitor.")(
                 command
             )
-        return click.argument("name", required=not optional)(command)
+        return click.argument("name", required=not optional)(_with_next_command(command))
 
     return decorate
+
+
+def _with_next_command(command: Command) -> Command:
+    """Have the errors of a command name the next one with all the options that it needs."""
+
+    @functools.wraps(command)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except BackupctlError as err:
+            err.next_command = next_command.complete(click.get_current_context(), err.next_command)
+            raise
+
+    return cast("Command", call)
 
 
 def quiet(command: Command) -> Command:

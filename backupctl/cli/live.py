@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is seen on a terminal while a command works: the step under way, and a bar for each disk."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +22,24 @@ from rich.text import Text
 from backupctl.cli import units
 from backupctl.cli.screen import clean
 from backupctl.names import DiskName
+
+
+class _Unfailing:
+    """Our stderr, whose failures nobody hears of: a closed terminal must not fail a run, or its end."""
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            return sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Bring out what can be brought out."""
+        with suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 class _Rate(ProgressColumn):
@@ -67,5 +87,6 @@ def reporter() -> Iterator[Live]:
         _Rate(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as display:
+    console = Console(file=cast("IO[str]", _Unfailing()), highlight=False)
+    with Progress(*columns, console=console, transient=False) as display:
         yield Live(display)

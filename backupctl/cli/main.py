@@ -73,28 +73,33 @@ def cli(config: str | None) -> None:
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
     prepare_streams()
-    as_json = "--json" in sys.argv
     _allow_many_files()
+    sys.exit(screen.finish(_call(as_json="--json" in sys.argv)))
+
+
+def _call(*, as_json: bool) -> int:
+    """Call the command; return its exit code, after what there was to say of an error was said."""
     try:
         cli.main(prog_name="backupctl", standalone_mode=False)
-        sys.stdout.flush()
+    except SystemExit as err:
+        return err.code if isinstance(err.code, int) else int(err.code is not None)
     except click.exceptions.Exit as err:
-        sys.exit(err.exit_code)
+        return err.exit_code
     except click.ClickException as err:
         if not as_json:
-            err.show()
-        _fail(UsageError(err.format_message()), as_json=as_json, say=as_json)
+            with suppress(OSError):
+                err.show()
+        return _failed(UsageError(err.format_message()), as_json=as_json, say=as_json)
     except (click.Abort, KeyboardInterrupt):
-        _fail(Interrupted("interrupted"), as_json=as_json)
+        # What is done stays done: only its report was cut off.
+        return 0 if screen.is_done() else _failed(Interrupted("interrupted"), as_json=as_json)
     except BackupctlError as err:
-        _fail(err, as_json=as_json)
+        return _failed(err, as_json=as_json)
     except BrokenPipeError:
-        # Who read our output has gone; what was to be done is done.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 0 if screen.is_done() else 1  # who read our output has gone
     except Exception:  # noqa: BLE001 - the one place: a bug must not greet anybody with a traceback
-        _fail(_bug(), as_json=as_json)
-    sys.exit(0)
+        return _failed(_bug(), as_json=as_json)
+    return 0
 
 
 def _allow_many_files() -> None:
@@ -107,12 +112,12 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, _MANY_FILES)), most))
 
 
-def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
+def _failed(err: BackupctlError, *, as_json: bool, say: bool = True) -> int:
     if isinstance(err, UsageError | InvalidName):
         err.add(state="nothing was touched")
     if say:
         screen.print_error(err, as_json=as_json)
-    sys.exit(err.exit_code)
+    return err.exit_code
 
 
 def prepare_streams() -> None:
@@ -136,7 +141,7 @@ def prepare_streams() -> None:
 
 def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
-    details = ""
+    details = "no log could be written"
     with (
         suppress(OSError),  # no room for it
         tempfile.NamedTemporaryFile(
@@ -144,11 +149,11 @@ def _bug() -> Failed:
         ) as log,
     ):
         traceback.print_exc(file=log)
-        details = f"; the details are in {log.name}"
+        details = f"the details are in {log.name}"
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
         state="whatever was begun was rolled back where that was possible",
-        next_command=f"backupctl status NAME{details}",
+        hint=f"{details}: please report it",
     )
 
 

@@ -93,10 +93,11 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
             tell = reporter.note if kind == "full" else reporter.warn
             tell(f"a new repository was made in {repository.path}; is a file system not mounted there?")
         report = backup.run(vm, repository, wanted, reporter, stop)
-    if options["as_json"]:
-        screen.print_json(document(report))
-    elif not options["quiet"]:
-        _print(report)
+        screen.done(f"the recovery point {report.point} of {report.vm} is committed")
+        if options["as_json"]:
+            screen.print_json(document(report))
+        elif not options["quiet"]:
+            _print(report)
 
 
 def wishes(names: common.Named, kind: Kind, given: Mapping[str, Any]) -> RunOptions:

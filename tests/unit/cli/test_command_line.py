@@ -79,7 +79,8 @@ def test_an_unreachable_monitor_is_told_and_nothing_is_left_in_the_repository(tm
     error = json.loads(done.stdout)["error"]
     assert error["kind"] == "MonitorUnreachable"
     assert error["exit_code"] == 1
-    assert (error["step"], error["next"]) == ("prepare", "backupctl doctor web")
+    assert error["step"] == "prepare"
+    assert error["next"] == f"backupctl doctor web --qmp unix:/nowhere --repository {tmp_path / 'r'}"
     assert [path.name for path in (tmp_path / "r" / "web").iterdir()] == ["lock"]
 
 
