@@ -8,6 +8,7 @@ import resource
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -44,12 +45,40 @@ _COMMANDS = {
 }
 
 
+class _Formatter(click.HelpFormatter):
+    """Help that is wrapped between words, and at no hyphen: `--only-changed` stays in one piece."""
+
+    _HYPHEN = "\u2011"  # does not break, and is written as what it stands for
+
+    def write(self, string: str) -> None:
+        """Write what was wrapped."""
+        super().write(string.replace(self._HYPHEN, "-"))
+
+    def write_text(self, text: str) -> None:
+        """Write a paragraph."""
+        super().write_text(text.replace("-", self._HYPHEN))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write options or commands, each with its text."""
+        kept = [(name, text.replace("-", self._HYPHEN)) for name, text in rows]
+        super().write_dl(kept, col_max, col_spacing)
+
+
+click.Context.formatter_class = _Formatter
+
+
 class _Commands(click.Group):
     """The commands, each loaded when it is asked for: together they take three times as long as most."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Name them all."""
         return sorted(_COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each command with the whole first sentence of its help, wrapped where click would cut it."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in found if one])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
         """Load one."""

@@ -88,11 +88,12 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
     new = not names.has_repository()
     repository = names.repository(create=True)
     stop = Stop()
-    with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
-        if new:
-            tell = reporter.note if kind == "full" else reporter.warn
-            tell(f"a new repository was made in {repository.path}; is a file system not mounted there?")
-        report = backup.run(vm, repository, wanted, reporter, stop)
+    with stop.on_signals():
+        with screen.reporter(quiet=options["quiet"]) as reporter:
+            if new:
+                tell = reporter.note if kind == "full" else reporter.warn
+                tell(f"a new repository was made in {repository.path}; is a file system not mounted there?")
+            report = backup.run(vm, repository, wanted, reporter, stop)
         screen.done(f"the recovery point {report.point} of {report.vm} is committed")
         if options["as_json"]:
             screen.print_json(document(report))

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from backupctl.errors import BackupctlError, Failed
 from backupctl.names import DiskName
@@ -106,8 +106,10 @@ def print_json(document: object) -> None:
 
 
 def print_line(text: str) -> None:
-    """Write a line of a result to stdout."""
-    _output.write(clean(text) + "\n")
+    """Write a line of a result to stdout; on a terminal it is wrapped between words."""
+    text = clean(text)
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    _output.write(wrapped("", text, indent, sys.stdout) + "\n")
 
 
 def print_styled(text: str) -> None:
@@ -117,15 +119,21 @@ def print_styled(text: str) -> None:
 
 def print_wrapped(head: str, text: str) -> None:
     """Write a line of a result to stdout; on a terminal what does not fit goes on below, behind the head."""
-    wrapped = textwrap.fill(
-        clean(text),
-        columns(least=40, margin=0) if sys.stdout.isatty() else sys.maxsize,
-        initial_indent=clean(head),
-        subsequent_indent=" " * len(head),
+    _output.write(wrapped(clean(head), clean(text), " " * len(head), sys.stdout) + "\n")
+
+
+def wrapped(head: str, text: str, indent: str, stream: TextIO) -> str:
+    """Return a text behind its head; for a terminal wrapped between words, with what goes on indented."""
+    if not stream.isatty():
+        return head + text
+    return textwrap.fill(
+        text,
+        columns(least=40, margin=0),
+        initial_indent=head,
+        subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    _output.write(wrapped + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -144,10 +152,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     _output.flush()
 
 
-def printable(text: str, instead: str) -> str:
-    """Return the text if stdout's encoding has its characters."""
+def printable(text: str, instead: str, stream: TextIO | None = None) -> str:
+    """Return the text if the encoding of a stream (stdout) has its characters."""
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode((stream or sys.stdout).encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return instead
     return text
@@ -165,7 +173,7 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
     """
     if as_json and not _output.document:
         print_json({"error": error_document(err)})
-    lines = [f"backupctl: {clean(err.message)}"]
+    lines = [wrapped("backupctl: ", clean(err.message), "  ", sys.stderr)]
     for name, text in (
         ("step", err.step),
         ("state", err.state),
@@ -173,7 +181,10 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
         ("next", err.next_command),
     ):
         if text:
-            lines.append(f"  {name + ':':<7}{clean(text)}")
+            head = f"  {name + ':':<7}"
+            # A command stays in one line: it is to be copied.
+            whole = name == "next"
+            lines.append(head + clean(text) if whole else wrapped(head, clean(text), " " * 9, sys.stderr))
     with suppress(OSError):
         sys.stderr.write("\n".join(lines) + "\n")
 

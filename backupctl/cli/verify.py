@@ -82,7 +82,8 @@ def _tell(report: VerifyReport, depth: Depth) -> None:
     what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
     verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
     screen.print_line(
-        f"{', '.join(report.vms) or 'no VM'}: {report.points} points, {report.layers} layers, {what} checked "
+        f"{', '.join(report.vms) or 'no VM'}: {units.count(report.points, 'point')}, "
+        f"{units.count(report.layers, 'layer')}, {what} checked "
         f"in {units.duration(report.seconds)}{rate}: {verdict}"
     )
 
