@@ -6,8 +6,6 @@ import io
 import os
 import resource
 import sys
-import tempfile
-import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -17,11 +15,14 @@ import click
 from backupctl import __version__
 from backupctl.cli import (
     common,
+    crash_log,
     needs,  # noqa: F401 - first of all: it says what is missing
     screen,
 )
 from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, UsageError
 
+PRIVATE = 0o077
+"""The umask of all that we make, whatever we were started with: disks are in it."""
 _MANY_FILES = 1 << 16
 _COMMANDS = {
     "full": "run.full",
@@ -72,6 +73,7 @@ def cli(config: str | None) -> None:
 
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
+    os.umask(PRIVATE)
     prepare_streams()
     as_json = "--json" in sys.argv
     _allow_many_files()
@@ -136,15 +138,8 @@ def prepare_streams() -> None:
 
 def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
-    details = ""
-    with (
-        suppress(OSError),  # no room for it
-        tempfile.NamedTemporaryFile(
-            "w", prefix="backupctl-error-", suffix=".log", delete=False, encoding="utf-8"
-        ) as log,
-    ):
-        traceback.print_exc(file=log)
-        details = f"; the details are in {log.name}"
+    log = crash_log.write()
+    details = f"; the details are in {log}" if log else ""
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
         state="whatever was begun was rolled back where that was possible",
