@@ -68,7 +68,7 @@ def test_the_command_line_wins(tmp_path):
         ('[vm.web]\nqmp = "tcp:host"\n', "qmp in [vm.web]"),
         ('[vm.a]\nqmp = "unix:/q"\n[vm.b]\nqmp = "/q"\n', "[vm.a] and [vm.b] have the same qmp"),
         (
-            '[defaults]\nrepository = "/r"\n[vm.a]\nqmp = "unix:/q"\n[vm.b]\nqmp = "unix://q"\nrepository = "/r/"\n',
+            '[defaults]\nrepository = "/r"\n[vm.a]\nqmp = "/q"\n[vm.b]\nqmp = "//q"\nrepository = "/r/"\n',
             "[vm.a] and [vm.b] have the same qmp",
         ),
         (
