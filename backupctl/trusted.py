@@ -30,13 +30,13 @@ def read(path: Path, most_bytes: int) -> bytes:
         return file.read(most_bytes + 1)
 
 
-def objection(path: Path) -> str:
-    """Say why a file should not be believed, or run; "" if it may be. Raises OSError."""
+def objection(path: Path) -> UsageError | None:
+    """Return why a file should not be believed, or run; None if it may be. Raises OSError."""
     try:
         os.close(_open(path))
     except UsageError as err:
-        return err.message
-    return ""
+        return err
+    return None
 
 
 def _open(path: Path) -> int:

@@ -119,7 +119,7 @@ def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
 
 def config_option(command: Command) -> Command:
     """Give a command `--config`; the group has it too, so that it may stand on either side of the command."""
-    places = f"$BACKUPCTL_CONFIG, ~/.config/backupctl/{config.FILE_NAME}, /etc/backupctl/{config.FILE_NAME}"
+    places = f"$BACKUPCTL_CONFIG, ~/.config/backupctl/{config.FILE_NAME}, {config.SYSTEM_FILE}"
     said = f"The configuration file; else, whichever is there first: {places}. It must be yours or root's."
     return click.option("--config", metavar="FILE", help=said)(command)
 

@@ -33,6 +33,7 @@ from backupctl.names import disk_name, vm_name
 from backupctl.settings import MAX_CHAIN, Address, FreezeWish, OnBrokenChain, ViewWish, Vm
 
 FILE_NAME = "backupctl.toml"
+SYSTEM_FILE = Path("/etc/backupctl") / FILE_NAME
 MAX_BYTES = 256 * 1024
 MAX_FREEZE_SECONDS = 3600
 MAX_COUNT = 1000
@@ -97,7 +98,7 @@ class Config:
             there = ", ".join(sorted(self.vms)) or "none"
             raise UsageError(
                 f"no monitor is known for {name!r:.120} (VMs in the configuration: {there})",
-                next_command=f"give --qmp unix:PATH, or put [vm.{checked}] into {self.path or FILE_NAME}",
+                next_command=f"give --qmp unix:PATH, or put [vm.{checked}] into {self.path or SYSTEM_FILE}",
             )
         guest = agent or self.setting(name, "agent")
         return Vm(
@@ -133,16 +134,20 @@ def absolute(text: str, what: str) -> Path:
 def load(given: str | None) -> Config:
     """Find and read the configuration file. Raises UsageError."""
     named = given or os.environ.get("BACKUPCTL_CONFIG")
-    if named:
-        place = absolute(named, "the configuration")
-        try:
-            return _read(place)
-        except OSError as err:
-            raise _unreadable(place, err) from err
-    for place in _places():
-        with suppress(FileNotFoundError, NotADirectoryError):
-            return _read(place)
-    return Config()
+    places = (absolute(named, "the configuration"),) if named else filter(_is_there, _places())
+    place = next(iter(places), None)
+    return _read(place) if place else Config()
+
+
+def _is_there(place: Path) -> bool:
+    """Whether there is anything, to be believed or not. Raises UsageError if that can't be told."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as err:
+        raise _unreadable(place, err) from err
+    return True
 
 
 def _places() -> Iterator[Path]:
@@ -152,18 +157,16 @@ def _places() -> Iterator[Path]:
         user = user.expanduser()
     if user.is_absolute():
         yield user / "backupctl" / FILE_NAME
-    yield Path("/etc/backupctl") / FILE_NAME
+    yield SYSTEM_FILE
 
 
 def _read(path: Path) -> Config:
-    """Read a file. Raises UsageError; FileNotFoundError or NotADirectoryError if there is none."""
+    """Read a file. Raises UsageError."""
     try:
         text = trusted.read(path, MAX_BYTES)
         if len(text) > MAX_BYTES:
             raise UsageError(f"the configuration {path} is larger than {MAX_BYTES >> 10} KiB")
         content = tomllib.loads(text.decode())
-    except (FileNotFoundError, NotADirectoryError):
-        raise
     except (OSError, ValueError, RecursionError) as err:  # all that is no TOML is a ValueError, or too deep
         raise _unreadable(path, err) from err
     return _checked(path, content)

@@ -6,11 +6,13 @@ import shlex
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from backupctl import trusted
 from backupctl.cli.config import Config
 from backupctl.doctor import Finding
+from backupctl.errors import UsageError
 from backupctl.names import VmName
 
 PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON")
@@ -32,17 +34,20 @@ def configuration(config: Config) -> Iterator[Finding]:
 def _program(name: str, program: str) -> Finding:
     """Tell of a program that the environment names, and whether others could exchange it."""
     said = f"{name} has {program} run as {'root' if os.geteuid() == 0 else f'user {os.geteuid()}'}"
-    try:
-        why = trusted.objection(Path(shutil.which(program) or program))
-    except OSError:  # a tool that is not there is told of elsewhere
-        why = ""
+    why = _objection(Path(shutil.which(program) or program))
     if why:
-        return Finding("configuration", "warning", f"{said}; {why}", f"unset {name}")
+        return Finding("configuration", "warning", f"{said}; {why.message}", f"unset {name}")
     return Finding("configuration", "ok", said)
 
 
+def _objection(path: Path) -> UsageError | None:
+    with suppress(OSError):  # what is not there, or can't be read, is told of elsewhere
+        return trusted.objection(path)
+    return None
+
+
 def repository(path: Path, vm: VmName) -> Iterator[Finding]:
-    """Warn of folders of a repository that others than their owner may read or write."""
+    """Warn of folders of a repository, or above it, that others than their owner may read or write."""
     for folder in (path, path / vm):
         try:
             found = folder.lstat()
@@ -58,3 +63,7 @@ def repository(path: Path, vm: VmName) -> Iterator[Finding]:
             mode = f"{stat.S_IMODE(found.st_mode):04o}"
             said = f"others than its owner may {' and '.join(can)} {folder} (mode {mode})"
             yield Finding("repository", "warning", said, f"chmod go-rw {shlex.quote(str(folder))}")
+    why = _objection(path / "repository.json")
+    if why and not why.message.startswith(f"{path} "):
+        said = f"{why.message}, so the repository below can be exchanged"
+        yield Finding("repository", "warning", said, why.next_command)

@@ -81,6 +81,11 @@ def test_doctor_warns_of_a_repository_that_others_may_read_or_write(lab):
     for one in both:
         subprocess.run(one["advice"].split(), check=True, timeout=10)
     assert warned() == []
+    lab.folder.chmod(0o777)  # where anybody could put another repository in its place
+    (above,) = warned()
+    assert above["said"].startswith(f"{lab.folder} is not trusted")
+    subprocess.run(above["advice"].split(), check=True, timeout=10)
+    assert warned() == []
     if os.geteuid() == 0:
         os.chown(folder, 12345, -1)
         assert "belongs to user 12345" in warned()[0]["said"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration file: what is known is read, what is not is an error that names it."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,24 @@ def test_a_file_that_others_may_write_is_refused_wherever_it_was_named(tmp_path,
         monkeypatch.setenv(given, str(path if given == "BACKUPCTL_CONFIG" else tmp_path))
     with pytest.raises(UsageError, match=r"backupctl.toml is not trusted: .* \(mode 0666\)"):
         config.load(str(path) if given == "--config" else None)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_home_of_somebody_else_is_passed_over_if_there_is_nothing_in_it(tmp_path, monkeypatch):
+    """As `sudo -E` leaves it to root."""
+    home, system = tmp_path / "home", tmp_path / "system.toml"
+    folder = home / ".config" / "backupctl"
+    folder.mkdir(parents=True)
+    os.chown(home, 12345, 12345)
+    system.write_text('[vm.web]\nqmp = "/q"\n')
+    for name in ("BACKUPCTL_CONFIG", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(config, "SYSTEM_FILE", system)
+    assert list(config.load(None).vms) == ["web"]
+    (folder / "backupctl.toml").write_text("")
+    with pytest.raises(UsageError, match="home is not trusted: it belongs to user 12345"):
+        config.load(None)
 
 
 def test_a_named_file_that_is_not_there_is_an_error(tmp_path):
