@@ -119,8 +119,7 @@ def _refuse_owner(shown: Path, status: os.stat_result) -> None:
 
 def _writable(shown: Path, status: os.stat_result) -> UsageError:
     return UsageError(
-        f"{shown} is not trusted: others than its owner may write to it "
-        f"(mode {stat.S_IMODE(status.st_mode):04o})",
+        f"{shown} is not trusted: it is writable by other users (mode {stat.S_IMODE(status.st_mode):04o})",
         state=_UNTOUCHED,
         next_command=f"chmod go-w {shlex.quote(str(shown))}",
     )

@@ -171,7 +171,9 @@ def _refuse_no_folder() -> None:
         Path.cwd()
     except OSError as err:
         raise UsageError(
-            f"there is no current folder: {err.strerror}", state="nothing was touched", next_command="cd /"
+            f"cannot find the current directory: {err.strerror}",
+            state="nothing was touched",
+            next_command="cd /",
         ) from err
 
 

@@ -123,7 +123,7 @@ def absolute(text: str, what: str) -> Path:
         raise UsageError(f"{what}: {text!r:.200} is not UTF-8") from err
     except OSError as err:
         raise UsageError(
-            f"{what}: {text!r:.200} is relative, and there is no current folder: {err.strerror}",
+            f"{what}: {text!r:.200} is relative, and the current directory cannot be found: {err.strerror}",
             next_command="cd /",
         ) from err
     if "\0" in text:

@@ -25,7 +25,7 @@ def configuration(config: Config) -> Iterator[Finding]:
         by = " (named by BACKUPCTL_CONFIG)" if os.environ.get("BACKUPCTL_CONFIG") == config.file else ""
         yield Finding("configuration", "ok", f"{config.file}{by}")
     else:
-        yield Finding("configuration", "ok", "no file; the command line says all")
+        yield Finding("configuration", "ok", "no configuration file found; using the command line only")
     for name in PROGRAMS:
         if program := os.environ.get(name):
             yield _program(name, program)
@@ -33,7 +33,7 @@ def configuration(config: Config) -> Iterator[Finding]:
 
 def _program(name: str, program: str) -> Finding:
     """Tell of a program that the environment names, and whether others could exchange it."""
-    said = f"{name} has {program} run as {'root' if os.geteuid() == 0 else f'user {os.geteuid()}'}"
+    said = f"{name} is set: {program} runs as {'root' if os.geteuid() == 0 else f'user {os.geteuid()}'}"
     why = _objection(Path(shutil.which(program) or program))
     if why:
         return Finding("configuration", "warning", f"{said}; {why.message}", f"unset {name}")
@@ -58,12 +58,12 @@ def repository(path: Path, vm: VmName) -> Iterator[Finding]:
         if found.st_uid not in (0, os.geteuid()):
             said = f"{folder} belongs to user {found.st_uid}, who can replace every point in it"
             yield Finding("repository", "warning", said, f"chown {os.geteuid()} {shlex.quote(str(folder))}")
-        can = [what for what, bits in (("read", _READ), ("write to", _WRITE)) if found.st_mode & bits]
+        can = [what for what, bits in (("readable", _READ), ("writable", _WRITE)) if found.st_mode & bits]
         if can:
             mode = f"{stat.S_IMODE(found.st_mode):04o}"
-            said = f"others than its owner may {' and '.join(can)} {folder} (mode {mode})"
+            said = f"{folder} is {' and '.join(can)} by other users (mode {mode})"
             yield Finding("repository", "warning", said, f"chmod go-rw {shlex.quote(str(folder))}")
     why = _objection(path / "repository.json")
     if why and not why.message.startswith(f"{path} "):
-        said = f"{why.message}, so the repository below can be exchanged"
+        said = f"{why.message}, so other users can replace the repository below it"
         yield Finding("repository", "warning", said, why.next_command)

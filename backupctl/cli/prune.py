@@ -19,7 +19,7 @@ from backupctl.repository.retention import Decision, Rules
 
 _COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _KEYS = (*(f"keep_{name}" for name in _COUNTED), "keep_within")
-_NO_RULE = "no rule of the configuration says what to keep (keep_last, keep_daily, ...)"
+_NO_RULE = "no retention rule is configured (keep_last, keep_daily, ...)"
 _HELP = {"last": "Keep the N newest points."}
 
 
@@ -132,7 +132,9 @@ class _Work:
         """Prune each configured VM, or each that is in the repository that was named. Raises Interrupted."""
         vms = names.repository().vms() if names.repository_path else list(names.config.vms)
         if not vms:
-            raise UsageError("no VM is known of which points could be dropped", next_command="backupctl list")
+            raise UsageError(
+                "no VM is configured or named, so there is nothing to prune", next_command="backupctl list"
+            )
         for vm in vms:
             try:
                 self._one_of_all(replace(names, name=vm))
@@ -148,17 +150,17 @@ class _Work:
         policy = _Policy.of(names, self.options)
         name = vm_name(names.name or "")
         if not policy.named and name not in names.config.vms:
-            self._skip(name, "it is not in the configuration")
+            self._skip(name, "it is not configured")
         elif policy.rules.hold_nothing():
             self._skip(name, _NO_RULE)
         elif not names.repository().vm(name).exists():
-            self._skip(name, "it has no points yet")
+            self._skip(name, "it has no recovery points yet")
         else:
             self._prune(names, policy)
 
     def _skip(self, vm: str, why: str) -> None:
         self.skipped[vm] = why
-        self.reporter.note(f"{vm} is left as it is: {why}")
+        self.reporter.note(f"skipped {vm}: {why}")
 
     def one(self, names: Named) -> None:
         """Prune one VM."""
@@ -169,8 +171,8 @@ class _Work:
         if policy.unused:
             listed = ", ".join(f"{key} = {value}" for key, value in policy.unused.items())
             self.reporter.note(
-                f"{folder.name}: the rules of the command line are the whole policy; "
-                f"the configuration's are not used: {listed}"
+                f"{folder.name}: the rules on the command line are the whole policy; "
+                f"configured rules not used: {listed}"
             )
         most = self.options["max_chain"]
         if self.options["dry_run"]:

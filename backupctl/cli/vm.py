@@ -29,7 +29,7 @@ def status(context: click.Context, /, **options: Any) -> None:
         return
     points = f"{len(found.points)}, newest {found.points[-1]}" if found.points else "none"
     screen.print_line(f"{'vm':<12} {found.vm}")
-    screen.print_line(f"{'configured':<12} {names.config.file or 'by the command line alone'}")
+    screen.print_line(f"{'config':<12} {names.config.file or 'none (command line only)'}")
     screen.print_line(f"{'qemu':<12} {found.qemu or found.problem}")
     screen.print_line(f"{'points':<12} {points}")
     for path in found.damaged:

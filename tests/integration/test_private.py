@@ -75,8 +75,8 @@ def test_doctor_warns_of_a_repository_that_others_may_read_or_write(lab):
     folder.chmod(0o740)
     both = warned()
     assert [one["said"] for one in both] == [
-        f"others than its owner may read and write to {lab.cli.repository} (mode 0777)",
-        f"others than its owner may read {folder} (mode 0740)",
+        f"{lab.cli.repository} is readable and writable by other users (mode 0777)",
+        f"{folder} is readable by other users (mode 0740)",
     ]
     for one in both:
         subprocess.run(one["advice"].split(), check=True, timeout=10)

@@ -114,9 +114,9 @@ def test_prune_goes_by_each_vms_own_rules_and_says_whom_it_left_alone(two):
     assert web["rules"] == {"keep_last": 2, "keep_yearly": 1}
     assert [one["keep"] for one in web["points"]] == [False, True, True]
     skipped = {one["vm"]: one["reason"] for one in told["skipped"]}
-    assert "no rule" in skipped["db"]
-    assert "no points yet" in skipped["shop"]
-    assert "db is left as it is" in said
+    assert "no retention rule" in skipped["db"]
+    assert "no recovery points yet" in skipped["shop"]
+    assert "skipped db: no retention rule is configured" in said
     assert not (two[0].path / "shop").exists()
 
 
@@ -136,7 +136,7 @@ def test_a_vm_that_is_not_configured_is_pruned_by_name_or_rule_only(two, tmp_pat
     there = ("--repository", str(two[0].path), "--dry-run")
     told, _, _ = call("prune", *there)
     assert [one["vm"] for one in told["vms"]] == ["web"]
-    assert told["skipped"] == [{"vm": "old", "reason": "it is not in the configuration"}]
+    assert told["skipped"] == [{"vm": "old", "reason": "it is not configured"}]
     assert [one["vm"] for one in call("prune", *there, "--keep-last", "1")[0]["vms"]] == ["old", "web"]
     assert call("prune", "old", *there)[0]["vm"] == "old"
 
@@ -151,9 +151,9 @@ def test_what_can_not_be_pruned_holds_up_nobody_else(two):
 def test_no_rule_for_anybody_is_wrong_use(two, tmp_path):
     (tmp_path / "backupctl.toml").write_text('[vm.web]\nrepository = "/r"\n[vm.db]\nrepository = "/r"\n')
     _, _, err = call("prune", error=UsageError)
-    assert "no rule" in err.message
+    assert "no retention rule" in err.message
     (tmp_path / "backupctl.toml").write_text("")
-    assert "no VM is known" in call("prune", error=UsageError)[2].message
+    assert "no VM is configured" in call("prune", error=UsageError)[2].message
 
 
 def test_the_command_lines_rules_are_the_whole_policy_and_the_unused_ones_are_told(two):
@@ -162,7 +162,7 @@ def test_the_command_lines_rules_are_the_whole_policy_and_the_unused_ones_are_to
     assert [one["keep"] for one in told["points"]] == [False, False, True]
     assert told["rules"] == {"keep_last": 1}
     assert told["unused_rules"] == {"keep_last": 2, "keep_yearly": 1}
-    assert "are not used: keep_last = 2, keep_yearly = 1" in said
+    assert "rules not used: keep_last = 2, keep_yearly = 1" in said
     told, said, _ = call("prune", "web", "--dry-run", "--keep-within", "1d", "--keep-last", "2")
     assert told["unused_rules"] == {"keep_yearly": 1}
     told, said, _ = call("prune", "web", "--dry-run")

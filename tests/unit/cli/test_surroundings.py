@@ -117,7 +117,7 @@ def test_status_and_doctor_name_the_configuration_in_use(tmp_path, monkeypatch, 
             main.cli.main([*arguments], standalone_mode=False)
         return capsys.readouterr().out
 
-    assert f"configured   {config}" in told("status", "web")
+    assert f"config       {config}" in told("status", "web")
     assert json.loads(told("status", "web", "--json"))["configuration"] == str(config)
     found = json.loads(told("doctor", "web", "--json"))
     assert found["configuration"] == str(config)
