@@ -52,6 +52,7 @@ from backupctl.settings import RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scratch, snapshot_access
+from backupctl.vm.disks import Disk, Inventory
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard, Thawed
 from backupctl.vm.monitor import Monitor
@@ -65,9 +66,27 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
 
     Raises Locked, Refused (nothing touched), Failed (rolled back), NeedsRecovery (not rolled back).
     """
-    try:
+    with _preparing(vm, options):
         return _run(vm, repository, options, reporter, stop)
-    except Failed as err:  # of step 1; those after it have told more
+
+
+def rehearse(vm: Vm, options: RunOptions, stop: Stop) -> None:
+    """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
+
+    Raises MonitorError, Refused, Failed, Interrupted.
+    """
+    with _preparing(vm, options), Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
+        _, chosen = _chosen(vm, options, monitor)
+        room.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+        stop.check()
+
+
+@contextmanager
+def _preparing(vm: Vm, options: RunOptions) -> Iterator[None]:
+    """Tell of a failure in step 1 what is the case; those after it have told more."""
+    try:
+        yield
+    except Failed as err:
         do = options.kind if isinstance(err, Interrupted) else "doctor"
         raise err.add(
             step="prepare", state="nothing of this run was begun", next_command=f"backupctl {do} {vm.name}"
@@ -99,14 +118,9 @@ def _prepare(
     reporter: Reporter,
 ) -> tuple[Plan, Shared]:
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
-    preflight.refuse_qemu(monitor)
-    inventory = disks.inventory(monitor, vm.disk_names)
+    inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
-    preflight.refuse_busy(inventory)
-    chosen = inventory.chosen(options.disks)
-    if not chosen:
-        raise Refused("the VM has no writable disk", state="nothing was touched")
     survey = folder.survey()
     for _, err in survey.damaged:
         reporter.warn(f"not building on a damaged point: {err.message}")
@@ -123,6 +137,18 @@ def _prepare(
     )
     _tell(plan, options, reporter)
     return plan, Shared.by(repository.path, inventory.disks)
+
+
+def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
+    """Return the VM's disks, and those that are to be taken. Raises Refused if it can't be backed up."""
+    preflight.refuse_qemu(monitor)
+    inventory = disks.inventory(monitor, vm.disk_names)
+    preflight.refuse_busy(inventory)
+    chosen = inventory.chosen(options.disks)
+    if not chosen:
+        why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.left_out)
+        raise Refused(f"the VM has no writable disk{why}", state="nothing was touched")
+    return inventory, chosen
 
 
 def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter) -> tuple[Room, ...]:

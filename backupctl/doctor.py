@@ -79,7 +79,7 @@ def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
         folder = Repository.open(path).vm(vm.name)
         survey = folder.survey()
     except NotARepository:
-        yield from _no_repository(path)
+        yield from _no_repository(vm, path)
         return
     except BackupctlError as err:
         yield Finding("repository", "bad", err.message)
@@ -93,7 +93,7 @@ def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
         yield Finding("repository", "warning", damage.message, f"backupctl verify {vm.name}")
 
 
-def _no_repository(path: Path) -> Iterator[Finding]:
+def _no_repository(vm: Vm, path: Path) -> Iterator[Finding]:
     if os.path.lexists(path):
         try:
             Repository.refuse_foreign(path)
@@ -103,7 +103,7 @@ def _no_repository(path: Path) -> Iterator[Finding]:
     if locked := _locked(path):
         yield Finding("repository", "bad", locked)
         return
-    said = f"none in {path} yet, the first run makes it; {_free(path)}"
+    said = f"none in {path} yet, the first `backupctl full {vm.name}` makes it; {_free(path)}"
     yield Finding("repository", "warning", said, "if there should be one: is its file system mounted?")
 
 

@@ -6,8 +6,6 @@ import io
 import os
 import resource
 import sys
-import tempfile
-import traceback
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +16,14 @@ import click
 from backupctl import __version__
 from backupctl.cli import (
     common,
+    crash_log,
     needs,  # noqa: F401 - first of all: it says what is missing
     screen,
 )
 from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, UsageError
 
+PRIVATE = 0o077
+"""The umask of all that we make, whatever we were started with: disks are in it."""
 _MANY_FILES = 1 << 16
 _COMMANDS = {
     "full": "run.full",
@@ -101,6 +102,7 @@ def cli(config: str | None) -> None:
 
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
+    os.umask(PRIVATE)
     prepare_streams()
     _allow_many_files()
     sys.exit(screen.finish(_call(as_json="--json" in sys.argv)))
@@ -170,15 +172,8 @@ def prepare_streams() -> None:
 
 def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
-    details = "no log could be written"
-    with (
-        suppress(OSError),  # no room for it
-        tempfile.NamedTemporaryFile(
-            "w", prefix="backupctl-error-", suffix=".log", delete=False, encoding="utf-8"
-        ) as log,
-    ):
-        traceback.print_exc(file=log)
-        details = f"the details are in {log.name}"
+    log = crash_log.write()
+    details = f"the details are in {log}" if log else "no log could be written"
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
         state="whatever was begun was rolled back where that was possible",

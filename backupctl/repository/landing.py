@@ -46,7 +46,7 @@ def file(target: Path, *, force: bool) -> Iterator[Path]:
     """
     target = target.resolve()
     if not target.parent.is_dir():
-        durable.make_folder(target.parent, mode=0o755)
+        durable.make_folder(target.parent)
     temporary = target.with_name(f".{target.name[:200]}.backupctl-restore")
     descriptor = _claim(temporary)
     try:

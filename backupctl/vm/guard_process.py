@@ -299,6 +299,7 @@ class Guard:
 
 def main() -> None:
     """Serve the run on the descriptor that is given as the first argument."""
+    os.umask(0o077)
     for number in DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
     descriptor, monitor, agent, timeout = sys.argv[1:]

@@ -71,6 +71,16 @@ def start(agent, tmp_path):
         guard.close()
 
 
+def test_the_guard_makes_nothing_that_others_may_use(start):
+    before = os.umask(0)
+    try:
+        guard = start()
+    finally:
+        os.umask(before)
+    status = Path(f"/proc/{guard._process.pid}/status").read_text()
+    assert "Umask:\t0077\n" in status
+
+
 def wait_for(what, seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while not what():
