@@ -146,12 +146,17 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
         if one.reason:
             how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
             reporter.note(f"{one.disk.name} {how}: {one.reason}")
+        # Told anew each night these would hide what is new; `doctor` goes on telling them.
+        tell = reporter.note if plan.parent else reporter.warn
         if not one.disk.persistent:
-            # Told anew each night it would hide what is new; `doctor` goes on telling it.
-            tell = reporter.note if plan.parent else reporter.warn
             tell(
                 f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
                 "after a restart of QEMU its next incremental must read all of it"
+            )
+        if one.disk.encrypted:
+            tell(
+                f"{one.disk.name} is encrypted in the VM, and is stored as the guest sees it, in plain text: "
+                "encrypt the repository's file system if that matters"
             )
 
 

@@ -213,7 +213,14 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
             "warning",
             f"{', '.join(transient)} can't store a bitmap: the first incremental after each restart of QEMU "
             "must read all of it",
-            "qcow2 of version 3 (compat=1.1) can",
+            "qcow2 of version 3 (compat=1.1) without a data file can",
+        )
+    if encrypted := [one.name for one in inventory.disks if one.encrypted]:
+        yield Finding(
+            "disks",
+            "warning",
+            f"{', '.join(encrypted)}: encrypted in the VM; the repository holds what the guest sees, in plain text",
+            "encrypt the repository's file system",
         )
 
 
