@@ -219,7 +219,7 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
         yield Finding(
             "disks",
             "warning",
-            f"{', '.join(encrypted)}: encrypted in the VM; the repository holds what the guest sees, in plain text",
+            f"{', '.join(encrypted)}: encrypted in the VM; a point holds what the guest sees, in plain text",
             "encrypt the repository's file system",
         )
 
