@@ -201,18 +201,25 @@ def _why_not(
 def _graph(
     monitor: Monitor, found: Iterable[_Found], nodes: Mapping[NodeName, Mapping[str, Any]]
 ) -> Graph | None:
-    """Ask for the block graph where something hangs on it. Raises MonitorError."""
+    """Ask for the block graph where something hangs on it. Raises MonitorError.
+
+    A job whose filter nobody named is not seen in `query-block` (mirror, commit, stream).
+    """
     filtered = any(_driver(medium, nodes) in _JOB_FILTERS for medium in found)
-    return graph.ask(monitor) if filtered or any(map(_encrypted, nodes.values())) else None
+    encrypted = any(map(_encrypted, nodes.values()))
+    return graph.ask(monitor) if filtered or encrypted or monitor.execute("query-block-jobs") else None
 
 
 def _who_works(
     monitor: Monitor, medium: _Found, nodes: Mapping[NodeName, Mapping[str, Any]], known: Graph | None
 ) -> str:
-    """Say who has put a filter over a disk; "" if that is the user, or there is none. Raises MonitorError."""
+    """Say who else works on a disk; "" if nobody does. A user's own filter is no job. Raises MonitorError."""
     driver = _driver(medium, nodes)
-    if medium.why_not or driver not in _JOB_FILTERS:
+    if medium.why_not:
         return ""
+    if driver not in _JOB_FILTERS:
+        job = known.jobs.get(medium.node, "") if known else ""
+        return f"another job works on {medium.qemu_name}: {job}" if job else ""
     if medium.node.startswith(PREFIX):
         return f"a run of backupctl works on {medium.qemu_name}, or died there: its top node is {medium.node}"
     job = f"another job works on {medium.qemu_name}: its top node is a {driver}"

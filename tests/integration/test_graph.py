@@ -145,6 +145,17 @@ def test_a_job_whose_filter_has_a_name_is_told_from_a_users_filter(build, make_l
     )
 
 
+def test_a_job_whose_filter_has_no_name_is_seen_before_the_guest_is_frozen(build, make_lab):
+    lab = make_lab(build, {"vda": 16 * MIB})
+    null = {"driver": "null-co", "node-name": "new", "size": 16 * MIB}
+    assert lab.machine.qmp("blockdev-add", **null) == {}
+    job = {"job-id": "theirs", "device": "node-vda", "target": "new", "sync": "full"}
+    assert lab.machine.qmp("blockdev-mirror", **job) == {}
+    told = lab.backup("full", code=1)["error"]
+    assert (told["message"], told["state"]) == ("another job works on vda: theirs", "nothing was touched")
+    assert lab.agent.freezes == []
+
+
 def encrypted_qcow2(node: Nodes) -> Nodes:
     return {**node, "encrypt": {"format": "luks", "key-secret": "key"}}
 
