@@ -52,10 +52,11 @@ from backupctl.settings import RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scratch, snapshot_access
+from backupctl.vm.filling import Filling
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard, Thawed
 from backupctl.vm.monitor import Monitor
-from backupctl.vm.room import Room, Shared
+from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
 from backupctl.vm.view import Cut, View
 
@@ -81,12 +82,23 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
         recorded = recovery.newest_recorded(monitor, repository.owner)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
-        plan, shared = _prepare(vm, repository, folder, options, monitor, reporter)
-        rooms = _rooms(plan, options, monitor, reporter)
+        plan, filling = _prepare(vm, repository, folder, options, monitor, reporter)
+        rooms = _rooms(plan, options, monitor, reporter, others=filling[-1].who())
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
             return _Run(
-                vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms, shared, recorded
+                vm,
+                repository,
+                folder,
+                options,
+                reporter,
+                stop,
+                monitor,
+                guard,
+                plan,
+                rooms,
+                filling,
+                recorded,
             ).make()
 
 
@@ -97,8 +109,11 @@ def _prepare(
     options: RunOptions,
     monitor: Monitor,
     reporter: Reporter,
-) -> tuple[Plan, Shared]:
-    """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
+) -> tuple[Plan, tuple[Filling, ...]]:
+    """Step 1, after recovery: what can be known beforehand is checked before anything is touched.
+
+    Returns, besides the plan, what the run fills: the repository, and last the scratch folder.
+    """
     preflight.refuse_qemu(monitor)
     inventory = disks.inventory(monitor, vm.disk_names)
     for name, why in inventory.left_out:
@@ -122,13 +137,18 @@ def _prepare(
         long=partial(chain.long, folder, options.max_chain),
     )
     _tell(plan, options, reporter)
-    return plan, Shared.by(repository.path, inventory.disks)
+    scratch.check_folder(options.scratch)
+    nodes = disks.named_nodes(monitor)
+    folders = repository.path, options.scratch
+    return plan, tuple(Filling.of_run(one, monitor, inventory.disks, nodes) for one in folders)
 
 
-def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter) -> tuple[Room, ...]:
-    """Share out the scratch folder's room; part of step 1. Raises Refused."""
+def _rooms(
+    plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter, *, others: str
+) -> tuple[Room, ...]:
+    """Share out the scratch folder's room; part of step 1. others: as for `room.survey`. Raises Refused."""
     chosen = [one.disk for one in plan.disks]
-    rooms = room.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+    rooms = room.survey(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
     if short := [disk.name for disk, one in zip(chosen, rooms, strict=True) if one.size < one.wanted]:
         has, wants = sum(one.size for one in rooms), sum(one.wanted for one in rooms)
         reporter.warn(
@@ -174,7 +194,7 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
-    shared: Shared
+    filling: tuple[Filling, ...]
     recorded: PointId | None
     started: datetime = field(init=False)
     step: str = "attach"
@@ -344,7 +364,8 @@ class _Run:
         self.guard.check()
         if self.view is not None:
             self.view.check()
-        self.shared.check()
+        for one in self.filling:
+            one.check()
 
     def _bring_to_rest(self, failure: BaseException | None) -> None:
         """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.

@@ -21,6 +21,7 @@ from backupctl.settings import Address, RunOptions, Vm
 from backupctl.vm import cleanup, disks, preflight, room, scratch, snapshot_access
 from backupctl.vm.agent import Agent
 from backupctl.vm.disks import Inventory
+from backupctl.vm.filling import Filling
 from backupctl.vm.monitor import Monitor
 
 Verdict = Literal["ok", "warning", "bad"]
@@ -198,6 +199,7 @@ def _disks(
         yield Finding("disks", "bad", err.message)
         return
     if inventory.disks:
+        yield from _filling(monitor, inventory, path, options)
         yield from _scratch(monitor, inventory, options)
         yield from _room(monitor, inventory, repository, path)
 
@@ -224,9 +226,23 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
         )
 
 
+def _filling(monitor: Monitor, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
+    """Whether what a run fills is what a guest may need."""
+    nodes, low = disks.named_nodes(monitor), scratch.LOW_BYTES
+    for subject, folder in (("repository", _existing(path)), ("scratch", _existing(options.scratch))):
+        if who := Filling.of_run(folder, monitor, inventory.disks, nodes).who():
+            verdict: Verdict = "bad" if scratch.free_bytes(folder) < low else "ok"
+            said = f"on the file system of {folder}, {who}: a run is given up when {_mib(low)} are left"
+            yield Finding(subject, verdict, said, "" if verdict == "ok" else "more room, or another disk")
+
+
 def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
     try:
-        rooms = room.survey(monitor, inventory.disks, options.scratch, options.scratch_bytes)
+        scratch.check_folder(options.scratch)
+        filling = Filling.of_run(options.scratch, monitor, inventory.disks, disks.named_nodes(monitor))
+        rooms = room.survey(
+            monitor, inventory.disks, options.scratch, options.scratch_bytes, others=filling.who()
+        )
     except Refused as err:
         yield Finding("scratch", "bad", err.message)
         return

@@ -22,7 +22,7 @@ from backupctl.vm import reply
 from backupctl.vm.monitor import Monitor
 
 LOW_BYTES = 256 * 1024 * 1024
-"""Where no room can be set aside, a run is given up when its file system has less than this left."""
+"""What is left of a file system, at the least, where guests or scratch files may need it."""
 _KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
 
 

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which files QEMU's processes on this machine have open: what /proc tells, if we may look.
+
+What QEMU calls a disk may be a relative path, JSON, or a descriptor that it was handed; it may see other
+mounts than we do. The descriptors that it holds are the files themselves.
+"""
+
+import os
+import re
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.names import PREFIX
+
+_EMULATORS = ("qemu-system-", "qemu-kvm")
+_LOOP_MAJOR = 7
+_STANDARD = frozenset({"0", "1", "2"})
+_DELETED = " (deleted)"
+_NAMELESS = re.compile(r"#[0-9]+ \(deleted\)")
+"""How the kernel calls a file of O_TMPFILE."""
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file that a process may write to. device: of its file system. path: as the process sees it."""
+
+    device: int
+    path: str
+
+
+def peer(connection: socket.socket) -> int | None:
+    """Return the process at the other end of a unix socket, as far as it can be told."""
+    if connection.family != socket.AF_UNIX:
+        return None
+    with suppress(OSError, struct.error):
+        told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", told)[0]) or None
+    return None
+
+
+def is_qemu(process: int) -> bool:
+    """Whether a process is QEMU's, be it an emulator or a storage daemon."""
+    return _is_emulator(process) or _program(process).startswith("qemu-")
+
+
+def emulators() -> Iterator[int]:
+    """Yield the processes that are virtual machines."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and _is_emulator(int(entry.name)):
+            yield int(entry.name)
+
+
+def written(process: int) -> tuple[OpenFile, ...] | None:
+    """Return the files that a process may write to; None if we may not look.
+
+    Scratch files are left out, and what it says (its standard descriptors).
+    """
+    try:
+        with os.scandir(f"/proc/{process}/fd") as entries:
+            descriptors = {entry.name for entry in entries} - _STANDARD
+    except FileNotFoundError:
+        return ()
+    except OSError:
+        return None
+    found = (_written(process, name) for name in descriptors)
+    return tuple(one for one in found if one is not None)
+
+
+def descriptor(process: int, number: int) -> int:
+    """Open the file of a process's descriptor anew, if it is one without a name that it may write to.
+
+    The caller closes it. Raises OSError.
+    """
+    if not _may_write(process, str(number)):
+        raise PermissionError(f"the process {process} may not write to its descriptor {number}")
+    opened = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    found = os.fstat(opened)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink:
+        os.close(opened)
+        raise FileNotFoundError(f"the descriptor {number} of the process {process} is no file without a name")
+    return opened
+
+
+def _is_emulator(process: int) -> bool:
+    program = _program(process)
+    return program == "kvm" or program.startswith(_EMULATORS)
+
+
+def _program(process: int) -> str:
+    folder = Path("/proc", str(process))
+    try:
+        return (folder / "exe").readlink().name.removesuffix(_DELETED)
+    except PermissionError:  # of somebody else
+        with suppress(OSError):
+            return (folder / "comm").read_text(errors="replace").strip()
+    except OSError:  # of the kernel, or gone
+        pass
+    return ""
+
+
+def _written(process: int, name: str) -> OpenFile | None:
+    path = f"/proc/{process}/fd/{name}"
+    with suppress(OSError):  # closed meanwhile
+        device, link = _device(os.stat(path)), os.readlink(path)  # noqa: PTH115, PTH116
+        if device is not None and not _is_scratch(link) and _may_write(process, name):
+            return OpenFile(device, link)
+    return None
+
+
+def _device(found: os.stat_result) -> int | None:
+    """Return the file system that a write to a file takes room from; None if there is none."""
+    if stat.S_ISREG(found.st_mode):
+        return found.st_dev
+    if stat.S_ISBLK(found.st_mode) and os.major(found.st_rdev) == _LOOP_MAJOR:
+        behind = Path(f"/sys/dev/block/{_LOOP_MAJOR}:{os.minor(found.st_rdev)}/loop/backing_file")
+        return Path(behind.read_text().strip()).stat().st_dev
+    return None
+
+
+def _may_write(process: int, name: str) -> bool:
+    with open(f"/proc/{process}/fdinfo/{name}", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+        flags = next((line.split()[1] for line in file if line.startswith("flags:")), "0")
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _is_scratch(link: str) -> bool:
+    """Whether a file is a run's scratch, whose room is set aside: its growth takes none."""
+    name = link.rpartition("/")[2]
+    return bool(_NAMELESS.fullmatch(name)) or name.startswith(PREFIX)
