@@ -1,66 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Disks that are more than a file with a format over it: data files, filters, encryption."""
 
-import json
 import os
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from fixtures.machine import Disk, Machine
-from fixtures.simulated import virtual_size
+from fixtures.machine import Machine
+from fixtures.shapes import Nodes, over, shaped
 
 MIB = 1 << 20
-BEFORE = [
-    *("-object", "secret,id=key,data=open", "-object", "throttle-group,id=slow"),
-    *("-blockdev", "driver=null-co,node-name=old,size=16777216,read-zeroes=on"),
-]
-"""What the disks' nodes may refer to."""
-Nodes = dict[str, Any]
-
-
-class Shaped(Disk):
-    """A disk whose nodes the test says. They are made by `node`, from those that it would have."""
-
-    node_of: Callable[[Nodes], Nodes]
-
-    def arguments(self) -> list[str]:
-        (blockdev, node, *rest) = super().arguments()
-        return [blockdev, json.dumps(type(self).node_of(json.loads(node))), *rest]
-
-
-def shaped(node_of: Callable[[Nodes], Nodes], *create: str) -> type[Machine]:
-    """Return a machine whose disks have these nodes. create: qemu-img's options to make them anew with."""
-
-    class Kind(Shaped):
-        pass
-
-    Kind.node_of = staticmethod(node_of)
-
-    class ShapedMachine(Machine):
-        def arguments(self) -> list[str]:
-            return [*BEFORE, *super().arguments()]
-
-        def __init__(self, build, disks, **options):
-            super().__init__(build, [Kind(**vars(disk)) for disk in disks], **options)
-            for disk in self.disks if create else ():
-                size, options = virtual_size(disk), [one.format(disk.path) for one in create]
-                command = [build.tool("qemu-img"), "create", "-q", *options, disk.path, str(size)]
-                subprocess.run(command, check=True, timeout=30)
-
-    return ShapedMachine
-
-
-def over(driver: str, **more: Any) -> Callable[[Nodes], Nodes]:
-    """Put a filter of the user's own over a disk."""
-
-    def node_of(node: Nodes) -> Nodes:
-        named = {"driver": driver, "node-name": node["node-name"], "discard": "unmap"}
-        return {**named, **more, "file": {**node, "node-name": f"{node['node-name']}-below"}}
-
-    return node_of
 
 
 def begun(make_lab, build, kind: type[Machine], **options: Any):
