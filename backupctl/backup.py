@@ -207,6 +207,7 @@ class _Run:
         self.clients = ExitStack()
         self.exports: tuple[export.Export, ...] = ()
         self.view: View | None = None
+        self.scratches = scratch.Scratches(self.monitor, self.options.scratch, None)
 
     def make(self) -> RunReport:
         """Take the point; whatever happens, bring the VM to rest."""
@@ -392,7 +393,11 @@ class _Run:
             raise self._unsettled(failure, err) from (failure or err)
 
     def _our_clients(self) -> cleanup.Clients:
-        return cleanup.Clients(drain=lambda: export.drain(self.exports), let_go=self._let_go)
+        return cleanup.Clients(
+            drain=lambda: export.drain(self.exports),
+            let_go=self._let_go,
+            give_back=self.scratches.empty,
+        )
 
     def _let_go(self) -> None:
         """Close our NBD clients and the guard's duplicates; no export is left that they could hurt."""
@@ -450,8 +455,8 @@ class _Run:
             can = sure and not snapshot_access.why_not(self.monitor, [cut.disk for cut in cuts])
             wish = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
-        scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
-        return kind(self.monitor, self.owner, cuts, self.rooms, scratches)
+        self.scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
+        return kind(self.monitor, self.owner, cuts, self.rooms, self.scratches)
 
     def _cuts(self) -> list[Cut]:
         assert self.point is not None

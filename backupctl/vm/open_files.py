@@ -72,17 +72,19 @@ def written(process: int) -> tuple[OpenFile, ...] | None:
 
 
 def descriptor(process: int, number: int) -> int:
-    """Open the file of a process's descriptor anew, if it is one without a name that it may write to.
+    """Open the scratch file anew that a process has as this descriptor, and may write to.
 
-    The caller closes it. Raises OSError.
+    Any other file is refused: QEMU's memory may be one without a name, too. The caller closes it. Raises
+    OSError.
     """
-    if not _may_write(process, str(number)):
-        raise PermissionError(f"the process {process} may not write to its descriptor {number}")
-    opened = os.open(f"/proc/{process}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+    path = f"/proc/{process}/fd/{number}"
+    if not _may_write(process, str(number)) or not _is_scratch(os.readlink(path)):  # noqa: PTH115
+        raise PermissionError(f"the descriptor {number} of the process {process} is no scratch file")
+    opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     found = os.fstat(opened)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink:
         os.close(opened)
-        raise FileNotFoundError(f"the descriptor {number} of the process {process} is no file without a name")
+        raise FileNotFoundError(f"the descriptor {number} of the process {process} has a name")
     return opened
 
 
