@@ -140,7 +140,10 @@ def _prepare(
     scratch.check_folder(options.scratch)
     nodes = disks.named_nodes(monitor)
     folders = repository.path, options.scratch
-    return plan, tuple(Filling.of_run(one, monitor, inventory.disks, nodes) for one in folders)
+    filling = tuple(Filling.of_run(one, monitor, inventory.disks, nodes) for one in folders)
+    for one in filling:
+        one.check()
+    return plan, filling
 
 
 def _rooms(

@@ -7,7 +7,6 @@ there is asked of the processes on this machine, and only then; of the VM that i
 well. What can't be told counts as there.
 """
 
-import os
 import stat
 import time
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from backupctl.report import Stop
 from backupctl.vm import open_files
 from backupctl.vm.disks import Disk
 from backupctl.vm.monitor import Monitor
+from backupctl.vm.open_files import Place
 from backupctl.vm.reply import flag, understood
 from backupctl.vm.scratch import LOW_BYTES, free_bytes
 
@@ -51,15 +51,15 @@ class Filling:
 
         Raises MonitorError.
         """
-        device = folder.stat().st_dev
+        place = Place.of(folder)
         # Somebody else may have made the socket, or stand between.
         process = monitor.process if monitor.process and open_files.is_qemu(monitor.process) else None
-        if names := ", ".join(disk.name for disk in disks if _device(disk.filename) == device):
+        if names := ", ".join(disk.name for disk in disks if _lies(disk.filename, place)):
             return cls(folder, f"{names} lies on it too", process)
         if process is not None and open_files.written(process) is not None:
             return cls(folder, "", process)
         with understood("description of its block nodes"):
-            return cls(folder, _named(nodes, device), process)
+            return cls(folder, _named(nodes, place), process)
 
     def check(self, error: type[Failed] = Failed) -> None:
         """Raise `error` if room is becoming scarce that a virtual machine may need."""
@@ -77,8 +77,7 @@ class Filling:
         """Say what of virtual machines lies, or may lie, on this file system; "" if nothing does."""
         if self._told:
             return self._told
-        device = self.folder.stat().st_dev
-        doubt = ""
+        place, doubt = Place.of(self.folder), ""
         for process in sorted({*open_files.emulators(), *([self._process] if self._process else [])}):
             files = open_files.written(process)
             if files is None:
@@ -86,7 +85,7 @@ class Filling:
                     f"a disk of another VM may lie on it (the files of process {process} can't be looked at)"
                 )
             for file in files or ():
-                if file.device == device:
+                if file.place.shared_with(place):
                     return f"{file.path:.300} of the VM of process {process} lies on it too"
         return doubt
 
@@ -102,27 +101,26 @@ def watching(stop: Stop, target: Path) -> Stop:
     return stop.also(lambda: filling.check(WriteFailed))
 
 
-def _named(nodes: Mapping[NodeName, Mapping[str, Any]], device: int) -> str:
-    """Say which files on a device the nodes name, or which name tells us nothing."""
+def _named(nodes: Mapping[NodeName, Mapping[str, Any]], place: Place) -> str:
+    """Say which file that the nodes name takes its room there, or which name tells us nothing."""
     doubt = ""
     for name, node in nodes.items():
         if node["drv"] != "file" or flag(node.get("ro", False)) or name.startswith(PREFIX):
             continue
         filename = str(node["image"]["filename"])[:4096]
-        found = _device(filename)
-        if found == device:
+        lies = _lies(filename, place)
+        if lies:
             return f"{filename:.300} of the VM lies on it too"
-        if found is None:
+        if lies is None:
             doubt = f"{filename:.300} of the VM may lie on it, which can't be told from here"
     return doubt
 
 
-def _device(filename: str) -> int | None:
-    """Return the file system of a file that is named to us as it is to QEMU; None if that can't be told."""
+def _lies(filename: str, place: Place) -> bool | None:
+    """Whether a file takes its room there; None if it can't be seen by the name that QEMU has for it."""
     if not filename.startswith("/") or filename.startswith("/dev/fdset/"):
         return None
     try:
-        found = os.stat(filename)  # noqa: PTH116 - any text
+        return stat.S_ISREG(Path(filename).stat().st_mode) and Place.of(filename).shared_with(place)
     except (OSError, ValueError):
         return None
-    return found.st_dev if stat.S_ISREG(found.st_mode) else -1

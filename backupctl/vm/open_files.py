@@ -26,10 +26,32 @@ _NAMELESS = re.compile(r"#[0-9]+ \(deleted\)")
 
 
 @dataclass(frozen=True)
-class OpenFile:
-    """A file that a process may write to. device: of its file system. path: as the process sees it."""
+class Place:
+    """Where a file takes its room from. device: the file system's number. free_bytes: what is left there."""
 
     device: int
+    free_bytes: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> "Place":
+        """Look at a file or folder. Raises OSError, ValueError."""
+        told = os.statvfs(path)
+        return cls(os.stat(path).st_dev, told.f_bavail * told.f_frsize)  # noqa: PTH116 - any text
+
+    def shared_with(self, other: "Place") -> bool:
+        """Whether two files take their room from one place.
+
+        Parts of one pool (subvolumes of btrfs, data sets of ZFS) have numbers of their own; that they have
+        the same left, to the byte, tells them.
+        """
+        return self.device == other.device or 0 < self.free_bytes == other.free_bytes
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file that a process may write to. path: as the process sees it."""
+
+    place: Place
     path: str
 
 
@@ -108,19 +130,20 @@ def _program(process: int) -> str:
 def _written(process: int, name: str) -> OpenFile | None:
     path = f"/proc/{process}/fd/{name}"
     with suppress(OSError):  # closed meanwhile
-        device, link = _device(os.stat(path)), os.readlink(path)  # noqa: PTH115, PTH116
-        if device is not None and not _is_scratch(link) and _may_write(process, name):
-            return OpenFile(device, link)
+        place, link = _place(path), os.readlink(path)  # noqa: PTH115
+        if place is not None and not _is_scratch(link) and _may_write(process, name):
+            return OpenFile(place, link)
     return None
 
 
-def _device(found: os.stat_result) -> int | None:
-    """Return the file system that a write to a file takes room from; None if there is none."""
+def _place(path: str) -> Place | None:
+    """Return where a write to a file takes room; None if nowhere. Raises OSError."""
+    found = os.stat(path)  # noqa: PTH116
     if stat.S_ISREG(found.st_mode):
-        return found.st_dev
+        return Place.of(path)
     if stat.S_ISBLK(found.st_mode) and os.major(found.st_rdev) == _LOOP_MAJOR:
         behind = Path(f"/sys/dev/block/{_LOOP_MAJOR}:{os.minor(found.st_rdev)}/loop/backing_file")
-        return Path(behind.read_text().strip()).stat().st_dev
+        return Place.of(behind.read_text().strip())
     return None
 
 
