@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +12,11 @@ from fixtures.machine import Machine
 from fixtures.shapes import Nodes, over, shaped
 
 MIB = 1 << 20
+
+
+def quick(names: Iterable[str], most: str) -> list[object]:
+    """Return parameters, of which all but one are for `make test-long`."""
+    return [pytest.param(name, marks=() if name == most else pytest.mark.slow) for name in names]
 
 
 def begun(make_lab, build, kind: type[Machine], **options: Any):
@@ -50,9 +56,9 @@ def test_the_bitmap_of_a_disk_with_a_data_file_is_not_trusted_after_a_restart(bu
     lab.next_is_right()
 
 
-def test_a_stored_bitmap_of_a_disk_with_a_data_file_is_not_trusted(build, make_lab):
+def test_a_stored_bitmap_of_a_disk_with_a_data_file_is_not_trusted(build72, make_lab):
     """Whoever stored it, and however sound it looks."""
-    lab = begun(make_lab, build, DATA_FILE)
+    lab = begun(make_lab, build72, DATA_FILE)
     point = lab.backup("full")["point"]
     (name,) = lab.machine.bitmaps()["node-vda"]
     for command, more in (("remove", {}), ("add", {"persistent": True, "granularity": 65536})):
@@ -76,7 +82,7 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", quick(FILTERS, "copy-before-write"))
 def test_a_filter_of_the_users_own_is_no_job(name, build, make_lab):
     lab = begun(make_lab, build, shaped(FILTERS[name]))
     full = lab.backup("full")
@@ -85,8 +91,8 @@ def test_a_filter_of_the_users_own_is_no_job(name, build, make_lab):
     assert lab.cli.json("status", "web")["disks"][0]["next"] == "incremental"
 
 
-def test_a_job_whose_filter_has_a_name_is_told_from_a_users_filter(build, make_lab):
-    lab = begun(make_lab, build, shaped(FILTERS["throttle"]))
+def test_a_job_whose_filter_has_a_name_is_told_from_a_users_filter(build10, make_lab):
+    lab = begun(make_lab, build10, shaped(FILTERS["throttle"]))
     job = {"job-id": "theirs", "device": "node-vda", "target": "old", "sync": "none"}
     assert lab.machine.qmp("blockdev-backup", **job, **{"filter-node-name": "named"}) == {}
     told = lab.backup("full", code=1)["error"]
@@ -134,7 +140,7 @@ ENCRYPTED = {
 }
 
 
-@pytest.mark.parametrize("name", ENCRYPTED)
+@pytest.mark.parametrize("name", quick(ENCRYPTED, "below"))
 def test_that_the_backup_of_an_encrypted_disk_is_not_encrypted_is_told(name, build, make_lab):
     node_of, *create = ENCRYPTED[name]
     lab = begun(make_lab, build, shaped(node_of, *create))

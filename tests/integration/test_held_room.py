@@ -4,6 +4,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,18 +18,19 @@ def kept_bytes(lab) -> int:
     """Return what QEMU's open files without a name take on the disk."""
     folder, total = Path(f"/proc/{lab.machine.process.pid}/fd"), 0
     for one in folder.iterdir():
-        if str(lab.cli.scratch) in os.readlink(one):
-            total += one.stat().st_blocks * 512
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if str(lab.cli.scratch) in os.readlink(one):
+                total += one.stat().st_blocks * 512
     return total
 
 
-@pytest.mark.parametrize("state", ["paused", "prelaunch"])
+@pytest.mark.parametrize("state", ["paused", pytest.param("prelaunch", marks=pytest.mark.slow)])
 def test_runs_of_a_vm_that_stands_still_keep_no_room(state, build, make_lab):
     lab = make_lab(build, {"vda": 16 * MIB}, extra=["-S"] if state == "prelaunch" else [])
     if state == "paused":
         lab.machine.qmp("stop")
     assert lab.machine.qmp("query-status")["status"] == state
-    for _ in range(3):
+    for _ in range(2):
         lab.writer.write(10)
         lab.backup("incremental")
         assert kept_bytes(lab) == 0
@@ -49,8 +51,8 @@ def test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_p
     assert "room that can't be told from here" in told
 
 
-def test_the_room_of_a_dead_run_of_a_paused_vm_is_told_and_given_back(build, make_lab):
-    lab = make_lab(build, {"vda": 16 * MIB})
+def test_the_room_of_a_dead_run_of_a_paused_vm_is_told_and_given_back(build72, make_lab):
+    lab = make_lab(build72, {"vda": 16 * MIB})
     lab.writer.do("vda", "data", 0, 8 * MIB, 0x33)
     lab.machine.qmp("stop")
     with lab.cli.start("full", "web", "--limit", "1M") as run:
