@@ -229,11 +229,13 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
 def _filling(monitor: Monitor, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
     """Whether what a run fills is what a guest may need."""
     nodes, low = disks.named_nodes(monitor), scratch.LOW_BYTES
-    for subject, folder in (("repository", _existing(path)), ("scratch", _existing(options.scratch))):
+    for folder in dict.fromkeys((_existing(path), _existing(options.scratch))):
         if who := Filling.of_run(folder, monitor, inventory.disks, nodes).who():
             verdict: Verdict = "bad" if scratch.free_bytes(folder) < low else "ok"
             said = f"on the file system of {folder}, {who}: a run is given up when {_mib(low)} are left"
-            yield Finding(subject, verdict, said, "" if verdict == "ok" else "more room, or another disk")
+            yield Finding(
+                "file system", verdict, said, "" if verdict == "ok" else "more room, or another disk"
+            )
 
 
 def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
