@@ -53,10 +53,11 @@ from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scratch, snapshot_access
 from backupctl.vm.disks import Disk, Inventory
+from backupctl.vm.filling import Filling
 from backupctl.vm.fleecing import Fleecing
 from backupctl.vm.guard import Guard, Thawed
 from backupctl.vm.monitor import Monitor
-from backupctl.vm.room import Room, Shared
+from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
 from backupctl.vm.view import Cut, View
 
@@ -100,12 +101,23 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
         recorded = recovery.newest_recorded(monitor, repository.owner)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
-        plan, shared = _prepare(vm, repository, folder, options, monitor, reporter)
-        rooms = _rooms(plan, options, monitor, reporter)
+        plan, filling = _prepare(vm, repository, folder, options, monitor, reporter)
+        rooms = _rooms(plan, options, monitor, reporter, others=filling[-1].who())
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
             return _Run(
-                vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms, shared, recorded
+                vm,
+                repository,
+                folder,
+                options,
+                reporter,
+                stop,
+                monitor,
+                guard,
+                plan,
+                rooms,
+                filling,
+                recorded,
             ).make()
 
 
@@ -116,8 +128,11 @@ def _prepare(
     options: RunOptions,
     monitor: Monitor,
     reporter: Reporter,
-) -> tuple[Plan, Shared]:
-    """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
+) -> tuple[Plan, tuple[Filling, ...]]:
+    """Step 1, after recovery: what can be known beforehand is checked before anything is touched.
+
+    Returns, besides the plan, what the run fills: the repository, and last the scratch folder.
+    """
     inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
@@ -136,7 +151,13 @@ def _prepare(
         long=partial(chain.long, folder, options.max_chain),
     )
     _tell(plan, options, reporter)
-    return plan, Shared.by(repository.path, inventory.disks)
+    scratch.check_folder(options.scratch)
+    nodes = disks.named_nodes(monitor)
+    folders = repository.path, options.scratch
+    filling = tuple(Filling.of_run(one, monitor, inventory.disks, nodes) for one in folders)
+    for one in filling:
+        one.check()
+    return plan, filling
 
 
 def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
@@ -151,10 +172,12 @@ def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, t
     return inventory, chosen
 
 
-def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter) -> tuple[Room, ...]:
-    """Share out the scratch folder's room; part of step 1. Raises Refused."""
+def _rooms(
+    plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter, *, others: str
+) -> tuple[Room, ...]:
+    """Share out the scratch folder's room; part of step 1. others: as for `room.survey`. Raises Refused."""
     chosen = [one.disk for one in plan.disks]
-    rooms = room.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+    rooms = room.survey(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
     if short := [disk.name for disk, one in zip(chosen, rooms, strict=True) if one.size < one.wanted]:
         has, wants = sum(one.size for one in rooms), sum(one.wanted for one in rooms)
         reporter.warn(
@@ -172,12 +195,17 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
         if one.reason:
             how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
             reporter.note(f"{one.disk.name} {how}: {one.reason}")
+        # Told anew each night these would hide what is new; `doctor` goes on telling them.
+        tell = reporter.note if plan.parent else reporter.warn
         if not one.disk.persistent:
-            # Told anew each night it would hide what is new; `doctor` goes on telling it.
-            tell = reporter.note if plan.parent else reporter.warn
             tell(
                 f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
                 "after a restart of QEMU its next incremental must read all of it"
+            )
+        if one.disk.encrypted:
+            tell(
+                f"{one.disk.name} is encrypted in the VM, and is stored as the guest sees it, in plain text: "
+                "encrypt the repository's file system if that matters"
             )
 
 
@@ -195,7 +223,7 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
-    shared: Shared
+    filling: tuple[Filling, ...]
     recorded: PointId | None
     started: datetime = field(init=False)
     step: str = "attach"
@@ -208,6 +236,7 @@ class _Run:
         self.clients = ExitStack()
         self.exports: tuple[export.Export, ...] = ()
         self.view: View | None = None
+        self.scratches = scratch.Scratches(self.monitor, self.options.scratch, None)
 
     def make(self) -> RunReport:
         """Take the point; whatever happens, bring the VM to rest."""
@@ -365,7 +394,8 @@ class _Run:
         self.guard.check()
         if self.view is not None:
             self.view.check()
-        self.shared.check()
+        for one in self.filling:
+            one.check()
 
     def _bring_to_rest(self, failure: BaseException | None) -> None:
         """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.
@@ -392,7 +422,11 @@ class _Run:
             raise self._unsettled(failure, err) from (failure or err)
 
     def _our_clients(self) -> cleanup.Clients:
-        return cleanup.Clients(drain=lambda: export.drain(self.exports), let_go=self._let_go)
+        return cleanup.Clients(
+            drain=lambda: export.drain(self.exports),
+            let_go=self._let_go,
+            give_back=self.scratches.empty,
+        )
 
     def _let_go(self) -> None:
         """Close our NBD clients and the guard's duplicates; no export is left that they could hurt."""
@@ -450,8 +484,8 @@ class _Run:
             can = sure and not snapshot_access.why_not(self.monitor, [cut.disk for cut in cuts])
             wish = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
-        scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
-        return kind(self.monitor, self.owner, cuts, self.rooms, scratches)
+        self.scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
+        return kind(self.monitor, self.owner, cuts, self.rooms, self.scratches)
 
     def _cuts(self) -> list[Cut]:
         assert self.point is not None

@@ -36,6 +36,7 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.proving import Prover, Range
 from backupctl.transfer.source import Source
+from backupctl.vm import filling
 
 _CONNECTIONS = 2
 _WINDOW_CLUSTERS = 1 << 16
@@ -125,8 +126,9 @@ def _works(
         path, kind = wanted[entry.name]
         target = _target(folder, path, kind, named=image_format is not None)
         expected = chain.logical(layers[entry.name], entry.size)
+        both = filling.watching(stop, target.path)
         works.append(
-            _Work(entry.name, layers[entry.name], target, expected, _room(target, entry.size), reporter, stop)
+            _Work(entry.name, layers[entry.name], target, expected, _room(target, entry.size), reporter, both)
         )
     return works
 

@@ -22,6 +22,7 @@ from backupctl.repository.images import ImageFormat
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.vm_folder import Point, VmFolder
 from backupctl.transfer.proving import Range
+from backupctl.vm import filling
 
 STDOUT = "-"
 _STDOUT_DESCRIPTOR = 1
@@ -166,6 +167,8 @@ def _restore(
     def progress(done_bytes: int) -> None:
         reporter.progress(entry.name, done_bytes, entry.size)
 
+    if work.target != STDOUT:
+        stop = filling.watching(stop, Path(work.target))
     reading = Readout(folder.name, point, work.layers, force, stop, progress)
     try:
         _read_out(reading, work, force)

@@ -26,7 +26,7 @@ from qemu.qmp.qmp_client import BadReplyError
 from backupctl.errors import CommandFailed, Interrupted, MonitorError, MonitorUnreachable, OutcomeUnknown
 from backupctl.report import Stop
 from backupctl.settings import Address
-from backupctl.vm import reply
+from backupctl.vm import open_files, reply
 
 T = TypeVar("T")
 _LOOK_SECONDS = 0.2
@@ -102,7 +102,8 @@ class Version:
 class Monitor:
     """A connection to one QEMU's monitor; `connect` makes one.
 
-    address: where it is. timeout_seconds: the longest that any one command may take.
+    address: where it is. timeout_seconds: the longest that any one command may take. process: who listens
+    there (QEMU, or who made the socket for it), None if that can't be told.
     """
 
     def __init__(self, address: Address, timeout_seconds: float) -> None:
@@ -113,6 +114,7 @@ class Monitor:
         self._broken = ""
         self.version = Version(0, 0, 0)
         self.commands: frozenset[str] = frozenset()
+        self.process: int | None = None
 
     @classmethod
     def connect(cls, address: Address, timeout_seconds: float, stop: Stop | None = None) -> Self:
@@ -123,7 +125,9 @@ class Monitor:
         """
         self = cls(address, timeout_seconds)
         try:
-            self._run(self._client.connect(address.connect(timeout_seconds)), stop=stop)
+            connection = address.connect(timeout_seconds)
+            self.process = open_files.peer(connection)
+            self._run(self._client.connect(connection), stop=stop)
             self.version = _version(self.execute("query-version"))
             self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
         except TimeoutError as err:

@@ -22,7 +22,7 @@ from backupctl.vm import reply
 from backupctl.vm.monitor import Monitor
 
 LOW_BYTES = 256 * 1024 * 1024
-"""Where no room can be set aside, a run is given up when its file system has less than this left."""
+"""What is left of a file system, at the least, where guests or scratch files may need it."""
 _KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
 
 
@@ -91,6 +91,15 @@ class Scratches:
         """Raise Failed when room that could not be set aside becomes scarce."""
         if not all(one.reserved for one in self.made):
             _check_left(self.folder)
+
+    def empty(self) -> None:
+        """Free the files' room; no node may stand on them any more. Never raises.
+
+        A paused VM keeps its descriptors, whatever it is told (before QEMU 9.1), and with them the room.
+        """
+        for one in self.made:
+            with suppress(OSError):
+                os.ftruncate(one.descriptor, 0)
 
     def close(self) -> None:
         """Close our descriptors. Never raises."""

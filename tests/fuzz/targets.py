@@ -102,6 +102,7 @@ GRAPH = {
 }
 LISTED = [{"name": "type", "type": "string"}, {"name": "vda", "type": "child<virtio-blk-pci>"}]
 MACHINE = {"query-named-block-nodes": NODES, "query-block": DEVICES, "qom-list": LISTED}
+MACHINE |= {"query-block-jobs": [{"device": "job"}], "x-debug-query-block-graph": GRAPH}
 EXPORTS = [{"id": "e", "node-name": "n0", "type": "vhost-user-blk"}]
 
 
@@ -119,6 +120,7 @@ class Told:
 
 def inventory(content: bytes) -> disks.Inventory:
     told = Told(as_object(content))
+    told.commands = frozenset({"x-debug-query-block-graph"})
     return disks.inventory(told)  # type: ignore[arg-type]
 
 

@@ -295,4 +295,26 @@ BUGS = (
         "        if not len(wrong):\n",
         "unit/repository/test_restore_damaged.py::test_damaged_data_is_refused_by_range_and_nothing_is_left",
     ),
+    Bug(
+        "a stored bitmap is trusted wherever the data lie",
+        "vm/disks.py",
+        "        return not (self.apart and bitmap.persistent)\n",
+        "        return True\n",
+        "unit/vm/test_graph.py::test_of_a_disk_with_a_data_file_only_a_bitmap_of_this_qemus_life_is_used",
+    ),
+    Bug(
+        "the process of the VM at hand is not looked at",
+        "vm/filling.py",
+        "sorted({*open_files.emulators(), *([self._process] if self._process else [])})",
+        "sorted({*open_files.emulators()})",
+        "unit/vm/test_filling.py::test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator",
+    ),
+    Bug(
+        "scratch files are let go of as they are",
+        "vm/cleanup.py",
+        "    clients.give_back()\n",
+        "    pass\n",
+        "integration/test_held_room.py::"
+        "test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process[7.2]",
+    ),
 )
