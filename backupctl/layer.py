@@ -50,7 +50,6 @@ class Taker:
         path = self.partial.path / f"{disk.name}.qcow2"
         layers = chain.below(self.partial.folder, one.base, disk.name)
         below = chain.logical(layers, disk.size)
-        images.create_layer(path, disk.size, f"../{one.base}/{disk.name}.qcow2" if one.base else None)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
         newest = below
@@ -61,23 +60,27 @@ class Taker:
         if newest is not below:
             marks.data_where_they_differ(below, newest)
         total = marks.marked_bytes()
-        with (
-            moving(disk.name, f"{path.name} in {self.partial.folder.path}"),
-            closing(Recorder(below, self.partial.path)) as recorder,
-            images.serve((path, *(layer.path for layer in layers)), writable=True) as address,
-            open_target(address, images.EXPORT, check=self.check) as target,
-        ):
-            copied = Copy(
-                source,
-                target,
-                self.limiter,
-                check=self.check,
-                progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
-                stall_seconds=self.stall_seconds,
-                sieve=recorder,
-            ).run(marks.extents())
-            checksum = digests.write_parts(digests.path_of(path), disk.size, recorder.count(), recorder.parts)
-        stored = path.stat()
+        link = f"../{one.base}/{disk.name}.qcow2" if one.base else None
+        with images.new_layer(path, disk.size, link) as image:
+            with (
+                moving(disk.name, f"{path.name} in {self.partial.folder.path}"),
+                closing(Recorder(below, self.partial.path)) as recorder,
+                chain.opened(layers) as opened,
+                images.serve((image, *opened), writable=True) as address,
+                open_target(address, images.EXPORT, check=self.check) as target,
+            ):
+                copied = Copy(
+                    source,
+                    target,
+                    self.limiter,
+                    check=self.check,
+                    progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
+                    stall_seconds=self.stall_seconds,
+                    sieve=recorder,
+                ).run(marks.extents())
+                map_path, count = digests.path_of(path), recorder.count()
+                checksum = digests.write_parts(map_path, disk.size, count, recorder.parts)
+            stored = image.stat()
         return DiskEntry(
             name=disk.name,
             kind=one.kind,

@@ -17,9 +17,10 @@ from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
 from backupctl.errors import DamageFound, ReadFailed, RepositoryError
 from backupctl.report import Stop
-from backupctl.repository import digests, header, images
+from backupctl.repository import digests, images
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
+from backupctl.repository.open_image import OpenImage
 from backupctl.transfer import reading
 from backupctl.transfer.reading import Clusters
 from backupctl.transfer.source import Source
@@ -83,50 +84,57 @@ class Proof:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Look at everything. progress: told the bytes of data read. Raises Interrupted."""
-        if not self._opens():
+        try:
+            image = self._layer.open_unchecked()
+        except DamageFound as err:
+            self._flaw("image", err.message, None)
             return
-        self._check_tables()
+        with image:
+            if self._opens(image):
+                self._prove(image, progress)
+
+    def _prove(self, image: OpenImage, progress: Callable[[int], None]) -> None:
+        self._check_tables(image)
         if isinstance(self._held, DamageFound):
             self._flaw("digests", self._held.message, None, digests.path_of(self._layer.path))
             return
         try:
-            self._compare(self._held.records, progress)
+            self._compare(image, self._held.records, progress)
         except (ReadFailed, RepositoryError) as err:
             self._flaw("image", f"{self._layer.path} can't be read: {err.message}", None)
 
-    def _opens(self) -> bool:
+    def _opens(self, image: OpenImage) -> bool:
         """Check the image's header; whether QEMU can open it without harm.
 
         One that was cut off can be: its data tells what is lost.
         """
-        path = self._layer.path
         try:
             if self._merging:
-                self.notes.append(f"{path}: a prune has not ended yet; the next one goes on with it")
-                header.read(path)
+                self.notes.append(f"{image.path}: a prune has not ended yet; the next one goes on with it")
+                image.header()
             else:
-                self._layer.check()
+                self._layer.check_open(image)
             return True
         except DamageFound as err:
             self._flaw("image", err.message, None)
         try:
-            return header.read(path).size == self._layer.entry.size
+            return image.header().size == self._layer.entry.size
         except DamageFound:
             return False
 
-    def _check_tables(self) -> None:
+    def _check_tables(self, image: OpenImage) -> None:
         path = self._layer.path
-        tables = images.check(path)
+        tables = images.check(image)
         if tables.leaks:
             self.notes.append(f"{path}: {tables.leaks} clusters that nothing uses: no harm")
         if tables.errors:
             self._flaw("image", f"{path}: qemu-img check: {tables.said}", _NONE)
 
-    def _compare(self, records: Records, progress: Callable[[int], None]) -> None:
+    def _compare(self, image: OpenImage, records: Records, progress: Callable[[int], None]) -> None:
         """Compare what the layer stores with its digest map."""
         named = records["cluster"]
         with (
-            images.serve((self._layer.path,)) as address,
+            images.serve((image,)) as address,
             closing(
                 Source.connect([address] * _CONNECTIONS, images.EXPORT, depth=True, borne=True)
             ) as source,

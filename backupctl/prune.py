@@ -28,6 +28,7 @@ from backupctl.repository import chain, images, locks, markers, merge, retention
 from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
+from backupctl.repository.open_image import OpenImage
 from backupctl.repository.retention import Decision, Held, Rules
 from backupctl.repository.vm_folder import Partial, Point, VmFolder
 from backupctl.transfer import copy
@@ -248,16 +249,17 @@ class _Work:
         self.reporter.step(f"merge {disk} of {upper.id} into {lower.id}")
         try:
             one = Merge.of(upper, chain.layers(self.folder, upper, disk))
-            with locks.folder(lower.path, _PATIENCE_SECONDS):
-                # Nobody reads it now, and it is no point any more: who comes from here on reads it through
-                # the layer on it, which masks all that is going to be written.
-                one.mark()
-            try:
-                written_bytes = self._pour(one)
-            except BackupctlError:
-                one.forsake()  # or a want of room would last until the next prune, and keep backups out
-                raise
-            one.describe()
+            with ExitStack() as held:
+                with locks.folder(lower.path, _PATIENCE_SECONDS):
+                    # Nobody reads it now, and it is no point any more: who comes from here on reads it
+                    # through the layer on it, which masks all that is going to be written.
+                    image = held.enter_context(one.mark())
+                try:
+                    written_bytes = self._pour(one, image)
+                except BackupctlError:
+                    one.forsake()  # or a want of room would last until the next prune, and keep backups out
+                    raise
+                one.describe(image)
         except Locked as err:
             self._skip(upper, disk, f"{disk} of {upper.id} is not merged: {err.message}")
         except DamageFound as err:
@@ -281,16 +283,17 @@ class _Work:
         assert after is not None
         Layer.of(done, after).check()
 
-    def _pour(self, one: Merge) -> int:
+    def _pour(self, one: Merge, image: OpenImage) -> int:
         """Write what the merged image lacks, each cluster compared with its digest; returns how much."""
         read = one.layers[:1] if one.in_place else one.layers
         prover = Prover(chain.logical(read, one.size), partial(_refuse_damaged, one), zeroes=True)
         total = sum(len(part) for part in one.written()) * clusters.CLUSTER_BYTES
         with (
             moving(str(one.upper.path), str(one.image)),
-            images.serve([layer.path for layer in read]) as served,
+            chain.opened(read) as opened,
+            images.serve(opened) as served,
             closing(Source.connect([served] * _CONNECTIONS, images.EXPORT)) as source,
-            images.serve((one.image,), writable=True, in_use=one.in_place) as address,
+            images.serve((image,), writable=True, in_use=one.in_place) as address,
             open_target(address, images.EXPORT, check=self._look, flush_seconds=copy.DISK_SECONDS) as target,
         ):
             copied = Copy(
@@ -302,7 +305,7 @@ class _Work:
                 sieve=prover,
                 unreadable=lambda extent: _refuse_damaged(one, [(extent.offset, extent.length)]),
             ).run(extent for part in one.written() for extent in _extents(part, one.size))
-            cut = one.cut_cluster() if one.in_place else None
+            cut = one.cut_cluster(image) if one.in_place else None
             if cut is not None:
                 blank = Extent(*cut, zero=True)
                 Copy(source, target, TokenBucket(None), self.stop.check, lambda _done: None).run([blank])

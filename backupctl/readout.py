@@ -12,7 +12,6 @@ What does not agree with its digest is refused; with `force` it is let through, 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from backupctl.clusters import CLUSTER_BYTES, Logical
 from backupctl.errors import DamageFound, ReadFailed
@@ -21,6 +20,7 @@ from backupctl.report import Stop
 from backupctl.repository import chain, images
 from backupctl.repository.chain import Layer
 from backupctl.repository.images import ImageFormat
+from backupctl.repository.open_image import OpenImage
 from backupctl.transfer import extents, marks
 from backupctl.transfer.connection import Connection
 from backupctl.transfer.copy import Copy, open_target
@@ -58,7 +58,7 @@ class Readout:
         """The disk's virtual size in bytes."""
         return self.layers[0].entry.size
 
-    def into_image(self, target: Path, image_format: ImageFormat, *, onto_device: bool) -> None:
+    def into_image(self, target: OpenImage, image_format: ImageFormat, *, onto_device: bool) -> None:
         """Write into an empty file, sparsely, or over all of a device.
 
         A device begins with zeroes until all else is there, so that what is refused halfway does not look
@@ -87,7 +87,8 @@ class Readout:
     @contextmanager
     def _served(self) -> Iterator[Source]:
         with (
-            images.serve([layer.path for layer in self.layers]) as address,
+            chain.opened(self.layers) as opened,
+            images.serve(opened) as address,
             closing(Source.connect([address] * _CONNECTIONS, images.EXPORT, borne=True)) as source,
         ):
             try:

@@ -229,7 +229,8 @@ def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
     work.reporter.step(f"write what differs: {total} of {work.size} bytes")
     prover = Prover(work.expected, spoilt, zeroes=True)
     with (
-        images.serve([layer.path for layer in work.layers]) as point,
+        chain.opened(work.layers) as opened,
+        images.serve(opened) as point,
         closing(Source.connect([point] * _CONNECTIONS, images.EXPORT)) as source,
         open_target(
             address, images.EXPORT, _CONNECTIONS, work.stop.check, flush_seconds=copy.DISK_SECONDS

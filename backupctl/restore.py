@@ -147,6 +147,7 @@ def _refuse(folder: VmFolder, work: _Work, *, force: bool) -> None:
             raise UsageError("an image is not written to a terminal: redirect the output, or name a file")
         return
     landing.refuse_inside(folder.path.parent, target)
+    landing.place_of(target)
     if not force and (device or os.path.lexists(target)):
         what = "is a block device, whose content would be lost" if device else "exists"
         raise TargetExists(

@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
@@ -12,8 +12,10 @@ from backupctl import listening, private
 from backupctl.errors import UsageError, WriteFailed
 from backupctl.names import DiskName
 from backupctl.report import Stop
-from backupctl.repository import chain, holding, images, overlay, showing
+from backupctl.repository import chain, holding, overlay, showing
+from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.open_image import OpenImage
 from backupctl.repository.showing import Shown
 from backupctl.repository.vm_folder import Point, VmFolder
 
@@ -63,14 +65,14 @@ def _serve(
     stop: Stop,
 ) -> None:
     entries = _entries(point, disk)
-    chains = {entry.name: chain.paths(folder, point, entry.name) for entry in entries}
+    chains = {entry.name: chain.layers(folder, point, entry.name) for entry in entries}
     if writable_overlay is not None and len(entries) > 1:
         names = ", ".join(entry.name for entry in entries)
         raise UsageError(f"one overlay is for one disk: choose one of {names} with --disk")
-    with _listen(unix, tcp) as open_socket:
-        if writable_overlay is not None:
-            _overlay(folder, writable_overlay, entries[0], chains[entries[0].name])
-        shown = [_shown(entry, chains[entry.name], writable_overlay) for entry in entries]
+    with _listen(unix, tcp) as open_socket, ExitStack() as held:
+        shown = [
+            held.enter_context(_shown(folder, one, chains[one.name], writable_overlay)) for one in entries
+        ]
         with showing.serve(shown, open_socket) as server:
             uris = (listening.uri(open_socket, one.name) for one in shown)
             ready(
@@ -113,14 +115,31 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
         yield found
 
 
-def _overlay(folder: VmFolder, target: Path, entry: DiskEntry, layers: tuple[Path, ...]) -> None:
-    try:
-        overlay.make_or_take(folder.path.parent, target, entry.size, layers)
-    except OSError as err:
-        raise WriteFailed(f"{target} can't be made: {err.strerror}", state="nothing was touched") from err
+@contextmanager
+def _shown(
+    folder: VmFolder, entry: DiskEntry, layers: tuple[Layer, ...], writable_overlay: Path | None
+) -> Iterator[Shown]:
+    """Open all that QEMU needs to show a disk."""
+    with ExitStack() as held:
+        own = None
+        if writable_overlay is not None:
+            own = held.enter_context(_overlay(folder, writable_overlay, entry, layers))
+        opened = held.enter_context(chain.opened(layers))
+        if own is None:
+            yield Shown.read_only(entry.name, opened)
+        else:
+            yield Shown.layered(entry.name, own, opened)
 
 
-def _shown(entry: DiskEntry, layers: tuple[Path, ...], writable_overlay: Path | None) -> Shown:
-    if writable_overlay is None:
-        return Shown(entry.name, images.blockdev(layers), writable=False)
-    return Shown(entry.name, showing.layered(writable_overlay.resolve(), layers), writable=True)
+@contextmanager
+def _overlay(
+    folder: VmFolder, target: Path, entry: DiskEntry, layers: tuple[Layer, ...]
+) -> Iterator[OpenImage]:
+    paths = [layer.path for layer in layers]
+    with ExitStack() as held:
+        try:
+            image = held.enter_context(overlay.made_or_taken(folder.path.parent, target, entry.size, paths))
+        except OSError as err:
+            why = f"{target} can't be made: {err.strerror}"
+            raise WriteFailed(why, state="nothing was touched") from err
+        yield image

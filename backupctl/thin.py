@@ -88,6 +88,7 @@ def _refuse(folder: VmFolder, target: str, *, force: bool) -> None:
     if target == STDOUT or path.is_block_device():
         raise UsageError("a thin restore makes files: name a folder, or a file", state=_UNTOUCHED)
     landing.refuse_inside(folder.path.parent, path)
+    landing.place_of(path)
     if path.exists() and not force:
         raise TargetExists(f"{path} exists", state=_UNTOUCHED, next_command="the same with --force")
     if path.is_file():

@@ -3,20 +3,23 @@
 
 It is made from the manifests, and each image must agree with them: format, size, and the one backing
 link that the manifest's parent gives. A link that names anything else could make QEMU open a file or a
-network address of somebody else's choosing, so it is damage.
+network address of somebody else's choosing, so it is damage. The check that counts is made on the very
+descriptor that QEMU then gets (`opened`): an image that was exchanged after an earlier look is not opened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.clusters import Logical
-from backupctl.errors import DamageFound, NoSuchPoint
+from backupctl.errors import DamageFound, NoSuchPoint, WriteFailed
 from backupctl.names import PointId
 from backupctl.repository import digests, header, markers
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.header import Header
 from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.open_image import OpenImage
 from backupctl.repository.vm_folder import Point, VmFolder
 
 MOST_LAYERS = 500
@@ -47,16 +50,46 @@ class Layer:
         """Whether it is being overwritten with what the layer on it stores, and so masks."""
         return markers.has(self.path.parent, markers.merging(self.entry.name))
 
+    def open(self, *, writable: bool = False) -> OpenImage:
+        """Open the image, and compare its header with the manifest: QEMU then gets what was checked.
+
+        Raises DamageFound, WriteFailed, RepositoryError.
+        """
+        image = self.open_unchecked(writable=writable)
+        try:
+            self.check_open(image)
+        except BaseException:
+            image.close()
+            raise
+        return image
+
+    def open_unchecked(self, *, writable: bool = False) -> OpenImage:
+        """Open the image without a look at what it says. Raises DamageFound, WriteFailed, RepositoryError."""
+        try:
+            return OpenImage.open(self.path, writable=writable)
+        except OSError as err:
+            if writable:
+                raise WriteFailed(f"{self.path} can't be opened for writing: {err.strerror}") from err
+            raise header.unreadable(self.path, err) from err
+
     def check(self) -> None:
         """Compare the image's header with the manifest. Raises DamageFound, RepositoryError."""
+        with self.open():
+            pass
+
+    def check_open(self, image: OpenImage) -> None:
+        """Compare as `check` does, for the image as it is open. Raises DamageFound, RepositoryError."""
         if self.merging:
-            self._check_link(header.read(self.path))
+            self._check_link(image.header())
         else:
-            self.check_as_stored()
+            self._check_as_stored(image.header())
 
     def check_as_stored(self) -> None:
         """Compare as `check` does, size and length too, whatever is going on. Raises DamageFound."""
-        found, path, entry = header.read(self.path), self.path, self.entry
+        self._check_as_stored(header.read(self.path))
+
+    def _check_as_stored(self, found: Header) -> None:
+        path, entry = self.path, self.entry
         if found.size != entry.size:
             raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
         if found.file_bytes != entry.file_bytes:
@@ -118,6 +151,16 @@ def layers(folder: VmFolder, point: Point, disk: str) -> tuple[Layer, ...]:
     if entry is None:
         raise no_such_disk(point, disk)
     return _follow(folder, point, entry)
+
+
+@contextmanager
+def opened(layers: Iterable[Layer]) -> Iterator[tuple[OpenImage, ...]]:
+    """Give the images of layers open, each checked as it is open, until the block ends.
+
+    Raises DamageFound, RepositoryError.
+    """
+    with ExitStack() as held:
+        yield tuple(held.enter_context(layer.open()) for layer in layers)
 
 
 def no_such_disk(point: Point, disk: str) -> NoSuchPoint:

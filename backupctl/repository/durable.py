@@ -13,9 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def sync_file(path: Path) -> None:
-    """Bring a file's content to the disk. Raises OSError."""
-    _sync(path, os.O_RDONLY)
+def sync_file(file: Path | int) -> None:
+    """Bring the content of a file to the disk, by its name or its descriptor. Raises OSError."""
+    if isinstance(file, int):
+        os.fsync(file)
+    else:
+        _sync(file, os.O_RDONLY)
 
 
 def sync_and_forget(path: Path) -> None:

@@ -5,8 +5,9 @@ The seam: `create_layer` makes an image, `serve` gives the address of an NBD ser
 unix socket, for as long as the block lasts. Whoever writes speaks NBD and nothing else, so the server
 behind it can be exchanged.
 
-No name that is stored in an image is ever opened. The chain is checked against the manifests by
-`chain.py` and given to QEMU link by link.
+No name that is stored in an image is ever opened, and QEMU's tools get no name at all: each file is opened
+once (`open_image.py`), checked on its descriptor, and handed over as that. The chain is checked against the
+manifests by `chain.py` and given to QEMU link by link.
 """
 
 import json
@@ -15,14 +16,15 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from backupctl import private
 from backupctl.errors import Failed, Locked, RepositoryError, WriteFailed
-from backupctl.repository import durable, qemu
+from backupctl.repository import open_image, qemu
+from backupctl.repository.open_image import OpenImage
 
 ImageFormat = Literal["qcow2", "raw"]
 
@@ -40,31 +42,47 @@ ALLOCATOR = {
 }
 
 
-def create_layer(path: Path, size_bytes: int, backing: str | None) -> None:
-    """Make an empty qcow2 (version 3, 64 KiB clusters).
+def create_layer(image: Path | OpenImage, size_bytes: int, backing: str | None) -> None:
+    """Make an empty qcow2 (version 3, 64 KiB clusters): of an empty file that is open, or a new one.
 
     backing: the parent's image, relative to the new one, e.g. ``../20261123T041500Z/vda.qcow2``; it is
-    written down, not opened. Raises WriteFailed.
+    written down, not opened. Raises WriteFailed, RepositoryError.
     """
+    if isinstance(image, Path):
+        with new_layer(image, size_bytes, backing):
+            return
     command = ["create", "-q", "-f", "qcow2", "-o", f"compat=1.1,cluster_size={CLUSTER_BYTES}"]
     if backing is not None:
         command += ["-u", "-b", backing, "-F", "qcow2"]
-    done = qemu.img([*command, f"./{path.name}", str(size_bytes)], cwd=path.parent)
+    done = qemu.img([*command, image.name, str(size_bytes)], [image.descriptor])
     if done.returncode:
-        raise WriteFailed(f"{path} can't be made: {done.stderr.strip():.500}")
+        raise WriteFailed(f"{image.path} can't be made: {_why(done.stderr, [image])}")
 
 
-def blockdev(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> dict[str, Any]:
+@contextmanager
+def new_layer(path: Path, size_bytes: int, backing: str | None) -> Iterator[OpenImage]:
+    """Give what `create_layer` made of a new file, open until the block ends. Raises as it does."""
+    try:
+        made = OpenImage.create(path)
+    except OSError as err:
+        raise WriteFailed(f"{path} can't be made: {err.strerror}") from err
+    with made:
+        create_layer(made, size_bytes, backing)
+        yield made
+
+
+def blockdev(chain: Sequence[OpenImage], *, writable: bool = False, in_use: bool = False) -> dict[str, Any]:
     """Return QEMU's options for an image with its whole chain, newest first, link by link.
 
-    Only the newest may be writable. An unfinished image may be lost at any time, so flushes to it cost
-    for nothing; it is fsynced once, when it is complete. in_use: others read it, so whatever dies it must
-    stay a sound image, and QEMU's flushes are real.
+    They mean these files in a child that inherits their descriptors. Only the newest may be writable. An
+    unfinished image may be lost at any time, so flushes to it cost for nothing; it is fsynced once, when it
+    is complete. in_use: others read it, so whatever dies it must stay a sound image, and QEMU's flushes are
+    real.
     """
     options: dict[str, Any] | None = None
-    for path in reversed(chain):
-        top = writable and path == chain[0]
-        file: dict[str, Any] = {"driver": "file", "filename": str(path)}
+    for image in reversed(chain):
+        top = writable and image is chain[0]
+        file: dict[str, Any] = {"driver": "file", "filename": image.name}
         if not top:
             file["read-only"] = True
             file["locking"] = "off"  # committed images never change, and may lie on a read-only file system
@@ -76,7 +94,9 @@ def blockdev(chain: Sequence[Path], *, writable: bool = False, in_use: bool = Fa
     return options
 
 
-def create_target(path: Path, image_format: ImageFormat, size_bytes: int, *, onto_device: bool) -> None:
+def create_target(
+    target: OpenImage, image_format: ImageFormat, size_bytes: int, *, onto_device: bool
+) -> None:
     """Prepare what a restore writes to: an image, or a raw file that is one hole.
 
     Raises WriteFailed, OSError.
@@ -84,36 +104,37 @@ def create_target(path: Path, image_format: ImageFormat, size_bytes: int, *, ont
     if onto_device:
         return
     if image_format == "qcow2":
-        create_layer(path, size_bytes, None)
+        create_layer(target, size_bytes, None)
     else:
-        os.truncate(path, size_bytes)
+        os.ftruncate(target.descriptor, size_bytes)
 
 
 @contextmanager
-def serve_target(path: Path, image_format: ImageFormat, *, onto_device: bool) -> Iterator[Path]:
+def serve_target(target: OpenImage, image_format: ImageFormat, *, onto_device: bool) -> Iterator[Path]:
     """Serve for writing what `create_target` prepared; otherwise as `serve`."""
-    options = blockdev((path,), writable=True)
+    options = blockdev((target,), writable=True)
     if image_format == "raw":
         options["driver"] = "raw"
         del options["backing"]
         options["file"]["driver"] = "host_device" if onto_device else "file"
-    with served(options, writable=True) as address:
+    with served(options, writable=True, images=[target]) as address:
         yield address
-    _complete(path)
+    _complete(target)
 
 
-def resize(path: Path, size_bytes: int) -> None:
+def resize(image: OpenImage, size_bytes: int) -> None:
     """Give an image another virtual size, durably; those below it are not looked at.
 
     Raises Locked, WriteFailed.
     """
-    options = blockdev((path,), writable=True, in_use=True)
-    done = qemu.img(["resize", "-q", "--shrink", f"json:{json.dumps(options)}", str(size_bytes)])
+    options = blockdev((image,), writable=True, in_use=True)
+    command = ["resize", "-q", "--shrink", f"json:{json.dumps(options)}", str(size_bytes)]
+    done = qemu.img(command, [image.descriptor])
     if qemu.in_use(done.stderr):
-        raise Locked(f"{path} is in use, by a VM perhaps")
+        raise Locked(f"{image.path} is in use, by a VM perhaps")
     if done.returncode:
-        raise WriteFailed(f"{path} can't be resized: {done.stderr.strip():.500}")
-    _complete(path)
+        raise WriteFailed(f"{image.path} can't be resized: {_why(done.stderr, [image])}")
+    _complete(image)
 
 
 @dataclass(frozen=True)
@@ -125,43 +146,61 @@ class Soundness:
     said: str
 
 
-def check(path: Path) -> Soundness:
+def check(image: OpenImage) -> Soundness:
     """Check a single image's tables, without those below it. Raises RepositoryError."""
-    done = qemu.img(["check", "--output=json", f"json:{json.dumps(blockdev((path,)))}"])
+    command = ["check", "--output=json", f"json:{json.dumps(blockdev((image,)))}"]
+    done = qemu.img(command, [image.descriptor])
     try:
         found = json.loads(done.stdout)
         errors = int(found["check-errors"]) + int(found.get("corruptions", 0))
         return Soundness(errors, int(found.get("leaks", 0)), f"{errors} errors in its tables")
     except (ValueError, KeyError, TypeError):
-        words = done.stderr.strip().splitlines()
+        words = open_image.named(done.stderr, [image]).strip().splitlines()
         return Soundness(1, 0, words[-1][:500] if words else "it said nothing")
 
 
 @contextmanager
-def serve(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> Iterator[Path]:
+def serve(
+    chain: Sequence[Path | OpenImage], *, writable: bool = False, in_use: bool = False
+) -> Iterator[Path]:
     """Serve an image (with its chain, newest first) over NBD; yields the socket's path.
 
-    The export is called `EXPORT`. When a writable one ends well, the image is complete and on the disk;
-    when the block raises, it is not, and must be thrown away. in_use: as for `blockdev`; then it is a
-    sound image all the time. Raises RepositoryError, WriteFailed.
+    A path is opened here, once; what is to be checked first is opened by who checks it. The export is called
+    `EXPORT`. When a writable one ends well, the image is complete and on the disk; when the block raises, it
+    is not, and must be thrown away. in_use: as for `blockdev`; then it is a sound image all the time. Raises
+    RepositoryError, WriteFailed.
     """
-    options = blockdev(chain, writable=writable, in_use=in_use)
-    with served(options, writable=writable, layers=len(chain)) as address:
-        yield address
-    if writable:
-        _complete(chain[0])
+    with ExitStack() as held:
+        opened = [
+            held.enter_context(_opened(one, writable=writable and not number))
+            if isinstance(one, Path)
+            else one
+            for number, one in enumerate(chain)
+        ]
+        options = blockdev(opened, writable=writable, in_use=in_use)
+        with served(options, writable=writable, images=opened) as address:
+            yield address
+        if writable:
+            _complete(opened[0])
+
+
+def _opened(path: Path, *, writable: bool) -> OpenImage:
+    try:
+        return OpenImage.open(path, writable=writable)
+    except OSError as err:
+        raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
 
 
 @contextmanager
-def served(options: dict[str, Any], *, writable: bool, layers: int = 1) -> Iterator[Path]:
+def served(options: dict[str, Any], *, writable: bool, images: Sequence[OpenImage] = ()) -> Iterator[Path]:
     """Serve what QEMU's options name, as `serve`; bringing it to the disk is left to the caller.
 
-    layers: how many images QEMU has to open.
+    images: all that the options name by descriptors.
     """
     with private.folder() as folder, tempfile.TemporaryFile() as complaints:
-        server = _start(options, folder, complaints, writable=writable)
+        server = _start(options, folder, complaints, writable=writable, images=images)
         try:
-            await_ready(server, folder / _READY, complaints, layers)
+            await_ready(server, folder / _READY, complaints, images)
             yield folder / _SOCKET
             status = qemu.end(server)
         except BaseException:
@@ -171,17 +210,27 @@ def served(options: dict[str, Any], *, writable: bool, layers: int = 1) -> Itera
             _kill(server)
             raise WriteFailed(f"QEMU did not complete the image within {qemu.END_SECONDS:g} s")
         if status != 0 and writable:
-            raise WriteFailed(f"QEMU could not complete the image: {qemu.said(complaints)}")
+            raise WriteFailed(f"QEMU could not complete the image: {_said(complaints, images)}")
 
 
-def _complete(path: Path) -> None:
+def _complete(image: OpenImage) -> None:
     try:
-        durable.sync_file(path)
+        image.sync()
     except OSError as err:
-        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
+        raise WriteFailed(f"{image.path} can't be brought to the disk: {err.strerror}") from err
 
 
-def _start(image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool) -> qemu.Child:
+def _why(complaint: str, images: Sequence[OpenImage]) -> str:
+    return open_image.named(complaint, images).strip()[:500]
+
+
+def _said(complaints: IO[bytes], images: Sequence[OpenImage]) -> str:
+    return open_image.named(qemu.said(complaints), images)
+
+
+def _start(
+    image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool, images: Sequence[OpenImage]
+) -> qemu.Child:
     image = {**image, "node-name": "image"}
     server = {"addr": {"type": "unix", "path": str(folder / _SOCKET)}}
     export = {"type": "nbd", "id": EXPORT, "name": EXPORT, "node-name": "image", "writable": writable}
@@ -193,19 +242,21 @@ def _start(image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writab
         *("--export", json.dumps(export)),
         *("--pidfile", str(folder / _READY)),
     ]
-    return qemu.start(command, complaints=complaints, environment=ALLOCATOR)
+    return qemu.start(
+        command, complaints=complaints, environment=ALLOCATOR, descriptors=open_image.descriptors(images)
+    )
 
 
-def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], layers: int = 1) -> None:
+def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], images: Sequence[OpenImage]) -> None:
     """Wait for the process file, written when all is set up: a socket's name is there before it listens.
 
-    layers: how many images it has to open; 300 in one chain take 15 s. Raises Locked if QEMU finds an image
+    images: those that it has to open; 300 in one chain take 15 s. Raises Locked if QEMU finds an image
     in use, RepositoryError if it can't open one, Failed if that can't be told.
     """
-    deadline = time.monotonic() + _START_SECONDS + layers * _LAYER_SECONDS
+    deadline = time.monotonic() + _START_SECONDS + len(images) * _LAYER_SECONDS
     while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:
-            why = qemu.said(complaints)
+            why = _said(complaints, images)
             if qemu.in_use(why):
                 raise Locked(f"an image is in use, by a VM perhaps. QEMU asks: {why}")
             if server.returncode in (None, -signal.SIGKILL):  # too slow, or in the way of something else

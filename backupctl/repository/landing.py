@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backupctl.errors import Locked, TargetExists, UsageError
+from backupctl import safe_target
+from backupctl.errors import Locked, TargetExists, UsageError, WriteFailed
 from backupctl.repository import durable
+from backupctl.repository.open_image import OpenImage
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: kind, whence, start, length, process
 _WRITING = 101  # the byte of an image that QEMU keeps locked for as long as it may write to it
@@ -38,29 +40,47 @@ def refuse_in_use(target: Path) -> None:
 
 
 @contextmanager
-def file(target: Path, *, force: bool) -> Iterator[Path]:
-    """Give an empty file to write to; when the block ends well, it is on the disk as `target`.
+def file(target: Path, *, force: bool) -> Iterator[OpenImage]:
+    """Give an empty file to write to, open; when the block ends well, it is on the disk as `target`.
 
-    A missing folder is made. What a dead restore to the same target left is taken over, so nothing
-    piles up. Raises TargetExists, Locked, OSError.
+    What is written to its descriptor goes into it, whatever has become of its name. A missing folder is made.
+    What a dead restore to the same target left is taken over, so nothing piles up. Raises TargetExists,
+    Locked, WriteFailed, OSError; UsageError for a folder that others could turn on root.
     """
-    target = target.resolve()
+    target = place_of(target)
     if not target.parent.is_dir():
         durable.make_folder(target.parent)
     temporary = target.with_name(f".{target.name[:200]}.backupctl-restore")
-    descriptor = _claim(temporary)
-    try:
+    with OpenImage(temporary, _claim(temporary)) as image:
         try:
-            yield temporary
-            os.fsync(descriptor)
+            yield image
+            os.fsync(image.descriptor)
+            _refuse_exchanged(image)
             _into_place(temporary, target, force=force)
         except BaseException:
             with suppress(OSError):  # the first error is the one to tell
                 temporary.unlink()
             raise
         durable.sync_folder(target.parent)
-    finally:
-        os.close(descriptor)
+
+
+def place_of(target: Path, option: str = "--to") -> Path:
+    """Return where a target really is. Raises UsageError for one whose folder others could turn on root.
+
+    option: the one that named it, for the advice.
+    """
+    try:
+        return safe_target.resolve(target)
+    except UsageError as err:
+        raise err.add(
+            state="nothing was touched",
+            next_command=f"the same with {option} {safe_target.SAFE}{target.name}",
+        ) from err
+
+
+def _refuse_exchanged(image: OpenImage) -> None:
+    if not image.still_named():
+        raise WriteFailed(f"{image.path} was exchanged by another process while it was being written")
 
 
 def _claim(temporary: Path) -> int:
@@ -114,7 +134,7 @@ def _into_place(temporary: Path, target: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def device(target: Path, size_bytes: int) -> Iterator[Path]:
+def device(target: Path, size_bytes: int) -> Iterator[OpenImage]:
     """Give a block device to write to; when the block ends well, it is fsynced.
 
     A device in use (mounted, part of a volume group) is never written. When the block raises, it holds
@@ -130,7 +150,7 @@ def device(target: Path, size_bytes: int) -> Iterator[Path]:
         room = os.lseek(claim, 0, os.SEEK_END)
         if room < size_bytes:
             raise UsageError(f"{target} has {room} bytes; the disk needs {size_bytes}")
-        yield target
+        yield OpenImage(target, claim)
         os.fsync(claim)
     finally:
         os.close(claim)

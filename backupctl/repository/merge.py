@@ -25,7 +25,7 @@ N's folder, made of both layers, and takes the place of D's in step 4.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -39,6 +39,7 @@ from backupctl.repository import chain, digests, durable, header, images, marker
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
+from backupctl.repository.open_image import OpenImage
 from backupctl.repository.vm_folder import Point
 
 _WINDOW_CLUSTERS = 1 << 16
@@ -67,7 +68,8 @@ class Merge:
         if lower.merging:
             _forget(lower.path)
         fits = names == 1 and (not below or upper.entry.size <= lower.entry.size)
-        return cls(point, layers, fits and not images.check(lower.path).errors)
+        with lower.open() as image:
+            return cls(point, layers, fits and not images.check(image).errors)
 
     @property
     def upper(self) -> Layer:
@@ -94,15 +96,19 @@ class Merge:
         """The backing link of the merged image, "" for none."""
         return backing_of(self.lower.entry)
 
-    def mark(self) -> None:
-        """Do step 1, and have an image to write to. Raises WriteFailed, DamageFound, RepositoryError."""
+    @contextmanager
+    def mark(self) -> Iterator[OpenImage]:
+        """Do step 1, and give an image to write to. Raises WriteFailed, DamageFound, RepositoryError."""
         _remove(_new_image(self.upper.path))
         if not self.in_place:
-            images.create_layer(self.image, self.size, self.backing or None)
+            with images.new_layer(self.image, self.size, self.backing or None) as image:
+                yield image
             return
-        markers.put(self.lower.path.parent, markers.merging(self.lower.entry.name))
-        if header.read(self.image).size < self.size:
-            images.resize(self.image, self.size)
+        with self.lower.open(writable=True) as image:
+            markers.put(self.lower.path.parent, markers.merging(self.lower.entry.name))
+            if image.header().size < self.size:
+                images.resize(image, self.size)
+            yield image
 
     def forsake(self) -> None:
         """Give step 2 up: of a new image nothing stays. What D's own has got, it gets again next time."""
@@ -110,7 +116,7 @@ class Merge:
             with suppress(OSError):
                 self.image.unlink()
 
-    def cut_cluster(self) -> tuple[int, int] | None:
+    def cut_cluster(self, image: OpenImage) -> tuple[int, int] | None:
         """Return the rest of a cluster that D's larger image would keep behind the new end: offset, length.
 
         It must be zeroes before the image is cut: it would come back when the disk grows again.
@@ -120,22 +126,22 @@ class Merge:
         ends_in = len(records) and int(records["cluster"][-1]) == clusters.count(self.size) - 1
         if not (rest and ends_in):
             return None
-        room = header.read(self.image).size - self.size
+        room = image.header().size - self.size
         return (self.size, min(rest, room)) if room > 0 else None
 
-    def describe(self) -> Point:
+    def describe(self, image: OpenImage) -> Point:
         """Do step 3, when all bytes are written and flushed; returns N with both descriptions.
 
         Raises WriteFailed, DamageFound, RepositoryError.
         """
-        if header.read(self.image).size > self.size:
-            images.resize(self.image, self.size)
+        if image.header().size > self.size:
+            images.resize(image, self.size)
         ready = digests.merged_path_of(self.upper.path)
         _remove(ready)
         count = sum(len(part) for part in self.records())
         checksum = digests.write_parts(ready, self.size, count, self.records)
         _sync_folder(ready.parent)
-        stored = self.image.stat()
+        stored = image.stat()
         merged = Merged(self.lower.entry.parent, stored.st_size, stored.st_blocks * 512, checksum)
         entry = replace(self.upper.entry, merged=merged)
         return rewrite(self.point, self.point.manifest.with_disk(entry))

@@ -6,11 +6,13 @@ where it is, and as it is, for as long as the overlay is used.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from backupctl.errors import DamageFound, TargetExists, UsageError
-from backupctl.repository import header, images, landing
+from backupctl.repository import images, landing
+from backupctl.repository.open_image import OpenImage
 
 _UNTOUCHED = "nothing was touched"
 
@@ -23,7 +25,7 @@ def make(target: Path, size_bytes: int, chain: Sequence[Path], *, force: bool) -
     """
     _refuse_too_deep(chain)
     with landing.file(target, force=force) as temporary:
-        images.create_layer(temporary, size_bytes, str(chain[0].resolve()))
+        images.create_layer(temporary, size_bytes, str(chain[0].resolve()))  # written down, not opened
 
 
 def _refuse_too_deep(chain: Sequence[Path]) -> None:
@@ -39,27 +41,33 @@ def _refuse_too_deep(chain: Sequence[Path]) -> None:
         )
 
 
-def stands_on(target: Path, size_bytes: int, chain: Sequence[Path]) -> bool:
+def stands_on(image: OpenImage, size_bytes: int, chain: Sequence[Path]) -> bool:
     """Whether an image is an overlay of just this chain's newest image (a relative name is none of ours)."""
     try:
-        found = header.read(target.resolve())
+        found = image.header()
     except DamageFound:
         return False
     wanted = (str(chain[0].resolve()), "qcow2", size_bytes)
     return (found.backing, found.backing_format, found.size) == wanted
 
 
-def make_or_take(repository: Path, target: Path, size_bytes: int, chain: Sequence[Path]) -> None:
+@contextmanager
+def made_or_taken(
+    repository: Path, target: Path, size_bytes: int, chain: Sequence[Path]
+) -> Iterator[OpenImage]:
     """Make an overlay, or take one that was made here for the same point, with what was written to it.
 
-    Raises UsageError, TargetExists, Locked, WriteFailed, OSError.
+    It is open until the block ends. Raises UsageError, TargetExists, Locked, WriteFailed, OSError.
     """
     landing.refuse_inside(repository, target)
+    place = landing.place_of(target, "--writable-overlay")
     if not target.exists():
         make(target, size_bytes, chain, force=False)
-    elif not stands_on(target, size_bytes, chain):
-        raise TargetExists(
-            f"{target} exists, and is no overlay of this point",
-            state=_UNTOUCHED,
-            next_command="name a new file",
-        )
+    with OpenImage.open(place, writable=True) as image:
+        if not stands_on(image, size_bytes, chain):
+            raise TargetExists(
+                f"{target} exists, and is no overlay of this point",
+                state=_UNTOUCHED,
+                next_command="name a new file",
+            )
+        yield image

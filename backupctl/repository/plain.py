@@ -16,13 +16,21 @@ def open_file(path: Path) -> BufferedReader:
 
     Raises OSError, RepositoryError.
     """
+    return os.fdopen(open_descriptor(path), "rb")
+
+
+def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Do the same, for a descriptor. flags: for reading only, or for writing too.
+
+    Raises OSError, RepositoryError.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as err:
         refuse_shortage(path, err)
         raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return os.fdopen(descriptor, "rb")
+        return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "it is no plain file", str(path))
 

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import IO, TypeAlias
 
 from backupctl.errors import Failed, RepositoryError
@@ -23,12 +22,20 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def img(arguments: Sequence[str], cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    """Run a `qemu-img` command that takes no time worth telling. Raises RepositoryError."""
+def img(arguments: Sequence[str], descriptors: Sequence[int] = ()) -> "subprocess.CompletedProcess[str]":
+    """Run a `qemu-img` command that takes no time worth telling. Raises RepositoryError.
+
+    descriptors: those that it inherits, under the same numbers.
+    """
     command = [img_program(), *arguments]
     try:
         return subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=_IMG_SECONDS, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_IMG_SECONDS,
+            check=False,
+            pass_fds=descriptors,
         )
     except (OSError, subprocess.TimeoutExpired) as err:
         raise RepositoryError(f"{command[0]} can't be run: {err}") from err

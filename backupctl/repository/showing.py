@@ -12,22 +12,43 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from backupctl import private
 from backupctl.errors import RepositoryError
-from backupctl.repository import images, qemu
+from backupctl.repository import images, open_image, qemu
+from backupctl.repository.open_image import OpenImage
 
 _READY = "ready"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One export. options: QEMU's own, of the image with its chain."""
+    """One export. options: QEMU's own, of the image with its chain. images: all that they name."""
 
     name: str
     options: dict[str, Any]
+    images: Sequence[OpenImage]
     writable: bool
+
+    @classmethod
+    def read_only(cls, name: str, chain: Sequence[OpenImage]) -> Self:
+        """Show a chain (newest first)."""
+        return cls(name, images.blockdev(chain), chain, writable=False)
+
+    @classmethod
+    def layered(cls, name: str, overlay: OpenImage, chain: Sequence[OpenImage]) -> Self:
+        """Show a writable image of somebody's own on top of a chain (newest first).
+
+        QEMU locks it, so that no VM uses it meanwhile.
+        """
+        options = {
+            "driver": "qcow2",
+            "discard": "unmap",
+            "file": {"driver": "file", "filename": overlay.name, "discard": "unmap"},
+            "backing": images.blockdev(chain),
+        }
+        return cls(name, options, (overlay, *chain), writable=True)
 
 
 @dataclass(frozen=True)
@@ -43,31 +64,19 @@ class Server:
             raise RepositoryError(f"QEMU's NBD server ended: {qemu.said(self.complaints)}")
 
 
-def layered(overlay: Path, chain: Sequence[Path]) -> dict[str, Any]:
-    """Return QEMU's options for a writable image of somebody's own on top of a chain (newest first).
-
-    QEMU locks it, so that no VM uses it meanwhile.
-    """
-    return {
-        "driver": "qcow2",
-        "discard": "unmap",
-        "file": {"driver": "file", "filename": str(overlay), "discard": "unmap"},
-        "backing": images.blockdev(chain),
-    }
-
-
 @contextmanager
 def serve(shown: Sequence[Shown], listening: socket.socket) -> Iterator[Server]:
     """Serve some exports on a listening socket until the block ends. Raises RepositoryError."""
+    every = [image for one in shown for image in one.images]
     with private.folder() as folder, tempfile.TemporaryFile() as complaints:
         child = qemu.start(
             _command(shown, listening.fileno(), folder / _READY),
             complaints=complaints,
             environment=images.ALLOCATOR,
-            descriptors=[listening.fileno()],
+            descriptors=[listening.fileno(), *open_image.descriptors(every)],
         )
         try:
-            images.await_ready(child, folder / _READY, complaints)
+            images.await_ready(child, folder / _READY, complaints, every)
             yield Server(child, complaints)
             if qemu.end(child) is None:
                 raise RepositoryError(f"QEMU's NBD server did not end within {qemu.END_SECONDS:g} s")

@@ -16,13 +16,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.errors import Failed, Refused
+from backupctl import safe_target
+from backupctl.errors import Failed, Refused, UsageError
 from backupctl.names import NodeName, Owner, VmName
 from backupctl.vm import reply
 from backupctl.vm.monitor import Monitor
 
 LOW_BYTES = 256 * 1024 * 1024
 """What is left of a file system, at the least, where guests or scratch files may need it."""
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
 
 
@@ -74,7 +76,7 @@ class Scratches:
         """
         if self._private is not None:
             path = self._private / f"{node}.qcow2"
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = _named(path)
         else:
             descriptor = _nameless(self.folder)
         try:
@@ -139,7 +141,14 @@ def _reserve(descriptor: int, room_bytes: int, folder: Path) -> bool:
 
 
 def private_folder(owner: Owner, vm: VmName, folder: Path) -> Path:
-    """Make the run's folder for named files. Its name tells recovery whose it is."""
+    """Make the run's folder for named files. Its name tells recovery whose it is.
+
+    QEMU opens them by name, so root makes none where others could exchange the folder. Raises Refused.
+    """
+    try:
+        safe_target.resolve(folder)
+    except UsageError as err:
+        raise Refused(f"the scratch folder {err.message}") from err
     return Path(tempfile.mkdtemp(prefix=_private_prefix(owner, vm), dir=folder))
 
 
@@ -166,6 +175,13 @@ def left_folders(owner: Owner, vm: VmName, folder: Path) -> list[str]:
 def _private_prefix(owner: Owner, vm: VmName) -> str:
     # '@' can't be part of a VM's name, so no VM's prefix is the beginning of another's.
     return f"{owner.node(vm, 0)[:-1]}@"
+
+
+def _named(path: Path) -> int:
+    try:
+        return os.open(path, _NEW, 0o600)
+    except OSError as err:
+        raise Failed(f"the scratch file {path} can't be made: {err.strerror}") from err
 
 
 def _nameless(folder: Path) -> int:

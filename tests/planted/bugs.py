@@ -317,4 +317,25 @@ BUGS = (
         "integration/test_held_room.py::"
         "test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process[7.2]",
     ),
+    Bug(
+        "QEMU is given names that can be exchanged",
+        "repository/open_image.py",
+        '        return f"/proc/self/fd/{self.descriptor}"\n',
+        "        return str(self.path)\n",
+        "unit/repository/test_open_image.py::test_what_is_served_is_what_was_checked",
+    ),
+    Bug(
+        "a link in the place of an image is followed",
+        "repository/plain.py",
+        "flags | os.O_NOFOLLOW | os.O_NONBLOCK",
+        "flags | os.O_NONBLOCK",
+        "unit/repository/test_open_image.py::test_only_a_plain_file_is_opened",
+    ),
+    Bug(
+        "root restores into anybody's folder",
+        "safe_target.py",
+        "    if os.geteuid() != _ROOT:\n",
+        "    if True:\n",
+        "unit/repository/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
+    ),
 )

@@ -5,8 +5,8 @@ Called with TRACE=FOLDER REPOSITORY=DIR in its environment it writes `FOLDER/tra
 step, and the content of every file at its fsync, under the name of its digest. FORGET=sync_file (or another
 function of `durable`) makes that one do nothing: a planted bug.
 
-What is seen: every file and folder made, renamed, linked or removed by Python (its audit events), every
-fsync, and the images that `qemu-img` makes. What QEMU writes into an image is not seen, and need not be:
+What is seen: every file and folder made, renamed, linked or removed by Python (its audit events), and every
+fsync. What QEMU writes into an image is not seen, and need not be:
 an image counts as dirty from its making to the fsync that follows the end of its server; one that is written
 in place, while others stand on it, as `inplace`.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 from backupctl.cli.main import main
 from backupctl.repository import durable, images
+from backupctl.repository.open_image import OpenImage
 from backupctl.vm.monitor import Monitor
 
 REPOSITORY = Path(os.environ["REPOSITORY"])
@@ -82,7 +83,7 @@ def _opened(name: Any, _mode: Any, flags: int) -> None:
         return
     if flags & os.O_CREAT and not os.path.lexists(path):
         note("create", path)
-    elif flags & (os.O_WRONLY | os.O_RDWR):
+    elif flags & (os.O_WRONLY | os.O_RDWR) and path.suffix != ".qcow2":  # that one is opened for QEMU
         _dirty(path)
 
 
@@ -106,23 +107,17 @@ def synced(descriptor: int) -> None:
     real_fsync(descriptor)
 
 
-def created(path: Path, *arguments: Any) -> None:
-    """Note an image that qemu-img makes."""
-    note("create", Path(path))
-    real_create(path, *arguments)
-
-
-def served(chain: Sequence[Path], *, writable: bool = False, in_use: bool = False) -> Any:
+def served(chain: Sequence[OpenImage], *, writable: bool = False, in_use: bool = False) -> Any:
     """Note an image that is about to be written in place."""
     if writable and in_use:
-        note("inplace", Path(chain[0]))
+        note("inplace", chain[0].path)
     return real_serve(chain, writable=writable, in_use=in_use)
 
 
-def resized(path: Path, size_bytes: int) -> None:
+def resized(image: OpenImage, size_bytes: int) -> None:
     """Note an image that is about to get another size."""
-    note("inplace", Path(path))
-    real_resize(path, size_bytes)
+    note("inplace", image.path)
+    real_resize(image, size_bytes)
 
 
 def told(self: Monitor, actions: Any) -> Any:
@@ -132,13 +127,13 @@ def told(self: Monitor, actions: Any) -> Any:
     return real_transaction(self, actions)
 
 
-real_fsync, real_create, real_transaction = os.fsync, images.create_layer, Monitor.transaction
+real_fsync, real_transaction = os.fsync, Monitor.transaction
 real_serve, real_resize = images.serve, images.resize
 
 
 def recorded() -> None:
     """Be the command line, whose steps are noted."""
-    os.fsync, images.create_layer, Monitor.transaction = synced, created, told
+    os.fsync, Monitor.transaction = synced, told
     images.serve, images.resize = served, resized
     for forgotten in os.environ.get("FORGET", "").split():
         setattr(durable, forgotten, lambda _path: None)

@@ -260,9 +260,9 @@ def test_a_reader_that_comes_during_the_merge_sees_the_same_bytes(builder, monke
     newest = builder.folder.point("latest")
     real, seen = merge.Merge.describe, []
 
-    def read_meanwhile(one):
+    def read_meanwhile(one, image):
         seen.append(converted(newest, "vda"))
-        described = real(one)
+        described = real(one, image)
         reader.enter_context(holding.reading(builder.folder, newest.id))
         chain.layers(builder.folder, builder.folder.point(newest.id), "vda")
         return described

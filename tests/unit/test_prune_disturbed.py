@@ -241,12 +241,12 @@ def test_a_merge_that_is_begun_again_reads_the_image_from_the_disk(builder, monk
     image = builder.folder.path / P1 / "vda.qcow2"
     seen, real = [], images.check
 
-    def fail(path):
-        raise WriteFailed(f"{path}: Input/output error")
+    def fail(image):
+        raise WriteFailed(f"{image.path}: Input/output error")
 
-    def check(path):
-        seen.append(in_memory(path))
-        return real(path)
+    def check(image):
+        seen.append(in_memory(image.path))
+        return real(image)
 
     with monkeypatch.context() as patched:
         patched.setattr(images, "_complete", fail)

@@ -19,6 +19,7 @@ from backupctl.repository import chain, digests, images
 from backupctl.repository.journal import Journal
 from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
+from backupctl.repository.open_image import OpenImage
 from backupctl.repository.vm_folder import Partial, Point, VmFolder
 from backupctl.transfer.copy import open_target
 from backupctl.transfer.digests import of_piece
@@ -112,11 +113,13 @@ class Builder:
 
 def stored(image: Path, size: int) -> Records:
     """Return the records of the clusters that a layer itself holds, read with QEMU's own tools."""
-    command = ["qemu-img", "map", "-U", "--output=json", f"json:{json.dumps(images.blockdev([image]))}"]
-    held = subprocess.run(command, check=True, capture_output=True, timeout=60)
     content = image.with_suffix(".raw")
-    command = ["qemu-img", "convert", "-U", "-O", "raw", command[-1], str(content)]
-    subprocess.run(command, check=True, timeout=60)
+    with OpenImage.open(image) as found:
+        options, inherited = f"json:{json.dumps(images.blockdev([found]))}", [found.descriptor]
+        command = ["qemu-img", "map", "-U", "--output=json", options]
+        held = subprocess.run(command, check=True, capture_output=True, timeout=60, pass_fds=inherited)
+        command = ["qemu-img", "convert", "-U", "-O", "raw", options, str(content)]
+        subprocess.run(command, check=True, timeout=60, pass_fds=inherited)
     every = of_piece(0, memoryview(content.read_bytes()[:size]))
     content.unlink()
     runs = [run for run in json.loads(held.stdout) if run["present"]]

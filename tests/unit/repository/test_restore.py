@@ -121,7 +121,7 @@ def test_a_file_that_qemu_writes_to_is_not_replaced_even_by_force(two_points, tm
                 reporter=Silent(),
             )
         with pytest.raises(UsageError, match="in use"), landing.file(target, force=True) as temporary:
-            temporary.write_bytes(b"restored before it was in use")
+            temporary.path.write_bytes(b"restored before it was in use")
         assert target.stat().st_ino == before
     assert [path.name for path in tmp_path.glob(".*")] == []
     run(point, target, force=True)
@@ -200,9 +200,9 @@ def test_a_target_file_system_without_hard_links_will_do(tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "link", link)
     target = tmp_path / "out.raw"
     with landing.file(target, force=False) as temporary:
-        temporary.write_bytes(b"restored")
+        temporary.path.write_bytes(b"restored")
     with pytest.raises(TargetExists), landing.file(target, force=False) as temporary:
-        temporary.write_bytes(b"another")
+        temporary.path.write_bytes(b"another")
     assert target.read_bytes() == b"restored"
 
 
@@ -219,8 +219,8 @@ def test_a_death_at_any_step_leaves_the_target_as_it_was_or_complete(tmp_path, f
     target = tmp_path / "out.raw"
 
     def land():
-        with landing.file(target, force=force) as path:
-            path.write_bytes(b"new" * 100)
+        with landing.file(target, force=force) as image:
+            image.path.write_bytes(b"new" * 100)
 
     ended = False
     number = 0
@@ -260,12 +260,12 @@ restore(folder, folder.point("latest"), to=sys.argv[2], disk=None, image_format=
 
 
 def users_of(path: Path) -> list[str]:
-    """The processes whose command line names a path."""
+    """The processes that have a file open."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
-            if str(path).encode() in entry.read_bytes():
-                found.append(entry.parent.name)
+            if entry.readlink() == path:
+                found.append(entry.parent.parent.name)
         except OSError:
             continue
     return found
@@ -288,8 +288,8 @@ def test_a_killed_restore_leaves_no_target_and_no_process_and_can_be_repeated(tw
 
 def test_two_restores_to_one_file_do_not_mix(tmp_path):
     target = tmp_path / "out.raw"
-    with landing.file(target, force=False) as path:
-        path.write_bytes(b"first")
+    with landing.file(target, force=False) as image:
+        image.path.write_bytes(b"first")
         with pytest.raises(Locked), landing.file(target, force=False):
             raise AssertionError
     assert target.read_bytes() == b"first"
