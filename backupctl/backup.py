@@ -36,6 +36,7 @@ from backupctl.errors import (
     CommandFailed,
     Failed,
     FreezeOverrun,
+    GuardLost,
     Interrupted,
     MonitorError,
     Refused,
@@ -53,7 +54,7 @@ from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scratch, snapshot_access
 from backupctl.vm.fleecing import Fleecing
-from backupctl.vm.guard import Guard, Thawed
+from backupctl.vm.guard import Guard, Thawed, thaw_if_frozen
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room, Shared
 from backupctl.vm.snapshot_access import SnapshotAccess
@@ -241,7 +242,7 @@ class _Run:
             except AgentRefused as err:
                 self._go_on_without_freeze(err)
             else:
-                with self._thawed_at_the_end() as thawed:
+                with self._thawed_at_the_end() as thawed, self.monitor.within(self.guard.due):
                     self.step = "transaction"
                     view.cut()
                 partial.note("export", froze=False)
@@ -262,13 +263,12 @@ class _Run:
             thawed.append(self.guard.thaw())
 
     def _frozen(self, thawed: Thawed) -> FreezeEntry:
-        """Say what the freeze came to. Raises FreezeOverrun if it was required and did not last."""
+        """Say what the freeze came to. Raises FreezeOverrun if it was required and may not have lasted."""
         if not thawed.ended_early:
             return FreezeEntry(self.options.freeze, "frozen", round(thawed.milliseconds))
-        why = "somebody in the guest thawed its file systems before the moment was taken"
         if self.options.freeze == "require":
-            raise FreezeOverrun(why)
-        self.reporter.warn(f"this point is crash-consistent: {why}")
+            raise FreezeOverrun(thawed.doubt)
+        self.reporter.warn(f"this point is only crash-consistent: {thawed.doubt}")
         return FreezeEntry(self.options.freeze, "none", None)
 
     def _freezes(self) -> bool:
@@ -375,12 +375,18 @@ class _Run:
         self.guard.release()
 
     def _await_thaw(self) -> None:
-        """Give the guard a little time with an agent that was silent. Raises AgentTimeout."""
+        """Give the guard a little time with an agent that was silent. Raises AgentError."""
         deadline = time.monotonic() + 2 * self.options.agent_timeout_seconds
-        while self.guard.may_be_frozen():
-            if time.monotonic() > deadline:
-                raise AgentTimeout("the guest may still be frozen; the guard goes on trying for 5 minutes")
-            time.sleep(0.1)
+        try:
+            while self.guard.may_be_frozen():
+                if time.monotonic() > deadline:
+                    raise AgentTimeout(
+                        "the guest may still be frozen; the guard goes on trying for 5 minutes"
+                    )
+                time.sleep(0.1)
+        except GuardLost:  # it is dead now, and the agent free
+            if self.vm.agent is not None:
+                thaw_if_frozen(self.vm.agent, self.options.agent_timeout_seconds)
 
     def _unsettled(self, failure: BaseException | None, err: BackupctlError) -> BackupctlError:
         settled = recovery.needs_recovery(err, self.vm.name)
