@@ -220,11 +220,9 @@ class Freezer:
 
 def _doubt(before: str, thaw: Thaw, frozen: int) -> str:
     """Say why a freeze may have ended before its thaw; "" if it lasted."""
-    if before == "thawed":
-        return "the guest was thawed by somebody else before the run thawed it"
     if thaw.refusal:
         return f"{thaw.refusal}; the guest is thawed, but since when is not known"
-    if thaw.count < frozen:
+    if before == "thawed" or thaw.count < frozen:
         return "somebody in the guest thawed its file systems before the moment was taken"
     return ""
 

@@ -28,7 +28,7 @@ from backupctl.errors import (
 )
 from backupctl.settings import Address
 from backupctl.vm import guard_process, guard_survival
-from backupctl.vm.agent import Agent, thaw_if_frozen
+from backupctl.vm.agent import Agent, Thaw, thaw_if_frozen
 from backupctl.vm.guard import Guard
 from fixtures.agent import VSS, PlayedAgent
 from fixtures.simulated import Simulated
@@ -395,12 +395,19 @@ def test_a_thaw_that_is_refused_although_the_guest_is_thawed_is_no_error_and_no_
     assert not guard.may_be_frozen()
 
 
-def test_a_guest_that_is_thawed_before_the_thaw_is_told_by_its_status(agent, start):
-    """Whatever the thaw then counts."""
-    guard = start()
-    guard.freeze(10)
-    agent.frozen = False
-    assert "by somebody else" in guard.thaw().doubt
+@pytest.mark.parametrize(
+    ("before", "refusal", "count", "lasted"),
+    [
+        ("frozen", "", 3, True),
+        ("frozen", "", 4, True),
+        ("", "", 3, True),
+        ("thawed", "", 3, False),
+        ("frozen", "", 2, False),
+        ("frozen", "no", 0, False),
+    ],
+)
+def test_a_freeze_lasted_if_its_status_and_its_count_say_so(before, refusal, count, lasted):
+    assert (guard_process._doubt(before, Thaw(count, refusal), 3) == "") == lasted
 
 
 @pytest.mark.parametrize("behaviour", ["silent", "refuse"])
