@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -73,9 +73,9 @@ def test_a_monitor_that_hangs_at_the_transaction_is_waited_for_as_long_as_the_bu
     victim.recovers()
 
 
-@pytest.mark.parametrize("guard", [signal.SIGKILL, 0], ids=["with its guard", "alone"])
-def test_recover_right_after_a_run_was_killed_with_the_guest_frozen_thaws_it(victim, guard):
-    """As a service manager's ExecStopPost calls it: at once. A guard that lives thaws; it is waited for."""
+@contextmanager
+def killed_while_frozen(victim, guard: int) -> Iterator[tuple[Path, Path]]:
+    """A run that was killed, its guard by another signal or by none; yields the sockets that it knew."""
 
     def kill(line: bytes) -> bytes:
         for process in guards(victim):
@@ -96,11 +96,28 @@ def test_recover_right_after_a_run_was_killed_with_the_guest_frozen_thaws_it(vic
             check=False,
         )
         assert run.returncode == -signal.SIGKILL
+        yield qmp, agent
+
+
+@pytest.mark.parametrize("guard", [signal.SIGKILL, 0], ids=["with its guard", "alone"])
+def test_recover_right_after_a_run_was_killed_with_the_guest_frozen_thaws_it(victim, guard):
+    """As a service manager's ExecStopPost calls it: at once. A guard that lives thaws; it is waited for."""
+    with killed_while_frozen(victim, guard) as (qmp, agent):
         begun = time.monotonic()
         done = victim.run("recover", "web", qmp=qmp, agent=agent)
     assert done.code == 0, done
     assert time.monotonic() - begun < 8
     assert frozen_seconds(victim) < 10
+    victim.recovers()
+
+
+def test_recover_thaws_before_it_asks_for_the_monitor(victim):
+    """Somebody else may have that; the guest does not wait for it."""
+    with killed_while_frozen(victim, signal.SIGKILL) as (_, agent):
+        done = victim.run("recover", "web", qmp=victim.folder / "nowhere", agent=agent)
+    assert done.code == 3, done
+    assert frozen_seconds(victim) < 10
+    victim.code = done.code
     victim.recovers()
 
 
