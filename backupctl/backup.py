@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from backupctl import planning, records, recovery
+from backupctl import planning, private, records, recovery
 from backupctl.errors import (
     AgentError,
     AgentRefused,
@@ -100,6 +100,7 @@ def _prepare(
     reporter: Reporter,
 ) -> tuple[Plan, Shared]:
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
+    _refuse_folders(repository.path, options.scratch, monitor)
     preflight.refuse_qemu(monitor)
     inventory = disks.inventory(monitor, vm.disk_names)
     for name, why in inventory.left_out:
@@ -124,6 +125,22 @@ def _prepare(
     )
     _tell(plan, options, reporter)
     return plan, Shared.by(repository.path, inventory.disks)
+
+
+def _refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> None:
+    """Refuse what would fail only after the freeze: names that QEMU can't be told, no place for a socket.
+
+    Raises Refused, Failed. Where QEMU gets scratch files as descriptors, their folder's name is ours alone.
+    """
+    for folder in (repository, *([] if monitor.passes_descriptors else [scratch_folder])):
+        try:
+            str(folder.absolute()).encode()
+        except UnicodeEncodeError as err:
+            raise Refused(
+                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
+                state="nothing was touched",
+            ) from err
+    private.check()
 
 
 def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter) -> tuple[Room, ...]:

@@ -150,3 +150,18 @@ def test_a_freeze_that_was_none_or_may_have_ended_is_not_called_one(victim, agen
     manifest = json.loads((victim.repository / "web" / point / "manifest.json").read_text())
     assert manifest["freeze"]["got"] == "none"
     victim.recovers()
+
+
+def test_a_repository_whose_name_is_no_utf_8_is_refused_before_the_freeze(victim):
+    before = victim.vm.control("status")["freezes"]
+    odd = os.fsdecode(bytes(victim.folder) + b"/o\xff")
+    done = victim.run("full", "web", "--json", "--repository", odd)
+    assert (done.code, done.error["kind"], done.error["step"]) == (1, "Refused", "prepare"), done
+    assert victim.vm.control("status")["freezes"] == before
+
+
+@pytest.mark.parametrize("name", ["x" * 110, os.fsdecode(b"t\xff")], ids=["too long", "no utf-8"])
+def test_a_temporary_folder_that_no_socket_can_lie_in_costs_nothing(victim, name, monkeypatch):
+    monkeypatch.setattr(victim, "temporary", victim.folder / name)
+    victim.temporary.mkdir()
+    victim.good("incremental")
