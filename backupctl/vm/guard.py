@@ -16,7 +16,15 @@ from typing import Any, Self
 
 import backupctl
 from backupctl import errors
-from backupctl.errors import AgentError, AgentRefused, AgentUnavailable, BackupctlError, Failed, GuardLost
+from backupctl.errors import (
+    AgentError,
+    AgentRefused,
+    AgentUnavailable,
+    BackupctlError,
+    Failed,
+    GuardLost,
+    Refused,
+)
 from backupctl.settings import Address
 from backupctl.vm.agent import thaw_if_frozen
 
@@ -27,6 +35,7 @@ _OVERDUE_SECONDS = 1.0
 _PING_TIMEOUTS = 3
 """Of the agent: to connect, to synchronise, for the status."""
 _PROBE_SECONDS = 5.0
+_SOCKET_BYTES = 107
 _PROBE_PATIENCE_SECONDS = 30.0
 _PACKAGE = Path(backupctl.__file__).parent.parent
 
@@ -70,15 +79,11 @@ class Guard:
         """Start the process and wait until it stands by.
 
         lock: the descriptor of the VM's lock, which the guard holds for as long as it works. Raises
-        GuardLost.
+        GuardLost, Refused.
         """
+        reached = (_from_anywhere(monitor), _from_anywhere(agent) if agent else "")
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [
-            str(its.fileno()),
-            str(monitor.absolute()),
-            str(agent.absolute() if agent else ""),
-            str(agent_timeout_seconds),
-        ]
+        arguments = [str(its.fileno()), *reached, str(agent_timeout_seconds)]
         try:
             with its:
                 process = _spawn(arguments, (its.fileno(), lock))
@@ -256,6 +261,18 @@ class Guard:
                 thaw_if_frozen(self._agent, self._timeout)
                 self._due = None
         return GuardLost(f"the guard process {why}")
+
+
+def _from_anywhere(address: Address) -> str:
+    """Return an address for the guard, which works in another folder. Raises Refused."""
+    absolute = address.absolute()
+    if absolute.path and len(os.fsencode(absolute.path)) > _SOCKET_BYTES:
+        raise Refused(
+            f"the path of the socket {address} is too long when it is absolute, as the guard needs it: "
+            f"{_SOCKET_BYTES} bytes at most; a link with a shorter name will do",
+            state="nothing was touched",
+        )
+    return str(absolute)
 
 
 def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Popen[bytes]":

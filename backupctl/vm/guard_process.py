@@ -133,9 +133,14 @@ class Freezer:
     def thaw_for_good(self) -> None:
         """Have a thread thaw, however often it must be tried, for minutes at the most from now on."""
         self._give_up = time.monotonic() + THAW_PATIENCE_SECONDS
-        if self._thawing is None or not self._thawing.is_alive():
+        if self._thawing is not None and self._thawing.is_alive():
+            return
+        try:
             self._thawing = threading.Thread(target=self._go_on_thawing)
             self._thawing.start()
+        except RuntimeError:  # no memory for one
+            self._thawing = None
+            self._go_on_thawing()
 
     def join(self) -> None:
         """Wait until the thread has done its work."""

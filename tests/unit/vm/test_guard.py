@@ -474,6 +474,28 @@ def test_a_guard_that_may_not_lock_its_memory_works_all_the_same():
     assert re.search(r"VmLck:\s+0 kB", done.stdout)
 
 
+def test_sockets_that_the_guard_could_not_reach_are_refused_before_it_starts(tmp_path, monkeypatch):
+    """Named from where the run stands their names are short enough."""
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.chdir(tmp_path / ("x" * 100))
+    with pytest.raises(Refused, match="too long when it is absolute"):
+        Guard.start(Address(path="qmp"), None, 1.0, 0)
+    with pytest.raises(Refused, match="too long when it is absolute"):
+        Guard.start(NO_MONITOR, Address(path="agent"), 1.0, 0)
+
+
+def test_a_thaw_is_done_without_a_thread_where_there_can_be_none(monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as agent:
+        freezer = guard_process.Freezer(Address(path=str(agent.path)), 2.0)
+        freezer.ping()
+        freezer.freeze(0.5)
+        time.sleep(0.5)
+        monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError))
+        freezer.thaw_when_due()
+        assert not agent.frozen
+        assert freezer.overrun
+
+
 def test_stale_answers_in_the_channel_are_passed_over():
     """The agent answers an earlier client's questions first; each is one line, the last one is ours."""
     ours, its = socket.socketpair()
