@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from backupctl import planning, records, recovery
+from backupctl import planning, private, records, recovery
 from backupctl.errors import (
     AgentError,
     AgentRefused,
@@ -36,6 +36,7 @@ from backupctl.errors import (
     CommandFailed,
     Failed,
     FreezeOverrun,
+    GuardLost,
     Interrupted,
     MonitorError,
     Refused,
@@ -55,7 +56,7 @@ from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scrat
 from backupctl.vm.disks import Disk, Inventory
 from backupctl.vm.filling import Filling
 from backupctl.vm.fleecing import Fleecing
-from backupctl.vm.guard import Guard, Thawed
+from backupctl.vm.guard import Guard, Thawed, thaw_if_frozen
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
@@ -133,6 +134,7 @@ def _prepare(
 
     Returns, besides the plan, what the run fills: the repository, and last the scratch folder.
     """
+    _refuse_folders(repository.path, options.scratch, monitor)
     inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
@@ -170,6 +172,22 @@ def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, t
         why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.left_out)
         raise Refused(f"the VM has no writable disk{why}", state="nothing was touched")
     return inventory, chosen
+
+
+def _refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> None:
+    """Refuse what would fail only after the freeze: names that QEMU can't be told, no place for a socket.
+
+    Raises Refused, Failed. Where QEMU gets scratch files as descriptors, their folder's name is ours alone.
+    """
+    for folder in (repository, *([] if monitor.passes_descriptors else [scratch_folder])):
+        try:
+            str(folder.absolute()).encode()
+        except UnicodeEncodeError as err:
+            raise Refused(
+                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
+                state="nothing was touched",
+            ) from err
+    private.check()
 
 
 def _rooms(
@@ -296,7 +314,7 @@ class _Run:
             except AgentRefused as err:
                 self._go_on_without_freeze(err)
             else:
-                with self._thawed_at_the_end() as thawed:
+                with self._thawed_at_the_end() as thawed, self.monitor.within(self.guard.due):
                     self.step = "transaction"
                     view.cut()
                 partial.note("export", froze=False)
@@ -317,13 +335,12 @@ class _Run:
             thawed.append(self.guard.thaw())
 
     def _frozen(self, thawed: Thawed) -> FreezeEntry:
-        """Say what the freeze came to. Raises FreezeOverrun if it was required and did not last."""
+        """Say what the freeze came to. Raises FreezeOverrun if it was required and may not have lasted."""
         if not thawed.ended_early:
             return FreezeEntry(self.options.freeze, "frozen", round(thawed.milliseconds))
-        why = "somebody in the guest thawed its file systems before the moment was taken"
         if self.options.freeze == "require":
-            raise FreezeOverrun(why)
-        self.reporter.warn(f"this point is crash-consistent: {why}")
+            raise FreezeOverrun(thawed.doubt)
+        self.reporter.warn(f"this point is only crash-consistent: {thawed.doubt}")
         return FreezeEntry(self.options.freeze, "none", None)
 
     def _freezes(self) -> bool:
@@ -435,12 +452,18 @@ class _Run:
         self.guard.release()
 
     def _await_thaw(self) -> None:
-        """Give the guard a little time with an agent that was silent. Raises AgentTimeout."""
+        """Give the guard a little time with an agent that was silent. Raises AgentError."""
         deadline = time.monotonic() + 2 * self.options.agent_timeout_seconds
-        while self.guard.may_be_frozen():
-            if time.monotonic() > deadline:
-                raise AgentTimeout("the guest may still be frozen; the guard goes on trying for 5 minutes")
-            time.sleep(0.1)
+        try:
+            while self.guard.may_be_frozen():
+                if time.monotonic() > deadline:
+                    raise AgentTimeout(
+                        "the guest may still be frozen; the guard goes on trying for 5 minutes"
+                    )
+                time.sleep(0.1)
+        except GuardLost:  # it is dead now, and the agent free
+            if self.vm.agent is not None:
+                thaw_if_frozen(self.vm.agent, self.options.agent_timeout_seconds)
 
     def _unsettled(self, failure: BaseException | None, err: BackupctlError) -> BackupctlError:
         settled = recovery.needs_recovery(err, self.vm.name)

@@ -154,7 +154,7 @@ class AgentUnavailable(AgentError):
 
 
 class AgentRefused(AgentError):
-    """The guest agent answered a command with an error."""
+    """The guest agent answered a command with an error, or had nothing to freeze."""
 
 
 class AgentTimeout(AgentError):
@@ -162,11 +162,11 @@ class AgentTimeout(AgentError):
 
 
 class FreezeOverrun(Failed):
-    """The freeze budget ended and the guard thawed the guest, perhaps before the moment was taken."""
+    """The guest was thawed, or may have been, before the moment was taken: by the guard, or in the guest."""
 
 
 class GuardLost(Failed):
-    """The guard process died: nobody stands by any more to thaw the guest if the run dies."""
+    """The guard process died or hung: nobody stands by any more to thaw the guest if the run dies."""
 
 
 class TransferError(Failed):
