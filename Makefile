@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check --no-input
 LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras --no-annotate \
     --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-.PHONY: help setup packages check test test-long explore planted drills fuzz demo bench lock clean
+.PHONY: help setup packages check test test-long explore planted screens drills fuzz demo bench lock clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -47,6 +47,9 @@ test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on
 test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an hour or more)
 	$(VENV)/bin/pytest -n $(WORKERS) -m slow --ignore tests/exploration --ignore tests/planted
 
+screens: $(VENV)/.tools ## Keep every screen as it is now, after a change of what is seen; then read the difference (20 s)
+	BACKUPCTL_RENEW_SCREENS=1 $(VENV)/bin/pytest -q -n $(WORKERS) tests/screens
+
 drills: $(VENV)/.tools ## Break runs in every way, on the simulator and on a real QEMU (5 min)
 	$(VENV)/bin/backupctl drill --on simulator
 	$(VENV)/bin/backupctl drill --on qemu
@@ -71,8 +74,8 @@ bench: setup ## Speed of copy (beside qemu-img convert), verify, and the simulat
 
 lock: packages ## Pin the Python packages anew, with their hashes, after a change of pyproject.toml (1 min)
 	@$(PYTHON) -m venv $(CACHE)/pip-tools
-	@$(CACHE)/pip-tools/bin/pip install -q --disable-pip-version-check pip-tools
-	@for pair in "requirements.txt" "requirements-dev.txt --extra=dev"; do \
+	@$(CACHE)/pip-tools/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements-lock.txt
+	@for pair in "requirements.txt" "requirements-dev.txt --extra=dev" "requirements-lock.txt --extra=lock"; do \
 	    CUSTOM_COMPILE_COMMAND="make lock" $(CACHE)/pip-tools/bin/pip-compile $(LOCK) -o $$pair pyproject.toml && \
 	    sed -i '1i # SPDX-License-Identifier: GPL-2.0-or-later' $${pair%% *} || exit 1; done
 

@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from backupctl import planning, records, recovery
+from backupctl import planning, private, records, recovery
 from backupctl.errors import (
     AgentError,
     AgentRefused,
@@ -36,6 +36,7 @@ from backupctl.errors import (
     CommandFailed,
     Failed,
     FreezeOverrun,
+    GuardLost,
     Interrupted,
     MonitorError,
     Refused,
@@ -52,10 +53,12 @@ from backupctl.settings import RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scratch, snapshot_access
+from backupctl.vm.disks import Disk, Inventory
+from backupctl.vm.filling import Filling
 from backupctl.vm.fleecing import Fleecing
-from backupctl.vm.guard import Guard, Thawed
+from backupctl.vm.guard import Guard, Thawed, thaw_if_frozen
 from backupctl.vm.monitor import Monitor
-from backupctl.vm.room import Room, Shared
+from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
 from backupctl.vm.view import Cut, View
 
@@ -65,9 +68,27 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
 
     Raises Locked, Refused (nothing touched), Failed (rolled back), NeedsRecovery (not rolled back).
     """
-    try:
+    with _preparing(vm, options):
         return _run(vm, repository, options, reporter, stop)
-    except Failed as err:  # of step 1; those after it have told more
+
+
+def rehearse(vm: Vm, options: RunOptions, stop: Stop) -> None:
+    """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
+
+    Raises MonitorError, Refused, Failed, Interrupted.
+    """
+    with _preparing(vm, options), Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
+        _, chosen = _chosen(vm, options, monitor)
+        room.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+        stop.check()
+
+
+@contextmanager
+def _preparing(vm: Vm, options: RunOptions) -> Iterator[None]:
+    """Tell of a failure in step 1 what is the case; those after it have told more."""
+    try:
+        yield
+    except Failed as err:
         do = options.kind if isinstance(err, Interrupted) else "doctor"
         raise err.add(
             step="prepare", state="nothing of this run was begun", next_command=f"backupctl {do} {vm.name}"
@@ -81,12 +102,23 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
         recorded = recovery.newest_recorded(monitor, repository.owner)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
-        plan, shared = _prepare(vm, repository, folder, options, monitor, reporter)
-        rooms = _rooms(plan, options, monitor, reporter)
+        plan, filling = _prepare(vm, repository, folder, options, monitor, reporter)
+        rooms = _rooms(plan, options, monitor, reporter, others=filling[-1].who())
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
             return _Run(
-                vm, repository, folder, options, reporter, stop, monitor, guard, plan, rooms, shared, recorded
+                vm,
+                repository,
+                folder,
+                options,
+                reporter,
+                stop,
+                monitor,
+                guard,
+                plan,
+                rooms,
+                filling,
+                recorded,
             ).make()
 
 
@@ -97,16 +129,15 @@ def _prepare(
     options: RunOptions,
     monitor: Monitor,
     reporter: Reporter,
-) -> tuple[Plan, Shared]:
-    """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
-    preflight.refuse_qemu(monitor)
-    inventory = disks.inventory(monitor, vm.disk_names)
+) -> tuple[Plan, tuple[Filling, ...]]:
+    """Step 1, after recovery: what can be known beforehand is checked before anything is touched.
+
+    Returns, besides the plan, what the run fills: the repository, and last the scratch folder.
+    """
+    _refuse_folders(repository.path, options.scratch, monitor)
+    inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
-    preflight.refuse_busy(inventory)
-    chosen = inventory.chosen(options.disks)
-    if not chosen:
-        raise Refused("the VM has no writable disk", state="nothing was touched")
     survey = folder.survey()
     for _, err in survey.damaged:
         reporter.warn(f"not building on a damaged point: {err.message}")
@@ -122,13 +153,49 @@ def _prepare(
         long=partial(chain.long, folder, options.max_chain),
     )
     _tell(plan, options, reporter)
-    return plan, Shared.by(repository.path, inventory.disks)
+    scratch.check_folder(options.scratch)
+    nodes = disks.named_nodes(monitor)
+    folders = repository.path, options.scratch
+    filling = tuple(Filling.of_run(one, monitor, inventory.disks, nodes) for one in folders)
+    for one in filling:
+        one.check()
+    return plan, filling
 
 
-def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter) -> tuple[Room, ...]:
-    """Share out the scratch folder's room; part of step 1. Raises Refused."""
+def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
+    """Return the VM's disks, and those that are to be taken. Raises Refused if it can't be backed up."""
+    preflight.refuse_qemu(monitor)
+    inventory = disks.inventory(monitor, vm.disk_names)
+    preflight.refuse_busy(inventory)
+    chosen = inventory.chosen(options.disks)
+    if not chosen:
+        why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.left_out)
+        raise Refused(f"the VM has no writable disk{why}", state="nothing was touched")
+    return inventory, chosen
+
+
+def _refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> None:
+    """Refuse what would fail only after the freeze: names that QEMU can't be told, no place for a socket.
+
+    Raises Refused, Failed. Where QEMU gets scratch files as descriptors, their folder's name is ours alone.
+    """
+    for folder in (repository, *([] if monitor.passes_descriptors else [scratch_folder])):
+        try:
+            str(folder.absolute()).encode()
+        except UnicodeEncodeError as err:
+            raise Refused(
+                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
+                state="nothing was touched",
+            ) from err
+    private.check()
+
+
+def _rooms(
+    plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter, *, others: str
+) -> tuple[Room, ...]:
+    """Share out the scratch folder's room; part of step 1. others: as for `room.survey`. Raises Refused."""
     chosen = [one.disk for one in plan.disks]
-    rooms = room.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+    rooms = room.survey(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
     if short := [disk.name for disk, one in zip(chosen, rooms, strict=True) if one.size < one.wanted]:
         has, wants = sum(one.size for one in rooms), sum(one.wanted for one in rooms)
         reporter.warn(
@@ -146,12 +213,17 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
         if one.reason:
             how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
             reporter.note(f"{one.disk.name} {how}: {one.reason}")
+        # Told anew each night these would hide what is new; `doctor` goes on telling them.
+        tell = reporter.note if plan.parent else reporter.warn
         if not one.disk.persistent:
-            # Told anew each night it would hide what is new; `doctor` goes on telling it.
-            tell = reporter.note if plan.parent else reporter.warn
             tell(
                 f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
                 "after a restart of QEMU its next incremental must read all of it"
+            )
+        if one.disk.encrypted:
+            tell(
+                f"{one.disk.name} is encrypted in the VM, and is stored as the guest sees it, in plain text: "
+                "encrypt the repository's file system if that matters"
             )
 
 
@@ -169,7 +241,7 @@ class _Run:
     guard: Guard
     plan: Plan
     rooms: tuple[Room, ...]
-    shared: Shared
+    filling: tuple[Filling, ...]
     recorded: PointId | None
     started: datetime = field(init=False)
     step: str = "attach"
@@ -182,6 +254,7 @@ class _Run:
         self.clients = ExitStack()
         self.exports: tuple[export.Export, ...] = ()
         self.view: View | None = None
+        self.scratches = scratch.Scratches(self.monitor, self.options.scratch, None)
 
     def make(self) -> RunReport:
         """Take the point; whatever happens, bring the VM to rest."""
@@ -241,7 +314,7 @@ class _Run:
             except AgentRefused as err:
                 self._go_on_without_freeze(err)
             else:
-                with self._thawed_at_the_end() as thawed:
+                with self._thawed_at_the_end() as thawed, self.monitor.within(self.guard.due):
                     self.step = "transaction"
                     view.cut()
                 partial.note("export", froze=False)
@@ -262,13 +335,12 @@ class _Run:
             thawed.append(self.guard.thaw())
 
     def _frozen(self, thawed: Thawed) -> FreezeEntry:
-        """Say what the freeze came to. Raises FreezeOverrun if it was required and did not last."""
+        """Say what the freeze came to. Raises FreezeOverrun if it was required and may not have lasted."""
         if not thawed.ended_early:
             return FreezeEntry(self.options.freeze, "frozen", round(thawed.milliseconds))
-        why = "somebody in the guest thawed its file systems before the moment was taken"
         if self.options.freeze == "require":
-            raise FreezeOverrun(why)
-        self.reporter.warn(f"this point is crash-consistent: {why}")
+            raise FreezeOverrun(thawed.doubt)
+        self.reporter.warn(f"this point is only crash-consistent: {thawed.doubt}")
         return FreezeEntry(self.options.freeze, "none", None)
 
     def _freezes(self) -> bool:
@@ -339,7 +411,8 @@ class _Run:
         self.guard.check()
         if self.view is not None:
             self.view.check()
-        self.shared.check()
+        for one in self.filling:
+            one.check()
 
     def _bring_to_rest(self, failure: BaseException | None) -> None:
         """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.
@@ -366,7 +439,11 @@ class _Run:
             raise self._unsettled(failure, err) from (failure or err)
 
     def _our_clients(self) -> cleanup.Clients:
-        return cleanup.Clients(drain=lambda: export.drain(self.exports), let_go=self._let_go)
+        return cleanup.Clients(
+            drain=lambda: export.drain(self.exports),
+            let_go=self._let_go,
+            give_back=self.scratches.empty,
+        )
 
     def _let_go(self) -> None:
         """Close our NBD clients and the guard's duplicates; no export is left that they could hurt."""
@@ -375,12 +452,18 @@ class _Run:
         self.guard.release()
 
     def _await_thaw(self) -> None:
-        """Give the guard a little time with an agent that was silent. Raises AgentTimeout."""
+        """Give the guard a little time with an agent that was silent. Raises AgentError."""
         deadline = time.monotonic() + 2 * self.options.agent_timeout_seconds
-        while self.guard.may_be_frozen():
-            if time.monotonic() > deadline:
-                raise AgentTimeout("the guest may still be frozen; the guard goes on trying for 5 minutes")
-            time.sleep(0.1)
+        try:
+            while self.guard.may_be_frozen():
+                if time.monotonic() > deadline:
+                    raise AgentTimeout(
+                        "the guest may still be frozen; the guard goes on trying for 5 minutes"
+                    )
+                time.sleep(0.1)
+        except GuardLost:  # it is dead now, and the agent free
+            if self.vm.agent is not None:
+                thaw_if_frozen(self.vm.agent, self.options.agent_timeout_seconds)
 
     def _unsettled(self, failure: BaseException | None, err: BackupctlError) -> BackupctlError:
         settled = recovery.needs_recovery(err, self.vm.name)
@@ -424,8 +507,8 @@ class _Run:
             can = sure and not snapshot_access.why_not(self.monitor, [cut.disk for cut in cuts])
             wish = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if wish == "snapshot-access" else Fleecing
-        scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
-        return kind(self.monitor, self.owner, cuts, self.rooms, scratches)
+        self.scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
+        return kind(self.monitor, self.owner, cuts, self.rooms, self.scratches)
 
     def _cuts(self) -> list[Cut]:
         assert self.point is not None

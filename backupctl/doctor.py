@@ -21,6 +21,7 @@ from backupctl.settings import Address, RunOptions, Vm
 from backupctl.vm import cleanup, disks, preflight, room, scratch, snapshot_access
 from backupctl.vm.agent import Agent
 from backupctl.vm.disks import Inventory
+from backupctl.vm.filling import Filling
 from backupctl.vm.monitor import Monitor
 
 Verdict = Literal["ok", "warning", "bad"]
@@ -79,7 +80,7 @@ def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
         folder = Repository.open(path).vm(vm.name)
         survey = folder.survey()
     except NotARepository:
-        yield from _no_repository(path)
+        yield from _no_repository(vm, path)
         return
     except BackupctlError as err:
         yield Finding("repository", "bad", err.message)
@@ -93,7 +94,7 @@ def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
         yield Finding("repository", "warning", damage.message, f"backupctl verify {vm.name}")
 
 
-def _no_repository(path: Path) -> Iterator[Finding]:
+def _no_repository(vm: Vm, path: Path) -> Iterator[Finding]:
     if os.path.lexists(path):
         try:
             Repository.refuse_foreign(path)
@@ -103,7 +104,7 @@ def _no_repository(path: Path) -> Iterator[Finding]:
     if locked := _locked(path):
         yield Finding("repository", "bad", locked)
         return
-    said = f"none in {path} yet, the first run makes it; {_free(path)}"
+    said = f"none in {path} yet, the first `backupctl full {vm.name}` makes it; {_free(path)}"
     yield Finding("repository", "warning", said, "if there should be one: is its file system mounted?")
 
 
@@ -198,6 +199,7 @@ def _disks(
         yield Finding("disks", "bad", err.message)
         return
     if inventory.disks:
+        yield from _filling(monitor, inventory, path, options)
         yield from _scratch(monitor, inventory, options)
         yield from _room(monitor, inventory, repository, path)
 
@@ -213,13 +215,36 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
             "warning",
             f"{', '.join(transient)} can't store a bitmap: the first incremental after each restart of QEMU "
             "must read all of it",
-            "qcow2 of version 3 (compat=1.1) can",
+            "qcow2 of version 3 (compat=1.1) without a data file can",
         )
+    if encrypted := [one.name for one in inventory.disks if one.encrypted]:
+        yield Finding(
+            "disks",
+            "warning",
+            f"{', '.join(encrypted)}: encrypted in the VM; a point holds what the guest sees, in plain text",
+            "encrypt the repository's file system",
+        )
+
+
+def _filling(monitor: Monitor, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
+    """Whether what a run fills is what a guest may need."""
+    nodes, low = disks.named_nodes(monitor), scratch.LOW_BYTES
+    for folder in dict.fromkeys((_existing(path), _existing(options.scratch))):
+        if who := Filling.of_run(folder, monitor, inventory.disks, nodes).who():
+            verdict: Verdict = "bad" if scratch.free_bytes(folder) < low else "ok"
+            said = f"on the file system of {folder}, {who}: a run is given up when {_mib(low)} are left"
+            yield Finding(
+                "file system", verdict, said, "" if verdict == "ok" else "more room, or another disk"
+            )
 
 
 def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
     try:
-        rooms = room.survey(monitor, inventory.disks, options.scratch, options.scratch_bytes)
+        scratch.check_folder(options.scratch)
+        filling = Filling.of_run(options.scratch, monitor, inventory.disks, disks.named_nodes(monitor))
+        rooms = room.survey(
+            monitor, inventory.disks, options.scratch, options.scratch_bytes, others=filling.who()
+        )
     except Refused as err:
         yield Finding("scratch", "bad", err.message)
         return

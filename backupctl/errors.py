@@ -33,7 +33,8 @@
 
 Each carries what the person at three in the morning needs: what failed (the message), at which step,
 what state things are in now, and the one command to run next. The layer that raises fills in what it
-knows; the layers above add the rest with `BackupctlError.add`.
+knows; the layers above add the rest with `BackupctlError.add`. The command line adds to that command the
+options that it was given itself (`cli/next_command.py`), so it runs as it stands.
 """
 
 import re
@@ -48,25 +49,30 @@ class BackupctlError(Exception):
     message: what failed, one sentence, naming VM and disk where they are known.
     step: the protocol step under way, or "".
     state: what is the case now, one sentence, or "".
-    next_command: the one command to run next, or "".
+    hint: what to do that is no command, or why, or "".
+    next_command: the one command to run next, as it is typed, or "".
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, message: str, *, step: str = "", state: str = "", next_command: str = "") -> None:
+    def __init__(
+        self, message: str, *, step: str = "", state: str = "", hint: str = "", next_command: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.step = step
         self.state = state
+        self.hint = hint
         self.next_command = next_command
 
     def __str__(self) -> str:
         return self.message  # to which a layer above may have added
 
-    def add(self, *, step: str = "", state: str = "", next_command: str = "") -> Self:
+    def add(self, *, step: str = "", state: str = "", hint: str = "", next_command: str = "") -> Self:
         """Fill in what is still empty; what a lower layer said stands."""
         self.step = self.step or step
         self.state = self.state or state
+        self.hint = self.hint or hint
         self.next_command = self.next_command or next_command
         return self
 
@@ -148,7 +154,7 @@ class AgentUnavailable(AgentError):
 
 
 class AgentRefused(AgentError):
-    """The guest agent answered a command with an error."""
+    """The guest agent answered a command with an error, or had nothing to freeze."""
 
 
 class AgentTimeout(AgentError):
@@ -156,11 +162,11 @@ class AgentTimeout(AgentError):
 
 
 class FreezeOverrun(Failed):
-    """The freeze budget ended and the guard thawed the guest, perhaps before the moment was taken."""
+    """The guest was thawed, or may have been, before the moment was taken: by the guard, or in the guest."""
 
 
 class GuardLost(Failed):
-    """The guard process died: nobody stands by any more to thaw the guest if the run dies."""
+    """The guard process died or hung: nobody stands by any more to thaw the guest if the run dies."""
 
 
 class TransferError(Failed):

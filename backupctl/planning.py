@@ -145,6 +145,8 @@ def why_unusable(
         return _why_missing(base, newest=newest)
     if bitmap.inconsistent:
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
+    if not disk.trusts(bitmap):
+        return "its data lie in another file than its bitmap, and may have been exchanged since it was stored"
     if newest and not bitmap.recording:
         return "its bitmap is not recording: somebody disabled it, so changes may be missing from it"
     if bitmap.busy:

@@ -4,15 +4,19 @@
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from backupctl.errors import Failed
 
 _PREFIX = "bctl-"  # short: the path of a unix socket has 107 bytes
+_SOCKET_BYTES = 107
+_LONGEST = f"/{_PREFIX}xxxxxxxx/public/nbd.sock"
+_ELSEWHERE = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of our own is made in it
 _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 
 
@@ -20,20 +24,49 @@ _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 def folder() -> Iterator[Path]:
     """Make a folder of our own for a socket, locked while we live; those of the dead are removed.
 
+    It lies in the user's temporary folder, or in the system's if that one's path is no good for a socket.
     Raises Failed.
     """
-    try:
-        _sweep(Path(tempfile.gettempdir()))
-        made = tempfile.TemporaryDirectory(prefix=_PREFIX)
-    except OSError as err:
-        raise Failed(f"no temporary folder can be made: {err.strerror}") from err
-    with made as name:
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with ExitStack() as made:
         try:
+            base = _base()
+            _sweep(base)
+            name = made.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX, dir=base))
+            descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            made.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield Path(name)
-        finally:
-            os.close(descriptor)
+        except OSError as err:
+            raise Failed(f"cannot make a temporary folder: {err.strerror or err}") from err
+        yield Path(name)
+
+
+def check() -> None:
+    """Try what a run will need of `folder`: a socket in it. Raises Failed, naming the folder."""
+    with folder() as made, socket.socket(socket.AF_UNIX) as trial:
+        try:
+            trial.bind(str(made / "trial"))
+        except OSError as err:
+            why = err.strerror or str(err)
+            raise Failed(f"cannot make a socket in the temporary folder {made.parent}: {why}") from err
+
+
+def _base() -> Path:
+    """Return the first folder whose path QEMU can be told of, and a socket can have. Raises Failed."""
+    wanted = tempfile.gettempdir()
+    for each in (wanted, *_ELSEWHERE):
+        if _fits(each) and os.access(each, os.W_OK | os.X_OK):
+            return Path(each)
+    raise Failed(
+        f"the temporary folder {wanted} is no place for a socket: its path must be UTF-8 and have "
+        f"{_SOCKET_BYTES - len(_LONGEST)} bytes at most; set TMPDIR to another"
+    )
+
+
+def _fits(path: str) -> bool:
+    try:
+        return len(path.encode()) + len(_LONGEST) <= _SOCKET_BYTES
+    except UnicodeEncodeError:
+        return False
 
 
 def _sweep(temporary: Path) -> None:

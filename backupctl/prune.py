@@ -21,7 +21,7 @@ from functools import partial
 
 from backupctl import clusters
 from backupctl.clusters import Records
-from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, moving
+from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed, moving
 from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
 from backupctl.repository import chain, images, locks, markers, merge, retention
@@ -37,6 +37,7 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.proving import Prover, Range
 from backupctl.transfer.source import Source
+from backupctl.vm.filling import Filling
 
 _PATIENCE_SECONDS = 1.0
 _CONNECTIONS = 2
@@ -98,7 +99,7 @@ def prune(
     can tell what stands on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
     _refuse_unknown(folder)
-    work = _Work(folder, reporter, stop)
+    work = _Work(folder, reporter, stop, Filling(folder.path))
     try:
         with folder.lock():
             decisions = plan(folder, rules)
@@ -164,6 +165,7 @@ class _Work:
     folder: VmFolder
     reporter: Reporter
     stop: Stop
+    filling: Filling
     dropped: list[PointId] = field(default_factory=list)
     removed: list[PointId] = field(default_factory=list)
     merged: list[MergedLayer] = field(default_factory=list)
@@ -292,15 +294,13 @@ class _Work:
             images.serve(opened) as served,
             closing(Source.connect([served] * _CONNECTIONS, images.EXPORT)) as source,
             images.serve((image,), writable=True, in_use=one.in_place) as address,
-            open_target(
-                address, images.EXPORT, check=self.stop.check, flush_seconds=copy.DISK_SECONDS
-            ) as target,
+            open_target(address, images.EXPORT, check=self._look, flush_seconds=copy.DISK_SECONDS) as target,
         ):
             copied = Copy(
                 source,
                 target,
                 TokenBucket(None),
-                check=self.stop.check,
+                check=self._look,
                 progress=lambda done: self.reporter.progress(one.upper.entry.name, done, total),
                 sieve=prover,
                 unreadable=lambda extent: _refuse_damaged(one, [(extent.offset, extent.length)]),
@@ -310,6 +310,11 @@ class _Work:
                 blank = Extent(*cut, zero=True)
                 Copy(source, target, TokenBucket(None), self.stop.check, lambda _done: None).run([blank])
         return copied.copied_bytes + copied.zero_bytes
+
+    def _look(self) -> None:
+        """Raise what must end a merge. What is removed, and not merged, takes no room."""
+        self.stop.check()
+        self.filling.check(WriteFailed)
 
     def _skip(self, upper: Point, disk: str, why: str) -> None:
         self.skipped.add((upper.id, disk))

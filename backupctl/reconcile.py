@@ -37,6 +37,7 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.proving import Prover, Range
 from backupctl.transfer.source import Source
+from backupctl.vm import filling
 
 _CONNECTIONS = 2
 _WINDOW_CLUSTERS = 1 << 16
@@ -129,8 +130,9 @@ def restore(
 def _work(part: Part, layers: tuple[Layer, ...], target: Target, reporter: Reporter, stop: Stop) -> _Work:
     entry = part.entry
     expected = chain.logical(layers, entry.size)
+    both = filling.watching(stop, target.path)
     return _Work(
-        entry.name, part.point.id, layers, target, expected, _room(target, entry.size), reporter, stop
+        entry.name, part.point.id, layers, target, expected, _room(target, entry.size), reporter, both
     )
 
 

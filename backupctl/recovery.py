@@ -53,15 +53,17 @@ def recover(
     """
     folder = repository.vm(vm.name)
     try:
-        with folder.lock(), Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
-            told = settle(vm, folder, repository.owner, monitor, scratch_folder)
+        with folder.lock():
+            thawed = _thaw_first(vm, folder, reporter)
+            with Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
+                told = settle(vm, folder, repository.owner, monitor, scratch_folder)
     except MonitorUnreachable as err:
         if folder.partials():
             raise needs_recovery(err, vm.name) from err
         raise err.add(state="nothing was touched", next_command=f"backupctl doctor {vm.name}") from err
     for line in told:
         reporter.note(line)
-    return Recovered(tuple(told))
+    return Recovered((*thawed, *told))
 
 
 def settle(
@@ -188,6 +190,19 @@ def froze(partial: Partial) -> bool:
     """Whether an unfinished run may have left the guest frozen."""
     journal = partial.journal()
     return journal is not None and journal.froze
+
+
+def _thaw_first(vm: Vm, folder: VmFolder, reporter: Reporter) -> list[str]:
+    """Thaw before anything else: the monitor may be in somebody's hands, and the guest must not wait for it.
+
+    An agent that is silent is asked again by `settle`.
+    """
+    told: list[str] = []
+    with suppress(AgentError):
+        told = _thaw(vm, folder)
+    for line in told:
+        reporter.note(line)
+    return told
 
 
 def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:

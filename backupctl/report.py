@@ -6,7 +6,7 @@ or nothing at all.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -115,6 +115,10 @@ class Stop:
         if self._why:
             raise Interrupted(f"stopped by {self._why}")
 
+    def also(self, check: Callable[[], None]) -> "Stop":
+        """Return a Stop that ends when this one does, or when `check` raises."""
+        return _StopAlso(self, check)
+
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Turn SIGINT, SIGTERM and SIGHUP into a request to end, until the block ends. Main thread only."""
@@ -131,3 +135,23 @@ class Stop:
         finally:
             for number, old in before.items():
                 signal.signal(number, old)
+
+
+class _StopAlso(Stop):
+    """A Stop that looks at something more; asked to end is the first one."""
+
+    def __init__(self, first: Stop, check: Callable[[], None]) -> None:
+        super().__init__()
+        self._first = first
+        self._check = check
+
+    def request(self, why: str) -> None:
+        self._first.request(why)
+
+    @property
+    def requested(self) -> bool:
+        return self._first.requested
+
+    def check(self) -> None:
+        self._first.check()
+        self._check()

@@ -26,6 +26,7 @@ from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.vm_folder import Point, VmFolder
 from backupctl.selection import MissingDisk, Selection
 from backupctl.transfer.proving import Range
+from backupctl.vm import filling
 
 _STDOUT_DESCRIPTOR = 1
 _UNTOUCHED = "nothing was touched"
@@ -150,6 +151,8 @@ def _restore(folder: VmFolder, work: _Work, force: bool, reporter: Reporter, sto
     def progress(done_bytes: int) -> None:
         reporter.progress(entry.name, done_bytes, entry.size)
 
+    if work.target != STDOUT:
+        stop = filling.watching(stop, Path(work.target))
     reading = Readout(folder.name, work.point, work.layers, force, stop, progress)
     try:
         _read_out(reading, work, force, reporter)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the commands share: the VM's options, exit codes in the help, and acquiring what is named."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
-from backupctl.cli import config
+from backupctl.cli import config, next_command
 from backupctl.errors import (
     BackupctlError,
     DamageFound,
@@ -45,38 +46,69 @@ class Named:
     def has_repository(self) -> bool:
         """Whether there is one. Raises UsageError, RepositoryError."""
         try:
-            Repository.open(self.config.repository(self.name, self.repository_path))
+            Repository.open(self.folder())
         except NotARepository:
             return False
         except RepositoryError as err:
             raise err.add(state="nothing was touched") from err
         return True
 
-    def repository(self, *, create: bool = False) -> Repository:
+    def repository(self) -> Repository:
         """Open the repository. Raises UsageError, RepositoryError."""
-        path = self.config.repository(self.name, self.repository_path)
+        return self.open(self.folder())
+
+    def folder(self) -> Path:
+        """Return the repository's folder, which need not be there. Raises UsageError."""
+        return self.config.repository(self.name, self.repository_path)
+
+    def folders(self) -> tuple[Path, ...]:
+        """Return the folders that are meant: the one that is named, the VM's, or all of the configuration.
+
+        Raises UsageError.
+        """
+        everything = () if self.name or self.repository_path else self.config.repositories()
+        return everything or (self.folder(),)
+
+    def open(self, path: Path) -> Repository:
+        """Open a repository. Raises UsageError, RepositoryError."""
         try:
-            return Repository.open_or_create(path) if create else Repository.open(path)
+            return Repository.open(path)
         except NotARepository as err:
-            hint = "is its file system mounted? The first `backupctl full NAME` makes one in an empty folder"
-            raise UsageError(err.message, next_command=hint) from err
+            raise UsageError(
+                err.message,
+                state="nothing was touched",
+                hint="if there should be one: is its file system mounted? The first full makes one",
+                next_command=f"backupctl full {self.name}" if self.name else "",
+            ) from err
         except RepositoryError as err:
             raise err.add(state="nothing was touched") from err
-        except OSError as err:
-            raise Failed(
-                f"the repository {path} can't be used: {err.strerror}", state="nothing was touched"
-            ) from err
+
+    def new_repository(self) -> Repository:
+        """Make the repository, or open the one that another run has just made. Raises RepositoryError."""
+        try:
+            return Repository.open_or_create(self.folder())
+        except NotARepository as err:
+            raise UsageError(err.message) from err
+        except RepositoryError as err:
+            raise err.add(state="nothing was touched") from err
 
     def scratch(self) -> Path:
         """Return the folder for scratch files."""
         found = self.scratch_path or self.config.setting(self.name, "scratch")
-        return Path(found).expanduser() if found else DEFAULTS.scratch
+        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch
+
+
+def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
+    """Return the error to end with where several were met: damage first, with what the others say."""
+    found = next((one for one in failures if isinstance(one, DamageFound)), failures[0])
+    found.message = "; ".join(dict.fromkeys(one.message for one in (found, *failures)))
+    return found
 
 
 def config_option(command: Command) -> Command:
     """Give a command `--config`; the group has it too, so that it may stand on either side of the command."""
-    places = f"$BACKUPCTL_CONFIG, ./{config.FILE_NAME}, ~/.config/backupctl/, /etc/backupctl/"
-    said = f"The configuration file; else, whichever is there first: {places}."
+    places = f"$BACKUPCTL_CONFIG, ~/.config/backupctl/{config.FILE_NAME}, {config.SYSTEM_FILE}"
+    said = f"The configuration file; else, whichever is there first: {places}. It must be yours or root's."
     return click.option("--config", metavar="FILE", help=said)(command)
 
 
@@ -95,9 +127,23 @@ def named(*, needs_vm: bool = True, optional: bool = False) -> Callable[[Command
             command = click.option("--qmp", metavar="unix:PATH|tcp:HOST:PORT", help="QEMU's monitor.")(
                 command
             )
-        return click.argument("name", required=not optional)(command)
+        return click.argument("name", required=not optional)(_with_next_command(command))
 
     return decorate
+
+
+def _with_next_command(command: Command) -> Command:
+    """Have the errors of a command name the next one with all the options that it needs."""
+
+    @functools.wraps(command)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return command(*arguments, **options)
+        except BackupctlError as err:
+            err.next_command = next_command.complete(click.get_current_context(), err.next_command)
+            raise
+
+    return cast("Command", call)
 
 
 def quiet(command: Command) -> Command:
@@ -108,14 +154,28 @@ def quiet(command: Command) -> Command:
 
 def take(context: click.Context, options: dict[str, Any]) -> Named:
     """Take what `named` added out of a command's options."""
+    _refuse_no_folder()
+    given = options.pop("config", None) or context.find_root().params.get("config")
     return Named(
-        config=config.load(options.pop("config", None) or context.find_root().params.get("config")),
+        config=config.load(given),
         name=options.pop("name", None),
         qmp=options.pop("qmp", None),
         agent=options.pop("agent", None),
         repository_path=options.pop("repository", None),
         scratch_path=options.pop("scratch", None),
     )
+
+
+def _refuse_no_folder() -> None:
+    """Raise UsageError if the current folder is gone: a relative path would mean nothing."""
+    try:
+        Path.cwd()
+    except OSError as err:
+        raise UsageError(
+            f"cannot find the current directory: {err.strerror}",
+            state="nothing was touched",
+            next_command="cd /",
+        ) from err
 
 
 _MEANINGS: tuple[tuple[type[BackupctlError] | None, str], ...] = (

@@ -12,21 +12,28 @@
     [vm.web.disks]                   QEMU's name of a disk = the name it is stored under
     virtio0 = "system"
 
-Looked for in: ``--config``, ``$BACKUPCTL_CONFIG``, ``./backupctl.toml``, the user's and the system's
-configuration folder. A key that is not known is an error: a misspelt `limit` must not be silently none.
+Looked for in: ``--config``, ``$BACKUPCTL_CONFIG``, the user's and the system's configuration folder; never in
+the current folder, and believed only if nobody else could have written it (`trusted.py`).
+
+A key that is not known is an error: a misspelt `limit` must not be silently none. So is a path that depends
+on where we were started, and what would lead two VMs, or two disks, into one folder.
 """
 
 import os
 import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from backupctl import trusted
 from backupctl.errors import InvalidName, UsageError
 from backupctl.names import disk_name, vm_name
 from backupctl.settings import MAX_CHAIN, Address, FreezeWish, OnBrokenChain, ViewWish, Vm
 
 FILE_NAME = "backupctl.toml"
+SYSTEM_FILE = Path("/etc/backupctl") / FILE_NAME
 MAX_BYTES = 256 * 1024
 MAX_FREEZE_SECONDS = 3600
 MAX_COUNT = 1000
@@ -43,6 +50,8 @@ _COUNTS = _KEPT | {"keep_checkpoints", "max_chain"}
 _NUMBERS = _COUNTS | {"freeze_budget"}
 _SETTINGS = _STRINGS | _NUMBERS
 _OF_VM = _SETTINGS | {"qmp", "agent", "disks"}
+_PATHS = frozenset({"repository", "scratch"})
+_SOCKETS = ("qmp", "agent")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,11 @@ class Config:
     path: Path | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     vms: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str | None:
+        """Where it was found, for people and programs."""
+        return str(self.path) if self.path else None
 
     def setting(self, vm: str | None, name: str) -> Any:
         """Return a setting of a VM, or the default for all, or None."""
@@ -65,7 +79,13 @@ class Config:
                 "no repository is known",
                 next_command="give --repository DIR, or put repository = into the configuration file",
             )
-        return Path(found).expanduser()
+        return absolute(found, "the repository")
+
+    def repositories(self) -> tuple[Path, ...]:
+        """Return the folder of each repository that the file names, in its order. Raises UsageError."""
+        vms = [vm for vm in self.vms if self.setting(vm, "repository")]
+        default = [None] if self.defaults.get("repository") else []
+        return tuple(dict.fromkeys(self.repository(vm, None) for vm in (*default, *vms)))
 
     def vm(self, name: str, qmp: str | None, agent: str | None) -> Vm:
         """Return a VM as the file and the command line describe it. Raises UsageError."""
@@ -78,7 +98,7 @@ class Config:
             there = ", ".join(sorted(self.vms)) or "none"
             raise UsageError(
                 f"no monitor is known for {name!r:.120} (VMs in the configuration: {there})",
-                next_command=f"give --qmp unix:PATH, or put [vm.{checked}] into {self.path or FILE_NAME}",
+                next_command=f"give --qmp unix:PATH, or put [vm.{checked}] into {self.path or SYSTEM_FILE}",
             )
         guest = agent or self.setting(name, "agent")
         return Vm(
@@ -89,32 +109,75 @@ class Config:
         )
 
 
+def absolute(text: str, what: str) -> Path:
+    """Return a path as an absolute one. Raises UsageError, naming what it is the path of.
+
+    QEMU is told paths in JSON, so one that is not UTF-8 would fail in the middle of a run.
+    """
+    try:
+        found = Path(text).expanduser().absolute()
+        str(found).encode()
+    except RuntimeError as err:
+        raise UsageError(f"{what}: no home folder is known for {text!r:.200}") from err
+    except UnicodeEncodeError as err:
+        raise UsageError(f"{what}: {text!r:.200} is not UTF-8") from err
+    except OSError as err:
+        raise UsageError(
+            f"{what}: {text!r:.200} is relative, and the current directory cannot be found: {err.strerror}",
+            next_command="cd /",
+        ) from err
+    if "\0" in text:
+        raise UsageError(f"{what}: {text!r:.200} can't be a path")
+    return found
+
+
 def load(given: str | None) -> Config:
     """Find and read the configuration file. Raises UsageError."""
     named = given or os.environ.get("BACKUPCTL_CONFIG")
-    if named:
-        return _read(Path(named))
-    for path in _places():
-        if path.is_file():
-            return _read(path)
-    return Config()
+    places = (absolute(named, "the configuration"),) if named else filter(_is_there, _places())
+    place = next(iter(places), None)
+    return _read(place) if place else Config()
 
 
-def _places() -> list[Path]:
-    user = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
-    return [Path(FILE_NAME), user / "backupctl" / FILE_NAME, Path("/etc/backupctl") / FILE_NAME]
+def _is_there(place: Path) -> bool:
+    """Whether there is anything, to be believed or not. Raises UsageError if that can't be told."""
+    try:
+        place.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as err:
+        raise _unreadable(place, err) from err
+    return True
+
+
+def _places() -> Iterator[Path]:
+    """Name the files to look for; a folder that depends on where we were started is none."""
+    user = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config")
+    with suppress(RuntimeError):  # there is no home
+        user = user.expanduser()
+    if user.is_absolute():
+        yield user / "backupctl" / FILE_NAME
+    yield SYSTEM_FILE
 
 
 def _read(path: Path) -> Config:
+    """Read a file. Raises UsageError."""
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_BYTES + 1)
+        text = trusted.read(path, MAX_BYTES)
         if len(text) > MAX_BYTES:
             raise UsageError(f"the configuration {path} is larger than {MAX_BYTES >> 10} KiB")
         content = tomllib.loads(text.decode())
     except (OSError, ValueError, RecursionError) as err:  # all that is no TOML is a ValueError, or too deep
-        why = (isinstance(err, OSError) and err.strerror) or str(err)
-        raise UsageError(f"the configuration {path} can't be read: {why:.500}") from err
+        raise _unreadable(path, err) from err
+    return _checked(path, content)
+
+
+def _unreadable(path: Path, err: Exception) -> UsageError:
+    why = (isinstance(err, OSError) and err.strerror) or str(err)
+    return UsageError(f"the configuration {path} can't be read: {why:.500}")
+
+
+def _checked(path: Path, content: dict[str, Any]) -> Config:
     _only(content, {"defaults", "vm"}, path, "at the top")
     defaults = _table(content.get("defaults", {}), path, "[defaults]")
     _check(defaults, _SETTINGS, path, "[defaults]")
@@ -122,7 +185,10 @@ def _read(path: Path) -> Config:
     for name, settings in vms.items():
         _check(_table(settings, path, f"[vm.{name}]"), _OF_VM, path, f"[vm.{name}]")
         _check_names(name, settings, path)
-    return Config(path, defaults, vms)
+        _check_sockets(name, settings, path)
+    found = Config(path, defaults, vms)
+    _refuse_shared(found, path)
+    return found
 
 
 def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: str) -> None:
@@ -145,6 +211,11 @@ def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: s
             raise UsageError(f"{path}: {name} in {where} must be a whole number, 0 to {most}")
         if name not in _NUMBERS and not isinstance(value, str):
             raise UsageError(f"{path}: {name} in {where} must be a text in quotes")
+        if name in _PATHS and not Path(value).is_absolute() and not value.startswith("~"):
+            raise UsageError(
+                f"{path}: {name} in {where} must be an absolute path, not {value!r:.120}: "
+                "it must not depend on where backupctl is started"
+            )
         if name in _CHOICES and value not in _CHOICES[name]:
             raise UsageError(f"{path}: {name} in {where} must be one of: {', '.join(_CHOICES[name])}")
 
@@ -152,10 +223,48 @@ def _check(settings: dict[str, Any], known: frozenset[str], path: Path, where: s
 def _check_names(name: str, settings: dict[str, Any], path: Path) -> None:
     try:
         vm_name(name)
-        for stored in _table(settings.get("disks", {}), path, f"[vm.{name}.disks]").values():
+        disks = _table(settings.get("disks", {}), path, f"[vm.{name}.disks]")
+        for stored in disks.values():
             disk_name(stored if isinstance(stored, str) else "")
     except InvalidName as err:
         raise UsageError(f"{path}: [vm.{name}]: {err.message}") from err
+    for stored in disks.values():
+        if len(both := [disk for disk, one in disks.items() if one == stored]) > 1:
+            raise UsageError(
+                f"{path}: {' and '.join(both)} in [vm.{name}.disks] can't both be stored as {stored!r}"
+            )
+
+
+def _check_sockets(name: str, settings: dict[str, Any], path: Path) -> None:
+    """Raise UsageError for an address that is none, or that depends on where we were started."""
+    for key in _SOCKETS:
+        if key not in settings:
+            continue
+        try:
+            address = Address.parse(settings[key])
+        except UsageError as err:
+            raise UsageError(f"{path}: {key} in [vm.{name}]: {err.message}") from err
+        if address.path and not Path(address.path).is_absolute():
+            raise UsageError(
+                f"{path}: {key} in [vm.{name}] must be an absolute path, not {address.path!r:.120}"
+            )
+
+
+def _refuse_shared(found: Config, path: Path) -> None:
+    """Raise UsageError if two VMs of one repository have the same monitor, or the same agent.
+
+    One VM in two repositories is two VMs of the file, with one monitor.
+    """
+    seen: dict[tuple[str, str, str], str] = {}
+    for name, settings in found.vms.items():
+        repository = str(found.setting(name, "repository") or "")
+        for key in _SOCKETS:
+            if key not in settings:
+                continue
+            address = str(Address.parse(settings[key]))
+            other = seen.setdefault((key, os.path.normpath(address), os.path.normpath(repository)), name)
+            if other != name:
+                raise UsageError(f"{path}: [vm.{other}] and [vm.{name}] have the same {key}, {address:.200}")
 
 
 def _only(settings: dict[str, Any], known: set[str] | frozenset[str], path: Path, where: str) -> None:

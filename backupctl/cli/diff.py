@@ -87,8 +87,9 @@ def _show_disk(one: DiskDiff) -> None:
         if one.size_before != one.size_after
         else ""
     )
+    screen.print_line("")
     screen.print_line(
-        f"\n{one.name}: {units.size(one.changed_bytes)} of {units.size(one.size)} changed "
+        f"{one.name}: {units.size(one.changed_bytes)} of {units.size(one.size)} changed "
         f"({share:.1f} %) in {ranges} range{'' if ranges == 1 else 's'}{resized}"
     )
     shades = screen.printable(picture.BLOCKS, picture.ASCII)
@@ -105,5 +106,7 @@ def _show_disk(one: DiskDiff) -> None:
 
 def _print_styled(parts: Sequence[tuple[str, str]]) -> None:
     """Write a line of texts, each with its style: to a terminal with colours, elsewhere without."""
-    line = Text.assemble(*((screen.clean(text), style) for text, style in parts))
-    Console(highlight=False).print(line, soft_wrap=True)
+    console = Console(highlight=False)
+    with console.capture() as styled:
+        console.print(Text.assemble(*((screen.clean(text), style) for text, style in parts)), soft_wrap=True)
+    screen.print_styled(styled.get())

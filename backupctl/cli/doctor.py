@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl doctor`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import click
 
 from backupctl import doctor as core
-from backupctl.cli import common, run, screen
+from backupctl.cli import common, exposure, run, screen
 from backupctl.doctor import Diagnosis
 from backupctl.errors import Failed
 
@@ -19,15 +19,23 @@ from backupctl.errors import Failed
 def doctor(context: click.Context, /, **options: Any) -> None:
     """Look for what would make a backup of a VM fail, or may surprise. Changes nothing.
 
-    Looked at are QEMU's tools, the repository's rights and room, QEMU's version and monitor, iothreads,
-    disks, the scratch folder's room, the guest agent, and what earlier runs have left.
+    Looked at are the configuration file and who else could write it, QEMU's tools, the repository's rights
+    and room, QEMU's version and monitor, iothreads, disks, the scratch folder's room, the guest agent, and
+    what earlier runs have left.
     """
     names = common.take(context, options)
-    vm, path = names.vm(), names.config.repository(names.name, names.repository_path)
+    vm, path = names.vm(), names.folder()
     found = core.examine(vm, path, run.wishes(names, "incremental", {}))
+    around = (*exposure.configuration(names.config), *exposure.repository(path, vm.name))
+    found = replace(found, findings=(*around, *found.findings))
     if options["as_json"]:
         screen.print_json(
-            {"vm": found.vm, "ok": not found.bad, "findings": [asdict(one) for one in found.findings]}
+            {
+                "vm": found.vm,
+                "ok": not found.bad,
+                "configuration": names.config.file,
+                "findings": [asdict(one) for one in found.findings],
+            }
         )
     else:
         _tell(found)

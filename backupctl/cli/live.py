@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is seen on a terminal while a command works: the step under way, and a bar for each disk."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 from rich.progress import (
@@ -17,9 +19,30 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from backupctl.cli import units
+from backupctl.cli import screen, units
 from backupctl.cli.screen import clean
 from backupctl.names import DiskName
+
+
+class _Unfailing:
+    """A stream whose failures nobody hears of: a closed terminal must not fail a run, or its end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write what can be written."""
+        with suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Bring out what can be brought out."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _Rate(ProgressColumn):
@@ -40,15 +63,19 @@ class Live:
 
     def step(self, text: str) -> None:
         """A step begins."""
-        self._display.console.print(Text(f"· {clean(text)}", style="dim"))
+        self._write(screen.printable("· ", "- ", sys.stderr), text, "dim")
 
     def note(self, text: str) -> None:
         """Something to know."""
-        self._display.console.print(Text(f"  {clean(text)}"))
+        self._write("  ", text)
 
     def warn(self, text: str) -> None:
         """Something to act on some time."""
-        self._display.console.print(Text(f"! {clean(text)}", style="yellow"))
+        self._write("! ", text, "yellow")
+
+    def _write(self, head: str, text: str, style: str = "") -> None:
+        line = screen.wrapped(head, clean(text), "    ", sys.stderr)
+        self._display.console.print(Text(line, style=style), soft_wrap=True)
 
     def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
@@ -67,5 +94,6 @@ def reporter() -> Iterator[Live]:
         _Rate(),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=Console(stderr=True, highlight=False), transient=False) as display:
+    console = Console(file=cast("IO[str]", _Unfailing(sys.stderr)), highlight=False)
+    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as display:
         yield Live(display)

@@ -6,8 +6,7 @@ import io
 import os
 import resource
 import sys
-import tempfile
-import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -17,11 +16,14 @@ import click
 from backupctl import __version__
 from backupctl.cli import (
     common,
+    crash_log,
     needs,  # noqa: F401 - first of all: it says what is missing
     screen,
 )
 from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, UsageError
 
+PRIVATE = 0o077
+"""The umask of all that we make, whatever we were started with: disks are in it."""
 _MANY_FILES = 1 << 16
 _COMMANDS = {
     "full": "run.full",
@@ -44,12 +46,40 @@ _COMMANDS = {
 }
 
 
+class _Formatter(click.HelpFormatter):
+    """Help that is wrapped between words, and at no hyphen: `--only-changed` stays in one piece."""
+
+    _HYPHEN = "\u2011"  # does not break, and is written as what it stands for
+
+    def write(self, string: str) -> None:
+        """Write what was wrapped."""
+        super().write(string.replace(self._HYPHEN, "-"))
+
+    def write_text(self, text: str) -> None:
+        """Write a paragraph."""
+        super().write_text(text.replace("-", self._HYPHEN))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write options or commands, each with its text."""
+        kept = [(name, text.replace("-", self._HYPHEN)) for name, text in rows]
+        super().write_dl(kept, col_max, col_spacing)
+
+
+click.Context.formatter_class = _Formatter
+
+
 class _Commands(click.Group):
     """The commands, each loaded when it is asked for: together they take three times as long as most."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Name them all."""
         return sorted(_COMMANDS)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each command with the whole first sentence of its help, wrapped where click would cut it."""
+        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in found if one])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
         """Load one."""
@@ -72,29 +102,35 @@ def cli(config: str | None) -> None:
 
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
+    os.umask(PRIVATE)
     prepare_streams()
-    as_json = "--json" in sys.argv
     _allow_many_files()
+    sys.exit(screen.finish(_call(as_json="--json" in sys.argv)))
+
+
+def _call(*, as_json: bool) -> int:
+    """Call the command; return its exit code, after what there was to say of an error was said."""
     try:
         cli.main(prog_name="backupctl", standalone_mode=False)
-        sys.stdout.flush()
+    except SystemExit as err:
+        return err.code if isinstance(err.code, int) else int(err.code is not None)
     except click.exceptions.Exit as err:
-        sys.exit(err.exit_code)
+        return err.exit_code
     except click.ClickException as err:
         if not as_json:
-            err.show()
-        _fail(UsageError(err.format_message()), as_json=as_json, say=as_json)
+            with suppress(OSError):
+                err.show()
+        return _failed(UsageError(err.format_message()), as_json=as_json, say=as_json)
     except (click.Abort, KeyboardInterrupt):
-        _fail(Interrupted("interrupted"), as_json=as_json)
+        # What is done stays done: only its report was cut off.
+        return 0 if screen.is_done() else _failed(Interrupted("interrupted"), as_json=as_json)
     except BackupctlError as err:
-        _fail(err, as_json=as_json)
+        return _failed(err, as_json=as_json)
     except BrokenPipeError:
-        # Who read our output has gone; what was to be done is done.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 0 if screen.is_done() else 1  # who read our output has gone
     except Exception:  # noqa: BLE001 - the one place: a bug must not greet anybody with a traceback
-        _fail(_bug(), as_json=as_json)
-    sys.exit(0)
+        return _failed(_bug(), as_json=as_json)
+    return 0
 
 
 def _allow_many_files() -> None:
@@ -107,12 +143,12 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, _MANY_FILES)), most))
 
 
-def _fail(err: BackupctlError, *, as_json: bool, say: bool = True) -> NoReturn:
+def _failed(err: BackupctlError, *, as_json: bool, say: bool = True) -> int:
     if isinstance(err, UsageError | InvalidName):
         err.add(state="nothing was touched")
     if say:
         screen.print_error(err, as_json=as_json)
-    sys.exit(err.exit_code)
+    return err.exit_code
 
 
 def prepare_streams() -> None:
@@ -136,19 +172,12 @@ def prepare_streams() -> None:
 
 def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
-    details = ""
-    with (
-        suppress(OSError),  # no room for it
-        tempfile.NamedTemporaryFile(
-            "w", prefix="backupctl-error-", suffix=".log", delete=False, encoding="utf-8"
-        ) as log,
-    ):
-        traceback.print_exc(file=log)
-        details = f"; the details are in {log.name}"
+    log = crash_log.write()
+    details = f"the details are in {log}" if log else "no log could be written"
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
         state="whatever was begun was rolled back where that was possible",
-        next_command=f"backupctl status NAME{details}",
+        hint=f"{details}: please report it",
     )
 
 

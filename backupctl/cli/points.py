@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl list` and `backupctl show`."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from backupctl.cli import common, screen, units
-from backupctl.errors import DamageFound
+from backupctl.errors import BackupctlError, DamageFound
 from backupctl.names import VmName, vm_name
 from backupctl.repository.layout import Repository
-from backupctl.repository.vm_folder import Point
+from backupctl.repository.vm_folder import Point, Survey
 
 
 @click.command("list", epilog=common.exit_help(0, 2, 4))
@@ -17,26 +18,51 @@ from backupctl.repository.vm_folder import Point
 @common.named(needs_vm=False, optional=True)
 @click.pass_context
 def list_points(context: click.Context, /, **options: Any) -> None:
-    """List the recovery points of a VM, or of all, newest last."""
+    """List the recovery points of a VM, or of all VMs of every repository that is configured, newest last."""
     names = common.take(context, options)
-    repository = names.repository()
-    vms = [vm_name(names.name)] if names.name else repository.vms()
-    surveys = [repository.vm(vm).survey() for vm in vms]
-    points = [point for survey in surveys for point in survey.points]
+    found: dict[Path, list[Survey]] = {}
+    failures: list[BackupctlError] = []
+    for path in names.folders():
+        try:
+            found[path] = _surveys(names.open(path), names.name)
+        except BackupctlError as err:
+            failures.append(err)
+    if not found:
+        raise common.worst(failures)
+    surveys = [survey for each in found.values() for survey in each]
     if options["as_json"]:
-        screen.print_json([point_document(point) for point in points])
-    elif points:
-        columns = ("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>", "PROTECTED")
-        wide = len(columns) - (not any(point.protected for point in points))  # 80 columns are soon full
-        screen.print_table(columns[:wide], [row[:wide] for row in _rows(points)])
+        screen.print_json([point_document(point) for survey in surveys for point in survey.points])
     else:
-        screen.print_line(f"no recovery points in {repository.path}")
+        for path, each in found.items():
+            _tell(path, each, alone=len(found) == 1)
     damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
     if damaged:
-        raise DamageFound(
-            "; ".join(err.message for _, err in damaged),
-            state="the points listed can be read; the damaged ones are not used",
+        failures.append(
+            DamageFound(
+                "; ".join(err.message for _, err in damaged),
+                state="the points listed can be read; the damaged ones are not used",
+            )
         )
+    if failures:
+        raise common.worst(failures)
+
+
+def _surveys(repository: Repository, name: str | None) -> list[Survey]:
+    vms = [vm_name(name)] if name else repository.vms()
+    return [repository.vm(vm).survey() for vm in vms]
+
+
+def _tell(path: Path, surveys: list[Survey], *, alone: bool) -> None:
+    """Show the points of one repository; with its name, if there are others."""
+    points = [point for survey in surveys for point in survey.points]
+    if not points:
+        screen.print_line(f"no recovery points in {path}")
+        return
+    if not alone:
+        screen.print_line(f"{path}:")
+    columns = ("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>", "PROTECTED")
+    wide = len(columns) - (not any(point.protected for point in points))  # 80 columns are soon full
+    screen.print_table(columns[:wide], [row[:wide] for row in _rows(points)])
 
 
 def _rows(points: list[Point]) -> list[tuple[object, ...]]:

@@ -2,21 +2,24 @@
 """`backupctl prune`, `backupctl protect` and `backupctl unprotect`."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import click
 
 from backupctl import prune as core
 from backupctl.cli import common, screen, units
-from backupctl.errors import DamageFound
+from backupctl.cli.common import Named
+from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
 from backupctl.names import vm_name
 from backupctl.prune import PruneReport
-from backupctl.report import Stop
+from backupctl.report import Reporter, Stop
 from backupctl.repository import retention
 from backupctl.repository.retention import Decision, Rules
 
 _COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+_KEYS = (*(f"keep_{name}" for name in _COUNTED), "keep_within")
+_NO_RULE = "no retention rule is configured (keep_last, keep_daily, ...)"
 _HELP = {"last": "Keep the N newest points."}
 
 
@@ -36,7 +39,7 @@ def _rules(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
-@common.named(needs_vm=False)
+@common.named(needs_vm=False, optional=True)
 @_rules
 @click.option("--dry-run", is_flag=True, help="Only show which points would stay or go, and why.")
 @click.option(
@@ -49,47 +52,162 @@ def _rules(command: Callable[..., Any]) -> Callable[..., Any]:
 @common.quiet
 @click.pass_context
 def prune(context: click.Context, /, **options: Any) -> None:
-    """Drop the points of a VM that no rule holds; all others stay whole.
+    """Drop the points of a VM, or of every configured one, that no rule holds; all others stay whole.
+
+    The rules are those of the command line, if it names any, or else the configuration's: never both.
 
     A point stays if any rule holds it. The newest always stays, the newest that holds each disk, and
     protected ones. The VM is not touched. What a prune could not finish the next one does.
     """
     names = common.take(context, options)
-
-    def setting(name: str) -> Any:
-        given = options[name]
-        return names.config.setting(names.name, name) if given is None else given
-
-    within = setting("keep_within")
-    rules = Rules(
-        **{name: int(setting(f"keep_{name}") or 0) for name in _COUNTED},
-        within=retention.duration(str(within)) if within else None,
-    )
-    folder = names.repository().vm(vm_name(names.name or ""))
-    if options["dry_run"]:
-        report = PruneReport(
-            core.plan(folder, rules), long_chains=core.long_chains(folder, options["max_chain"])
-        )
-    else:
-        stop = Stop()
-        with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
-            report = core.prune(folder, rules, reporter, stop, options["max_chain"])
+    stop = Stop()
+    with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
+        work = _Work(options, reporter, stop)
+        if names.name is None:
+            work.all(names)
+        else:
+            work.one(names)
     if options["as_json"]:
-        screen.print_json(_document(folder.name, report, dry_run=options["dry_run"]))
+        screen.print_json(work.document(alone=names.name is not None))
     elif not options["quiet"]:
-        _print(report, dry_run=options["dry_run"])
-    if report.damage:
-        raise DamageFound(
-            "; ".join(report.damage),
-            state="the points that stay are as they were; what is damaged is not merged",
-            next_command=f"backupctl verify {folder.name}",
+        for vm, done in work.done.items():
+            if names.name is None:
+                screen.print_line(f"{vm}:")
+            _print(done.report, dry_run=options["dry_run"])
+    if work.failed:
+        raise common.worst(list(work.failed.values()))
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """Which points stay. named: whether the command line says so. said: its rules, by their keys in the file.
+
+    unused: rules of the configuration that don't count, because the command line named some.
+    """
+
+    rules: Rules
+    named: bool
+    said: dict[str, Any]
+    unused: dict[str, Any]
+
+    @classmethod
+    def of(cls, names: Named, options: dict[str, Any]) -> "_Policy":
+        """Take the command line's rules, if it names any, or else those of the configuration, never both.
+
+        Raises UsageError.
+        """
+        given = {key: options[key] for key in _KEYS if options[key] is not None}
+        found = {key: names.config.setting(names.name, key) for key in _KEYS}
+        configured = {key: value for key, value in found.items() if value}
+        said = given or configured
+        within = said.get("keep_within")
+        rules = Rules(
+            **{name: int(said.get(f"keep_{name}", 0)) for name in _COUNTED},
+            within=retention.duration(str(within)) if within else None,
         )
+        unused = {key: value for key, value in configured.items() if given and given.get(key) != value}
+        return cls(rules, bool(given), said, unused)
 
 
-def _document(vm: str, report: PruneReport, *, dry_run: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Done:
+    """What became of one VM."""
+
+    policy: _Policy
+    report: PruneReport
+
+
+@dataclass
+class _Work:
+    """The prune of one VM, or of all. skipped: why nothing was to be done. failed: with what error."""
+
+    options: dict[str, Any]
+    reporter: Reporter
+    stop: Stop
+    done: dict[str, _Done] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, BackupctlError] = field(default_factory=dict)
+
+    def all(self, names: Named) -> None:
+        """Prune each configured VM, or each that is in the repository that was named. Raises Interrupted."""
+        vms = names.repository().vms() if names.repository_path else list(names.config.vms)
+        if not vms:
+            raise UsageError(
+                "no VM is configured or named, so there is nothing to prune", next_command="backupctl list"
+            )
+        for vm in vms:
+            try:
+                self._one_of_all(replace(names, name=vm))
+            except Interrupted:
+                raise
+            except BackupctlError as err:
+                self.failed[vm] = err
+                self.reporter.warn(f"{vm}: {err.message}")
+        if not (self.done or self.failed) and set(self.skipped.values()) == {_NO_RULE}:
+            raise UsageError(f"nothing was dropped: {_NO_RULE}")
+
+    def _one_of_all(self, names: Named) -> None:
+        policy = _Policy.of(names, self.options)
+        name = vm_name(names.name or "")
+        if not policy.named and name not in names.config.vms:
+            self._skip(name, "it is not configured")
+        elif policy.rules.hold_nothing():
+            self._skip(name, _NO_RULE)
+        elif not names.repository().vm(name).exists():
+            self._skip(name, "it has no recovery points yet")
+        else:
+            self._prune(names, policy)
+
+    def _skip(self, vm: str, why: str) -> None:
+        self.skipped[vm] = why
+        self.reporter.note(f"skipped {vm}: {why}")
+
+    def one(self, names: Named) -> None:
+        """Prune one VM."""
+        self._prune(names, _Policy.of(names, self.options))
+
+    def _prune(self, names: Named, policy: _Policy) -> None:
+        folder = names.repository().vm(vm_name(names.name or ""))
+        if policy.unused:
+            listed = ", ".join(f"{key} = {value}" for key, value in policy.unused.items())
+            self.reporter.note(
+                f"{folder.name}: the rules on the command line are the whole policy; "
+                f"configured rules not used: {listed}"
+            )
+        most = self.options["max_chain"]
+        if self.options["dry_run"]:
+            report = PruneReport(core.plan(folder, policy.rules), long_chains=core.long_chains(folder, most))
+        else:
+            report = core.prune(folder, policy.rules, self.reporter, self.stop, most)
+        self.done[folder.name] = _Done(policy, report)
+        if report.damage:
+            self.failed[folder.name] = DamageFound(
+                "; ".join(report.damage),
+                state="the points that stay are as they were; what is damaged is not merged",
+                next_command=f"backupctl verify {folder.name}",
+            )
+
+    def document(self, *, alone: bool) -> dict[str, Any]:
+        """Return what was done for programs: of the one VM, or of all."""
+        dry_run = self.options["dry_run"]
+        documents = [_document(vm, one, dry_run=dry_run) for vm, one in self.done.items()]
+        if alone:
+            return documents[0]
+        return {
+            "dry_run": dry_run,
+            "vms": documents,
+            "skipped": [{"vm": vm, "reason": why} for vm, why in self.skipped.items()],
+            "failed": [{"vm": vm, "error": screen.error_document(err)} for vm, err in self.failed.items()],
+        }
+
+
+def _document(vm: str, done: _Done, *, dry_run: bool) -> dict[str, Any]:
+    report = done.report
     return {
         "vm": vm,
         "dry_run": dry_run,
+        "rules": done.policy.said,
+        "unused_rules": done.policy.unused,
         "points": [_decision(one) for one in report.decisions],
         "dropped": list(report.dropped),
         "removed": list(report.removed),

@@ -10,8 +10,9 @@ import click
 from backupctl import backup
 from backupctl.cli import common, config, screen, units
 from backupctl.errors import UsageError
-from backupctl.report import RunReport, Stop
-from backupctl.settings import MAX_CHAIN, Kind, RunOptions
+from backupctl.report import Reporter, RunReport, Stop
+from backupctl.repository.layout import Repository
+from backupctl.settings import MAX_CHAIN, Kind, RunOptions, Vm
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +54,10 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_options
 @click.pass_context
 def full(context: click.Context, /, **options: Any) -> None:
-    """Take a full recovery point of a running VM: all data of all its writable disks."""
+    """Take a full recovery point of a running VM: all data of all its writable disks.
+
+    Where there is no repository yet it makes one, once the VM has answered.
+    """
     _run(context, "full", options)
 
 
@@ -77,7 +81,7 @@ def full(context: click.Context, /, **options: Any) -> None:
 def incremental(context: click.Context, /, **options: Any) -> None:
     """Take an incremental recovery point: what changed since the newest one, or since --since (differential).
 
-    With no point to build on it takes a full.
+    With no point to build on it takes a full; without a repository it is refused.
     """
     _run(context, "incremental", options)
 
@@ -85,18 +89,34 @@ def incremental(context: click.Context, /, **options: Any) -> None:
 def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
     names = common.take(context, options)
     vm, wanted = names.vm(), wishes(names, kind, options)
-    new = not names.has_repository()
-    repository = names.repository(create=True)
     stop = Stop()
-    with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
-        if new:
-            tell = reporter.note if kind == "full" else reporter.warn
-            tell(f"a new repository was made in {repository.path}; is a file system not mounted there?")
-        report = backup.run(vm, repository, wanted, reporter, stop)
-    if options["as_json"]:
-        screen.print_json(document(report))
-    elif not options["quiet"]:
-        _print(report)
+    with stop.on_signals():
+        with screen.reporter(quiet=options["quiet"]) as reporter:
+            repository = _repository(names, vm, wanted, reporter, stop)
+            report = backup.run(vm, repository, wanted, reporter, stop)
+        screen.done(f"the recovery point {report.point} of {report.vm} is committed")
+        if options["as_json"]:
+            screen.print_json(document(report))
+        elif not options["quiet"]:
+            _print(report)
+
+
+def _repository(
+    names: common.Named, vm: Vm, wanted: RunOptions, reporter: Reporter, stop: Stop
+) -> Repository:
+    """Open the repository. A full makes one that is missing, once its VM was found fit for a backup.
+
+    An incremental makes none: a file system that is not mounted looks just like a repository that is missing.
+    """
+    if wanted.kind != "full" or names.has_repository():
+        return names.repository()
+    backup.rehearse(vm, wanted, stop)
+    made = names.new_repository()
+    reporter.note(
+        f"created a new repository in {made.path}; "
+        "if you expected an existing one, check that its file system is mounted"
+    )
+    return made
 
 
 def wishes(names: common.Named, kind: Kind, given: Mapping[str, Any]) -> RunOptions:

@@ -9,15 +9,17 @@ none can move the cursor or colour the screen.
 """
 
 import json
+import os
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TextIO
 
-from backupctl.errors import BackupctlError
+from backupctl.errors import BackupctlError, Failed
 from backupctl.names import DiskName
 from backupctl.report import Reporter
 
@@ -31,35 +33,107 @@ def clean(text: object) -> str:
     )
 
 
-class _Said:
-    """What stdout has got. document: the one of `--json`."""
+@dataclass
+class _Output:
+    """What became of stdout. document: it holds that of `--json`. lost: why it takes no more.
 
-    document = False
+    done: what the command did for good, whatever becomes of its words.
+    """
+
+    document: bool = False
+    lost: OSError | None = None
+    done: str = ""
+
+    def write(self, text: str) -> None:
+        """Write, as far as it can be done: a reader that has left must not fail what is done."""
+        if self.lost is None:
+            try:
+                sys.stdout.write(text)
+            except OSError as err:
+                self.lost = err
+
+    def flush(self) -> None:
+        """Have all that was written go out; from then on stdout is nowhere if that could not be."""
+        if self.lost is None:
+            try:
+                sys.stdout.flush()
+            except OSError as err:
+                self.lost = err
+        if self.lost is not None:
+            # Else the interpreter tries once more as it ends, and leaves with 120.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_output = _Output()
+
+
+def done(what: str) -> None:
+    """Note what the command has done for good: from now on nothing about its output makes it a failure."""
+    _output.done = what
+
+
+def is_done() -> bool:
+    """Whether the command has done what it was to do."""
+    return bool(_output.done)
+
+
+def finish(code: int) -> int:
+    """Bring out all that was printed; returns the exit code, which is `code` if nobody missed anything.
+
+    A reader that has left (`list | head -1`) wants no more. A full disk fails a command whose result is its
+    output, and only that.
+    """
+    _output.flush()
+    lost, _output.lost = _output.lost, None
+    if lost is None:
+        return code
+    why = "its reader has left" if isinstance(lost, BrokenPipeError) else lost.strerror
+    if _output.done:
+        Lines().warn(f"standard output takes no more ({why}), but {_output.done}")
+        return code
+    if code or isinstance(lost, BrokenPipeError):
+        return code
+    print_error(Failed(f"cannot write to standard output: {why}", state="nothing was changed"), as_json=False)
+    return Failed.exit_code
 
 
 def print_json(document: object) -> None:
     """Write the one document to stdout."""
-    _Said.document = True
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
-    sys.stdout.flush()
+    _output.document = True
+    _output.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
+    _output.flush()
 
 
 def print_line(text: str) -> None:
-    """Write a line of a result to stdout."""
-    sys.stdout.write(clean(text) + "\n")
+    """Write a line of a result to stdout; on a terminal it is wrapped between words."""
+    text = clean(text)
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    _output.write(wrapped("", text, indent, sys.stdout) + "\n")
+
+
+def print_styled(text: str) -> None:
+    """Write to stdout what `rich` has made, its own escape sequences in it; what is in it must be clean."""
+    _output.write(text)
 
 
 def print_wrapped(head: str, text: str) -> None:
     """Write a line of a result to stdout; on a terminal what does not fit goes on below, behind the head."""
-    wrapped = textwrap.fill(
-        clean(text),
-        columns(least=40, margin=0) if sys.stdout.isatty() else sys.maxsize,
-        initial_indent=clean(head),
-        subsequent_indent=" " * len(head),
+    _output.write(wrapped(clean(head), clean(text), " " * len(head), sys.stdout) + "\n")
+
+
+def wrapped(head: str, text: str, indent: str, stream: TextIO) -> str:
+    """Return a text behind its head; for a terminal wrapped between words, with what goes on indented."""
+    if not stream.isatty():
+        return head + text
+    return textwrap.fill(
+        text,
+        columns(least=40, margin=0),
+        initial_indent=head,
+        subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
-    sys.stdout.write(wrapped + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -74,14 +148,14 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
             text.rjust(width) if column.endswith(">") else text.ljust(width)
             for column, text, width in zip(columns, line, widths, strict=True)
         )
-        sys.stdout.write("  ".join(cells).rstrip() + "\n")
-    sys.stdout.flush()
+        _output.write("  ".join(cells).rstrip() + "\n")
+    _output.flush()
 
 
-def printable(text: str, instead: str) -> str:
-    """Return the text if stdout's encoding has its characters."""
+def printable(text: str, instead: str, stream: TextIO | None = None) -> str:
+    """Return the text if the encoding of a stream (stdout) has its characters."""
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode((stream or sys.stdout).encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return instead
     return text
@@ -97,12 +171,20 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
 
     Programs get it as the one document, unless a command had its own: then exit code and stderr tell.
     """
-    if as_json and not _Said.document:
+    if as_json and not _output.document:
         print_json({"error": error_document(err)})
-    lines = [f"backupctl: {clean(err.message)}"]
-    for name, text in (("step", err.step), ("state", err.state), ("next", err.next_command)):
+    lines = [wrapped("backupctl: ", clean(err.message), "  ", sys.stderr)]
+    for name, text in (
+        ("step", err.step),
+        ("state", err.state),
+        ("hint", err.hint),
+        ("next", err.next_command),
+    ):
         if text:
-            lines.append(f"  {name + ':':<7}{clean(text)}")
+            head = f"  {name + ':':<7}"
+            # A command stays in one line: it is to be copied.
+            whole = name == "next"
+            lines.append(head + clean(text) if whole else wrapped(head, clean(text), " " * 9, sys.stderr))
     with suppress(OSError):
         sys.stderr.write("\n".join(lines) + "\n")
 
@@ -114,6 +196,7 @@ def error_document(err: BackupctlError) -> dict[str, Any]:
         "message": err.message,
         "step": err.step,
         "state": err.state,
+        "hint": err.hint,
         "next": err.next_command,
         "exit_code": err.exit_code,
     }

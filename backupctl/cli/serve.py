@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl serve`."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from backupctl import serve as core
-from backupctl.cli import common, screen, units
+from backupctl.cli import common, config, screen, units
 from backupctl.names import vm_name
 from backupctl.report import Stop
 from backupctl.serve import Export
@@ -17,9 +16,16 @@ from backupctl.serve import Export
 @common.named(needs_vm=False)
 @click.argument("point")
 @click.option("--disk", metavar="D", help="Only this disk.")
-@click.option("--socket", metavar="PATH", help="Serve on this unix socket (else one in a private folder).")
 @click.option(
-    "--tcp", metavar="[HOST:]PORT", help="Serve on TCP, on this machine only; port 0 is any free one."
+    "--socket",
+    metavar="PATH",
+    help="Serve on this unix socket, which only you and root can use (else one in a private folder).",
+)
+@click.option(
+    "--tcp",
+    metavar="[HOST:]PORT",
+    help="Serve on TCP, on this machine only, where every local user can read the disks; port 0 is any free "
+    "one. From elsewhere rather use ssh -L PORT:SOCKET.",
 )
 @click.option(
     "--writable-overlay",
@@ -31,7 +37,8 @@ from backupctl.serve import Export
 def serve(context: click.Context, /, **options: Any) -> None:
     """Show the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
 
-    Each disk is an export of its own. The repository is only read.
+    Each disk is an export of its own. The repository is only read. From another machine:
+    `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
     """
     names = common.take(context, options)
     folder = names.repository().vm(vm_name(names.name or ""))
@@ -62,15 +69,28 @@ def serve(context: click.Context, /, **options: Any) -> None:
     overlay = options["writable_overlay"]
     with stop.on_signals(), screen.reporter() as reporter:
         reporter.step(f"serving {folder.name} {point.id}, until Ctrl-C")
+        if options["tcp"]:
+            reporter.warn(_open_to_all(options["disk"], overlay))
         core.serve(
             folder,
             point,
             disk=options["disk"],
-            unix=Path(options["socket"]) if options["socket"] else None,
+            unix=config.absolute(options["socket"], "--socket") if options["socket"] else None,
             tcp=options["tcp"],
-            writable_overlay=Path(overlay) if overlay else None,
+            writable_overlay=config.absolute(overlay, "--writable-overlay") if overlay else None,
             ready=ready,
             stop=stop,
         )
         if overlay:
             reporter.note(f"what was written is in {overlay}; remove it when it is not needed any more")
+
+
+def _open_to_all(disk: str | None, overlay: str | None) -> str:
+    """Say what --tcp means: NBD asks for no password, and a port has no owner."""
+    what = disk or "these disks"
+    may = f"read {what}, and write to the overlay {overlay}" if overlay else f"read {what}"
+    return (
+        f"NBD over TCP has no authentication: every local user of this machine can {may}. "
+        "--socket PATH serves on a unix socket that only you and root can use; from another machine: "
+        "ssh -L 10809:PATH HOST"
+    )

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl verify`."""
 
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from typing import Any
 
 import click
 
 from backupctl import verify as core
 from backupctl.cli import common, screen, units
-from backupctl.errors import DamageFound, UsageError
+from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
 from backupctl.names import vm_name
 from backupctl.proof import Depth
 from backupctl.report import Stop
@@ -32,30 +34,57 @@ _SHOWN = 8
 @common.quiet
 @click.pass_context
 def verify(context: click.Context, /, **options: Any) -> None:
-    """Prove the repository: of all VMs, of one, or of one POINT (an id, or `latest`).
+    """Prove what is stored: all VMs of every configured repository, one VM, or one POINT (or `latest`).
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
     names = common.take(context, options)
-    repository = names.repository()
     depth = _depth(options)
+    reports: dict[str, VerifyReport] = {}
+    failures: list[BackupctlError] = []
     stop = Stop()
     with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
         if depth.percent < 100:
             reporter.note(_sample(depth))
         vm = vm_name(names.name) if names.name else None
-        report = core.verify(repository, vm, options["point"], depth, reporter, stop)
+        for path in names.folders():
+            try:
+                repository = names.open(path)
+                reports[str(path)] = core.verify(repository, vm, options["point"], depth, reporter, stop)
+            except Interrupted:
+                raise
+            except BackupctlError as err:
+                failures.append(err)
+    if not reports:
+        raise common.worst(failures)
+    report = _together(reports.values())
     if options["as_json"]:
         screen.print_json(_document(report, depth))
     elif report.damage or not options["quiet"]:
         _tell(report, depth)
     if report.damage:
-        raise DamageFound(
-            f"damage found in {repository.path}, {len(report.damage)} times",
-            state="nothing was changed; the points and ranges not named above are as they were read",
-            next_command="backupctl full NAME, so that a whole point exists again; "
-            "restore the damaged ones only with --force",
+        damaged = ", ".join(path for path, one in reports.items() if one.damage)
+        failures.append(
+            DamageFound(
+                f"damage found in {damaged}, {len(report.damage)} times",
+                state="nothing was changed; the points and ranges not named above are as they were read",
+                next_command="backupctl full NAME, so that a whole point exists again; "
+                "restore the damaged ones only with --force",
+            )
         )
+    if failures:
+        raise common.worst(failures)
+
+
+def _together(reports: Iterable[VerifyReport]) -> VerifyReport:
+    """Return the reports of several repositories as one: all their numbers and lists are added up."""
+    whole, *others = reports
+    for one in others:
+        added = {
+            each.name: getattr(whole, each.name) + getattr(one, each.name) for each in fields(VerifyReport)
+        }
+        whole = replace(whole, **added)
+    return whole
 
 
 def _depth(options: dict[str, Any]) -> Depth:
@@ -82,7 +111,8 @@ def _tell(report: VerifyReport, depth: Depth) -> None:
     what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
     verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
     screen.print_line(
-        f"{', '.join(report.vms) or 'no VM'}: {report.points} points, {report.layers} layers, {what} checked "
+        f"{', '.join(report.vms) or 'no VM'}: {units.count(report.points, 'point')}, "
+        f"{units.count(report.layers, 'layer')}, {what} checked "
         f"in {units.duration(report.seconds)}{rate}: {verdict}"
     )
 

@@ -25,10 +25,11 @@ def status(context: click.Context, /, **options: Any) -> None:
     run = RunOptions(kind="incremental", scratch=names.scratch(), **given)
     found = core.look(names.vm(), names.repository(), run)
     if options["as_json"]:
-        screen.print_json(asdict(found))
+        screen.print_json({**asdict(found), "configuration": names.config.file})
         return
     points = f"{len(found.points)}, newest {found.points[-1]}" if found.points else "none"
     screen.print_line(f"{'vm':<12} {found.vm}")
+    screen.print_line(f"{'config':<12} {names.config.file or 'none (command line only)'}")
     screen.print_line(f"{'qemu':<12} {found.qemu or found.problem}")
     screen.print_line(f"{'points':<12} {points}")
     for path in found.damaged:

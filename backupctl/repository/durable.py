@@ -41,10 +41,10 @@ def make_folder(path: Path, mode: int = 0o700) -> None:
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and those above it that are missing, and their names durable. Raises OSError."""
+    """Make a folder and those above it that are missing, durably, for us alone. Raises OSError."""
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(folder.parent)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backupctl import trusted
+from backupctl import safe_target
 from backupctl.errors import BackupctlError, Locked, RepositoryError, UsageError, WriteFailed
 from backupctl.repository import foreign_header, images, open_image, qemu
 from backupctl.repository.foreign_header import ForeignHeader, ImageFeature
@@ -147,7 +147,7 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
             next_command="the same without --only-changed; or --to IMAGE with --format qcow2 or --format raw",
         )
     try:
-        found = trusted.resolve(path)
+        found = safe_target.resolve(path)
     except UsageError as err:
         raise err.add(state=_UNTOUCHED) from err
     device = found.is_block_device()

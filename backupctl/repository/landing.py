@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backupctl import trusted
+from backupctl import safe_target
 from backupctl.errors import Locked, TargetExists, UsageError, WriteFailed
 from backupctl.repository import durable, foreign_header, ownership
 from backupctl.repository.foreign_header import ImageFeature
@@ -118,7 +118,7 @@ def file(
     """
     target = place_of(target)
     if not target.parent.is_dir():
-        durable.make_folder(target.parent, mode=0o755)
+        durable.make_folder(target.parent)
     descriptor, temporary = _claim(target)
     with OpenImage(temporary, descriptor) as image:
         try:
@@ -139,10 +139,11 @@ def place_of(target: Path, option: str = "--to") -> Path:
     option: the one that named it, for the advice.
     """
     try:
-        return trusted.resolve(target)
+        return safe_target.resolve(target)
     except UsageError as err:
         raise err.add(
-            state="nothing was touched", next_command=f"the same with {option} {trusted.SAFE}{target.name}"
+            state="nothing was touched",
+            next_command=f"the same with {option} {safe_target.SAFE}{target.name}",
         ) from err
 
 

@@ -69,7 +69,7 @@ class Agent:
             channel.post(self._do(message))
             return
         end = self._machine().power.end
-        await deeds.carry_out(fault, lambda: self._do(message), _refusal, channel.post, end)
+        await deeds.carry_out(fault, lambda: self._do(message), _refusal, _reply, channel.post, end)
 
     def _do(self, message: dict[str, Any]) -> bytes:
         name, given = message["execute"], message.get("arguments", {})
@@ -79,7 +79,7 @@ class Agent:
             value = self._commands[name](given if isinstance(given, dict) else {})
         except CommandError as err:
             return _refusal(str(err), err.kind)
-        return (SENTINEL if name == "guest-sync-delimited" else b"") + _line({"return": value})
+        return (SENTINEL if name == "guest-sync-delimited" else b"") + _reply(value)
 
     def _check(self, name: str) -> None:
         if name not in self._commands:
@@ -121,6 +121,10 @@ def _identity(given: dict[str, Any]) -> int:
 
 def _refusal(text: str, kind: str = "GenericError") -> bytes:
     return _line({"error": {"class": kind, "desc": text}})
+
+
+def _reply(value: object) -> bytes:
+    return _line({"return": value})
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -15,12 +15,14 @@ async def carry_out(
     fault: Fault,
     do: Answer,
     refuse: Callable[[str], bytes],
+    reply: Callable[[object], bytes],
     post: Callable[[bytes], None],
     end: Callable[[str], None],
 ) -> None:
     """Carry a fault out.
 
-    do: does the command and returns its answer. refuse: returns an error answer. post: sends.
+    do: does the command and returns its answer. refuse: returns an error answer. reply: returns the answer
+    with a value. post: sends.
     end: ends the machine in one of the ways of `faults.ENDS`. Raises HangUp to close the connection.
     """
     deed = fault.deed
@@ -29,15 +31,15 @@ async def carry_out(
         raise HangUp
     if deed == "hangup":
         raise HangUp
-    if deed in ("silent", "garbage", "error"):
-        answers = {
-            "silent": b"",
-            "garbage": GARBAGE,
-            "error": refuse(fault.argument or "as a fault wanted it"),
-        }
-        post(answers[deed])
+    refusal = refuse(fault.argument or "as a fault wanted it")
+    if deed in ("silent", "garbage", "error", "answer"):
+        answers = {"silent": b"", "garbage": GARBAGE, "error": refusal}
+        post(reply(fault.value) if deed == "answer" else answers[deed])
         return
     answer = do()
+    if deed == "error-after":
+        post(refusal)
+        return
     if deed.endswith("-after"):
         end(deed.removesuffix("-after"))
         raise HangUp

@@ -7,6 +7,8 @@
     agent:COMMAND[@WHEN]=DEED[:ARGUMENT]     a guest agent's command
         WHEN   N the Nth call (1 if left out) · N+ from the Nth on · * each
         DEED   error[:TEXT]      answer an error, do nothing
+               error-after[:TEXT]        do it, answer an error
+               answer:VALUE      do nothing, answer this JSON value
                late:SECONDS      do it, answer later
                silent            do nothing, never answer
                unanswered        do it, never answer
@@ -27,6 +29,7 @@ Numbers take k, M, G, T (powers of 1024).
 
 import errno
 import fnmatch
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -34,7 +37,7 @@ from enum import Enum
 
 PLAIN = ("silent", "unanswered", "garbage", "hangup", "lost")
 ENDS = ("kill", "quit", "crash", "restart")
-DEEDS = {"error", "late", *PLAIN, *ENDS, *(f"{end}-after" for end in ENDS)}
+DEEDS = {"error", "error-after", "answer", "late", *PLAIN, *ENDS, *(f"{end}-after" for end in ENDS)}
 _SPEC = re.compile(
     r"(qmp|agent|nbd|scratch):([A-Za-z0-9_*?#.-]+)(?:@([^=]+))?=([a-z-]+)(?::(.*))?", re.DOTALL
 )
@@ -77,6 +80,11 @@ class Fault:
         """The argument of `late`."""
         return float(self.argument or 1)
 
+    @property
+    def value(self) -> object:
+        """The argument of `answer`."""
+        return json.loads(self.argument)
+
     def touches(self, offset: int, length: int) -> bool:
         """Whether a range of bytes meets the fault's."""
         return offset + length > self.first and (self.last is None or offset <= self.last)
@@ -93,6 +101,8 @@ def parse(text: str) -> Fault:
         _check(text, deed, DEEDS)
         if deed == "late":
             _seconds(text, argument)
+        if deed == "answer":
+            _json(text, argument)
     elif where == "scratch":
         first, last = 0, None
         _check(text, deed, {"full"})
@@ -186,6 +196,13 @@ def _range(when: str) -> tuple[int, int | None]:
 def _check(text: str, found: str, known: set[str]) -> None:
     if found not in known:
         raise BadFault(f"{text!r}: {found!r} is not one of {', '.join(sorted(known))}")
+
+
+def _json(text: str, argument: str) -> None:
+    try:
+        json.loads(argument)
+    except (ValueError, RecursionError) as err:
+        raise BadFault(f"{text!r}: {argument!r} is no JSON value") from err
 
 
 def _seconds(text: str, argument: str) -> None:

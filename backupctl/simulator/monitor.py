@@ -95,6 +95,7 @@ class Session:
             fault,
             lambda: self._do(name, given, message),
             lambda text: _line(_error(CommandError(text), message)),
+            lambda value: _line(_with_id({"return": value}, message)),
             self._channel.post,
             self._machine().power.end,
         )

@@ -10,6 +10,7 @@ import json
 import secrets
 import socket
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,10 +21,22 @@ MAX_REPLY_BYTES = 1 << 20
 _DELIMITER = b"\xff"
 
 
+@dataclass(frozen=True)
+class Thaw:
+    """How a thaw was answered, after which the guest is thawed.
+
+    count: the file systems that it thawed. refusal: the agent's words if it refused, "" if it did not.
+    """
+
+    count: int
+    refusal: str
+
+
 class Agent:
     """A conversation with one guest's agent; `connect` begins it.
 
-    timeout_seconds: the longest that any one command may take.
+    timeout_seconds: the longest that any one command may take. until: the moment, as `time.monotonic` tells
+    it, at which every command has ended all the same; None for no such limit.
     """
 
     def __init__(self, connection: socket.socket, timeout_seconds: float) -> None:
@@ -31,6 +44,7 @@ class Agent:
         self._timeout = timeout_seconds
         self._received = b""
         self._in_step = False
+        self.until: float | None = None
 
     @classmethod
     def connect(cls, address: Address, timeout_seconds: float) -> Self:
@@ -42,9 +56,12 @@ class Agent:
             raise AgentUnavailable(f"no guest agent at {address}: {why}") from err
         return cls(made, timeout_seconds)
 
-    def freeze_status(self) -> str:
-        """Return "thawed" or "frozen". Raises AgentError."""
-        status = self._command("guest-fsfreeze-status")
+    def freeze_status(self, seconds: float | None = None) -> str:
+        """Return "thawed" or "frozen", within so many seconds. Raises AgentError.
+
+        It is what the agent remembers, not what the file systems are: they may have been thawed past it.
+        """
+        status = self._command("guest-fsfreeze-status", seconds)
         if status not in ("thawed", "frozen"):
             raise AgentRefused(f"the agent's guest-fsfreeze-status makes no sense: {status!r:.60}")
         return str(status)
@@ -59,6 +76,21 @@ class Agent:
     def thaw(self) -> int:
         """Thaw the guest's file systems; returns how many. Raises AgentError."""
         return self._count("guest-fsfreeze-thaw")
+
+    def thaw_for_sure(self) -> Thaw:
+        """Thaw the guest, and ask whether it is. Raises AgentError if it isn't, or if that is not known.
+
+        A refusal alone says nothing: on Windows VSS lets go by itself after 10 s, and refuses the thaw that
+        comes then.
+        """
+        count, refusal = 0, None
+        try:
+            count = self.thaw()
+        except AgentRefused as err:
+            refusal = err
+        if self.freeze_status() != "thawed":
+            raise refusal or AgentTimeout("the guest is still frozen after a thaw")
+        return Thaw(count, refusal.message if refusal else "")
 
     def close(self) -> None:
         """Hang up. Never raises."""
@@ -161,15 +193,19 @@ class Agent:
         self._received += content
 
     def _deadline(self, seconds: float | None = None) -> float:
-        return time.monotonic() + (self._timeout if seconds is None else seconds)
+        deadline = time.monotonic() + (self._timeout if seconds is None else seconds)
+        return deadline if self.until is None else min(deadline, self.until)
 
 
 def thaw_if_frozen(address: Address, timeout_seconds: float) -> bool:
-    """Thaw a guest that is frozen; whether it was. Raises AgentError."""
+    """Thaw a guest that is frozen; whether it was. Raises AgentError.
+
+    It takes five time-outs at most: to connect, to synchronise, for a status, the thaw, and the status again.
+    """
     with Agent.connect(address, timeout_seconds) as agent:
         if agent.freeze_status() == "thawed":
             return False
-        agent.thaw()
+        agent.thaw_for_sure()
         return True
 
 

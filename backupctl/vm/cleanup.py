@@ -10,13 +10,15 @@ a client that leaves first kills a VM whose disk has an iothread), NBD server, f
 descriptors.
 """
 
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from backupctl.errors import CommandFailed, MonitorError
 from backupctl.names import NodeName, Owner
-from backupctl.vm import limit
+from backupctl.vm import limit, open_files
 from backupctl.vm.export import descriptor_name
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.reply import flag, number, text, understood
@@ -25,14 +27,16 @@ from backupctl.vm.view import device_path
 
 @dataclass(frozen=True)
 class Clients:
-    """What must be done to our NBD clients while their exports go.
+    """What must be done to what we hold ourselves while the view goes: NBD clients, and scratch files.
 
-    drain: throw away what QEMU has still to say on them; it doesn't let go of an export while a reply
-    waits to be read, `mode=hard` or not (measured on 7.2.22 and 10.0.2). let_go: close them.
+    drain: throw away what QEMU has still to say to our clients; it doesn't let go of an export while a reply
+    waits to be read, `mode=hard` or not (measured on 7.2.22 and 10.0.2). let_go: close them. give_back: free
+    the room of the scratch files, which no node uses any more.
     """
 
     drain: Callable[[], None] = lambda: None
     let_go: Callable[[], None] = lambda: None
+    give_back: Callable[[], None] = lambda: None
 
 
 NOBODY = Clients()
@@ -88,8 +92,10 @@ def dismantle(
     if left := _ours(monitor, owner, "query-named-block-nodes", "node-name"):
         raise MonitorError(f"QEMU did not let go of the node {left[0]}: somebody else uses it")
     told += [f"removed the limit {name}" for name in limit.remove(monitor, owner)]
+    clients.give_back()
     if "query-fdsets" in monitor.commands:
         told += _remove_fdsets(monitor, owner)
+        told += _empty_fdsets(monitor, owner)
     return told
 
 
@@ -99,9 +105,66 @@ def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
     found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
     found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
     found += [f"limit {name}" for name in limit.ours(monitor, owner)]
-    if "query-fdsets" in monitor.commands and _runs(monitor):
-        found += [f"descriptor set {each}" for each in _fdsets(monitor, owner)]
+    if "query-fdsets" in monitor.commands:
+        found += _held(monitor, owner) if _runs(monitor) else _held_by_paused(monitor, owner)
     return found
+
+
+def _held(monitor: Monitor, owner: Owner) -> list[str]:
+    return [f"descriptor set {each}" for each in _fdsets(monitor, owner)]
+
+
+def _held_by_paused(monitor: Monitor, owner: Owner) -> list[str]:
+    """Name the descriptor sets that keep room; an empty file costs nothing, and goes when the VM goes on."""
+    found = []
+    for each, numbers in _fdsets(monitor, owner).items():
+        held = _held_bytes(monitor, numbers)
+        if held != 0:
+            room = "room that can't be told from here" if held is None else f"{-(-held >> 20)} MiB"
+            found.append(f"descriptor set {each}: the paused VM keeps a scratch file open ({room})")
+    return found
+
+
+def _held_bytes(monitor: Monitor, numbers: Iterable[int]) -> int | None:
+    """Return what QEMU's descriptors of scratch files take on the disk; None if that can't be told."""
+    if monitor.process is None or not open_files.is_qemu(monitor.process):
+        return None
+    try:
+        with ExitStack() as opened:
+            total = 0
+            for each in numbers:
+                descriptor = open_files.descriptor(monitor.process, each)
+                opened.callback(os.close, descriptor)
+                total += os.fstat(descriptor).st_blocks * 512
+            return total
+    except OSError:
+        return None
+
+
+def _empty_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
+    """Free the room of scratch files that QEMU keeps open although it was told to remove them.
+
+    No node stands on them any more. Returns what was done.
+    """
+    told = []
+    for each, numbers in _fdsets(monitor, owner).items():
+        if held := _held_bytes(monitor, numbers):
+            for descriptor in numbers:
+                _empty(monitor, descriptor)
+            told.append(
+                f"gave back {-(-held >> 20)} MiB of the descriptor set {each}, which the VM keeps open"
+            )
+    return told
+
+
+def _empty(monitor: Monitor, its: int) -> None:
+    assert monitor.process is not None
+    with suppress(OSError):
+        descriptor = open_files.descriptor(monitor.process, its)
+        try:
+            os.ftruncate(descriptor, 0)
+        finally:
+            os.close(descriptor)
 
 
 def _runs(monitor: Monitor) -> bool:
@@ -180,18 +243,19 @@ def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
     before = _fdsets(monitor, owner)
     for each in before:
         _unless_gone(monitor, "remove-fd", {"fdset-id": each})
-    gone = set(before) - set(_fdsets(monitor, owner)) if before else set()
+    gone = before.keys() - _fdsets(monitor, owner).keys() if before else set()
     return [f"removed the descriptor set {each}" for each in sorted(gone)]
 
 
-def _fdsets(monitor: Monitor, owner: Owner) -> list[int]:
+def _fdsets(monitor: Monitor, owner: Owner) -> dict[int, tuple[int, ...]]:
+    """Return our descriptor sets, each with QEMU's own numbers of its descriptors. Raises MonitorError."""
     fdsets = monitor.execute("query-fdsets")
     with understood("query-fdsets"):
-        return [
-            number(fdset["fdset-id"])
+        return {
+            number(fdset["fdset-id"]): tuple(number(fd["fd"]) for fd in fdset["fds"])
             for fdset in fdsets
             if any(owner.owns(fd.get("opaque", "")) for fd in fdset["fds"])
-        ]
+        }
 
 
 def _ours(monitor: Monitor, owner: Owner, query: str, key: str) -> list[str]:

@@ -15,7 +15,9 @@ from typing import Any
 
 from backupctl.errors import CommandFailed, Failed, InvalidName, Refused, UsageError
 from backupctl.names import PREFIX, BitmapName, DiskName, NodeName, disk_name
+from backupctl.vm import graph
 from backupctl.vm.bitmaps import Bitmap
+from backupctl.vm.graph import Graph
 from backupctl.vm.monitor import Monitor
 from backupctl.vm.reply import flag, number, text, understood
 
@@ -23,7 +25,10 @@ MAX_SIZE = 1 << 60
 """No disk is larger (bytes); a manifest would not take it."""
 _PASSED = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = ("vhost-user-blk", "vhost-user-scsi", "vhost-scsi")
-JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "preallocate"})
+_JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "copy-on-read"})
+"""What jobs put over a disk; the first and the last one may be a user's own as well."""
+_NAMELESS = "#"
+"""How the name of a node begins that nobody gave one."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Disk:
     name: what it is stored under. node: the active node. size: bytes. driver: of the active node.
     persistent: whether its bitmaps survive a restart of QEMU (qcow2 version 3 only).
     qdev: the device as `query-block` names it (see `view.device_path`), "" without one.
-    filename: of the active node.
+    filename: of the active node. apart: whether its data lie in another file than its bitmaps would
+    (a qcow2 with a data file). encrypted: whether QEMU encrypts it; a backup holds what the guest sees.
     """
 
     name: DiskName
@@ -44,13 +50,25 @@ class Disk:
     qdev: str
     filename: str
     bitmaps: tuple[Bitmap, ...]
+    apart: bool = False
+    encrypted: bool = False
+
+    def trusts(self, bitmap: Bitmap) -> bool:
+        """Whether a bitmap can only be of the data that the disk has now.
+
+        One that was stored in a file says what changed in the data that it was stored with. Where those lie
+        in a file of their own, they may have been exchanged while no QEMU looked. QEMU stores a persistent
+        bitmap alone, so one that is none was made since this QEMU began.
+        """
+        return not (self.apart and bitmap.persistent)
 
 
 @dataclass(frozen=True)
 class Inventory:
     """All that a VM's monitor tells of its disks.
 
-    left_out: names of media that can't be backed up, with the reason. busy: those on which a job works.
+    left_out: names of media that can't be backed up, with the reason. busy: those on which somebody else
+    works, with who that is.
     elsewhere: bitmaps on nodes that are no disk's active node.
     """
 
@@ -87,7 +105,9 @@ def inventory(monitor: Monitor, stored_names: Mapping[str, str] | None = None) -
         found = [_from_device(device, nodes) for device in devices] if devices else _exported(exports, nodes)
         kinds = _kinds(monitor)
         found = [_unless_passed_through(medium, kinds) for medium in found] + _served_elsewhere(kinds)
-        return _collect(found, nodes, stored_names or {})
+        known = _graph(monitor, found, nodes)
+        found = [replace(medium, busy=_who_works(monitor, medium, nodes, known)) for medium in found]
+        return _collect(found, nodes, stored_names or {}, known)
 
 
 def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
@@ -145,14 +165,14 @@ def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
 class _Found:
     """A medium before it is decided whether it is a disk to back up.
 
-    why_not: "" if it is. job: the driver of the job's filter that stands in its place, "" if there is none.
+    why_not: "" if it is. busy: who else works on it, "" if nobody does.
     """
 
     qemu_name: str
     node: str
     qdev: str
     why_not: str
-    job: str = ""
+    busy: str = ""
 
 
 def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str, Any]]) -> _Found:
@@ -161,9 +181,6 @@ def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str
     node = text(inserted.get("node-name", "")) if inserted else ""
     own = text(device.get("device", ""))
     name = _device_id(qdev) or ("" if node.startswith("#") else node) or own or node
-    driver = text(inserted.get("drv", "")) if inserted else ""
-    if driver in JOB_FILTERS:
-        return _Found(name, node, qdev, "", driver)
     return _Found(name or "(unnamed)", node, qdev, _why_not(device, inserted, nodes))
 
 
@@ -179,6 +196,42 @@ def _why_not(
     if inserted.get("node-name", "") not in nodes:
         return "its node has no name"
     return ""
+
+
+def _graph(
+    monitor: Monitor, found: Iterable[_Found], nodes: Mapping[NodeName, Mapping[str, Any]]
+) -> Graph | None:
+    """Ask for the block graph where something hangs on it. Raises MonitorError.
+
+    A job whose filter nobody named is not seen in `query-block` (mirror, commit, stream).
+    """
+    filtered = any(_driver(medium, nodes) in _JOB_FILTERS for medium in found)
+    encrypted = any(map(_encrypted, nodes.values()))
+    return graph.ask(monitor) if filtered or encrypted or monitor.execute("query-block-jobs") else None
+
+
+def _who_works(
+    monitor: Monitor, medium: _Found, nodes: Mapping[NodeName, Mapping[str, Any]], known: Graph | None
+) -> str:
+    """Say who else works on a disk; "" if nobody does. A user's own filter is no job. Raises MonitorError."""
+    driver = _driver(medium, nodes)
+    if medium.why_not:
+        return ""
+    if driver not in _JOB_FILTERS:
+        job = known.jobs.get(medium.node, "") if known else ""
+        return f"another job works on {medium.qemu_name}: {job}" if job else ""
+    if medium.node.startswith(PREFIX):
+        return f"a run of backupctl works on {medium.qemu_name}, or died there: its top node is {medium.node}"
+    job = f"another job works on {medium.qemu_name}: its top node is a {driver}"
+    if known is not None:
+        return f"{job} of the job {known.jobs[medium.node]}" if medium.node in known.jobs else ""
+    if driver == "copy-on-read" and not medium.node.startswith(_NAMELESS):
+        return ""
+    return job if medium.node.startswith(_NAMELESS) or monitor.execute("query-block-jobs") else ""
+
+
+def _driver(medium: _Found, nodes: Mapping[NodeName, Mapping[str, Any]]) -> str:
+    return text(nodes.get(NodeName(medium.node), {}).get("drv", ""), 100)
 
 
 def _kinds(monitor: Monitor) -> dict[str, str]:
@@ -226,12 +279,15 @@ def _exported(exports: list[Mapping[str, Any]], nodes: Mapping[NodeName, Mapping
 
 
 def _collect(
-    found: list[_Found], nodes: Mapping[NodeName, Mapping[str, Any]], stored_names: Mapping[str, str]
+    found: list[_Found],
+    nodes: Mapping[NodeName, Mapping[str, Any]],
+    stored_names: Mapping[str, str],
+    known: Graph | None,
 ) -> Inventory:
     disks: dict[DiskName, Disk] = {}
     for medium in found:
-        if not medium.why_not and not medium.job:
-            disk = _disk(medium, nodes[NodeName(medium.node)], stored_names)
+        if not medium.why_not and not medium.busy:
+            disk = _disk(medium, nodes, stored_names, known)
             if disk.name in disks:
                 raise Refused(
                     f"two disks of the VM are both called {disk.name}: give them names in the configuration"
@@ -241,19 +297,26 @@ def _collect(
     return Inventory(
         disks=tuple(disks.values()),
         left_out=tuple((medium.qemu_name, medium.why_not) for medium in found if medium.why_not),
-        busy=tuple((medium.qemu_name, medium.job) for medium in found if medium.job),
+        busy=tuple((medium.qemu_name, medium.busy) for medium in found if medium.busy),
         elsewhere=tuple(
             bitmap for name, node in nodes.items() if name not in active for bitmap in bitmaps_of(name, node)
         ),
     )
 
 
-def _disk(medium: _Found, node: Mapping[str, Any], stored_names: Mapping[str, str]) -> Disk:
+def _disk(
+    medium: _Found,
+    nodes: Mapping[NodeName, Mapping[str, Any]],
+    stored_names: Mapping[str, str],
+    known: Graph | None,
+) -> Disk:
     try:
         name = disk_name(stored_names.get(medium.qemu_name, medium.qemu_name))
     except InvalidName as err:
         raise Refused(f"{err}; give the disk a name in the configuration") from err
+    node = nodes[NodeName(medium.node)]
     image = node["image"]
+    beneath = known.under(medium.node) if known else frozenset({medium.node})
     return Disk(
         name=name,
         node=NodeName(medium.node),
@@ -263,15 +326,30 @@ def _disk(medium: _Found, node: Mapping[str, Any], stored_names: Mapping[str, st
         qdev=medium.qdev,
         filename=str(image.get("filename", ""))[:4096],
         bitmaps=bitmaps_of(NodeName(medium.node), node),
+        apart=_lies_apart(image),
+        encrypted=any(_encrypted(nodes[NodeName(name)]) for name in beneath if name in nodes),
     )
 
 
 def _keeps_bitmaps(image: Mapping[str, Any]) -> bool:
     # Only qcow2 of version 3 ("compat 1.1") has room for bitmaps in the file.
-    if image.get("format") != "qcow2":
+    if image.get("format") != "qcow2" or _lies_apart(image):
         return False
-    data = image.get("format-specific", {}).get("data", {})
-    return str(data.get("compat", "")) == "1.1"
+    return str(_specific(image).get("compat", "")) == "1.1"
+
+
+def _lies_apart(image: Mapping[str, Any]) -> bool:
+    # The name is missing where only the command line knows it; the flag is there with every data file.
+    return not {"data-file", "data-file-raw"}.isdisjoint(_specific(image))
+
+
+def _specific(image: Mapping[str, Any]) -> Mapping[str, Any]:
+    data: Mapping[str, Any] = image.get("format-specific", {}).get("data", {})
+    return data
+
+
+def _encrypted(node: Mapping[str, Any]) -> bool:
+    return flag(node.get("encrypted", False))
 
 
 def _device_id(qdev: str) -> str:

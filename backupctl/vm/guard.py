@@ -3,9 +3,11 @@
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +16,41 @@ from typing import Any, Self
 
 import backupctl
 from backupctl import errors
-from backupctl.errors import AgentError, AgentUnavailable, BackupctlError, Failed, GuardLost
+from backupctl.errors import (
+    AgentError,
+    AgentRefused,
+    AgentUnavailable,
+    BackupctlError,
+    Failed,
+    GuardLost,
+    Refused,
+)
 from backupctl.settings import Address
 from backupctl.vm.agent import thaw_if_frozen
 
 _START_SECONDS = 20.0
-_SLACK_SECONDS = 10.0
-_MOST_EXCHANGES = 6
-"""With the agent, each with a time-out, that an answer may have to wait for."""
+_ANSWER_SECONDS = 10.0
+_OVERDUE_SECONDS = 1.0
+"""After the end of a freeze's budget: a guard that has not answered then hangs, and the guest with it."""
+_PING_TIMEOUTS = 3
+"""Of the agent: to connect, to synchronise, for the status."""
+_PROBE_SECONDS = 5.0
+_SOCKET_BYTES = 107
+_PROBE_PATIENCE_SECONDS = 30.0
 _PACKAGE = Path(backupctl.__file__).parent.parent
 
 
 @dataclass(frozen=True)
 class Thawed:
-    """The end of a freeze. ended_early: somebody else had thawed the guest, or part of it, before."""
+    """The end of a freeze. doubt: why it may have ended before the moment was taken, "" if it did not."""
 
     milliseconds: float
-    ended_early: bool
+    doubt: str
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether the guest can't be said to have been frozen until now."""
+        return bool(self.doubt)
 
 
 class Guard:
@@ -38,6 +58,9 @@ class Guard:
 
     Where the run ends in good order the guard ends with it. Where it dies, or leaves with the guest
     frozen or sockets held, the guard does what is due and then ends by itself.
+
+    Every answer is waited for with an end; a guard that gives none is killed, and if the guest may be frozen
+    it is thawed from here.
     """
 
     def __init__(
@@ -47,21 +70,20 @@ class Guard:
         self._pair = pair
         self._agent = agent
         self._timeout = timeout
+        self._due: float | None = None  # while the guest may be frozen: when that has to be over
+        self._probed = time.monotonic()
+        self._probing = False
 
     @classmethod
     def start(cls, monitor: Address, agent: Address | None, agent_timeout_seconds: float, lock: int) -> Self:
         """Start the process and wait until it stands by.
 
         lock: the descriptor of the VM's lock, which the guard holds for as long as it works. Raises
-        GuardLost.
+        GuardLost, Refused.
         """
+        reached = (_from_anywhere(monitor), _from_anywhere(agent) if agent else "")
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [
-            str(its.fileno()),
-            str(monitor.absolute()),
-            str(agent.absolute() if agent else ""),
-            str(agent_timeout_seconds),
-        ]
+        arguments = [str(its.fileno()), *reached, str(agent_timeout_seconds)]
         try:
             with its:
                 process = _spawn(arguments, (its.fileno(), lock))
@@ -78,32 +100,44 @@ class Guard:
 
     def ping_agent(self) -> None:
         """See whether the guest agent answers, with the guest not frozen. Raises AgentError, Refused."""
-        self._ask({"do": "ping"})
+        self._ping()
 
     def freeze(self, budget_seconds: float) -> int:
-        """Freeze the guest for at most `budget_seconds`; returns the number of file systems.
+        """Freeze the guest for at most `budget_seconds`; returns the number of file systems, not 0.
 
-        Raises Refused if somebody else froze it, AgentError.
+        Raises Refused if somebody else froze it, AgentError, GuardLost.
         """
-        return int(self._ask({"do": "freeze", "budget": budget_seconds}))
+        self._ping()
+        self._due = time.monotonic() + budget_seconds
+        try:
+            return int(self._ask({"do": "freeze", "budget": budget_seconds}))
+        except AgentRefused:  # the run may go on without
+            self.may_be_frozen()
+            raise
+
+    @property
+    def due(self) -> float | None:
+        """The moment at which a guard or a run that waits for anything has waited too long; None for none.
+
+        There is one while the guest may be frozen by us.
+        """
+        return None if self._due is None else self._due + _OVERDUE_SECONDS
 
     def thaw(self) -> Thawed:
         """Thaw the guest; returns how it was frozen until now.
 
         Raises FreezeOverrun if the guard had to thaw it before, AgentError, GuardLost.
         """
-        try:
-            told = self._ask({"do": "thaw"})
-            return Thawed(float(told["milliseconds"]), bool(told["ended_early"]))
-        except GuardLost:
-            if self._agent is not None:
-                with suppress(AgentError):  # the last resort; the run fails in any case
-                    thaw_if_frozen(self._agent, self._timeout)
-            raise
+        told = self._ask({"do": "thaw"})
+        self._due = None
+        return Thawed(float(told["milliseconds"]), str(told["doubt"]))
 
     def may_be_frozen(self) -> bool:
         """Whether the guest is, or may be, still frozen by us. Raises GuardLost."""
-        return bool(self._ask({"do": "frozen"}))
+        frozen = bool(self._ask({"do": "frozen"}))
+        if not frozen:
+            self._due = None
+        return frozen
 
     def hold(self, connection: socket.socket, export: str) -> None:
         """Have the guard hold a duplicate of an NBD client's socket; before anything is said on it."""
@@ -133,9 +167,10 @@ class Guard:
         return self._process.poll() is None
 
     def check(self) -> None:
-        """Raise GuardLost if the guard has died."""
+        """Raise GuardLost if the guard has died, or has not answered for long. Never waits."""
         if not self.alive:
             raise GuardLost("the guard process has died")
+        self._probe()
 
     def close(self) -> None:
         """Leave. A guard with nothing left to do ends at once; one that has is not waited for."""
@@ -145,7 +180,7 @@ class Guard:
         self._pair.close()
         if not busy:
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_SLACK_SECONDS)
+                self._process.wait(_ANSWER_SECONDS)
         self._process.poll()
         # A guard that goes on is nobody's child to wait for: Python must not warn of it.
         self._process.returncode = self._process.returncode or 0
@@ -158,20 +193,52 @@ class Guard:
     ) -> None:
         self.close()
 
-    def _ask(self, request: dict[str, object], descriptors: tuple[int, ...] = ()) -> Any:
-        try:
-            socket.send_fds(self._pair, [json.dumps(request).encode()], list(descriptors))
-        except OSError as err:
-            raise self._lost("has died") from err
-        patience = float(str(request.get("budget", 0))) + _MOST_EXCHANGES * self._timeout + _SLACK_SECONDS
-        answer = self._receive(patience)
+    def _ping(self) -> None:
+        self._ask({"do": "ping"}, seconds=_PING_TIMEOUTS * self._timeout)
+
+    def _probe(self) -> None:
+        """Ask now and then whether the guard is awake; look for the answer at later calls."""
+        if self._probing:
+            if select.select([self._pair], [], [], 0)[0]:
+                self._receive(0.0)
+                self._probing = False
+            elif time.monotonic() - self._probed > _PROBE_PATIENCE_SECONDS:
+                raise self._lost("does not answer")
+        elif time.monotonic() - self._probed > _PROBE_SECONDS:
+            self._send({"do": "frozen"}, ())
+            self._probed, self._probing = time.monotonic(), True
+
+    def _ask(
+        self,
+        request: dict[str, object],
+        descriptors: tuple[int, ...] = (),
+        seconds: float = 0.0,
+    ) -> Any:
+        """seconds: how much longer its answer may take; while the guest may be frozen it is `due`."""
+        deadline = time.monotonic() + _ANSWER_SECONDS + seconds
+        if self.due is not None:
+            deadline = max(self.due, time.monotonic() + _OVERDUE_SECONDS)
+        self._send(request, descriptors)
+        if self._probing:  # its answer comes first
+            self._receive(deadline - time.monotonic())
+            self._probing = False
+        answer = self._receive(deadline - time.monotonic())
         if "error" in answer:
             raise _error(answer)
         return answer.get("value")
 
-    def _receive(self, seconds: float) -> dict[str, Any]:
-        self._pair.settimeout(seconds)
+    def _send(self, request: dict[str, object], descriptors: tuple[int, ...]) -> None:
         try:
+            self._pair.settimeout(_OVERDUE_SECONDS)
+            socket.send_fds(self._pair, [json.dumps(request).encode()], list(descriptors))
+        except TimeoutError as err:
+            raise self._lost("does not answer") from err
+        except OSError as err:
+            raise self._lost("has died") from err
+
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        try:
+            self._pair.settimeout(max(seconds, 0.001))
             content = self._pair.recv(65536)
         except TimeoutError as err:
             raise self._lost("does not answer") from err
@@ -182,11 +249,30 @@ class Guard:
         return dict(json.loads(content))
 
     def _lost(self, why: str) -> GuardLost:
-        """See to it that a guard which is none any more is dead: the agent that it has serves one client."""
+        """See to it that a guard which is none any more is dead, and the guest thawed without it.
+
+        It has the agent, whose channel serves one client at a time, until it is dead.
+        """
         self._process.kill()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_SLACK_SECONDS)
+            self._process.wait(_ANSWER_SECONDS)
+        if self._due is not None and self._agent is not None:
+            with suppress(AgentError):  # it is tried again when the run is rolled back
+                thaw_if_frozen(self._agent, self._timeout)
+                self._due = None
         return GuardLost(f"the guard process {why}")
+
+
+def _from_anywhere(address: Address) -> str:
+    """Return an address for the guard, which works in another folder. Raises Refused."""
+    absolute = address.absolute()
+    if absolute.path and len(os.fsencode(absolute.path)) > _SOCKET_BYTES:
+        raise Refused(
+            f"the path of the socket {address} is too long when it is absolute, as the guard needs it: "
+            f"{_SOCKET_BYTES} bytes at most; a link with a shorter name will do",
+            state="nothing was touched",
+        )
+    return str(absolute)
 
 
 def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Popen[bytes]":

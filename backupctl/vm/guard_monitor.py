@@ -5,6 +5,7 @@ It is held only when the run is dead, so that the monitor, which serves one clie
 """
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,16 +67,48 @@ def _any(answer: dict[str, Any], names: tuple[str, ...]) -> bool:
 
 @contextmanager
 def _conversation(address: Address) -> Iterator[Execute]:
-    with address.connect(TIMEOUT_SECONDS) as connection, connection.makefile("rwb") as stream:
+    with address.connect(TIMEOUT_SECONDS) as connection:
+        lines = Lines(connection)
 
         def execute(command: str, **arguments: object) -> dict[str, Any]:
-            stream.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-            stream.flush()
-            return _answer(stream, "return", "error")
+            deadline = time.monotonic() + TIMEOUT_SECONDS
+            connection.settimeout(TIMEOUT_SECONDS)  # for all of it
+            connection.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            return _answer(lines, deadline, "return", "error")
 
-        _answer(stream, "QMP")
+        _answer(lines, time.monotonic() + TIMEOUT_SECONDS, "QMP")
         execute("qmp_capabilities")
         yield execute
+
+
+class Lines:
+    """What arrives on a socket, line by line. Each wait ends at its deadline, whatever trickles in."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = bytearray()
+
+    def next(self, deadline: float) -> bytes:
+        """Return the next line. Raises TimeoutError, EOFError, OSError, ValueError if it has no end."""
+        looked = 0
+        while (end := self._received.find(b"\n", looked)) < 0:
+            looked = len(self._received)
+            if looked > MAX_REPLY_BYTES:
+                raise ValueError
+            self._receive(deadline)
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line
+
+    def _receive(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        content = self._connection.recv(65536)
+        if not content:
+            raise EOFError
+        self._received += content
 
 
 def _until_too_late() -> Iterator[None]:
@@ -87,13 +120,9 @@ def _until_too_late() -> Iterator[None]:
     raise TimeoutError
 
 
-def _answer(stream: Any, *wanted: str) -> dict[str, Any]:
-    deadline = time.monotonic() + TIMEOUT_SECONDS  # events without end are no answer
-    while time.monotonic() < deadline:
-        line = stream.readline(MAX_REPLY_BYTES)
-        if not line:
-            raise EOFError
-        message = json.loads(line)
+def _answer(lines: Lines, deadline: float, *wanted: str) -> dict[str, Any]:
+    while time.monotonic() < deadline:  # events without end are no answer
+        message = json.loads(lines.next(deadline))
         if isinstance(message, dict) and any(name in message for name in wanted):
             return message
     raise TimeoutError

@@ -28,6 +28,7 @@ from typing import Any
 
 from backupctl.errors import (
     AgentError,
+    AgentRefused,
     AgentTimeout,
     AgentUnavailable,
     BackupctlError,
@@ -35,11 +36,14 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.settings import Address
-from backupctl.vm import guard_monitor
-from backupctl.vm.agent import Agent
+from backupctl.vm import guard_monitor, guard_survival
+from backupctl.vm.agent import Agent, Thaw
 from backupctl.vm.guard_watch import LOOK_SECONDS, Watch, Watched
 
 THAW_PATIENCE_SECONDS = 300.0
+ANSWER_SECONDS = 0.5
+"""After the end of the budget, by which the run has an answer. It waits for a second, then kills us."""
+STATUS_SECONDS = 1.0
 RETRY_SECONDS = 0.5
 MAX_MESSAGE_BYTES = 65536
 DEAF_TO = (
@@ -55,7 +59,11 @@ DEAF_TO = (
 
 
 class Freezer:
-    """The guest's file systems: thawed, frozen by us, or not known."""
+    """The guest's file systems: thawed, frozen by us, or not known.
+
+    Nothing here holds up an answer to the run for longer than the budget lasts: a thaw that takes its time is
+    done by a thread, and while that works nothing else speaks to the agent.
+    """
 
     def __init__(self, address: Address | None, timeout_seconds: float) -> None:
         self._address = address
@@ -63,12 +71,16 @@ class Freezer:
         self._agent: Agent | None = None
         self._frozen_at = 0.0
         self._count = 0
-        self.ended_early = False
+        self._thawing: threading.Thread | None = None
+        self._give_up = 0.0
+        self.doubt = ""
         self.deadline: float | None = None  # while the guest is, or may be, frozen by us
         self.overrun = False
 
     def ping(self) -> None:
         """See whether the agent is there and the guest not frozen. Raises AgentError, Refused."""
+        if self.deadline is not None:  # a thread has the agent
+            raise AgentTimeout("the guest is still being thawed")
         try:
             self._refuse_foreign_freeze(self._talk())
         except BackupctlError:
@@ -76,48 +88,67 @@ class Freezer:
             raise
 
     def freeze(self, budget_seconds: float) -> int:
-        """Freeze. From the moment the command is sent the guest may be frozen. Raises AgentError, Refused."""
+        """Freeze; returns how many file systems. Raises AgentError.
+
+        `ping` has to come right before it. From the moment the command is sent the guest may be frozen.
+        """
         agent = self._talk()
-        self._refuse_foreign_freeze(agent)
         self._frozen_at = time.monotonic()
         self.deadline = self._frozen_at + budget_seconds
         self.overrun = False
         try:
             self._count = agent.freeze(budget_seconds)
-            return self._count
         except AgentTimeout:
             self.deadline = self._frozen_at  # its outcome is unknown, so a thaw is due now
             raise
         except AgentError:
             self._look_after_a_refusal(agent)
             raise
+        if not self._count:
+            self._undo_an_empty_freeze()
+        return self._count
 
     def thaw(self) -> float:
         """Thaw; returns the milliseconds from freeze to thaw. Raises AgentError, FreezeOverrun.
 
-        `ended_early` then tells whether somebody in the guest had thawed part of it before: what the agent
-        thaws is less than what it froze. (Its own status would still be "frozen".)
+        `doubt` then tells why the guest may not have been frozen until now, "" if it was. It was if the agent
+        says so right before, and then thaws as much as it froze. (A thaw past the agent leaves its status
+        "frozen", and shows in what there is to thaw.)
         """
         if self.overrun:
             raise FreezeOverrun("the freeze budget ended, and the guard thawed the guest before the run did")
         try:
-            self._thaw_once()
+            self._thaw_once(self._soon())
         except AgentError:
             self.deadline = time.monotonic()  # go on trying now, not only when the budget ends
             raise
         return (time.monotonic() - self._frozen_at) * 1000
 
     def thaw_when_due(self) -> None:
-        """Thaw if the budget has ended; tries again at the next call if the agent is silent."""
+        """Begin to thaw if the budget has ended."""
         if self.deadline is not None and time.monotonic() >= self.deadline:
             self.overrun = True
-            with suppress(AgentError):
-                self._thaw_once()
+            self.thaw_for_good()
 
     def thaw_for_good(self) -> None:
-        """Thaw, however often it must be tried, for minutes at the most."""
-        give_up = time.monotonic() + THAW_PATIENCE_SECONDS
-        while self.deadline is not None and time.monotonic() < give_up:
+        """Have a thread thaw, however often it must be tried, for minutes at the most from now on."""
+        self._give_up = time.monotonic() + THAW_PATIENCE_SECONDS
+        if self._thawing is not None and self._thawing.is_alive():
+            return
+        try:
+            self._thawing = threading.Thread(target=self._go_on_thawing)
+            self._thawing.start()
+        except RuntimeError:  # no memory for one
+            self._thawing = None
+            self._go_on_thawing()
+
+    def join(self) -> None:
+        """Wait until the thread has done its work."""
+        if self._thawing is not None:
+            self._thawing.join()
+
+    def _go_on_thawing(self) -> None:
+        while self.deadline is not None and time.monotonic() < self._give_up:
             with suppress(AgentError):
                 self._thaw_once()
                 return
@@ -131,32 +162,53 @@ class Freezer:
 
     def _look_after_a_refusal(self, agent: Agent) -> None:
         # A refusal should have no effect. An agent that fails half-way may leave the guest frozen.
+        agent.until = self._soon()
         with suppress(AgentError):
             if agent.freeze_status() == "thawed":
                 self._let_go()
                 return
         self.deadline = self._frozen_at
 
-    def _thaw_once(self) -> None:
+    def _undo_an_empty_freeze(self) -> None:
+        """The agent froze nothing. It has called its hooks all the same, and they wait for the thaw."""
+        try:
+            self._thaw_once(self._soon())
+        except AgentError:
+            self.deadline = self._frozen_at
+            raise
+        raise AgentRefused("the guest agent froze none of the guest's file systems: it counts 0")
+
+    def _soon(self) -> float:
+        return max(self.deadline or 0.0, time.monotonic()) + ANSWER_SECONDS
+
+    def _thaw_once(self, until: float | None = None) -> None:
+        """until: the moment at which this has ended, one way or another."""
         try:
             again = self._agent is None
             agent = self._talk()
-            if again and agent.freeze_status() == "thawed":  # the try before did it, whatever was answered
+            agent.until = until
+            status = self._status_before(agent)
+            if again and status == "thawed":  # the try before did it, whatever was answered
                 self._let_go()
                 return
-            self.ended_early = agent.thaw() < self._count
-            if agent.freeze_status() != "thawed":
-                raise AgentTimeout("the guest is still frozen after a thaw")
+            thaw = agent.thaw_for_sure()
         except AgentError:
             # A new conversation for the next try: this one may be with an agent that has died.
             self._hang_up()
             raise
+        self.doubt = _doubt(status, thaw, self._count)
         self._let_go()
+
+    def _status_before(self, agent: Agent) -> str:
+        """Ask for the status; the guest is frozen and waits, so not for long. "" if there is no answer."""
+        with suppress(AgentError):
+            return agent.freeze_status(min(STATUS_SECONDS, self._timeout))
+        return ""
 
     def _let_go(self) -> None:
         """The guest is thawed. Its agent serves one client at a time, and the copy may take hours."""
-        self.deadline = None
         self._hang_up()
+        self.deadline = None
 
     def _talk(self) -> Agent:
         if self._agent is None:
@@ -169,6 +221,15 @@ class Freezer:
         if self._agent is not None:
             self._agent.close()
             self._agent = None
+
+
+def _doubt(before: str, thaw: Thaw, frozen: int) -> str:
+    """Say why a freeze may have ended before its thaw; "" if it lasted."""
+    if thaw.refusal:
+        return f"{thaw.refusal}; the guest is thawed, but since when is not known"
+    if before == "thawed" or thaw.count < frozen:
+        return "somebody in the guest thawed its file systems before the moment was taken"
+    return ""
 
 
 class Holder:
@@ -229,20 +290,21 @@ class Guard:
 
     def _pause_seconds(self) -> float | None:
         due = self._freezer.deadline
-        until_due = None if due is None else max(RETRY_SECONDS / 10, due - time.monotonic())
+        until_due = None if due is None else due - time.monotonic()
+        if until_due is not None and until_due <= 0:
+            until_due = RETRY_SECONDS  # a thread works on it
         if not self._watch.active:
             return until_due
         return LOOK_SECONDS if until_due is None else min(until_due, LOOK_SECONDS)
 
     def stand_in(self) -> None:
         """Do what the run would have done: thaw; take exports and jobs down. Neither waits for the other."""
-        thawing = threading.Thread(target=self._freezer.thaw_for_good)
-        thawing.start()
+        self._freezer.thaw_for_good()
         while not self._taken_down():
             time.sleep(RETRY_SECONDS)
         self._holder.release()
         self._watch.forget()
-        thawing.join()
+        self._freezer.join()
 
     def _taken_down(self) -> bool:
         """Try to take exports and jobs down. While QEMU lives no socket is let go of before its export."""
@@ -282,7 +344,7 @@ class Guard:
                 return self._freezer.freeze(float(request["budget"]))
             case "thaw":
                 milliseconds = self._freezer.thaw()
-                return {"milliseconds": milliseconds, "ended_early": self._freezer.ended_early}
+                return {"milliseconds": milliseconds, "doubt": self._freezer.doubt}
             case "hold":
                 self._holder.hold(descriptors[0], str(request["export"]))
             case "release":
@@ -299,8 +361,10 @@ class Guard:
 
 def main() -> None:
     """Serve the run on the descriptor that is given as the first argument."""
+    os.umask(0o077)
     for number in DEAF_TO:
         signal.signal(number, signal.SIG_IGN)
+    guard_survival.outlive()
     descriptor, monitor, agent, timeout = sys.argv[1:]
     with socket.socket(fileno=int(descriptor)) as run:
         run.send(b"{}")

@@ -11,8 +11,9 @@ what QEMU says in between waits in the socket.
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -26,7 +27,7 @@ from qemu.qmp.qmp_client import BadReplyError
 from backupctl.errors import CommandFailed, Interrupted, MonitorError, MonitorUnreachable, OutcomeUnknown
 from backupctl.report import Stop
 from backupctl.settings import Address
-from backupctl.vm import reply
+from backupctl.vm import open_files, reply
 
 T = TypeVar("T")
 _LOOK_SECONDS = 0.2
@@ -102,7 +103,8 @@ class Version:
 class Monitor:
     """A connection to one QEMU's monitor; `connect` makes one.
 
-    address: where it is. timeout_seconds: the longest that any one command may take.
+    address: where it is. timeout_seconds: the longest that any one command may take. process: who listens
+    there (QEMU, or who made the socket for it), None if that can't be told.
     """
 
     def __init__(self, address: Address, timeout_seconds: float) -> None:
@@ -111,8 +113,10 @@ class Monitor:
         self._loop = asyncio.new_event_loop()
         self._client = _Client()
         self._broken = ""
+        self._until: float | None = None
         self.version = Version(0, 0, 0)
         self.commands: frozenset[str] = frozenset()
+        self.process: int | None = None
 
     @classmethod
     def connect(cls, address: Address, timeout_seconds: float, stop: Stop | None = None) -> Self:
@@ -123,7 +127,9 @@ class Monitor:
         """
         self = cls(address, timeout_seconds)
         try:
-            self._run(self._client.connect(address.connect(timeout_seconds)), stop=stop)
+            connection = address.connect(timeout_seconds)
+            self.process = open_files.peer(connection)
+            self._run(self._client.connect(connection), stop=stop)
             self.version = _version(self.execute("query-version"))
             self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
         except TimeoutError as err:
@@ -146,13 +152,14 @@ class Monitor:
         """Send one command and return its reply. Raises CommandFailed, OutcomeUnknown."""
         if self._broken:
             raise OutcomeUnknown(command, self._broken)
+        begun = time.monotonic()
         try:
             return self._run(self._client.execute(command, dict(arguments) if arguments else None))
         except ExecuteError as err:
             told = err.error.error
             raise CommandFailed(command, told.class_[:100], told.desc[:1000]) from err
         except TimeoutError as err:
-            raise self._lost(command, f"silent for {self._timeout:g} s") from err
+            raise self._lost(command, f"silent for {time.monotonic() - begun:.0f} s") from err
         except (ExecInterruptedError, StateError) as err:
             raise self._lost(command, "the monitor's connection broke") from err
         except BadReplyError as err:
@@ -164,6 +171,15 @@ class Monitor:
         """Do all of `actions` at one moment, or none of them. Raises as `execute` does."""
         if actions:
             self.execute("transaction", {"actions": actions})
+
+    @contextmanager
+    def within(self, until: float | None) -> Iterator[None]:
+        """Let no command of the block take longer than to that moment, as `time.monotonic` tells it."""
+        self._until = until
+        try:
+            yield
+        finally:
+            self._until = None
 
     def send_fd(self, descriptor: int) -> None:
         """Send a file descriptor along; the next `add-fd` or `getfd` takes it. Raises MonitorError."""
@@ -224,9 +240,10 @@ class Monitor:
         self.close()
 
     def _run(self, work: Coroutine[Any, Any, T], seconds: float | None = None, stop: Stop | None = None) -> T:
-        bounded = self._loop.create_task(
-            asyncio.wait_for(work, self._timeout if seconds is None else seconds)
-        )
+        limit = self._timeout if seconds is None else seconds
+        if self._until is not None:
+            limit = max(0.0, min(limit, self._until - time.monotonic()))
+        bounded = self._loop.create_task(asyncio.wait_for(work, limit))
         try:
             while stop is not None and not bounded.done():
                 self._loop.run_until_complete(asyncio.wait({bounded}, timeout=_LOOK_SECONDS))

@@ -24,9 +24,9 @@ def refuse_qemu(monitor: Monitor) -> None:
 
 
 def refuse_busy(inventory: Inventory) -> None:
-    """Raise Refused if somebody's job works on a disk."""
-    for name, driver in inventory.busy:
-        raise Refused(f"another job works on {name}: its top node is a {driver}", state=_UNTOUCHED)
+    """Raise Refused if somebody else works on a disk."""
+    for _, who in inventory.busy:
+        raise Refused(who, state=_UNTOUCHED)
 
 
 def _refuse_migrating(monitor: Monitor) -> None:

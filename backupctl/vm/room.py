@@ -13,14 +13,12 @@ disk's scratch has room of its own, allocated before the moment, and is never us
 A scratch that is as large as the whole disk can't be used up and needs none of this.
 """
 
-import os
-import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backupctl.errors import Failed, Refused
+from backupctl.errors import Refused
 from backupctl.names import DiskName
 from backupctl.vm import disks, scratch
 from backupctl.vm.disks import Disk
@@ -49,39 +47,6 @@ class Room:
     stop: int | None
 
 
-@dataclass(frozen=True)
-class Shared:
-    """The file system of a folder that a run fills, and the disks of the VM that lie on it too.
-
-    Were it full, the guest's own writes would fail: an image grows as the guest writes to new places.
-    """
-
-    folder: Path
-    disks: tuple[DiskName, ...]
-
-    @classmethod
-    def by(cls, folder: Path, found: Iterable[Disk]) -> "Shared":
-        """Look which of these disks share a folder's file system."""
-        device = folder.stat().st_dev
-        return cls(folder, tuple(disk.name for disk in found if _lies_on(disk.filename, device)))
-
-    def check(self) -> None:
-        """Raise Failed if its room is becoming scarce."""
-        if self.disks and (left := scratch.free_bytes(self.folder)) < scratch.LOW_BYTES:
-            raise Failed(
-                f"the file system of {self.folder} is filling up ({left >> 20} MiB left), and "
-                f"{', '.join(self.disks)} lies on it too: gave up before the guest's own writes could fail"
-            )
-
-
-def _lies_on(filename: str, device: int) -> bool:
-    try:
-        found = os.stat(filename)  # noqa: PTH116 - it may be any text, such as json:{...}
-    except (OSError, ValueError):
-        return False
-    return stat.S_ISREG(found.st_mode) and found.st_dev == device
-
-
 def limits(monitor: Monitor) -> bool:
     """Whether this QEMU can limit what goes into a scratch file.
 
@@ -94,17 +59,26 @@ def limits(monitor: Monitor) -> bool:
 
 
 def survey(
-    monitor: Monitor, chosen: Sequence[Disk], folder: Path, wish_bytes: int | None
+    monitor: Monitor,
+    chosen: Sequence[Disk],
+    folder: Path,
+    wish_bytes: int | None,
+    *,
+    others: str = "",
 ) -> tuple[Room, ...]:
-    """Share out the scratch folder's room. wish_bytes: as for `share`. Raises Refused, MonitorError."""
+    """Share out the scratch folder's room. wish_bytes: as for `share`. Raises Refused, MonitorError.
+
+    others: what of virtual machines lies on that file system too, in words; then LOW_BYTES are left to them.
+    """
     scratch.check_folder(folder)
+    free = max(scratch.free_bytes(folder) - (scratch.LOW_BYTES if others else 0), 0)
     nodes = disks.named_nodes(monitor)
     reserve = RESERVE_BYTES if (limited := limits(monitor)) else RESERVE_UNLIMITED_BYTES
     held = [held_bytes(disk.size, nodes[disk.node]) for disk in chosen]
     sizes = {disk.name: disk.size for disk in chosen}
-    made = share(sizes, held, scratch.free_bytes(folder), wish_bytes, reserve, limited=limited)
+    made = share(sizes, held, free, wish_bytes, reserve, limited=limited)
     if made is None:
-        raise _hopeless(sizes, folder, wish_bytes, reserve)
+        raise _hopeless(sizes, folder, free, wish_bytes, reserve, others)
     return made
 
 
@@ -164,11 +138,19 @@ def _room(size: int, wanted: int, most: int, reserve: int, *, limited: bool) -> 
     return Room(size, wanted, size - reserve - size // 16, stop if limited else None)
 
 
-def _hopeless(sizes: Mapping[DiskName, int], folder: Path, wish_bytes: int | None, reserve: int) -> Refused:
+def _hopeless(
+    sizes: Mapping[DiskName, int],
+    folder: Path,
+    free: int,
+    wish_bytes: int | None,
+    reserve: int,
+    others: str,
+) -> Refused:
     least = sum(min(whole(size), 2 * reserve) for size in sizes.values())
     asked = "" if wish_bytes is None else f", of which {wish_bytes >> 20} MiB were asked for"
+    kept = f" beside {scratch.LOW_BYTES >> 20} MiB for the guests ({others})" if others else ""
     return Refused(
-        f"the scratch folder {folder} has {scratch.free_bytes(folder) >> 20} MiB left{asked}; to back up "
+        f"the scratch folder {folder} has {free >> 20} MiB left{kept}{asked}; to back up "
         f"{', '.join(sizes)} at least {-(-least // MIB)} MiB must be set aside, because the guest's own "
         "writes would fail if it were used up: choose another folder with --scratch",
         state="nothing was touched",

@@ -16,14 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl import trusted
+from backupctl import safe_target
 from backupctl.errors import Failed, Refused, UsageError
 from backupctl.names import NodeName, Owner, VmName
 from backupctl.vm import reply
 from backupctl.vm.monitor import Monitor
 
 LOW_BYTES = 256 * 1024 * 1024
-"""Where no room can be set aside, a run is given up when its file system has less than this left."""
+"""What is left of a file system, at the least, where guests or scratch files may need it."""
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
 
@@ -94,6 +94,15 @@ class Scratches:
         if not all(one.reserved for one in self.made):
             _check_left(self.folder)
 
+    def empty(self) -> None:
+        """Free the files' room; no node may stand on them any more. Never raises.
+
+        A paused VM keeps its descriptors, whatever it is told (before QEMU 9.1), and with them the room.
+        """
+        for one in self.made:
+            with suppress(OSError):
+                os.ftruncate(one.descriptor, 0)
+
     def close(self) -> None:
         """Close our descriptors. Never raises."""
         for one in self.made:
@@ -137,7 +146,7 @@ def private_folder(owner: Owner, vm: VmName, folder: Path) -> Path:
     QEMU opens them by name, so root makes none where others could exchange the folder. Raises Refused.
     """
     try:
-        trusted.resolve(folder)
+        safe_target.resolve(folder)
     except UsageError as err:
         raise Refused(f"the scratch folder {err.message}") from err
     return Path(tempfile.mkdtemp(prefix=_private_prefix(owner, vm), dir=folder))

@@ -2,12 +2,12 @@
 """The targets: bytes go in; the parser gives a value, or one of the errors that it documents."""
 
 import atexit
-import io
 import json
 import shutil
 import socket
 import struct
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,6 +102,7 @@ GRAPH = {
 }
 LISTED = [{"name": "type", "type": "string"}, {"name": "vda", "type": "child<virtio-blk-pci>"}]
 MACHINE = {"query-named-block-nodes": NODES, "query-block": DEVICES, "qom-list": LISTED}
+MACHINE |= {"query-block-jobs": [{"device": "job"}], "x-debug-query-block-graph": GRAPH}
 EXPORTS = [{"id": "e", "node-name": "n0", "type": "vhost-user-blk"}]
 
 
@@ -119,6 +120,7 @@ class Told:
 
 def inventory(content: bytes) -> disks.Inventory:
     told = Told(as_object(content))
+    told.commands = frozenset({"x-debug-query-block-graph"})
     return disks.inventory(told)  # type: ignore[arg-type]
 
 
@@ -143,7 +145,12 @@ def event(content: bytes) -> None:
 
 def guard(content: bytes) -> dict[str, Any]:
     """A monitor's answer, as the guard reads it."""
-    return guard_monitor._answer(io.BytesIO(content), "return", "error")
+    ours, its = socket.socketpair()
+    with its, ours:
+        its.sendall(content[:60_000])
+        its.shutdown(socket.SHUT_WR)
+        lines = guard_monitor.Lines(ours)
+        return guard_monitor._answer(lines, time.monotonic() + 5, "return", "error")
 
 
 def agent(content: bytes) -> int:

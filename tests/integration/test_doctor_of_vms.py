@@ -17,14 +17,15 @@ def test_a_vm_that_can_be_backed_up_has_nothing_bad_and_nothing_is_changed(build
     told = lab.cli.json("doctor", "web")
     assert told["ok"]
     assert {one["subject"] for one in told["findings"]} == {
-        *("tools", "repository", "monitor", "disks", "scratch", "agent")
+        *("configuration", "tools", "repository", "monitor", "disks", "file system", "scratch", "agent")
     }
     assert not lab.cli.repository.exists()
     lab.writer.write(5)
     point = lab.backup("full")["point"]
     before = {path: path.stat().st_mtime_ns for path in lab.cli.repository.rglob("*")}
     told = lab.cli.json("doctor", "web")
-    assert {one["verdict"] for one in told["findings"]} == {"ok"}
+    # The lab's QEMU may lie in somebody's home.
+    assert {one["verdict"] for one in told["findings"] if one["subject"] != "configuration"} == {"ok"}
     assert point in told["findings"][-1]["said"]
     assert {path: path.stat().st_mtime_ns for path in lab.cli.repository.rglob("*")} == before
     lab.assert_at_rest()

@@ -20,7 +20,7 @@ def take(lab, count: int) -> dict[str, dict[str, bytes]]:
     held = {}
     for _ in range(count):
         lab.writer.write(5)
-        point = lab.backup("incremental")["point"]
+        point = lab.backup("incremental" if lab.cli.repository.exists() else "full")["point"]
         held[point] = dict(lab.writer.moment)
     return held
 

@@ -34,6 +34,8 @@ def fault(vm, deed, when=""):
     ("deed", "reply", "done"),
     [
         ("error:no luck", {"class": "GenericError", "desc": "no luck"}, False),
+        ("error-after:no luck", {"class": "GenericError", "desc": "no luck"}, True),
+        ('answer:[5, "x"]', [5, "x"], False),
         ("hangup", GONE, False),
         ("lost", GONE, True),
         ("late:0.3", {}, True),

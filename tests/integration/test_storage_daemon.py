@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """qemu-storage-daemon: disks without a device, a monitor that takes no descriptors."""
 
+from backupctl.repository.layout import Repository
 from fixtures.storage_daemon import StorageDaemon
 
 
@@ -40,5 +41,6 @@ def test_a_fuse_export_is_refused_by_a_qemu_that_would_hang_with_it(build10, mak
     assert told["kind"] == "Refused"
     assert "is exported by FUSE" in told["message"]
     assert told["state"] == "nothing was touched"
+    Repository.create(lab.cli.repository)
     assert told["message"] in lab.cli.json("status", "web")["next_run"]
     lab.assert_at_rest(bitmaps_each=0)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from backupctl.repository.layout import Repository
 from fixtures.machine import Disk
 
 MIB = 1 << 20
@@ -53,6 +54,7 @@ def snapshot(lab, *bitmaps: str) -> None:
 
 def test_the_first_incremental_is_a_full(build72, make_lab):
     lab = make_lab(build72)
+    Repository.create(lab.cli.repository)  # of other VMs, say
     lab.writer.write(10)
     report = lab.backup("incremental")
     assert (report["kind"], report["parent"]) == ("full", None)

@@ -1,93 +1,108 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where root may write: behind no folder and no link that somebody else could turn."""
+"""What may be believed: what root, or we, alone could have written."""
 
 import os
-from pathlib import Path
 
 import pytest
 
 from backupctl import trusted
 from backupctl.errors import UsageError
 
-NOBODY = 65534
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the rule is for root, and takes root to try")
+SOMEBODY = 12345
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "above" / "folder"
-    made.mkdir(parents=True)
-    return made
+def file(tmp_path):
+    path = tmp_path / "a" / "b" / "backupctl.toml"
+    path.parent.mkdir(parents=True)
+    path.write_text("believed")
+    path.chmod(0o644)
+    return path
 
 
-def refused(path: Path, why: str) -> None:
-    with pytest.raises(UsageError, match=why):
-        trusted.resolve(path)
+def refused(path) -> UsageError:
+    with pytest.raises(UsageError) as caught:
+        trusted.read(path, 100)
+    return caught.value
 
 
-def test_a_folder_that_is_roots_alone_will_do_and_what_is_missing_is_as_it_stands(folder):
-    assert trusted.resolve(folder / "vda.raw") == folder / "vda.raw"
-    assert trusted.resolve(folder / "new" / "vda.raw") == folder / "new" / "vda.raw"
-    assert trusted.resolve(folder / "new" / ".." / "vda.raw") == folder / "vda.raw"
+def test_a_file_of_ours_is_read_and_no_more_of_it_than_asked_for(file):
+    assert trusted.read(file, 100) == b"believed"
+    assert trusted.read(file, 3) == b"beli"
 
 
-@pytest.mark.parametrize("which", ["folder", "above"])
-def test_a_folder_of_somebody_else_is_refused_and_so_is_one_below_it(folder, which):
-    os.chown(folder if which == "folder" else folder.parent, NOBODY, 0)
-    refused(folder / "vda.raw", f"{which} belongs to user {NOBODY}")
+@pytest.mark.parametrize("mode", [0o666, 0o664, 0o646])
+def test_a_file_that_others_may_write_is_not_believed(file, mode):
+    file.chmod(mode)
+    err = refused(file)
+    assert f"{mode:04o}" in err.message
+    os.system(err.next_command)
+    assert trusted.read(file, 100) == b"believed"
 
 
-@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
-@pytest.mark.parametrize("which", ["folder", "above"])
-def test_a_folder_that_others_may_write_is_refused_unless_it_is_sticky(folder, which, mode):
-    open_one = folder if which == "folder" else folder.parent
-    open_one.chmod(mode)
-    refused(folder / "vda.raw", f"others may write to .*{which} .mode 0{mode:o}")
-    open_one.chmod(mode | 0o1000)
-    assert trusted.resolve(folder / "vda.raw") == folder / "vda.raw"
-
-
-def test_a_sticky_folder_of_somebody_else_is_refused(folder):
-    folder.chmod(0o1777)
-    os.chown(folder, NOBODY, 0)
-    refused(folder / "vda.raw", "belongs to user")
-
-
-def test_a_file_of_somebody_else_at_the_end_is_no_danger(folder):
-    (folder / "vda.raw").touch()
-    os.chown(folder / "vda.raw", NOBODY, NOBODY)
-    assert trusted.resolve(folder / "vda.raw") == folder / "vda.raw"
-
-
-@pytest.mark.parametrize("rest", ["", "vda.raw"])
-def test_a_link_is_followed_if_it_is_roots(folder, rest):
-    link = folder / "link"
-    link.symlink_to(folder.parent)
-    assert trusted.resolve(link / rest) == folder.parent / rest
-    os.chown(link, NOBODY, NOBODY, follow_symlinks=False)
-    refused(link / rest, f"link belongs to user {NOBODY}")
-
-
-def test_where_a_link_leads_is_looked_at_on_the_whole_way(folder, tmp_path):
-    """From a safe folder, by a link of root's, into one of somebody else's that leads on to a safe one."""
-    turned = tmp_path / "turned"
-    turned.mkdir()
-    (turned / "on").symlink_to(folder)
-    (tmp_path / "link").symlink_to("turned/on")
-    assert trusted.resolve(tmp_path / "link" / "vda.raw") == folder / "vda.raw"
-    os.chown(turned, NOBODY, 0)
-    refused(tmp_path / "link" / "vda.raw", "turned belongs to user")
-
-
-def test_links_without_end_are_an_error(tmp_path):
-    (tmp_path / "link").symlink_to("link")
-    with pytest.raises(OSError, match="Too many levels"):
-        trusted.resolve(tmp_path / "link")
-
-
-def test_who_is_not_root_may_write_where_he_may(folder, monkeypatch):
-    os.chown(folder, NOBODY, 0)
+@pytest.mark.parametrize("above", [0, 1])
+def test_nor_is_one_below_a_folder_that_others_may_write(file, above):
+    folder = file.parents[above]
     folder.chmod(0o777)
-    monkeypatch.setattr(os, "geteuid", lambda: NOBODY)
-    assert trusted.resolve(folder / "vda.raw") == folder / "vda.raw"
+    assert f"{folder} is not trusted" in refused(file).message
+    folder.chmod(0o1777)  # sticky, as /tmp
+    assert trusted.read(file, 100) == b"believed"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+@pytest.mark.parametrize("what", ["file", "folder", "a folder above", "link", "sticky folder"])
+def test_what_belongs_to_somebody_else_is_not_believed(file, tmp_path, what):
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    given = {"file": file, "link": link, "a folder above": file.parent.parent}.get(what, file.parent)
+    os.chown(given, SOMEBODY, 0, follow_symlinks=False)
+    if what == "sticky folder":  # whose owner may rename all that is in it
+        file.parent.chmod(0o1755)
+    err = refused(link if what == "link" else file)
+    assert f"{given} is not trusted: it belongs to user {SOMEBODY}" in err.message
+    assert err.state == "nothing was touched"
+
+
+def test_links_are_followed_where_each_step_may_be_believed(file, tmp_path):
+    (tmp_path / "to").symlink_to("a/../a")
+    (tmp_path / "link").symlink_to(tmp_path / "to/b/backupctl.toml")
+    assert trusted.read(tmp_path / "link", 100) == b"believed"
+    file.parent.chmod(0o777)
+    assert "is not trusted" in refused(tmp_path / "link").message
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        trusted.read(tmp_path / "loop", 100)
+
+
+def test_a_link_in_a_sticky_folder_that_leads_out_of_it_must_be_ours(file, tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "link").symlink_to(file)
+    assert trusted.read(shared / "link", 100) == b"believed"
+
+
+def test_a_relative_path_is_looked_at_from_the_root(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    assert trusted.read(file.relative_to(file.parent), 100) == b"believed"
+    file.parent.chmod(0o777)
+    assert "is not trusted" in refused(file.relative_to(file.parent)).message
+
+
+def test_only_a_plain_file_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # at which an open would wait for ever
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "..", "/dev/null", "/"):
+        assert "not a regular file" in refused(type(tmp_path)(path)).message
+    with pytest.raises(FileNotFoundError):
+        trusted.read(tmp_path / "none", 100)
+    with pytest.raises(NotADirectoryError):
+        trusted.read(tmp_path / "pipe" / "x", 100)
+
+
+def test_no_descriptor_is_left_open(file, tmp_path):
+    (tmp_path / "link").symlink_to(file)
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        trusted.read(tmp_path / "link", 100)
+        assert trusted.objection(tmp_path)
+    assert os.listdir("/proc/self/fd") == before

@@ -163,6 +163,14 @@ def test_tcp_is_served_on_this_machine_only(two_points, serve, tmp_path):
     serving = serve(builder, P2, "--tcp", "0")
     assert serving.uri().startswith("nbd://127.0.0.1:")
     assert serving.content(tmp_path / "out") == content
+    said = serving.end()
+    assert "warning: NBD over TCP has no authentication: every local user of this machine can read" in said
+    assert "ssh -L 10809:PATH HOST" in said
+    overlay = tmp_path / "overlay.qcow2"
+    said = serve(builder, P2, "--tcp", "0", "--writable-overlay", overlay).end()
+    assert f"can read these disks, and write to the overlay {overlay}" in said
+    assert overlay.stat().st_mode & 0o077 == 0
+    assert "warning" not in serve(builder, P2).end()
 
 
 def test_a_client_that_stays_does_not_hold_up_the_end(two_points, serve):
@@ -266,6 +274,7 @@ def test_what_is_not_there_is_named(two_points):
     assert "no disk 'vdx'" in refused(builder, P2, "--disk", "vdx")
     assert "no recovery point" in refused(builder, "20250101T000000Z")
     assert "one of them" in refused(builder, P2, "--socket", "s", "--tcp", "0")
+    assert "--socket: no home folder is known" in refused(builder, P2, "--socket", "~no-such-user/s")
 
 
 def test_a_point_is_held_with_all_below_it_for_as_long_as_it_is_shown(two_points, serve):

@@ -45,7 +45,7 @@ def test_agent_and_monitor_are_apart():
 
 @pytest.mark.parametrize("deed", sorted(DEEDS))
 def test_every_deed_can_be_said(deed):
-    text = f"qmp:quit={deed}" + (":0.5" if deed == "late" else "")
+    text = f"qmp:quit={deed}" + (":0.5" if deed in ("late", "answer") else "")
     assert parse(text).deed == deed
 
 
@@ -59,6 +59,8 @@ def test_every_deed_can_be_said(deed):
         "qmp:quit@0=silent",
         "qmp:quit@x=silent",
         "qmp:quit=late:soon",
+        "qmp:quit=answer",
+        "qmp:quit=answer:{",
         "nbd:sent=drop",
         "nbd:sent@many=drop",
         "nbd:write@0=error",

@@ -4,6 +4,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,15 +17,24 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.errors import AgentRefused, AgentTimeout, AgentUnavailable, FreezeOverrun, GuardLost, Refused
+from backupctl.errors import (
+    AgentError,
+    AgentRefused,
+    AgentTimeout,
+    AgentUnavailable,
+    FreezeOverrun,
+    GuardLost,
+    Refused,
+)
 from backupctl.settings import Address
-from backupctl.vm import guard_process
-from backupctl.vm.agent import Agent
+from backupctl.vm import guard_process, guard_survival
+from backupctl.vm.agent import Agent, Thaw, thaw_if_frozen
 from backupctl.vm.guard import Guard
-from fixtures.agent import PlayedAgent
+from fixtures.agent import VSS, PlayedAgent
 from fixtures.simulated import Simulated
 from fixtures.simulated_guest import SimulatedAgent
 
+PLAYED = pytest.mark.parametrize("agent", ["played"], indirect=True)  # where the agent has no part in it
 NO_MONITOR = Address(path="/nowhere")
 RUN = """
 import fcntl, os, sys, time
@@ -69,6 +79,16 @@ def start(agent, tmp_path):
     yield begin
     for guard in made:
         guard.close()
+
+
+def test_the_guard_makes_nothing_that_others_may_use(start):
+    before = os.umask(0)
+    try:
+        guard = start()
+    finally:
+        os.umask(before)
+    status = Path(f"/proc/{guard._process.pid}/status").read_text()
+    assert "Umask:\t0077\n" in status
 
 
 def wait_for(what, seconds: float = 10) -> None:
@@ -254,17 +274,236 @@ def test_a_guard_that_was_killed_is_noticed_and_the_run_thaws_itself(agent, star
         guard.check()
 
 
-def test_a_guard_that_hangs_with_the_guest_frozen_is_killed_and_the_run_thaws_itself(
-    agent, start, monkeypatch
-):
-    monkeypatch.setattr("backupctl.vm.guard._SLACK_SECONDS", 1.0)
-    guard = start(0.5)
-    guard.freeze(10)
+def stop(guard: Guard) -> None:
     os.kill(guard._process.pid, signal.SIGSTOP)
+
+
+def test_a_guard_that_hangs_with_the_guest_frozen_is_killed_and_the_run_thaws_itself(agent, start):
+    """No later than a second after the budget, however long its agent may take for anything."""
+    guard = start(30.0)
+    begun = time.monotonic()
+    guard.freeze(1.0)
+    stop(guard)
     with pytest.raises(GuardLost, match="does not answer"):
         guard.thaw()
     assert not agent.frozen
+    assert time.monotonic() - begun < 4
     assert not guard.alive
+    assert not guard.due
+
+
+def test_a_guard_that_hangs_while_it_freezes_is_killed_and_the_run_thaws_itself(agent, start):
+    agent.late_seconds = 0.5
+    agent.behaviour["guest-fsfreeze-freeze"] = "late"
+    guard = start(30.0)
+    begun = time.monotonic()
+    stopped = threading.Thread(target=lambda: (wait_for(lambda: agent.frozen), stop(guard)))
+    stopped.start()
+    with pytest.raises(GuardLost, match="does not answer"):
+        guard.freeze(1.0)
+    stopped.join()
+    assert not agent.frozen
+    assert time.monotonic() - begun < 4
+
+
+REQUESTS = {
+    "ping": lambda guard, _: guard.ping_agent(),
+    "hold": lambda guard, sock: guard.hold(sock, "e"),
+    "watch": lambda guard, sock: guard.watch("job", sock.fileno(), None, limited=False),
+    "frozen": lambda guard, _: guard.may_be_frozen(),
+}
+
+
+@PLAYED
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_guard_that_hangs_at_any_request_is_killed_in_time(agent, start, monkeypatch, name):
+    monkeypatch.setattr("backupctl.vm.guard._ANSWER_SECONDS", 0.5)
+    guard = start(0.2)
+    stop(guard)
+    ours, its = socket.socketpair()
+    with ours, its, pytest.raises(GuardLost, match="does not answer"):
+        REQUESTS[name](guard, ours)
+    assert not guard.alive
+
+
+@PLAYED
+@pytest.mark.parametrize("name", ["release", "unwatch", "close"])
+def test_a_guard_that_hangs_at_the_end_costs_the_run_nothing_but_a_moment(agent, start, monkeypatch, name):
+    monkeypatch.setattr("backupctl.vm.guard._ANSWER_SECONDS", 0.5)
+    guard = start()
+    stop(guard)
+    getattr(guard, name)()
+    assert guard._process.poll() is not None
+
+
+@PLAYED
+def test_a_guard_that_hangs_while_nothing_is_asked_is_noticed(agent, start, monkeypatch):
+    """As in the middle of a copy of hours."""
+    monkeypatch.setattr("backupctl.vm.guard._PROBE_SECONDS", 0.05)
+    guard = start()
+    for _ in range(5):  # answers come between requests, and before them
+        time.sleep(0.06)
+        guard.check()
+        assert not guard.may_be_frozen()
+    monkeypatch.setattr("backupctl.vm.guard._PROBE_PATIENCE_SECONDS", 0.3)
+    stop(guard)
+    with pytest.raises(GuardLost, match="does not answer"):
+        wait_for(guard.check)
+    assert not guard.alive
+
+
+@PLAYED
+def test_an_agent_that_is_slow_to_thaw_does_not_cost_the_guard_its_life(agent, start):
+    """The budget ends; the guard says so at once, and goes on with the agent as long as it must."""
+    guard = start(5.0)
+    agent.late_seconds = 3.0
+    agent.behaviour["guest-fsfreeze-thaw"] = "late"
+    guard.freeze(0.2)
+    time.sleep(0.4)
+    begun = time.monotonic()
+    with pytest.raises(FreezeOverrun):
+        guard.thaw()
+    assert time.monotonic() - begun < 1
+    wait_for(lambda: not guard.may_be_frozen())
+    assert guard.alive
+
+
+@PLAYED
+@pytest.mark.parametrize("behaviour", ["silent", "refuse"])
+def test_a_thaw_that_fails_is_told_in_time_and_tried_again_by_the_guard(agent, start, behaviour):
+    guard = start(5.0)
+    guard.freeze(0.5)
+    agent.behaviour["guest-fsfreeze-thaw"] = behaviour
+    begun = time.monotonic()
+    with pytest.raises(AgentError):
+        guard.thaw()
+    assert time.monotonic() - begun < 1.5
+    assert guard.may_be_frozen()
+    agent.behaviour.clear()
+    wait_for(lambda: not guard.may_be_frozen(), 15)
+    assert not agent.frozen
+
+
+def test_an_agent_that_freezes_nothing_is_told_and_thawed_all_the_same(agent, start):
+    """Its hooks have been called, and databases wait for the thaw."""
+    agent.behaviour["guest-fsfreeze-freeze"] = "nothing"
+    guard = start()
+    with pytest.raises(AgentRefused, match="none of the guest's file systems"):
+        guard.freeze(10)
+    assert not guard.may_be_frozen()
+    assert guard.due is None
+
+
+def test_a_thaw_that_is_refused_although_the_guest_is_thawed_is_no_error_and_no_proof(agent, start):
+    """Windows: VSS lets go by itself after 10 s."""
+    agent.behaviour["guest-fsfreeze-thaw"] = "let go"
+    guard = start()
+    guard.freeze(10)
+    thawed = guard.thaw()
+    assert thawed.ended_early
+    assert VSS in thawed.doubt
+    assert not guard.may_be_frozen()
+
+
+@pytest.mark.parametrize(
+    ("before", "refusal", "count", "lasted"),
+    [
+        ("frozen", "", 3, True),
+        ("frozen", "", 4, True),
+        ("", "", 3, True),
+        ("thawed", "", 3, False),
+        ("frozen", "", 2, False),
+        ("frozen", "no", 0, False),
+    ],
+)
+def test_a_freeze_lasted_if_its_status_and_its_count_say_so(before, refusal, count, lasted):
+    assert (guard_process._doubt(before, Thaw(count, refusal), 3) == "") == lasted
+
+
+@pytest.mark.parametrize("behaviour", ["silent", "refuse"])
+def test_a_status_that_is_not_told_before_the_thaw_holds_it_up_for_a_second(behaviour):
+    """The count alone then tells that the freeze lasted."""
+    with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as agent:
+        freezer = guard_process.Freezer(Address(path=str(agent.path)), 5.0)
+        freezer.ping()
+        freezer.freeze(10)
+        agent.behaviour["guest-fsfreeze-status"] = behaviour
+        agent.on_thaw = agent.behaviour.clear
+        assert freezer.thaw() < 3000
+        assert freezer.doubt == ""
+
+
+def test_recover_is_content_with_a_refused_thaw_if_the_guest_is_thawed(agent):
+    agent.frozen = True
+    agent.behaviour["guest-fsfreeze-thaw"] = "let go"
+    assert thaw_if_frozen(Address(path=str(agent.path)), 2.0)
+    agent.behaviour.clear()
+    agent.frozen = True
+    agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
+    with pytest.raises(AgentRefused):
+        thaw_if_frozen(Address(path=str(agent.path)), 2.0)
+
+
+@PLAYED
+@pytest.mark.parametrize(
+    ("attempt", "file", "shows"),
+    [
+        ("pathlib.Path('/proc/self/oom_score_adj').write_text('-1000')", "oom_score_adj", r"-1000"),
+        ("sys.exit(ctypes.CDLL(None).mlockall(3))", "status", r"VmLck:\s+\d{4,} kB"),
+        ("", "status", r"Umask:\s+0077"),
+    ],
+    ids=["killed", "swapped", "umask"],
+)
+def test_a_guard_asks_to_be_neither_killed_for_memory_nor_swapped_out(start, attempt, file, shows):
+    if subprocess.run(
+        [sys.executable, "-c", f"import ctypes, pathlib, sys; {attempt}"], check=False
+    ).returncode:
+        pytest.skip("takes a right that this user has not")
+    assert re.search(shows, Path("/proc", str(start()._process.pid), file).read_text())
+
+
+@pytest.mark.parametrize(("before", "after"), [("0", "-1000"), ("500", "-1000"), ("-1000", "-1000")])
+def test_the_kernel_is_asked_for_the_lowest_score(monkeypatch, tmp_path, before, after):
+    (tmp_path / "score").write_text(before)
+    monkeypatch.setattr(guard_survival, "_SCORE", tmp_path / "score")
+    monkeypatch.setattr(guard_survival, "_lock_memory", lambda: None)
+    guard_survival.outlive()
+    assert (tmp_path / "score").read_text() == after
+
+
+def test_a_guard_that_may_not_lock_its_memory_works_all_the_same():
+    """Memory locked within a limit could not grow past it."""
+    code = (
+        "import resource, sys; from backupctl.vm import guard_survival;"
+        "resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20)); import os; os.setuid(65534);"
+        "guard_survival.outlive(); print(open('/proc/self/status').read(), len(bytearray(64 << 20)))"
+    )
+    if os.geteuid() != 0:
+        code = code.replace("os.setuid(65534)", "0")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.search(r"VmLck:\s+0 kB", done.stdout)
+
+
+def test_sockets_that_the_guard_could_not_reach_are_refused_before_it_starts(tmp_path, monkeypatch):
+    """Named from where the run stands their names are short enough."""
+    (tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.chdir(tmp_path / ("x" * 100))
+    with pytest.raises(Refused, match="too long when it is absolute"):
+        Guard.start(Address(path="qmp"), None, 1.0, 0)
+    with pytest.raises(Refused, match="too long when it is absolute"):
+        Guard.start(NO_MONITOR, Address(path="agent"), 1.0, 0)
+
+
+def test_a_thaw_is_done_without_a_thread_where_there_can_be_none(monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as agent:
+        freezer = guard_process.Freezer(Address(path=str(agent.path)), 2.0)
+        freezer.ping()
+        freezer.freeze(0.5)
+        time.sleep(0.5)
+        monkeypatch.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError))
+        freezer.thaw_when_due()
+        assert not agent.frozen
+        assert freezer.overrun
 
 
 def test_stale_answers_in_the_channel_are_passed_over():

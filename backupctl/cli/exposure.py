@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Who else could have a say in what we do, or read what we store: findings for `doctor`."""
+
+import os
+import shlex
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from backupctl import trusted
+from backupctl.cli.config import Config
+from backupctl.doctor import Finding
+from backupctl.errors import UsageError
+from backupctl.names import VmName
+
+PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON")
+_READ, _WRITE = stat.S_IRGRP | stat.S_IROTH, stat.S_IWGRP | stat.S_IWOTH
+
+
+def configuration(config: Config) -> Iterator[Finding]:
+    """Tell which file is in use, and what the environment has us do."""
+    if config.file:
+        by = " (named by BACKUPCTL_CONFIG)" if os.environ.get("BACKUPCTL_CONFIG") == config.file else ""
+        yield Finding("configuration", "ok", f"{config.file}{by}")
+    else:
+        yield Finding("configuration", "ok", "no configuration file found; using the command line only")
+    for name in PROGRAMS:
+        if program := os.environ.get(name):
+            yield _program(name, program)
+
+
+def _program(name: str, program: str) -> Finding:
+    """Tell of a program that the environment names, and whether others could exchange it."""
+    said = f"{name} is set: {program} runs as {'root' if os.geteuid() == 0 else f'user {os.geteuid()}'}"
+    why = _objection(Path(shutil.which(program) or program))
+    if why:
+        return Finding("configuration", "warning", f"{said}; {why.message}", f"unset {name}")
+    return Finding("configuration", "ok", said)
+
+
+def _objection(path: Path) -> UsageError | None:
+    with suppress(OSError):  # what is not there, or can't be read, is told of elsewhere
+        return trusted.objection(path)
+    return None
+
+
+def repository(path: Path, vm: VmName) -> Iterator[Finding]:
+    """Warn of folders of a repository, or above it, that others than their owner may read or write."""
+    for folder in (path, path / vm):
+        try:
+            found = folder.lstat()
+        except OSError:  # a repository that can't be read is told of elsewhere
+            return
+        if not stat.S_ISDIR(found.st_mode):
+            continue
+        if found.st_uid not in (0, os.geteuid()):
+            said = f"{folder} belongs to user {found.st_uid}, who can replace every point in it"
+            yield Finding("repository", "warning", said, f"chown {os.geteuid()} {shlex.quote(str(folder))}")
+        can = [what for what, bits in (("readable", _READ), ("writable", _WRITE)) if found.st_mode & bits]
+        if can:
+            mode = f"{stat.S_IMODE(found.st_mode):04o}"
+            said = f"{folder} is {' and '.join(can)} by other users (mode {mode})"
+            yield Finding("repository", "warning", said, f"chmod go-rw {shlex.quote(str(folder))}")
+    why = _objection(path / "repository.json")
+    if why and not why.message.startswith(f"{path} "):
+        said = f"{why.message}, so other users can replace the repository below it"
+        yield Finding("repository", "warning", said, why.next_command)

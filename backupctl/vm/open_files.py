@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which files QEMU's processes on this machine have open: what /proc tells, if we may look.
+
+What QEMU calls a disk may be a relative path, JSON, or a descriptor that it was handed; it may see other
+mounts than we do. The descriptors that it holds are the files themselves.
+"""
+
+import os
+import re
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.names import PREFIX
+
+_EMULATORS = ("qemu-system-", "qemu-kvm")
+_LOOP_MAJOR = 7
+_STANDARD = frozenset({"0", "1", "2"})
+_DELETED = " (deleted)"
+_NAMELESS = re.compile(r"#[0-9]+ \(deleted\)")
+"""How the kernel calls a file of O_TMPFILE."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a file takes its room from. device: the file system's number. free_bytes: what is left there."""
+
+    device: int
+    free_bytes: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> "Place":
+        """Look at a file or folder. Raises OSError, ValueError."""
+        told = os.statvfs(path)
+        return cls(os.stat(path).st_dev, told.f_bavail * told.f_frsize)  # noqa: PTH116 - any text
+
+    def shared_with(self, other: "Place") -> bool:
+        """Whether two files take their room from one place.
+
+        Parts of one pool (subvolumes of btrfs, data sets of ZFS) have numbers of their own; that they have
+        the same left, to the byte, tells them.
+        """
+        return self.device == other.device or 0 < self.free_bytes == other.free_bytes
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file that a process may write to. path: as the process sees it."""
+
+    place: Place
+    path: str
+
+
+def peer(connection: socket.socket) -> int | None:
+    """Return the process at the other end of a unix socket, as far as it can be told."""
+    if connection.family != socket.AF_UNIX:
+        return None
+    with suppress(OSError, struct.error):
+        told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", told)[0]) or None
+    return None
+
+
+def is_qemu(process: int) -> bool:
+    """Whether a process is QEMU's, be it an emulator or a storage daemon."""
+    return _is_emulator(process) or _program(process).startswith("qemu-")
+
+
+def emulators() -> Iterator[int]:
+    """Yield the processes that are virtual machines."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and _is_emulator(int(entry.name)):
+            yield int(entry.name)
+
+
+def written(process: int) -> tuple[OpenFile, ...] | None:
+    """Return the files that a process may write to; None if we may not look.
+
+    Scratch files are left out, and what it says (its standard descriptors).
+    """
+    try:
+        with os.scandir(f"/proc/{process}/fd") as entries:
+            descriptors = {entry.name for entry in entries} - _STANDARD
+    except FileNotFoundError:
+        return ()
+    except OSError:
+        return None
+    found = (_written(process, name) for name in descriptors)
+    return tuple(one for one in found if one is not None)
+
+
+def descriptor(process: int, number: int) -> int:
+    """Open the scratch file anew that a process has as this descriptor, and may write to.
+
+    Any other file is refused: QEMU's memory may be one without a name, too. The caller closes it. Raises
+    OSError.
+    """
+    path = f"/proc/{process}/fd/{number}"
+    if not _may_write(process, str(number)) or not _is_scratch(os.readlink(path)):  # noqa: PTH115
+        raise PermissionError(f"the descriptor {number} of the process {process} is no scratch file")
+    opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    found = os.fstat(opened)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink:
+        os.close(opened)
+        raise FileNotFoundError(f"the descriptor {number} of the process {process} has a name")
+    return opened
+
+
+def _is_emulator(process: int) -> bool:
+    program = _program(process)
+    return program == "kvm" or program.startswith(_EMULATORS)
+
+
+def _program(process: int) -> str:
+    folder = Path("/proc", str(process))
+    try:
+        return (folder / "exe").readlink().name.removesuffix(_DELETED)
+    except PermissionError:  # of somebody else
+        with suppress(OSError):
+            return (folder / "comm").read_text(errors="replace").strip()
+    except OSError:  # of the kernel, or gone
+        pass
+    return ""
+
+
+def _written(process: int, name: str) -> OpenFile | None:
+    path = f"/proc/{process}/fd/{name}"
+    with suppress(OSError):  # closed meanwhile
+        place, link = _place(path), os.readlink(path)  # noqa: PTH115
+        if place is not None and not _is_scratch(link) and _may_write(process, name):
+            return OpenFile(place, link)
+    return None
+
+
+def _place(path: str) -> Place | None:
+    """Return where a write to a file takes room; None if nowhere. Raises OSError."""
+    found = os.stat(path)  # noqa: PTH116
+    if stat.S_ISREG(found.st_mode):
+        return Place.of(path)
+    if stat.S_ISBLK(found.st_mode) and os.major(found.st_rdev) == _LOOP_MAJOR:
+        behind = Path(f"/sys/dev/block/{_LOOP_MAJOR}:{os.minor(found.st_rdev)}/loop/backing_file")
+        return Place.of(behind.read_text().strip())
+    return None
+
+
+def _may_write(process: int, name: str) -> bool:
+    with open(f"/proc/{process}/fdinfo/{name}", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+        flags = next((line.split()[1] for line in file if line.startswith("flags:")), "0")
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def _is_scratch(link: str) -> bool:
+    """Whether a file is a run's scratch, whose room is set aside: its growth takes none."""
+    name = link.rpartition("/")[2]
+    return bool(_NAMELESS.fullmatch(name)) or name.startswith(PREFIX)

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every screen is as it is kept in `golden/`. After a change: `make screens`, then read the difference."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+
+from backupctl import backup, doctor, recovery, verify
+from backupctl.cli import units
+from backupctl.cli.main import cli
+from backupctl.doctor import Diagnosis, Finding
+from backupctl.errors import (
+    AgentUnavailable,
+    BackupctlError,
+    DamageFound,
+    Locked,
+    MonitorUnreachable,
+    NeedsRecovery,
+    WriteFailed,
+)
+from backupctl.names import DiskName, VmName
+from backupctl.recovery import Recovered
+from backupctl.report import DiskReport, RunReport
+from backupctl.repository.layout import Repository
+from tests.screens.terminal import every_look, look_at
+from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
+
+GOLDEN = Path(__file__).parent / "golden"
+RENEW = bool(os.environ.get("BACKUPCTL_RENEW_SCREENS"))
+COMMANDS = sorted(cli.list_commands(click.Context(cli)))
+IN = ("--repository", "repository")
+VM = ("--qmp", "unix:web.qmp", "--agent", "unix:web.agent", *IN)
+SIZE = 40 * 65536 + 512
+LONG = "the agent of a virtual machine whose name is long did not answer in five seconds, as it should have"
+
+
+@pytest.fixture
+def show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Compare a screen with the one that is kept. What takes no ten minutes takes half a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        units, "duration", lambda seconds, real=units.duration: real(seconds if seconds > 600 else 0.5)
+    )
+    monkeypatch.setattr(
+        verify, "verify", lambda *given, real=verify.verify: replace(real(*given), seconds=0.5)
+    )
+
+    def show(name: str, *arguments: str) -> None:
+        path = GOLDEN / f"{name}.txt"
+        seen = every_look(lambda look: look_at(arguments, look, monkeypatch))
+        seen = f"SPDX-License-Identifier: GPL-2.0-or-later\n$ backupctl {' '.join(arguments)}\n\n{seen}"
+        if RENEW:
+            path.write_text(seen)
+        assert seen == path.read_text()
+
+    return show
+
+
+def points(tmp_path: Path) -> Builder:
+    """Make a repository with a full and two incrementals of one VM."""
+    builder = Builder(Repository.create(tmp_path / "repository"))
+    entry = disk_entry(size=SIZE)
+    builder.point(P1, (entry, [(0, b"a" * 300_000)]), (disk_entry("vdb"), [(0, b"b" * 65536)]))
+    builder.point(
+        P2, (replace(entry, kind="incremental", parent=P1), [(65536, b"c" * 65536), (SIZE - 512, b"t" * 512)])
+    )
+    scanned = replace(
+        entry,
+        kind="incremental",
+        parent=P2,
+        scanned=True,
+        reason="its bitmap is inconsistent: QEMU did not close the image (it crashed, or was killed)",
+    )
+    builder.point(P3, (scanned, [(131072, b"d" * 65536)]))
+    return builder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command(show, name):
+    show(f"help-{name}", name, "--help")
+
+
+def test_help_of_all(show):
+    show("help", "--help")
+
+
+def test_no_points(show, tmp_path):
+    Repository.create(tmp_path / "repository")
+    show("list-empty", "list", *IN)
+
+
+def test_points(show, tmp_path):
+    points(tmp_path)
+    show("list", "list", *IN)
+    show("show", "show", "vm1", P3, *IN)
+    show("diff", "diff", "vm1", P1, P3, *IN)
+    show("verify", "verify", "vm1", *IN)
+    show("prune-dry-run", "prune", "vm1", "--keep-last", "1", "--dry-run", *IN)
+    show("protect", "protect", "vm1", "latest", *IN)
+    show("unprotect", "unprotect", "vm1", "latest", *IN)
+    show("restore", "restore", "vm1", P1, "--to", "vda.raw", "--disk", "vda", "--force", *IN)
+    show("restore-exists", "restore", "vm1", P1, "--to", "vda.raw", "--disk", "vda", *IN)
+    show("no-such-point", "show", "vm1", "20270101T000000Z", *IN)
+
+
+def test_damage(show, tmp_path):
+    builder = points(tmp_path)
+    image = builder.folder.path / P1 / "vda.qcow2"
+    content = image.read_bytes()
+    image.write_bytes(content.replace(b"a" * 65536, b"a" * 65535 + b"x", 1))
+    (builder.folder.path / P2 / "manifest.json").write_text("{}")
+    show("verify-damage", "verify", "vm1", *IN)
+    show("list-damage", "list", *IN)
+
+
+def test_wrong_use(show, tmp_path):
+    show("no-repository", "list", *IN)
+    show("unknown-command", "ful", "web")
+    show("unknown-option", "full", "web", "--nonsense")
+    show("missing-name", "full")
+    Repository.create(tmp_path / "repository")
+    show("wrong-rate", "full", "web", "--limit", "fast", *VM)
+
+
+def report(kind: str) -> RunReport:
+    parent = P1 if kind == "incremental" else None
+    disk = DiskReport(DiskName("vda"), "full", 1 << 34, 1 << 33, 1 << 33, 1 << 20, 0, 1 << 33, scanned=False)
+    second = replace(disk, name=DiskName("virtio-disk1"), kind="incremental", scanned=True)
+    return RunReport(
+        VmName("web"),
+        P2,
+        kind,
+        parent,
+        (disk, second),
+        62,
+        "filesystem",
+        3725.0,  # type: ignore[arg-type]
+    )
+
+
+def fake_run(vm, repository, options, reporter, stop):
+    """Tell what a run tells."""
+    for step in ("prepare", "attach", "freeze", "transaction", "export", "copy"):
+        reporter.step(step)
+    reporter.note("cdrom0 is left out: a read-only medium, which holds nothing that the guest could change")
+    reporter.warn(LONG)
+    reporter.progress(DiskName("vda"), 1 << 30, 1 << 30)
+    return report(options.kind)
+
+
+@pytest.mark.parametrize("kind", ["full", "incremental"])
+def test_a_run(show, monkeypatch, tmp_path, kind):
+    Repository.create(tmp_path / "repository")
+    monkeypatch.setattr(backup, "run", fake_run)
+    show(kind, kind, "web", *VM)
+    show(f"{kind}-quiet", kind, "web", "--quiet", *VM)
+    show(f"{kind}-json", kind, "web", "--json", *VM)
+
+
+FAILURES = {
+    "needs-recovery": NeedsRecovery(
+        f"no answer to block-job-cancel: {LONG}",
+        step="roll back",
+        state="what this run put into the VM may still be there; no committed point is lost",
+        next_command="backupctl recover web",
+    ),
+    "locked": Locked("another run holds the lock of web", next_command="backupctl status web"),
+    "write-failed": WriteFailed(
+        "vda can't be written: No space left on device",
+        step="copy",
+        state="rolled back: nothing is lost, nothing of this run is left, the guest goes on",
+        hint="make room in the repository, or prune older points",
+        next_command="backupctl full web",
+    ),
+    "agent-unavailable": AgentUnavailable(LONG, step="freeze", next_command="backupctl doctor web"),
+    "monitor-unreachable": MonitorUnreachable("no monitor at unix:web.qmp: No such file or directory"),
+    "damage-found": DamageFound("vda\x1b[2J is damaged", next_command="backupctl verify web"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure(show, monkeypatch, tmp_path, name):
+    def fail(*_arguments: object) -> BackupctlError:
+        error = FAILURES[name]
+        kept = error.next_command
+        monkeypatch.setattr(error, "next_command", kept)
+        raise error
+
+    Repository.create(tmp_path / "repository")
+    monkeypatch.setattr(backup, "run", fail)
+    show(f"error-{name}", "full", "web", *VM)
+
+
+def test_recover(show, monkeypatch, tmp_path):
+    Repository.create(tmp_path / "repository")
+
+    def recover(_vm, _repository, reporter, *_more):
+        reporter.note("thawed the guest's file systems")
+        return Recovered(("thawed the guest's file systems",))
+
+    monkeypatch.setattr(recovery, "recover", recover)
+    show("recover", "recover", "web", *VM)
+    monkeypatch.setattr(recovery, "recover", lambda *_: Recovered(()))
+    show("recover-nothing", "recover", "web", *VM)
+
+
+def test_doctor(show, monkeypatch):
+    findings = (
+        Finding("monitor", "ok", "QEMU 10.0.2 answers at unix:web.qmp"),
+        Finding("agent", "warning", LONG, "is qemu-guest-agent at work in the guest?"),
+        Finding("repository", "bad", "/backup/of/a/very/long/path/that/can/not/be/broken/anywhere is full"),
+    )
+    monkeypatch.setattr(doctor, "examine", lambda *_a, **_k: Diagnosis(VmName("web"), findings))
+    show("doctor-bad", "doctor", "web", *VM)
+    monkeypatch.setattr(doctor, "examine", lambda *_a, **_k: Diagnosis(VmName("web"), findings[:2]))
+    show("doctor", "doctor", "web", *VM)
+
+
+def test_drills(show):
+    show("drill-list", "drill", "--list")
+
+
+def test_every_screen_that_is_kept_is_shown():
+    """A screen that no test shows any more is not kept."""
+    text = Path(__file__).read_text()
+    kept = {path.stem for path in GOLDEN.glob("*.txt")}
+    helps = {"help", *(f"help-{name}" for name in COMMANDS)}
+    runs = {f"{kind}{way}" for kind in ("full", "incremental") for way in ("", "-quiet", "-json")}
+    failures = {f"error-{name}" for name in FAILURES}
+    assert {name for name in kept - helps - runs - failures if f'show("{name}"' not in text} == set()
+    assert kept >= helps | runs | failures
