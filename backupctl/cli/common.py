@@ -87,13 +87,19 @@ class Named:
         try:
             return Repository.open(path)
         except NotARepository as err:
-            name = self.name or next(iter(self.config.vms), "NAME")
-            first = replace(self, name=name).command("full")
             raise UsageError(
-                f"{err.message}. Is its file system mounted?", state="nothing was touched", next_command=first
+                f"{err.message}. Is its file system mounted?",
+                state="nothing was touched",
+                next_command=replace(self, name=self._owner(path)).command("full"),
             ) from err
         except RepositoryError as err:
             raise err.add(state="nothing was touched") from err
+
+    def _owner(self, path: Path) -> str:
+        """Name a VM that is backed up to a repository, for a first full."""
+        given = self.repository_path
+        named = (vm for vm in self.config.vms if given or self.config.setting(vm, "repository"))
+        return self.name or next((vm for vm in named if self.config.repository(vm, given) == path), "NAME")
 
     def new_repository(self) -> Repository:
         """Make the repository, or open the one that another run has just made. Raises RepositoryError."""
