@@ -78,10 +78,16 @@ class Named:
                 err.message,
                 state="nothing was touched",
                 hint="if there should be one: is its file system mounted? The first full makes one",
-                next_command=f"backupctl full {self.name}" if self.name else "",
+                next_command=f"backupctl full {owner}" if (owner := self._owner(path)) else "",
             ) from err
         except RepositoryError as err:
             raise err.add(state="nothing was touched") from err
+
+    def _owner(self, path: Path) -> str:
+        """Name a VM that is backed up to a repository, for a first full; "" if none is known."""
+        given = self.repository_path
+        named = (vm for vm in self.config.vms if given or self.config.setting(vm, "repository"))
+        return self.name or next((vm for vm in named if self.config.repository(vm, given) == path), "")
 
     def new_repository(self) -> Repository:
         """Make the repository, or open the one that another run has just made. Raises RepositoryError."""

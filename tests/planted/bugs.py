@@ -338,4 +338,26 @@ BUGS = (
         "    if True:\n",
         "unit/repository/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
     ),
+    Bug(
+        "an incremental makes a repository",
+        "cli/run.py",
+        '    if wanted.kind != "full" or names.has_repository():\n',
+        "    if names.has_repository():\n",
+        "integration/test_first_full.py::test_an_incremental_makes_none_and_names_the_command_that_does",
+    ),
+    Bug(
+        "configured rules are added to those of the command line",
+        "cli/prune.py",
+        "        said = given or configured\n",
+        "        said = configured | given\n",
+        "unit/cli/test_all_vms.py"
+        "::test_the_command_lines_rules_are_the_whole_policy_and_the_unused_ones_are_told",
+    ),
+    Bug(
+        "a configuration that others may write is believed",
+        "trusted.py",
+        "    if status.st_mode & _OTHERS_WRITE:\n",
+        "    if status.st_mode & stat.S_ISUID:\n",
+        "unit/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
+    ),
 )

@@ -106,6 +106,7 @@ def test_a_repository_that_is_missing_is_told_after_the_others_were_verified(tmp
     told, _, err = call("verify", error=UsageError)
     assert (told["vms"], told["damage"]) == (["vm1"], [])
     assert "gone is no repository" in err.message
+    assert err.next_command == "backupctl full gone"
 
 
 def test_prune_goes_by_each_vms_own_rules_and_says_whom_it_left_alone(two):
