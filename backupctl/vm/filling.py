@@ -79,7 +79,10 @@ class Filling:
             self._asked = time.monotonic()
 
     def who(self) -> str:
-        """Say what of virtual machines lies, or may lie, on this file system; "" for nothing. Raises OSError."""
+        """Say what of virtual machines lies, or may lie, on this file system; "" for nothing.
+
+        Raises OSError.
+        """
         if self._told:
             return self._told
         place, doubt = Place.of(self.folder), ""
