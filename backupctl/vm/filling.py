@@ -10,6 +10,7 @@ well. What can't be told counts as there.
 import stat
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +63,26 @@ class Filling:
             return cls(folder, _named(nodes, place), process)
 
     def check(self, error: type[Failed] = Failed) -> None:
-        """Raise `error` if room is becoming scarce that a virtual machine may need."""
-        left = free_bytes(self.folder)
-        if left >= LOW_BYTES or time.monotonic() - self._asked < _AGAIN_SECONDS:
-            return
-        if who := self.who():
-            raise error(
-                f"the file system of {self.folder} is filling up ({left >> 20} MiB left), and {who}: "
-                "gave up before the guest's own writes could fail"
-            )
-        self._asked = time.monotonic()
+        """Raise `error` if room is becoming scarce that a virtual machine may need.
+
+        A folder that can't be looked at is left to whoever writes there.
+        """
+        with suppress(OSError):
+            left = free_bytes(self.folder)
+            if left >= LOW_BYTES or time.monotonic() - self._asked < _AGAIN_SECONDS:
+                return
+            if who := self.who():
+                raise error(
+                    f"the file system of {self.folder} is filling up ({left >> 20} MiB left), and {who}: "
+                    "gave up before the guest's own writes could fail"
+                )
+            self._asked = time.monotonic()
 
     def who(self) -> str:
-        """Say what of virtual machines lies, or may lie, on this file system; "" if nothing does."""
+        """Say what of virtual machines lies, or may lie, on this file system; "" for nothing.
+
+        Raises OSError.
+        """
         if self._told:
             return self._told
         place, doubt = Place.of(self.folder), ""

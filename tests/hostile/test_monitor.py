@@ -135,7 +135,7 @@ COMMANDS = (
     *("query-commands", "query-status", "add-fd", "blockdev-add", "transaction", "getfd"),
     *("nbd-server-start", "block-export-add", "block-export-del", "nbd-server-stop", "blockdev-del"),
     *("remove-fd", "block-job-cancel", "qmp_capabilities", "qom-list", "object-add", "object-del"),
-    *("block-set-write-threshold", "query-iothreads"),
+    *("block-set-write-threshold", "query-iothreads", "query-block-jobs"),
 )
 ALWAYS = {("transaction", "silence"), ("transaction", "hang up")}  # was the moment taken?
 TOGETHER = [  # one command for each lie in the quick tier, all of them in the long one
