@@ -41,7 +41,7 @@ from backupctl.vm.agent import Agent, Thaw
 from backupctl.vm.guard_watch import LOOK_SECONDS, Watch, Watched
 
 THAW_PATIENCE_SECONDS = 300.0
-ANSWER_SECONDS = 0.5
+ANSWER_SECONDS = 0.25
 """After the end of the budget, by which the run has an answer. It waits for a second, then kills us."""
 STATUS_SECONDS = 1.0
 RETRY_SECONDS = 0.5

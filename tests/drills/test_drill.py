@@ -36,7 +36,7 @@ PLANTED = {
     # The guard leaves the guest frozen when its run dies. (It is started without our folder in its path.)
     "kill-full-transaction": "if 'backupctl.vm.guard_process' in sys.orig_argv:\n"
     "    import threading\n    start = threading.Thread.start\n"
-    "    threading.Thread.start = lambda self: self._target.__name__ == 'thaw_for_good' or start(self)\n"
+    "    threading.Thread.start = lambda self: self._target.__name__ == '_go_on_thawing' or start(self)\n"
     "else:\n    from backupctl.vm import guard\n"
     "    guard._PACKAGE = f'{guard._PACKAGE}:' + __file__.rpartition('/')[0]\n",
     # A run changes a point that was committed.
