@@ -44,7 +44,7 @@ from backupctl.layer import Taker
 from backupctl.names import BitmapName, PointId
 from backupctl.planning import Plan
 from backupctl.report import Reporter, RunReport, Stop
-from backupctl.repository import chain
+from backupctl.repository import audit, chain
 from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.repository.vm_folder import Partial, VmFolder
@@ -81,6 +81,7 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
         recorded = recovery.newest_recorded(monitor, repository.owner)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
+        audit.reconcile(folder)
         plan, shared = _prepare(vm, repository, folder, options, monitor, reporter)
         rooms = _rooms(plan, options, monitor, reporter)
         stop.check()
