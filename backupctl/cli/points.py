@@ -8,6 +8,7 @@ import click
 from backupctl.cli import common, screen, units
 from backupctl.errors import DamageFound
 from backupctl.names import VmName, vm_name
+from backupctl.repository import audit
 from backupctl.repository.layout import Repository
 from backupctl.repository.vm_folder import Point
 
@@ -31,6 +32,9 @@ def list_points(context: click.Context, /, **options: Any) -> None:
         screen.print_table(columns[:wide], [row[:wide] for row in _rows(points)])
     else:
         screen.print_line(f"no recovery points in {repository.path}")
+    with screen.reporter(quiet=True) as reporter:
+        for problem in (problem for vm in vms for problem in audit.problems(repository.vm(vm))):
+            reporter.warn(problem.message)
     damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
     if damaged:
         raise DamageFound(

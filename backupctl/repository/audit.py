@@ -52,10 +52,20 @@ def missing(folder: VmFolder) -> tuple[PointId, ...]:
     return tuple(sorted(one.point for one in problems(folder) if one.missing and one.point is not None))
 
 
-def refuse_missing(folder: VmFolder, point: PointId) -> None:
-    """Raise DamageFound if the history says that a point must be there, and it isn't."""
-    for one in problems(folder):
-        if one.missing and one.point == point:
+def is_unfinished(folder: VmFolder, point: PointId) -> bool:
+    """Whether nobody ever committed a point that isn't there: its folder, or the history, says so."""
+    known = history.read(folder.path)
+    undone = known is not None and point in known.points and not known.points[point].there
+    return undone or any(partial.point == point for partial in folder.partials())
+
+
+def refuse_missing(folder: VmFolder, wanted: str) -> None:
+    """Raise DamageFound if the history says that a point must be there, and it isn't.
+
+    wanted: its id, or "latest" where there is none at all.
+    """
+    for one in reversed(problems(folder)):
+        if one.missing and wanted in (one.point, "latest"):
             raise DamageFound(
                 one.message, state="nothing was changed", next_command=f"backupctl verify {folder.name}"
             )

@@ -22,6 +22,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -137,6 +138,7 @@ def read(folder: Path) -> History | None:
     return None if content is None else parse(content)
 
 
+@lru_cache(4)
 def parse(content: bytes) -> History:
     """Read a history, whatever it is: what can't be read is a flaw, but for a last line that is torn."""
     points: dict[PointId, Known] = {}

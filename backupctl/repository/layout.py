@@ -122,8 +122,7 @@ class Repository:
         found = []
         for name in plain.folders(self.path):
             with suppress(InvalidName):
-                if name != _LOST_AND_FOUND:
-                    found.append(vm_name(name))
+                found.append(vm_name(name))
         return sorted(found)
 
     def vm(self, name: VmName) -> VmFolder:
