@@ -151,7 +151,7 @@ def parse(content: bytes) -> History:
             continue
         if unreadable:
             flaws.append(f"line {unreadable} can't be read")
-        elif entry.before != before:
+        elif entry.before != before or (not before and entry.event != "begun"):
             flaws.append(f"line {number} does not follow the one before it: lines were changed or removed")
         before, unreadable = entry.checksum, 0
         if entry.point is not None:

@@ -5,6 +5,7 @@
 
     REPOSITORY/repository.json            format version, id
     REPOSITORY/VM/lock                    held (flock) by the one run at a time
+    REPOSITORY/VM/history                 what became of each point (history.py)
     REPOSITORY/VM/POINT/                  a committed recovery point
     REPOSITORY/VM/POINT.partial/          a run under way, or one that died
 

@@ -5,6 +5,7 @@ A point is committed when its folder stands under its final name, and by nothing
 retired it since (see markers.py): then it is no point any more, but younger ones may stand on it.
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -326,19 +327,21 @@ class Partial:
         """
         try:
             with suppress(FileNotFoundError):
-                for path in self.path.iterdir():  # first of all: a full disk has room then for what follows
-                    _remove(path)
+                _empty(self.path)  # first of all: a full disk has room then for what follows
                 history.undo(self.folder.path, self.point)
                 shutil.rmtree(self.path)  # follows no symbolic link
         except OSError as err:
             raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _empty(folder: Path) -> None:
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a symbolic link", str(folder))
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _ids(names: list[str]) -> list[PointId]:
