@@ -5,6 +5,7 @@ A repository that has no history yet, or into which somebody else put a point, i
 or prune writes down what is there. So does a death between any two steps leave none: see history.py.
 """
 
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +133,8 @@ def _is_there(folder: VmFolder, point: PointId) -> bool:
 
 def _stands(path: Path) -> bool:
     try:
-        path.lstat()
+        return stat.S_ISDIR(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as err:
         raise RepositoryError(f"{path} can't be looked at: {err.strerror}") from err
-    return True

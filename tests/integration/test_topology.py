@@ -88,7 +88,7 @@ def test_a_damaged_chain_is_not_built_on(build72, make_lab):
     content = bytearray(digests.read_bytes())
     content[-1] ^= 1
     digests.write_bytes(content)
-    report = lab.backup("incremental")
+    report = lab.backup("incremental", code=4)
     assert kinds(report) == {"vda": "full", "vdb": "incremental"}
     assert "damaged" in reasons(lab, report)["vda"]
     lab.assert_point(report["point"], lab.writer.moment)
