@@ -19,9 +19,9 @@ folder stand under its final name? So this file has no undo of its own that coul
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -42,13 +42,13 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.layer import Taker
-from backupctl.names import BitmapName, PointId
+from backupctl.names import BitmapName, DiskName, PointId
 from backupctl.planning import Plan
 from backupctl.report import Reporter, RunReport, Stop
-from backupctl.repository import chain
+from backupctl.repository import audit, chain
 from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
-from backupctl.repository.vm_folder import Partial, VmFolder
+from backupctl.repository.vm_folder import Partial, Survey, VmFolder
 from backupctl.settings import RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
@@ -100,9 +100,13 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
     reporter.step("prepare")
     with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
         recorded = recovery.newest_recorded(monitor, repository.owner)
+        gone = recovery.gone(monitor, repository.owner, folder)
         for told in recovery.settle(vm, folder, repository.owner, monitor, options.scratch):
             reporter.note(f"from an earlier run: {told}")
-        plan, filling = _prepare(vm, repository, folder, options, monitor, reporter)
+        audit.reconcile(folder)
+        for problem in audit.problems(folder):
+            reporter.warn(f"{problem.message}; see `backupctl verify {vm.name}`")
+        plan, filling = _prepare(vm, repository, folder, options, monitor, reporter, gone)
         rooms = _rooms(plan, options, monitor, reporter, others=filling[-1].who())
         stop.check()
         with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
@@ -129,6 +133,7 @@ def _prepare(
     options: RunOptions,
     monitor: Monitor,
     reporter: Reporter,
+    gone: Sequence[PointId],
 ) -> tuple[Plan, tuple[Filling, ...]]:
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched.
 
@@ -151,7 +156,10 @@ def _prepare(
         since=folder.point(options.since) if options.since else None,
         flaw=partial(chain.flaw, folder),
         long=partial(chain.long, folder, options.max_chain),
+        gone=gone,
     )
+    if survey.damaged or any(one.damaged for one in plan.disks):
+        plan = replace(plan, damaged=_damaged(folder, survey, reporter))
     _tell(plan, options, reporter)
     scratch.check_folder(options.scratch)
     nodes = disks.named_nodes(monitor)
@@ -160,6 +168,23 @@ def _prepare(
     for one in filling:
         one.check()
     return plan, filling
+
+
+def _damaged(folder: VmFolder, survey: Survey, reporter: Reporter) -> tuple[tuple[PointId, DiskName], ...]:
+    """Tell which points can't be restored any more, and return them. It hinders no run."""
+    found = {
+        (PointId(path.name), DiskName(name))
+        for path, _ in survey.damaged
+        for name in [image.stem for image in path.glob("*.qcow2")] or [""]
+    }
+    try:
+        broken = chain.damaged(folder)
+    except BackupctlError as err:
+        reporter.warn(f"it can't be told which older points are damaged: {err.message}")
+        broken = ()
+    for one in broken:
+        reporter.warn(str(one))
+    return tuple(sorted(found | {(one.point, one.disk) for one in broken}))
 
 
 def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
@@ -212,7 +237,8 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
     for one in plan.disks:
         if one.reason:
             how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
-            reporter.note(f"{one.disk.name} {how}: {one.reason}")
+            told = reporter.warn if one.damaged else reporter.note
+            told(f"{one.disk.name} {how}: {one.reason}")
         # Told anew each night these would hide what is new; `doctor` goes on telling them.
         tell = reporter.note if plan.parent else reporter.warn
         if not one.disk.persistent:
@@ -267,7 +293,7 @@ class _Run:
                 self._bring_to_rest(err)
                 raise self._explained(err) from err
             self._bring_to_rest(None)
-        return records.report(manifest, time.monotonic() - begun)
+        return records.report(manifest, time.monotonic() - begun, self.plan.damaged)
 
     def _take(self, held: ExitStack) -> Manifest:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""

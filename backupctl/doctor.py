@@ -78,7 +78,7 @@ def _tools() -> Iterator[Finding]:
 def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
     try:
         folder = Repository.open(path).vm(vm.name)
-        survey = folder.survey()
+        survey, problems = folder.survey(), status.problems(folder)
     except NotARepository:
         yield from _no_repository(vm, path)
         return
@@ -92,6 +92,8 @@ def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
     yield Finding("repository", "ok", said)
     for _, damage in survey.damaged:
         yield Finding("repository", "warning", damage.message, f"backupctl verify {vm.name}")
+    for problem in problems:
+        yield Finding("repository", "warning", problem, f"backupctl verify {vm.name}")
 
 
 def _no_repository(vm: Vm, path: Path) -> Iterator[Finding]:

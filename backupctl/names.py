@@ -24,6 +24,8 @@ PREFIX = "backupctl-"
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
 _POINT = re.compile(r"[0-9]{8}T[0-9]{6}Z", re.ASCII)
 _BITMAP = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-([0-9]{{8}}T[0-9]{{6}}Z)(-{_SAFE.pattern})?", re.ASCII)
+_TAKEN = ("lost+found", "repository.json")
+"""Names that a repository's folder has already: of what fsck finds, and of what we put there."""
 _POINT_FORMAT = "%Y%m%dT%H%M%SZ"
 
 
@@ -110,6 +112,10 @@ class Owner:
 
 
 def _checked(text: str, what: str) -> str:
+    if text in _TAKEN:
+        raise InvalidName(
+            f"{text!r} can't be a {what}: a repository or its file system has this name already"
+        )
     if not _SAFE.fullmatch(text) or text.endswith(".partial"):
         raise InvalidName(
             f"{text!r:.120} can't be a {what}: letters, digits and ._+- only, "

@@ -31,6 +31,7 @@ class DiskPlan:
     base: the point that an incremental builds on, None for a full. bitmaps: those that together tell what
     changed since, oldest first; none for a full or a scan. reason: why there are none in an incremental
     run, "" otherwise. newest: of a differential by bitmaps, the point from which the newest of them records.
+    damaged: whether the reason is damage in the repository.
     """
 
     disk: Disk
@@ -39,6 +40,7 @@ class DiskPlan:
     reason: str
     bitmaps: tuple[BitmapName, ...] = ()
     newest: PointId | None = None
+    damaged: bool = False
 
     @property
     def scanned(self) -> bool:
@@ -48,11 +50,15 @@ class DiskPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one run is taken. parent: the point that it builds on, None for a full."""
+    """How one run is taken. parent: the point that it builds on, None for a full.
+
+    damaged: what can't be restored any more, as far as the run has to do with it: points, and disks of them.
+    """
 
     kind: Kind
     parent: PointId | None
     disks: tuple[DiskPlan, ...]
+    damaged: tuple[tuple[PointId, DiskName], ...] = ()
 
 
 def plan(
@@ -65,10 +71,12 @@ def plan(
     since: Point | None = None,
     flaw: Flaw = lambda _point, _disk: "",
     long: Flaw = lambda _point, _disk: "",
+    gone: Sequence[PointId] = (),
 ) -> Plan:
     """Decide for each disk. points: the committed ones, oldest first. since: of a differential.
 
     long: says why a disk's chain at a point is to get no more layers; then the disk is taken full.
+    gone: points that were committed and are not there any more.
 
     An incremental with no point to build on is a full. Raises Refused if a chain is broken and the
     user asked to fail then.
@@ -76,7 +84,7 @@ def plan(
     if kind == "full" or not points:
         return Plan("full", None, tuple(DiskPlan(disk, "full", None, "") for disk in disks))
     parent = since or points[-1]
-    plans = tuple(_incremental(disk, inventory, points, owner, since, flaw) for disk in disks)
+    plans = tuple(_incremental(disk, inventory, points, owner, since, flaw, gone) for disk in disks)
     broken = [one for one in plans if one.reason]
     if broken and on_broken_chain == "fail":
         raise Refused(
@@ -84,7 +92,10 @@ def plan(
             state="nothing was touched",
         )
     if on_broken_chain == "full":
-        plans = tuple(DiskPlan(one.disk, "full", None, one.reason) if one.reason else one for one in plans)
+        plans = tuple(
+            DiskPlan(one.disk, "full", None, one.reason, damaged=one.damaged) if one.reason else one
+            for one in plans
+        )
     plans = tuple(_begun_anew(one, long) for one in plans)
     return Plan("incremental", parent.id, plans)
 
@@ -102,24 +113,27 @@ def _incremental(
     owner: Owner,
     since: Point | None,
     flaw: Flaw,
+    gone: Sequence[PointId],
 ) -> DiskPlan:
     base = newest_with(disk.name, [since] if since else points)
     if base is None:
         which = f"the point {since.id} does not hold it" if since else "no earlier point holds it"
         return DiskPlan(disk, "full", None, f"new disk: {which}")
     if damage := flaw(base.id, disk.name):
-        return DiskPlan(disk, "full", None, f"the chain of {base.id} is damaged: {damage}")
+        return DiskPlan(disk, "full", None, f"the chain of {base.id} is damaged: {damage}", damaged=True)
     # Each bitmap records from its point up to the next: a missing one is a gap.
     ids = [point.id for point in points if point.id >= base.id and point.manifest.disk(disk.name)]
     for point in ids:
-        if reason := why_unusable(owner, point, disk, inventory.elsewhere, newest=point == ids[-1]):
+        newest_one = point == ids[-1]
+        if reason := why_unusable(owner, point, disk, inventory.elsewhere, newest=newest_one, gone=gone):
             return DiskPlan(disk, "incremental", base.id, reason)
     names = tuple(owner.bitmap(point, disk.name) for point in ids)
     newest = ids[-1]
     if newest == base.id:
         return DiskPlan(disk, "incremental", base.id, "", names)
     if damage := flaw(newest, disk.name):
-        return DiskPlan(disk, "incremental", base.id, f"the chain of {newest} is damaged: {damage}")
+        reason = f"the chain of {newest} is damaged: {damage}"
+        return DiskPlan(disk, "incremental", base.id, reason, damaged=True)
     return DiskPlan(disk, "incremental", base.id, "", names, newest)
 
 
@@ -129,11 +143,17 @@ def newest_with(disk: DiskName, points: Sequence[Point]) -> Point | None:
 
 
 def why_unusable(
-    owner: Owner, base: PointId, disk: Disk, elsewhere: Sequence[Bitmap], *, newest: bool = True
+    owner: Owner,
+    base: PointId,
+    disk: Disk,
+    elsewhere: Sequence[Bitmap],
+    *,
+    newest: bool = True,
+    gone: Sequence[PointId] = (),
 ) -> str:
     """Say why the bitmap of `base` can't tell what changed on this disk since; "" if it can.
 
-    newest: whether it must record up to now; an older one recorded up to the next.
+    newest: whether it must record up to now; an older one recorded up to the next. gone: as for `plan`.
     """
     name = owner.bitmap(base, disk.name)
     # Also if the active node has one: libvirt gives the overlay of a snapshot an empty bitmap of each name,
@@ -142,7 +162,7 @@ def why_unusable(
         return "its bitmap is on a layer that is no longer the active one (an external snapshot was taken)"
     bitmap = next((bitmap for bitmap in disk.bitmaps if bitmap.name == name), None)
     if bitmap is None:
-        return _why_missing(base, newest=newest)
+        return _why_missing(base, newest=newest, gone=gone)
     if bitmap.inconsistent:
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
     if not disk.trusts(bitmap):
@@ -154,7 +174,12 @@ def why_unusable(
     return ""
 
 
-def _why_missing(base: PointId, *, newest: bool) -> str:
+def _why_missing(base: PointId, *, newest: bool, gone: Sequence[PointId]) -> str:
+    if later := max((point for point in gone if point > base), default=None):
+        return (
+            f"the point {later} that its bitmap names is gone from the repository "
+            "(somebody removed it, or put an older copy of the repository back)"
+        )
     if not newest:
         return f"the checkpoint of {base} is not kept in the VM (see --keep-checkpoints)"
     return "its bitmap is gone (QEMU ended without storing it, somebody removed it, or this is another disk)"

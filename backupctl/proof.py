@@ -25,7 +25,7 @@ from backupctl.transfer import reading
 from backupctl.transfer.reading import Clusters
 from backupctl.transfer.source import Source
 
-Kind = Literal["manifest", "chain", "image", "digests", "data"]
+Kind = Literal["manifest", "history", "chain", "image", "digests", "data"]
 
 _BLOCK = 16  # clusters: a sample is taken in mebibytes, since a disk seeks as long as it reads one
 _CONNECTIONS = 2

@@ -24,8 +24,9 @@ from backupctl.clusters import Records
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed, moving
 from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, images, locks, markers, merge, retention
+from backupctl.repository import audit, chain, history, images, locks, markers, merge, retention
 from backupctl.repository.chain import Layer
+from backupctl.repository.history import Deed
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
 from backupctl.repository.open_image import OpenImage
@@ -102,6 +103,7 @@ def prune(
     work = _Work(folder, reporter, stop, Filling(folder.path))
     try:
         with folder.lock():
+            audit.reconcile(folder)
             decisions = plan(folder, rules)
             work.sweep()
             for point in retention.dropped(decisions):
@@ -182,6 +184,7 @@ class _Work:
                 if markers.has(path, markers.PROTECTED):
                     return
                 markers.put(path, markers.RETIRED)
+                history.record(self.folder.path, Deed("dropped", point))
         except Locked:
             self._leave(f"{point} is being read, or stands below a point that is: it is not dropped now")
             return

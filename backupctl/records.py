@@ -2,10 +2,11 @@
 """What a run writes down: its journal at the begin, its manifest at the end, its report for the caller."""
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from backupctl import __version__
-from backupctl.names import PointId, RepositoryId, VmName
+from backupctl.names import DiskName, PointId, RepositoryId, VmName
 from backupctl.planning import Plan
 from backupctl.report import DiskReport, RunReport
 from backupctl.repository.journal import Journal, JournalDisk
@@ -56,8 +57,8 @@ def manifest(
     )
 
 
-def report(made: Manifest, seconds: float) -> RunReport:
-    """Return what the caller is told of a committed point."""
+def report(made: Manifest, seconds: float, damaged: Sequence[tuple[PointId, DiskName]] = ()) -> RunReport:
+    """Return what the caller is told of a committed point. damaged: as in the plan."""
     return RunReport(
         vm=made.vm,
         point=made.point,
@@ -74,12 +75,15 @@ def report(made: Manifest, seconds: float) -> RunReport:
                 unchanged_bytes=entry.unchanged_bytes,
                 stored_bytes=entry.stored_bytes,
                 scanned=entry.scanned,
+                reason=entry.reason,
+                damaged=tuple(point for point, disk in damaged if disk == entry.name),
             )
             for entry in made.disks
         ),
         frozen_ms=made.freeze.milliseconds,
         consistency=made.consistency,
         seconds=seconds,
+        damaged=tuple(damaged),
     )
 
 

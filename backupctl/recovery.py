@@ -23,10 +23,12 @@ from backupctl.errors import (
     MonitorUnreachable,
     NeedsRecovery,
     NoSuchPoint,
+    RepositoryError,
     UnknownFormat,
 )
 from backupctl.names import NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
+from backupctl.repository import audit
 from backupctl.repository.layout import Repository
 from backupctl.repository.vm_folder import Partial, VmFolder
 from backupctl.settings import RunOptions, Vm
@@ -141,6 +143,19 @@ def newest_recorded(monitor: Monitor, owner: Owner) -> PointId | None:
     return max(found, default=None)
 
 
+def gone(monitor: Monitor, owner: Owner, folder: VmFolder) -> tuple[PointId, ...]:
+    """Return the points that are gone: the history says so, or a bitmap names one of which nothing is there.
+
+    The latter is what an older copy of the repository looks like, put back in its place. To be asked before
+    `settle`, which takes such a bitmap for an unfinished run's. Raises MonitorError, RepositoryError.
+    """
+    found = set(_lost(folder))
+    recorded, newest = newest_recorded(monitor, owner), folder.newest()
+    if recorded and (newest is None or recorded > newest) and not audit.is_unfinished(folder, recorded):
+        found.add(recorded)
+    return tuple(sorted(found))
+
+
 def drop_leftover_files(vm: Vm, folder: VmFolder, owner: Owner, scratch_folder: Path) -> list[str]:
     """Drop unfinished points and scratch folders. The caller holds the VM's lock."""
     told = []
@@ -217,10 +232,18 @@ def settlements(
     monitor: Monitor, owner: Owner, folder: VmFolder
 ) -> Iterator[tuple[bitmaps.Settlement, Mapping[str, Any]]]:
     """Yield what must happen to each node's bitmaps, with the node's reply. Raises MonitorError."""
-    checkpoints = _checkpoints(folder)
+    checkpoints, lost = _checkpoints(folder), _lost(folder)
     for node, reply in disks.named_nodes(monitor).items():
         found = disks.bitmaps_of(node, reply)
-        yield bitmaps.settle(found, owner, folder.is_committed, checkpoints), reply
+        yield bitmaps.settle(found, owner, folder.is_committed, checkpoints, lost), reply
+
+
+def _lost(folder: VmFolder) -> tuple[PointId, ...]:
+    """Return the points that were committed and are gone; none if that can't be told: it is said, no more."""
+    try:
+        return audit.missing(folder)
+    except RepositoryError:
+        return ()
 
 
 def _checkpoints(folder: VmFolder) -> int:

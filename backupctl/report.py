@@ -60,7 +60,8 @@ class DiskReport:
     copied_bytes: data read from the VM. zero_bytes: named, but read as zeroes, so not read.
     unchanged_bytes: of an incremental, the content was as before, so it isn't stored.
     stored_bytes: what the image takes in the repository. scanned: the disk was read whole, for want of
-    a bitmap, and compared.
+    a bitmap, and compared. reason: why it was scanned or taken full in an incremental point, "" otherwise.
+    damaged: older points from which this disk can't be restored any more, as far as the run met damage.
     """
 
     name: DiskName
@@ -72,13 +73,16 @@ class DiskReport:
     unchanged_bytes: int
     stored_bytes: int
     scanned: bool
+    reason: str = ""
+    damaged: tuple[PointId, ...] = ()
 
 
 @dataclass(frozen=True)
 class RunReport:
     """What a finished full or incremental came to.
 
-    frozen_ms: how long the guest's file systems were frozen; None if they were not.
+    frozen_ms: how long the guest's file systems were frozen; None if they were not. damaged: older points
+    that can't be restored any more, each with a disk ("": all), also one that this run did not take.
     """
 
     vm: VmName
@@ -89,6 +93,7 @@ class RunReport:
     frozen_ms: int | None
     consistency: Consistency
     seconds: float
+    damaged: tuple[tuple[PointId, DiskName], ...] = ()
 
 
 class Stop:

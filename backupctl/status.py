@@ -7,7 +7,7 @@ from functools import partial
 from backupctl import planning, recovery
 from backupctl.errors import MonitorError, Refused
 from backupctl.names import DiskName, Owner, PointId, VmName
-from backupctl.repository import chain
+from backupctl.repository import audit, chain
 from backupctl.repository.layout import Repository
 from backupctl.repository.vm_folder import Partial, Point, VmFolder
 from backupctl.settings import OnBrokenChain, RunOptions, Vm
@@ -54,7 +54,7 @@ def look(vm: Vm, repository: Repository, options: RunOptions) -> Status:
     folder = repository.vm(vm.name)
     survey = folder.survey()
     points = survey.points
-    damaged = tuple(err.message for _, err in survey.damaged)
+    damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
     left = [_unfinished(one) for one in folder.partials()]
     left += [
         f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, options.scratch)
@@ -70,6 +70,7 @@ def look(vm: Vm, repository: Repository, options: RunOptions) -> Status:
             left += cleanup.leftovers(monitor, repository.owner)
             version = str(monitor.version)
             left += _unsettled(monitor, repository.owner, folder)
+            gone = recovery.gone(monitor, repository.owner, folder)
             refusal = _refusal(monitor, inventory, left)
     except MonitorError as err:
         worker = folder.worker()  # it has the monitor, which serves one client, and all that looks unfinished
@@ -85,11 +86,17 @@ def look(vm: Vm, repository: Repository, options: RunOptions) -> Status:
             if worker
             else "the VM can't be reached, so the next run would fail",
         )
-    plan, broken = _plan(inventory, folder, points, repository.owner, options)
+    plan, broken = _plan(inventory, folder, points, repository.owner, options, gone)
     refusal = refusal or broken
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
     next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
     return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), next_run)
+
+
+def problems(folder: VmFolder) -> tuple[str, ...]:
+    """Tell which points can't be restored, and which are missing, beside those with a damaged manifest."""
+    missing = (one.message for one in audit.problems(folder))
+    return (*map(str, chain.damaged(folder)), *missing)
 
 
 def _plan(
@@ -98,6 +105,7 @@ def _plan(
     points: tuple[Point, ...],
     owner: Owner,
     options: RunOptions,
+    gone: tuple[PointId, ...],
 ) -> tuple[planning.Plan, str]:
     """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
 
@@ -111,6 +119,7 @@ def _plan(
             on_broken_chain,
             flaw=partial(chain.flaw, folder),
             long=partial(chain.long, folder, options.max_chain),
+            gone=gone,
         )
 
     try:

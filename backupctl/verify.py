@@ -26,7 +26,7 @@ from backupctl.errors import DamageFound, Locked, NoSuchPoint
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.proof import Depth, Flaw, Kind, Proof
 from backupctl.report import Reporter, Stop
-from backupctl.repository import locks, markers, qemu
+from backupctl.repository import audit, history, locks, markers, qemu
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Repository
@@ -88,6 +88,9 @@ def verify(
     works = [_Work(folder, depth, reporter, stop) for folder in folders]
     for work in works:
         work.run(point)
+    if not any(work.points or work.damage for work in works):
+        _refuse_empty(repository, vm)
+        reporter.warn(f"nothing to verify: there are no recovery points in {repository.path}")
     return VerifyReport(
         vms=tuple(work.folder.name for work in works),
         points=sum(work.points for work in works),
@@ -97,6 +100,16 @@ def verify(
         notes=tuple(note for work in works for note in work.notes),
         seconds=time.monotonic() - begun,
     )
+
+
+def _refuse_empty(repository: Repository, vm: VmName | None) -> None:
+    """Raise NoSuchPoint if a VM was named that has no point: it has no backup."""
+    if vm is not None:
+        raise NoSuchPoint(
+            f"there is no recovery point of {vm} in {repository.path}",
+            state="nothing was touched",
+            next_command=f"backupctl full {vm}",
+        )
 
 
 class _Work:
@@ -116,7 +129,7 @@ class _Work:
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs."""
         self._reporter.step(f"verify {self.folder.name}")
-        chosen = None if wanted is None else _as_it_is(self.folder.point(wanted))
+        chosen = None if wanted is None else _as_it_is(self._point(wanted))
         survey, retired = self._survey()
         self._known = {point.id: _as_it_is(point) for point in (*survey.points, *retired.points)}
         hidden = {point.id for point in retired.points}
@@ -134,9 +147,22 @@ class _Work:
         if chosen is None:
             for path, err in (*survey.damaged, *retired.damaged):
                 self._found("manifest", path, "", err.message, self._reach.standing_on(PointId(path.name)))
+            self._compare_with_history()
             self.notes += [f"{partial.path}: an unfinished point" for partial in self.folder.partials()]
         self._missing_parents(layers)
         self._prove_all(layers)
+
+    def _point(self, wanted: str) -> Point:
+        try:
+            return self.folder.point(wanted)
+        except NoSuchPoint:
+            audit.refuse_missing(self.folder, wanted)
+            raise
+
+    def _compare_with_history(self) -> None:
+        for problem in audit.problems(self.folder):
+            path = self.folder.path / (problem.point or history.FILE_NAME)
+            self._found("history", path, "", problem.message, ())
 
     def _survey(self) -> tuple[Survey, Survey]:
         """Look at all points, the retired ones too, again if a prune seems to have been at work meanwhile."""

@@ -37,7 +37,7 @@ WATCHED = {
     Monitor: ("execute", "send_fd"),
     Guard: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
     Agent: ("freeze_status", "thaw"),
-    durable: ("sync_file", "sync_folder", "make_folder", "write_new", "replace", "rename"),
+    durable: ("sync_file", "sync_folder", "make_folder", "write_new", "append", "replace", "rename"),
     images: ("create_layer",),
 }
 ERRORS = {"eio": errno.EIO, "enospc": errno.ENOSPC}

@@ -9,8 +9,9 @@ import click
 from backupctl.cli import common, screen, units
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.names import VmName, vm_name
+from backupctl.repository import audit
 from backupctl.repository.layout import Repository
-from backupctl.repository.vm_folder import Point, Survey
+from backupctl.repository.vm_folder import Point, Survey, VmFolder
 
 
 @click.command("list", epilog=common.exit_help(0, 2, 4))
@@ -22,9 +23,12 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     names = common.take(context, options)
     found: dict[Path, list[Survey]] = {}
     failures: list[BackupctlError] = []
+    problems: list[audit.Problem] = []
     for path in names.folders():
         try:
-            found[path] = _surveys(names.open(path), names.name)
+            folders = _folders(names.open(path), names.name)
+            found[path] = [folder.survey() for folder in folders]
+            problems += [problem for folder in folders for problem in audit.problems(folder)]
         except BackupctlError as err:
             failures.append(err)
     if not found:
@@ -35,6 +39,9 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     else:
         for path, each in found.items():
             _tell(path, each, alone=len(found) == 1)
+    with screen.reporter(quiet=True) as reporter:
+        for problem in problems:
+            reporter.warn(problem.message)
     damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
     if damaged:
         failures.append(
@@ -47,9 +54,8 @@ def list_points(context: click.Context, /, **options: Any) -> None:
         raise common.worst(failures)
 
 
-def _surveys(repository: Repository, name: str | None) -> list[Survey]:
-    vms = [vm_name(name)] if name else repository.vms()
-    return [repository.vm(vm).survey() for vm in vms]
+def _folders(repository: Repository, name: str | None) -> list[VmFolder]:
+    return [repository.vm(vm) for vm in ([vm_name(name)] if name else repository.vms())]
 
 
 def _tell(path: Path, surveys: list[Survey], *, alone: bool) -> None:

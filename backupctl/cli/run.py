@@ -9,7 +9,7 @@ import click
 
 from backupctl import backup
 from backupctl.cli import common, config, screen, units
-from backupctl.errors import UsageError
+from backupctl.errors import DamageFound, UsageError
 from backupctl.report import Reporter, RunReport, Stop
 from backupctl.repository.layout import Repository
 from backupctl.settings import MAX_CHAIN, Kind, RunOptions, Vm
@@ -50,7 +50,7 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 3, 75))
+@click.command(epilog=common.exit_help(0, 1, 2, 3, 4, 75))
 @_options
 @click.pass_context
 def full(context: click.Context, /, **options: Any) -> None:
@@ -99,6 +99,7 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
             screen.print_json(document(report))
         elif not options["quiet"]:
             _print(report)
+        _tell_damage(report)
 
 
 def _repository(
@@ -117,6 +118,19 @@ def _repository(
         "if you expected an existing one, check that its file system is mounted"
     )
     return made
+
+
+def _tell_damage(report: RunReport) -> None:
+    """Raise DamageFound if the run met damage in older points; the new one is committed then."""
+    if not report.damaged:
+        return
+    said = ", ".join(f"{disk or 'all'} of {point}" for point, disk in report.damaged)
+    raise DamageFound(
+        f"the new point {report.point} of {report.vm} is committed and whole, but these older points "
+        f"can't be restored any more: {said}",
+        state="the backup itself was not hindered: what comes next builds on the new point",
+        next_command=f"backupctl verify {report.vm}",
+    )
 
 
 def wishes(names: common.Named, kind: Kind, given: Mapping[str, Any]) -> RunOptions:
@@ -154,14 +168,17 @@ def document(report: RunReport) -> dict[str, Any]:
     """Return a run's report for programs; its keys are fixed."""
     keys = (
         *("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "unchanged_bytes"),
-        *("stored_bytes", "scanned"),
+        *("stored_bytes", "scanned", "reason"),
     )
     return {
         "vm": report.vm,
         "point": report.point,
         "kind": report.kind,
         "parent": report.parent,
-        "disks": [{key: getattr(disk, key) for key in keys} for disk in report.disks],
+        "disks": [
+            {**{key: getattr(disk, key) for key in keys}, "damaged": list(disk.damaged)}
+            for disk in report.disks
+        ],
         "frozen_ms": report.frozen_ms,
         "consistency": report.consistency,
         "seconds": round(report.seconds, 3),

@@ -117,7 +117,7 @@ def _damaged_manifest(ground: Ground) -> None:
         expect(said.code == 4, f"{arguments[0]} ends with 4, not {said.code}")
     del ground.moments[point]
     ground.commit_known()  # as we damaged it
-    ground.next_is_right()
+    ground.next_is_right(code=4)
 
 
 def _damaged_data(ground: Ground) -> None:

@@ -205,10 +205,12 @@ class Ground(ABC):
             raise Unmet(_ENDS) from err
         return _said(process.returncode, out, words)
 
-    def backup(self, kind: str, *options: str) -> str:
-        """Make a point that must succeed; its moment is kept. Returns its id."""
+    def backup(self, kind: str, *options: str, code: int = 0) -> str:
+        """Make a point that must succeed, with this exit code; its moment is kept. Returns its id."""
         said = self.run(kind, VM, *self.options, *options)
-        expect(said.code == 0, f"{kind} succeeds (it said: {said.message or said.words[-200:]})")
+        expect(
+            said.code == code, f"{kind} succeeds, with {code} (it said: {said.message or said.words[-200:]})"
+        )
         if kind == "incremental" and self.last is None:
             self.last = said
         if kind == "incremental" and not self.aftermath:
@@ -260,10 +262,13 @@ class Ground(ABC):
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
-    def next_is_right(self) -> None:
-        """The next incremental succeeds, every point is what it was, nothing is left. Raises Unmet."""
+    def next_is_right(self, code: int = 0) -> None:
+        """The next incremental succeeds, every point is what it was, nothing is left. Raises Unmet.
+
+        code: its exit code, 4 where older points are damaged.
+        """
         self.write(10)
-        self.backup("incremental")
+        self.backup("incremental", code=code)
         expect(self.committed.items() <= self.fingerprint().items(), "committed points are as they were")
         self.at_rest()
         self.compare_all()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from backupctl.clusters import Logical
 from backupctl.errors import DamageFound, NoSuchPoint, WriteFailed
-from backupctl.names import PointId
+from backupctl.names import DiskName, PointId
 from backupctl.repository import digests, header, markers
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.header import Header
@@ -184,6 +184,55 @@ def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
     except DamageFound as err:
         return err.message
     return ""
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A disk that can't be restored from a point. why: what is wrong with its chain."""
+
+    point: PointId
+    disk: DiskName
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.disk} of {self.point} can't be restored: {self.why}"
+
+
+def damaged(folder: VmFolder) -> tuple[Broken, ...]:
+    """Look at the chain of each disk at each point: headers, links, digest maps; not at the data.
+
+    Of points whose manifest is damaged see `VmFolder.survey`. Locks nothing: what a prune changes
+    meanwhile is looked at again. Raises RepositoryError.
+    """
+    found = _look(folder)
+    if not found:
+        return ()
+    again = {(one.point, one.disk) for one in _look(folder)}
+    return tuple(one for one in found if (one.point, one.disk) in again)
+
+
+def _look(folder: VmFolder) -> list[Broken]:
+    survey, retired = folder.survey(), folder.retired()
+    there = {point.id for point in survey.points}
+    known: dict[tuple[PointId, DiskName], str] = {}
+    for point in sorted((*survey.points, *retired.points), key=lambda one: one.id):  # parents come first
+        for entry in point.manifest.disks:
+            known[point.id, entry.name] = _why_broken(folder, point, entry, known)
+    return [Broken(*key, why) for key, why in known.items() if why and key[0] in there]
+
+
+def _why_broken(
+    folder: VmFolder, point: Point, entry: DiskEntry, known: dict[tuple[PointId, DiskName], str]
+) -> str:
+    """Say what is wrong with a layer, or else with those below it; "" if nothing is to be seen."""
+    try:
+        layer = Layer.of(point, entry)
+        layer.check()
+        layer.digests()
+    except DamageFound as err:
+        return err.message
+    parent = layer.entry.parent
+    return known.get((parent, entry.name), f"{folder.path / parent} is missing or damaged") if parent else ""
 
 
 def long(folder: VmFolder, most: int, point: PointId, disk: str) -> str:

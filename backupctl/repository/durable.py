@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 
@@ -69,6 +70,20 @@ def replace(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def append(path: Path, kept: bytes, content: bytes) -> None:
+    """Append to a file, of whose content `kept` is kept; after a death `kept` is there in any case.
+
+    Behind it there may be part of the new content then, or anything else. A file that has a second name gets
+    new content as by `replace`: that name is a copy to whoever made it. Raises OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "wb", buffering=0) as file:
+        if os.fstat(descriptor).st_nlink == 1:
+            _append(file, len(kept), content)
+            return
+    replace(path, kept + content)
+
+
 def publish(path: Path, content: bytes) -> None:
     """Write a file that nobody else makes first: it is absent or whole. Raises FileExistsError, OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
@@ -116,6 +131,19 @@ def remove(path: Path) -> None:
     """Remove a file's name, durably; none is no error. Raises OSError."""
     path.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _append(file: FileIO, end: int, content: bytes) -> None:
+    try:
+        file.truncate(end)
+        left = memoryview(content)
+        while left:
+            left = left[file.write(left) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            file.truncate(end)  # what isn't durable must not be taken for it, nor be appended to
+        raise
 
 
 def _sync(path: Path, flags: int, *, forget: bool = False) -> None:

@@ -5,6 +5,7 @@
 
     REPOSITORY/repository.json            format version, id
     REPOSITORY/VM/lock                    held (flock) by the one run at a time
+    REPOSITORY/VM/history                 what became of each point (history.py)
     REPOSITORY/VM/POINT/                  a committed recovery point
     REPOSITORY/VM/POINT.partial/          a run under way, or one that died
 
@@ -122,8 +123,7 @@ class Repository:
         found = []
         for name in plain.folders(self.path):
             with suppress(InvalidName):
-                if name != _LOST_AND_FOUND:
-                    found.append(vm_name(name))
+                found.append(vm_name(name))
         return sorted(found)
 
     def vm(self, name: VmName) -> VmFolder:

@@ -108,6 +108,11 @@ class Manifest:
     checkpoints: int
 
     @property
+    def checksum(self) -> str:
+        """The checksum over all its fields, as it stands in the file."""
+        return _checksum(self.to_dict())
+
+    @property
     def started(self) -> datetime:
         """What the clock showed when the run began."""
         return _moment(self.start)

@@ -35,9 +35,10 @@ import numpy as np
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
 from backupctl.errors import DamageFound, RepositoryError, WriteFailed
-from backupctl.repository import chain, digests, durable, header, images, markers
+from backupctl.repository import chain, digests, durable, header, history, images, markers
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
+from backupctl.repository.history import Deed
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
 from backupctl.repository.open_image import OpenImage
 from backupctl.repository.vm_folder import Point
@@ -218,10 +219,12 @@ def forget(points: Iterable[Point], gone: Point) -> None:
 
 def rewrite(point: Point, manifest: Manifest) -> Point:
     """Replace a point's manifest, at once and durably. Raises RepositoryError."""
+    history.record(point.path.parent, Deed("changing", point.id, manifest.checksum))
     try:
         durable.replace(point.path / manifests.FILE_NAME, manifest.to_json())
     except OSError as err:
         raise RepositoryError(f"{point.path} can't be written: {err.strerror}") from err
+    history.record(point.path.parent, Deed("changed", point.id, manifest.checksum))
     return replace(point, manifest=manifest)
 
 

@@ -5,6 +5,7 @@ A point is committed when its folder stands under its final name, and by nothing
 retired it since (see markers.py): then it is no point any more, but younger ones may stand on it.
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -23,9 +24,10 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import PointId, RepositoryId, VmName, point_id
-from backupctl.repository import durable, locks, markers, plain, strict
+from backupctl.repository import durable, history, locks, markers, plain, strict
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
+from backupctl.repository.history import Deed
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 
@@ -303,6 +305,7 @@ class Partial:
             durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
             (self.path / journals.FILE_NAME).unlink()
             durable.sync_folder(self.path)
+            history.record(self.folder.path, Deed("committed", self.point, manifest.checksum))
             # All that the manifest names is on disk. A death before the next line leaves a folder that
             # recovery drops; one after it, a whole point.
             durable.rename(self.path, self.folder.path / self.point)
@@ -318,12 +321,27 @@ class Partial:
             raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
 
     def drop(self) -> None:
-        """Remove the folder and all in it; a death in the middle leaves one to drop again."""
+        """Remove the folder and all in it; a death in the middle leaves one to drop again.
+
+        Raises RepositoryError.
+        """
         try:
             with suppress(FileNotFoundError):
+                _empty(self.path)  # first of all: a full disk has room then for what follows
+                history.undo(self.folder.path, self.point)
                 shutil.rmtree(self.path)  # follows no symbolic link
         except OSError as err:
             raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
+
+
+def _empty(folder: Path) -> None:
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a symbolic link", str(folder))
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _ids(names: list[str]) -> list[PointId]:

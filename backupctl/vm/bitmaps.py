@@ -18,7 +18,7 @@ Only a bitmap on the ACTIVE node is of use: after an external snapshot the old o
 backing layer and records nothing more.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,13 +122,18 @@ class Settlement:
 
 
 def settle(
-    bitmaps: Iterable[Bitmap], owner: Owner, committed: Callable[[PointId], bool], checkpoints: int = 0
+    bitmaps: Iterable[Bitmap],
+    owner: Owner,
+    committed: Callable[[PointId], bool],
+    checkpoints: int = 0,
+    lost: Collection[PointId] = (),
 ) -> Settlement:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
     bitmaps: all of one node. committed: whether a point's folder stands under its final name.
-    checkpoints: how many bitmaps of older points stay. The answer is one list of actions for one
-    transaction, empty when all is at rest.
+    checkpoints: how many bitmaps of older points stay. lost: points that were committed and are gone; their
+    bitmaps are treated as those of unfinished ones, but not called so. The answer is one list of actions
+    for one transaction, empty when all is at rest.
     """
     bitmaps = tuple(bitmaps)
     ours = _ours(bitmaps, owner)
@@ -140,12 +145,19 @@ def settle(
     kept = _whole(done[:-1], gone)[-checkpoints:] if checkpoints else []
     actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.union]
     actions += _give_back(unfinished, newest) + _keep(kept, pruned)
-    told = [f"undid the unfinished bitmap {one.name} on {one.node}" for one in unfinished]
+    told = [_undone(one, owner, lost) for one in unfinished]
     for old in done[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
             told.append(f"retired {old.name} on {old.node}: {newest.name} has taken over")
     return Settlement(tuple(actions), tuple(told))
+
+
+def _undone(one: Bitmap, owner: Owner, lost: Collection[PointId]) -> str:
+    point = owner.point_of(one.name)
+    if point in lost:
+        return f"removed the bitmap {one.name} on {one.node}: the point {point} that it names is gone"
+    return f"undid the unfinished bitmap {one.name} on {one.node}"
 
 
 def _whole(checkpoints: list[Bitmap], gone: list[Bitmap]) -> list[Bitmap]:

@@ -31,8 +31,9 @@ from backupctl.errors import (
     UsageError,
 )
 from backupctl.names import NodeName, Owner, RepositoryId, disk_name, point_id, vm_name
-from backupctl.repository import digests, foreign_header, header, retention, strict
+from backupctl.repository import digests, foreign_header, header, history, retention, strict
 from backupctl.repository.digests import DigestMap
+from backupctl.repository.history import Deed
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import FreezeEntry, Manifest
@@ -230,6 +231,7 @@ def names(text: str) -> None:
 TARGETS = {
     "strict": Target(lambda content: strict.parse(content, "x"), (strict.Malformed,), (b'{"a": [1, "x"]}',)),
     "manifest": Target(Manifest.from_json, (DamageFound, UnknownFormat), (MANIFEST.to_json(),)),
+    "history": Target(history.parse, (), (history._lines("", [Deed("begun"), Deed("found", P1, "0" * 32)]),)),
     "journal": Target(Journal.from_json, (strict.Malformed,), (JOURNAL.to_json(),)),
     "repository": Target(
         in_file("repository.json", lambda path: Repository.open(path.parent)),

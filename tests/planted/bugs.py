@@ -23,6 +23,7 @@ KNOWN = "integration/test_known_moment.py::"
 EXPLORED = "exploration/test_exploration.py::test_a_sample_of_all_interruptions"
 COMMIT = "unit/repository/test_commit.py::"
 COPY = "unit/transfer/test_copy.py::"
+HISTORY = "unit/repository/test_history.py::"
 EXTENTS = "unit/transfer/test_extents.py::"
 GUARD = "unit/vm/test_guard.py::"
 IOTHREAD = (
@@ -69,6 +70,34 @@ BUGS = (
         "        self._ping()\n        self._due = ",
         "        self._due = ",
         GUARD + "test_a_guest_frozen_by_somebody_else_is_refused_and_never_thawed",
+    ),
+    Bug(
+        "a point is committed before the history has it",
+        "repository/vm_folder.py",
+        '            history.record(self.folder.path, Deed("committed", self.point, manifest.checksum))\n',
+        "",
+        HISTORY + "test_points_that_were_removed_are_named[newest]",
+    ),
+    Bug(
+        "a dropped point is not written down",
+        "prune.py",
+        '                history.record(self.folder.path, Deed("dropped", point))\n',
+        "",
+        HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
+    ),
+    Bug(
+        "an unfinished point goes before the history has it",
+        "repository/vm_folder.py",
+        "                history.undo(self.folder.path, self.point)\n",
+        "",
+        HISTORY + "test_a_death_at_any_step_raises_no_false_alarm_and_hides_no_loss",
+    ),
+    Bug(
+        "a run that met damage is silent",
+        "cli/run.py",
+        "    _tell_damage(report)\n",
+        "",
+        "integration/test_missing_points.py::test_reason_and_damage_of_each_disk_are_in_the_document",
     ),
     Bug(
         "the base bitmap is retired before the commit",

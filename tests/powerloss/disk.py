@@ -7,6 +7,7 @@ As ALICE and CrashMonkey do, for a file system that promises no more than POSIX:
 - what was done to a folder's names since its last fsync may have happened or not, each on its own, in any
   combination that has a meaning; an fsync of a file says nothing of its name;
 - a rename or link is whole or not at all;
+- a file that is appended to keeps what it had; what is new is as above;
 - an image that QEMU writes in place has some of its blocks of 4 KiB as before and some as after: QEMU
   flushes between what must not change places, which is taken on trust.
 """
@@ -27,6 +28,9 @@ DOUBTFUL = (EMPTY, ZEROES, HALF, GARBAGE, TORN, WHOLE)
 OLD = "old"
 MIXED = (OLD, *(f"mixed{number}" for number in range(20)), WHOLE)
 """And of an image that QEMU writes in place: a block of it is old or new."""
+
+APPENDED = (OLD, *(f"appended {fate}" for fate in (ZEROES, HALF, GARBAGE, TORN)), WHOLE)
+"""And of a file that is appended to: what it had is there."""
 
 Content = tuple[str, str]
 """A file's content: the digest of a whole one, and what became of it."""
@@ -54,11 +58,14 @@ class NameStep:
 
 @dataclass
 class File:
-    """A file. synced: its durable content. coming: what the next fsync will make durable, if it is dirty."""
+    """A file. synced: its durable content. coming: what the next fsync will make durable, if it is dirty.
+
+    fates: what may become of it until then.
+    """
 
     synced: str | None = None
     coming: str | None = None
-    inplace: bool = False
+    fates: tuple[str, ...] = DOUBTFUL
 
 
 @dataclass
@@ -105,9 +112,10 @@ class Disk:
             self._name(NameStep.of(gone, self.place(step["to"]), self.names[source]))
         elif do == "remove":
             self._name(NameStep.of(self.place(path), None, self.names[self.place(path)]))
-        elif do in ("dirty", "inplace"):
+        elif do in ("dirty", "inplace", "append"):
             file = self.files[self.inode(path)]
-            file.coming, file.inplace = step["coming"], do == "inplace"
+            file.coming = step["coming"]
+            file.fates = {"inplace": MIXED, "append": APPENDED}.get(do, DOUBTFUL)
         elif do == "sync" and "content" in step:
             self.files[self.inode(path)] = File(synced=step["content"])
         elif do == "sync":
@@ -151,16 +159,13 @@ class Disk:
     def _content(self, inode: int, fates: dict[int, str]) -> Content:
         file = self.files[inode]
         if inode in fates and file.coming is not None:
-            return (f"{file.synced}-{file.coming}" if file.inplace else file.coming), fates[inode]
+            both = file.fates is not DOUBTFUL
+            return (f"{file.synced}-{file.coming}" if both else file.coming), fates[inode]
         return (file.synced, WHOLE) if file.synced else ("", EMPTY)
 
     def dirty(self) -> dict[int, tuple[str, ...]]:
         """Name the files whose content is in doubt, and what may become of each."""
-        return {
-            inode: MIXED if file.inplace else DOUBTFUL
-            for inode, file in sorted(self.files.items())
-            if file.coming is not None
-        }
+        return {inode: file.fates for inode, file in sorted(self.files.items()) if file.coming is not None}
 
 
 def apply(names: dict[tuple[int, str], int], step: NameStep) -> None:
@@ -225,7 +230,7 @@ def _choices(
 def _coming(steps: list[dict[str, Any]], number: int, end: dict[str, str | None]) -> str | None:
     """Return the content that the file of a step will have at its next fsync, or at the end."""
     step = steps[number]
-    if step["do"] not in ("create", "dirty", "inplace"):
+    if step["do"] not in ("create", "dirty", "inplace", "append"):
         return None
     path = step["path"]
     for later in steps[number + 1 :]:

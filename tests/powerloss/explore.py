@@ -20,7 +20,7 @@ from backupctl.errors import BackupctlError
 from backupctl.names import PointId, VmName, next_point_id, point_time
 from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
-from backupctl.repository import chain
+from backupctl.repository import audit, chain, history
 from backupctl.repository.journal import Journal
 from backupctl.repository.layout import Repository
 from backupctl.repository.vm_folder import VmFolder
@@ -122,7 +122,8 @@ def after_backup(run: Recorded) -> Judge:
         folder = repository.vm(VM)
         must = new if due else None
         wrong = _points(folder, before, after, must) or (_verified(repository) if deep else "")
-        return wrong or _next_run(repository, folder) or _points(folder, before, after, must)
+        wrong = wrong or _alarm(folder) or _missed(folder) or _next_run(repository, folder)
+        return wrong or _points(folder, before, after, must) or _alarm(folder) or _missed(folder)
 
     return judge
 
@@ -138,7 +139,8 @@ def after_prune(held: Contents, kept: set[str], again: Callable[[VmFolder], obje
         repository = Repository.open(state)
         folder = repository.vm(VM)
         wrong = _contents(folder, held, kept) or (_verified(repository) if deep else "")
-        wrong = wrong or _next_run(repository, folder) or _contents(folder, held, kept)
+        wrong = wrong or _alarm(folder) or _next_run(repository, folder) or _contents(folder, held, kept)
+        wrong = wrong or _alarm(folder) or _missed(folder)
         if deep and not wrong:
             again(folder)
             there = {point.id for point in folder.points()}
@@ -147,6 +149,22 @@ def after_prune(held: Contents, kept: set[str], again: Callable[[VmFolder], obje
         return wrong
 
     return judge
+
+
+def _alarm(folder: VmFolder) -> str:
+    """No power failure is told as a point that is missing or was exchanged, nor as a changed history."""
+    found = audit.problems(folder)
+    return f"false alarm: {found[0].message}" if found else ""
+
+
+def _missed(folder: VmFolder) -> str:
+    """The history knows every point with its manifest: none could go unmissed."""
+    known = history.read(folder.path)
+    for point in folder.points():
+        one = known.points.get(point.id) if known else None
+        if one is None or not one.there or point.manifest.checksum not in one.manifests:
+            return f"the history does not hold {point.id}"
+    return ""
 
 
 def _verified(repository: Repository) -> str:
@@ -197,6 +215,7 @@ def _next_run(repository: Repository, folder: VmFolder) -> str:
     with folder.lock():
         recovery.actives(folder)
         recovery.drop_leftover_files(vm, folder, repository.owner, repository.path)
+        audit.reconcile(folder)
         if folder.partials():
             return "something unfinished is left"
         newest = folder.newest()
@@ -237,9 +256,16 @@ class Pool:
         return path
 
     def _bytes(self, digest: str, fate: str) -> bytes:
+        if "-" in digest and fate.startswith("appended "):
+            before, after = ((self._trace / part).read_bytes() for part in digest.split("-"))
+            return before + self._become(after[len(before) :], fate.removeprefix("appended "))
         if fate in MIXED and "-" in digest:
             return self._mixed(*digest.split("-"), fate)
         whole = (self._trace / digest).read_bytes() if digest else b""
+        return self._become(whole, fate)
+
+    @staticmethod
+    def _become(whole: bytes, fate: str) -> bytes:
         half = len(whole) // 2
         garbage = random.Random(len(whole)).randbytes(len(whole))
         return {

@@ -83,6 +83,10 @@ def _opened(name: Any, _mode: Any, flags: int) -> None:
         return
     if flags & os.O_CREAT and not os.path.lexists(path):
         note("create", path)
+    elif flags & os.O_APPEND and path.stat().st_nlink == 1:
+        note("append", path)
+    elif flags & os.O_APPEND:
+        pass  # it is replaced
     elif flags & (os.O_WRONLY | os.O_RDWR) and path.suffix != ".qcow2":  # that one is opened for QEMU
         _dirty(path)
 

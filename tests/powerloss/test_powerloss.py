@@ -141,6 +141,7 @@ BUGS: dict[str, Callable[[Steps], Steps]] = {
     "the rename comes before the manifest is durable": rename_first,
     "the base bitmap is given up before the commit": retired_first,
     "the repository's own file is not synced": without(".new"),
+    "the history is not synced before the rename": without("/history"),
 }
 
 

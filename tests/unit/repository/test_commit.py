@@ -48,6 +48,8 @@ def steps(monkeypatch) -> list[str]:
 def test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_after_it(
     builder: Builder, steps
 ):
+    first, manifest = prepared(builder, P1)
+    first.commit(manifest)
     partial, manifest = prepared(builder)
     steps.clear()
     partial.commit(manifest)
@@ -59,6 +61,7 @@ def test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_
         "sync manifest.json",
         "remove run.json",
         f"sync {P2}.partial",
+        "sync history",
         f"rename {P2}.partial {P2}",
         "sync vm1",
     ]
@@ -107,7 +110,7 @@ def test_a_death_at_any_step_of_a_run_leaves_a_whole_point_or_a_partial(builder:
                 found.path.rename(builder.folder.path / f"{P2}.partial")
             for partial in builder.folder.partials():
                 partial.drop()
-            assert sorted(entry.name for entry in builder.folder.path.iterdir()) == [P1, "lock"]
+            assert sorted(entry.name for entry in builder.folder.path.iterdir()) == [P1, "history", "lock"]
         if ended:
             break
         number += 1

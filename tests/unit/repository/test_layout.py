@@ -18,7 +18,7 @@ from backupctl.errors import (
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import VmName, point_time
+from backupctl.names import VmName, disk_name, point_time, vm_name
 from backupctl.repository import durable, plain
 from backupctl.repository.layout import Repository
 from backupctl.repository.vm_folder import Partial
@@ -117,6 +117,13 @@ def test_what_is_no_folder_is_no_repository(tmp_path):
 def test_a_vm_name_can_not_leave_the_repository(tmp_path, name):
     with pytest.raises(InvalidName):
         Repository.create(tmp_path / "r").vm(VmName(name))
+
+
+@pytest.mark.parametrize("name", ["lost+found", "repository.json"])
+def test_names_that_a_repository_has_already_are_refused(name):
+    for check in (vm_name, disk_name):
+        with pytest.raises(InvalidName, match="has this name already"):
+            check(name)
 
 
 def test_points_come_oldest_first_and_latest_is_the_last(builder: Builder):

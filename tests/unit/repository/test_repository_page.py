@@ -4,6 +4,7 @@
 The reader part knows nothing of backupctl: plain tools, and the program out of the page.
 """
 
+import json
 import os
 import random
 import re
@@ -14,14 +15,17 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from blake3 import blake3
 
 from backupctl import prune
 from backupctl.clusters import CLUSTER_BYTES
 from backupctl.report import Silent, Stop
 from backupctl.repository import markers
 from backupctl.repository.digests import DigestMap
+from backupctl.repository.history import Entry, Event
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
@@ -205,6 +209,25 @@ def test_the_page_names_every_field_of_the_journal():
     section = PAGE.split("\n## `run.json`")[1].split("\n## ")[0]
     named = set(re.findall(r"`([a-z]+)`", section))
     assert {one.name for one in (*fields(Journal), *fields(JournalDisk))} | {"format"} == named
+
+
+def test_the_page_names_every_field_and_event_of_the_history():
+    own = {one.name for one in fields(Entry)} | {"format", "checksum"}
+    assert rows("`history`") == own | set(get_args(Event))
+
+
+def test_a_stranger_can_check_the_history(builder: Builder):
+    """By the words of the page alone: each line's checksum, and that it follows from the one before."""
+    builder.point(P1, (disk_entry(size=MIB), [(0, b"x" * MIB)]))
+    before = ""
+    for line in (builder.folder.path / "history").read_text().splitlines():
+        found = json.loads(line)
+        said = found.pop("checksum")
+        text = json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        assert (blake3(text.encode()).hexdigest(16), found["before"]) == (said, before)
+        before = said
+    manifest = json.loads((builder.folder.path / P1 / "manifest.json").read_text())
+    assert (found["event"], found["point"], found["manifest"]) == ("committed", P1, manifest["checksum"])
 
 
 def test_the_page_names_every_marker():

@@ -16,7 +16,8 @@ from backupctl.errors import DamageFound, Failed, Interrupted, NoSuchPoint, Repo
 from backupctl.names import PointId, VmName
 from backupctl.proof import Depth
 from backupctl.report import Silent, Stop
-from backupctl.repository import digests, images, locks, markers
+from backupctl.repository import digests, history, images, locks, markers
+from backupctl.repository.history import Deed
 from backupctl.repository.reach import Reach, Touched
 from backupctl.verify import verify
 from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry, stored, write_image
@@ -162,8 +163,8 @@ def test_a_manifest_that_cannot_be_read_touches_what_stands_on_it(stock, how):
 def test_a_missing_point_is_told_by_those_that_stand_on_it(stock):
     shutil.rmtree(stock.image(P1).parent)
     found = stock.verify(data=False).damage
-    assert [(damage.kind, damage.disk) for damage in found] == [("chain", "vda"), ("chain", "vdb")]
-    assert [one.point for one in found[0].touches] == [P2, P3]
+    assert [(each.kind, each.disk) for each in found] == [("history", ""), ("chain", "vda"), ("chain", "vdb")]
+    assert [one.point for one in found[1].touches] == [P2, P3]
 
 
 def test_images_of_two_points_swapped_are_found_with_and_without_their_digest_maps(stock):
@@ -386,6 +387,7 @@ def test_a_point_that_is_pruned_meanwhile_is_no_damage(stock, monkeypatch):
 
     def prune(*arguments):
         real(*arguments)
+        history.record(stock.image(P3).parent.parent, Deed("dropped", P3))
         shutil.rmtree(stock.image(P3).parent)
 
     monkeypatch.setattr(Reach, "__init__", prune)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a VM's history says, held against its folder: which points are missing, or were exchanged.
+
+A repository that has no history yet, or into which somebody else put a point, is no problem: the next run
+or prune writes down what is there. So does a death between any two steps leave none: see history.py.
+"""
+
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.errors import DamageFound, RepositoryError
+from backupctl.names import PointId
+from backupctl.repository import history
+from backupctl.repository.history import Deed, History, Known
+from backupctl.repository.vm_folder import Partial, Point, VmFolder
+
+_LOOKS = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as the history says. point: whose, None if the history itself was changed.
+
+    missing: whether the point is gone.
+    """
+
+    point: PointId | None
+    message: str
+    missing: bool = False
+
+
+def problems(folder: VmFolder) -> tuple[Problem, ...]:
+    """Compare a VM's folder with its history. Changes and locks nothing. Raises RepositoryError.
+
+    A run or a prune may be at work: what was seen counts only if the history is the same afterwards.
+    """
+    found: tuple[Problem, ...] = ()
+    for _ in range(_LOOKS):
+        known = history.read(folder.path)
+        if known is None:
+            return ()
+        found = (*_flaws(folder, known), *_differences(folder, known))
+        again = history.read(folder.path)
+        if not found or (again is not None and again.content == known.content):
+            break
+    return found
+
+
+def missing(folder: VmFolder) -> tuple[PointId, ...]:
+    """Return the points that were committed, that no prune dropped, and that are gone, oldest first."""
+    return tuple(sorted(one.point for one in problems(folder) if one.missing and one.point is not None))
+
+
+def is_unfinished(folder: VmFolder, point: PointId) -> bool:
+    """Whether nobody ever committed a point that isn't there: its folder, or the history, says so."""
+    known = history.read(folder.path)
+    undone = known is not None and point in known.points and not known.points[point].there
+    return undone or any(partial.point == point for partial in folder.partials())
+
+
+def refuse_missing(folder: VmFolder, wanted: str) -> None:
+    """Raise DamageFound if the history says that a point must be there, and it isn't.
+
+    wanted: its id, or "latest" where there is none at all.
+    """
+    for one in reversed(problems(folder)):
+        if one.missing and wanted in (one.point, "latest"):
+            raise DamageFound(
+                one.message, state="nothing was changed", next_command=f"backupctl verify {folder.name}"
+            )
+
+
+def reconcile(folder: VmFolder) -> None:
+    """Write down what a death, or somebody who keeps no history, left to be written. Raises RepositoryError.
+
+    The caller holds the VM's lock. Nothing that `problems` tells is made good by it.
+    """
+    found = history.read(folder.path)
+    known = {} if found is None else found.points
+    survey, retired = folder.survey(), folder.retired()
+    deeds = [deed for point in survey.points for deed in _owed(point, known.get(point.id, Known()))]
+    dropped = [*(point.path for point in retired.points), *(path for path, _ in retired.damaged)]
+    ids = [PointId(path.name) for path in dropped]
+    deeds += [Deed("dropped", point) for point in ids if known.get(point, Known()).there]
+    if deeds or found is None:
+        history.record(folder.path, *deeds)
+
+
+def _owed(point: Point, known: Known) -> Iterator[Deed]:
+    """Yield what the history lacks of a point that stands."""
+    checksum = point.manifest.checksum
+    if not known.there and not known.dropped:
+        yield Deed("found", point.id, checksum)
+    elif len(known.manifests) > 1 and checksum in known.manifests:
+        yield Deed("changed", point.id, checksum)
+
+
+def _flaws(folder: VmFolder, known: History) -> Iterator[Problem]:
+    for flaw in known.flaws:
+        path = folder.path / history.FILE_NAME
+        yield Problem(None, f"{path}: {flaw}, so points may be missing that it does not tell of")
+
+
+def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
+    for point, one in sorted(known.points.items()):
+        if one.there and not _is_there(folder, point):
+            yield Problem(
+                point,
+                f"the recovery point {point} of {folder.name} is missing: it was committed, "
+                f"no prune dropped it, and {folder.path / point} is gone",
+                missing=True,
+            )
+    for found in folder.survey().points:
+        one = known.points.get(found.id, Known())
+        checksum = found.manifest.checksum
+        if one.dropped:
+            text = "was dropped by a prune and is there again: somebody put an older copy back"
+        elif not one.there or checksum in one.manifests:
+            continue
+        elif checksum in one.older:
+            text = "was exchanged: an older copy of it is there, of before a prune"
+        else:
+            text = "was exchanged: its manifest is not the one that was committed"
+        yield Problem(found.id, f"the recovery point {found.id} of {folder.name} {text}; see {found.path}")
+
+
+def _is_there(folder: VmFolder, point: PointId) -> bool:
+    """Whether a point stands, unfinished or not; in the order in which a commit renames it."""
+    return any(_stands(path) for path in (Partial(folder, point).path, folder.path / point))
+
+
+def _stands(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as err:
+        raise RepositoryError(f"{path} can't be looked at: {err.strerror}") from err

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM's history: what became of each of its points, so that one that is missing is missed.
+
+`VM/history` is only ever appended to, a line of JSON for each event:
+
+::
+
+    begun       the first line
+    found       the point was there already when the history was begun, or was put there by somebody else
+    committed   the point is about to be committed: written before the rename, the one commit point
+    undone      it was not committed after all
+    changing    a prune is about to replace its manifest: until `changed` the old or the new one
+    changed     it has
+    dropped     a prune has retired the point
+
+Each line has its own checksum and that of the line before it. Whoever writes holds the VM's lock, and each
+line is on the disk before what it tells of happens, or before what it tells of can't be seen any more. A
+last line that is torn is what a crash leaves: nothing that it tells of has happened yet.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from blake3 import blake3
+
+from backupctl.errors import RepositoryError
+from backupctl.names import PointId, point_id
+from backupctl.repository import durable, plain, strict
+from backupctl.repository.strict import Fields, Malformed
+
+FORMAT = 1
+FILE_NAME = "history"
+MAX_BYTES = 1 << 28
+"""A million entries or more; a larger file isn't read."""
+
+Event = Literal["begun", "found", "committed", "undone", "changing", "changed", "dropped"]
+
+
+@dataclass(frozen=True)
+class Deed:
+    """What happened to a point. manifest: the checksum of the manifest that it has by it."""
+
+    event: Event
+    point: PointId | None = None
+    manifest: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line. time: UTC. before: the checksum of the line before, "" in the first."""
+
+    event: Event
+    point: PointId | None
+    manifest: str | None
+    time: str
+    before: str
+
+    @property
+    def checksum(self) -> str:
+        """BLAKE3, 16 bytes, of all its other fields."""
+        return _checksum(self._fields())
+
+    def to_line(self) -> bytes:
+        """Return the line."""
+        return (json.dumps({**self._fields(), "checksum": self.checksum}) + "\n").encode()
+
+    @classmethod
+    def from_line(cls, line: bytes) -> "Entry | None":
+        """Read a line without its end; None if it is no entry, or does not agree with its checksum."""
+        try:
+            return cls._read(Fields(strict.parse(line, FILE_NAME), FILE_NAME))
+        except Malformed:
+            return None
+
+    @classmethod
+    def _read(cls, fields: Fields) -> "Entry":
+        if fields.number("format") != FORMAT:
+            raise Malformed(f"{FILE_NAME}: unknown format")
+        entry = cls(
+            event=cast("Event", fields.choice("event", *get_args(Event))),
+            point=fields.optional("point", point_id),
+            manifest=fields.optional("manifest", strict.plain_text(32)),
+            time=fields.text("time", strict.plain_text(100)),
+            before=fields.text("before", strict.plain_text(32)),
+        )
+        if fields.text("checksum", strict.plain_text(32)) != entry.checksum:
+            raise Malformed(f"{FILE_NAME}: a line does not agree with its checksum")
+        fields.done()
+        return entry
+
+    def _fields(self) -> dict[str, object]:
+        return {"format": FORMAT, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the history knows of one point.
+
+    there: it must stand under its final name. dropped: a prune retired it. manifests: the checksums of which
+    its manifest must have one. older: those that it had before.
+    """
+
+    there: bool = False
+    dropped: bool = False
+    manifests: tuple[str, ...] = ()
+    older: frozenset[str] = frozenset()
+
+    def after(self, entry: Entry) -> "Known":
+        """Return what is known after one entry more."""
+        added = (entry.manifest,) if entry.manifest else ()
+        if entry.event in ("found", "committed"):
+            return Known(there=True, manifests=added)
+        if not self.there or entry.event in ("undone", "dropped"):
+            return Known(dropped=self.dropped or entry.event == "dropped")
+        if entry.event == "changing":
+            return Known(there=True, manifests=(*self.manifests[-1:], *added), older=self.older)
+        older = (self.older | set(self.manifests)) - set(added)
+        return Known(there=True, manifests=added, older=older)
+
+
+@dataclass(frozen=True)
+class History:
+    """A history as it was read. flaws: what shows that somebody changed it, in words."""
+
+    content: bytes
+    points: dict[PointId, Known]
+    flaws: tuple[str, ...]
+
+
+def read(folder: Path) -> History | None:
+    """Read the history of a VM's folder; None if there is none. Raises RepositoryError."""
+    content = _content(folder)
+    return None if content is None else parse(content)
+
+
+@lru_cache(4)
+def parse(content: bytes) -> History:
+    """Read a history, whatever it is: what can't be read is a flaw, but for a last line that is torn."""
+    points: dict[PointId, Known] = {}
+    flaws: list[str] = []
+    before, unreadable = "", 0
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        entry = Entry.from_line(line)
+        if entry is None:
+            unreadable = unreadable or number
+            continue
+        if unreadable:
+            flaws.append(f"line {unreadable} can't be read")
+        elif entry.before != before or (not before and entry.event != "begun"):
+            flaws.append(f"line {number} does not follow the one before it: lines were changed or removed")
+        before, unreadable = entry.checksum, 0
+        if entry.point is not None:
+            points[entry.point] = points.get(entry.point, Known()).after(entry)
+    if not before:
+        flaws.append("no line of it can be read")
+    return History(content, points, tuple(flaws))
+
+
+def record(folder: Path, *deeds: Deed) -> None:
+    """Append to the history of a VM's folder, durably; begin it if there is none. Raises RepositoryError.
+
+    The caller holds the VM's lock.
+    """
+    path = folder / FILE_NAME
+    content = _content(folder)
+    try:
+        if content is None:
+            durable.replace(path, _lines("", (Deed("begun"), *deeds)))
+            return
+        end, before = _end(content)
+        # A line that is cut off here was never on the disk as a whole, so nobody went on after it.
+        durable.append(path, content[:end], _lines(before, deeds))
+    except OSError as err:
+        raise RepositoryError(f"{path} can't be written: {err.strerror}") from err
+
+
+def undo(folder: Path, point: PointId) -> None:
+    """Record that a point was not committed, if its commit was about to happen. Raises RepositoryError.
+
+    To be called before nothing tells any more that the point was unfinished.
+    """
+    content = _content(folder)
+    if content is not None and point.encode() in content:
+        known = parse(content).points.get(point)
+        if known and known.there:
+            record(folder, Deed("undone", point))
+
+
+def _content(folder: Path) -> bytes | None:
+    path = folder / FILE_NAME
+    try:
+        with plain.open_file(path) as file:
+            return file.read(MAX_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as err:
+        raise RepositoryError(f"{path} can't be read: {err.strerror}") from err
+
+
+def _end(content: bytes) -> tuple[int, str]:
+    """Return where the last line that can be read ends, and its checksum.
+
+    Where none can be read nothing is cut off: that is no crash's doing, and is to be seen.
+    """
+    at = content.rfind(b"\n") + 1
+    while at:
+        begin = content.rfind(b"\n", 0, at - 1) + 1
+        entry = Entry.from_line(content[begin : at - 1])
+        if entry is not None:
+            return at, entry.checksum
+        at = begin
+    return len(content), ""
+
+
+def _lines(before: str, deeds: Iterable[Deed]) -> bytes:
+    time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    lines = []
+    for deed in deeds:
+        entry = Entry(deed.event, deed.point, deed.manifest, time, before)
+        lines.append(entry.to_line())
+        before = entry.checksum
+    return b"".join(lines)
+
+
+def _checksum(fields: dict[str, object]) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return str(blake3(canonical.encode()).hexdigest(16))
