@@ -21,7 +21,7 @@ folder stand under its final name? So this file has no undo of its own that coul
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,8 @@ def _rooms(plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter
 
 
 def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
+    for gone in plan.missing:
+        reporter.warn(str(gone))
     if options.kind == "incremental" and plan.kind == "full":
         reporter.note("there is no point to build on yet: this is a full")
     for one in plan.disks:
@@ -194,7 +196,8 @@ class _Run:
                 self._bring_to_rest(err)
                 raise self._explained(err) from err
             self._bring_to_rest(None)
-        return records.report(manifest, time.monotonic() - begun)
+        gone = tuple((one.name, one.point) for one in self.plan.missing)
+        return replace(records.report(manifest, time.monotonic() - begun), missing_disks=gone)
 
     def _take(self, held: ExitStack) -> Manifest:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
@@ -434,7 +437,9 @@ class _Run:
                 one.disk,
                 self.owner.bitmap(self.point, one.disk.name),
                 one.bitmaps,
-                () if one.bitmaps else bitmaps.gapped(one.disk.bitmaps, self.owner),
+                ()
+                if one.bitmaps
+                else bitmaps.gapped(one.disk.bitmaps, self.owner, recovery.theirs(self.folder)),
             )
             for one in self.plan.disks
         ]

@@ -19,6 +19,11 @@ from backupctl.settings import Kind
 Consistency = Literal["filesystem", "crash"]
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 point", "2 points"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Reporter(Protocol):
     """What the core calls while it works. None of these may raise or block for long."""
 
@@ -78,7 +83,8 @@ class DiskReport:
 class RunReport:
     """What a finished full or incremental came to.
 
-    frozen_ms: how long the guest's file systems were frozen; None if they were not.
+    frozen_ms: how long the guest's file systems were frozen; None if they were not. missing_disks: those
+    that earlier points hold and the VM has not any more, each with the newest point that holds it.
     """
 
     vm: VmName
@@ -89,6 +95,7 @@ class RunReport:
     frozen_ms: int | None
     consistency: Consistency
     seconds: float
+    missing_disks: tuple[tuple[DiskName, PointId], ...] = ()
 
 
 class Stop:

@@ -2,6 +2,7 @@
 """What the commands share: the VM's options, exit codes in the help, and acquiring what is named."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +67,20 @@ class Named:
             raise Failed(
                 f"the repository {path} can't be used: {err.strerror}", state="nothing was touched"
             ) from err
+
+    def other_repositories(self) -> list[Repository]:
+        """Return the repositories that the configuration names besides this one, as far as they open."""
+        own = self.config.repository(self.name, self.repository_path)
+        settings = [self.config.defaults, *self.config.vms.values()]
+        paths = {Path(found["repository"]).expanduser() for found in settings if found.get("repository")}
+        opened: dict[str, Repository] = {}
+        for path in sorted(paths - {own}):
+            with suppress(BackupctlError, OSError):
+                found = Repository.open(path)
+                opened[found.id] = found
+        with suppress(BackupctlError, OSError):
+            opened.pop(Repository.open(own).id, None)
+        return list(opened.values())
 
     def scratch(self) -> Path:
         """Return the folder for scratch files."""

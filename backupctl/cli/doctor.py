@@ -24,7 +24,7 @@ def doctor(context: click.Context, /, **options: Any) -> None:
     """
     names = common.take(context, options)
     vm, path = names.vm(), names.config.repository(names.name, names.repository_path)
-    found = core.examine(vm, path, run.wishes(names, "incremental", {}))
+    found = core.examine(vm, path, run.wishes(names, "incremental", {}), names.other_repositories)
     if options["as_json"]:
         screen.print_json(
             {"vm": found.vm, "ok": not found.bad, "findings": [asdict(one) for one in found.findings]}

@@ -37,6 +37,7 @@ _COMMANDS = {
     "unprotect": "prune.unprotect",
     "status": "vm.status",
     "recover": "vm.recover",
+    "bitmaps": "bitmaps.bitmaps",
     "doctor": "doctor.doctor",
     "simulate": "simulate.simulate",
     "demo": "demo.demo",

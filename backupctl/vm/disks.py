@@ -33,7 +33,7 @@ class Disk:
     name: what it is stored under. node: the active node. size: bytes. driver: of the active node.
     persistent: whether its bitmaps survive a restart of QEMU (qcow2 version 3 only).
     qdev: the device as `query-block` names it (see `view.device_path`), "" without one.
-    filename: of the active node.
+    filename: of the active node. shared: whether several devices write to it.
     """
 
     name: DiskName
@@ -44,6 +44,7 @@ class Disk:
     qdev: str
     filename: str
     bitmaps: tuple[Bitmap, ...]
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,20 +75,27 @@ class Inventory:
         return tuple(known[DiskName(name)] for name in wanted) if wanted else self.disks
 
 
-def inventory(monitor: Monitor, stored_names: Mapping[str, str] | None = None) -> Inventory:
+def inventory(
+    monitor: Monitor,
+    stored_names: Mapping[str, str] | None = None,
+    beneath: Mapping[DiskName, NodeName] | None = None,
+) -> Inventory:
     """Ask QEMU for its disks.
 
-    stored_names: QEMU's name of a disk to the name it is stored under. Raises Refused if two disks
+    stored_names: QEMU's name of a disk to the name it is stored under. beneath: disks over which a filter
+    of ours stands that is about to go, with the node that they then write to. Raises Refused if two disks
     would have one name, or a name can't be used; MonitorError if the replies make no sense.
     """
+    names = stored_names or {}
     nodes = named_nodes(monitor)
     devices = monitor.execute("query-block")
     exports = [] if devices else monitor.execute("query-block-exports")
     with understood("description of its disks"):
+        devices = [_seen_through(device, nodes, names, beneath or {}) for device in devices]
         found = [_from_device(device, nodes) for device in devices] if devices else _exported(exports, nodes)
         kinds = _kinds(monitor)
         found = [_unless_passed_through(medium, kinds) for medium in found] + _served_elsewhere(kinds)
-        return _collect(found, nodes, stored_names or {})
+        return _collect(found, nodes, names)
 
 
 def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
@@ -134,6 +142,17 @@ def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) 
             raise Failed(f"somebody removed or disabled the bitmap {name} of {node} while the run began")
 
 
+def with_bitmaps(found: Inventory, after: Mapping[NodeName, tuple[Bitmap, ...]]) -> Inventory:
+    """Return an inventory with other bitmaps on these nodes."""
+    elsewhere = {bitmap.node: after.get(bitmap.node) for bitmap in found.elsewhere}
+    kept = [one for one in found.elsewhere if elsewhere[one.node] is None]
+    return replace(
+        found,
+        disks=tuple(replace(disk, bitmaps=after.get(disk.node, disk.bitmaps)) for disk in found.disks),
+        elsewhere=(*kept, *(one for bitmaps in elsewhere.values() for one in bitmaps or ())),
+    )
+
+
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
     """Return the bitmaps of one node of `named_nodes`. Raises MonitorError."""
     with understood(f"description of the bitmaps of {node}"):
@@ -146,6 +165,7 @@ class _Found:
     """A medium before it is decided whether it is a disk to back up.
 
     why_not: "" if it is. job: the driver of the job's filter that stands in its place, "" if there is none.
+    shared: whether another device writes to its node too.
     """
 
     qemu_name: str
@@ -153,6 +173,21 @@ class _Found:
     qdev: str
     why_not: str
     job: str = ""
+    shared: bool = False
+
+
+def _seen_through(
+    device: Mapping[str, Any],
+    nodes: Mapping[NodeName, Mapping[str, Any]],
+    stored_names: Mapping[str, str],
+    beneath: Mapping[DiskName, NodeName],
+) -> Mapping[str, Any]:
+    """Return a device as it will be when our filter is gone from it."""
+    medium = _from_device(device, nodes)
+    node = beneath.get(DiskName(stored_names.get(medium.qemu_name, medium.qemu_name)))
+    if medium.job and node is not None and node in nodes:
+        return {**device, "inserted": nodes[node]}
+    return device
 
 
 def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str, Any]]) -> _Found:
@@ -225,10 +260,32 @@ def _exported(exports: list[Mapping[str, Any]], nodes: Mapping[NodeName, Mapping
     ]
 
 
+def _once_each(found: list[_Found], stored_names: Mapping[str, str]) -> list[_Found]:
+    """Say why not of each device but the first of those that write to one node (share-rw).
+
+    The first takes the node for all of them, and knows that it is not alone.
+    """
+    first: dict[str, int] = {}
+    once: list[_Found] = []
+    for medium in found:
+        if medium.why_not or medium.job or medium.node not in first:
+            if not medium.why_not and not medium.job:
+                first[medium.node] = len(once)
+            once.append(medium)
+            continue
+        at = first[medium.node]
+        name = stored_names.get(once[at].qemu_name, once[at].qemu_name)
+        once[at] = replace(once[at], shared=True)
+        why = f"it is the same disk as {name} (node {medium.node}), and backed up once, under that name"
+        once.append(replace(medium, why_not=why))
+    return once
+
+
 def _collect(
     found: list[_Found], nodes: Mapping[NodeName, Mapping[str, Any]], stored_names: Mapping[str, str]
 ) -> Inventory:
     disks: dict[DiskName, Disk] = {}
+    found = _once_each(found, stored_names)
     for medium in found:
         if not medium.why_not and not medium.job:
             disk = _disk(medium, nodes[NodeName(medium.node)], stored_names)
@@ -263,6 +320,7 @@ def _disk(medium: _Found, node: Mapping[str, Any], stored_names: Mapping[str, st
         qdev=medium.qdev,
         filename=str(image.get("filename", ""))[:4096],
         bitmaps=bitmaps_of(NodeName(medium.node), node),
+        shared=medium.shared,
     )
 
 
