@@ -294,9 +294,7 @@ def _history(vm: Vm, repository: Repository, options: RunOptions, known: Known) 
         )
     yield from _bitmaps(vm, found)
     for gone in found.missing_disks:
-        advice = (
-            "put it back, or under its name; a disk that was taken out on purpose is not told after a run"
-        )
+        advice = "attach it again, or correct its name in the configuration; after a run without it this is not told again"
         yield Finding("missing", "warning", str(gone), advice)
     broken: Verdict = "bad" if options.on_broken_chain == "fail" else "warning"
     for disk in found.disks:
