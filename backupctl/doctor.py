@@ -294,7 +294,9 @@ def _history(vm: Vm, repository: Repository, options: RunOptions, known: Known) 
         )
     yield from _bitmaps(vm, found)
     for gone in found.missing_disks:
-        advice = "attach it again, or correct its name in the configuration; after a run without it this is not told again"
+        advice = (
+            "attach it again or correct its name in the configuration; one run without it ends this warning"
+        )
         yield Finding("missing", "warning", str(gone), advice)
     broken: Verdict = "bad" if options.on_broken_chain == "fail" else "warning"
     for disk in found.disks:
