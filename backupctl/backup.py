@@ -232,6 +232,8 @@ def _rooms(
 
 
 def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
+    for gone in plan.missing:
+        reporter.warn(str(gone))
     if options.kind == "incremental" and plan.kind == "full":
         reporter.note("there is no point to build on yet: this is a full")
     for one in plan.disks:
@@ -293,7 +295,9 @@ class _Run:
                 self._bring_to_rest(err)
                 raise self._explained(err) from err
             self._bring_to_rest(None)
-        return records.report(manifest, time.monotonic() - begun, self.plan.damaged)
+        gone = tuple((one.name, one.point) for one in self.plan.missing)
+        report = records.report(manifest, time.monotonic() - begun, self.plan.damaged)
+        return replace(report, missing_disks=gone)
 
     def _take(self, held: ExitStack) -> Manifest:
         """Steps 2 to 9. The view goes before the commit: the guest is rid of it as soon as it is read."""
@@ -543,7 +547,9 @@ class _Run:
                 one.disk,
                 self.owner.bitmap(self.point, one.disk.name),
                 one.bitmaps,
-                () if one.bitmaps else bitmaps.gapped(one.disk.bitmaps, self.owner),
+                ()
+                if one.bitmaps
+                else bitmaps.gapped(one.disk.bitmaps, self.owner, recovery.theirs(self.folder)),
             )
             for one in self.plan.disks
         ]

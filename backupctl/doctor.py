@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backupctl import status
+from backupctl import recovery, status
+from backupctl.bitmap_survey import Known, nobody_else
 from backupctl.errors import AgentError, BackupctlError, MonitorError, NotARepository, Refused
 from backupctl.names import VmName
+from backupctl.report import counted
 from backupctl.repository import qemu
 from backupctl.repository.layout import Repository
 from backupctl.settings import Address, RunOptions, Vm
@@ -53,8 +55,11 @@ class Diagnosis:
         return tuple(one for one in self.findings if one.verdict == "bad")
 
 
-def examine(vm: Vm, path: Path, options: RunOptions) -> Diagnosis:
-    """Look at all that a run with these options needs. path: the repository's, which need not exist yet."""
+def examine(vm: Vm, path: Path, options: RunOptions, known: Known = nobody_else) -> Diagnosis:
+    """Look at all that a run with these options needs.
+
+    path: the repository's, which need not exist yet. known: see `status.look`.
+    """
     repository = None
     with suppress(BackupctlError):
         repository = Repository.open(path)
@@ -62,7 +67,7 @@ def examine(vm: Vm, path: Path, options: RunOptions) -> Diagnosis:
     if repository is not None and (worker := repository.vm(vm.name).worker()):
         found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
     else:
-        found += _vm(vm, repository, path, options)
+        found += _vm(vm, repository, path, options, known)
     return Diagnosis(vm.name, tuple(found))
 
 
@@ -88,7 +93,7 @@ def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
     if locked := _locked(path) or _locked(folder.path):
         yield Finding("repository", "bad", locked)
         return
-    said = f"{path}: {len(survey.points)} points of {vm.name}; {_free(path)}"
+    said = f"{path}: {counted(len(survey.points), 'point')} of {vm.name}; {_free(path)}"
     yield Finding("repository", "ok", said)
     for _, damage in survey.damaged:
         yield Finding("repository", "warning", damage.message, f"backupctl verify {vm.name}")
@@ -126,7 +131,9 @@ def _free(path: Path) -> str:
     return f"{_mib(scratch.free_bytes(_existing(path)))} are free"
 
 
-def _vm(vm: Vm, repository: Repository | None, path: Path, options: RunOptions) -> Iterator[Finding]:
+def _vm(
+    vm: Vm, repository: Repository | None, path: Path, options: RunOptions, known: Known
+) -> Iterator[Finding]:
     """What the VM itself tells."""
     try:
         with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
@@ -139,7 +146,7 @@ def _vm(vm: Vm, repository: Repository | None, path: Path, options: RunOptions) 
         return
     yield from _agent(vm, options)
     if repository is not None:
-        yield from _history(vm, repository, options)
+        yield from _history(vm, repository, options, known)
 
 
 def _how_to_reach(address: Address) -> str:
@@ -191,7 +198,7 @@ def _disks(
     vm: Vm, monitor: Monitor, repository: Repository | None, path: Path, options: RunOptions
 ) -> Iterator[Finding]:
     try:
-        inventory = disks.inventory(monitor, vm.disk_names)
+        inventory = _inventory(vm, monitor, repository)
         yield from _media(inventory)
         if repository is None or not cleanup.leftovers(monitor, repository.owner):
             preflight.refuse_busy(inventory)  # else the job may be a dead run's
@@ -204,6 +211,13 @@ def _disks(
         yield from _filling(monitor, inventory, path, options)
         yield from _scratch(monitor, inventory, options)
         yield from _room(monitor, inventory, repository, path)
+
+
+def _inventory(vm: Vm, monitor: Monitor, repository: Repository | None) -> Inventory:
+    """Return the disks as a run will see them, which clears up first what a dead one left."""
+    if repository is None:
+        return disks.inventory(monitor, vm.disk_names)
+    return recovery.foresee(monitor, repository.owner, repository.vm(vm.name), vm.disk_names).inventory
 
 
 def _media(inventory: Inventory) -> Iterator[Finding]:
@@ -298,18 +312,34 @@ def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
         yield Finding("agent", "ok", f"answers at {vm.agent}; the guest is not frozen")
 
 
-def _history(vm: Vm, repository: Repository, options: RunOptions) -> Iterator[Finding]:
+def _history(vm: Vm, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:
     """What earlier runs left, and what the next one makes of it."""
-    found = status.look(vm, repository, options)
+    found = status.look(vm, repository, options, known)
     for left in found.leftovers:
         yield Finding(
             "leftovers", "warning", left, f"backupctl recover {vm.name}, or leave it to the next run"
         )
+    yield from _bitmaps(vm, found)
+    for gone in found.missing_disks:
+        advice = (
+            "attach it again or correct its name in the configuration; one run without it ends this warning"
+        )
+        yield Finding("missing", "warning", str(gone), advice)
     broken: Verdict = "bad" if options.on_broken_chain == "fail" else "warning"
     for disk in found.disks:
         if disk.reason:
             yield Finding("chain", broken, f"{disk.name}: {disk.reason}")
     yield Finding("next run", "ok", found.next_run)
+
+
+def _bitmaps(vm: Vm, found: status.Status) -> Iterator[Finding]:
+    """The bitmaps that stay for ever, since no run removes them."""
+    for one in found.bitmaps:
+        if one.use in ("orphan", "other-vm"):
+            advice = f"if nothing needs it: backupctl bitmaps {vm.name} --remove {one.name}"
+            if not one.known:
+                advice = f"if it is gone: backupctl bitmaps {vm.name} --remove-repository {one.repository}"
+            yield Finding("bitmaps", "warning", f"{one.name} on {one.node}: {one.why}", advice)
 
 
 def _mib(count: int) -> str:

@@ -24,6 +24,7 @@ PREFIX = "backupctl-"
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
 _POINT = re.compile(r"[0-9]{8}T[0-9]{6}Z", re.ASCII)
 _BITMAP = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-([0-9]{{8}}T[0-9]{{6}}Z)(-{_SAFE.pattern})?", re.ASCII)
+_UNION = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-since", re.ASCII)
 _TAKEN = ("lost+found", "repository.json")
 """Names that a repository's folder has already: of what fsck finds, and of what we put there."""
 _POINT_FORMAT = "%Y%m%dT%H%M%SZ"
@@ -68,6 +69,23 @@ def next_point_id(now: datetime, newest: PointId | None) -> PointId:
 def point_time(point: PointId) -> datetime:
     """Return the moment in a point's id, in UTC."""
     return datetime.strptime(point, _POINT_FORMAT).replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True)
+class BitmapParts:
+    """What the name of a bitmap says. point: None, and disk "", for the passing one of a differential."""
+
+    tag: str
+    point: PointId | None
+    disk: str
+
+
+def bitmap_parts(text: str) -> BitmapParts | None:
+    """Read the name of a bitmap of any repository; None if backupctl does not name one so."""
+    if match := _UNION.fullmatch(text):
+        return BitmapParts(match[1], None, "")
+    match = _BITMAP.fullmatch(text)
+    return BitmapParts(match[1], PointId(match[2]), (match[3] or "")[1:]) if match else None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ on the active node, and the newest records. Anything else would be an incrementa
 the disk is scanned (read whole, and compared with the base's digests), or taken full.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from backupctl.errors import Refused
@@ -52,12 +52,14 @@ class DiskPlan:
 class Plan:
     """How one run is taken. parent: the point that it builds on, None for a full.
 
+    missing: the disks that it can't take, though the last points hold them.
     damaged: what can't be restored any more, as far as the run has to do with it: points, and disks of them.
     """
 
     kind: Kind
     parent: PointId | None
     disks: tuple[DiskPlan, ...]
+    missing: tuple["MissingDisk", ...] = ()
     damaged: tuple[tuple[PointId, DiskName], ...] = ()
 
 
@@ -81,8 +83,9 @@ def plan(
     An incremental with no point to build on is a full. Raises Refused if a chain is broken and the
     user asked to fail then.
     """
+    absent = missing((disk.name for disk in inventory.disks), points)
     if kind == "full" or not points:
-        return Plan("full", None, tuple(DiskPlan(disk, "full", None, "") for disk in disks))
+        return Plan("full", None, tuple(DiskPlan(disk, "full", None, "") for disk in disks), absent)
     parent = since or points[-1]
     plans = tuple(_incremental(disk, inventory, points, owner, since, flaw, gone) for disk in disks)
     broken = [one for one in plans if one.reason]
@@ -97,7 +100,7 @@ def plan(
             for one in plans
         )
     plans = tuple(_begun_anew(one, long) for one in plans)
-    return Plan("incremental", parent.id, plans)
+    return Plan("incremental", parent.id, plans, absent)
 
 
 def _begun_anew(one: DiskPlan, long: Flaw) -> DiskPlan:
@@ -137,6 +140,36 @@ def _incremental(
     return DiskPlan(disk, "incremental", base.id, "", names, newest)
 
 
+@dataclass(frozen=True)
+class MissingDisk:
+    """A disk that the VM does not have any more. point: the newest that holds it."""
+
+    name: DiskName
+    point: PointId
+
+    def __str__(self) -> str:
+        return f"{self.name} is not backed up: it is not among the VM's disks; {self.point} still holds it"
+
+
+def missing(present: Iterable[DiskName], points: Sequence[Point]) -> tuple[MissingDisk, ...]:
+    """Return the disks that the last points hold, and the VM has not (taken out, or under another name).
+
+    One point need not tell it all: a run with ``--disk`` leaves others out. So as many are asked as it
+    takes to meet each disk that the VM has; what only older ones hold was taken out on purpose.
+    """
+    there = frozenset(present)
+    held = frozenset(entry.name for point in points for entry in point.manifest.disks)
+    sought, gone = there & held, dict[DiskName, PointId]()
+    for point in reversed(points):
+        names = frozenset(entry.name for entry in point.manifest.disks)
+        for name in names - there:
+            gone.setdefault(name, point.id)
+        sought -= names
+        if not sought:
+            break
+    return tuple(MissingDisk(name, point) for name, point in sorted(gone.items()))
+
+
 def newest_with(disk: DiskName, points: Sequence[Point]) -> Point | None:
     """Return the newest point that holds a disk of this name."""
     return next((point for point in reversed(points) if point.manifest.disk(disk)), None)
@@ -168,7 +201,7 @@ def why_unusable(
     if not disk.trusts(bitmap):
         return "its data lie in another file than its bitmap, and may have been exchanged since it was stored"
     if newest and not bitmap.recording:
-        return "its bitmap is not recording: somebody disabled it, so changes may be missing from it"
+        return "its bitmap is not recording (it was disabled), so changes may be missing from it"
     if bitmap.busy:
         return "its bitmap is in use by another operation"
     return ""

@@ -8,7 +8,7 @@ repository are asked, so every line may be the last one of a dying process, and 
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from backupctl.errors import (
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import NodeName, Owner, PointId, VmName
+from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
 from backupctl.report import Reporter
 from backupctl.repository import audit
 from backupctl.repository.layout import Repository
@@ -235,7 +235,10 @@ def settlements(
     checkpoints, lost = _checkpoints(folder), _lost(folder)
     for node, reply in disks.named_nodes(monitor).items():
         found = disks.bitmaps_of(node, reply)
-        yield bitmaps.settle(found, owner, folder.is_committed, checkpoints, lost), reply
+        yield (
+            bitmaps.settle(found, owner, folder.is_committed, checkpoints, lost, theirs(folder)),
+            reply,
+        )
 
 
 def _lost(folder: VmFolder) -> tuple[PointId, ...]:
@@ -244,6 +247,51 @@ def _lost(folder: VmFolder) -> tuple[PointId, ...]:
         return audit.missing(folder)
     except RepositoryError:
         return ()
+
+
+def theirs(folder: VmFolder) -> bitmaps.Theirs:
+    """Return what tells whether a point is another VM's of this repository."""
+    return lambda point: not folder.is_committed(point) and folder.user_elsewhere(point) is not None
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """A VM as it will be when recovery is done, without anything being done.
+
+    left: in words what there is to clean up in QEMU.
+    """
+
+    inventory: disks.Inventory
+    left: tuple[str, ...]
+
+
+def foresee(
+    monitor: Monitor, owner: Owner, folder: VmFolder, stored_names: Mapping[str, str] | None = None
+) -> Foreseen:
+    """Return what a run finds once it has recovered. Changes nothing. Raises MonitorError, Refused."""
+    left = cleanup.leftovers(monitor, owner)
+    found = disks.inventory(monitor, stored_names, _beneath_ours(owner, folder, left))
+    exported = any(one.startswith("export ") for one in left)
+    after: dict[NodeName, tuple[bitmaps.Bitmap, ...]] = {}
+    for settlement, reply in settlements(monitor, owner, folder):
+        if not reply.get("ro"):
+            node = NodeName(reply["node-name"])
+            there = disks.bitmaps_of(node, reply)
+            after[node] = bitmaps.applied(there, settlement.actions, freed=exported)
+            left += settlement.ahead
+    return Foreseen(disks.with_bitmaps(found, after), tuple(left))
+
+
+def _beneath_ours(owner: Owner, folder: VmFolder, left: Iterable[str]) -> dict[DiskName, NodeName]:
+    """Return the disks over which an unfinished run has a job or filter, with the nodes below, as noted."""
+    journals = [journal for partial in folder.partials() if (journal := partial.journal())]
+    ours = {one.split()[-1] for one in left}
+    return {
+        disk.name: disk.node
+        for journal in journals
+        for disk in journal.disks
+        if ours & {owner.node("job", disk.number), owner.node("cbw", disk.number)}
+    }
 
 
 def _checkpoints(folder: VmFolder) -> int:

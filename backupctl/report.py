@@ -19,6 +19,11 @@ from backupctl.settings import Kind
 Consistency = Literal["filesystem", "crash"]
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 point", "2 points"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Reporter(Protocol):
     """What the core calls while it works. None of these may raise or block for long."""
 
@@ -83,6 +88,8 @@ class RunReport:
 
     frozen_ms: how long the guest's file systems were frozen; None if they were not. damaged: older points
     that can't be restored any more, each with a disk ("": all), also one that this run did not take.
+    missing_disks: those that earlier points hold and the VM has not any more, each with the newest point that
+    holds it.
     """
 
     vm: VmName
@@ -94,6 +101,7 @@ class RunReport:
     consistency: Consistency
     seconds: float
     damaged: tuple[tuple[PointId, DiskName], ...] = ()
+    missing_disks: tuple[tuple[DiskName, PointId], ...] = ()
 
 
 class Stop:

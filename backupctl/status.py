@@ -4,14 +4,15 @@
 from dataclasses import dataclass
 from functools import partial
 
-from backupctl import planning, recovery
+from backupctl import bitmap_survey, planning, recovery
+from backupctl.bitmap_survey import Known, StoredBitmap, nobody_else
 from backupctl.errors import MonitorError, Refused
 from backupctl.names import DiskName, Owner, PointId, VmName
 from backupctl.repository import audit, chain
 from backupctl.repository.layout import Repository
 from backupctl.repository.vm_folder import Partial, Point, VmFolder
 from backupctl.settings import OnBrokenChain, RunOptions, Vm
-from backupctl.vm import cleanup, disks, preflight, scratch
+from backupctl.vm import disks, preflight, scratch
 from backupctl.vm.monitor import Monitor
 
 
@@ -36,7 +37,7 @@ class Status:
     """What there is of a VM.
 
     damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
-    problem).
+    problem). missing_disks: those that the last points hold and the VM has not. bitmaps: all of ours.
     """
 
     vm: VmName
@@ -47,10 +48,16 @@ class Status:
     disks: tuple[DiskStatus, ...]
     leftovers: tuple[str, ...]
     next_run: str
+    missing_disks: tuple[planning.MissingDisk, ...] = ()
+    bitmaps: tuple[StoredBitmap, ...] = ()
 
 
-def look(vm: Vm, repository: Repository, options: RunOptions) -> Status:
-    """Tell what there is and what the next run, with these options, would do. Changes and locks nothing."""
+def look(vm: Vm, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
+    """Tell what there is and what the next run, with these options, would do. Changes and locks nothing.
+
+    The next run recovers first, so it is planned from what there will be then. known: for bitmaps of
+    other repositories.
+    """
     folder = repository.vm(vm.name)
     survey = folder.survey()
     points = survey.points
@@ -66,12 +73,13 @@ def look(vm: Vm, repository: Repository, options: RunOptions) -> Status:
     )
     try:
         with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
-            inventory = disks.inventory(monitor, vm.disk_names)
-            left += cleanup.leftovers(monitor, repository.owner)
+            foreseen = recovery.foresee(monitor, repository.owner, folder, vm.disk_names)
+            inventory = foreseen.inventory
+            left += foreseen.left
             version = str(monitor.version)
-            left += _unsettled(monitor, repository.owner, folder)
             gone = recovery.gone(monitor, repository.owner, folder)
             refusal = _refusal(monitor, inventory, left)
+            stored = bitmap_survey.survey(monitor, vm, repository, known)
     except MonitorError as err:
         worker = folder.worker()  # it has the monitor, which serves one client, and all that looks unfinished
         return Status(
@@ -90,7 +98,18 @@ def look(vm: Vm, repository: Repository, options: RunOptions) -> Status:
     refusal = refusal or broken
     states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
     next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
-    return Status(vm.name, ids, damaged, version, "", states, (*left, *unmerged), next_run)
+    return Status(
+        vm=vm.name,
+        points=ids,
+        damaged=damaged,
+        qemu=version,
+        problem="",
+        disks=states,
+        leftovers=(*left, *unmerged),
+        next_run=next_run,
+        missing_disks=plan.missing,
+        bitmaps=stored,
+    )
 
 
 def problems(folder: VmFolder) -> tuple[str, ...]:
@@ -141,14 +160,6 @@ def _refusal(monitor: Monitor, inventory: disks.Inventory, left: list[str]) -> s
 def _unfinished(one: Partial) -> str:
     frozen = ", whose run may have left the guest frozen" if recovery.froze(one) else ""
     return f"unfinished point {one.point}{frozen}"
-
-
-def _unsettled(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
-    return [
-        f"bitmap to settle: {line}"
-        for settlement, _ in recovery.settlements(monitor, owner, folder)
-        for line in settlement.told
-    ]
 
 
 def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -97,6 +98,20 @@ class Named:
             raise UsageError(err.message) from err
         except RepositoryError as err:
             raise err.add(state="nothing was touched") from err
+
+    def other_repositories(self) -> list[Repository]:
+        """Return the repositories that the configuration names besides this one, as far as they open."""
+        own = self.config.repository(self.name, self.repository_path)
+        settings = [self.config.defaults, *self.config.vms.values()]
+        paths = {Path(found["repository"]).expanduser() for found in settings if found.get("repository")}
+        opened: dict[str, Repository] = {}
+        for path in sorted(paths - {own}):
+            with suppress(BackupctlError, OSError):
+                found = Repository.open(path)
+                opened[found.id] = found
+        with suppress(BackupctlError, OSError):
+            opened.pop(Repository.open(own).id, None)
+        return list(opened.values())
 
     def scratch(self) -> Path:
         """Return the folder for scratch files."""

@@ -25,7 +25,7 @@ def doctor(context: click.Context, /, **options: Any) -> None:
     """
     names = common.take(context, options)
     vm, path = names.vm(), names.folder()
-    found = core.examine(vm, path, run.wishes(names, "incremental", {}))
+    found = core.examine(vm, path, run.wishes(names, "incremental", {}), names.other_repositories)
     around = (*exposure.configuration(names.config), *exposure.repository(path, vm.name))
     found = replace(found, findings=(*around, *found.findings))
     if options["as_json"]:

@@ -39,6 +39,7 @@ _COMMANDS = {
     "unprotect": "prune.unprotect",
     "status": "vm.status",
     "recover": "vm.recover",
+    "bitmaps": "bitmaps.bitmaps",
     "doctor": "doctor.doctor",
     "simulate": "simulate.simulate",
     "demo": "demo.demo",

@@ -76,7 +76,7 @@ def _rows(points: list[Point]) -> list[tuple[object, ...]]:
         (
             point.manifest.vm,
             point.id,
-            point.manifest.kind,
+            _kind(point),
             point.manifest.parent or "-",
             point.manifest.consistency,
             ",".join(entry.name for entry in point.manifest.disks),
@@ -87,6 +87,19 @@ def _rows(points: list[Point]) -> list[tuple[object, ...]]:
     ]
 
 
+def _kind(point: Point) -> str:
+    """Say what a point is by what its disks are: a point that builds on another may hold full ones."""
+    full = sum(entry.kind == "full" for entry in point.manifest.disks)
+    kind = disks_kind(point)
+    return f"incremental ({full} full)" if kind == "mixed" else kind
+
+
+def disks_kind(point: Point) -> str:
+    """Return "full", "incremental" or "mixed", by the kinds of its disks."""
+    kinds = {entry.kind for entry in point.manifest.disks}
+    return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
+
+
 def point_document(point: Point) -> dict[str, Any]:
     """Return a point for programs: its manifest under the names of the reports."""
     manifest = point.manifest.to_dict()
@@ -94,6 +107,7 @@ def point_document(point: Point) -> dict[str, Any]:
         "vm": manifest["vm"],
         "point": manifest["point"],
         "kind": manifest["kind"],
+        "disks_kind": disks_kind(point),
         "parent": manifest["parent"],
         "consistency": manifest["consistency"],
         "frozen_ms": manifest["freeze"]["milliseconds"],
@@ -127,7 +141,7 @@ def show(context: click.Context, /, **options: Any) -> None:
     for name, value in (
         ("point", point.id),
         ("vm", manifest.vm),
-        ("kind", manifest.kind),
+        ("kind", _kind(point)),
         ("parent", manifest.parent or "none"),
         ("taken", f"{manifest.start} to {manifest.end}"),
         ("consistency", manifest.consistency),

@@ -182,6 +182,7 @@ def document(report: RunReport) -> dict[str, Any]:
         "frozen_ms": report.frozen_ms,
         "consistency": report.consistency,
         "seconds": round(report.seconds, 3),
+        "missing_disks": [{"name": name, "point": point} for name, point in report.missing_disks],
     }
 
 

@@ -8,7 +8,7 @@ import click
 
 from backupctl import recovery
 from backupctl import status as core
-from backupctl.cli import common, screen, units
+from backupctl.cli import bitmaps, common, screen, units
 from backupctl.errors import Interrupted
 from backupctl.settings import RunOptions
 
@@ -23,7 +23,7 @@ def status(context: click.Context, /, **options: Any) -> None:
     wanted = {name: names.config.setting(names.name, name) for name in ("on_broken_chain", "max_chain")}
     given = {name: value for name, value in wanted.items() if value}
     run = RunOptions(kind="incremental", scratch=names.scratch(), **given)
-    found = core.look(names.vm(), names.repository(), run)
+    found = core.look(names.vm(), names.repository(), run, names.other_repositories)
     if options["as_json"]:
         screen.print_json({**asdict(found), "configuration": names.config.file})
         return
@@ -38,6 +38,8 @@ def status(context: click.Context, /, **options: Any) -> None:
     for left in found.leftovers:
         screen.print_line(f"  {left}")
     screen.print_line(f"{'next run':<12} {found.next_run}")
+    for gone in found.missing_disks:
+        screen.print_line(f"{'missing':<12} {gone}")
     if found.disks:
         screen.print_line("")
         screen.print_table(
@@ -50,6 +52,12 @@ def status(context: click.Context, /, **options: Any) -> None:
         for disk in found.disks:
             if disk.reason:
                 screen.print_line(f"{disk.name}: {disk.reason}")
+    if found.bitmaps:
+        screen.print_line("")
+        bitmaps.print_table(found.bitmaps)
+        for one in found.bitmaps:
+            if one.use in ("orphan", "other-vm", "unusable"):
+                screen.print_line(f"{one.name} on {one.node}: {one.why}")
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 3, 75))
@@ -68,4 +76,4 @@ def recover(context: click.Context, /, **options: Any) -> None:
     if options["as_json"]:
         screen.print_json({"vm": names.name, "actions": list(done.actions)})
     else:
-        screen.print_line("recovered" if done.actions else "nothing to recover: all is at rest")
+        screen.print_line("recovered" if done.actions else "Nothing to recover.")

@@ -23,7 +23,7 @@ from backupctl.errors import (
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import PointId, RepositoryId, VmName, point_id
+from backupctl.names import PointId, RepositoryId, VmName, point_id, vm_name
 from backupctl.repository import durable, history, locks, markers, plain, strict
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
@@ -183,6 +183,18 @@ class VmFolder:
     def uses(self, point: PointId) -> bool:
         """Whether a committed point or an unfinished one has this id."""
         return any(os.path.lexists(path) for path in (self.path / point, Partial(self, point).path))
+
+    def user_elsewhere(self, point: PointId) -> VmName | None:
+        """Return the other VM of this repository that has a point of this id, finished or not.
+
+        No two VMs have one id (`Repository.next_point`). Raises RepositoryError.
+        """
+        for name in plain.folders(self.path.parent):
+            with suppress(InvalidName):
+                other = VmFolder(self.path.parent / name, vm_name(name), self.repository)
+                if other.name != self.name and other.uses(point):
+                    return other.name
+        return None
 
     def is_committed(self, point: PointId) -> bool:
         """Whether the point's folder stands under its final name, and is not retired.

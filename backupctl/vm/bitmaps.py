@@ -19,8 +19,8 @@ backing layer and records nothing more.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from backupctl.names import BitmapName, NodeName, Owner, PointId
 from backupctl.vm import reply
@@ -29,6 +29,12 @@ GRANULARITY_BYTES = 65536
 """One bit for each cluster of the images that we write."""
 
 Action = dict[str, object]
+Theirs = Callable[[PointId], bool]
+"""Whether a point belongs to another VM of the repository, whose disk this one was."""
+
+
+def _nobody(_point: PointId) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -100,14 +106,14 @@ def unite(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapName]) -> l
     return [{"type": "block-dirty-bitmap-add", "data": added}, _merge(node, union, bitmaps)]
 
 
-def gapped(bitmaps: Iterable[Bitmap], owner: Owner) -> tuple[BitmapName, ...]:
+def gapped(bitmaps: Iterable[Bitmap], owner: Owner, theirs: Theirs = _nobody) -> tuple[BitmapName, ...]:
     """Return our bitmaps of a node if the newest does not record: somebody disabled it, or QEMU crashed.
 
     Then there is a gap, and neither it nor the checkpoints before it can be used any more. They must not
     stand beside the bitmap of a run either: were that run to fail, the newest would look like a base that
-    the run itself had disabled, and be enabled again, gap and all.
+    the run itself had disabled, and be enabled again, gap and all. theirs: as for `settle`.
     """
-    ours = _ours(bitmaps, owner)
+    ours = _ours(bitmaps, owner, theirs)
     if not ours or ours[-1][1].recording:
         return ()
     return tuple(bitmap.name for _, bitmap in ours if not bitmap.busy)
@@ -115,10 +121,14 @@ def gapped(bitmaps: Iterable[Bitmap], owner: Owner) -> tuple[BitmapName, ...]:
 
 @dataclass(frozen=True)
 class Settlement:
-    """What brings the bitmaps of one repository to rest, and in words what it does."""
+    """What brings the bitmaps of one repository to rest.
+
+    told: in words what was done, once it is. ahead: the same before it is done.
+    """
 
     actions: tuple[Action, ...]
     told: tuple[str, ...]
+    ahead: tuple[str, ...] = ()
 
 
 def settle(
@@ -127,16 +137,18 @@ def settle(
     committed: Callable[[PointId], bool],
     checkpoints: int = 0,
     lost: Collection[PointId] = (),
+    theirs: Theirs = _nobody,
 ) -> Settlement:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
     bitmaps: all of one node. committed: whether a point's folder stands under its final name.
     checkpoints: how many bitmaps of older points stay. lost: points that were committed and are gone; their
     bitmaps are treated as those of unfinished ones, but not called so. The answer is one list of actions
-    for one transaction, empty when all is at rest.
+    for one transaction, empty when all is at rest. theirs: bitmaps that came along with a disk of another VM
+    are left to that VM.
     """
     bitmaps = tuple(bitmaps)
-    ours = _ours(bitmaps, owner)
+    ours = _ours(bitmaps, owner, theirs)
     done = [one for point, one in ours if committed(point)]
     newest = done[-1] if done else None
     gone = [one for point, one in ours if not committed(point)]
@@ -145,19 +157,41 @@ def settle(
     kept = _whole(done[:-1], gone)[-checkpoints:] if checkpoints else []
     actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.union]
     actions += _give_back(unfinished, newest) + _keep(kept, pruned)
-    told = [_undone(one, owner, lost) for one in unfinished]
+    told = [f"removed the {_which(one, owner, lost)}" for one in unfinished]
+    ahead = [f"to clean up: {_which(one, owner, lost)}" for one in unfinished]
     for old in done[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
-            told.append(f"retired {old.name} on {old.node}: {newest.name} has taken over")
-    return Settlement(tuple(actions), tuple(told))
+            told.append(f"removed the bitmap {old.name} from {old.node}: {newest.name} replaces it")
+            ahead.append(f"to clean up: bitmap {old.name} on {old.node}, which {newest.name} replaces")
+    return Settlement(tuple(actions), tuple(told), tuple(ahead))
 
 
-def _undone(one: Bitmap, owner: Owner, lost: Collection[PointId]) -> str:
+def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool) -> tuple[Bitmap, ...]:
+    """Return the bitmaps of one node as they will be after a settlement's actions.
+
+    freed: whether our exports end before that, which keep bitmaps busy. A merge adds the counts up: what
+    they have in common is not known.
+    """
+    found = {one.name: replace(one, busy=one.busy and not freed) for one in bitmaps}
+    for action in actions:
+        kind, data = str(action["type"]), cast("Mapping[str, Any]", action["data"])
+        if kind.endswith("-merge"):
+            more = sum(found[name].dirty_bytes for name in data["bitmaps"])
+            target = found[data["target"]]
+            found[target.name] = replace(target, dirty_bytes=target.dirty_bytes + more)
+        elif kind.endswith("-remove"):
+            del found[data["name"]]
+        else:
+            found[data["name"]] = replace(found[data["name"]], recording=kind.endswith("-enable"))
+    return tuple(found.values())
+
+
+def _which(one: Bitmap, owner: Owner, lost: Collection[PointId]) -> str:
     point = owner.point_of(one.name)
     if point in lost:
-        return f"removed the bitmap {one.name} on {one.node}: the point {point} that it names is gone"
-    return f"undid the unfinished bitmap {one.name} on {one.node}"
+        return f"bitmap {one.name} on {one.node}: the point {point} that it names is gone"
+    return f"unfinished bitmap {one.name} on {one.node}"
 
 
 def _whole(checkpoints: list[Bitmap], gone: list[Bitmap]) -> list[Bitmap]:
@@ -200,9 +234,10 @@ def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 
 
-def _ours(bitmaps: Iterable[Bitmap], owner: Owner) -> list[tuple[PointId, Bitmap]]:
+def _ours(bitmaps: Iterable[Bitmap], owner: Owner, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
     """Return our bitmaps with their points, oldest first: the point comes first in the name."""
-    found = [(point, one) for one in bitmaps if (point := owner.point_of(one.name)) is not None]
+    named = [(point, one) for one in bitmaps if (point := owner.point_of(one.name)) is not None]
+    found = [(point, one) for point, one in named if not theirs(point)]
     return sorted(found, key=lambda each: each[1].name)
 
 

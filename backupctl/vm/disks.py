@@ -40,6 +40,7 @@ class Disk:
     qdev: the device as `query-block` names it (see `view.device_path`), "" without one.
     filename: of the active node. apart: whether its data lie in another file than its bitmaps would
     (a qcow2 with a data file). encrypted: whether QEMU encrypts it; a backup holds what the guest sees.
+    shared: whether several devices write to it.
     """
 
     name: DiskName
@@ -52,6 +53,7 @@ class Disk:
     bitmaps: tuple[Bitmap, ...]
     apart: bool = False
     encrypted: bool = False
+    shared: bool = False
 
     def trusts(self, bitmap: Bitmap) -> bool:
         """Whether a bitmap can only be of the data that the disk has now.
@@ -92,22 +94,34 @@ class Inventory:
         return tuple(known[DiskName(name)] for name in wanted) if wanted else self.disks
 
 
-def inventory(monitor: Monitor, stored_names: Mapping[str, str] | None = None) -> Inventory:
+def inventory(
+    monitor: Monitor,
+    stored_names: Mapping[str, str] | None = None,
+    beneath: Mapping[DiskName, NodeName] | None = None,
+) -> Inventory:
     """Ask QEMU for its disks.
 
-    stored_names: QEMU's name of a disk to the name it is stored under. Raises Refused if two disks
+    stored_names: QEMU's name of a disk to the name it is stored under. beneath: disks over which a filter
+    of ours stands that is about to go, with the node that they then write to. Raises Refused if two disks
     would have one name, or a name can't be used; MonitorError if the replies make no sense.
     """
+    names = stored_names or {}
     nodes = named_nodes(monitor)
     devices = monitor.execute("query-block")
     exports = [] if devices else monitor.execute("query-block-exports")
     with understood("description of its disks"):
+        devices = [_seen_through(device, nodes, names, beneath or {}) for device in devices]
         found = [_from_device(device, nodes) for device in devices] if devices else _exported(exports, nodes)
         kinds = _kinds(monitor)
         found = [_unless_passed_through(medium, kinds) for medium in found] + _served_elsewhere(kinds)
         known = _graph(monitor, found, nodes)
-        found = [replace(medium, busy=_who_works(monitor, medium, nodes, known)) for medium in found]
-        return _collect(found, nodes, stored_names or {}, known)
+        ours = {medium.node for medium in found if _stored_name(medium, names) in (beneath or {})}
+        found = [
+            # A job of ours that is about to go is not somebody else's.
+            replace(medium, busy="" if medium.node in ours else _who_works(monitor, medium, nodes, known))
+            for medium in found
+        ]
+        return _collect(found, nodes, names, known)
 
 
 def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
@@ -154,6 +168,17 @@ def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) 
             raise Failed(f"somebody removed or disabled the bitmap {name} of {node} while the run began")
 
 
+def with_bitmaps(found: Inventory, after: Mapping[NodeName, tuple[Bitmap, ...]]) -> Inventory:
+    """Return an inventory with other bitmaps on these nodes."""
+    elsewhere = {bitmap.node: after.get(bitmap.node) for bitmap in found.elsewhere}
+    kept = [one for one in found.elsewhere if elsewhere[one.node] is None]
+    return replace(
+        found,
+        disks=tuple(replace(disk, bitmaps=after.get(disk.node, disk.bitmaps)) for disk in found.disks),
+        elsewhere=(*kept, *(one for bitmaps in elsewhere.values() for one in bitmaps or ())),
+    )
+
+
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
     """Return the bitmaps of one node of `named_nodes`. Raises MonitorError."""
     with understood(f"description of the bitmaps of {node}"):
@@ -165,7 +190,8 @@ def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
 class _Found:
     """A medium before it is decided whether it is a disk to back up.
 
-    why_not: "" if it is. busy: who else works on it, "" if nobody does.
+    why_not: "" if it is. busy: who else works on it, "" if nobody does. shared: whether another device
+    writes to its node too.
     """
 
     qemu_name: str
@@ -173,6 +199,24 @@ class _Found:
     qdev: str
     why_not: str
     busy: str = ""
+    shared: bool = False
+
+
+def _seen_through(
+    device: Mapping[str, Any],
+    nodes: Mapping[NodeName, Mapping[str, Any]],
+    stored_names: Mapping[str, str],
+    beneath: Mapping[DiskName, NodeName],
+) -> Mapping[str, Any]:
+    """Return a device as it will be when our filter is gone from it."""
+    medium = _from_device(device, nodes)
+    node = beneath.get(_stored_name(medium, stored_names))
+    filtered = medium.node.startswith(PREFIX) or _driver(medium, nodes) in _JOB_FILTERS
+    return {**device, "inserted": nodes[node]} if filtered and node and node in nodes else device
+
+
+def _stored_name(medium: _Found, stored_names: Mapping[str, str]) -> DiskName:
+    return DiskName(stored_names.get(medium.qemu_name, medium.qemu_name))
 
 
 def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str, Any]]) -> _Found:
@@ -278,6 +322,27 @@ def _exported(exports: list[Mapping[str, Any]], nodes: Mapping[NodeName, Mapping
     ]
 
 
+def _once_each(found: list[_Found], stored_names: Mapping[str, str]) -> list[_Found]:
+    """Say why not of each device but the first of those that write to one node (share-rw).
+
+    The first takes the node for all of them, and knows that it is not alone.
+    """
+    first: dict[str, int] = {}
+    once: list[_Found] = []
+    for medium in found:
+        if medium.why_not or medium.busy or medium.node not in first:
+            if not medium.why_not and not medium.busy:
+                first[medium.node] = len(once)
+            once.append(medium)
+            continue
+        at = first[medium.node]
+        name = stored_names.get(once[at].qemu_name, once[at].qemu_name)
+        once[at] = replace(once[at], shared=True)
+        why = f"it is the same disk as {name} (node {medium.node}), and backed up once, under that name"
+        once.append(replace(medium, why_not=why))
+    return once
+
+
 def _collect(
     found: list[_Found],
     nodes: Mapping[NodeName, Mapping[str, Any]],
@@ -285,6 +350,7 @@ def _collect(
     known: Graph | None,
 ) -> Inventory:
     disks: dict[DiskName, Disk] = {}
+    found = _once_each(found, stored_names)
     for medium in found:
         if not medium.why_not and not medium.busy:
             disk = _disk(medium, nodes, stored_names, known)
@@ -328,6 +394,7 @@ def _disk(
         bitmaps=bitmaps_of(NodeName(medium.node), node),
         apart=_lies_apart(image),
         encrypted=any(_encrypted(nodes[NodeName(name)]) for name in beneath if name in nodes),
+        shared=medium.shared,
     )
 
 

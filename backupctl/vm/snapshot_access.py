@@ -46,6 +46,8 @@ def why_not(monitor: Monitor, chosen: Sequence[Disk]) -> str:
         return f"QEMU {monitor.version} is older than 10.0, from which on it is known to be right"
     if "qom-set" not in monitor.commands or any(not disk.qdev for disk in chosen):
         return "a disk has no device whose drive can be exchanged"
+    if shared := [disk.name for disk in chosen if disk.shared]:
+        return f"several devices write to {', '.join(shared)}, and the filter would stand under one of them"
     return ""
 
 

@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from backupctl.names import BitmapName, DiskName, NodeName, Owner, PointId
-from backupctl.vm.bitmaps import Bitmap, begin, gapped, settle
+from backupctl.vm.bitmaps import Bitmap, applied, begin, gapped, settle
 
 OWNER = Owner("0123abcd")
 P0, P1, P2 = PointId("20260101T000000Z"), PointId("20260102T000000Z"), PointId("20260103T000000Z")
@@ -185,3 +185,30 @@ def test_when_the_newest_does_not_record_no_older_checkpoint_is_of_use():
     assert gapped(older, OWNER) == (named(P0), named(P1))
     assert gapped([*older, bitmap(P2)], OWNER) == ()
     assert gapped([older[0], bitmap(P1, recording=False, busy=True)], OWNER) == (named(P0),)
+
+
+def test_what_a_settlement_will_leave_is_told_without_its_being_done():
+    there = [bitmap(P0, recording=False, busy=True, dirty_bytes=65536), bitmap(P1, dirty_bytes=131072)]
+    found = settle(there, OWNER, committed(P0))
+    (left,) = applied(there, found.actions, freed=True)
+    assert (left.name, left.recording, left.busy, left.dirty_bytes) == (named(P0), True, False, 196608)
+    assert found.ahead == (f"to clean up: unfinished bitmap {named(P1)} on d0",)
+    assert applied(there, (), freed=False) == tuple(there)
+
+
+def test_the_bitmap_of_another_vms_point_is_neither_merged_nor_removed():
+    """A disk that moved between VMs of one repository took it along; it may move back."""
+    theirs = committed(P1)
+    assert words(settle([bitmap(P1)], OWNER, committed(), theirs=theirs)) == []
+    both = [bitmap(P0, recording=False), bitmap(P1), bitmap(P2)]
+    assert words(settle(both, OWNER, committed(P0), theirs=theirs)) == [
+        "merge 20260103 into 20260101",
+        "enable 20260101",
+        "remove 20260103",
+    ]
+
+
+def test_the_bitmap_of_another_vm_that_records_hides_no_gap_in_ours():
+    both = [bitmap(P0, recording=False), bitmap(P1)]
+    assert gapped(both, OWNER, committed(P1)) == (named(P0),)
+    assert gapped([bitmap(P1, recording=False)], OWNER, committed(P1)) == ()
