@@ -6,15 +6,15 @@ link that the manifest's parent gives. A link that names anything else could mak
 network address of somebody else's choosing, so it is damage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.clusters import Logical
 from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.names import PointId
-from backupctl.repository import digests, header, markers
-from backupctl.repository.digests import DigestMap
+from backupctl.repository import digests, header, markers, plain
+from backupctl.repository.digests import DigestMap, Named
 from backupctl.repository.header import Header
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.vm_folder import Point, VmFolder
@@ -74,24 +74,21 @@ class Layer:
         if found.backing_format != ("qcow2" if wanted else ""):
             raise DamageFound(f"{self.path} takes what it stands on for {found.backing_format!r:.60}")
 
-    def digests(self) -> DigestMap:
-        """Open its digest map. Raises DamageFound, also if it is not the one that the manifest names."""
+    def digests(self, check: Callable[[], None] = lambda: None) -> DigestMap:
+        """Open its digest map. check: called while it is read; what it raises ends that.
+
+        Raises DamageFound, also if it is not the one that the manifest names, RepositoryUnreadable.
+        """
         path = digests.path_of(self.path)
+        named = Named(self.entry.size, self.entry.digests)
         try:
-            found = self._map(path)
+            return DigestMap.open(path, named, check)
         except DamageFound:
             # The image was exchanged and the map not yet: then the right one lies ready beside it.
             ready = digests.merged_path_of(self.path)
-            if not ready.exists():
+            if not plain.there(ready):
                 raise
-            found = self._map(ready)
-        return found
-
-    def _map(self, path: Path) -> DigestMap:
-        found = DigestMap.open(path)
-        if (found.checksum, found.size_bytes) != (self.entry.digests, self.entry.size):
-            raise DamageFound(f"{path} is not the digest map that the manifest names")
-        return found
+        return DigestMap.open(ready, named, check)
 
 
 def backing_of(entry: DiskEntry) -> str:
@@ -134,7 +131,11 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
 
 
 def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
-    """Say why nothing can be built on a disk's chain at a point; "" if nothing is to be seen."""
+    """Say what is damaged in a disk's chain at a point, so that nothing can be built on it; "" if nothing is.
+
+    Raises RepositoryUnreadable: a chain that can't be looked at is not taken for damaged, or a full would be
+    taken each time that a disk or a network fails.
+    """
     try:
         found = below(folder, point, disk)
         logical(found, found[0].entry.size)

@@ -47,13 +47,13 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """Read an image's header. Raises DamageFound if it is none that we would write."""
+    """Read an image's header. Raises DamageFound if it is none that we would write, RepositoryUnreadable."""
     try:
         with plain.open_file(path) as file:
             content = file.read(_READ_BYTES)
             file_bytes = os.fstat(file.fileno()).st_size
-    except OSError as err:
-        raise DamageFound(f"the image {path} can't be read: {err.strerror}") from err
+    except plain.NotThere as err:
+        raise DamageFound(f"the image {path} can't be read: {err}") from err
     try:
         return parse(content, file_bytes)
     except (ValueError, struct.error) as err:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from backupctl import private
-from backupctl.errors import Failed, Locked, RepositoryError, WriteFailed
+from backupctl.errors import Failed, Locked, RepositoryError, RepositoryUnreadable, WriteFailed
 from backupctl.repository import durable, qemu
 
 ImageFormat = Literal["qcow2", "raw"]
@@ -126,13 +126,22 @@ class Soundness:
 
 
 def check(path: Path) -> Soundness:
-    """Check a single image's tables, without those below it. Raises RepositoryError."""
+    """Check a single image's tables, without those below it.
+
+    Raises RepositoryError if qemu-img can't, RepositoryUnreadable if the operating system kept it from that.
+    """
     done = qemu.img(["check", "--output=json", f"json:{json.dumps(blockdev((path,)))}"])
     try:
         found = json.loads(done.stdout)
         errors = int(found["check-errors"]) + int(found.get("corruptions", 0))
         return Soundness(errors, int(found.get("leaks", 0)), f"{errors} errors in its tables")
     except (ValueError, KeyError, TypeError):
+        if done.returncode < 0:
+            raise RepositoryError(
+                f"qemu-img check of {path} was killed by signal {-done.returncode}"
+            ) from None
+        if qemu.hindered(done.stderr):
+            raise RepositoryUnreadable(f"{path} can't be read: {done.stderr.strip():.500}") from None
         words = done.stderr.strip().splitlines()
         return Soundness(1, 0, words[-1][:500] if words else "it said nothing")
 
@@ -158,7 +167,7 @@ def served(options: dict[str, Any], *, writable: bool, layers: int = 1) -> Itera
 
     layers: how many images QEMU has to open.
     """
-    with private.folder() as folder, tempfile.TemporaryFile() as complaints:
+    with private.folder() as folder, _complaints() as complaints:
         server = _start(options, folder, complaints, writable=writable)
         try:
             await_ready(server, folder / _READY, complaints, layers)
@@ -172,6 +181,13 @@ def served(options: dict[str, Any], *, writable: bool, layers: int = 1) -> Itera
             raise WriteFailed(f"QEMU did not complete the image within {qemu.END_SECONDS:g} s")
         if status != 0 and writable:
             raise WriteFailed(f"QEMU could not complete the image: {qemu.said(complaints)}")
+
+
+def _complaints() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as err:
+        raise Failed(f"no temporary file can be made: {err.strerror}") from err
 
 
 def _complete(path: Path) -> None:
@@ -200,7 +216,8 @@ def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], layers: 
     """Wait for the process file, written when all is set up: a socket's name is there before it listens.
 
     layers: how many images it has to open; 300 in one chain take 15 s. Raises Locked if QEMU finds an image
-    in use, RepositoryError if it can't open one, Failed if that can't be told.
+    in use, RepositoryError if it can't open one (RepositoryUnreadable if the operating system refused that),
+    Failed if that can't be told.
     """
     deadline = time.monotonic() + _START_SECONDS + layers * _LAYER_SECONDS
     while not ready.exists():
@@ -210,7 +227,8 @@ def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], layers: 
                 raise Locked(f"an image is in use, by a VM perhaps. QEMU asks: {why}")
             if server.returncode in (None, -signal.SIGKILL):  # too slow, or in the way of something else
                 raise Failed(f"QEMU did not come to open the image: {why}")
-            raise RepositoryError(f"QEMU can't open the image: {why}")
+            said = f"QEMU can't open the image: {why}"
+            raise (RepositoryUnreadable if qemu.hindered(why) else RepositoryError)(said)
         time.sleep(0.005)
 
 

@@ -58,7 +58,7 @@ def file(target: Path, *, force: bool) -> Iterator[Path]:
             with suppress(OSError):  # the first error is the one to tell
                 temporary.unlink()
             raise
-        durable.sync_folder(target.parent)
+        durable.sync_folder_if_it_can(target.parent)  # the image is complete, and can be made again
     finally:
         os.close(descriptor)
 

@@ -85,4 +85,5 @@ def _numbers(runs: list[int]) -> Clusters:
     before = np.cumsum(counts) - counts
     numbers = np.repeat(first - before, counts) + np.arange(counts.sum())
     new = np.diff(numbers, prepend=-1) != 0  # two runs may touch one cluster
-    return numbers[new].astype(np.uint64)
+    found: Clusters = numbers[new].astype(np.uint64)
+    return found
