@@ -18,6 +18,7 @@ Whatever happens from step 2 on, `recovery.settle` follows, and asks one questio
 folder stand under its final name? So this file has no undo of its own that could disagree with it.
 """
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,7 +27,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from backupctl import planning, records, recovery
+from backupctl import planning, private, records, recovery
 from backupctl.errors import (
     AgentError,
     AgentRefused,
@@ -99,6 +100,7 @@ def _prepare(
     reporter: Reporter,
 ) -> tuple[Plan, Shared]:
     """Step 1, after recovery: what can be known beforehand is checked before anything is touched."""
+    private.refuse_long(Path(tempfile.gettempdir()))
     preflight.refuse_qemu(monitor)
     inventory = disks.inventory(monitor, vm.disk_names)
     for name, why in inventory.left_out:

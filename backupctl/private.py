@@ -13,6 +13,13 @@ from pathlib import Path
 from backupctl.errors import Failed
 
 _PREFIX = "bctl-"  # short: the path of a unix socket has 107 bytes
+SOCKET_PATH_BYTES = 107
+"""The longest path of a unix socket."""
+LONGEST_NAME_BYTES = len("/nbd.sock")
+"""The longest name that a socket gets in such a folder, with its slash."""
+FOLDER_NAME_BYTES = len(f"/{_PREFIX}12345678")
+"""What such a folder adds to the path of the temporary folder."""
+
 _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 
 
@@ -24,16 +31,40 @@ def folder() -> Iterator[Path]:
     """
     try:
         _sweep(Path(tempfile.gettempdir()))
+        refuse_long(Path(tempfile.gettempdir()))
         made = tempfile.TemporaryDirectory(prefix=_PREFIX)
     except OSError as err:
         raise Failed(f"no temporary folder can be made: {err.strerror}") from err
     with made as name:
-        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = _locked(name)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield Path(name)
         finally:
             os.close(descriptor)
+
+
+def refuse_long(temporary: Path) -> None:
+    """Refuse a temporary folder whose path is too long for a socket in a folder of ours. Raises Failed."""
+    length = len(os.fsencode(temporary)) + FOLDER_NAME_BYTES + LONGEST_NAME_BYTES
+    if length > SOCKET_PATH_BYTES:
+        raise Failed(
+            f"the path of the temporary folder {temporary} is too long: a socket in it would have a path of "
+            f"{length} bytes, and {SOCKET_PATH_BYTES} are allowed; set TMPDIR to a folder with a shorter path"
+        )
+
+
+def _locked(name: str) -> int:
+    """Open a folder and lock it, or the next of us would take it for a dead one's. Raises Failed."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as err:
+        raise Failed(f"the temporary folder {name} can't be opened: {err.strerror}") from err
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as err:
+        os.close(descriptor)
+        raise Failed(f"the temporary folder {name} can't be locked: {err.strerror}") from err
+    return descriptor
 
 
 def _sweep(temporary: Path) -> None:

@@ -20,7 +20,8 @@ def doctor(context: click.Context, /, **options: Any) -> None:
     """Look for what would make a backup of a VM fail, or may surprise. Changes nothing.
 
     Looked at are QEMU's tools, the repository's rights and room, QEMU's version and monitor, iothreads,
-    disks, the scratch folder's room, the guest agent, and what earlier runs have left.
+    disks, the scratch folder's room, the guest agent, and what earlier runs have left. What a run will do in
+    the repository, the scratch and the temporary folder is tried there, and removed again.
     """
     names = common.take(context, options)
     vm, path = names.vm(), names.config.repository(names.name, names.repository_path)

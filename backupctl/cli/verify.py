@@ -7,7 +7,7 @@ import click
 
 from backupctl import verify as core
 from backupctl.cli import common, screen, units
-from backupctl.errors import DamageFound, UsageError
+from backupctl.errors import DamageFound, RepositoryUnreadable, UsageError
 from backupctl.names import vm_name
 from backupctl.proof import Depth
 from backupctl.report import Stop
@@ -47,7 +47,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
         report = core.verify(repository, vm, options["point"], depth, reporter, stop)
     if options["as_json"]:
         screen.print_json(_document(report, depth))
-    elif report.damage or not options["quiet"]:
+    elif report.damage or report.unchecked or not options["quiet"]:
         _tell(report, depth)
     if report.damage:
         raise DamageFound(
@@ -55,6 +55,14 @@ def verify(context: click.Context, /, **options: Any) -> None:
             state="nothing was changed; the points and ranges not named above are as they were read",
             next_command="backupctl full NAME, so that a whole point exists again; "
             "restore the damaged ones only with --force",
+        )
+    if report.unchecked:
+        raise RepositoryUnreadable(
+            f"{len(report.unchecked)} {'part' if len(report.unchecked) == 1 else 'parts'} of "
+            f"{repository.path} could not be checked",
+            state="nothing was changed; no damage was found in what could be read",
+            next_command="backupctl verify, when what kept it from being read is mended "
+            "(run it as root; look for errors of the disk in `dmesg`)",
         )
 
 
@@ -78,9 +86,12 @@ def _tell(report: VerifyReport, depth: Depth) -> None:
         screen.print_line(f"note: {note}")
     for damage in report.damage:
         _tell_damage(damage)
+    for one in report.unchecked:
+        screen.print_line(f"NOT CHECKED: {one.message}")
     rate = f", {units.size(round(report.read_bytes / report.seconds))}/s" if depth.data else ""
     what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
     verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
+    verdict += f", {len(report.unchecked)} not checked" if report.unchecked else ""
     screen.print_line(
         f"{', '.join(report.vms) or 'no VM'}: {report.points} points, {report.layers} layers, {what} checked "
         f"in {units.duration(report.seconds)}{rate}: {verdict}"
@@ -114,6 +125,10 @@ def _document(report: VerifyReport, depth: Depth) -> dict[str, Any]:
         "read_bytes": report.read_bytes,
         "seconds": round(report.seconds, 3),
         "notes": list(report.notes),
+        "unchecked": [
+            {"vm": one.vm, "path": str(one.path), "disk": one.disk or None, "message": one.message}
+            for one in report.unchecked
+        ],
         "damage": [
             {
                 "vm": damage.vm,

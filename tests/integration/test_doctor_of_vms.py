@@ -17,7 +17,7 @@ def test_a_vm_that_can_be_backed_up_has_nothing_bad_and_nothing_is_changed(build
     told = lab.cli.json("doctor", "web")
     assert told["ok"]
     assert {one["subject"] for one in told["findings"]} == {
-        *("tools", "repository", "monitor", "disks", "scratch", "agent")
+        *("tools", "repository", "folders", "monitor", "disks", "scratch", "agent")
     }
     assert not lab.cli.repository.exists()
     lab.writer.write(5)
