@@ -66,10 +66,10 @@ class Merge:
                 names = lower.path.lstat().st_nlink
             except FileNotFoundError as err:
                 raise DamageFound(f"{lower.path} can't be looked at: {err.strerror}") from err
-        if lower.merging:
-            _forget(lower.path)
         fits = names == 1 and (not below or upper.entry.size <= lower.entry.size)
         with lower.open() as image:
+            if lower.merging:
+                _forget(lower.path)
             return cls(point, layers, fits and not images.check(image).errors)
 
     @property

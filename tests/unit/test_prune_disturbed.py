@@ -100,8 +100,8 @@ def test_a_layer_takes_nothing_in_before_it_was_exchanged_itself(builder, monkey
     real, skip = merge.Merge.describe, prune._Work._skip
     reader = ExitStack()
 
-    def describe(one):
-        done = real(one)
+    def describe(one, image):
+        done = real(one, image)
         reader.enter_context(read(builder, one.point.id))
         return done
 
@@ -320,10 +320,10 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
             steps.append(die_at(deaths, lambda: pruned(builder), changing_step))
         return real_held(work, point)
 
-    def tables(one):
+    def tables(one, image):
         if second in str(one._layer.path) and place == "within it":
             steps.append(die_at(deaths, lambda: pruned(builder), changing_step))
-        real_tables(one)
+        real_tables(one, image)
 
     monkeypatch.setattr(verify._Work, "_held", held)
     monkeypatch.setattr(proof.Proof, "_check_tables", tables)
