@@ -21,7 +21,7 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     names = common.take(context, options)
     repository = names.repository()
     vms = [vm_name(names.name)] if names.name else repository.vms()
-    surveys = [repository.vm(vm).survey() for vm in vms]
+    surveys = [repository.vm(vm).survey(bear=True) for vm in vms]
     points = [point for survey in surveys for point in survey.points]
     if options["as_json"]:
         screen.print_json([point_document(point) for point in points])
@@ -37,6 +37,9 @@ def list_points(context: click.Context, /, **options: Any) -> None:
             "; ".join(err.message for _, err in damaged),
             state="the points listed can be read; the damaged ones are not used",
         )
+    for survey in surveys:
+        for _, unread in survey.unreadable:
+            raise unread.add(state="the points listed can be read; this one may be whole")
 
 
 def _rows(points: list[Point]) -> list[tuple[object, ...]]:

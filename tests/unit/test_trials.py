@@ -17,6 +17,7 @@ from backupctl.finding import Finding
 from backupctl.names import VmName
 from backupctl.repository import durable, images, landing
 from backupctl.repository.layout import Repository
+from backupctl.vm import scratch
 
 
 def refuse(number: int):
@@ -132,3 +133,11 @@ def test_a_path_that_is_no_utf_8_is_refused_before_anything_is_begun(tmp_path):
     path.mkdir()
     (bad,) = trials.of_repository(path)
     assert bad.verdict == "bad"
+
+
+def test_a_scratch_folder_that_can_not_be_looked_at_is_no_bug_of_ours(tmp_path, monkeypatch):
+    owner = Repository.create(tmp_path / "r").owner
+    assert scratch.sweep(owner, VmName("web"), tmp_path / "none") == []
+    monkeypatch.setattr(os, "scandir", refuse(errno.EACCES))
+    with pytest.raises(Failed, match="can't be looked at: Permission denied"):
+        scratch.sweep(owner, VmName("web"), tmp_path)

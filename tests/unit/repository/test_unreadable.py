@@ -232,3 +232,11 @@ def test_a_request_to_stop_ends_the_reading_of_a_map(tmp_path, monkeypatch):
     with pytest.raises(Interrupted):
         DigestMap.open(tmp_path / "vda.digests", check=check)
     assert len(looked) == 1
+
+
+def test_a_point_that_can_not_be_read_hides_no_other_from_the_list(two_points, spoil):
+    builder, _ = two_points
+    spoil(f"{P2}/manifest.json", errno.EACCES)
+    done = CliRunner().invoke(cli, ["list", "--repository", str(builder.repository.path)])
+    assert isinstance(done.exception, RepositoryUnreadable)
+    assert P1 in done.output
