@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What would make a run fail, or may surprise who relies on it: looked for before it matters.
 
-Nothing is changed, in the VM or on the disk. The agent is asked whether the guest is frozen, no more.
+Nothing is changed in the VM. On the disk nothing is left: what is tried in a folder is removed again (see
+`trials`). The agent is asked whether the guest is frozen, no more.
 """
 
 import os
@@ -10,11 +11,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from backupctl import recovery, status
+from backupctl import recovery, status, trials
 from backupctl.bitmap_survey import Known, nobody_else
-from backupctl.errors import AgentError, BackupctlError, MonitorError, NotARepository, Refused
+from backupctl.errors import (
+    AgentError,
+    BackupctlError,
+    MonitorError,
+    NotARepository,
+    Refused,
+    RepositoryError,
+)
+from backupctl.finding import Finding, Verdict
 from backupctl.names import VmName
 from backupctl.report import counted
 from backupctl.repository import qemu
@@ -25,21 +33,6 @@ from backupctl.vm.agent import Agent
 from backupctl.vm.disks import Inventory
 from backupctl.vm.filling import Filling
 from backupctl.vm.monitor import Monitor
-
-Verdict = Literal["ok", "warning", "bad"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at.
-
-    verdict: bad is what makes a run fail. advice: what to do about it, or "".
-    """
-
-    subject: str
-    verdict: Verdict
-    said: str
-    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ def examine(vm: Vm, path: Path, options: RunOptions, known: Known = nobody_else)
     repository = None
     with suppress(BackupctlError):
         repository = Repository.open(path)
-    found = [*_tools(), *_repository(vm, path)]
+    found = [*_tools(), *_repository(vm, path), *_trials(path, options)]
     if repository is not None and (worker := repository.vm(vm.name).worker()):
         found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
     else:
@@ -99,6 +92,16 @@ def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
         yield Finding("repository", "warning", damage.message, f"backupctl verify {vm.name}")
     for problem in problems:
         yield Finding("repository", "warning", problem, f"backupctl verify {vm.name}")
+
+
+def _trials(path: Path, options: RunOptions) -> Iterator[Finding]:
+    """What a run will do in its folders, tried."""
+    with suppress(NotARepository, OSError):
+        if os.path.lexists(path):
+            Repository.refuse_foreign(path)  # nothing is tried in a folder of somebody else
+        yield from trials.of_repository(path)
+    yield from trials.of_scratch(options.scratch)
+    yield from trials.of_temporary()
 
 
 def _no_repository(vm: Vm, path: Path) -> Iterator[Finding]:
@@ -146,7 +149,10 @@ def _vm(
         return
     yield from _agent(vm, options)
     if repository is not None:
-        yield from _history(vm, repository, options, known)
+        try:
+            yield from _history(vm, repository, options, known)
+        except RepositoryError as err:
+            yield Finding("chain", "bad", err.message, "mend what keeps it from being read")
 
 
 def _how_to_reach(address: Address) -> str:

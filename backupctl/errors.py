@@ -26,6 +26,7 @@
          │   └─ WriteFailed                 the repository's image can't be written
          └─ RepositoryError
              ├─ NotARepository
+             ├─ RepositoryUnreadable        what is stored can't be looked at, so nothing is known of it
              ├─ UnknownFormat               made by a newer backupctl
              ├─ InvalidName                 a name that could leave the repository's folder
              ├─ NoSuchPoint
@@ -90,7 +91,10 @@ class Locked(BackupctlError):
 
 
 class DamageFound(BackupctlError):
-    """What is stored is not what was written."""
+    """What is stored is not what was written: bytes said so, or a file that a manifest names is not there.
+
+    A file that can't be read says nothing: see `RepositoryUnreadable`.
+    """
 
     exit_code = 4
 
@@ -199,6 +203,10 @@ class RepositoryError(Failed):
 
 class NotARepository(RepositoryError):
     """The folder holds no repository of ours."""
+
+
+class RepositoryUnreadable(RepositoryError):
+    """The operating system did not let us read what is stored; whether it is damaged is not known."""
 
 
 class UnknownFormat(RepositoryError):

@@ -36,7 +36,7 @@ def folder() -> Iterator[Path]:
             made.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as err:
-            raise Failed(f"cannot make a temporary folder: {err.strerror or err}") from err
+            raise Failed(f"cannot use a temporary folder: {err.strerror or err}") from err
         yield Path(name)
 
 

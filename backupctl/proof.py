@@ -2,6 +2,8 @@
 """The proof of one layer: its image, its digest map, and whether they tell of the same bytes.
 
 The layer is read without those below it. What is found wrong becomes a `Flaw`; nothing is raised for it.
+What the operating system lets nobody read is no flaw, for it may be whole: it is `unchecked`. QEMU has one
+error for both, so where it can't read something the file is read through, without QEMU.
 """
 
 import secrets
@@ -15,9 +17,9 @@ import numpy as np
 
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
-from backupctl.errors import DamageFound, ReadFailed, RepositoryError
+from backupctl.errors import DamageFound, ReadFailed, RepositoryError, RepositoryUnreadable
 from backupctl.report import Stop
-from backupctl.repository import digests, images
+from backupctl.repository import digests, images, plain
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.open_image import OpenImage
@@ -65,7 +67,7 @@ class Proof:
     def __init__(
         self,
         layer: Layer,
-        held: DigestMap | DamageFound,
+        held: DigestMap | DamageFound | RepositoryUnreadable,
         depth: Depth,
         chance: np.random.Generator,
         stop: Stop,
@@ -74,6 +76,7 @@ class Proof:
     ) -> None:
         self.flaws: list[Flaw] = []
         self.notes: list[str] = []
+        self.unchecked: list[str] = []
         self.read_bytes = 0
         self._layer = layer
         self._held = held
@@ -84,6 +87,12 @@ class Proof:
 
     def run(self, progress: Callable[[int], None]) -> None:
         """Look at everything. progress: told the bytes of data read. Raises Interrupted."""
+        try:
+            self._run(progress)
+        except RepositoryUnreadable as err:
+            self.unchecked.append(err.message)
+
+    def _run(self, progress: Callable[[int], None]) -> None:
         try:
             image = self._layer.open_unchecked()
         except DamageFound as err:
@@ -98,9 +107,14 @@ class Proof:
         if isinstance(self._held, DamageFound):
             self._flaw("digests", self._held.message, None, digests.path_of(self._layer.path))
             return
+        if isinstance(self._held, RepositoryUnreadable):
+            raise self._held
         try:
             self._compare(image, self._held.records, progress)
+        except RepositoryUnreadable:
+            raise
         except (ReadFailed, RepositoryError) as err:
+            self._prove_readable()
             self._flaw("image", f"{self._layer.path} can't be read: {err.message}", None)
 
     def _opens(self, image: OpenImage) -> bool:
@@ -128,6 +142,7 @@ class Proof:
         if tables.leaks:
             self.notes.append(f"{path}: {tables.leaks} clusters that nothing uses: no harm")
         if tables.errors:
+            self._prove_readable()
             self._flaw("image", f"{path}: qemu-img check: {tables.said}", _NONE)
 
     def _compare(self, image: OpenImage, records: Records, progress: Callable[[int], None]) -> None:
@@ -162,8 +177,14 @@ class Proof:
 
         lost = reading.read(source, wanted, look, check=self._stop.check, progress=progress)
         self.read_bytes += len(wanted) * CLUSTER_BYTES
-        self._spoilt("can't be read", lost)
         self._spoilt("not what was read from the VM", np.sort(np.concatenate(differing)))
+        if len(lost):
+            self._prove_readable()
+        self._spoilt("can't be read", lost)
+
+    def _prove_readable(self) -> None:
+        """Raise RepositoryUnreadable if the operating system can't read the image either."""
+        plain.prove_readable(self._layer.path, self._stop.check)
 
     def _sample(self, stored: Clusters) -> Clusters:
         """Choose a sample by mebibytes, at least one."""

@@ -24,7 +24,7 @@ from backupctl.clusters import Records
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed, moving
 from backupctl.names import DiskName, PointId
 from backupctl.report import Reporter, Stop
-from backupctl.repository import audit, chain, history, images, locks, markers, merge, retention
+from backupctl.repository import audit, chain, history, images, locks, markers, merge, plain, retention
 from backupctl.repository.chain import Layer
 from backupctl.repository.history import Deed
 from backupctl.repository.manifest import DiskEntry
@@ -306,7 +306,7 @@ class _Work:
                 check=self._look,
                 progress=lambda done: self.reporter.progress(one.upper.entry.name, done, total),
                 sieve=prover,
-                unreadable=lambda extent: _refuse_damaged(one, [(extent.offset, extent.length)]),
+                unreadable=lambda extent: self._refuse_lost(read, one, extent),
             ).run(extent for part in one.written() for extent in _extents(part, one.size))
             cut = one.cut_cluster(image) if one.in_place else None
             if cut is not None:
@@ -318,6 +318,11 @@ class _Work:
         """Raise what must end a merge. What is removed, and not merged, takes no room."""
         self.stop.check()
         self.filling.check(WriteFailed)
+
+    def _refuse_lost(self, read: Sequence[Layer], one: Merge, extent: Extent) -> None:
+        for layer in read:
+            plain.prove_readable(layer.path, self.stop.check)
+        _refuse_damaged(one, [(extent.offset, extent.length)])
 
     def _skip(self, upper: Point, disk: str, why: str) -> None:
         self.skipped.add((upper.id, disk))

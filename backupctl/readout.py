@@ -14,10 +14,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 from backupctl.clusters import CLUSTER_BYTES, Logical
-from backupctl.errors import DamageFound, ReadFailed
+from backupctl.errors import DamageFound, ReadFailed, RepositoryUnreadable
 from backupctl.names import PointId, VmName
 from backupctl.report import Stop
-from backupctl.repository import chain, images
+from backupctl.repository import chain, images, plain
 from backupctl.repository.chain import Layer
 from backupctl.repository.images import ImageFormat
 from backupctl.repository.open_image import OpenImage
@@ -96,6 +96,7 @@ class Readout:
             except ReadFailed as err:
                 if not all(connection.alive() for connection in source.connections):
                     raise  # the server is lost: that tells nothing of what is stored
+                self._prove_readable()
                 raise DamageFound(
                     f"{self.layers[0].entry.name} of {self.vm} at {self.point} can't be read: {err.message}",
                     state="the restore was given up; what it wrote is gone, or not complete",
@@ -105,7 +106,7 @@ class Readout:
     def _expected(self) -> Logical | None:
         try:
             return chain.logical(self.layers, self.size)
-        except DamageFound as err:
+        except (DamageFound, RepositoryUnreadable) as err:
             if not self.force:
                 raise err.add(state="nothing was written", next_command=self._next()) from err
             self.unproven = err.message
@@ -115,6 +116,21 @@ class Readout:
         if not self.force:
             raise self.refused(ranges)
         self.damaged += ranges
+
+    def lost(self, ranges: Sequence[Range]) -> DamageFound:
+        """Return the error that names what QEMU can't read. Raises RepositoryUnreadable if nobody can."""
+        self._prove_readable()
+        return self.refused(ranges)
+
+    def _prove_readable(self) -> None:
+        try:
+            for layer in self.layers:
+                plain.prove_readable(layer.path, self.stop.check)
+        except RepositoryUnreadable as err:
+            raise err.add(
+                state="the restore was given up; what it wrote is gone, or not complete",
+                next_command=self._next(),
+            ) from err
 
     def refused(self, ranges: Sequence[Range]) -> DamageFound:
         """Return the error that names what is damaged."""
@@ -167,7 +183,7 @@ class _Pour:
 
         def unreadable(extent: Extent) -> None:
             if not self.readout.force:
-                raise self.readout.refused([(extent.offset, extent.length)])
+                raise self.readout.lost([(extent.offset, extent.length)])
             failed.append(extent)
 
         check = self.readout.stop.check

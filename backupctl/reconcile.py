@@ -23,7 +23,7 @@ from backupctl.clusters import CLUSTER_BYTES, Logical
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.report import Reporter, Stop
-from backupctl.repository import chain, images, inplace, landing
+from backupctl.repository import chain, images, inplace, landing, plain
 from backupctl.repository.chain import Layer
 from backupctl.repository.foreign_header import ImageFeature
 from backupctl.repository.images import ImageFormat
@@ -228,6 +228,8 @@ def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
         )
 
     def unreadable(extent: Extent) -> None:
+        for layer in work.layers:
+            plain.prove_readable(layer.path, work.stop.check)
         spoilt([(extent.offset, extent.length)])
 
     total = sum(extent.length for extent in _wanted(differing, work.expected))

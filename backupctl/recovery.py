@@ -24,6 +24,7 @@ from backupctl.errors import (
     NeedsRecovery,
     NoSuchPoint,
     RepositoryError,
+    RepositoryUnreadable,
     UnknownFormat,
 )
 from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
@@ -63,6 +64,8 @@ def recover(
         if folder.partials():
             raise needs_recovery(err, vm.name) from err
         raise err.add(state="nothing was touched", next_command=f"backupctl doctor {vm.name}") from err
+    except RepositoryUnreadable as err:  # so nobody can tell what a dead run left
+        raise needs_recovery(err, vm.name) from err
     for line in told:
         reporter.note(line)
     return Recovered((*thawed, *told))
@@ -300,5 +303,5 @@ def _checkpoints(folder: VmFolder) -> int:
         return folder.point("latest").manifest.checkpoints
     except NoSuchPoint:
         return 0
-    except (DamageFound, UnknownFormat):
+    except (DamageFound, RepositoryUnreadable, UnknownFormat):
         return sys.maxsize

@@ -8,6 +8,9 @@
                      what it stores and what its digest map names: the same         ─┘
                      every cluster that it stores: the bytes that were read from the VM
 
+Damage is what bytes say, and a file that is missing. What the operating system lets nobody read (no rights,
+an error of the disk or the network) is told as not checked.
+
 A layer is read without those below it, so each byte is read once however many points stand on it. What is
 found damaged is then told as the user sees it: which bytes of which disks at which points.
 """
@@ -22,11 +25,11 @@ import numpy as np
 
 from backupctl import clusters
 from backupctl.clusters import Records
-from backupctl.errors import DamageFound, Locked, NoSuchPoint
+from backupctl.errors import DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.proof import Depth, Flaw, Kind, Proof
 from backupctl.report import Reporter, Stop
-from backupctl.repository import audit, history, locks, markers, qemu
+from backupctl.repository import audit, history, locks, markers, plain, qemu
 from backupctl.repository.chain import Layer
 from backupctl.repository.digests import DigestMap
 from backupctl.repository.layout import Repository
@@ -56,6 +59,16 @@ class Damage:
 
 
 @dataclass(frozen=True)
+class Unchecked:
+    """Something that can't be read, so that nobody knows whether it is damaged. disk: "" if not of one."""
+
+    vm: VmName
+    path: Path
+    disk: str
+    message: str
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """What a verification came to. read_bytes: of data, compared. notes: to know, but no damage."""
 
@@ -66,6 +79,7 @@ class VerifyReport:
     damage: tuple[Damage, ...]
     notes: tuple[str, ...]
     seconds: float
+    unchecked: tuple[Unchecked, ...] = ()
 
 
 def verify(
@@ -73,8 +87,8 @@ def verify(
 ) -> VerifyReport:
     """Check the whole repository, one VM (`vm`), or what one point of it needs. Changes nothing.
 
-    Damage is in the report. Raises NoSuchPoint, DamageFound if the point asked for has no manifest to
-    start from, RepositoryError, Interrupted.
+    Damage is in the report, and what can't be read. Raises NoSuchPoint, DamageFound or RepositoryUnreadable
+    if the point asked for has no manifest to start from, RepositoryError, Interrupted.
     """
     begun = time.monotonic()
     qemu.require_tools()
@@ -87,7 +101,12 @@ def verify(
         )
     works = [_Work(folder, depth, reporter, stop) for folder in folders]
     for work in works:
-        work.run(point)
+        try:
+            work.run(point)
+        except RepositoryUnreadable as err:
+            if vm is not None:
+                raise
+            work.cannot_check(work.folder.path, "", err)
     if not any(work.points or work.damage for work in works):
         _refuse_empty(repository, vm)
         reporter.warn(f"nothing to verify: there are no recovery points in {repository.path}")
@@ -99,6 +118,7 @@ def verify(
         damage=tuple(found for work in works for found in work.damage),
         notes=tuple(note for work in works for note in work.notes),
         seconds=time.monotonic() - begun,
+        unchecked=tuple(found for work in works for found in work.unchecked),
     )
 
 
@@ -119,12 +139,13 @@ class _Work:
         self.folder = folder
         self.damage: list[Damage] = []
         self.notes: list[str] = []
+        self.unchecked: list[Unchecked] = []
         self.points = self.layers = self.read_bytes = 0
         self._depth = depth
         self._reporter = reporter
         self._stop = stop
         self._random = np.random.default_rng(depth.seed)
-        self._maps: dict[tuple[PointId, str, str], DigestMap | DamageFound] = {}
+        self._maps: dict[tuple[PointId, str, str], DigestMap | DamageFound | RepositoryUnreadable] = {}
 
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs."""
@@ -132,6 +153,7 @@ class _Work:
         chosen = None if wanted is None else _as_it_is(self._point(wanted))
         survey, retired = self._survey()
         self._known = {point.id: _as_it_is(point) for point in (*survey.points, *retired.points)}
+        self._dark = {PointId(path.name): err for path, err in (*survey.unreadable, *retired.unreadable)}
         hidden = {point.id for point in retired.points}
         standing = _standing(self._known.values())
         self._needless = {
@@ -148,6 +170,8 @@ class _Work:
             for path, err in (*survey.damaged, *retired.damaged):
                 self._found("manifest", path, "", err.message, self._reach.standing_on(PointId(path.name)))
             self._compare_with_history()
+            for name, unread in self._dark.items():
+                self.cannot_check(self.folder.path / name, "", unread)
             self.notes += [f"{partial.path}: an unfinished point" for partial in self.folder.partials()]
         self._missing_parents(layers)
         self._prove_all(layers)
@@ -166,9 +190,9 @@ class _Work:
 
     def _survey(self) -> tuple[Survey, Survey]:
         """Look at all points, the retired ones too, again if a prune seems to have been at work meanwhile."""
-        found = self.folder.survey(), self.folder.retired()
+        found = self.folder.survey(bear=True), self.folder.retired(bear=True)
         for _ in range(_LOOKS):
-            again = self.folder.survey(), self.folder.retired()
+            again = self.folder.survey(bear=True), self.folder.retired(bear=True)
             if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
                 (each.points, [path for path, _ in each.damaged]) for each in found
             ]:
@@ -201,9 +225,12 @@ class _Work:
             if entry.parent is None or (below is not None and below.manifest.disk(entry.name)):
                 continue
             path = self.folder.path / entry.parent
+            if unread := self._dark.get(entry.parent):
+                self.cannot_check(path, "", unread)
+                continue
             if below is not None:
                 why = "does not hold that disk"
-            elif path.exists():
+            elif plain.there(path):
                 why = "is damaged"
             else:
                 why = "is missing"
@@ -221,15 +248,18 @@ class _Work:
             def progress(done_bytes: int, before: int = before) -> None:
                 self._reporter.progress(bar, before + done_bytes, total)
 
-            with self._held(point) as now:
-                held = now.manifest.disk(entry.name) if now else None
-                if now and held and not self._merged_meanwhile(now, held):
-                    self._prove(now, held, progress)
+            try:
+                with self._held(point) as now:
+                    held = now.manifest.disk(entry.name) if now else None
+                    if now and held and not self._merged_meanwhile(now, held):
+                        self._prove(now, held, progress)
+            except RepositoryUnreadable as err:
+                self.cannot_check(point.path, entry.name, err)
             done += self._data_bytes(point, entry)
 
     def _merged_meanwhile(self, point: Point, entry: DiskEntry) -> bool:
         """Whether a layer's image has gone into the one that stood on it: that one is the layer now."""
-        if _layer(point, entry).path.exists() or not markers.has(point.path, markers.RETIRED):
+        if plain.there(_layer(point, entry).path) or not markers.has(point.path, markers.RETIRED):
             return False
         survey, retired = self._survey()
         return (point.id, entry.name) not in _standing(map(_as_it_is, (*survey.points, *retired.points)))
@@ -249,6 +279,8 @@ class _Work:
         self.read_bytes += proof.read_bytes
         for flaw in proof.flaws:
             self._tell(point, entry, flaw, merging=merging)
+        for why in proof.unchecked:
+            self.cannot_check(_layer(point, entry).path, entry.name, RepositoryUnreadable(why))
 
     def _tell(self, point: Point, entry: DiskEntry, flaw: Flaw, *, merging: bool) -> None:
         """Say of a layer's flaw whom it touches."""
@@ -281,19 +313,26 @@ class _Work:
         data = 0 if records is None else int(np.count_nonzero(~clusters.is_zero(records)))
         return data * clusters.CLUSTER_BYTES
 
-    def _map(self, point: Point, entry: DiskEntry) -> DigestMap | DamageFound:
+    def _map(self, point: Point, entry: DiskEntry) -> DigestMap | DamageFound | RepositoryUnreadable:
         """Open a digest map once: every byte of it is checked by that."""
         key = point.id, entry.name, entry.digests
         if key not in self._maps:
             try:
-                self._maps[key] = _layer(point, entry).digests()
-            except DamageFound as err:
+                self._maps[key] = _layer(point, entry).digests(self._stop.check)
+            except (DamageFound, RepositoryUnreadable) as err:
                 self._maps[key] = err
         return self._maps[key]
 
     def _records(self, point: Point, entry: DiskEntry) -> Records | None:
         found = self._map(point, entry)
-        return None if isinstance(found, DamageFound) else found.records
+        return found.records if isinstance(found, DigestMap) else None
+
+    def cannot_check(self, path: Path, disk: str, err: RepositoryUnreadable) -> None:
+        """Note once what can't be read."""
+        one = Unchecked(self.folder.name, path, disk, err.message)
+        if one not in self.unchecked:
+            self.unchecked.append(one)
+            self._reporter.warn(f"not checked: {err.message}")
 
     def _found(
         self,
@@ -312,7 +351,7 @@ def _as_it_is(point: Point) -> Point:
     """Return a point with, of two descriptions that a prune left of a disk, the one that holds."""
     manifest = point.manifest
     for entry in manifest.disks:
-        with suppress(DamageFound):  # told when the layer itself is looked at
+        with suppress(DamageFound, RepositoryUnreadable):  # told when the layer itself is looked at
             manifest = manifest.with_disk(Layer.of(point, entry).entry)
     return replace(point, manifest=manifest)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from backupctl.drills.warm import CLI, Program
-from fixtures import builds, warm
+from fixtures import builds, fuse, warm
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
@@ -218,6 +218,20 @@ class Lab:
         report = self.backup("incremental")
         self.assert_point(report["point"], self.writer.moment)
         self.assert_at_rest()
+
+
+@pytest.fixture
+def fuse_folder(tmp_path: Path, held: ExitStack) -> Path:
+    """An empty folder on FUSE. A machine without FUSE skips the test; one that lacks a package fails it."""
+    if not fuse.can_be_had():
+        pytest.skip("there is no /dev/fuse here")
+    (tmp_path / "fuse").mkdir()
+    try:
+        return held.enter_context(fuse.direct_io(tmp_path / "fuse"))
+    except CannotBeHad as err:
+        if builds.required():
+            pytest.fail(f"required here: {err}")
+        pytest.skip(str(err))
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ def doctor(context: click.Context, /, **options: Any) -> None:
 
     Looked at are the configuration file and who else could write it, QEMU's tools, the repository's rights
     and room, QEMU's version and monitor, iothreads, disks, the scratch folder's room, the guest agent, and
-    what earlier runs have left.
+    what earlier runs have left. What a run will do in the repository, the scratch and the temporary folder is
+    tried there, and removed again.
     """
     names = common.take(context, options)
     vm, path = names.vm(), names.folder()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from backupctl import trusted
 from backupctl.cli.config import Config
-from backupctl.doctor import Finding
 from backupctl.errors import UsageError
+from backupctl.finding import Finding
 from backupctl.names import VmName
 
 PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON")

@@ -27,7 +27,7 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     for path in names.folders():
         try:
             folders = _folders(names.open(path), names.name)
-            found[path] = [folder.survey() for folder in folders]
+            found[path] = [folder.survey(bear=True) for folder in folders]
             problems += [problem for folder in folders for problem in audit.problems(folder)]
         except BackupctlError as err:
             failures.append(err)
@@ -50,6 +50,11 @@ def list_points(context: click.Context, /, **options: Any) -> None:
                 state="the points listed can be read; the damaged ones are not used",
             )
         )
+    failures += [
+        unread.add(state="the points listed can be read; this one may be whole")
+        for survey in surveys
+        for _, unread in survey.unreadable
+    ]
     if failures:
         raise common.worst(failures)
 

@@ -9,7 +9,7 @@ import click
 
 from backupctl import verify as core
 from backupctl.cli import common, screen, units
-from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
+from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
 from backupctl.names import vm_name
 from backupctl.proof import Depth
 from backupctl.report import Stop
@@ -60,7 +60,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
     report = _together(reports.values())
     if options["as_json"]:
         screen.print_json(_document(report, depth))
-    elif report.damage or not options["quiet"]:
+    elif report.damage or report.unchecked or not options["quiet"]:
         _tell(report, depth)
     if report.damage:
         damaged = ", ".join(path for path, one in reports.items() if one.damage)
@@ -70,6 +70,16 @@ def verify(context: click.Context, /, **options: Any) -> None:
                 state="nothing was changed; the points and ranges not named above are as they were read",
                 next_command="backupctl full NAME, so that a whole point exists again; "
                 "restore the damaged ones only with --force",
+            )
+        )
+    if report.unchecked:
+        unread = ", ".join(path for path, one in reports.items() if one.unchecked)
+        failures.append(
+            RepositoryUnreadable(
+                f"{units.count(len(report.unchecked), 'part')} of {unread} could not be checked",
+                state="nothing was changed; no damage was found in what could be read",
+                hint="run it as root; look for errors of the disk in `dmesg`",
+                next_command=f"backupctl verify {names.name or ''}".strip(),
             )
         )
     if failures:
@@ -107,9 +117,12 @@ def _tell(report: VerifyReport, depth: Depth) -> None:
         screen.print_line(f"note: {note}")
     for damage in report.damage:
         _tell_damage(damage)
+    for one in report.unchecked:
+        screen.print_line(f"NOT CHECKED: {one.message}")
     rate = f", {units.size(round(report.read_bytes / report.seconds))}/s" if depth.data else ""
     what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
     verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
+    verdict += f", {len(report.unchecked)} not checked" if report.unchecked else ""
     screen.print_line(
         f"{', '.join(report.vms) or 'no VM'}: {units.count(report.points, 'point')}, "
         f"{units.count(report.layers, 'layer')}, {what} checked "
@@ -144,6 +157,10 @@ def _document(report: VerifyReport, depth: Depth) -> dict[str, Any]:
         "read_bytes": report.read_bytes,
         "seconds": round(report.seconds, 3),
         "notes": list(report.notes),
+        "unchecked": [
+            {"vm": one.vm, "path": str(one.path), "disk": one.disk or None, "message": one.message}
+            for one in report.unchecked
+        ],
         "damage": [
             {
                 "vm": damage.vm,

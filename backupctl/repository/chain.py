@@ -7,16 +7,16 @@ network address of somebody else's choosing, so it is damage. The check that cou
 descriptor that QEMU then gets (`opened`): an image that was exchanged after an earlier look is not opened.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.clusters import Logical
-from backupctl.errors import DamageFound, NoSuchPoint, WriteFailed
+from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.names import DiskName, PointId
-from backupctl.repository import digests, header, markers
-from backupctl.repository.digests import DigestMap
+from backupctl.repository import digests, header, markers, plain
+from backupctl.repository.digests import DigestMap, Named
 from backupctl.repository.header import Header
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.open_image import OpenImage
@@ -53,7 +53,7 @@ class Layer:
     def open(self, *, writable: bool = False) -> OpenImage:
         """Open the image, and compare its header with the manifest: QEMU then gets what was checked.
 
-        Raises DamageFound, WriteFailed, RepositoryError.
+        Raises DamageFound, RepositoryUnreadable.
         """
         image = self.open_unchecked(writable=writable)
         try:
@@ -64,13 +64,11 @@ class Layer:
         return image
 
     def open_unchecked(self, *, writable: bool = False) -> OpenImage:
-        """Open the image without a look at what it says. Raises DamageFound, WriteFailed, RepositoryError."""
+        """Open the image without a look at what it says. Raises DamageFound, RepositoryUnreadable."""
         try:
             return OpenImage.open(self.path, writable=writable)
-        except OSError as err:
-            if writable:
-                raise WriteFailed(f"{self.path} can't be opened for writing: {err.strerror}") from err
-            raise header.unreadable(self.path, err) from err
+        except plain.NotThere as err:
+            raise header.missing(self.path, err) from err
 
     def check(self) -> None:
         """Compare the image's header with the manifest. Raises DamageFound, RepositoryError."""
@@ -107,24 +105,21 @@ class Layer:
         if found.backing_format != ("qcow2" if wanted else ""):
             raise DamageFound(f"{self.path} takes what it stands on for {found.backing_format!r:.60}")
 
-    def digests(self) -> DigestMap:
-        """Open its digest map. Raises DamageFound, also if it is not the one that the manifest names."""
+    def digests(self, check: Callable[[], None] = lambda: None) -> DigestMap:
+        """Open its digest map. check: called while it is read; what it raises ends that.
+
+        Raises DamageFound, also if it is not the one that the manifest names, RepositoryUnreadable.
+        """
         path = digests.path_of(self.path)
+        named = Named(self.entry.size, self.entry.digests)
         try:
-            found = self._map(path)
+            return DigestMap.open(path, named, check)
         except DamageFound:
             # The image was exchanged and the map not yet: then the right one lies ready beside it.
             ready = digests.merged_path_of(self.path)
-            if not ready.exists():
+            if not plain.there(ready):
                 raise
-            found = self._map(ready)
-        return found
-
-    def _map(self, path: Path) -> DigestMap:
-        found = DigestMap.open(path)
-        if (found.checksum, found.size_bytes) != (self.entry.digests, self.entry.size):
-            raise DamageFound(f"{path} is not the digest map that the manifest names")
-        return found
+        return DigestMap.open(ready, named, check)
 
 
 def backing_of(entry: DiskEntry) -> str:
@@ -177,7 +172,11 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
 
 
 def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
-    """Say why nothing can be built on a disk's chain at a point; "" if nothing is to be seen."""
+    """Say what is damaged in a disk's chain at a point, so that nothing can be built on it; "" if nothing is.
+
+    Raises RepositoryUnreadable: a chain that can't be looked at is not taken for damaged, or a full would be
+    taken each time that a disk or a network fails.
+    """
     try:
         found = below(folder, point, disk)
         logical(found, found[0].entry.size)

@@ -14,15 +14,21 @@
 
 A cluster's digest is BLAKE3 cut to 16 bytes, of its 65536 bytes; a short last one is filled up with
 zeroes. 16 zero bytes stand for a cluster that is stored as zeroes.
+
+Before anything is read its header must fit the disk that the manifest tells of, and its length the header:
+then it is no longer than that disk allows. All of it is read once, in pieces, and checked; only then is it
+mapped. What can't be mapped (FUSE without shared mappings, no memory to promise) is held in memory.
 """
 
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from blake3 import blake3
@@ -37,6 +43,14 @@ _HEAD = struct.Struct("<8sIIQQ")
 _HEADER_BYTES = 64
 _CHECKSUM = slice(32, 48)
 _CHECKSUM_BYTES = 16
+_PIECE_RECORDS = 1 << 16
+
+
+class Named(NamedTuple):
+    """What a manifest says of a digest map: the disk's virtual size, and the map's checksum in hex."""
+
+    size_bytes: int
+    checksum: str
 
 
 def path_of(image: Path) -> Path:
@@ -51,30 +65,27 @@ def merged_path_of(image: Path) -> Path:
 
 @dataclass(frozen=True)
 class DigestMap:
-    """A layer's digest map. records: mapped from the file, read-only. checksum: 32 hex digits."""
+    """A layer's digest map. records: read-only, mapped if the file can be. checksum: 32 hex digits."""
 
     size_bytes: int
     records: Records
     checksum: str
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Map a file, after every byte of it was checked. Raises DamageFound, RepositoryError."""
+    def open(cls, path: Path, named: Named | None = None, check: Callable[[], None] = lambda: None) -> Self:
+        """Open a map, after every byte of it was checked.
+
+        named: what it must be. check: called between pieces; what it raises ends it. Raises DamageFound,
+        RepositoryUnreadable.
+        """
         try:
             with plain.open_file(path) as file:
-                header = file.read(_HEADER_BYTES)
-                if len(header) != _HEADER_BYTES:
-                    raise DamageFound(f"{path} is cut off")
-                size_bytes, records = _read(path, file, header)
-        except (OSError, ValueError) as err:
-            if isinstance(err, OSError):
-                plain.refuse_shortage(path, err)
+                header = _header(path, file, named)
+                _check_records(path, file, header, check)
+                records = _records(file, header.records)
+        except plain.NotThere as err:
             raise DamageFound(f"the digest map {path} can't be read: {err}") from err
-        checksum = _checksum(header[: _HEAD.size], records)
-        if header[_CHECKSUM] != checksum or any(header[_CHECKSUM.stop :]):
-            raise DamageFound(f"the digest map {path} does not agree with its checksum")
-        _refuse_disorder(path, records, size_bytes)
-        return cls(size_bytes, records, checksum.hex())
+        return cls(header.size_bytes, records, header.checksum.hex())
 
 
 def write(path: Path, size_bytes: int, records: Records) -> str:
@@ -100,25 +111,77 @@ def write_parts(path: Path, size_bytes: int, records: int, parts: Callable[[], I
     return checksum.hex()
 
 
-def _read(path: Path, file: BufferedReader, header: bytes) -> tuple[int, Records]:
-    magic, version, cluster_bytes, size_bytes, records = _HEAD.unpack_from(header)
+class _Header(NamedTuple):
+    """The header of a map. head: its bytes that the checksum covers. records: how many there are."""
+
+    head: bytes
+    size_bytes: int
+    records: int
+    checksum: bytes
+
+
+def _header(path: Path, file: BufferedReader, named: Named | None) -> _Header:
+    """Read the header, and refuse a file that is longer than the disk allows. Raises DamageFound, OSError."""
+    content = file.read(_HEADER_BYTES)
+    if len(content) != _HEADER_BYTES:
+        raise DamageFound(f"{path} is cut off")
+    magic, version, cluster_bytes, size_bytes, records = _HEAD.unpack_from(content)
     if (magic, version, cluster_bytes) != (MAGIC, VERSION, CLUSTER_BYTES):
         raise DamageFound(f"{path} is no digest map of a kind that this backupctl knows")
-    if os.fstat(file.fileno()).st_size != _HEADER_BYTES + records * RECORD.itemsize:
-        raise DamageFound(f"the digest map {path} has not the length that it should have")
-    if not records:  # nothing can't be mapped
-        return size_bytes, np.empty(0, RECORD)
-    return size_bytes, np.memmap(file, RECORD, "r", offset=_HEADER_BYTES, shape=(records,))
+    checksum = content[_CHECKSUM]
+    if named is not None and named != (size_bytes, checksum.hex()):
+        raise DamageFound(f"{path} is not the digest map that the manifest names")
+    if records > count(size_bytes):
+        raise DamageFound(f"the digest map {path} has more records than the disk has clusters")
+    length = _HEADER_BYTES + records * RECORD.itemsize
+    if (found := os.fstat(file.fileno()).st_size) != length:
+        raise DamageFound(f"the digest map {path} has {found} bytes; by its header it should have {length}")
+    if any(content[_CHECKSUM.stop :]):
+        raise _disagrees(path)
+    return _Header(content[: _HEAD.size], size_bytes, records, checksum)
 
 
-def _refuse_disorder(path: Path, records: Records, size_bytes: int) -> None:
-    numbers = records["cluster"]
-    if len(records) and (np.any(numbers[1:] <= numbers[:-1]) or numbers[-1] >= count(size_bytes)):
+def _check_records(path: Path, file: BufferedReader, header: _Header, check: Callable[[], None]) -> None:
+    """Read all records, a piece at a time: not through a mapping, where an error of the disk is a signal."""
+    hasher = blake3(header.head)
+    before, ordered = -1, True
+    for first in range(0, header.records, _PIECE_RECORDS):
+        check()
+        wanted = min(_PIECE_RECORDS, header.records - first)
+        content = file.read(wanted * RECORD.itemsize)
+        if len(content) != wanted * RECORD.itemsize:
+            raise DamageFound(f"{path} is cut off")
+        hasher.update(content)
+        numbers = np.frombuffer(content, RECORD)["cluster"]
+        ordered = ordered and int(numbers[0]) > before and bool(np.all(numbers[1:] > numbers[:-1]))
+        before = int(numbers[-1])
+    if hasher.digest(_CHECKSUM_BYTES) != header.checksum:
+        raise _disagrees(path)
+    if not ordered or before >= count(header.size_bytes):
         raise DamageFound(f"the records of the digest map {path} are out of order")
 
 
-def _checksum(head: bytes, records: Records) -> bytes:
-    return blake3(head).update(_bytes(records)).digest(_CHECKSUM_BYTES)
+def _disagrees(path: Path) -> DamageFound:
+    return DamageFound(f"the digest map {path} does not agree with its checksum")
+
+
+def _records(file: BufferedReader, records: int) -> Records:
+    """Map the records, or read them where a file can't be mapped. Raises OSError, MemoryError."""
+    if not records:  # nothing can't be mapped
+        return np.empty(0, RECORD)
+    length = _HEADER_BYTES + records * RECORD.itemsize
+    found: Any = None
+    # Shared first: what is mapped privately is counted as memory that might be wanted.
+    for access in (mmap.ACCESS_READ, mmap.ACCESS_COPY):
+        with suppress(OSError):
+            found = mmap.mmap(file.fileno(), length, access=access)
+            break
+    if found is None:
+        file.seek(0)
+        found = file.read(length)
+    mapped = np.frombuffer(found, RECORD, records, _HEADER_BYTES)
+    mapped.setflags(write=False)
+    return mapped
 
 
 def _bytes(records: Records) -> memoryview:

@@ -5,6 +5,7 @@ A file is on disk after its own fsync AND the fsync of the folder that names it.
 error for good: the kernel may have dropped the data and call a second fsync a success.
 """
 
+import ctypes
 import errno
 import os
 import secrets
@@ -12,6 +13,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
+_NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def sync_file(file: Path | int) -> None:
@@ -31,8 +37,27 @@ def sync_and_forget(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk. Raises OSError."""
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    """Bring a folder's entries to the disk.
+
+    Some file systems (FUSE, network) can't: then nothing in them is sure to be there after a power failure,
+    and a point is not committed. Raises OSError.
+    """
+    try:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as err:
+        if err.errno in _NO_SYNC:
+            why = "its file system can't bring a folder to the disk (fsync), so no point would be safe in it"
+            raise OSError(err.errno, why, str(path)) from err
+        raise
+
+
+def sync_folder_if_it_can(path: Path) -> None:
+    """Bring a folder's entries to the disk, if its file system can do that at all. Raises OSError."""
+    try:
+        sync_folder(path)
+    except OSError as err:
+        if err.errno not in _NO_SYNC:
+            raise
 
 
 def make_folder(path: Path, mode: int = 0o700) -> None:
@@ -103,14 +128,24 @@ def place(temporary: Path, target: Path) -> None:
     try:
         os.link(temporary, target)
     except OSError as err:
-        if err.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+        if err.errno not in _NO_LINKS:
             raise
-        # A file system without hard links: the best there is.
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from err
-        temporary.rename(target)
+        _rename_to_new(temporary, target)
         return
     temporary.unlink()
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Rename where there are no hard links, and replace nothing. Raises FileExistsError, OSError."""
+    names = os.fsencode(source), os.fsencode(target)
+    done = _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE)
+    number = ctypes.get_errno() if done else 0
+    if number in (errno.EINVAL, errno.ENOSYS):  # the file system knows no such rename: the best there is
+        number = errno.EEXIST if os.path.lexists(target) else 0
+        if not number:
+            source.rename(target)
+    if number:
+        raise OSError(number, os.strerror(number), str(target))
 
 
 def rename(source: Path, target: Path) -> None:

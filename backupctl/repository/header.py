@@ -47,27 +47,24 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """Read an image's header. Raises DamageFound if it is none that we would write."""
+    """Read an image's header. Raises DamageFound if it is none that we would write, RepositoryUnreadable."""
     try:
-        file = plain.open_file(path)
-    except OSError as err:
-        raise unreadable(path, err) from err
-    with file:
-        return read_open(file.fileno(), path)
+        with plain.open_file(path) as file:
+            return read_open(file.fileno(), path)
+    except plain.NotThere as err:
+        raise missing(path, err) from err
 
 
-def unreadable(path: Path, err: OSError) -> DamageFound:
-    """Return the error for an image that can't be opened or read."""
-    return DamageFound(f"the image {path} can't be read: {err.strerror}")
+def missing(path: Path, err: plain.NotThere) -> DamageFound:
+    """Return the error for an image that is not there."""
+    return DamageFound(f"the image {path} can't be read: {err}")
 
 
 def read_open(descriptor: int, path: Path) -> Header:
-    """Read the header of an image that is open; `path` is for messages. Raises DamageFound as `read`."""
-    try:
+    """Read the header of an image that is open; `path` is for messages. Raises as `read`."""
+    with plain.unreadable(path):
         content = os.pread(descriptor, _READ_BYTES, 0)
         file_bytes = os.fstat(descriptor).st_size
-    except OSError as err:
-        raise unreadable(path, err) from err
     try:
         return parse(content, file_bytes)
     except (ValueError, struct.error) as err:

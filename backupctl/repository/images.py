@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from backupctl import private
-from backupctl.errors import Failed, Locked, RepositoryError, WriteFailed
-from backupctl.repository import open_image, qemu
+from backupctl.errors import Failed, Locked, RepositoryError, RepositoryUnreadable, WriteFailed
+from backupctl.repository import open_image, plain, qemu
 from backupctl.repository.open_image import OpenImage
 
 ImageFormat = Literal["qcow2", "raw"]
@@ -147,7 +147,10 @@ class Soundness:
 
 
 def check(image: OpenImage) -> Soundness:
-    """Check a single image's tables, without those below it. Raises RepositoryError."""
+    """Check a single image's tables, without those below it.
+
+    Raises RepositoryError if qemu-img can't, RepositoryUnreadable if the operating system kept it from that.
+    """
     command = ["check", "--output=json", f"json:{json.dumps(blockdev((image,)))}"]
     done = qemu.img(command, [image.descriptor])
     try:
@@ -155,6 +158,12 @@ def check(image: OpenImage) -> Soundness:
         errors = int(found["check-errors"]) + int(found.get("corruptions", 0))
         return Soundness(errors, int(found.get("leaks", 0)), f"{errors} errors in its tables")
     except (ValueError, KeyError, TypeError):
+        if done.returncode < 0:
+            raise RepositoryError(
+                f"qemu-img check of {image.path} was killed by signal {-done.returncode}"
+            ) from None
+        if qemu.hindered(done.stderr):
+            raise RepositoryUnreadable(f"{image.path} can't be read: {_why(done.stderr, [image])}") from None
         words = open_image.named(done.stderr, [image]).strip().splitlines()
         return Soundness(1, 0, words[-1][:500] if words else "it said nothing")
 
@@ -187,8 +196,8 @@ def serve(
 def _opened(path: Path, *, writable: bool) -> OpenImage:
     try:
         return OpenImage.open(path, writable=writable)
-    except OSError as err:
-        raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
+    except plain.NotThere as err:
+        raise RepositoryError(f"{path} can't be opened: {err}") from err
 
 
 @contextmanager
@@ -197,7 +206,7 @@ def served(options: dict[str, Any], *, writable: bool, images: Sequence[OpenImag
 
     images: all that the options name by descriptors.
     """
-    with private.folder() as folder, tempfile.TemporaryFile() as complaints:
+    with private.folder() as folder, _complaints() as complaints:
         server = _start(options, folder, complaints, writable=writable, images=images)
         try:
             await_ready(server, folder / _READY, complaints, images)
@@ -221,6 +230,13 @@ def process_of(address: Path) -> int:
             raise Failed("QEMU's server did not say which process it is")
         time.sleep(0.005)
     return int(number)
+
+
+def _complaints() -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as err:
+        raise Failed(f"no temporary file can be made: {err.strerror}") from err
 
 
 def _complete(image: OpenImage) -> None:
@@ -261,7 +277,8 @@ def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], images: 
     """Wait for the process file, written when all is set up: a socket's name is there before it listens.
 
     images: those that it has to open; 300 in one chain take 15 s. Raises Locked if QEMU finds an image
-    in use, RepositoryError if it can't open one, Failed if that can't be told.
+    in use, RepositoryError if it can't open one (RepositoryUnreadable if the operating system refused that),
+    Failed if that can't be told.
     """
     deadline = time.monotonic() + _START_SECONDS + len(images) * _LAYER_SECONDS
     while not ready.exists():
@@ -271,7 +288,8 @@ def await_ready(server: qemu.Child, ready: Path, complaints: IO[bytes], images: 
                 raise Locked(f"an image is in use, by a VM perhaps. QEMU asks: {why}")
             if server.returncode in (None, -signal.SIGKILL):  # too slow, or in the way of something else
                 raise Failed(f"QEMU did not come to open the image: {why}")
-            raise RepositoryError(f"QEMU can't open the image: {why}")
+            said = f"QEMU can't open the image: {why}"
+            raise (RepositoryUnreadable if qemu.hindered(why) else RepositoryError)(said)
         time.sleep(0.005)
 
 

@@ -130,7 +130,7 @@ def file(
             with suppress(OSError):  # the first error is the one to tell
                 temporary.unlink()
             raise
-        durable.sync_folder(target.parent)
+        durable.sync_folder_if_it_can(target.parent)  # the image is complete, and can be made again
 
 
 def place_of(target: Path, option: str = "--to") -> Path:

@@ -36,6 +36,8 @@ from backupctl.repository.vm_folder import VmFolder
 
 FORMAT = 1
 _FILE_NAME = "repository.json"
+IN_THE_MAKING = f".{_FILE_NAME}."
+"""How names begin that are there for an instant only, in a repository or where one is being made."""
 _NAMING_SECONDS = 10.0
 _LOST_AND_FOUND = "lost+found"  # in every new ext4 file system
 
@@ -58,12 +60,14 @@ class Repository:
     @classmethod
     def open(cls, path: Path) -> "Repository":
         """Open a repository. Raises NotARepository, UnknownFormat, DamageFound, RepositoryError."""
+        if unnamed := unspeakable(path):
+            raise RepositoryError(unnamed, state="nothing was touched")
         try:
             content = plain.read(path / _FILE_NAME)
-        except (FileNotFoundError, NotADirectoryError) as err:
+        except plain.NotPlain as err:
+            raise RepositoryError(f"{path / _FILE_NAME} can't be read: {err}") from err
+        except plain.NotThere as err:
             raise NotARepository(f"{path} is no repository: there is no {_FILE_NAME} in it") from err
-        except OSError as err:
-            raise RepositoryError(f"{path / _FILE_NAME} can't be read: {err.strerror}") from err
         try:
             fields = strict.Fields(strict.parse(content, _FILE_NAME), _FILE_NAME)
             version = fields.number("format")
@@ -165,7 +169,16 @@ class Repository:
             os.close(descriptor)
 
 
+def unspeakable(path: Path) -> str:
+    """Say that a path can't be told to QEMU, which takes JSON; "" if it can."""
+    try:
+        os.fsencode(path.absolute()).decode()
+    except UnicodeDecodeError:
+        return f"the path {os.fsencode(path)!r} is no UTF-8: QEMU can't open anything in it"
+    return ""
+
+
 def _is_foreign(name: str) -> bool:
     """Whether a file of that name shows that a folder is somebody else's."""
     # A death while a repository was being made leaves its temporary file: that is ours.
-    return name != _LOST_AND_FOUND and not name.startswith(f".{_FILE_NAME}.")
+    return name != _LOST_AND_FOUND and not name.startswith(IN_THE_MAKING)

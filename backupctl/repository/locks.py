@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from backupctl.errors import Locked, RepositoryError
+from backupctl.errors import Locked, RepositoryError, RepositoryUnreadable
 
 
 def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> bool:
@@ -38,7 +38,7 @@ def folder(path: Path, patience_seconds: float, *, shared: bool = False) -> Iter
     except FileNotFoundError:
         raise
     except OSError as err:
-        raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
+        raise RepositoryUnreadable(f"{path} can't be opened: {err.strerror}") from err
     try:
         if not _taken(descriptor, patience_seconds, shared=shared):
             raise Locked(f"{path} is {'being changed by a prune' if shared else 'being read'}")

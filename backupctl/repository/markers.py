@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from backupctl.errors import RepositoryError
-from backupctl.repository import durable
+from backupctl.repository import durable, plain
 
 PROTECTED = "protected"
 RETIRED = "retired"
@@ -25,14 +25,8 @@ def merging(disk: str) -> str:
 
 
 def has(folder: Path, marker: str) -> bool:
-    """Whether a point's folder has a marker. Raises RepositoryError if that can't be told."""
-    try:
-        (folder / marker).lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as err:
-        raise RepositoryError(f"{folder / marker} can't be looked at: {err.strerror}") from err
-    return True
+    """Whether a point's folder has a marker. Raises RepositoryUnreadable if that can't be told."""
+    return plain.there(folder / marker)
 
 
 def put(folder: Path, marker: str) -> None:

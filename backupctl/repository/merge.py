@@ -35,7 +35,7 @@ import numpy as np
 from backupctl import clusters
 from backupctl.clusters import CLUSTER_BYTES, Logical, Records
 from backupctl.errors import DamageFound, RepositoryError, WriteFailed
-from backupctl.repository import chain, digests, durable, header, history, images, markers
+from backupctl.repository import chain, digests, durable, header, history, images, markers, plain
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
 from backupctl.repository.history import Deed
@@ -62,10 +62,11 @@ class Merge:
     def of(cls, point: Point, layers: tuple[Layer, ...]) -> Self:
         """Look at what is to be merged. Raises DamageFound, WriteFailed, RepositoryError."""
         upper, lower, *below = layers
-        try:
-            names = lower.path.lstat().st_nlink
-        except OSError as err:
-            raise DamageFound(f"{lower.path} can't be looked at: {err.strerror}") from err
+        with plain.unreadable(lower.path):
+            try:
+                names = lower.path.lstat().st_nlink
+            except FileNotFoundError as err:
+                raise DamageFound(f"{lower.path} can't be looked at: {err.strerror}") from err
         fits = names == 1 and (not below or upper.entry.size <= lower.entry.size)
         with lower.open() as image:
             if lower.merging:
@@ -142,7 +143,8 @@ class Merge:
         count = sum(len(part) for part in self.records())
         checksum = digests.write_parts(ready, self.size, count, self.records)
         _sync_folder(ready.parent)
-        stored = image.stat()
+        with plain.unreadable(self.image):
+            stored = image.stat()
         merged = Merged(self.lower.entry.parent, stored.st_size, stored.st_blocks * 512, checksum)
         entry = replace(self.upper.entry, merged=merged)
         return rewrite(self.point, self.point.manifest.with_disk(entry))

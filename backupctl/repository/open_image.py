@@ -31,7 +31,7 @@ class OpenImage:
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> Self:
-        """Open a plain file that is there, and no link. Raises OSError, RepositoryError."""
+        """Open a plain file that is there, and no link. Raises NotThere, RepositoryUnreadable."""
         return cls(path, plain.open_descriptor(path, os.O_RDWR if writable else os.O_RDONLY))
 
     @classmethod

@@ -7,11 +7,11 @@ where it is, and as it is, for as long as the overlay is used.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from backupctl.errors import DamageFound, TargetExists, UsageError
-from backupctl.repository import images, landing
+from backupctl.repository import images, landing, plain
 from backupctl.repository.open_image import OpenImage
 
 _UNTOUCHED = "nothing was touched"
@@ -71,11 +71,19 @@ def made_or_taken(
     place = landing.place_of(target, "--writable-overlay")
     if not target.exists():
         make(target, size_bytes, chain, force=False)
-    with OpenImage.open(place, writable=True) as image:
+    with ExitStack() as held:
+        try:
+            image = held.enter_context(OpenImage.open(place, writable=True))
+        except plain.NotThere as err:
+            raise _other(target) from err
         if not stands_on(image, size_bytes, chain):
-            raise TargetExists(
-                f"{target} exists, and is no overlay of this point",
-                state=_UNTOUCHED,
-                next_command="name a new file",
-            )
+            raise _other(target)
         yield image
+
+
+def _other(target: Path) -> TargetExists:
+    return TargetExists(
+        f"{target} exists, and is no overlay of this point",
+        state=_UNTOUCHED,
+        next_command="name a new file",
+    )

@@ -2,6 +2,7 @@
 """QEMU's tools as child processes of ours: they die with us, and what they complain of is kept."""
 
 import ctypes
+import errno
 import os
 import re
 import shutil
@@ -21,6 +22,11 @@ _AGAIN_SECONDS = 1.0
 _IMG_SECONDS = 300.0
 _NO_LOCK = re.compile(r'Failed to get (shared )?"[a-z ]+" lock')
 _PR_SET_PDEATHSIG = 1
+# Not EIO: with that QEMU tells of tables that lead nowhere, too.
+_HINDRANCES = (
+    *(errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK),
+)
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -116,6 +122,11 @@ def said(complaints: IO[bytes]) -> str:
     complaints.seek(0)
     text = complaints.read(20_000).decode(errors="replace").strip()
     return text.splitlines()[-1][:500] if text else "it said nothing"
+
+
+def hindered(said_by_qemu: str) -> bool:
+    """Whether QEMU's complaint is one of the operating system's that tells nothing of the image's bytes."""
+    return any(os.strerror(number) in said_by_qemu for number in _HINDRANCES)
 
 
 def in_use(said_by_qemu: str) -> bool:

@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from backupctl.errors import (
     Locked,
     NoSuchPoint,
     RepositoryError,
+    RepositoryUnreadable,
     UnknownFormat,
 )
 from backupctl.names import PointId, RepositoryId, VmName, point_id, vm_name
@@ -54,10 +55,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Survey:
-    """All that stands under a point's final name. damaged: folders whose manifest can't be believed."""
+    """All that stands under a point's final name.
+
+    damaged: folders whose manifest can't be believed. unreadable: those of which the operating system lets
+    nobody tell, so they may be whole.
+    """
 
     points: tuple[Point, ...]
     damaged: tuple[tuple[Path, BackupctlError], ...]
+    unreadable: tuple[tuple[Path, RepositoryUnreadable], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,9 @@ class VmFolder:
     repository: RepositoryId
 
     def exists(self) -> bool:
-        """Whether there ever was a run of this VM."""
-        return self.path.is_dir()
+        """Whether there ever was a run of this VM. Raises RepositoryUnreadable."""
+        with plain.unreadable(self.path):
+            return self.path.is_dir()
 
     @contextmanager
     def lock(self, patience_seconds: float = 4.0) -> Iterator[int]:
@@ -124,7 +131,9 @@ class VmFolder:
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def _holder(self, descriptor: int) -> str:
-        number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+        number = ""
+        with suppress(OSError):
+            number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
         if number.isdigit() and not Path("/proc", number).exists():
             return (
                 f"the guard of a run that died (process {number}) still works for {self.name}: "
@@ -146,13 +155,16 @@ class VmFolder:
             raise survey.damaged[0][1]
         return survey.points
 
-    def survey(self) -> Survey:
-        """Return the committed points, oldest first, and what stands in their place but is damaged."""
-        return self._survey(self._committed())
+    def survey(self, *, bear: bool = False) -> Survey:
+        """Return the committed points, oldest first, and what stands in their place but is damaged.
 
-    def retired(self) -> Survey:
-        """Return the points that were dropped, but whose layers younger ones may still need."""
-        return self._survey(found for found in self._standing() if self._is_retired(found))
+        bear: go on where something can't be read, and tell of it. Raises RepositoryUnreadable otherwise.
+        """
+        return self._survey(retired=False, bear=bear)
+
+    def retired(self, *, bear: bool = False) -> Survey:
+        """Return, as `survey`, the points that were dropped, but whose layers younger ones may still need."""
+        return self._survey(retired=True, bear=bear)
 
     def holder(self, point: PointId) -> Point:
         """Return a point that others stand on, retired or not. Raises NoSuchPoint, DamageFound."""
@@ -227,7 +239,7 @@ class VmFolder:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as err:
-            raise RepositoryError(f"{self.path / point} can't be looked at: {err.strerror}") from err
+            raise RepositoryUnreadable(f"{self.path / point} can't be looked at: {err.strerror}") from err
 
     def _standing(self) -> list[PointId]:
         return _ids(plain.folders(self.path))
@@ -238,16 +250,21 @@ class VmFolder:
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _survey(self, ids: Iterable[PointId]) -> Survey:
-        good, damaged = [], []
-        for found in ids:
+    def _survey(self, *, retired: bool, bear: bool) -> Survey:
+        good, damaged, unreadable = [], [], []
+        for found in self._standing():
             try:
-                good.append(self._open(found))
+                if self._is_retired(found) == retired:
+                    good.append(self._open(found))
             except NoSuchPoint:
                 continue  # a prune has just removed it
             except (DamageFound, UnknownFormat) as err:
                 damaged.append((self.path / found, err))
-        return Survey(tuple(good), tuple(damaged))
+            except RepositoryUnreadable as err:
+                if not bear:
+                    raise
+                unreadable.append((self.path / found, err))
+        return Survey(tuple(good), tuple(damaged), tuple(unreadable))
 
     def _nothing_of(self, point: PointId) -> NoSuchPoint:
         return self._missing(f"there is nothing of the point {point} of {self.name} in this repository")
@@ -255,11 +272,15 @@ class VmFolder:
     def _open(self, point: PointId) -> Point:
         path = self.path / point
         try:
-            manifest = Manifest.from_json(plain.read(path / manifests.FILE_NAME))
-        except OSError as err:
+            content = plain.read(path / manifests.FILE_NAME)
+        except (plain.NotThere, RepositoryUnreadable) as err:
             if not self._stands(point):
                 raise self._nothing_of(point) from err
-            raise DamageFound(f"the manifest of {path} can't be read: {err.strerror}") from err
+            if isinstance(err, RepositoryUnreadable):
+                raise
+            raise DamageFound(f"the manifest of {path} can't be read: {err}") from err
+        try:
+            manifest = Manifest.from_json(content)
         except BackupctlError as err:
             err.message = f"{path}: {err.message}"
             raise
@@ -281,10 +302,13 @@ class Partial:
         return self.folder.path / f"{self.point}{_PARTIAL}"
 
     def journal(self) -> Journal | None:
-        """Return what the run noted, None if it can't be read or is of another run."""
+        """Return what the run noted, None if there is no such thing or it is of another run.
+
+        Raises RepositoryUnreadable: it alone tells of a freeze that is ours to end.
+        """
         try:
             journal = Journal.from_json(plain.read(self.path / journals.FILE_NAME))
-        except (OSError, strict.Malformed):
+        except (plain.NotThere, strict.Malformed):
             return None
         return journal if (journal.point, journal.vm) == (self.point, self.folder.name) else None
 

@@ -14,6 +14,10 @@ What is known for sure is what ALL contexts cover. So: clip to what was asked, i
 ask again for the rest. No progress, an empty extent, or one in front of a longer one that already
 reaches beyond, is a server that lies.
 
+Extents may begin and end anywhere, also within a cluster. Here they are bytes; who wants clusters asks
+`marks` (what is to be copied) or `reading` (what a layer stores). Both keep one rule: a cluster is zero only
+if all of it is. Zero in part is data.
+
 Dirty and zero are two questions: a dirty extent that reads as zeroes must be stored as zeroes, or the
 old data would come back at restore.
 """

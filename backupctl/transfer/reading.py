@@ -3,6 +3,11 @@
 
 The layer is served without those below it. A read error doesn't end the reading: it becomes the names
 of the clusters that can't be read.
+
+QEMU's block status speaks in bytes, and looks through the image into the file that holds it. A copy of the
+repository may have holes where the original has zeroes (`cp --sparse=always`, `fallocate -d`), so that QEMU
+tells of zeroes in the middle of a cluster with data. The rule: a cluster is stored as zeroes only if all of
+it reads as zeroes; one that has any data is data, and is counted once.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,15 +30,16 @@ _OF_THE_TOP = 1  # qemu:allocation-depth, of what the served layer stores itself
 
 
 def stored(source: Source) -> tuple[Clusters, Clusters]:
-    """Return the clusters that a layer stores: those with data, and those stored as zeroes.
+    """Return the clusters that a layer stores: those with any data, and those that are zeroes throughout.
 
-    source: connected with `depth`. Raises ReadFailed.
+    No cluster is in both, and none is in one twice. source: connected with `depth`. Raises ReadFailed.
     """
     runs: tuple[list[int], list[int]] = ([], [])
     for status in source.statuses():
         if status.flags[1] == _OF_THE_TOP:
             runs[bool(status.flags[0] & ZERO)].extend((status.offset, status.length))
-    return _numbers(runs[0]), _numbers(runs[1])
+    data = _numbers(runs[0])
+    return data, np.setdiff1d(_numbers(runs[1]), data, assume_unique=True)
 
 
 def read(
@@ -72,10 +78,12 @@ def _extents(wanted: Clusters, size: int) -> Iterable[Extent]:
 
 
 def _numbers(runs: list[int]) -> Clusters:
-    """Return the clusters of runs: offset, length, offset, length, ... in bytes."""
+    """Return the clusters that runs touch, each once. runs: offset, length, ... in bytes, ascending."""
     bounds = np.array(runs, np.int64).reshape(-1, 2)
     first = bounds[:, 0] // CLUSTER_BYTES
     counts = -(-bounds.sum(axis=1) // CLUSTER_BYTES) - first
     before = np.cumsum(counts) - counts
     numbers = np.repeat(first - before, counts) + np.arange(counts.sum())
-    return numbers.astype(np.uint64)
+    new = np.diff(numbers, prepend=-1) != 0  # two runs may touch one cluster
+    found: Clusters = numbers[new].astype(np.uint64)
+    return found

@@ -153,23 +153,31 @@ def private_folder(owner: Owner, vm: VmName, folder: Path) -> Path:
 
 
 def sweep(owner: Owner, vm: VmName, folder: Path) -> list[str]:
-    """Remove the private folders that dead runs of this VM left. The caller holds the VM's lock."""
+    """Remove the private folders that dead runs of this VM left. The caller holds the VM's lock.
+
+    Raises Failed if the scratch folder can't be looked at.
+    """
     told = []
-    if folder.is_dir():
-        for entry in os.scandir(folder):
-            if entry.name.startswith(_private_prefix(owner, vm)) and entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-                told.append(f"removed the scratch folder {entry.path}")
+    for path in left_folders(owner, vm, folder):
+        shutil.rmtree(path, ignore_errors=True)
+        told.append(f"removed the scratch folder {path}")
     return told
 
 
 def left_folders(owner: Owner, vm: VmName, folder: Path) -> list[str]:
-    """Name the private folders that `sweep` would remove."""
-    if not folder.is_dir():
+    """Name the private folders that `sweep` would remove. Raises Failed if they can't be looked for."""
+    prefix = _private_prefix(owner, vm)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.path
+                for entry in entries
+                if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
+            )
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(
-        entry.path for entry in os.scandir(folder) if entry.name.startswith(_private_prefix(owner, vm))
-    )
+    except OSError as err:
+        raise Failed(f"the scratch folder {folder} can't be looked at: {err.strerror}") from err
 
 
 def _private_prefix(owner: Owner, vm: VmName) -> str:

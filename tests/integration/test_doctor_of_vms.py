@@ -17,7 +17,17 @@ def test_a_vm_that_can_be_backed_up_has_nothing_bad_and_nothing_is_changed(build
     told = lab.cli.json("doctor", "web")
     assert told["ok"]
     assert {one["subject"] for one in told["findings"]} == {
-        *("configuration", "tools", "repository", "monitor", "disks", "file system", "scratch", "agent")
+        *(
+            "configuration",
+            "tools",
+            "repository",
+            "folders",
+            "monitor",
+            "disks",
+            "file system",
+            "scratch",
+            "agent",
+        )
     }
     assert not lab.cli.repository.exists()
     lab.writer.write(5)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Keeping and pruning from the command line, with a machine that goes on being backed up."""
 
+import subprocess
+
 import pytest
 
 from backupctl.repository import chain
@@ -117,3 +119,18 @@ def test_a_chain_that_is_long_enough_is_begun_anew(lab):
     report = lab.backup("incremental", "--max-chain", "3")
     assert {disk["kind"] for disk in report["disks"]} == {"incremental"}
     assert len(prune(lab, "--keep-last", "9", "--max-chain", "2")["long_chains"]) == 2
+
+
+def test_a_chain_whose_files_got_holes_goes_on(lab):
+    """As a copy by `cp --sparse=always` has them: each cluster has 4 KiB of data, and holes around them."""
+    for cluster in range(0, 60, 3):
+        lab.writer.do("vda", "data", cluster * 65536 + 16384, 4096)
+    lab.backup("full")
+    for path in lab.cli.repository.rglob("*.qcow2"):
+        subprocess.run(["fallocate", "--dig-holes", path], check=True, timeout=60)
+    lab.writer.do("vda", "data", 7 * 65536, 4096)
+    report = lab.backup("incremental")
+    assert [disk["kind"] for disk in report["disks"]] == ["incremental"] * 2
+    assert lab.cli.json("verify", "web", vm=False)["damage"] == []
+    assert prune(lab, "--keep-last", "1")["left"] == []
+    lab.assert_point(report["point"], lab.writer.moment)

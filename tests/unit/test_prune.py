@@ -178,7 +178,9 @@ def test_the_maps_below_a_new_image_are_opened_a_few_times_and_not_for_each_part
     markers.put(builder.folder.path / P1, markers.PROTECTED)
     opened, real = [], DigestMap.open.__func__
     monkeypatch.setattr(
-        DigestMap, "open", classmethod(lambda cls, path: (opened.append(path), real(cls, path))[1])
+        DigestMap,
+        "open",
+        classmethod(lambda cls, path, *more: (opened.append(path), real(cls, path, *more))[1]),
     )
     monkeypatch.setattr(merge, "_WINDOW_CLUSTERS", 1)
     assert len(pruned(builder).merged) == 1

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What can't be read is not damaged: each error of the operating system, at each file that is read."""
+
+import errno
+import mmap
+import os
+import struct
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from backupctl.cli.main import cli
+from backupctl.clusters import CLUSTER_BYTES, RECORD
+from backupctl.errors import DamageFound, Interrupted, NeedsRecovery, RepositoryUnreadable
+from backupctl.names import DiskName
+from backupctl.proof import Depth
+from backupctl.recovery import recover
+from backupctl.report import Silent, Stop
+from backupctl.repository import chain, digests, plain
+from backupctl.repository.digests import DigestMap, Named
+from backupctl.restore import restore
+from backupctl.settings import Address, Vm
+from backupctl.verify import VerifyReport, verify
+from backupctl.vm.monitor import Monitor
+from tests.unit.repository.conftest import P1, P2, P3, Builder
+
+ERRORS = (errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT, errno.ENOMEM, errno.EPERM, errno.EMFILE)
+VDA = DiskName("vda")
+Spoil = Callable[..., None]
+
+
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
+    """Has every open of a file or folder fail from now on whose path ends like that."""
+    real = os.open
+
+    def now(ending: str, number: int = errno.EIO) -> None:
+        def failing(path, *arguments, **options):
+            if str(path).endswith(ending):
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", failing)
+
+    return now
+
+
+def verified(builder: Builder, **depth: object) -> VerifyReport:
+    return verify(builder.repository, None, None, Depth(**depth), Silent(), Stop())  # type: ignore[arg-type]
+
+
+def restored(builder: Builder, to: Path, *, force: bool = False) -> None:
+    restore(
+        builder.folder,
+        builder.folder.point(P2),
+        to=str(to),
+        disk=None,
+        image_format="raw",
+        force=force,
+        reporter=Silent(),
+        stop=Stop(),
+    )
+
+
+@pytest.mark.parametrize("name", ["vda.digests", "vda.qcow2", "manifest.json"])
+def test_a_chain_that_can_not_be_read_is_not_taken_for_damaged(two_points, spoil, name):
+    """Damaged it would be begun anew: a silent full each night that the network has a hiccup."""
+    builder, _ = two_points
+    for number in ERRORS:
+        spoil(f"{P1}/{name}", number)
+        with pytest.raises(RepositoryUnreadable, match=os.strerror(number)) as told:
+            chain.flaw(builder.folder, P2, VDA)
+        assert told.value.exit_code == 1
+
+
+def test_an_error_in_the_middle_of_a_file_is_none_of_its_bytes(two_points, monkeypatch):
+    builder, _ = two_points
+    real = os.fdopen
+
+    class Failing:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def read(self, _length):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdopen", lambda *arguments: Failing(real(*arguments)))
+    with pytest.raises(RepositoryUnreadable, match="Input/output error"):
+        builder.folder.survey()
+    with pytest.raises(RepositoryUnreadable):
+        DigestMap.open(builder.folder.path / P1 / "vda.digests")
+
+
+@pytest.mark.parametrize("name", ["vda.digests", "vda.qcow2", "manifest.json", ""])
+def test_verify_tells_what_could_not_be_checked_and_calls_nothing_damaged(two_points, spoil, name):
+    builder, _ = two_points
+    spoil(f"{P1}/{name}" if name else P1, errno.EACCES)
+    report = verified(builder, data=False)
+    assert report.damage == ()
+    assert {P1 in str(one.path) for one in report.unchecked} == {True}
+    assert all("Permission denied" in one.message for one in report.unchecked)
+
+
+def test_the_exit_code_of_what_could_not_be_checked_is_1_and_damage_elsewhere_wins(two_points, spoil):
+    builder, _ = two_points
+    call = ["verify", "--fast", "--repository", str(builder.repository.path)]
+    spoil(f"{P1}/vda.digests", errno.ESTALE)
+    done = CliRunner().invoke(cli, call)
+    assert isinstance(done.exception, RepositoryUnreadable)
+    assert "NOT CHECKED: " in done.output
+    assert "no damage, 1 not checked" in done.output
+    with (builder.folder.path / P2 / "vda.digests").open("r+b") as file:
+        file.write(b"X")
+    done = CliRunner().invoke(cli, [*call, "--json"])
+    assert isinstance(done.exception, DamageFound)
+    assert '"unchecked": [\n' in done.output
+
+
+def test_a_point_asked_for_says_what_below_it_could_not_be_checked(two_points, spoil):
+    builder, _ = two_points
+    spoil(f"{P1}/manifest.json", errno.ETIMEDOUT)
+    report = verify(builder.repository, builder.folder.name, P2, Depth(data=False), Silent(), Stop())
+    assert (report.damage, len(report.unchecked)) == ((), 1)
+
+
+def test_a_disk_that_fails_under_qemu_is_told_from_tables_that_lead_nowhere(
+    two_points, tmp_path, monkeypatch
+):
+    """QEMU has one error for both; here its tables lead nowhere, and then the file can't be read either."""
+    builder, _ = two_points
+    image = builder.folder.path / P1 / "vda.qcow2"
+    content = bytearray(image.read_bytes())
+    (first,) = struct.unpack_from(">Q", content, 40)
+    second = struct.unpack_from(">Q", content, first)[0] & (1 << 56) - 512
+    content[second + 8 * 4 + 6] ^= 2  # of the last cluster; now between two clusters, which QEMU refuses
+    image.write_bytes(content)
+    assert {damage.kind for damage in verified(builder).damage} == {"image", "data"}
+    with pytest.raises(DamageFound):
+        restored(builder, tmp_path / "out.raw")
+
+    def failing(path: Path, _check: object) -> None:
+        raise RepositoryUnreadable(f"{path} can't be read: {os.strerror(errno.EIO)}")
+
+    monkeypatch.setattr(plain, "prove_readable", failing)
+    report = verified(builder)
+    assert (report.damage, [one.path for one in report.unchecked]) == ((), [image])
+    with pytest.raises(RepositoryUnreadable):
+        restored(builder, tmp_path / "out.raw")
+    assert not (tmp_path / "out.raw").exists()
+
+
+def test_a_restore_is_refused_by_an_unreadable_map_and_let_through_by_force(two_points, spoil, tmp_path):
+    builder, content = two_points
+    spoil(f"{P1}/vda.digests", errno.EIO)
+    with pytest.raises(RepositoryUnreadable, match="Input/output"):
+        restored(builder, tmp_path / "out.raw")
+    assert list(tmp_path.glob("*.raw")) == []
+    restored(builder, tmp_path / "out.raw", force=True)
+    assert (tmp_path / "out.raw").read_bytes() == content
+
+
+def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, spoil, monkeypatch):
+    """It alone tells that a dead run froze the guest; without it recover would drop all that is left."""
+    builder, _ = two_points
+    partial = builder.begin(P3)
+    spoil("run.json")
+    with pytest.raises(RepositoryUnreadable):
+        partial.journal()
+    monkeypatch.setattr(Monitor, "connect", lambda *_: nullcontext())
+    with pytest.raises(NeedsRecovery, match=r"run\.json can't be read"):
+        recover(Vm(builder.folder.name, Address(path="/nowhere")), builder.repository, Silent())
+    assert partial.path.exists()
+
+
+def _map_of(path: Path, *numbers: int, size: int = 100 * CLUSTER_BYTES) -> str:
+    return digests.write(path, size, np.array([(number, 1, 2) for number in numbers], RECORD))
+
+
+@pytest.mark.parametrize("refused", [(mmap.ACCESS_READ,), (mmap.ACCESS_READ, mmap.ACCESS_COPY)])
+def test_a_map_is_read_where_it_can_not_be_mapped(tmp_path, monkeypatch, refused):
+    _map_of(tmp_path / "vda.digests", 0, 5, 99)
+    real = mmap.mmap
+
+    def mapped(*arguments, access):
+        if access in refused:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        return real(*arguments, access=access)
+
+    monkeypatch.setattr(mmap, "mmap", mapped)
+    found = DigestMap.open(tmp_path / "vda.digests").records
+    assert found["cluster"].tolist() == [0, 5, 99]
+    assert not found.flags.writeable
+
+
+def test_a_huge_map_is_refused_by_its_length_before_any_of_it_is_read(tmp_path, monkeypatch):
+    """Sparse, it costs nobody anything; hashed it would keep us busy, and deaf, for minutes."""
+    monkeypatch.setattr(digests, "_check_records", pytest.fail)
+    path, records = tmp_path / "vda.digests", 1 << 37
+    for size in (100 * CLUSTER_BYTES, records * CLUSTER_BYTES):
+        path.write_bytes(
+            struct.pack("<8sIIQQ", b"bkdigest", 1, CLUSTER_BYTES, size, records).ljust(64, b"\0")
+        )
+        os.truncate(path, 64 + (1 << 42))
+        for named in (None, Named(100 * CLUSTER_BYTES, "0" * 32)):
+            with pytest.raises(DamageFound):
+                DigestMap.open(path, named)
+
+
+def test_a_request_to_stop_ends_the_reading_of_a_map(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "_PIECE_RECORDS", 1)
+    _map_of(tmp_path / "vda.digests", 0, 5, 99)
+    stop = Stop()
+    looked = []
+
+    def check() -> None:
+        looked.append(stop.check())
+        stop.request("SIGTERM")
+
+    with pytest.raises(Interrupted):
+        DigestMap.open(tmp_path / "vda.digests", check=check)
+    assert len(looked) == 1
+
+
+def test_a_point_that_can_not_be_read_hides_no_other_from_the_list(two_points, spoil):
+    builder, _ = two_points
+    spoil(f"{P2}/manifest.json", errno.EACCES)
+    done = CliRunner().invoke(cli, ["list", "--repository", str(builder.repository.path)])
+    assert isinstance(done.exception, RepositoryUnreadable)
+    assert P1 in done.output
