@@ -37,20 +37,22 @@ def open_file(path: Path) -> Iterator[BufferedReader]:
     An OSError in the block is one of reading it. Raises NotThere, RepositoryUnreadable.
     """
     with unreadable(path), os.fdopen(_opened(path), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise NotPlain("it is no plain file")
         yield file
 
 
 def _opened(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise NotThere(err.strerror) from err
     except OSError as err:
         if err.errno in _ANOTHER_KIND:
             raise NotPlain("it is no plain file") from err
         raise
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise NotPlain("it is no plain file")
 
 
 @contextmanager
