@@ -196,10 +196,10 @@ def _content(folder: Path) -> bytes | None:
     try:
         with plain.open_file(path) as file:
             return file.read(MAX_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
+    except plain.NotPlain as err:
+        raise RepositoryError(f"{path} can't be read: {err}") from err
+    except plain.NotThere:
         return None
-    except OSError as err:
-        raise RepositoryError(f"{path} can't be read: {err.strerror}") from err
 
 
 def _end(content: bytes) -> tuple[int, str]:
