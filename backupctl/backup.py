@@ -39,17 +39,20 @@ from backupctl.errors import (
     GuardLost,
     Interrupted,
     MonitorError,
+    OutcomeUnknown,
+    ReadFailed,
     Refused,
+    ViewUnavailable,
 )
 from backupctl.layer import Taker
-from backupctl.names import BitmapName, DiskName, PointId
+from backupctl.names import BitmapName, DiskName, PointId, VmName
 from backupctl.planning import Plan
 from backupctl.report import Reporter, RunReport, Stop
 from backupctl.repository import audit, chain
 from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.repository.vm_folder import Partial, Survey, VmFolder
-from backupctl.settings import RunOptions, Vm
+from backupctl.settings import Kind, RunOptions, Vm
 from backupctl.transfer.limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm import bitmaps, cleanup, disks, export, preflight, room, scratch, snapshot_access
@@ -61,6 +64,10 @@ from backupctl.vm.monitor import Monitor
 from backupctl.vm.room import Room
 from backupctl.vm.snapshot_access import SnapshotAccess
 from backupctl.vm.view import Cut, View
+
+_MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
+"""What the same command, run again, may not meet any more."""
+_AGENT_HINT = "start qemu-guest-agent in the guest, or let the point be crash-consistent: --freeze auto"
 
 
 def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter, stop: Stop) -> RunReport:
@@ -89,9 +96,10 @@ def _preparing(vm: Vm, options: RunOptions) -> Iterator[None]:
     try:
         yield
     except Failed as err:
-        do = options.kind if isinstance(err, Interrupted) else "doctor"
         raise err.add(
-            step="prepare", state="nothing of this run was begun", next_command=f"backupctl {do} {vm.name}"
+            step="prepare",
+            state="nothing of this run was begun",
+            next_command=_next(err, options.kind, vm.name),
         ) from err
 
 
@@ -350,7 +358,7 @@ class _Run:
                 partial.note("export", froze=False)
                 return self._frozen(thawed[0])
         if not view.atomic:
-            raise Refused("without a freeze, --view snapshot-access takes one disk only; use fleecing")
+            raise ViewUnavailable("without a freeze, --view snapshot-access takes one disk only")
         self._begin("transaction")
         view.cut()
         partial.note("export", froze=False)
@@ -515,7 +523,8 @@ class _Run:
         return err.add(
             step=self.step,
             state="rolled back: nothing is lost, nothing of this run is left, the guest goes on",
-            next_command=f"backupctl {self.options.kind} {self.vm.name}",
+            hint=_AGENT_HINT if isinstance(err, AgentError) else "",
+            next_command=_next(err, self.options.kind, self.vm.name),
         )
 
     def _begin(self, step: str) -> None:
@@ -564,6 +573,13 @@ class _Run:
                 raise MonitorError(f"the node {one.disk.node} of {one.disk.name} has gone") from err
             if size != one.disk.size:
                 raise Failed(f"{one.disk.name} was resized while the run began")
+
+
+def _next(err: BaseException, kind: Kind, vm: VmName) -> str:
+    """Name the command that gets on: the same again where that may help, else the one that tells why not."""
+    if isinstance(err, ViewUnavailable):
+        return f"backupctl {kind} {vm} --view fleecing"
+    return f"backupctl {kind if isinstance(err, _MAY_PASS) else 'doctor'} {vm}"
 
 
 def _now() -> datetime:

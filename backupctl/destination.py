@@ -10,6 +10,7 @@ by the manifest, and never by its name or its bytes.
 """
 
 import os
+import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ def in_the_vm(entry: DiskEntry) -> ImageFormat:
         raise UsageError(
             f"{entry.name} was a {entry.format!r:.60} disk in the VM: its image's format is not known",
             state=_UNTOUCHED,
-            next_command="the same with --format qcow2 or --format raw",
+            hint="name the image's format: --format qcow2 or --format raw",
         ) from err
 
 
@@ -76,7 +77,7 @@ def _suffixed(entry: DiskEntry, path: Path) -> ImageFormat:
     raise UsageError(
         f"{path}: {path.suffix!r:.60} is no image format that backupctl writes (qcow2, raw)",
         state=_UNTOUCHED,
-        next_command=f"--to {path.with_suffix('.qcow2')} or .raw or .img; --to {path}/ for a folder",
+        hint=f"use --to {path.with_suffix('.qcow2')} or .raw or .img; --to {path}/ for a folder",
     )
 
 
@@ -102,7 +103,8 @@ def refuse_unplaceable(to: str, target: Path) -> None:
         raise UsageError(
             f"{target} can't be made: the folder {above} {what}",
             state=_UNTOUCHED,
-            next_command=f"mkdir -p {above}, and the same again",
+            hint="make it, then restore again",
+            next_command=f"mkdir -p {shlex.quote(str(above))}",
         )
     if os.path.lexists(target):
         _refuse_no_plain_file(target)

@@ -27,7 +27,7 @@ from backupctl.names import VmName
 from backupctl.report import counted
 from backupctl.repository import qemu
 from backupctl.repository.layout import Repository
-from backupctl.settings import Address, RunOptions, Vm
+from backupctl.settings import RunOptions, Vm
 from backupctl.vm import cleanup, disks, preflight, room, scratch, snapshot_access
 from backupctl.vm.agent import Agent
 from backupctl.vm.disks import Inventory
@@ -145,7 +145,7 @@ def _vm(
             yield from _iothreads(monitor)
             yield from _disks(vm, monitor, repository, path, options)
     except MonitorError as err:
-        yield Finding("monitor", "bad", err.message, _how_to_reach(vm.qmp))
+        yield Finding("monitor", "bad", err.message, err.hint)
         return
     yield from _agent(vm, options)
     if repository is not None:
@@ -153,14 +153,6 @@ def _vm(
             yield from _history(vm, repository, options, known)
         except RepositoryError as err:
             yield Finding("chain", "bad", err.message, "mend what keeps it from being read")
-
-
-def _how_to_reach(address: Address) -> str:
-    if address.path and not os.path.lexists(address.path):
-        return f"start QEMU with -qmp unix:{address.path},server=on,wait=off, or name the socket it has"
-    if address.path and not os.access(address.path, os.W_OK):
-        return "run backupctl as root, or as the user that QEMU runs as"
-    return "a monitor serves one client: end the other one, or give QEMU a monitor for backups alone"
 
 
 def _qemu(monitor: Monitor, options: RunOptions) -> Iterator[Finding]:

@@ -11,6 +11,7 @@
      └─ Failed                          1   failed, nothing lost, nothing left behind
          ├─ Interrupted                     SIGINT or SIGTERM
          ├─ Refused                         preflight: going on could harm the guest or the chain
+         │   └─ ViewUnavailable             snapshot-access can't be had here; fleecing can
          ├─ MonitorError
          │   ├─ MonitorUnreachable          no greeting: nothing was sent
          │   ├─ CommandFailed               QEMU answered with an error: nothing took effect
@@ -115,6 +116,10 @@ class Interrupted(Failed):
 
 class Refused(Failed):
     """Preflight found that going on could harm the guest or break the chain; nothing was touched."""
+
+
+class ViewUnavailable(Refused):
+    """The view that was asked for can't be had of this VM; the other one can."""
 
 
 class MonitorError(Failed):

@@ -35,7 +35,7 @@ def tcp_address(text: str) -> tuple[str, int]:
     raise UsageError(
         f"{host!r:.80} is not this machine: a disk is shown to nobody else, for NBD asks for no password",
         state=_UNTOUCHED,
-        next_command="serve on a unix socket (--socket PATH), and reach it through ssh -L 10809:PATH HOST",
+        hint="serve on a unix socket (--socket PATH), and reach it through ssh -L 10809:PATH HOST",
     )
 
 

@@ -112,7 +112,8 @@ def prune(
     except Failed as err:
         raise err.add(
             state="every point that stays is whole; a point that was dropped stays dropped",
-            next_command=f"backupctl prune {folder.name}, with the same rules, which goes on",
+            hint="the same prune again goes on where it ended",
+            next_command=f"backupctl prune {folder.name}",
         ) from err
     return PruneReport(
         decisions,

@@ -32,6 +32,7 @@ from backupctl.transfer.stream import stream
 
 _CONNECTIONS = 2
 _HEAD_BYTES = 1 << 20
+_FORCE = "verify names all that is damaged; restore --force lets it through"
 _DEVICE_ZERO_BYTES = 8 << 20  # at a time: a device that can't make zeroes by itself has them written
 _SHOWN = 4
 
@@ -100,6 +101,7 @@ class Readout:
                 raise DamageFound(
                     f"{self.layers[0].entry.name} of {self.vm} at {self.point} can't be read: {err.message}",
                     state="the restore was given up; what it wrote is gone, or not complete",
+                    hint=_FORCE,
                     next_command=self._next(),
                 ) from err
 
@@ -108,7 +110,7 @@ class Readout:
             return chain.logical(self.layers, self.size)
         except (DamageFound, RepositoryUnreadable) as err:
             if not self.force:
-                raise err.add(state="nothing was written", next_command=self._next()) from err
+                raise err.add(state="nothing was written", hint=_FORCE, next_command=self._next()) from err
             self.unproven = err.message
             return None
 
@@ -129,6 +131,7 @@ class Readout:
         except RepositoryUnreadable as err:
             raise err.add(
                 state="the restore was given up; what it wrote is gone, or not complete",
+                hint=_FORCE,
                 next_command=self._next(),
             ) from err
 
@@ -138,14 +141,12 @@ class Readout:
             f"{self.layers[0].entry.name} of {self.vm} at {self.point} is damaged: {said(ranges)} are not "
             "what was read from the VM",
             state="the restore was given up; what it wrote is gone, or not complete",
+            hint=_FORCE,
             next_command=self._next(),
         )
 
     def _next(self) -> str:
-        return (
-            f"backupctl verify {self.vm} {self.point}, which names all that is damaged; "
-            "restore --force lets it through"
-        )
+        return f"backupctl verify {self.vm} {self.point}"
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class ReconcileReport:
 class _Work:
     """One disk. layers: newest first. expected: what the target shall hold. room: what it has, in bytes."""
 
+    vm: VmName
     name: DiskName
     point: PointId
     layers: tuple[Layer, ...]
@@ -120,19 +121,21 @@ def restore(
         targets = [held.enter_context(_target(folder, *one, allowed)) for one in wanted]
         destination.refuse_one_for_all([str(target.identity) for target in targets], chosen.names)
         works = [
-            _work(part, below, target, reporter, stop)
+            _work(folder.name, part, below, target, reporter, stop)
             for part, below, target in zip(chosen.parts, layers, targets, strict=True)
         ]
         done = tuple(_reconcile(work) for work in works)
     return ReconcileReport(folder.name, point.id, done, chosen.missing)
 
 
-def _work(part: Part, layers: tuple[Layer, ...], target: Target, reporter: Reporter, stop: Stop) -> _Work:
+def _work(
+    vm: VmName, part: Part, layers: tuple[Layer, ...], target: Target, reporter: Reporter, stop: Stop
+) -> _Work:
     entry = part.entry
     expected = chain.logical(layers, entry.size)
     both = filling.watching(stop, target.path)
     return _Work(
-        entry.name, part.point.id, layers, target, expected, _room(target, entry.size), reporter, both
+        vm, entry.name, part.point.id, layers, target, expected, _room(target, entry.size), reporter, both
     )
 
 
@@ -224,7 +227,8 @@ def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
             f"{work.name} is damaged in the repository: bytes {ranges[0][0]}-{sum(ranges[0]) - 1} are not "
             "what was read from the VM",
             state="nothing of the damaged data was written, but the target is partly changed",
-            next_command="backupctl verify NAME, which names all that is damaged",
+            hint="verify names all that is damaged",
+            next_command=f"backupctl verify {work.vm}",
         )
 
     def unreadable(extent: Extent) -> None:

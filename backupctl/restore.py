@@ -136,7 +136,7 @@ def _refuse(
     landing.place_of(target)
     if not force and (device or os.path.lexists(target)):
         what = "is a block device, whose content would be lost" if device else "exists"
-        raise TargetExists(f"{target} {what}", state=_UNTOUCHED, next_command="the same with --force")
+        raise TargetExists(f"{target} {what}", state=_UNTOUCHED, next_command="backupctl restore --force")
     if not device and os.path.lexists(target):
         landing.refuse_in_use(target)
         landing.refuse_more_than_bytes(target, work.format, allowed)
@@ -157,7 +157,7 @@ def _restore(folder: VmFolder, work: _Work, force: bool, reporter: Reporter, sto
     try:
         _read_out(reading, work, force, reporter)
     except (TransferError, Interrupted) as err:
-        raise err.add(state=_left(work.target), next_command="the same again") from err
+        raise err.add(state=_left(work.target), next_command="backupctl restore") from err
     progress(entry.size)
     if reading.damaged:
         reporter.warn(f"{entry.name}: restored with damage: {said(reading.damaged)}")

@@ -94,7 +94,7 @@ def _one(folder: VmFolder, point: Point, disk: str, absent: tuple[MissingDisk, .
     for one in absent:
         if one.name == disk:
             err.message += f". The newest point with {disk} is {one.point}"
-            err.add(next_command=f"backupctl restore {folder.name} {one.point} --disk {disk}, as before")
+            err.add(next_command=f"backupctl restore {folder.name} {one.point} --disk {disk}")
     raise err
 
 

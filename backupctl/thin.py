@@ -106,7 +106,7 @@ def _refuse(
     if not path.exists():
         return
     if not force:
-        raise TargetExists(f"{path} exists", state=_UNTOUCHED, next_command="the same with --force")
+        raise TargetExists(f"{path} exists", state=_UNTOUCHED, next_command="backupctl restore --force")
     landing.refuse_in_use(path)
     # One overlay in the place of another is opened as before.
     landing.refuse_more_than_bytes(path, kind, {*allowed, "backing"})

@@ -37,6 +37,8 @@ def bitmaps(context: click.Context, /, **options: Any) -> None:
         return
     known = names.other_repositories
     done = core.remove(vm, repository, known, wanted, tag, dry_run=options["dry_run"])
+    if not options["dry_run"]:
+        screen.done(f"{counted(len(done.removed), 'bitmap')} of {vm.name} were removed")
     _tell(done, as_json=options["as_json"], dry_run=options["dry_run"])
     if done.left:
         raise Failed(

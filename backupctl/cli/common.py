@@ -161,7 +161,7 @@ def _with_next_command(command: Command) -> Command:
         try:
             return command(*arguments, **options)
         except BackupctlError as err:
-            err.next_command = next_command.complete(click.get_current_context(), err.next_command)
+            next_command.add_to(err, click.get_current_context())
             raise
 
     return cast("Command", call)

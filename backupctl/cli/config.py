@@ -77,7 +77,7 @@ class Config:
         if not found:
             raise UsageError(
                 "no repository is known",
-                next_command="give --repository DIR, or put repository = into the configuration file",
+                hint=f"use --repository DIR, or set repository in {self.path or SYSTEM_FILE}",
             )
         return absolute(found, "the repository")
 
@@ -98,7 +98,7 @@ class Config:
             there = ", ".join(sorted(self.vms)) or "none"
             raise UsageError(
                 f"no monitor is known for {name!r:.120} (VMs in the configuration: {there})",
-                next_command=f"give --qmp unix:PATH, or put [vm.{checked}] into {self.path or SYSTEM_FILE}",
+                hint=f"use --qmp unix:PATH, or configure [vm.{checked}] in {self.path or SYSTEM_FILE}",
             )
         guest = agent or self.setting(name, "agent")
         return Vm(

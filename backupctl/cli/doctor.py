@@ -44,7 +44,8 @@ def doctor(context: click.Context, /, **options: Any) -> None:
         raise Failed(
             f"a backup of {found.vm} would fail: {len(found.bad)} of {len(found.findings)} findings are bad",
             state="nothing was touched",
-            next_command=f"backupctl doctor {found.vm}, when that is mended",
+            hint="mend what is called bad, then look again",
+            next_command=f"backupctl doctor {found.vm}",
         )
 
 

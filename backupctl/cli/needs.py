@@ -11,8 +11,8 @@ if importlib.util.find_spec("nbd") is None:
     missing = UsageError(
         "libnbd's Python module, `nbd`, is missing; the distribution has it, pip has not",
         state="nothing was touched",
-        next_command="apt install python3-libnbd; a virtual environment sees it if it was made by "
-        "/usr/bin/python3 -m venv --system-site-packages",
+        hint="a virtual environment made by /usr/bin/python3 -m venv --system-site-packages sees it",
+        next_command="apt install python3-libnbd",
     )
     screen.print_error(missing, as_json="--json" in sys.argv)
     sys.exit(missing.exit_code)

@@ -12,9 +12,35 @@ import shlex
 import click
 from click.core import ParameterSource
 
+from backupctl.errors import (
+    BackupctlError,
+    DamageFound,
+    Locked,
+    NeedsRecovery,
+    NoSuchPoint,
+    RepositoryUnreadable,
+)
+
 _WHERE = frozenset({"config", "repository", "qmp", "agent", "scratch"})
 """Options that say where VM and repository are: they mean the same in every command."""
 _SAYING = frozenset({"as_json", "quiet"})
+_BY_CLASS: dict[type[BackupctlError], str] = {
+    NeedsRecovery: "recover",
+    Locked: "status",
+    DamageFound: "verify",
+    RepositoryUnreadable: "verify",
+    NoSuchPoint: "list",
+}
+"""What gets on after an error whose raiser named nothing, on the same VM."""
+
+
+def add_to(err: BackupctlError, context: click.Context) -> None:
+    """Have an error name the next command as it is to be typed."""
+    name = context.params.get("name")
+    verb = next((verb for kind, verb in _BY_CLASS.items() if isinstance(err, kind)), "")
+    if verb and isinstance(name, str) and not err.hint:
+        err.add(next_command=f"backupctl {verb} {name}")
+    err.next_command = complete(context, err.next_command)
 
 
 def complete(context: click.Context, text: str) -> str:

@@ -67,6 +67,8 @@ def prune(context: click.Context, /, **options: Any) -> None:
             work.all(names)
         else:
             work.one(names)
+    if not options["dry_run"]:
+        screen.done("the prune has ended: what it dropped is dropped")
     if options["as_json"]:
         screen.print_json(work.document(alone=names.name is not None))
     elif not options["quiet"]:
@@ -240,6 +242,7 @@ def _switch(change: Callable[..., Any], said: str) -> Callable[..., None]:
     def run(context: click.Context, /, **options: Any) -> None:
         names = common.take(context, options)
         point = change(names.repository().vm(vm_name(names.name or "")), options["point"])
+        screen.done(f"{names.name} {point}: {said}")
         if options["as_json"]:
             screen.print_json({"vm": names.name, "point": point, "protected": change is core.protect})
         else:

@@ -3,6 +3,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -10,6 +11,7 @@ import click
 from backupctl import reconcile, thin
 from backupctl import restore as core
 from backupctl.cli import common, screen, units
+from backupctl.destination import STDOUT
 from backupctl.errors import DamageFound, UsageError
 from backupctl.names import vm_name
 from backupctl.reconcile import ReconcileReport
@@ -66,42 +68,45 @@ def restore(context: click.Context, /, **options: Any) -> None:
     folder = names.repository().vm(vm_name(names.name or ""))
     way = _way(options)
     stop = Stop()
-    with stop.on_signals(), screen.reporter() as reporter:
-        if way is not None:
-            way(folder, folder.point(options["point"]), options, reporter, stop)
-            return
-        report = core.restore(
-            folder,
-            folder.point(options["point"]),
-            to=options["to"],
-            disk=options["disk"],
-            image_format=options["image_format"],
-            force=options["force"],
-            reporter=reporter,
-            stop=stop,
-            all_disks=options["all_disks"],
-            allowed=options["allowed"],
-        )
-    damaged = [one.name for one in report.images if one.damaged or one.unproven]
-    if options["to"] != "-":
-        _tell(report, as_json=options["as_json"])
-    if damaged:
-        # All that was asked for is there, and was told with its damage; who rests on it must know.
-        sys.exit(DamageFound.exit_code)
+    with stop.on_signals():
+        with screen.reporter() as reporter:
+            tell = way(folder, folder.point(options["point"]), options, reporter, stop)
+        screen.done(f"the restore to {options['to']} is complete")
+        tell()
 
 
-def _way(options: dict[str, Any]) -> Callable[..., None] | None:
-    """Return what does it, if it is to be done another way than by a whole copy."""
+def _whole(
+    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Stop
+) -> Callable[[], None]:
+    report = core.restore(
+        folder,
+        point,
+        to=options["to"],
+        disk=options["disk"],
+        image_format=options["image_format"],
+        force=options["force"],
+        reporter=reporter,
+        stop=stop,
+        all_disks=options["all_disks"],
+        allowed=options["allowed"],
+    )
+    return partial(_tell, report, options)
+
+
+def _way(options: dict[str, Any]) -> Callable[..., Callable[[], None]]:
+    """Return what does it; what that returns tells the outcome."""
     if options["as_json"] and options["to"] == "-":
         raise UsageError("standard output can't hold an image and the document of --json: one of them")
     if options["thin"] and options["only_changed"]:
         raise UsageError("--thin makes a new image, --only-changed changes one that is there: one of them")
     if options["only_changed"] and options["force"]:
         raise UsageError("--only-changed changes what is there without --force, and lets no damage through")
-    return _thin if options["thin"] else _only_changed if options["only_changed"] else None
+    return _thin if options["thin"] else _only_changed if options["only_changed"] else _whole
 
 
-def _thin(folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, _stop: Stop) -> None:
+def _thin(
+    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, _stop: Stop
+) -> Callable[[], None]:
     report = thin.restore(
         folder,
         point,
@@ -113,7 +118,11 @@ def _thin(folder: VmFolder, point: Point, options: dict[str, Any], reporter: Rep
         all_disks=options["all_disks"],
         allowed=options["allowed"],
     )
-    if options["as_json"]:
+    return partial(_tell_thin, report, as_json=options["as_json"])
+
+
+def _tell_thin(report: ThinReport, *, as_json: bool) -> None:
+    if as_json:
         disks = [
             {
                 "name": one.name,
@@ -134,7 +143,7 @@ def _thin(folder: VmFolder, point: Point, options: dict[str, Any], reporter: Rep
 
 def _only_changed(
     folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Stop
-) -> None:
+) -> Callable[[], None]:
     report = reconcile.restore(
         folder,
         point,
@@ -146,7 +155,11 @@ def _only_changed(
         all_disks=options["all_disks"],
         allowed=options["allowed"],
     )
-    if options["as_json"]:
+    return partial(_tell_only_changed, report, as_json=options["as_json"])
+
+
+def _tell_only_changed(report: ReconcileReport, *, as_json: bool) -> None:
+    if as_json:
         disks = [
             {
                 "name": one.name,
@@ -165,12 +178,20 @@ def _only_changed(
     for one in report.images:
         screen.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}), "
-            f"{units.size(one.written_bytes)} written, {units.size(one.same_bytes)} were right "
+            f"{units.size(one.written_bytes)} written, {units.size(one.same_bytes)} already identical "
             f"({units.duration(one.seconds)})"
         )
 
 
-def _tell(report: RestoreReport, *, as_json: bool) -> None:
+def _tell(report: RestoreReport, options: dict[str, Any]) -> None:
+    if options["to"] != STDOUT:
+        _tell_whole(report, as_json=options["as_json"])
+    if any(one.damaged or one.unproven for one in report.images):
+        # All that was asked for is there, and was told with its damage; who rests on it must know.
+        sys.exit(DamageFound.exit_code)
+
+
+def _tell_whole(report: RestoreReport, *, as_json: bool) -> None:
     if as_json:
         disks = [
             {

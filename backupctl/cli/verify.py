@@ -68,8 +68,8 @@ def verify(context: click.Context, /, **options: Any) -> None:
             DamageFound(
                 f"damage found in {damaged}, {len(report.damage)} times",
                 state="nothing was changed; the points and ranges not named above are as they were read",
-                next_command="backupctl full NAME, so that a whole point exists again; "
-                "restore the damaged ones only with --force",
+                hint="after it a whole point exists again; damaged ones are restored with --force only",
+                next_command=f"backupctl full {report.damage[0].vm}",
             )
         )
     if report.unchecked:

@@ -73,6 +73,7 @@ def recover(context: click.Context, /, **options: Any) -> None:
             done = recovery.recover(vm, names.repository(), reporter, names.scratch())
     except KeyboardInterrupt as err:
         raise recovery.needs_recovery(Interrupted("interrupted"), vm.name) from err
+    screen.done(f"nothing of an earlier run is left in {vm.name}")
     if options["as_json"]:
         screen.print_json({"vm": names.name, "actions": list(done.actions)})
     else:

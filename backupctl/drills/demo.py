@@ -48,7 +48,8 @@ def check_tools() -> None:
         raise UsageError(
             f"{' and '.join(missing)} can't be found; the repository's images need them, even in a demo",
             state="nothing was touched",
-            next_command="apt install qemu-utils qemu-system-common (or set QEMU_IMG, QEMU_STORAGE_DAEMON)",
+            hint="or name them by QEMU_IMG and QEMU_STORAGE_DAEMON",
+            next_command="apt install qemu-utils qemu-system-common",
         )
 
 

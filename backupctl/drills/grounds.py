@@ -49,7 +49,11 @@ def real(folder: Path, warm: Warm) -> Iterator[Ground]:
     """Give a real QEMU whose disks are written by us. Raises Failed if there is none to run."""
     program = os.environ.get("QEMU", "qemu-system-x86_64")
     if shutil.which(program.split()[0]) is None:
-        raise Failed(f"{program} is not found", next_command="apt install qemu-system-x86, or set QEMU")
+        raise Failed(
+            f"{program} is not found",
+            hint="or name it by QEMU",
+            next_command="apt install qemu-system-x86",
+        )
     for name, size in DISKS.items():
         made = qemu.img(["create", "-q", "-f", "qcow2", str(folder / f"{name}.qcow2"), str(size)])
         if made.returncode:

@@ -271,7 +271,7 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
         entry = below_it
     raise DamageFound(
         f"{found[0].path} stands on more than {MOST_LAYERS} layers, more than QEMU opens",
-        next_command="prune, or take a full, before a chain gets so long",
+        hint="take a full, or prune, before a chain gets so long",
     )
 
 

@@ -144,7 +144,7 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
         raise UsageError(
             f"{path} does not exist; --only-changed needs an existing image",
             state=_UNTOUCHED,
-            next_command="the same without --only-changed; or --to IMAGE with --format qcow2 or --format raw",
+            hint="restore without --only-changed, or name an image that exists",
         )
     try:
         found = safe_target.resolve(path)
@@ -188,7 +188,8 @@ def _features(path: Path, descriptor: int, allowed: Collection[ImageFeature]) ->
         raise UsageError(
             f"{path} is no usable qcow2 image: {err}",
             state=_UNTOUCHED,
-            next_command="the same with --format raw, if it is a raw image",
+            hint="if it is a raw image",
+            next_command="backupctl restore --format raw",
         ) from err
     if header.corrupt:
         raise UsageError(
@@ -207,12 +208,13 @@ def _leads_elsewhere(path: Path, header: ForeignHeader, feature: ImageFeature) -
         return UsageError(
             f"{message}: it can't be changed in place",
             state=_UNTOUCHED,
-            next_command="restore to a new file, without --only-changed",
+            hint="restore to a new file, without --only-changed",
         )
     return UsageError(
         f"{message}: QEMU would open that as well",
         state=_UNTOUCHED,
-        next_command=f"the same with --allow-image-feature {feature}, if that file is the image's own",
+        hint="if that file is the image's own",
+        next_command=f"backupctl restore --allow-image-feature {feature}",
     )
 
 

@@ -62,8 +62,8 @@ def refuse_more_than_bytes(
             f"{target} {header.describe(feature)}. The restored image would be plain, and a VM that is "
             "configured for the present one could not use it",
             state="nothing was touched",
-            next_command=f"restore to a new file; or the same with --allow-image-feature {feature}, and then "
-            "adapt the VM's configuration",
+            hint="restore to a new file; or replace it all the same, and then adapt the VM's configuration",
+            next_command=f"backupctl restore --allow-image-feature {feature}",
         )
 
 
@@ -143,7 +143,7 @@ def place_of(target: Path, option: str = "--to") -> Path:
     except UsageError as err:
         raise err.add(
             state="nothing was touched",
-            next_command=f"the same with {option} {safe_target.SAFE}{target.name}",
+            hint=f"use a folder that is root's own, such as {option} {safe_target.SAFE}{target.name}",
         ) from err
 
 

@@ -85,5 +85,5 @@ def _other(target: Path) -> TargetExists:
     return TargetExists(
         f"{target} exists, and is no overlay of this point",
         state=_UNTOUCHED,
-        next_command="name a new file",
+        hint="name a new file",
     )

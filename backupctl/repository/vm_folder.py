@@ -124,7 +124,8 @@ class VmFolder:
             raise Locked(
                 self._holder(descriptor),
                 state="nothing was touched",
-                next_command=f"backupctl status {self.name}, and the same again when that run has ended",
+                hint="try again when that run has ended",
+                next_command=f"backupctl status {self.name}",
             )
         with suppress(OSError):  # only a help for people; a full disk must not matter here
             os.ftruncate(descriptor, 0)

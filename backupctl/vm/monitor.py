@@ -11,6 +11,7 @@ what QEMU says in between waits in the socket.
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -135,11 +136,14 @@ class Monitor:
         except TimeoutError as err:
             self.close()
             raise MonitorUnreachable(
-                f"the monitor at {address} does not answer: another client may hold it, or QEMU hangs"
+                f"the monitor at {address} does not answer: another client may hold it, or QEMU hangs",
+                hint="a monitor serves one client: end the other, or give QEMU one for backups alone",
             ) from err
         except (QMPError, OSError, EOFError, OutcomeUnknown) as err:
             self.close()
-            raise MonitorUnreachable(f"no QEMU monitor at {address}: {_root(err):.300}") from err
+            raise MonitorUnreachable(
+                f"no QEMU monitor at {address}: {_root(err):.300}", hint=_how_to_reach(address, err)
+            ) from err
         except (KeyError, TypeError, ValueError, CommandFailed) as err:
             self.close()
             raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err
@@ -259,6 +263,15 @@ class Monitor:
         # An answer that comes late must not be taken for the answer to a later question.
         self._broken = why
         return OutcomeUnknown(command, why)
+
+
+def _how_to_reach(address: Address, err: Exception) -> str:
+    """Say what to do about a monitor that is not there."""
+    if address.path and not os.path.lexists(address.path):
+        return f"start the VM with -qmp unix:{address.path},server=on,wait=off, or name the socket it has"
+    if isinstance(err, PermissionError):
+        return "run backupctl as root, or as the user that QEMU runs as"
+    return "is the VM running? Nothing that speaks QMP listens there"
 
 
 def _version(told: Any) -> Version:

@@ -26,7 +26,7 @@ without a freeze this view takes one disk only (`atomic`).
 
 from collections.abc import Sequence
 
-from backupctl.errors import Failed, Refused
+from backupctl.errors import Failed, ViewUnavailable
 from backupctl.names import NodeName, Owner
 from backupctl.vm import bitmaps, disks
 from backupctl.vm.disks import Disk
@@ -72,7 +72,7 @@ class SnapshotAccess:
     def attach(self) -> None:
         """Add scratch nodes and filters; no device uses them yet. Raises Refused, MonitorError."""
         if reason := why_not(self._monitor, [cut.disk for cut in self._cuts]):
-            raise Refused(f"--view snapshot-access can't be had: {reason}")
+            raise ViewUnavailable(f"--view snapshot-access can't be had: {reason}")
         for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
             node = self._owner.node("tmp", number)
             made = self._scratches.make(node, cut.disk.size, room.size)

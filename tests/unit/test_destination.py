@@ -54,7 +54,7 @@ def test_a_file_whose_name_tells_nothing_is_replaced_by_what_the_disk_was(name):
 def test_another_suffix_is_refused_with_those_that_there_are(to):
     with pytest.raises(UsageError, match="qcow2, raw") as caught:
         destination.of_new(RAW, to, None)
-    assert f"--to {to}/ for a folder" in caught.value.next_command
+    assert f"--to {to}/ for a folder" in caught.value.hint
     assert caught.value.state == "nothing was touched"
 
 
@@ -76,7 +76,7 @@ def test_a_driver_that_is_no_format_is_raw_or_asked_for(driver, expected):
         return
     with pytest.raises(UsageError, match=driver) as caught:
         destination.in_the_vm(entry)
-    assert "--format" in caught.value.next_command
+    assert "--format" in caught.value.hint
 
 
 @pytest.mark.parametrize("to", ["gone/x.raw", "gone/new/", "gone/new", "web/x.raw", "gone/far/x.qcow2"])

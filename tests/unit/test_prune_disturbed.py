@@ -327,7 +327,7 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
 
     monkeypatch.setattr(verify._Work, "_held", held)
     monkeypatch.setattr(proof.Proof, "_check_tables", tables)
-    for deaths in range(0, 60, 3):
+    for deaths in range(0, 150, 5):
         shutil.rmtree(builder.repository.path)
         shutil.copytree(tmp_path / "kept", builder.repository.path)
         steps = []

@@ -126,7 +126,7 @@ def test_a_temporary_folder_that_can_not_be_had_is_told(tmp_path, monkeypatch):
     images.create_layer(tmp_path / "vda.qcow2", 1 << 20, None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
     with (
-        pytest.raises(Failed, match="no temporary folder"),
+        pytest.raises(Failed, match="no temporary file"),
         images.serve([tmp_path / "vda.qcow2"]),
     ):
         pass

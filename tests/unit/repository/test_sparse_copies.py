@@ -131,7 +131,7 @@ def test_a_copy_with_holes_is_restored_compared_and_brought_back(original, copie
         copied.folder.point(P3),
         to=str(target),
         disk=None,
-        image_format=None,
+        image_format="raw",
         reporter=Silent(),
         stop=Stop(),
     ).images
