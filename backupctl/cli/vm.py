@@ -13,7 +13,7 @@ from backupctl.errors import Interrupted
 from backupctl.settings import RunOptions
 
 
-@click.command(epilog=common.exit_help(0, 2))
+@click.command(epilog=common.exit_help(0, 1, 2))
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 @common.named()
 @click.pass_context
@@ -28,18 +28,17 @@ def status(context: click.Context, /, **options: Any) -> None:
         screen.print_json({**asdict(found), "configuration": names.config.file})
         return
     points = f"{len(found.points)}, newest {found.points[-1]}" if found.points else "none"
-    screen.print_line(f"{'vm':<12} {found.vm}")
-    screen.print_line(f"{'config':<12} {names.config.file or 'none (command line only)'}")
-    screen.print_line(f"{'qemu':<12} {found.qemu or found.problem}")
-    screen.print_line(f"{'points':<12} {points}")
+    screen.print_wrapped(f"{'vm':<12} ", f"{found.vm}")
+    screen.print_wrapped(f"{'config':<12} ", f"{names.config.file or 'none (command line only)'}")
+    screen.print_wrapped(f"{'qemu':<12} ", f"{found.qemu or found.problem}")
+    screen.print_wrapped(f"{'points':<12} ", f"{points}")
     for path in found.damaged:
-        screen.print_line(f"{'damaged':<12} {path}")
-    screen.print_line(f"{'leftovers':<12} {'none' if not found.leftovers else ''}")
-    for left in found.leftovers:
-        screen.print_line(f"  {left}")
-    screen.print_line(f"{'next run':<12} {found.next_run}")
+        screen.print_wrapped(f"{'damaged':<12} ", f"{path}")
+    for number, left in enumerate(found.leftovers or ("none",)):
+        screen.print_wrapped(f"{'' if number else 'leftovers':<12} ", left)
+    screen.print_wrapped(f"{'next run':<12} ", f"{found.next_run}")
     for gone in found.missing_disks:
-        screen.print_line(f"{'missing':<12} {gone}")
+        screen.print_wrapped(f"{'missing':<12} ", f"{gone}")
     if found.disks:
         screen.print_line("")
         screen.print_table(
