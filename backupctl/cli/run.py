@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from backupctl import backup
+from backupctl import backup, preparation
 from backupctl.cli import common, config, screen, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.report import Reporter, RunReport, Stop
@@ -111,7 +111,7 @@ def _repository(
     """
     if wanted.kind != "full" or names.has_repository():
         return names.repository()
-    backup.rehearse(vm, wanted, stop)
+    preparation.rehearse(vm, wanted, stop)
     made = names.new_repository()
     reporter.note(
         f"created a new repository in {made.path}; "
