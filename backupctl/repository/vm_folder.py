@@ -260,7 +260,9 @@ class VmFolder:
             except NoSuchPoint:
                 continue  # a prune has just removed it
             except (DamageFound, UnknownFormat) as err:
-                damaged.append((self.path / found, err))
+                # Its frames hold what was read of the manifest: many that are damaged would fill the memory.
+                err.__cause__ = err.__context__ = None
+                damaged.append((self.path / found, err.with_traceback(None)))
             except RepositoryUnreadable as err:
                 if not bear:
                     raise

@@ -156,7 +156,7 @@ def test_a_repository_whose_name_is_no_utf_8_is_refused_before_the_freeze(victim
     before = victim.vm.control("status")["freezes"]
     odd = os.fsdecode(bytes(victim.folder) + b"/o\xff")
     done = victim.run("full", "web", "--json", "--repository", odd)
-    assert (done.code, done.error["kind"], done.error["step"]) == (1, "Refused", "prepare"), done
+    assert (done.code, done.error["kind"]) == (2, "UsageError"), done
     assert victim.vm.control("status")["freezes"] == before
 
 

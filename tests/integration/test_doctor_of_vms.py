@@ -56,4 +56,4 @@ def test_what_would_make_a_run_fail_is_bad_and_what_may_surprise_a_warning(build
     told = lab.cli.json("doctor", "web", code=1)
     for subject in ("agent", "scratch", "view"):
         assert verdicts(told, subject) == ["bad"], subject
-    assert lab.backup("full", code=1)["error"]["next"] == "backupctl doctor web"
+    assert lab.backup("full", code=1)["error"]["next"].startswith("backupctl doctor web --qmp ")

@@ -151,10 +151,10 @@ def test_a_merge_ends_before_it_takes_the_room_of_other_vms(build72, make_lab, m
     lab = make_lab(build72, {"vda": 32 * MIB})
     mount(lab.cli.repository, 500)
     points = []
-    for value in (0x11, 0x22, 0x33):
+    for kind, value in (("full", 0x11), ("incremental", 0x22), ("incremental", 0x33)):
         lab.writer.do("vda", "data", 0, 16 * MIB, value)
         lab.writer.remember()
-        points.append(lab.backup("incremental", "--freeze", "never")["point"])
+        points.append(lab.backup(kind, "--freeze", "never")["point"])
     moment = bytes(lab.writer.model["vda"])
     prune = ("prune", "web", "--keep-last", "1")
     mount(lab.cli.repository, 270)

@@ -26,7 +26,7 @@ def test_an_incremental_makes_none_and_names_the_command_that_does(lab):
     lab.cli.repository.mkdir()  # the mount point
     error = lab.backup("incremental", code=2)["error"]
     assert error["kind"] == "UsageError"
-    assert "mounted?" in error["message"]
+    assert "mounted?" in error["hint"]
     assert list(lab.cli.repository.iterdir()) == []
     program, *arguments = shlex.split(error["next"])
     assert (program, arguments[:2]) == ("backupctl", ["full", "web"])
