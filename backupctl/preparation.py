@@ -75,7 +75,7 @@ def prepare(
 
     Returns, besides the plan, what the run fills: the repository, and last the scratch folder.
     """
-    _refuse_folders(repository.path, options.scratch, monitor)
+    refuse_folders(repository.path, options.scratch, monitor)
     inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.left_out:
         reporter.note(f"{name} is left out: {why}")
@@ -135,7 +135,7 @@ def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, t
     return inventory, chosen
 
 
-def _refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> None:
+def refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> None:
     """Refuse what would fail only after the freeze: names that QEMU can't be told, no place for a socket.
 
     Raises Refused, Failed. Where QEMU gets scratch files as descriptors, their folder's name is ours alone.

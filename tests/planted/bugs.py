@@ -337,14 +337,14 @@ BUGS = (
         "vm/disks.py",
         "        return not (self.apart and bitmap.persistent)\n",
         "        return True\n",
-        "unit/vm/test_graph.py::test_of_a_disk_with_a_data_file_only_a_bitmap_of_this_qemus_life_is_used",
+        "unit/vm/test_block_graph.py::test_of_a_disk_with_a_data_file_only_a_bitmap_of_this_qemus_life_is_used",
     ),
     Bug(
         "the process of the VM at hand is not looked at",
         "vm/filling.py",
         "sorted({*open_files.emulators(), *([self._process] if self._process else [])})",
         "sorted({*open_files.emulators()})",
-        "unit/vm/test_filling.py::test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator",
+        "unit/vm/test_shared_file_systems.py::test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator",
     ),
     Bug(
         "scratch files are let go of as they are",

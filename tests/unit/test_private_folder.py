@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from backupctl import backup, private
+from backupctl import preparation, private
 from backupctl.errors import Failed, Refused
 
 ODD = os.fsdecode(b"o\xff")
@@ -88,7 +88,7 @@ def test_a_name_that_qemu_can_not_be_told_is_refused_before_anything_is_touched(
 ):
     monitor = SimpleNamespace(passes_descriptors=descriptors)
     if not refused:
-        backup._refuse_folders(short / repository, short / scratch, monitor)
+        preparation.refuse_folders(short / repository, short / scratch, monitor)
         return
     with pytest.raises(Refused, match="is not UTF-8"):
-        backup._refuse_folders(short / repository, short / scratch, monitor)
+        preparation.refuse_folders(short / repository, short / scratch, monitor)
