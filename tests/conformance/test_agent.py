@@ -31,7 +31,10 @@ class Agent:
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(20)
-        self._socket.connect(str(path))
+        deadline = time.monotonic() + 20
+        while self._socket.connect_ex(str(path)):  # its name is there before it listens
+            assert time.monotonic() < deadline, f"nobody listens at {path}"
+            time.sleep(0.02)
         self._file = self._socket.makefile("rb")
 
     def close(self) -> None:
