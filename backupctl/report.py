@@ -20,8 +20,8 @@ Consistency = Literal["filesystem", "crash"]
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 point", "2 points"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """Return a number with its noun: "1 point", "1,200 points"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Reporter(Protocol):

@@ -38,7 +38,7 @@ def bitmaps(context: click.Context, /, **options: Any) -> None:
     known = names.other_repositories
     done = core.remove(vm, repository, known, wanted, tag, dry_run=options["dry_run"])
     if not options["dry_run"]:
-        screen.done(f"{counted(len(done.removed), 'bitmap')} of {vm.name} were removed")
+        screen.done(f"removed {counted(len(done.removed), 'bitmap')} from {vm.name}")
     _tell(done, as_json=options["as_json"], dry_run=options["dry_run"])
     if done.left:
         raise Failed(

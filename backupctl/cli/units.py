@@ -17,11 +17,6 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def count(number: int, what: str) -> str:
-    """Write a number of things for people: "1 point", "1,200 points"."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
 def size(count: int) -> str:
     """Write a number of bytes for people: "1.5 GiB"."""
     amount = float(count)

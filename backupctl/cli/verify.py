@@ -12,7 +12,7 @@ from backupctl.cli import common, screen, units
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
 from backupctl.names import vm_name
 from backupctl.proof import Depth
-from backupctl.report import Stop
+from backupctl.report import Stop, counted
 from backupctl.repository.reach import Range
 from backupctl.verify import Damage, VerifyReport
 
@@ -76,7 +76,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
         unread = ", ".join(path for path, one in reports.items() if one.unchecked)
         failures.append(
             RepositoryUnreadable(
-                f"{units.count(len(report.unchecked), 'part')} of {unread} could not be checked",
+                f"{counted(len(report.unchecked), 'part')} of {unread} could not be checked",
                 state="nothing was changed; no damage was found in what could be read",
                 hint="run it as root; look for errors of the disk in `dmesg`",
                 next_command=f"backupctl verify {names.name or ''}".strip(),
@@ -124,8 +124,8 @@ def _tell(report: VerifyReport, depth: Depth) -> None:
     verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
     verdict += f", {len(report.unchecked)} not checked" if report.unchecked else ""
     screen.print_line(
-        f"{', '.join(report.vms) or 'no VM'}: {units.count(report.points, 'point')}, "
-        f"{units.count(report.layers, 'layer')}, {what} checked "
+        f"{', '.join(report.vms) or 'no VM'}: {counted(report.points, 'point')}, "
+        f"{counted(report.layers, 'layer')}, {what} checked "
         f"in {units.duration(report.seconds)}{rate}: {verdict}"
     )
 
