@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.drills.warm import CLI, Program
+from backupctl.drills.fork_server import CLI, Program
 from fixtures import builds, fuse, warm
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build

@@ -27,10 +27,11 @@ from contextlib import suppress
 from functools import wraps
 
 from backupctl.cli.main import main
-from backupctl.repository import durable, images
-from backupctl.vm.agent import Agent
-from backupctl.vm.guard import Guard
-from backupctl.vm.monitor import Monitor
+from backupctl.images import create
+from backupctl.system import durable
+from backupctl.vm.guest.agent import Agent
+from backupctl.vm.guest.guard import Guard
+from backupctl.vm.qmp.monitor import Monitor
 
 ENTRY = "tests.killed:interrupted"
 WATCHED = {
@@ -38,7 +39,7 @@ WATCHED = {
     Guard: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
     Agent: ("freeze_status", "thaw"),
     durable: ("sync_file", "sync_folder", "make_folder", "write_new", "append", "replace", "rename"),
-    images: ("create_layer",),
+    create: ("create_layer",),
 }
 ERRORS = {"eio": errno.EIO, "enospc": errno.ENOSPC}
 BUG = re.compile(r"\b[A-Z]\w*(Error|Exception)\b|in backupctl itself")

@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
-from backupctl import bitmap_survey as core
-from backupctl.bitmap_survey import Removal, StoredBitmap
-from backupctl.cli import common, screen, units
+from backupctl.cli import common, output, units
 from backupctl.errors import Failed, UsageError
-from backupctl.report import counted
+from backupctl.operations import bitmaps as core
+from backupctl.operations.bitmaps import Removal, StoredBitmap
+from backupctl.progress import counted
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 75))
@@ -38,7 +38,7 @@ def bitmaps(context: click.Context, /, **options: Any) -> None:
     known = names.other_repositories
     done = core.remove(vm, repository, known, wanted, tag, dry_run=options["dry_run"])
     if not options["dry_run"]:
-        screen.done(f"removed {counted(len(done.removed), 'bitmap')} from {vm.name}")
+        output.done(f"removed {counted(len(done.removed), 'bitmap')} from {vm.name}")
     _tell(done, as_json=options["as_json"], dry_run=options["dry_run"])
     if done.left:
         raise Failed(
@@ -51,7 +51,7 @@ def bitmaps(context: click.Context, /, **options: Any) -> None:
 
 def print_table(found: Sequence[StoredBitmap]) -> None:
     """Write the table of bitmaps."""
-    screen.print_table(
+    output.print_table(
         ("POINT", "DISK", "REPOSITORY", "NODE", "GRANULARITY>", "DIRTY>", "USE"),
         [
             (
@@ -70,20 +70,20 @@ def print_table(found: Sequence[StoredBitmap]) -> None:
 
 def _show(vm: str, found: Sequence[StoredBitmap], *, as_json: bool) -> None:
     if as_json:
-        screen.print_json({"vm": vm, "bitmaps": [asdict(one) for one in found]})
+        output.print_json({"vm": vm, "bitmaps": [asdict(one) for one in found]})
         return
     if not found:
-        screen.print_line(f"{vm} has no dirty bitmap of backupctl.")
+        output.print_line(f"{vm} has no dirty bitmap of backupctl.")
         return
     print_table(found)
-    screen.print_line("")
+    output.print_line("")
     for one in found:
-        screen.print_line(f"{one.name} on {one.node}: {one.use}: {one.why}")
+        output.print_line(f"{one.name} on {one.node}: {one.use}: {one.why}")
 
 
 def _tell(done: Removal, *, as_json: bool, dry_run: bool) -> None:
     if as_json:
-        screen.print_json(
+        output.print_json(
             {
                 "vm": done.vm,
                 "dry_run": dry_run,
@@ -94,4 +94,4 @@ def _tell(done: Removal, *, as_json: bool, dry_run: bool) -> None:
         )
         return
     for one in done.removed:
-        screen.print_line(f"{'would remove' if dry_run else 'removed'} {one.name} from {one.node}")
+        output.print_line(f"{'would remove' if dry_run else 'removed'} {one.name} from {one.node}")

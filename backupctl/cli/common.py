@@ -21,8 +21,8 @@ from backupctl.errors import (
     RepositoryError,
     UsageError,
 )
-from backupctl.repository.layout import Repository
-from backupctl.settings import RunOptions, Vm
+from backupctl.options import RunOptions, Vm
+from backupctl.repository.repository import Repository
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from backupctl import trusted
 from backupctl.errors import InvalidName, UsageError
 from backupctl.names import disk_name, vm_name
-from backupctl.settings import MAX_CHAIN, Address, FreezeWish, OnBrokenChain, ViewWish, Vm
+from backupctl.options import MAX_CHAIN, FreezeWish, OnBrokenChain, ViewWish, Vm
+from backupctl.system import trusted
+from backupctl.system.address import Address
 
 FILE_NAME = "backupctl.toml"
 SYSTEM_FILE = Path("/etc/backupctl") / FILE_NAME

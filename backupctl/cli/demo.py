@@ -13,14 +13,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from backupctl.cancel import Stop
 from backupctl.cli import common, units
-from backupctl.cli.screen import clean
+from backupctl.cli.output import clean
 from backupctl.drills import demo as drill
 from backupctl.drills.demo import Stage
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.names import DiskName
-from backupctl.report import RunReport, Stop
-from backupctl.settings import Kind
+from backupctl.operations.backup.outcome import RunReport
+from backupctl.options import Kind
 
 FAULT = "nbd:sent@512k=drop"
 _WRITING_SECONDS = 0.5

@@ -8,12 +8,12 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from backupctl import diff as core
-from backupctl.cli import common, picture, screen, units
-from backupctl.clusters import CLUSTER_BYTES
-from backupctl.diff import DiffReport, DiskDiff
+from backupctl.cancel import Stop
+from backupctl.cli import block_map, common, output, units
+from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.names import vm_name
-from backupctl.report import Stop
+from backupctl.operations import diff as core
+from backupctl.operations.diff import DiffReport, DiskDiff
 
 _MOST_ROWS = 16
 _LABEL = 12
@@ -44,7 +44,7 @@ def diff(context: click.Context, /, **options: Any) -> None:
             stop=stop,
         )
         if options["as_json"]:
-            screen.print_json(_document(report))
+            output.print_json(_document(report))
         else:
             _show(report)
 
@@ -70,13 +70,13 @@ def _document(report: DiffReport) -> dict[str, Any]:
 
 
 def _show(report: DiffReport) -> None:
-    screen.print_line(f"{report.vm}: what changed from {report.before} to {report.after}")
+    output.print_line(f"{report.vm}: what changed from {report.before} to {report.after}")
     for one in report.disks:
         _show_disk(one)
     for names, point in ((report.only_before, report.before), (report.only_after, report.after)):
         if names:
-            screen.print_line("")
-            screen.print_line(f"only in {point}: {', '.join(names)}")
+            output.print_line("")
+            output.print_line(f"only in {point}: {', '.join(names)}")
 
 
 def _show_disk(one: DiskDiff) -> None:
@@ -87,19 +87,19 @@ def _show_disk(one: DiskDiff) -> None:
         if one.size_before != one.size_after
         else ""
     )
-    screen.print_line("")
-    screen.print_line(
+    output.print_line("")
+    output.print_line(
         f"{one.name}: {units.size(one.changed_bytes)} of {units.size(one.size)} changed "
         f"({share:.1f} %) in {ranges} range{'' if ranges == 1 else 's'}{resized}"
     )
-    shades = screen.printable(picture.BLOCKS, picture.ASCII)
-    drawn = picture.draw(one.changed, screen.columns(least=16, margin=_LABEL), _MOST_ROWS)
+    shades = output.printable(block_map.BLOCKS, block_map.ASCII)
+    drawn = block_map.draw(one.changed, output.columns(least=16, margin=_LABEL), _MOST_ROWS)
     for row in drawn.rows:
         label = units.size(row.first * CLUSTER_BYTES).rjust(_LABEL - 2)
         cells = [(shades[shade], _STYLES[shade]) for shade in row.shades]
         _print_styled([(f"{label}  ", ""), *cells])
     each = units.size(drawn.clusters_each * CLUSTER_BYTES)
-    screen.print_line(
+    output.print_line(
         f"{'':>{_LABEL}}a character is {each}: {shades[0]} as before, {shades[1:]} the more of it changed"
     )
 
@@ -108,5 +108,5 @@ def _print_styled(parts: Sequence[tuple[str, str]]) -> None:
     """Write a line of texts, each with its style: to a terminal with colours, elsewhere without."""
     console = Console(highlight=False)
     with console.capture() as styled:
-        console.print(Text.assemble(*((screen.clean(text), style) for text, style in parts)), soft_wrap=True)
-    screen.print_styled(styled.get())
+        console.print(Text.assemble(*((output.clean(text), style) for text, style in parts)), soft_wrap=True)
+    output.print_styled(styled.get())

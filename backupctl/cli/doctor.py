@@ -6,10 +6,10 @@ from typing import Any
 
 import click
 
-from backupctl import doctor as core
-from backupctl.cli import common, exposure, run, screen
-from backupctl.doctor import Diagnosis
+from backupctl.cli import backup, common, exposure, output
 from backupctl.errors import Failed
+from backupctl.operations.doctor import run as core
+from backupctl.operations.doctor.run import Diagnosis
 
 
 @click.command(epilog=common.exit_help(0, 1, 2))
@@ -26,11 +26,11 @@ def doctor(context: click.Context, /, **options: Any) -> None:
     """
     names = common.take(context, options)
     vm, path = names.vm(), names.folder()
-    found = core.examine(vm, path, run.wishes(names, "incremental", {}), names.other_repositories)
+    found = core.examine(vm, path, backup.wishes(names, "incremental", {}), names.other_repositories)
     around = (*exposure.configuration(names.config), *exposure.repository(path, vm.name))
     found = replace(found, findings=(*around, *found.findings))
     if options["as_json"]:
-        screen.print_json(
+        output.print_json(
             {
                 "vm": found.vm,
                 "ok": not found.bad,
@@ -52,6 +52,6 @@ def doctor(context: click.Context, /, **options: Any) -> None:
 def _tell(found: Diagnosis) -> None:
     for one in found.findings:
         head = f"{one.verdict:<8} {one.subject:<11} "
-        screen.print_wrapped(head, one.said)
+        output.print_wrapped(head, one.said)
         if one.advice:
-            screen.print_wrapped(" " * len(head), f"({one.advice})")
+            output.print_wrapped(" " * len(head), f"({one.advice})")

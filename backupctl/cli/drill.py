@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backupctl.cli import common, screen, units
-from backupctl.cli.screen import clean
+from backupctl.cancel import Stop
+from backupctl.cli import common, output, units
+from backupctl.cli.output import clean
 from backupctl.drills import runner
 from backupctl.drills.catalog import DRILLS, Drill
 from backupctl.drills.demo import check_tools
 from backupctl.drills.runner import Outcome, Place
 from backupctl.errors import DamageFound, UsageError
-from backupctl.report import Stop
 
 _MOST_SAID = 100
 _WIDE = 130  # columns; with fewer, what was broken and said stand below the drill's name
@@ -56,7 +56,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
     outcomes.sort(key=lambda one: order[one.name])
     seconds = time.monotonic() - begun
     if as_json:
-        screen.print_json(
+        output.print_json(
             {"on": place, "seconds": round(seconds, 1), "drills": [asdict(one) for one in outcomes]}
         )
     else:
@@ -79,14 +79,14 @@ def _chosen(names: tuple[str, ...]) -> list[Drill]:
 
 def _list(chosen: list[Drill], *, as_json: bool) -> None:
     if as_json:
-        screen.print_json(
+        output.print_json(
             [{"name": one.name, "breaks": one.breaks, "simulator_only": one.simulator_only} for one in chosen]
         )
         return
     rows = [
         (one.name, one.breaks, "simulator" if one.simulator_only else "simulator, qemu") for one in chosen
     ]
-    screen.print_table(("DRILL", "WHAT IS BROKEN", "ON"), rows)
+    output.print_table(("DRILL", "WHAT IS BROKEN", "ON"), rows)
 
 
 def _tell(outcome: Outcome, done: int, total: int) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from backupctl import trusted
 from backupctl.cli.config import Config
 from backupctl.errors import UsageError
-from backupctl.finding import Finding
 from backupctl.names import VmName
+from backupctl.operations.doctor.finding import Finding
+from backupctl.system import trusted
 
 PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON")
 _READ, _WRITE = stat.S_IRGRP | stat.S_IROTH, stat.S_IWGRP | stat.S_IWOTH

@@ -14,22 +14,17 @@ from typing import NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import (
-    common,
-    crash_log,
-    needs,  # noqa: F401 - first of all: it says what is missing
-    screen,
-)
+from backupctl.cli import common, crash_log, output
 from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, UsageError
 
 PRIVATE = 0o077
 """The umask of all that we make, whatever we were started with: disks are in it."""
 _MANY_FILES = 1 << 16
 _COMMANDS = {
-    "full": "run.full",
-    "incremental": "run.incremental",
-    "list": "points.list_points",
-    "show": "points.show",
+    "full": "backup.full",
+    "incremental": "backup.incremental",
+    "list": "list_show.list_points",
+    "show": "list_show.show",
     "restore": "restore.restore",
     "serve": "serve.serve",
     "diff": "diff.diff",
@@ -37,8 +32,8 @@ _COMMANDS = {
     "prune": "prune.prune",
     "protect": "prune.protect",
     "unprotect": "prune.unprotect",
-    "status": "vm.status",
-    "recover": "vm.recover",
+    "status": "status_recover.status",
+    "recover": "status_recover.recover",
     "bitmaps": "bitmaps.bitmaps",
     "doctor": "doctor.doctor",
     "simulate": "simulate.simulate",
@@ -106,7 +101,7 @@ def main() -> NoReturn:
     os.umask(PRIVATE)
     prepare_streams()
     _allow_many_files()
-    sys.exit(screen.finish(_call(as_json="--json" in sys.argv)))
+    sys.exit(output.finish(_call(as_json="--json" in sys.argv)))
 
 
 def _call(*, as_json: bool) -> int:
@@ -124,11 +119,11 @@ def _call(*, as_json: bool) -> int:
         return _failed(UsageError(err.format_message()), as_json=as_json, say=as_json)
     except (click.Abort, KeyboardInterrupt):
         # What is done stays done: only its report was cut off.
-        return 0 if screen.is_done() else _failed(Interrupted("interrupted"), as_json=as_json)
+        return 0 if output.is_done() else _failed(Interrupted("interrupted"), as_json=as_json)
     except BackupctlError as err:
         return _failed(err, as_json=as_json)
     except BrokenPipeError:
-        return 0 if screen.is_done() else 1  # who read our output has gone
+        return 0 if output.is_done() else 1  # who read our output has gone
     except Exception:  # noqa: BLE001 - the one place: a bug must not greet anybody with a traceback
         return _failed(_bug(), as_json=as_json)
     return 0
@@ -148,7 +143,7 @@ def _failed(err: BackupctlError, *, as_json: bool, say: bool = True) -> int:
     if isinstance(err, UsageError | InvalidName):
         err.add(state="nothing was touched")
     if say:
-        screen.print_error(err, as_json=as_json)
+        output.print_error(err, as_json=as_json)
     return err.exit_code
 
 

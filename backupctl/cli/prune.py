@@ -7,15 +7,16 @@ from typing import Any
 
 import click
 
-from backupctl import prune as core
-from backupctl.cli import common, screen, units
+from backupctl.cancel import Stop
+from backupctl.cli import common, output, reporters, units
 from backupctl.cli.common import Named
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
 from backupctl.names import vm_name
-from backupctl.prune import PruneReport
-from backupctl.report import Reporter, Stop
-from backupctl.repository import retention
-from backupctl.repository.retention import Decision, Rules
+from backupctl.operations.prune import retention
+from backupctl.operations.prune import run as core
+from backupctl.operations.prune.retention import Decision, Rules
+from backupctl.operations.prune.run import PruneReport
+from backupctl.progress import Reporter
 
 _COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _KEYS = (*(f"keep_{name}" for name in _COUNTED), "keep_within")
@@ -61,20 +62,20 @@ def prune(context: click.Context, /, **options: Any) -> None:
     """
     names = common.take(context, options)
     stop = Stop()
-    with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
+    with stop.on_signals(), reporters.reporter(quiet=options["quiet"]) as reporter:
         work = _Work(options, reporter, stop)
         if names.name is None:
             work.all(names)
         else:
             work.one(names)
     if not options["dry_run"]:
-        screen.done("the prune has ended: what it dropped is dropped")
+        output.done("the prune has ended: what it dropped is dropped")
     if options["as_json"]:
-        screen.print_json(work.document(alone=names.name is not None))
+        output.print_json(work.document(alone=names.name is not None))
     elif not options["quiet"]:
         for vm, done in work.done.items():
             if names.name is None:
-                screen.print_line(f"{vm}:")
+                output.print_line(f"{vm}:")
             _print(done.report, dry_run=options["dry_run"])
     if work.failed:
         raise common.worst(list(work.failed.values()))
@@ -199,7 +200,7 @@ class _Work:
             "dry_run": dry_run,
             "vms": documents,
             "skipped": [{"vm": vm, "reason": why} for vm, why in self.skipped.items()],
-            "failed": [{"vm": vm, "error": screen.error_document(err)} for vm, err in self.failed.items()],
+            "failed": [{"vm": vm, "error": output.error_document(err)} for vm, err in self.failed.items()],
         }
 
 
@@ -225,14 +226,14 @@ def _decision(one: Decision) -> dict[str, Any]:
 
 def _print(report: PruneReport, *, dry_run: bool) -> None:
     rows = [(one.point, "keep" if one.keep else "drop", "; ".join(one.reasons)) for one in report.decisions]
-    screen.print_table(("POINT", "", "WHY"), rows)
+    output.print_table(("POINT", "", "WHY"), rows)
     for text in report.long_chains:
-        screen.print_line(f"longer than --max-chain: {text}")
+        output.print_line(f"longer than --max-chain: {text}")
     if dry_run:
-        screen.print_line(f"{len(retention.dropped(report.decisions))} would go; nothing was touched")
+        output.print_line(f"{len(retention.dropped(report.decisions))} would go; nothing was touched")
         return
     written = units.size(sum(one.written_bytes for one in report.merged))
-    screen.print_line(
+    output.print_line(
         f"dropped {len(report.dropped)}, merged {len(report.merged)} layers ({written} written), "
         f"left {len(report.left)} for the next prune"
     )
@@ -242,11 +243,11 @@ def _switch(change: Callable[..., Any], said: str) -> Callable[..., None]:
     def run(context: click.Context, /, **options: Any) -> None:
         names = common.take(context, options)
         point = change(names.repository().vm(vm_name(names.name or "")), options["point"])
-        screen.done(f"{names.name} {point}: {said}")
+        output.done(f"{names.name} {point}: {said}")
         if options["as_json"]:
-            screen.print_json({"vm": names.name, "point": point, "protected": change is core.protect})
+            output.print_json({"vm": names.name, "point": point, "protected": change is core.protect})
         else:
-            screen.print_line(f"{names.name} {point}: {said}")
+            output.print_line(f"{names.name} {point}: {said}")
 
     return run
 

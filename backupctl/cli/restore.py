@@ -8,18 +8,20 @@ from typing import Any
 
 import click
 
-from backupctl import reconcile, thin
-from backupctl import restore as core
-from backupctl.cli import common, screen, units
-from backupctl.destination import STDOUT
+from backupctl.cancel import Stop
+from backupctl.cli import common, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
+from backupctl.images.foreign_header import FEATURES
 from backupctl.names import vm_name
-from backupctl.reconcile import ReconcileReport
-from backupctl.report import Reporter, Stop
-from backupctl.repository.foreign_header import FEATURES
-from backupctl.repository.vm_folder import Point, VmFolder
-from backupctl.restore import RestoreReport
-from backupctl.thin import ThinReport
+from backupctl.operations.restore import in_place, overlay
+from backupctl.operations.restore import whole as core
+from backupctl.operations.restore.destination import STDOUT
+from backupctl.operations.restore.in_place import ReconcileReport
+from backupctl.operations.restore.overlay import ThinReport
+from backupctl.operations.restore.whole import RestoreReport
+from backupctl.progress import Reporter
+from backupctl.repository.point import Point
+from backupctl.repository.vm_folder import VmFolder
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
@@ -69,9 +71,9 @@ def restore(context: click.Context, /, **options: Any) -> None:
     way = _way(options)
     stop = Stop()
     with stop.on_signals():
-        with screen.reporter() as reporter:
+        with reporters.reporter() as reporter:
             tell = way(folder, folder.point(options["point"]), options, reporter, stop)
-        screen.done(f"the restore to {options['to']} is complete")
+        output.done(f"the restore to {options['to']} is complete")
         tell()
 
 
@@ -107,7 +109,7 @@ def _way(options: dict[str, Any]) -> Callable[..., Callable[[], None]]:
 def _thin(
     folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, _stop: Stop
 ) -> Callable[[], None]:
-    report = thin.restore(
+    report = overlay.restore(
         folder,
         point,
         to=options["to"],
@@ -136,7 +138,7 @@ def _tell_thin(report: ThinReport, *, as_json: bool) -> None:
         _print_document(report, disks)
         return
     for one in report.images:
-        screen.print_line(
+        output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({units.size(one.size)}, on {one.backing})"
         )
 
@@ -144,7 +146,7 @@ def _tell_thin(report: ThinReport, *, as_json: bool) -> None:
 def _only_changed(
     folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Stop
 ) -> Callable[[], None]:
-    report = reconcile.restore(
+    report = in_place.restore(
         folder,
         point,
         to=options["to"],
@@ -176,7 +178,7 @@ def _tell_only_changed(report: ReconcileReport, *, as_json: bool) -> None:
         _print_document(report, disks)
         return
     for one in report.images:
-        screen.print_line(
+        output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}), "
             f"{units.size(one.written_bytes)} written, {units.size(one.same_bytes)} already identical "
             f"({units.duration(one.seconds)})"
@@ -209,7 +211,7 @@ def _tell_whole(report: RestoreReport, *, as_json: bool) -> None:
         _print_document(report, disks)
         return
     for one in report.images:
-        screen.print_line(
+        output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}, {units.size(one.size)}, "
             f"{units.duration(one.seconds)})"
         )
@@ -219,4 +221,4 @@ def _print_document(
     report: RestoreReport | ThinReport | ReconcileReport, disks: list[dict[str, Any]]
 ) -> None:
     missing = [{"name": one.name, "point": one.point} for one in report.missing]
-    screen.print_json({"vm": report.vm, "point": report.point, "disks": disks, "missing": missing})
+    output.print_json({"vm": report.vm, "point": report.point, "disks": disks, "missing": missing})

@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
-from backupctl import serve as core
-from backupctl.cli import common, config, screen, units
+from backupctl.cancel import Stop
+from backupctl.cli import common, config, output, reporters, units
 from backupctl.names import vm_name
-from backupctl.report import Stop
-from backupctl.serve import Export
+from backupctl.operations import serve as core
+from backupctl.operations.serve import Export
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
@@ -46,7 +46,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
 
     def ready(exports: tuple[Export, ...]) -> None:
         if options["as_json"]:
-            screen.print_json(
+            output.print_json(
                 {
                     "vm": folder.name,
                     "point": point.id,
@@ -57,7 +57,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
                 }
             )
             return
-        screen.print_table(
+        output.print_table(
             ("DISK", "SIZE>", "ACCESS", "URI"),
             [
                 (one.disk, units.size(one.size), "writable" if one.writable else "read-only", one.uri)
@@ -67,7 +67,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
 
     stop = Stop()
     overlay = options["writable_overlay"]
-    with stop.on_signals(), screen.reporter() as reporter:
+    with stop.on_signals(), reporters.reporter() as reporter:
         reporter.step(f"serving {folder.name} {point.id}, until Ctrl-C")
         if options["tcp"]:
             reporter.warn(_open_to_all(options["disk"], overlay))

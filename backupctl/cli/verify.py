@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from backupctl import verify as core
-from backupctl.cli import common, screen, units
+from backupctl.cancel import Stop
+from backupctl.cli import common, output, reporters, units
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
 from backupctl.names import vm_name
-from backupctl.proof import Depth
-from backupctl.report import Stop, counted
-from backupctl.repository.reach import Range
-from backupctl.verify import Damage, VerifyReport
+from backupctl.operations.verify import run as core
+from backupctl.operations.verify.impact import Range
+from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.run import Damage, VerifyReport
+from backupctl.progress import counted
 
 _SHOWN = 8
 
@@ -43,7 +44,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
     reports: dict[str, VerifyReport] = {}
     failures: list[BackupctlError] = []
     stop = Stop()
-    with stop.on_signals(), screen.reporter(quiet=options["quiet"]) as reporter:
+    with stop.on_signals(), reporters.reporter(quiet=options["quiet"]) as reporter:
         if depth.percent < 100:
             reporter.note(_sample(depth))
         vm = vm_name(names.name) if names.name else None
@@ -59,7 +60,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
         raise common.worst(failures)
     report = _together(reports.values())
     if options["as_json"]:
-        screen.print_json(_document(report, depth))
+        output.print_json(_document(report, depth))
     elif report.damage or report.unchecked or not options["quiet"]:
         _tell(report, depth)
     if report.damage:
@@ -112,18 +113,18 @@ def _sample(depth: Depth) -> str:
 
 def _tell(report: VerifyReport, depth: Depth) -> None:
     if report.damage and depth.percent < 100:
-        screen.print_line(_sample(depth))
+        output.print_line(_sample(depth))
     for note in report.notes:
-        screen.print_line(f"note: {note}")
+        output.print_line(f"note: {note}")
     for damage in report.damage:
         _tell_damage(damage)
     for one in report.unchecked:
-        screen.print_line(f"NOT CHECKED: {one.message}")
+        output.print_line(f"NOT CHECKED: {one.message}")
     rate = f", {units.size(round(report.read_bytes / report.seconds))}/s" if depth.data else ""
     what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
     verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
     verdict += f", {len(report.unchecked)} not checked" if report.unchecked else ""
-    screen.print_line(
+    output.print_line(
         f"{', '.join(report.vms) or 'no VM'}: {counted(report.points, 'point')}, "
         f"{counted(report.layers, 'layer')}, {what} checked "
         f"in {units.duration(report.seconds)}{rate}: {verdict}"
@@ -131,13 +132,13 @@ def _tell(report: VerifyReport, depth: Depth) -> None:
 
 
 def _tell_damage(damage: Damage) -> None:
-    screen.print_line(f"DAMAGE in the {damage.kind}: {damage.message}")
+    output.print_line(f"DAMAGE in the {damage.kind}: {damage.message}")
     if damage.ranges:
-        screen.print_line(f"  bytes of {damage.disk} in this layer: {_ranges(damage.ranges)}")
+        output.print_line(f"  bytes of {damage.disk} in this layer: {_ranges(damage.ranges)}")
     for one in damage.touches:
-        screen.print_line(f"  touches {damage.vm} {one.point} {one.disk}: {_ranges(one.ranges)}")
+        output.print_line(f"  touches {damage.vm} {one.point} {one.disk}: {_ranges(one.ranges)}")
     if damage.ranges and not damage.touches:
-        screen.print_line("  touches no point: newer layers hide it")
+        output.print_line("  touches no point: newer layers hide it")
 
 
 def _ranges(ranges: tuple[Range, ...]) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from backupctl.drills.ground import VM, Ground, await_line, expect
-from backupctl.drills.grounds import DISKS, SimulatorGround
+from backupctl.drills.site import VM, Ground, await_line, expect
+from backupctl.drills.sites import DISKS, SimulatorGround
 
 Play = Callable[[Ground], None]
 STEPS = ("attach", "freeze", "transaction", "export", "copy", "dismantle", "commit", "settle")

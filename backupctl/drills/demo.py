@@ -12,16 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backupctl import backup, restore, status
-from backupctl.drills.simulated import SimulatedVm
+from backupctl.cancel import Stop
+from backupctl.drills.simulated_vm import SimulatedVm
 from backupctl.errors import BackupctlError, Failed, NeedsRecovery, UsageError
 from backupctl.names import PointId
-from backupctl.report import Reporter, RunReport, Silent, Stop
-from backupctl.repository.layout import Repository
-from backupctl.repository.vm_folder import Point
-from backupctl.settings import Kind, RunOptions
-from backupctl.vm import disks
-from backupctl.vm.monitor import Monitor
+from backupctl.operations import status
+from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.outcome import RunReport
+from backupctl.operations.restore import whole
+from backupctl.options import Kind, RunOptions
+from backupctl.progress import Reporter, Silent
+from backupctl.repository.point import Point
+from backupctl.repository.repository import Repository
+from backupctl.vm.qmp import inventory
+from backupctl.vm.qmp.monitor import Monitor
 
 VM = "web"
 FORMATS = {"vda": "qcow2", "vdb": "raw"}
@@ -120,7 +124,7 @@ class Stage:
     def dirty_bytes(self) -> dict[str, int]:
         """Return what each disk's bitmap has marked, in bytes. Raises Failed unless all record."""
         with Monitor.connect(self.machine.vm.qmp, 30.0) as monitor:
-            found = disks.inventory(monitor, {}).disks
+            found = inventory.inventory(monitor, {}).disks
         idle = [disk.name for disk in found if [b.recording for b in disk.bitmaps] != [True]]
         if idle:
             raise Failed(f"{', '.join(idle)}: there was to be one bitmap, and it was to record")
@@ -145,7 +149,7 @@ class Stage:
         vm_folder = self.repository.vm(self.machine.vm.name)
         target = self.folder / "restored"
         target.mkdir()
-        report = restore.restore(
+        report = whole.restore(
             vm_folder,
             vm_folder.point(point),
             to=str(target),

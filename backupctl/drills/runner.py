@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backupctl.drills import grounds
+from backupctl.cancel import Stop
+from backupctl.drills import sites
 from backupctl.drills.catalog import Drill
-from backupctl.drills.ground import Ground, Unmet
-from backupctl.drills.warm import Warm
+from backupctl.drills.fork_server import Warm
+from backupctl.drills.site import Ground, Unmet
 from backupctl.errors import BackupctlError
-from backupctl.report import Stop
 
 Place = Literal["simulator", "qemu"]
 Verdict = Literal["passed", "FAILED", "simulator only"]
 _GROUNDS: dict[str, Callable[[Path, Warm], AbstractContextManager[Ground]]] = {
-    "simulator": grounds.simulator,
-    "qemu": grounds.real,
+    "simulator": sites.simulator,
+    "qemu": sites.real,
 }
 _AT_ONCE = 4
 

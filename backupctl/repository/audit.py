@@ -14,7 +14,9 @@ from backupctl.errors import DamageFound, RepositoryError
 from backupctl.names import PointId
 from backupctl.repository import history
 from backupctl.repository.history import Deed, History, Known
-from backupctl.repository.vm_folder import Partial, Point, VmFolder
+from backupctl.repository.pending_point import Partial
+from backupctl.repository.point import Point
+from backupctl.repository.vm_folder import VmFolder
 
 _LOOKS = 5
 
@@ -128,7 +130,7 @@ def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
 
 def _is_there(folder: VmFolder, point: PointId) -> bool:
     """Whether a point stands, unfinished or not; in the order in which a commit renames it."""
-    return any(_stands(path) for path in (Partial(folder, point).path, folder.path / point))
+    return any(_stands(path) for path in (Partial(folder.path, folder.name, point).path, folder.path / point))
 
 
 def _stands(path: Path) -> bool:

@@ -12,15 +12,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.clusters import Logical
+from backupctl.digests import digest_map
+from backupctl.digests.clusters import Logical
+from backupctl.digests.digest_map import DigestMap, Named
 from backupctl.errors import DamageFound, NoSuchPoint
+from backupctl.images import qcow2_header
+from backupctl.images.open_image import OpenImage
+from backupctl.images.qcow2_header import Header
 from backupctl.names import DiskName, PointId
-from backupctl.repository import digests, header, markers, plain
-from backupctl.repository.digests import DigestMap, Named
-from backupctl.repository.header import Header
+from backupctl.repository import markers
 from backupctl.repository.manifest import DiskEntry
-from backupctl.repository.open_image import OpenImage
-from backupctl.repository.vm_folder import Point, VmFolder
+from backupctl.repository.point import Point
+from backupctl.repository.vm_folder import VmFolder
+from backupctl.system import safe_open
 
 MOST_LAYERS = 500
 """A chain is handed to QEMU whole, link within link, as one argument of at most 128 KiB."""
@@ -41,7 +45,7 @@ class Layer:
         """
         path = point.path / f"{entry.name}.qcow2"
         after = entry.after_merge()
-        if after is not entry and header.read(path).backing == backing_of(after):
+        if after is not entry and qcow2_header.read(path).backing == backing_of(after):
             return cls(path, after)
         return cls(path, entry)
 
@@ -67,8 +71,8 @@ class Layer:
         """Open the image without a look at what it says. Raises DamageFound, RepositoryUnreadable."""
         try:
             return OpenImage.open(self.path, writable=writable)
-        except plain.NotThere as err:
-            raise header.missing(self.path, err) from err
+        except safe_open.NotThere as err:
+            raise qcow2_header.missing(self.path, err) from err
 
     def check(self) -> None:
         """Compare the image's header with the manifest. Raises DamageFound, RepositoryError."""
@@ -84,7 +88,7 @@ class Layer:
 
     def check_as_stored(self) -> None:
         """Compare as `check` does, size and length too, whatever is going on. Raises DamageFound."""
-        self._check_as_stored(header.read(self.path))
+        self._check_as_stored(qcow2_header.read(self.path))
 
     def _check_as_stored(self, found: Header) -> None:
         path, entry = self.path, self.entry
@@ -110,14 +114,14 @@ class Layer:
 
         Raises DamageFound, also if it is not the one that the manifest names, RepositoryUnreadable.
         """
-        path = digests.path_of(self.path)
+        path = digest_map.path_of(self.path)
         named = Named(self.entry.size, self.entry.digests)
         try:
             return DigestMap.open(path, named, check)
         except DamageFound:
             # The image was exchanged and the map not yet: then the right one lies ready beside it.
-            ready = digests.merged_path_of(self.path)
-            if not plain.there(ready):
+            ready = digest_map.merged_path_of(self.path)
+            if not safe_open.there(ready):
                 raise
         return DigestMap.open(ready, named, check)
 

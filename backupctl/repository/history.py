@@ -30,8 +30,9 @@ from blake3 import blake3
 
 from backupctl.errors import RepositoryError
 from backupctl.names import PointId, point_id
-from backupctl.repository import durable, plain, strict
-from backupctl.repository.strict import Fields, Malformed
+from backupctl.repository import strict_json
+from backupctl.repository.strict_json import Fields, Malformed
+from backupctl.system import durable, safe_open
 
 FORMAT = 1
 FILE_NAME = "history"
@@ -73,7 +74,7 @@ class Entry:
     def from_line(cls, line: bytes) -> "Entry | None":
         """Read a line without its end; None if it is no entry, or does not agree with its checksum."""
         try:
-            return cls._read(Fields(strict.parse(line, FILE_NAME), FILE_NAME))
+            return cls._read(Fields(strict_json.parse(line, FILE_NAME), FILE_NAME))
         except Malformed:
             return None
 
@@ -84,11 +85,11 @@ class Entry:
         entry = cls(
             event=cast("Event", fields.choice("event", *get_args(Event))),
             point=fields.optional("point", point_id),
-            manifest=fields.optional("manifest", strict.plain_text(32)),
-            time=fields.text("time", strict.plain_text(100)),
-            before=fields.text("before", strict.plain_text(32)),
+            manifest=fields.optional("manifest", strict_json.plain_text(32)),
+            time=fields.text("time", strict_json.plain_text(100)),
+            before=fields.text("before", strict_json.plain_text(32)),
         )
-        if fields.text("checksum", strict.plain_text(32)) != entry.checksum:
+        if fields.text("checksum", strict_json.plain_text(32)) != entry.checksum:
             raise Malformed(f"{FILE_NAME}: a line does not agree with its checksum")
         fields.done()
         return entry
@@ -194,11 +195,11 @@ def undo(folder: Path, point: PointId) -> None:
 def _content(folder: Path) -> bytes | None:
     path = folder / FILE_NAME
     try:
-        with plain.open_file(path) as file:
+        with safe_open.open_file(path) as file:
             return file.read(MAX_BYTES)
-    except plain.NotPlain as err:
+    except safe_open.NotPlain as err:
         raise RepositoryError(f"{path} can't be read: {err}") from err
-    except plain.NotThere:
+    except safe_open.NotThere:
         return None
 
 

@@ -9,9 +9,9 @@ import json
 from dataclasses import asdict, dataclass
 
 from backupctl.names import DiskName, NodeName, PointId, RepositoryId, VmName, disk_name, point_id, vm_name
-from backupctl.repository import strict
+from backupctl.repository import strict_json
 from backupctl.repository.manifest import repository_id
-from backupctl.repository.strict import Fields
+from backupctl.repository.strict_json import Fields
 
 FORMAT = 1
 FILE_NAME = "run.json"
@@ -48,16 +48,16 @@ class Journal:
     @classmethod
     def from_json(cls, content: bytes) -> "Journal":
         """Read a journal. Raises strict.Malformed."""
-        fields = Fields(strict.parse(content, FILE_NAME), FILE_NAME)
+        fields = Fields(strict_json.parse(content, FILE_NAME), FILE_NAME)
         if fields.number("format") != FORMAT:
-            raise strict.Malformed(f"{FILE_NAME}: unknown format")
+            raise strict_json.Malformed(f"{FILE_NAME}: unknown format")
         journal = cls(
             point=fields.text("point", point_id),
             vm=fields.text("vm", vm_name),
             repository=fields.text("repository", repository_id),
             kind=fields.choice("kind", "full", "incremental"),
-            step=fields.text("step", strict.plain_text(100)),
-            started=fields.text("started", strict.plain_text(100)),
+            step=fields.text("step", strict_json.plain_text(100)),
+            started=fields.text("started", strict_json.plain_text(100)),
             pid=fields.number("pid"),
             disks=tuple(_disk(entry) for entry in fields.items("disks")),
             froze=fields.flag("froze"),
@@ -70,7 +70,7 @@ def _disk(value: object) -> JournalDisk:
     fields = Fields(value, "a disk of the journal")
     disk = JournalDisk(
         name=fields.text("name", disk_name),
-        node=NodeName(fields.text("node", strict.plain_text(100))),
+        node=NodeName(fields.text("node", strict_json.plain_text(100))),
         number=fields.number("number", 10_000),
         base=fields.optional("base", point_id),
     )

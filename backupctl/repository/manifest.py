@@ -15,8 +15,8 @@ from blake3 import blake3
 
 from backupctl.errors import DamageFound, UnknownFormat
 from backupctl.names import DiskName, NodeName, PointId, RepositoryId, VmName, disk_name, point_id, vm_name
-from backupctl.repository import strict
-from backupctl.repository.strict import Fields, Malformed
+from backupctl.repository import strict_json
+from backupctl.repository.strict_json import Fields, Malformed
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -146,7 +146,7 @@ class Manifest:
 def _read_once(content: bytes) -> Manifest:
     """Read a manifest, one of each content: a prune looks at all of them after every step."""
     try:
-        document = strict.parse(content, FILE_NAME)
+        document = strict_json.parse(content, FILE_NAME)
         version = document.get("format") if isinstance(document, dict) else None
         if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
             raise UnknownFormat(
@@ -161,7 +161,7 @@ def _read_once(content: bytes) -> Manifest:
 
 def _read(document: object) -> Manifest:
     fields = Fields(document, FILE_NAME)
-    checksum = fields.text("checksum", strict.plain_text(64))
+    checksum = fields.text("checksum", strict_json.plain_text(64))
     unsigned = {name: value for name, value in cast("dict[str, Any]", document).items() if name != "checksum"}
     if checksum != _checksum(unsigned):
         raise Malformed(f"{FILE_NAME} does not agree with its checksum")
@@ -178,8 +178,8 @@ def _read(document: object) -> Manifest:
         consistency=cast(
             "Literal['filesystem', 'crash']", fields.choice("consistency", "filesystem", "crash")
         ),
-        qemu=fields.text("qemu", strict.plain_text(100)),
-        backupctl=fields.text("backupctl", strict.plain_text(100)),
+        qemu=fields.text("qemu", strict_json.plain_text(100)),
+        backupctl=fields.text("backupctl", strict_json.plain_text(100)),
         start=fields.text("start", _time),
         end=fields.text("end", _time),
         checkpoints=fields.number("checkpoints"),
@@ -212,10 +212,10 @@ def _disk(value: object) -> DiskEntry:
         kind=cast("PointKind", fields.choice("kind", "full", "incremental")),
         parent=fields.optional("parent", point_id),
         size=fields.number("size"),
-        node=NodeName(fields.text("node", strict.plain_text(100))),
-        format=fields.text("format", strict.plain_text(100)),
+        node=NodeName(fields.text("node", strict_json.plain_text(100))),
+        format=fields.text("format", strict_json.plain_text(100)),
         persistent=fields.flag("persistent"),
-        reason=fields.text("reason", strict.plain_text()),
+        reason=fields.text("reason", strict_json.plain_text()),
         dirty_bytes=fields.number("dirty_bytes"),
         copied_bytes=fields.number("copied_bytes"),
         zero_bytes=fields.number("zero_bytes"),

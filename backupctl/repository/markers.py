@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from backupctl.errors import RepositoryError
-from backupctl.repository import durable, plain
+from backupctl.system import durable, safe_open
 
 PROTECTED = "protected"
 RETIRED = "retired"
@@ -26,7 +26,7 @@ def merging(disk: str) -> str:
 
 def has(folder: Path, marker: str) -> bool:
     """Whether a point's folder has a marker. Raises RepositoryUnreadable if that can't be told."""
-    return plain.there(folder / marker)
+    return safe_open.there(folder / marker)
 
 
 def put(folder: Path, marker: str) -> None:

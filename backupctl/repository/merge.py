@@ -32,16 +32,18 @@ from typing import Self
 
 import numpy as np
 
-from backupctl import clusters
-from backupctl.clusters import CLUSTER_BYTES, Logical, Records
+from backupctl.digests import clusters, digest_map
+from backupctl.digests.clusters import CLUSTER_BYTES, Logical, Records
 from backupctl.errors import DamageFound, RepositoryError, WriteFailed
-from backupctl.repository import chain, digests, durable, header, history, images, markers, plain
+from backupctl.images import create, qcow2_header
+from backupctl.images.open_image import OpenImage
+from backupctl.repository import chain, history, markers
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
 from backupctl.repository.history import Deed
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
-from backupctl.repository.open_image import OpenImage
-from backupctl.repository.vm_folder import Point
+from backupctl.repository.point import Point
+from backupctl.system import durable, safe_open
 
 _WINDOW_CLUSTERS = 1 << 16
 
@@ -62,7 +64,7 @@ class Merge:
     def of(cls, point: Point, layers: tuple[Layer, ...]) -> Self:
         """Look at what is to be merged. Raises DamageFound, WriteFailed, RepositoryError."""
         upper, lower, *below = layers
-        with plain.unreadable(lower.path):
+        with safe_open.unreadable(lower.path):
             try:
                 names = lower.path.lstat().st_nlink
             except FileNotFoundError as err:
@@ -71,7 +73,7 @@ class Merge:
         with lower.open() as image:
             if lower.merging:
                 _forget(lower.path)
-            return cls(point, layers, fits and not images.check(image).errors)
+            return cls(point, layers, fits and not create.check(image).errors)
 
     @property
     def upper(self) -> Layer:
@@ -103,13 +105,13 @@ class Merge:
         """Do step 1, and give an image to write to. Raises WriteFailed, DamageFound, RepositoryError."""
         _remove(_new_image(self.upper.path))
         if not self.in_place:
-            with images.new_layer(self.image, self.size, self.backing or None) as image:
+            with create.new_layer(self.image, self.size, self.backing or None) as image:
                 yield image
             return
         with self.lower.open(writable=True) as image:
             markers.put(self.lower.path.parent, markers.merging(self.lower.entry.name))
             if image.header().size < self.size:
-                images.resize(image, self.size)
+                create.resize(image, self.size)
             yield image
 
     def forsake(self) -> None:
@@ -137,13 +139,13 @@ class Merge:
         Raises WriteFailed, DamageFound, RepositoryError.
         """
         if image.header().size > self.size:
-            images.resize(image, self.size)
-        ready = digests.merged_path_of(self.upper.path)
+            create.resize(image, self.size)
+        ready = digest_map.merged_path_of(self.upper.path)
         _remove(ready)
         count = sum(len(part) for part in self.records())
-        checksum = digests.write_parts(ready, self.size, count, self.records)
+        checksum = digest_map.write_parts(ready, self.size, count, self.records)
         _sync_folder(ready.parent)
-        with plain.unreadable(self.image):
+        with safe_open.unreadable(self.image):
             stored = image.stat()
         merged = Merged(self.lower.entry.parent, stored.st_size, stored.st_blocks * 512, checksum)
         entry = replace(self.upper.entry, merged=merged)
@@ -197,13 +199,13 @@ def switch(point: Point, entry: DiskEntry) -> Point:
     image = point.path / f"{entry.name}.qcow2"
     after = entry.after_merge()
     try:
-        if header.read(image).backing != backing_of(after):
+        if qcow2_header.read(image).backing != backing_of(after):
             made = _made(point, entry)
             Layer(made, after).check_as_stored()
             _move(made, image)
-        ready = digests.merged_path_of(image)
+        ready = digest_map.merged_path_of(image)
         if ready.exists():
-            _move(ready, digests.path_of(image))
+            _move(ready, digest_map.path_of(image))
     except OSError as err:
         raise RepositoryError(f"{image} can't be exchanged: {err.strerror}") from err
     return rewrite(point, point.manifest.with_disk(after))

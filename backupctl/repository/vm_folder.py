@@ -5,13 +5,11 @@ A point is committed when its folder stands under its final name, and by nothing
 retired it since (see markers.py): then it is no point any more, but younger ones may stand on it.
 """
 
-import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import (
@@ -25,32 +23,14 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import PointId, RepositoryId, VmName, point_id, vm_name
-from backupctl.repository import durable, history, locks, markers, plain, strict
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
-from backupctl.repository.history import Deed
+from backupctl.repository import markers
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
-
-_PARTIAL = ".partial"
-
-
-@dataclass(frozen=True)
-class Point:
-    """A committed recovery point."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def id(self) -> PointId:
-        """Its id, the folder's name."""
-        return self.manifest.point
-
-    @property
-    def protected(self) -> bool:
-        """Whether no prune drops it. Raises RepositoryError."""
-        return markers.has(self.path, markers.PROTECTED)
+from backupctl.repository.pending_point import PARTIAL, Partial
+from backupctl.repository.point import Point
+from backupctl.system import durable, locks, safe_open
 
 
 @dataclass(frozen=True)
@@ -76,7 +56,7 @@ class VmFolder:
 
     def exists(self) -> bool:
         """Whether there ever was a run of this VM. Raises RepositoryUnreadable."""
-        with plain.unreadable(self.path):
+        with safe_open.unreadable(self.path):
             return self.path.is_dir()
 
     @contextmanager
@@ -195,14 +175,16 @@ class VmFolder:
 
     def uses(self, point: PointId) -> bool:
         """Whether a committed point or an unfinished one has this id."""
-        return any(os.path.lexists(path) for path in (self.path / point, Partial(self, point).path))
+        return any(
+            os.path.lexists(path) for path in (self.path / point, Partial(self.path, self.name, point).path)
+        )
 
     def user_elsewhere(self, point: PointId) -> VmName | None:
         """Return the other VM of this repository that has a point of this id, finished or not.
 
         No two VMs have one id (`Repository.next_point`). Raises RepositoryError.
         """
-        for name in plain.folders(self.path.parent):
+        for name in safe_open.folders(self.path.parent):
             with suppress(InvalidName):
                 other = VmFolder(self.path.parent / name, vm_name(name), self.repository)
                 if other.name != self.name and other.uses(point):
@@ -218,12 +200,14 @@ class VmFolder:
 
     def partials(self) -> list["Partial"]:
         """Return what runs under way, or dead ones, have left."""
-        names = [name.removesuffix(_PARTIAL) for name in plain.folders(self.path) if name.endswith(_PARTIAL)]
-        return [Partial(self, found) for found in _ids(names)]
+        names = [
+            name.removesuffix(PARTIAL) for name in safe_open.folders(self.path) if name.endswith(PARTIAL)
+        ]
+        return [Partial(self.path, self.name, found) for found in _ids(names)]
 
     def begin(self, point: PointId, journal: Journal) -> "Partial":
         """Make the folder of a new point, with its journal. Raises RepositoryError."""
-        partial = Partial(self, point)
+        partial = Partial(self.path, self.name, point)
         try:
             durable.make_folder(partial.path)
             durable.replace(partial.path / journals.FILE_NAME, journal.to_json())
@@ -243,7 +227,7 @@ class VmFolder:
             raise RepositoryUnreadable(f"{self.path / point} can't be looked at: {err.strerror}") from err
 
     def _standing(self) -> list[PointId]:
-        return _ids(plain.folders(self.path))
+        return _ids(safe_open.folders(self.path))
 
     def _committed(self) -> list[PointId]:
         return [found for found in self._standing() if not self._is_retired(found)]
@@ -275,8 +259,8 @@ class VmFolder:
     def _open(self, point: PointId) -> Point:
         path = self.path / point
         try:
-            content = plain.read(path / manifests.FILE_NAME)
-        except (plain.NotThere, RepositoryUnreadable) as err:
+            content = safe_open.read(path / manifests.FILE_NAME)
+        except (safe_open.NotThere, RepositoryUnreadable) as err:
             if not self._stands(point):
                 raise self._nothing_of(point) from err
             if isinstance(err, RepositoryUnreadable):
@@ -290,97 +274,6 @@ class VmFolder:
         if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
             raise DamageFound(f"{path}: the manifest is of another point, VM or repository")
         return Point(path, manifest)
-
-
-@dataclass(frozen=True)
-class Partial:
-    """A point that is not committed."""
-
-    folder: VmFolder
-    point: PointId
-
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-        return self.folder.path / f"{self.point}{_PARTIAL}"
-
-    def journal(self) -> Journal | None:
-        """Return what the run noted, None if there is no such thing or it is of another run.
-
-        Raises RepositoryUnreadable: it alone tells of a freeze that is ours to end.
-        """
-        try:
-            journal = Journal.from_json(plain.read(self.path / journals.FILE_NAME))
-        except (plain.NotThere, strict.Malformed):
-            return None
-        return journal if (journal.point, journal.vm) == (self.point, self.folder.name) else None
-
-    def note(self, step: str, *, froze: bool) -> None:
-        """Note durably how far the run is. Raises RepositoryError."""
-        journal = self.journal()
-        if journal is None:
-            raise RepositoryError(f"the journal of {self.path} is gone")
-        try:
-            changed = replace(journal, step=step, froze=froze)
-            durable.replace(self.path / journals.FILE_NAME, changed.to_json())
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be written: {err.strerror}") from err
-
-    def commit(self, manifest: Manifest) -> Point:
-        """Make this a point: THE commit point of the whole system is the rename in here.
-
-        The images must be complete. Raises RepositoryError; the point is then not committed.
-        """
-        try:
-            readable = Manifest.from_json(manifest.to_json()) == manifest
-        except BackupctlError as err:
-            raise RepositoryError(f"{self.path} is not committed: nobody could read it: {err}") from err
-        if not readable:
-            raise RepositoryError(f"{self.path} is not committed: it would be read as something else")
-        try:
-            for entry in manifest.disks:
-                durable.sync_file(self.path / f"{entry.name}.qcow2")
-                durable.sync_file(self.path / f"{entry.name}.digests")
-            durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
-            (self.path / journals.FILE_NAME).unlink()
-            durable.sync_folder(self.path)
-            history.record(self.folder.path, Deed("committed", self.point, manifest.checksum))
-            # All that the manifest names is on disk. A death before the next line leaves a folder that
-            # recovery drops; one after it, a whole point.
-            durable.rename(self.path, self.folder.path / self.point)
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
-        return Point(self.folder.path / self.point, manifest)
-
-    def take_back(self) -> None:
-        """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
-        try:
-            durable.rename(self.folder.path / self.point, self.path)
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
-
-    def drop(self) -> None:
-        """Remove the folder and all in it; a death in the middle leaves one to drop again.
-
-        Raises RepositoryError.
-        """
-        try:
-            with suppress(FileNotFoundError):
-                _empty(self.path)  # first of all: a full disk has room then for what follows
-                history.undo(self.folder.path, self.point)
-                shutil.rmtree(self.path)  # follows no symbolic link
-        except OSError as err:
-            raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
-
-
-def _empty(folder: Path) -> None:
-    if folder.is_symlink():
-        raise NotADirectoryError(errno.ENOTDIR, "it is a symbolic link", str(folder))
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _ids(names: list[str]) -> list[PointId]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from backupctl.simulator import deeds
+from backupctl.simulator import fault_actions
 from backupctl.simulator.channel import Channel, Door
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.machine import Machine
@@ -69,7 +69,7 @@ class Agent:
             channel.post(self._do(message))
             return
         end = self._machine().power.end
-        await deeds.carry_out(fault, lambda: self._do(message), _refusal, _reply, channel.post, end)
+        await fault_actions.carry_out(fault, lambda: self._do(message), _refusal, _reply, channel.post, end)
 
     def _do(self, message: dict[str, Any]) -> bytes:
         name, given = message["execute"], message.get("arguments", {})

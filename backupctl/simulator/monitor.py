@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from backupctl.simulator import arguments, deeds
+from backupctl.simulator import arguments, fault_actions
 from backupctl.simulator.channel import Channel, Door
 from backupctl.simulator.commands import TABLE
 from backupctl.simulator.commands.machine import version
@@ -91,7 +91,7 @@ class Session:
         if fault is None:
             self._channel.post(self._do(name, given, message))
             return
-        await deeds.carry_out(
+        await fault_actions.carry_out(
             fault,
             lambda: self._do(name, given, message),
             lambda text: _line(_error(CommandError(text), message)),

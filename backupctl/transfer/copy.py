@@ -22,9 +22,9 @@ from pathlib import Path
 import nbd
 
 from backupctl.errors import ReadFailed, WriteFailed
-from backupctl.transfer.connection import Connection, turn
 from backupctl.transfer.extents import Extent, pieces
-from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.nbd_client import Connection, turn
+from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 
 PIECE_BYTES = 1 << 20

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from backupctl.clusters import CLUSTER_BYTES
+from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import ReadFailed
 from backupctl.transfer import extents
-from backupctl.transfer.connection import ALLOCATION_DEPTH, BASE_ALLOCATION, Connection, Entries
 from backupctl.transfer.extents import BadReply, Status
+from backupctl.transfer.nbd_client import ALLOCATION_DEPTH, BASE_ALLOCATION, Connection, Entries
 
 
 class Source:

@@ -19,9 +19,9 @@ from functools import partial
 import nbd
 
 from backupctl.errors import WriteFailed
-from backupctl.transfer import extents, marks
-from backupctl.transfer.connection import Connection
+from backupctl.transfer import cluster_map, extents
 from backupctl.transfer.extents import Extent
+from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.source import Source
 
 PIECE_BYTES = 1 << 20
@@ -88,7 +88,7 @@ def _start(extent: Extent, connection: Connection) -> _Piece:
 
 
 def _pieces(source: Source) -> Iterator[Extent]:
-    for extent in marks.whole(source):
+    for extent in cluster_map.whole(source):
         yield from extents.pieces(extent, PIECE_BYTES)
 
 

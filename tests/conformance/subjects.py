@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import pytest
 
-from backupctl.drills.warm import Program
+from backupctl.drills.fork_server import Program
 from fixtures import builds
 from fixtures.warm import ENVIRONMENT, warm
 from tests.conformance.qmp import Monitor
 
 if TYPE_CHECKING:
-    from backupctl.drills.warm import Call
+    from backupctl.drills.fork_server import Call
 
 SIZE = 4 << 20
 REAL = ("7.2", "10.0")

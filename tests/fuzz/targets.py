@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from backupctl import listening
 from backupctl.cli import config, units
-from backupctl.clusters import RECORD
+from backupctl.digests import digest_map
+from backupctl.digests.clusters import RECORD
+from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import (
     AgentError,
     DamageFound,
@@ -30,21 +31,26 @@ from backupctl.errors import (
     UnknownFormat,
     UsageError,
 )
+from backupctl.images import foreign_header, qcow2_header
 from backupctl.names import NodeName, Owner, RepositoryId, disk_name, point_id, vm_name
-from backupctl.repository import digests, foreign_header, header, history, retention, strict
-from backupctl.repository.digests import DigestMap
+from backupctl.operations.prune import retention
+from backupctl.repository import history, strict_json
 from backupctl.repository.history import Deed
 from backupctl.repository.journal import Journal, JournalDisk
-from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import FreezeEntry, Manifest
-from backupctl.settings import Address
+from backupctl.repository.repository import Repository
 from backupctl.simulator import faults
 from backupctl.simulator.disks import DiskSpec
+from backupctl.system import listen
+from backupctl.system.address import Address
 from backupctl.transfer import extents
 from backupctl.transfer.extents import BadReply
-from backupctl.vm import bitmaps, cleanup, disks, guard_monitor, monitor, reply
-from backupctl.vm.agent import Agent
-from tests.unit.repository.conftest import P1, P2, disk_entry
+from backupctl.vm import bitmap, disk
+from backupctl.vm.guest import guard_monitor
+from backupctl.vm.guest.agent import Agent
+from backupctl.vm.qmp import bitmaps, monitor, reply, teardown
+from backupctl.vm.qmp import inventory as disks
+from tests.unit.points import P1, P2, disk_entry
 
 FOLDER = Path(tempfile.mkdtemp(prefix="backupctl-fuzz-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -119,21 +125,21 @@ class Told:
         return self._answers.get(command)
 
 
-def inventory(content: bytes) -> disks.Inventory:
+def inventory(content: bytes) -> disk.Inventory:
     told = Told(as_object(content))
     told.commands = frozenset({"x-debug-query-block-graph"})
     return disks.inventory(told)  # type: ignore[arg-type]
 
 
-def bitmap(content: bytes) -> bitmaps.Bitmap | None:
+def bitmap(content: bytes) -> bitmap.Bitmap | None:
     with reply.understood("bitmap"):
-        return bitmaps.Bitmap.parse(NodeName("n0"), as_object(content))
+        return bitmaps.parse(NodeName("n0"), as_object(content))
 
 
 def beneath(content: bytes) -> NodeName | None:
     told = Told({"x-debug-query-block-graph": as_object(content)})
     told.commands = frozenset({"x-debug-query-block-graph"})
-    return cleanup._beneath(told, "cbw0")  # type: ignore[arg-type]
+    return teardown._beneath(told, "cbw0")  # type: ignore[arg-type]
 
 
 def event(content: bytes) -> None:
@@ -206,7 +212,7 @@ def _digest_map() -> bytes:
     records["cluster"] = [0, 2, 15]
     path = FOLDER / "seed.digests"
     path.unlink(missing_ok=True)
-    digests.write(path, 1 << 20, records)
+    digest_map.write(path, 1 << 20, records)
     return path.read_bytes()
 
 
@@ -229,17 +235,19 @@ def names(text: str) -> None:
 
 
 TARGETS = {
-    "strict": Target(lambda content: strict.parse(content, "x"), (strict.Malformed,), (b'{"a": [1, "x"]}',)),
+    "strict": Target(
+        lambda content: strict_json.parse(content, "x"), (strict_json.Malformed,), (b'{"a": [1, "x"]}',)
+    ),
     "manifest": Target(Manifest.from_json, (DamageFound, UnknownFormat), (MANIFEST.to_json(),)),
     "history": Target(history.parse, (), (history._lines("", [Deed("begun"), Deed("found", P1, "0" * 32)]),)),
-    "journal": Target(Journal.from_json, (strict.Malformed,), (JOURNAL.to_json(),)),
+    "journal": Target(Journal.from_json, (strict_json.Malformed,), (JOURNAL.to_json(),)),
     "repository": Target(
         in_file("repository.json", lambda path: Repository.open(path.parent)),
         (DamageFound, UnknownFormat, NotARepository, RepositoryError),
         (b'{"format": 1, "id": "00000000000000000000000000000000"}\n',),
     ),
     "foreign-header": Target(foreign_header.parse, (ValueError,), (_image_header(),)),
-    "header": Target(in_file("vda.qcow2", header.read), (DamageFound,), (_image_header(),)),
+    "header": Target(in_file("vda.qcow2", qcow2_header.read), (DamageFound,), (_image_header(),)),
     "digests": Target(in_file("vda.digests", DigestMap.open), (DamageFound,), (_digest_map(),)),
     "address": Target(in_text(Address.parse), (UsageError,), (b"unix:/run/x", b"tcp:[::1]:4444", b"/run/x")),
     "config": Target(
@@ -248,7 +256,7 @@ TARGETS = {
         (b'[defaults]\nfreeze_budget = 5\n[vm.web]\nqmp = "unix:/q"\n[vm.web.disks]\na = "b"\n',),
     ),
     "duration": Target(in_text(retention.duration), (UsageError,), (b"1y6m", b"36h")),
-    "tcp": Target(in_text(listening.tcp_address), (UsageError,), (b"127.0.0.1:10809", b"[::1]:0", b"10809")),
+    "tcp": Target(in_text(listen.tcp_address), (UsageError,), (b"127.0.0.1:10809", b"[::1]:0", b"10809")),
     "disk": Target(
         in_text(DiskSpec.parse), (faults.BadFault,), (b"vda=10G,format=raw,node=n,iothread=on,readonly=on",)
     ),

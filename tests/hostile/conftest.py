@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.drills.warm import Program
+from backupctl.drills.fork_server import Program
 from fixtures.simulated import ROOT, Simulated
 from fixtures.warm import warm
 from tests.hostile.liar import Liar, Lie

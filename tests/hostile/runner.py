@@ -11,18 +11,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from backupctl import recovery
-from backupctl.cli import run
+from backupctl.cli import backup
 from backupctl.cli.main import main
-from backupctl.settings import RunOptions
-from backupctl.vm import cleanup
+from backupctl.operations import recover
+from backupctl.options import RunOptions
+from backupctl.vm.qmp import teardown
 
 SHORT = {"command_timeout_seconds": 1.0, "agent_timeout_seconds": 1.0, "stall_timeout_seconds": 1.0}
 
-run.RunOptions = partial(RunOptions, **SHORT)
-recovery.DEFAULTS = replace(recovery.DEFAULTS, **SHORT)
-assert cleanup.dismantle.__kwdefaults__
-cleanup.dismantle.__kwdefaults__["patience_seconds"] = 1.0
+backup.RunOptions = partial(RunOptions, **SHORT)
+recover.DEFAULTS = replace(recover.DEFAULTS, **SHORT)
+assert teardown.dismantle.__kwdefaults__
+teardown.dismantle.__kwdefaults__["patience_seconds"] = 1.0
 
 MOST_MEMORY = 8 << 30  # of address space: a guard for this machine
 

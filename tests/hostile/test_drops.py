@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from backupctl.errors import AgentUnavailable, MonitorUnreachable, OutcomeUnknown, ReadFailed
-from backupctl.settings import Address
-from backupctl.transfer.connection import Connection
-from backupctl.vm.agent import Agent
-from backupctl.vm.monitor import Monitor
+from backupctl.system.address import Address
+from backupctl.transfer.nbd_client import Connection
+from backupctl.vm.guest.agent import Agent
+from backupctl.vm.qmp.monitor import Monitor
 
 SECONDS = 1.0
 DRIP_SECONDS = 0.05

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from backupctl.settings import Address
-from backupctl.vm import guard_monitor
+from backupctl.system.address import Address
+from backupctl.vm.guest import guard_monitor
 
 EVENT = b'{"event": "X", "timestamp": {}}\n'
 DRIP = 0.05

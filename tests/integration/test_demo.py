@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from backupctl.cancel import Stop
 from backupctl.cli.demo import Screen, Story
 from backupctl.drills.demo import Stage, first_difference
 from backupctl.errors import DamageFound, Failed
-from backupctl.report import Stop
 from fixtures import builds
 from fixtures import demo as fixtures_demo
 from fixtures.debian import CannotBeHad

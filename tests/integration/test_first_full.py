@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 from fixtures import builds
 from fixtures.debian import CannotBeHad
 from tests import killed

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from backupctl import backup
+from backupctl.cancel import Stop
 from backupctl.errors import NeedsRecovery
 from backupctl.names import vm_name
-from backupctl.report import Silent, Stop
-from backupctl.repository.layout import Repository
-from backupctl.settings import Address, RunOptions, Vm
+from backupctl.operations.backup import run as backup
+from backupctl.options import RunOptions, Vm
+from backupctl.progress import Silent
+from backupctl.repository.repository import Repository
+from backupctl.system.address import Address
 from fixtures.proxy import Proxy
 from tests.integration.test_failures import SLOW, copying, wait_for
 
@@ -35,7 +37,7 @@ def guard_of(run: int) -> int:
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             child = f"\nPPid:\t{run}\n" in (folder / "status").read_text()
-            if child and b"backupctl.vm.guard_process" in (folder / "cmdline").read_bytes():
+            if child and b"backupctl.vm.guest.guard_process" in (folder / "cmdline").read_bytes():
                 return int(folder.name)
     raise AssertionError("there is no guard")
 

@@ -216,7 +216,8 @@ def test_a_copy_of_the_repository_and_a_clock_set_back_make_no_id_twice(build72,
         found = plain(*arguments, vm=vm)
         at = found.index("-m")
         code = (
-            "import runpy, sys; from datetime import UTC, datetime; from backupctl import backup; "
+            "import runpy, sys; from datetime import UTC, datetime; "
+            "from backupctl.operations.backup import run as backup; "
             f"backup._now = lambda: datetime.fromisoformat('{clock[0]}').replace(tzinfo=UTC); "
             "runpy.run_module('backupctl', run_name='__main__')"
         )

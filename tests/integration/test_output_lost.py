@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from backupctl.names import vm_name
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 from fixtures import builds
 
 SIZES = {"vda": 1 << 20}

@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
+from backupctl.options import MAX_CHAIN, RunOptions
 from backupctl.repository import chain
-from backupctl.settings import MAX_CHAIN, RunOptions
 from tests.conftest import MIB
 
 pytestmark = pytest.mark.simulator_too

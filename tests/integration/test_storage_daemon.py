@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """qemu-storage-daemon: disks without a device, a monitor that takes no descriptors."""
 
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 from fixtures.storage_daemon import StorageDaemon
 
 

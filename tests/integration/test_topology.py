@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 from fixtures.machine import Disk
 
 MIB = 1 << 20

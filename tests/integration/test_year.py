@@ -6,15 +6,20 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from backupctl import backup, clusters, prune, verify
-from backupctl.clusters import CLUSTER_BYTES
+from backupctl.cancel import Stop
+from backupctl.digests import clusters
+from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.names import vm_name
-from backupctl.report import Silent, Stop
+from backupctl.operations.backup import run as backup
+from backupctl.operations.prune import run as prune
+from backupctl.operations.prune.retention import Rules
+from backupctl.operations.verify import run as verify
+from backupctl.options import RunOptions, Vm
+from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
-from backupctl.repository.layout import Repository
-from backupctl.repository.retention import Rules
-from backupctl.settings import Address, RunOptions, Vm
+from backupctl.repository.repository import Repository
+from backupctl.system.address import Address
 from fixtures import builds
 from tests.conftest import MIB
 

@@ -30,14 +30,14 @@ IOTHREAD = (
     "integration/test_guest.py::"
     "test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive[7.2-virtio-blk-pci-5]"
 )
-LAYER = "unit/test_layer.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
+LAYER = "unit/operations/test_backup_disk.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
 REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
 BUGS = (
     Bug(
         "no thaw after a transaction that failed",
-        "backup.py",
+        "operations/backup/run.py",
         "        try:\n            yield thawed\n        finally:\n"
         "            thawed.append(self.guard.thaw())\n",
         "        yield thawed\n        thawed.append(self.guard.thaw())\n",
@@ -45,63 +45,63 @@ BUGS = (
     ),
     Bug(
         "thaw before the transaction's reply",
-        "backup.py",
+        "operations/backup/run.py",
         '                    self.step = "transaction"\n                    view.cut()\n',
         '                    self.step = "transaction"\n                view.cut()\n',
         FAILURES + "test_a_freeze_that_somebody_ended_early_is_not_called_consistent[simulator]",
     ),
     Bug(
         "the guard does not thaw when its run dies",
-        "vm/guard_process.py",
+        "vm/guest/guard_process.py",
         "        self._freezer.thaw_for_good()\n        while",
         "        while",
         GUARD + "test_sigkill_of_the_run_leaves_the_guest_thawed",
     ),
     Bug(
         "the freeze budget is not looked at",
-        "vm/guard_process.py",
+        "vm/guest/guard_process.py",
         "            self._freezer.thaw_when_due()\n",
         "",
         GUARD + "test_the_budget_ends_the_freeze_and_the_run_is_told",
     ),
     Bug(
         "a guest that somebody else froze is thawed",
-        "vm/guard.py",
+        "vm/guest/guard.py",
         "        self._ping()\n        self._due = ",
         "        self._due = ",
         GUARD + "test_a_guest_frozen_by_somebody_else_is_refused_and_never_thawed",
     ),
     Bug(
         "a point is committed before the history has it",
-        "repository/vm_folder.py",
-        '            history.record(self.folder.path, Deed("committed", self.point, manifest.checksum))\n',
+        "repository/pending_point.py",
+        '            history.record(self.folder, Deed("committed", self.point, manifest.checksum))\n',
         "",
         HISTORY + "test_points_that_were_removed_are_named[newest]",
     ),
     Bug(
         "a dropped point is not written down",
-        "prune.py",
-        '                history.record(self.folder.path, Deed("dropped", point))\n',
+        "operations/prune/run.py",
+        '                history.record(self.folder, Deed("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
     ),
     Bug(
         "an unfinished point goes before the history has it",
-        "repository/vm_folder.py",
-        "                history.undo(self.folder.path, self.point)\n",
+        "repository/pending_point.py",
+        "                history.undo(self.folder, self.point)\n",
         "",
         HISTORY + "test_a_death_at_any_step_raises_no_false_alarm_and_hides_no_loss",
     ),
     Bug(
         "a run that met damage is silent",
-        "cli/run.py",
+        "cli/backup.py",
         "    _tell_damage(report)\n",
         "",
         "integration/test_missing_points.py::test_reason_and_damage_of_each_disk_are_in_the_document",
     ),
     Bug(
         "the base bitmap is retired before the commit",
-        "backup.py",
+        "operations/backup/run.py",
         '        self._begin("commit")\n',
         '        self._begin("commit")\n'
         "        for one in self.plan.disks:\n"
@@ -112,35 +112,35 @@ BUGS = (
     ),
     Bug(
         "base bitmaps are retired for some disks only",
-        "recovery.py",
+        "operations/recover.py",
         "            actions += settlement.actions\n",
         "            actions = actions or [*settlement.actions]\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "what an unfinished run recorded is thrown away",
-        "vm/bitmaps.py",
+        "vm/qmp/bitmaps.py",
         "    return [merge, *(()",
         "    return [*(()",
         EXPLORED + "[incremental]",
     ),
     Bug(
         "copied from the active node",
-        "backup.py",
-        "            export.Shown(node, cut.disk.node, bitmap)\n",
-        "            export.Shown(cut.disk.node, cut.disk.node, bitmap)\n",
+        "operations/backup/run.py",
+        "            nbd_export.Shown(node, cut.disk.node, bitmap)\n",
+        "            nbd_export.Shown(cut.disk.node, cut.disk.node, bitmap)\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "bitmaps are looked for at the view's node",
-        "backup.py",
-        "            export.Shown(node, cut.disk.node, bitmap)\n",
-        "            export.Shown(node, node, bitmap)\n",
+        "operations/backup/run.py",
+        "            nbd_export.Shown(node, cut.disk.node, bitmap)\n",
+        "            nbd_export.Shown(node, node, bitmap)\n",
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
         "the second disk is read with the first one's bitmap",
-        "backup.py",
+        "operations/backup/run.py",
         "                shown.append(one.bitmaps[0] if one.bitmaps else None)\n",
         "                shown.append(self.plan.disks[0].bitmaps[0] if one.bitmaps else None)\n",
         KNOWN + SIMULATED_YEAR,
@@ -161,24 +161,24 @@ BUGS = (
     ),
     Bug(
         "the dirty bit is inverted",
-        "layer.py",
+        "operations/backup/disk.py",
         "bool(status.flags[1] & DIRTY)",
         "not status.flags[1] & DIRTY",
         LAYER,
     ),
     Bug(
         "zeroes are skipped",
-        "layer.py",
+        "operations/backup/disk.py",
         "            marks.zero(status.offset, status.length)\n",
         "            pass\n",
         LAYER,
     ),
     Bug(
         "the last cluster is dropped if it is no whole one",
-        "transfer/marks.py",
+        "transfer/cluster_map.py",
         "clusters.count(offset + length)] = _DATA",
         "(offset + length) // CLUSTER_BYTES] = _DATA",
-        "unit/transfer/test_digests.py::test_marks_cover_all_that_was_named_and_call_zero_only_what_is",
+        "unit/transfer/test_dedup_filter.py::test_marks_cover_all_that_was_named_and_call_zero_only_what_is",
     ),
     Bug(
         "offsets of 32 bits",
@@ -189,7 +189,7 @@ BUGS = (
     ),
     Bug(
         "a read error is swallowed",
-        "transfer/connection.py",
+        "transfer/nbd_client.py",
         "            return bool(self.handle.aio_command_completed(cookie))\n"
         "        except nbd.Error as err:\n            raise self.explained(err) from err\n",
         "            return bool(self.handle.aio_command_completed(cookie))\n"
@@ -198,22 +198,22 @@ BUGS = (
     ),
     Bug(
         "what changed is taken for unchanged",
-        "transfer/digests.py",
+        "transfer/dedup_filter.py",
         "        wanted = _extents(found[new], extent.end)\n",
         "        wanted = _extents(found[new][1:], extent.end)\n",
-        "unit/transfer/test_digests.py::test_what_passes_is_what_differs_from_the_layers_below",
+        "unit/transfer/test_dedup_filter.py::test_what_passes_is_what_differs_from_the_layers_below",
     ),
     Bug(
         "a cluster that is zero in part is taken for stored zeroes",
-        "transfer/reading.py",
+        "transfer/read_layer.py",
         "np.setdiff1d(_numbers(runs[1]), data, assume_unique=True)",
         "_numbers(runs[1])",
-        "unit/repository/test_sparse_copies.py::"
+        "unit/operations/test_sparse_copies.py::"
         "test_a_copy_with_holes_is_sound_and_each_cluster_is_read_once",
     ),
     Bug(
         "a failed fsync is tried again",
-        "repository/durable.py",
+        "system/durable.py",
         "        os.fsync(descriptor)\n        if forget:\n",
         "        try:\n            os.fsync(descriptor)\n        except OSError:\n"
         "            os.fsync(descriptor)\n        if forget:\n",
@@ -221,14 +221,14 @@ BUGS = (
     ),
     Bug(
         "the folder is not synced after the rename",
-        "repository/durable.py",
+        "system/durable.py",
         "    source.rename(target)\n    try:\n        sync_folder(target.parent)\n",
         "    source.rename(target)\n    try:\n        pass\n",
         COMMIT + "test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_after_it",
     ),
     Bug(
         "the manifest comes before the data",
-        "repository/vm_folder.py",
+        "repository/pending_point.py",
         "            for entry in manifest.disks:\n"
         '                durable.sync_file(self.path / f"{entry.name}.qcow2")\n'
         '                durable.sync_file(self.path / f"{entry.name}.digests")\n'
@@ -241,29 +241,29 @@ BUGS = (
     ),
     Bug(
         "a wrong backing link",
-        "layer.py",
+        "operations/backup/disk.py",
         'f"../{one.base}/{disk.name}.qcow2" if one.base else None',
         'f"../{self.partial.point}/{disk.name}.qcow2" if one.base else None',
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
         "the base is chosen by the age of its folder",
-        "planning.py",
+        "operations/backup/plan.py",
         "for point in reversed(points) if",
         "for point in sorted(points, key=lambda one: -one.path.stat().st_mtime_ns) if",
-        "unit/test_planning.py"
+        "unit/operations/test_backup_plan.py"
         "::test_the_base_is_the_newest_point_that_holds_the_disk_whichever_folder_was_touched_last",
     ),
     Bug(
         "recovery drops a committed point, too",
-        "recovery.py",
+        "operations/recover.py",
         "        partial.drop()\n",
         "        partial.drop()\n        __import__('shutil').rmtree(folder.point('latest').path)\n",
         EXPLORED + "[incremental]",
     ),
     Bug(
         "recovery leaves the job",
-        "vm/cleanup.py",
+        "vm/qmp/teardown.py",
         "        _end_job(monitor, name)\n"
         '        told.append(f"ended the job {name}")\n'
         '    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)\n',
@@ -272,42 +272,42 @@ BUGS = (
     ),
     Bug(
         "the lock is let go before the guard has done its work",
-        "vm/guard.py",
+        "vm/guest/guard.py",
         "_spawn(arguments, (its.fileno(), lock))",
         "_spawn(arguments, (its.fileno(),))",
         GUARD + "test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed",
     ),
     Bug(
         "recover takes no lock",
-        "recovery.py",
+        "operations/recover.py",
         "        with folder.lock():\n            thawed = ",
         "        with suppress():\n            thawed = ",
         FAILURES + "test_a_second_run_is_told_that_the_first_one_works[simulator]",
     ),
     Bug(
         "our clients leave before the export goes",
-        "vm/cleanup.py",
+        "vm/qmp/teardown.py",
         "    for name in ours:\n        _unless_gone(",
         "    clients.let_go()\n    for name in ours:\n        _unless_gone(",
         IOTHREAD,
     ),
     Bug(
         "the guard lets go of the sockets before the export goes",
-        "vm/guard_process.py",
+        "vm/guest/guard_process.py",
         "        while not self._taken_down():\n",
         "        self._holder.release()\n        while not self._taken_down():\n",
         IOTHREAD,
     ),
     Bug(
         "the agent's time-out is taken for success",
-        "vm/agent.py",
+        "vm/guest/agent.py",
         '            raise AgentTimeout(f"the guest agent took',
         '            return 1\n            raise AgentTimeout(f"the guest agent took',
         FAILURES + "test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back[simulator]",
     ),
     Bug(
         "an inconsistent bitmap is taken for an empty one",
-        "planning.py",
+        "operations/backup/plan.py",
         '        return "its bitmap is inconsistent (QEMU did not end cleanly)"\n',
         '        return ""\n',
         "integration/test_topology.py::test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than"
@@ -315,7 +315,7 @@ BUGS = (
     ),
     Bug(
         "a run that copied some disks only ends with 0",
-        "backup.py",
+        "operations/backup/run.py",
         "        return tuple(taker.take(one, source) for",
         "        taken = []\n"
         "        for one, source in zip(self.plan.disks, sources, strict=True):\n"
@@ -327,28 +327,28 @@ BUGS = (
     ),
     Bug(
         "damaged data is restored",
-        "transfer/proving.py",
+        "transfer/verify_filter.py",
         "        if len(wrong):\n",
         "        if not len(wrong):\n",
-        "unit/repository/test_restore_damaged.py::test_damaged_data_is_refused_by_range_and_nothing_is_left",
+        "unit/operations/test_restore_damaged.py::test_damaged_data_is_refused_by_range_and_nothing_is_left",
     ),
     Bug(
         "a stored bitmap is trusted wherever the data lie",
-        "vm/disks.py",
+        "vm/disk.py",
         "        return not (self.apart and bitmap.persistent)\n",
         "        return True\n",
         "unit/vm/test_block_graph.py::test_of_a_disk_with_a_data_file_only_a_bitmap_of_this_qemus_life_is_used",
     ),
     Bug(
         "the process of the VM at hand is not looked at",
-        "vm/filling.py",
+        "vm/qmp/filling.py",
         "sorted({*open_files.emulators(), *([self._process] if self._process else [])})",
         "sorted({*open_files.emulators()})",
         "unit/vm/test_shared_file_systems.py::test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator",
     ),
     Bug(
         "scratch files are let go of as they are",
-        "vm/cleanup.py",
+        "vm/qmp/teardown.py",
         "    clients.give_back()\n",
         "    pass\n",
         "integration/test_held_room.py::"
@@ -356,28 +356,28 @@ BUGS = (
     ),
     Bug(
         "QEMU is given names that can be exchanged",
-        "repository/open_image.py",
+        "images/open_image.py",
         '        return f"/proc/self/fd/{self.descriptor}"\n',
         "        return str(self.path)\n",
-        "unit/repository/test_open_image.py::test_what_is_served_is_what_was_checked",
+        "unit/images/test_open_image.py::test_what_is_served_is_what_was_checked",
     ),
     Bug(
         "a link in the place of an image is followed",
-        "repository/plain.py",
+        "system/safe_open.py",
         "flags | os.O_NOFOLLOW | os.O_NONBLOCK",
         "flags | os.O_NONBLOCK",
-        "unit/repository/test_open_image.py::test_only_a_plain_file_is_opened",
+        "unit/images/test_open_image.py::test_only_a_plain_file_is_opened",
     ),
     Bug(
         "root restores into anybody's folder",
-        "safe_target.py",
+        "targets/safe_target.py",
         "    if os.geteuid() != _ROOT:\n",
         "    if True:\n",
-        "unit/repository/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
+        "unit/images/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
     ),
     Bug(
         "an incremental makes a repository",
-        "cli/run.py",
+        "cli/backup.py",
         '    if wanted.kind != "full" or names.has_repository():\n',
         "    if names.has_repository():\n",
         "integration/test_first_full.py::test_an_incremental_makes_none_and_names_the_command_that_does",
@@ -392,9 +392,9 @@ BUGS = (
     ),
     Bug(
         "a configuration that others may write is believed",
-        "trusted.py",
+        "system/trusted.py",
         "    if status.st_mode & _OTHERS_WRITE:\n",
         "    if status.st_mode & stat.S_ISUID:\n",
-        "unit/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
+        "unit/system/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
     ),
 )

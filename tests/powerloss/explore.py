@@ -15,18 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backupctl import clusters, recovery
+from backupctl.cancel import Stop
+from backupctl.digests import clusters
+from backupctl.digests.hashing import of_piece
 from backupctl.errors import BackupctlError
 from backupctl.names import PointId, VmName, next_point_id, point_time
-from backupctl.proof import Depth
-from backupctl.report import Silent, Stop
+from backupctl.operations import recover
+from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.run import verify
+from backupctl.options import Vm
+from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history
 from backupctl.repository.journal import Journal
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
-from backupctl.settings import Vm
-from backupctl.transfer.digests import of_piece
-from backupctl.verify import verify
 from tests.powerloss import disk, qcow2
 from tests.powerloss.disk import EMPTY, GARBAGE, HALF, MIXED, OLD, TORN, WHOLE, ZEROES, Content, Tree
 
@@ -213,8 +215,8 @@ def _next_run(repository: Repository, folder: VmFolder) -> str:
     """Do what the next run does first, and begin a point."""
     vm = Vm(VM, "unix:/nowhere", None)
     with folder.lock():
-        recovery.actives(folder)
-        recovery.drop_leftover_files(vm, folder, repository.owner, repository.path)
+        recover.actives(folder)
+        recover.drop_leftover_files(vm, folder, repository.owner, repository.path)
         audit.reconcile(folder)
         if folder.partials():
             return "something unfinished is left"

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from backupctl.cli.main import main
-from backupctl.repository import durable, images
-from backupctl.repository.open_image import OpenImage
-from backupctl.vm.monitor import Monitor
+from backupctl.images import create, nbd_server
+from backupctl.images.open_image import OpenImage
+from backupctl.system import durable
+from backupctl.vm.qmp.monitor import Monitor
 
 REPOSITORY = Path(os.environ["REPOSITORY"])
 TRACE = Path(os.environ["TRACE"])
@@ -132,13 +133,13 @@ def told(self: Monitor, actions: Any) -> Any:
 
 
 real_fsync, real_transaction = os.fsync, Monitor.transaction
-real_serve, real_resize = images.serve, images.resize
+real_serve, real_resize = nbd_server.serve, create.resize
 
 
 def recorded() -> None:
     """Be the command line, whose steps are noted."""
     os.fsync, Monitor.transaction = synced, told
-    images.serve, images.resize = served, resized
+    nbd_server.serve, create.resize = served, resized
     for forgotten in os.environ.get("FORGET", "").split():
         setattr(durable, forgotten, lambda _path: None)
     sys.addaudithook(heard)

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from backupctl import prune
-from backupctl.report import Silent, Stop
-from backupctl.repository.retention import Rules
+from backupctl.cancel import Stop
+from backupctl.operations.prune import run as prune
+from backupctl.operations.prune.retention import Rules
+from backupctl.progress import Silent
 from fixtures import builds
 from tests import killed
 from tests.powerloss import disk

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from backupctl.cli import screen
+from backupctl.cli import output as screen
 from backupctl.cli.main import main
 
 _CURSOR = re.compile(r"\x1b\[\?25[lh]")

@@ -10,11 +10,8 @@ from pathlib import Path
 import click
 import pytest
 
-from backupctl import backup, bitmap_survey, doctor, recovery, status, verify
-from backupctl.bitmap_survey import Removal, StoredBitmap
 from backupctl.cli import units
 from backupctl.cli.main import cli
-from backupctl.doctor import Diagnosis, Finding
 from backupctl.errors import (
     AgentUnavailable,
     BackupctlError,
@@ -25,13 +22,20 @@ from backupctl.errors import (
     WriteFailed,
 )
 from backupctl.names import BitmapName, DiskName, NodeName, VmName
-from backupctl.planning import MissingDisk
-from backupctl.recovery import Recovered
-from backupctl.report import DiskReport, RunReport
-from backupctl.repository.layout import Repository
-from backupctl.status import DiskStatus, Status
+from backupctl.operations import bitmaps, status
+from backupctl.operations import recover as recovery
+from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.outcome import DiskReport, RunReport
+from backupctl.operations.backup.plan import MissingDisk
+from backupctl.operations.bitmaps import Removal, StoredBitmap
+from backupctl.operations.doctor import run as doctor
+from backupctl.operations.doctor.run import Diagnosis, Finding
+from backupctl.operations.recover import Recovered
+from backupctl.operations.status import DiskStatus, Status
+from backupctl.operations.verify import run as verify
+from backupctl.repository.repository import Repository
 from tests.screens.terminal import every_look, look_at
-from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
+from tests.unit.points import P1, P2, P3, Builder, disk_entry
 
 SHOWN = "/backups/machine"  # as long as what stands there
 GOLDEN = Path(__file__).parent / "golden"
@@ -290,9 +294,9 @@ def test_status(show, monkeypatch, tmp_path):
 
 def test_bitmaps(show, monkeypatch, tmp_path):
     Repository.create(tmp_path / "repository")
-    monkeypatch.setattr(bitmap_survey, "look", lambda *_: BITMAPS)
+    monkeypatch.setattr(bitmaps, "look", lambda *_: BITMAPS)
     show("bitmaps", "bitmaps", "web", *VM)
-    monkeypatch.setattr(bitmap_survey, "remove", lambda *_, dry_run: Removal(VmName("web"), BITMAPS[1:]))
+    monkeypatch.setattr(bitmaps, "remove", lambda *_, dry_run: Removal(VmName("web"), BITMAPS[1:]))
     show("bitmaps-remove", "bitmaps", "web", "--remove", BITMAPS[1].name, *VM)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Small file systems and block devices, for those who may make them."""
+"""Fixtures of all unit tests: repositories with points; small file systems and block devices."""
 
 import os
 import subprocess
@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.unit.points import builder, two_points
+
+__all__ = ["builder", "two_points"]
 
 
 def _needs_root() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from backupctl.errors import BackupctlError
 from backupctl.names import DiskName, NodeName, PointId, RepositoryId, point_time
 from backupctl.repository.journal import Journal, JournalDisk
-from backupctl.settings import Address
 from backupctl.simulator import faults
+from backupctl.system.address import Address
 from tests.fuzz.loop import mutate
 from tests.fuzz.targets import BITMAP, JOURNAL, MACHINE, TARGETS, bitmap, inventory
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from backupctl.simulator.faults import Faults, Stream
 from backupctl.simulator.nbd import wire
-from backupctl.simulator.nbd.haggle import Choice
+from backupctl.simulator.nbd.option_haggling import Choice
 from backupctl.simulator.nbd.wire import ChunkType, Command, Dropped, Gone, Peer, RequestFlag
 from backupctl.simulator.nodes import Extent, joined
 

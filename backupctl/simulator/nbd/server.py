@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.faults import Faults
 from backupctl.simulator.nbd.export import Export
-from backupctl.simulator.nbd.haggle import Haggle
+from backupctl.simulator.nbd.option_haggling import Haggle
 from backupctl.simulator.nbd.serve import Conversation
 from backupctl.simulator.nbd.wire import Dropped, Gone, Peer
 

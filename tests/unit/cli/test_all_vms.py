@@ -10,9 +10,9 @@ from click.testing import CliRunner
 from backupctl.cli.main import cli
 from backupctl.errors import DamageFound, UsageError
 from backupctl.names import VmName
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
-from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
+from tests.unit.points import P1, P2, P3, Builder, disk_entry
 
 
 @dataclass

@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from backupctl import errors
-from backupctl.cli import common, screen, units
+from backupctl.cli import common, output, reporters, units
 from backupctl.cli.main import cli
 from backupctl.errors import BackupctlError, UsageError
 from backupctl.names import DiskName, vm_name
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 
 COMMANDS = cli.list_commands(click.Context(cli))
 
@@ -118,7 +118,7 @@ def test_an_empty_repository_lists_as_an_empty_json_list(tmp_path):
 
 
 def test_quiet_says_nothing_but_warnings(capsys):
-    with screen.reporter(quiet=True) as reporter:
+    with reporters.reporter(quiet=True) as reporter:
         reporter.step("copy")
         reporter.note("vda is new")
         reporter.progress(DiskName("vda"), 1, 2)
@@ -188,12 +188,12 @@ def test_a_folder_that_is_no_repository_is_refused(tmp_path):
 
 
 def test_what_comes_from_outside_can_not_move_the_cursor():
-    assert screen.clean("a\x1b[2Jb\rc\x9b\u202e") == "a\\x1b[2Jb\\x0dc\\x9b\\x202e"
-    assert screen.clean("é 漢") == "é 漢"
+    assert output.clean("a\x1b[2Jb\rc\x9b\u202e") == "a\\x1b[2Jb\\x0dc\\x9b\\x202e"
+    assert output.clean("é 漢") == "é 漢"
 
 
 def test_what_comes_from_outside_can_not_begin_a_line_as_if_we_said_it(capsys):
-    screen.print_error(UsageError("QEMU said: no\nbackupctl: all is well"), as_json=False)
+    output.print_error(UsageError("QEMU said: no\nbackupctl: all is well"), as_json=False)
     assert capsys.readouterr().err == "backupctl: QEMU said: no\\x0abackupctl: all is well\n"
 
 

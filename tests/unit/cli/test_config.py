@@ -9,7 +9,7 @@ import pytest
 from backupctl.cli import config
 from backupctl.cli.main import cli
 from backupctl.errors import UsageError
-from backupctl.settings import Address
+from backupctl.system.address import Address
 
 EXAMPLE = Path(__file__).parents[3] / "fixtures" / "backupctl.example.toml"
 

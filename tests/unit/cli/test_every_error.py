@@ -8,8 +8,8 @@ import pytest
 
 from backupctl import errors
 from backupctl.errors import BackupctlError
-from backupctl.repository.layout import Repository
-from backupctl.vm.monitor import Monitor
+from backupctl.repository.repository import Repository
+from backupctl.vm.qmp.monitor import Monitor
 from tests.screens.terminal import Look, look_at
 from tests.unit.cli.test_command_line import every_error
 from tests.unit.cli.test_next_command import typed

@@ -12,7 +12,7 @@ import pytest
 
 from backupctl.cli import crash_log, main
 from backupctl.errors import BackupctlError
-from backupctl.repository.layout import Repository
+from backupctl.repository.repository import Repository
 from tests.conftest import ROOT
 
 SOMEBODY = 12345

@@ -9,7 +9,7 @@ import pytest
 
 from backupctl.errors import BackupctlError, RepositoryError
 from backupctl.repository.manifest import FreezeEntry
-from tests.unit.repository.conftest import P1, P2, Builder, die_at, disk_entry
+from tests.unit.points import P1, P2, Builder, die_at, disk_entry
 
 
 def prepared(builder: Builder, point=P2):

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from backupctl.cancel import Stop
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.names import PointId, VmName
-from backupctl.proof import Depth
-from backupctl.report import Silent, Stop
-from backupctl.repository.layout import Repository
-from backupctl.restore import restore
-from backupctl.verify import VerifyReport, verify
-from tests.unit.repository.conftest import P1, P2, P3, Builder, disk_entry
+from backupctl.operations.restore.whole import restore
+from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.run import VerifyReport, verify
+from backupctl.progress import Silent
+from backupctl.repository.repository import Repository
+from tests.unit.points import P1, P2, P3, Builder, disk_entry
 
 CLUSTER = 65536
 POINTS = (P1, P2, P3)

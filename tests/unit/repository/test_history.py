@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from backupctl import prune
+from backupctl.cancel import Stop
 from backupctl.errors import DamageFound, NoSuchPoint
-from backupctl.proof import Depth
-from backupctl.report import Silent, Stop
+from backupctl.operations.prune import run as prune
+from backupctl.operations.prune.retention import Rules
+from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.run import verify
+from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history, markers
 from backupctl.repository.history import Deed
-from backupctl.repository.retention import Rules
-from backupctl.verify import verify
-from tests.unit.repository.conftest import P1, P2, P3, Builder, changing_step, die_at, disk_entry
+from tests.unit.points import P1, P2, P3, Builder, changing_step, die_at, disk_entry
 
 MIB = 1 << 20
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from backupctl.errors import BackupctlError, DamageFound, UnknownFormat
 from backupctl.names import DiskName, NodeName, PointId, RepositoryId, VmName
 from backupctl.repository import manifest as manifests
-from backupctl.repository import strict
+from backupctl.repository import strict_json
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
-from tests.unit.repository.conftest import P1, P2, P3, disk_entry
+from tests.unit.points import P1, P2, P3, disk_entry
 
 GOOD = Manifest(
     point=P2,
@@ -157,7 +157,7 @@ def test_a_name_that_stands_twice_is_refused():
         b'{"format": ' + b"9" * 5000 + b"}",
         b'{"format": NaN}',
         b'{"format": 1e999}',
-        b" " * (strict.MAX_BYTES + 1),
+        b" " * (strict_json.MAX_BYTES + 1),
         b'{"checksum": "", "x": ' + b'{"x":' * 900 + b"1" + b"}" * 900 + b"}",
     ],
     ids=range(12),
@@ -184,7 +184,7 @@ def test_any_value_in_any_field_is_the_same_or_damage(name, value):
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_no_journal_and_nothing_worse(content):
-    with pytest.raises(strict.Malformed):
+    with pytest.raises(strict_json.Malformed):
         Journal.from_json(content)
 
 
@@ -212,7 +212,7 @@ def test_a_journal_comes_back_as_it_was():
 )
 def test_a_hostile_journal_is_refused(changes):
     document = json.loads(JOURNAL.to_json())
-    with pytest.raises(strict.Malformed):
+    with pytest.raises(strict_json.Malformed):
         Journal.from_json(json.dumps({**document, **changes}).encode())
 
 

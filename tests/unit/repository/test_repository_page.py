@@ -20,18 +20,19 @@ from typing import get_args
 import pytest
 from blake3 import blake3
 
-from backupctl import prune
-from backupctl.clusters import CLUSTER_BYTES
-from backupctl.report import Silent, Stop
+from backupctl.cancel import Stop
+from backupctl.digests.clusters import CLUSTER_BYTES
+from backupctl.digests.digest_map import DigestMap
+from backupctl.operations.prune import run as prune
+from backupctl.operations.prune.retention import Rules
+from backupctl.progress import Silent
 from backupctl.repository import markers
-from backupctl.repository.digests import DigestMap
 from backupctl.repository.history import Entry, Event
 from backupctl.repository.journal import Journal, JournalDisk
-from backupctl.repository.layout import Repository
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
-from backupctl.repository.retention import Rules
+from backupctl.repository.repository import Repository
 from tests.conftest import ROOT
-from tests.unit.repository.conftest import P1, P2, P3, Builder, die_at, disk_entry
+from tests.unit.points import P1, P2, P3, Builder, die_at, disk_entry
 
 PAGE = (ROOT / "docs/repository.md").read_text()
 COMMANDS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)

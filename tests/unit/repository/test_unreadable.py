@@ -13,20 +13,24 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from backupctl.cancel import Stop
 from backupctl.cli.main import cli
-from backupctl.clusters import CLUSTER_BYTES, RECORD
+from backupctl.digests import digest_map
+from backupctl.digests.clusters import CLUSTER_BYTES, RECORD
+from backupctl.digests.digest_map import DigestMap, Named
 from backupctl.errors import DamageFound, Interrupted, NeedsRecovery, RepositoryUnreadable
 from backupctl.names import DiskName
-from backupctl.proof import Depth
-from backupctl.recovery import recover
-from backupctl.report import Silent, Stop
-from backupctl.repository import chain, digests, plain
-from backupctl.repository.digests import DigestMap, Named
-from backupctl.restore import restore
-from backupctl.settings import Address, Vm
-from backupctl.verify import VerifyReport, verify
-from backupctl.vm.monitor import Monitor
-from tests.unit.repository.conftest import P1, P2, P3, Builder
+from backupctl.operations.recover import recover
+from backupctl.operations.restore.whole import restore
+from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.run import VerifyReport, verify
+from backupctl.options import Vm
+from backupctl.progress import Silent
+from backupctl.repository import chain
+from backupctl.system import safe_open
+from backupctl.system.address import Address
+from backupctl.vm.qmp.monitor import Monitor
+from tests.unit.points import P1, P2, P3, Builder
 
 ERRORS = (errno.ESTALE, errno.EIO, errno.EACCES, errno.ETIMEDOUT, errno.ENOMEM, errno.EPERM, errno.EMFILE)
 VDA = DiskName("vda")
@@ -154,7 +158,7 @@ def test_a_disk_that_fails_under_qemu_is_told_from_tables_that_lead_nowhere(
     def failing(path: Path, _check: object) -> None:
         raise RepositoryUnreadable(f"{path} can't be read: {os.strerror(errno.EIO)}")
 
-    monkeypatch.setattr(plain, "prove_readable", failing)
+    monkeypatch.setattr(safe_open, "prove_readable", failing)
     report = verified(builder)
     assert (report.damage, [one.path for one in report.unchecked]) == ((), [image])
     with pytest.raises(RepositoryUnreadable):
@@ -186,7 +190,7 @@ def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, spoil,
 
 
 def _map_of(path: Path, *numbers: int, size: int = 100 * CLUSTER_BYTES) -> str:
-    return digests.write(path, size, np.array([(number, 1, 2) for number in numbers], RECORD))
+    return digest_map.write(path, size, np.array([(number, 1, 2) for number in numbers], RECORD))
 
 
 @pytest.mark.parametrize("refused", [(mmap.ACCESS_READ,), (mmap.ACCESS_READ, mmap.ACCESS_COPY)])
@@ -207,7 +211,7 @@ def test_a_map_is_read_where_it_can_not_be_mapped(tmp_path, monkeypatch, refused
 
 def test_a_huge_map_is_refused_by_its_length_before_any_of_it_is_read(tmp_path, monkeypatch):
     """Sparse, it costs nobody anything; hashed it would keep us busy, and deaf, for minutes."""
-    monkeypatch.setattr(digests, "_check_records", pytest.fail)
+    monkeypatch.setattr(digest_map, "_check_records", pytest.fail)
     path, records = tmp_path / "vda.digests", 1 << 37
     for size in (100 * CLUSTER_BYTES, records * CLUSTER_BYTES):
         path.write_bytes(
@@ -220,7 +224,7 @@ def test_a_huge_map_is_refused_by_its_length_before_any_of_it_is_read(tmp_path, 
 
 
 def test_a_request_to_stop_ends_the_reading_of_a_map(tmp_path, monkeypatch):
-    monkeypatch.setattr(digests, "_PIECE_RECORDS", 1)
+    monkeypatch.setattr(digest_map, "_PIECE_RECORDS", 1)
     _map_of(tmp_path / "vda.digests", 0, 5, 99)
     stop = Stop()
     looked = []

@@ -12,10 +12,10 @@ import pytest
 from backupctl.errors import Interrupted, ReadFailed, WriteFailed
 from backupctl.transfer import copy as copies
 from backupctl.transfer import extents
-from backupctl.transfer.connection import Connection
 from backupctl.transfer.copy import Copied, Copy, open_target
 from backupctl.transfer.extents import Extent
-from backupctl.transfer.limit import TokenBucket
+from backupctl.transfer.nbd_client import Connection
+from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
 from tests.unit.transfer.conftest import noise, qcow2_node, qemu_io, raw_node, tool

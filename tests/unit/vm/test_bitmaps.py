@@ -4,7 +4,8 @@
 from dataclasses import replace
 
 from backupctl.names import BitmapName, DiskName, NodeName, Owner, PointId
-from backupctl.vm.bitmaps import Bitmap, applied, begin, gapped, settle
+from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.qmp.bitmaps import applied, begin, gapped, settle
 
 OWNER = Owner("0123abcd")
 P0, P1, P2 = PointId("20260101T000000Z"), PointId("20260102T000000Z"), PointId("20260103T000000Z")

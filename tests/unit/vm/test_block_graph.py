@@ -7,8 +7,8 @@ import pytest
 
 from backupctl.errors import CommandFailed, MonitorError
 from backupctl.names import Owner
-from backupctl.planning import why_unusable
-from backupctl.vm import disks, graph
+from backupctl.operations.backup.plan import why_unusable
+from backupctl.vm.qmp import graph, inventory
 
 OWNER = Owner("a1b2c3d4")
 POINT = "20261123T041500Z"
@@ -63,11 +63,11 @@ def stored(*, persistent: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("data", [{"data-file": "/b", "data-file-raw": True}, {"data-file-raw": False}])
 def test_of_a_disk_with_a_data_file_only_a_bitmap_of_this_qemus_life_is_used(data):
     for persistent, why in ((True, "in another file"), (False, "")):
-        (disk,) = disks.inventory(Monitor(node("top", data=data, **stored(persistent=persistent)))).disks
+        (disk,) = inventory.inventory(Monitor(node("top", data=data, **stored(persistent=persistent)))).disks
         assert not disk.persistent
         found = why_unusable(OWNER, POINT, disk, ())
         assert why in found if why else found == ""
-    (disk,) = disks.inventory(Monitor(node("top", **stored(persistent=True)))).disks
+    (disk,) = inventory.inventory(Monitor(node("top", **stored(persistent=True)))).disks
     assert (disk.persistent, why_unusable(OWNER, POINT, disk, ())) == (True, "")
 
 
@@ -93,7 +93,7 @@ CBW = node("top", "copy-before-write"), node("below")
     ],
 )
 def test_a_filter_is_a_jobs_if_qemu_says_so(qemu, busy):
-    found = disks.inventory(qemu)
+    found = inventory.inventory(qemu)
     assert [disk.name for disk in found.disks] == ([] if busy else ["vda"])
     assert [busy in who for _, who in found.busy] == ([True] if busy else [])
 
@@ -101,9 +101,9 @@ def test_a_filter_is_a_jobs_if_qemu_says_so(qemu, busy):
 @pytest.mark.parametrize("tells", [True, False])
 def test_what_lies_under_a_disk_says_whether_it_is_encrypted(tells):
     nodes = node("top", "throttle"), node("below", encrypted=True)
-    (disk,) = disks.inventory(Monitor(*nodes, edges=[("top", "below")], tells=tells)).disks
+    (disk,) = inventory.inventory(Monitor(*nodes, edges=[("top", "below")], tells=tells)).disks
     assert disk.encrypted is tells, "without a graph only the top can be looked at"
-    (disk,) = disks.inventory(Monitor(*nodes)).disks
+    (disk,) = inventory.inventory(Monitor(*nodes)).disks
     assert not disk.encrypted, "another disk's"
 
 

@@ -26,10 +26,10 @@ from backupctl.errors import (
     GuardLost,
     Refused,
 )
-from backupctl.settings import Address
-from backupctl.vm import guard_process, guard_survival
-from backupctl.vm.agent import Agent, Thaw, thaw_if_frozen
-from backupctl.vm.guard import Guard
+from backupctl.system.address import Address
+from backupctl.vm.guest import guard_process, guard_survival
+from backupctl.vm.guest.agent import Agent, Thaw, thaw_if_frozen
+from backupctl.vm.guest.guard import Guard
 from fixtures.agent import VSS, PlayedAgent
 from fixtures.simulated import Simulated
 from fixtures.simulated_guest import SimulatedAgent
@@ -38,8 +38,8 @@ PLAYED = pytest.mark.parametrize("agent", ["played"], indirect=True)  # where th
 NO_MONITOR = Address(path="/nowhere")
 RUN = """
 import fcntl, os, sys, time
-from backupctl.settings import Address
-from backupctl.vm.guard import Guard
+from backupctl.options import Address
+from backupctl.vm.guest.guard import Guard
 lock = os.open(sys.argv[2], os.O_RDWR | os.O_CREAT)
 fcntl.flock(lock, fcntl.LOCK_EX)
 guard = Guard.start(Address(path="/nowhere"), Address(path=sys.argv[1]), 2.0, lock)
@@ -317,7 +317,7 @@ REQUESTS = {
 @PLAYED
 @pytest.mark.parametrize("name", REQUESTS)
 def test_a_guard_that_hangs_at_any_request_is_killed_in_time(agent, start, monkeypatch, name):
-    monkeypatch.setattr("backupctl.vm.guard._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("backupctl.vm.guest.guard._ANSWER_SECONDS", 0.5)
     guard = start(0.2)
     stop(guard)
     ours, its = socket.socketpair()
@@ -329,7 +329,7 @@ def test_a_guard_that_hangs_at_any_request_is_killed_in_time(agent, start, monke
 @PLAYED
 @pytest.mark.parametrize("name", ["release", "unwatch", "close"])
 def test_a_guard_that_hangs_at_the_end_costs_the_run_nothing_but_a_moment(agent, start, monkeypatch, name):
-    monkeypatch.setattr("backupctl.vm.guard._ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr("backupctl.vm.guest.guard._ANSWER_SECONDS", 0.5)
     guard = start()
     stop(guard)
     getattr(guard, name)()
@@ -339,13 +339,13 @@ def test_a_guard_that_hangs_at_the_end_costs_the_run_nothing_but_a_moment(agent,
 @PLAYED
 def test_a_guard_that_hangs_while_nothing_is_asked_is_noticed(agent, start, monkeypatch):
     """As in the middle of a copy of hours."""
-    monkeypatch.setattr("backupctl.vm.guard._PROBE_SECONDS", 0.05)
+    monkeypatch.setattr("backupctl.vm.guest.guard._PROBE_SECONDS", 0.05)
     guard = start()
     for _ in range(5):  # answers come between requests, and before them
         time.sleep(0.06)
         guard.check()
         assert not guard.may_be_frozen()
-    monkeypatch.setattr("backupctl.vm.guard._PROBE_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr("backupctl.vm.guest.guard._PROBE_PATIENCE_SECONDS", 0.3)
     stop(guard)
     with pytest.raises(GuardLost, match="does not answer"):
         wait_for(guard.check)
@@ -474,7 +474,7 @@ def test_the_kernel_is_asked_for_the_lowest_score(monkeypatch, tmp_path, before,
 def test_a_guard_that_may_not_lock_its_memory_works_all_the_same():
     """Memory locked within a limit could not grow past it."""
     code = (
-        "import resource, sys; from backupctl.vm import guard_survival;"
+        "import resource, sys; from backupctl.vm.guest import guard_survival;"
         "resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20)); import os; os.setuid(65534);"
         "guard_survival.outlive(); print(open('/proc/self/status').read(), len(bytearray(64 << 20)))"
     )

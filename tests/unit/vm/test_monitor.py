@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.settings import Address
-from backupctl.vm.monitor import Monitor
+from backupctl.system.address import Address
+from backupctl.vm.qmp.monitor import Monitor
 
 STAMP = {"seconds": 1, "microseconds": 2}
 

@@ -8,7 +8,7 @@ import pytest
 
 from backupctl.errors import Failed, Refused
 from backupctl.names import NodeName, Owner, VmName
-from backupctl.vm.scratch import Scratches, private_folder
+from backupctl.vm.qmp.scratch import Scratches, private_folder
 
 MIB = 1 << 20
 NOBODY = 65534

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from backupctl.cancel import Stop
 from backupctl.errors import Failed, WriteFailed
-from backupctl.report import Stop
-from backupctl.vm import filling, open_files
-from backupctl.vm.filling import Filling
-from backupctl.vm.open_files import OpenFile, Place
+from backupctl.system import open_files
+from backupctl.system.open_files import OpenFile, Place
+from backupctl.vm.qmp import filling
+from backupctl.vm.qmp.filling import Filling
 
 HERE, FREE = 7, 100 << 20
 

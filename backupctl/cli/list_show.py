@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl list` and `backupctl show`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from backupctl.cli import common, output, reporters, units
+from backupctl.errors import BackupctlError, DamageFound
+from backupctl.names import VmName, vm_name
+from backupctl.repository import audit
+from backupctl.repository.point import Point
+from backupctl.repository.repository import Repository
+from backupctl.repository.vm_folder import Survey, VmFolder
+
+
+@click.command("list", epilog=common.exit_help(0, 2, 4))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.named(needs_vm=False, optional=True)
+@click.pass_context
+def list_points(context: click.Context, /, **options: Any) -> None:
+    """List the recovery points of a VM, or of all VMs of every repository that is configured, newest last."""
+    names = common.take(context, options)
+    found: dict[Path, list[Survey]] = {}
+    failures: list[BackupctlError] = []
+    problems: list[audit.Problem] = []
+    for path in names.folders():
+        try:
+            folders = _folders(names.open(path), names.name)
+            found[path] = [folder.survey(bear=True) for folder in folders]
+            problems += [problem for folder in folders for problem in audit.problems(folder)]
+        except BackupctlError as err:
+            failures.append(err)
+    if not found:
+        raise common.worst(failures)
+    surveys = [survey for each in found.values() for survey in each]
+    if options["as_json"]:
+        output.print_json([point_document(point) for survey in surveys for point in survey.points])
+    else:
+        for path, each in found.items():
+            _tell(path, each, alone=len(found) == 1)
+    with reporters.reporter(quiet=True) as reporter:
+        for problem in problems:
+            reporter.warn(problem.message)
+    damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
+    if damaged:
+        failures.append(
+            DamageFound(
+                "; ".join(err.message for _, err in damaged),
+                state="the points listed can be read; the damaged ones are not used",
+            )
+        )
+    failures += [
+        unread.add(state="the points listed can be read; this one may be whole")
+        for survey in surveys
+        for _, unread in survey.unreadable
+    ]
+    if failures:
+        raise common.worst(failures)
+
+
+def _folders(repository: Repository, name: str | None) -> list[VmFolder]:
+    return [repository.vm(vm) for vm in ([vm_name(name)] if name else repository.vms())]
+
+
+def _tell(path: Path, surveys: list[Survey], *, alone: bool) -> None:
+    """Show the points of one repository; with its name, if there are others."""
+    points = [point for survey in surveys for point in survey.points]
+    if not points:
+        output.print_line(f"no recovery points in {path}")
+        return
+    if not alone:
+        output.print_line(f"{path}:")
+    columns = ("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>", "PROTECTED")
+    wide = len(columns) - (not any(point.protected for point in points))  # 80 columns are soon full
+    output.print_table(columns[:wide], [row[:wide] for row in _rows(points)])
+
+
+def _rows(points: list[Point]) -> list[tuple[object, ...]]:
+    return [
+        (
+            point.manifest.vm,
+            point.id,
+            _kind(point),
+            point.manifest.parent or "-",
+            point.manifest.consistency,
+            ",".join(entry.name for entry in point.manifest.disks),
+            units.size(sum(entry.stored_bytes for entry in point.manifest.disks)),
+            "yes" if point.protected else "",
+        )
+        for point in points
+    ]
+
+
+def _kind(point: Point) -> str:
+    """Say what a point is by what its disks are: a point that builds on another may hold full ones."""
+    full = sum(entry.kind == "full" for entry in point.manifest.disks)
+    kind = disks_kind(point)
+    return f"incremental ({full} full)" if kind == "mixed" else kind
+
+
+def disks_kind(point: Point) -> str:
+    """Return "full", "incremental" or "mixed", by the kinds of its disks."""
+    kinds = {entry.kind for entry in point.manifest.disks}
+    return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
+
+
+def point_document(point: Point) -> dict[str, Any]:
+    """Return a point for programs: its manifest under the names of the reports."""
+    manifest = point.manifest.to_dict()
+    return {
+        "vm": manifest["vm"],
+        "point": manifest["point"],
+        "kind": manifest["kind"],
+        "disks_kind": disks_kind(point),
+        "parent": manifest["parent"],
+        "consistency": manifest["consistency"],
+        "frozen_ms": manifest["freeze"]["milliseconds"],
+        "start": manifest["start"],
+        "end": manifest["end"],
+        "qemu": manifest["qemu"],
+        "backupctl": manifest["backupctl"],
+        "freeze": manifest["freeze"],
+        "disks": manifest["disks"],
+        "protected": point.protected,
+        "path": str(point.path),
+    }
+
+
+@click.command(epilog=common.exit_help(0, 2, 4))
+@common.named(needs_vm=False)
+@click.argument("point")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@click.pass_context
+def show(context: click.Context, /, **options: Any) -> None:
+    """Show one recovery point: POINT is an id, or `latest`."""
+    names = common.take(context, options)
+    repository = names.repository()
+    point = _folder_point(repository, vm_name(names.name or ""), options["point"])
+    if options["as_json"]:
+        output.print_json(point_document(point))
+        return
+    manifest = point.manifest
+    freeze = manifest.freeze
+    frozen = f"{freeze.milliseconds} ms" if freeze.milliseconds is not None else "no"
+    for name, value in (
+        ("point", point.id),
+        ("vm", manifest.vm),
+        ("kind", _kind(point)),
+        ("parent", manifest.parent or "none"),
+        ("taken", f"{manifest.start} to {manifest.end}"),
+        ("consistency", manifest.consistency),
+        ("frozen", f"{frozen} (asked: {freeze.asked})"),
+        ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
+        ("protected", "yes, no prune drops it" if point.protected else "no"),
+        ("folder", point.path),
+    ):
+        output.print_line(f"{name:<12} {value}")
+    output.print_line("")
+    output.print_table(
+        ("DISK", "KIND", "PARENT", "SIZE>", "COPIED>", "ZEROES>", "STORED>", "NODE", "FORMAT"),
+        [
+            (
+                entry.name,
+                "scan" if entry.scanned else entry.kind,
+                entry.parent or "-",
+                units.size(entry.size),
+                units.size(entry.copied_bytes),
+                units.size(entry.zero_bytes),
+                units.size(entry.stored_bytes),
+                entry.node,
+                entry.format,
+            )
+            for entry in manifest.disks
+        ],
+    )
+    for entry in manifest.disks:
+        if entry.reason:
+            how = "read whole and compared" if entry.scanned else "taken full"
+            output.print_line(f"{entry.name} was {how}: {entry.reason}")
+
+
+def _folder_point(repository: Repository, vm: VmName, wanted: str) -> Point:
+    return repository.vm(vm).point(wanted)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the user sees: progress on a terminal, plain lines elsewhere, one JSON document for programs.
+
+Everything that people read goes to stderr while a command works, results to stdout. With ``--json``
+stdout holds one JSON document and nothing else.
+
+Names and error texts come from outside (QEMU, manifests, the agent). They pass through `clean`, so that
+none can move the cursor or colour the screen.
+"""
+
+import json
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TextIO
+
+from backupctl.errors import BackupctlError, Failed
+from backupctl.names import DiskName
+
+_LINE_SECONDS = 10.0
+
+
+def clean(text: object) -> str:
+    """Return a text without control characters; nor may it begin a line of its own, as if we said it."""
+    return "".join(
+        character if character.isprintable() else f"\\x{ord(character):02x}" for character in str(text)
+    )
+
+
+@dataclass
+class _Output:
+    """What became of stdout. document: it holds that of `--json`. lost: why it takes no more.
+
+    done: what the command did for good, whatever becomes of its words.
+    """
+
+    document: bool = False
+    lost: OSError | None = None
+    done: str = ""
+
+    def write(self, text: str) -> None:
+        """Write, as far as it can be done: a reader that has left must not fail what is done."""
+        if self.lost is None:
+            try:
+                sys.stdout.write(text)
+            except OSError as err:
+                self.lost = err
+
+    def flush(self) -> None:
+        """Have all that was written go out; from then on stdout is nowhere if that could not be."""
+        if self.lost is None:
+            try:
+                sys.stdout.flush()
+            except OSError as err:
+                self.lost = err
+        if self.lost is not None:
+            # Else the interpreter tries once more as it ends, and leaves with 120.
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_output = _Output()
+
+
+def done(what: str) -> None:
+    """Note what the command has done for good: from now on nothing about its output makes it a failure."""
+    _output.done = what
+
+
+def is_done() -> bool:
+    """Whether the command has done what it was to do."""
+    return bool(_output.done)
+
+
+def finish(code: int) -> int:
+    """Bring out all that was printed; returns the exit code, which is `code` if nobody missed anything.
+
+    A reader that has left (`list | head -1`) wants no more. A full disk fails a command whose result is its
+    output, and only that.
+    """
+    _output.flush()
+    lost, _output.lost = _output.lost, None
+    if lost is None:
+        return code
+    why = "its reader has left" if isinstance(lost, BrokenPipeError) else lost.strerror
+    if _output.done:
+        Lines().warn(f"standard output takes no more ({why}), but {_output.done}")
+        return code
+    if code or isinstance(lost, BrokenPipeError):
+        return code
+    print_error(Failed(f"cannot write to standard output: {why}", state="nothing was changed"), as_json=False)
+    return Failed.exit_code
+
+
+def print_json(document: object) -> None:
+    """Write the one document to stdout."""
+    _output.document = True
+    _output.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
+    _output.flush()
+
+
+def print_line(text: str) -> None:
+    """Write a line of a result to stdout; on a terminal it is wrapped between words."""
+    text = clean(text)
+    indent = " " * (len(text) - len(text.lstrip()) + 2)
+    _output.write(wrapped("", text, indent, sys.stdout) + "\n")
+
+
+def print_styled(text: str) -> None:
+    """Write to stdout what `rich` has made, its own escape sequences in it; what is in it must be clean."""
+    _output.write(text)
+
+
+def print_wrapped(head: str, text: str) -> None:
+    """Write a line of a result to stdout; on a terminal what does not fit goes on below, behind the head."""
+    _output.write(wrapped(clean(head), clean(text), " " * len(head), sys.stdout) + "\n")
+
+
+def wrapped(head: str, text: str, indent: str, stream: TextIO) -> str:
+    """Return a text behind its head; for a terminal wrapped between words, with what goes on indented."""
+    if not stream.isatty():
+        return head + text
+    return textwrap.fill(
+        text,
+        columns(least=40, margin=0),
+        initial_indent=head,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table to stdout, at once: columns as wide as needed, those ending in ">" to the right."""
+    lines = [
+        [column.removesuffix(">") for column in columns],
+        *([clean(cell) for cell in row] for row in rows),
+    ]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
+    for line in lines:
+        cells = (
+            text.rjust(width) if column.endswith(">") else text.ljust(width)
+            for column, text, width in zip(columns, line, widths, strict=True)
+        )
+        _output.write("  ".join(cells).rstrip() + "\n")
+    _output.flush()
+
+
+def printable(text: str, instead: str, stream: TextIO | None = None) -> str:
+    """Return the text if the encoding of a stream (stdout) has its characters."""
+    try:
+        text.encode((stream or sys.stdout).encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return instead
+    return text
+
+
+def columns(*, least: int, margin: int) -> int:
+    """Return how many columns there are beside a margin, and never fewer than `least`."""
+    return max(shutil.get_terminal_size().columns - margin, least)
+
+
+def print_error(err: BackupctlError, *, as_json: bool) -> None:
+    """Say what failed, at which step, what is the case now, and what to run next.
+
+    Programs get it as the one document, unless a command had its own: then exit code and stderr tell.
+    """
+    if as_json and not _output.document:
+        print_json({"error": error_document(err)})
+    lines = [wrapped("backupctl: ", clean(err.message), "  ", sys.stderr)]
+    for name, text in (
+        ("step", err.step),
+        ("state", err.state),
+        ("hint", err.hint),
+        ("next", err.next_command),
+    ):
+        if text:
+            head = f"  {name + ':':<7}"
+            # A command stays in one line: it is to be copied.
+            whole = name == "next"
+            lines.append(head + clean(text) if whole else wrapped(head, clean(text), " " * 9, sys.stderr))
+    with suppress(OSError):
+        sys.stderr.write("\n".join(lines) + "\n")
+
+
+def error_document(err: BackupctlError) -> dict[str, Any]:
+    """Return an error for programs."""
+    return {
+        "kind": type(err).__name__,
+        "message": err.message,
+        "step": err.step,
+        "state": err.state,
+        "hint": err.hint,
+        "next": err.next_command,
+        "exit_code": err.exit_code,
+    }
+
+
+class Lines:
+    """A Reporter for logs: a line for each step, and one every ten seconds while bytes move."""
+
+    def __init__(self) -> None:
+        self._told = 0.0
+
+    def step(self, text: str) -> None:
+        """A step begins."""
+        self._write(text)
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+        self._write(f"note: {text}")
+
+    def warn(self, text: str) -> None:
+        """Something to act on some time."""
+        self._write(f"warning: {text}")
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """So much is copied."""
+        now = time.monotonic()
+        if now - self._told >= _LINE_SECONDS:
+            self._told = now
+            share = 100 * done_bytes // total_bytes if total_bytes else 100
+            self._write(f"{disk}: {share} % of {total_bytes >> 20} MiB")
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # who reads our words may leave; the run, or its roll-back, must not
+            sys.stderr.write(f"backupctl: {clean(text)}\n")
+            sys.stderr.flush()
+
+
+class Quiet(Lines):
+    """A Reporter for timers whose every word is a mail: warnings only."""
+
+    def step(self, text: str) -> None:
+        """Say nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """Say nothing."""

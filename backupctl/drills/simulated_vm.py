@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A simulated VM as a child process, reached through its sockets as any VM is, and steered by one more."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, Self
+
+from backupctl.drills.fork_server import Call, Program, Warm
+from backupctl.errors import Failed
+from backupctl.names import vm_name
+from backupctl.options import Vm
+from backupctl.system import qemu_tools
+from backupctl.system.address import Address
+
+_START_SECONDS = 20.0
+_ORDER_SECONDS = 30.0
+_END_SECONDS = 5.0
+
+
+class SimulatedVm:
+    """`backupctl simulate` in a folder; a context manager that starts and ends it.
+
+    disks: as `--disk` takes them. options: more of its command line. warm: what it is started by, if not
+    as a program of its own. It dies with this process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        disks: Sequence[str],
+        options: Sequence[str] = (),
+        warm: Warm | None = None,
+    ) -> None:
+        self.folder = folder
+        self.vm = Vm(vm_name(name), _address(folder, "qmp"), _address(folder, "agent"))
+        self._arguments = ["simulate", "--state", str(folder / "state")]
+        for word in ("qmp", "agent", "control"):
+            self._arguments += [f"--{word}", str(folder / word)]
+        for disk in disks:
+            self._arguments += ["--disk", disk]
+        self._arguments += options
+        self._warm = warm
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start it. Raises Failed."""
+        with ExitStack() as held:
+            complaints = held.enter_context(tempfile.TemporaryFile())
+            self._await_sockets(self._start(complaints, held), complaints)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def order(self, do: str, **arguments: Any) -> Any:
+        """Give an order over the control socket (docs/simulator.md). Raises Failed."""
+        try:
+            with socket.socket(socket.AF_UNIX) as control:
+                control.settimeout(_ORDER_SECONDS)
+                control.connect(str(self.folder / "control"))
+                control.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
+                with control.makefile("rb") as stream:
+                    reply = json.loads(stream.readline())
+        except (OSError, ValueError) as err:
+            raise Failed(f"the simulator does not answer {do!r}: {err}") from err
+        if "error" in reply:
+            raise Failed(f"the simulator refused {do!r}: {reply['error']}")
+        return reply["return"]
+
+    def _start(self, complaints: IO[bytes], held: ExitStack) -> "subprocess.Popen[bytes] | Call":
+        if self._warm is not None:
+            program = Program(self._arguments, dict(os.environ), str(self.folder))
+            call = self._warm.start(program, complaints, complaints)
+            return held.enter_context(call)
+        process = qemu_tools.start(
+            [sys.executable, "-m", "backupctl", *self._arguments], complaints=complaints
+        )
+        held.callback(_end, process)
+        return process
+
+    def _await_sockets(self, process: "subprocess.Popen[bytes] | Call", complaints: IO[bytes]) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while not (self.folder / "qmp").exists():  # the last to appear, and with its name it listens
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"the simulator did not start: {qemu_tools.said(complaints)}")
+            time.sleep(0.01)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _address(folder: Path, socket_name: str) -> Address:
+    return Address(path=str(folder / socket_name))

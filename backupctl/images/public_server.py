@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A point's disks for others to look into: QEMU's own NBD server, on a socket that we listen on.
+
+QEMU would remove whatever stands where it is told to make a unix socket, and can't say which free port it
+took. So the socket is made here (`listening.py`) and inherited.
+"""
+
+import json
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from backupctl.errors import RepositoryError
+from backupctl.images import create, nbd_server, open_image
+from backupctl.images.open_image import OpenImage
+from backupctl.system import private_dir, qemu_tools
+
+_READY = "ready"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One export. options: QEMU's own, of the image with its chain. images: all that they name."""
+
+    name: str
+    options: dict[str, Any]
+    images: Sequence[OpenImage]
+    writable: bool
+
+    @classmethod
+    def read_only(cls, name: str, chain: Sequence[OpenImage]) -> Self:
+        """Show a chain (newest first)."""
+        return cls(name, create.blockdev(chain), chain, writable=False)
+
+    @classmethod
+    def layered(cls, name: str, overlay: OpenImage, chain: Sequence[OpenImage]) -> Self:
+        """Show a writable image of somebody's own on top of a chain (newest first).
+
+        QEMU locks it, so that no VM uses it meanwhile.
+        """
+        options = {
+            "driver": "qcow2",
+            "discard": "unmap",
+            "file": {"driver": "file", "filename": overlay.name, "discard": "unmap"},
+            "backing": create.blockdev(chain),
+        }
+        return cls(name, options, (overlay, *chain), writable=True)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that works."""
+
+    child: qemu_tools.Child
+    complaints: IO[bytes]
+
+    def check(self) -> None:
+        """Raise RepositoryError if it has ended."""
+        if self.child.poll() is not None:
+            raise RepositoryError(f"QEMU's NBD server ended: {qemu_tools.said(self.complaints)}")
+
+
+@contextmanager
+def serve(shown: Sequence[Shown], listening: socket.socket) -> Iterator[Server]:
+    """Serve some exports on a listening socket until the block ends. Raises RepositoryError."""
+    every = [image for one in shown for image in one.images]
+    with private_dir.folder() as folder, tempfile.TemporaryFile() as complaints:
+        child = qemu_tools.start(
+            _command(shown, listening.fileno(), folder / _READY),
+            complaints=complaints,
+            environment=nbd_server.ALLOCATOR,
+            descriptors=[listening.fileno(), *open_image.descriptors(every)],
+        )
+        try:
+            nbd_server.await_ready(child, folder / _READY, complaints, every)
+            yield Server(child, complaints)
+            if qemu_tools.end(child) is None:
+                raise RepositoryError(f"QEMU's NBD server did not end within {qemu_tools.END_SECONDS:g} s")
+        finally:
+            child.kill()
+            child.wait()
+
+
+def _command(shown: Sequence[Shown], listening: int, ready: Path) -> list[str]:
+    address = {"addr": {"type": "fd", "str": str(listening)}}
+    command = [qemu_tools.server_program()]
+    command += ["--nbd-server", json.dumps(address), "--pidfile", str(ready)]
+    for number, one in enumerate(shown):
+        node = f"disk{number}"  # a disk's own name may be too long, or none that QEMU takes for a node
+        export = {"type": "nbd", "id": node, "name": one.name, "node-name": node, "writable": one.writable}
+        command += ["--blockdev", json.dumps({**one.options, "node-name": node})]
+        command += ["--export", json.dumps(export)]
+    return command

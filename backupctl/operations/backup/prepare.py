@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Step 1 of a run: all that can be known beforehand is looked at before anything is touched.
+
+Which disks there are, from which base each is taken, what would stop the run later, how much room there is.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from backupctl.cancel import Stop
+from backupctl.errors import (
+    AgentTimeout,
+    BackupctlError,
+    Failed,
+    Interrupted,
+    OutcomeUnknown,
+    ReadFailed,
+    Refused,
+    ViewUnavailable,
+)
+from backupctl.names import DiskName, PointId, VmName
+from backupctl.operations.backup import plan as planning
+from backupctl.operations.backup.plan import Plan
+from backupctl.options import Kind, RunOptions, Vm
+from backupctl.progress import Reporter
+from backupctl.repository import chain
+from backupctl.repository.repository import Repository
+from backupctl.repository.vm_folder import Survey, VmFolder
+from backupctl.system import private_dir
+from backupctl.vm.disk import Disk, Inventory
+from backupctl.vm.qmp import inventory as disks
+from backupctl.vm.qmp import preflight, scratch, scratch_space
+from backupctl.vm.qmp.filling import Filling
+from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.qmp.scratch_space import Room
+
+_MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
+"""What the same command, run again, may not meet any more."""
+
+
+@contextmanager
+def telling(vm: Vm, options: RunOptions) -> Iterator[None]:
+    """Tell of a failure in step 1 what is the case; those after it have told more."""
+    try:
+        yield
+    except Failed as err:
+        raise err.add(
+            step="prepare",
+            state="nothing of this run was begun",
+            next_command=what_next(err, options.kind, vm.name),
+        ) from err
+
+
+def rehearse(vm: Vm, options: RunOptions, stop: Stop) -> None:
+    """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
+
+    Raises MonitorError, Refused, Failed, Interrupted.
+    """
+    with telling(vm, options), Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
+        _, chosen = _chosen(vm, options, monitor)
+        scratch_space.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+        stop.check()
+
+
+def prepare(
+    vm: Vm,
+    repository: Repository,
+    folder: VmFolder,
+    options: RunOptions,
+    monitor: Monitor,
+    reporter: Reporter,
+    gone: Sequence[PointId],
+) -> tuple[Plan, tuple[Filling, ...]]:
+    """Step 1, after recovery: what can be known beforehand is checked before anything is touched.
+
+    Returns, besides the plan, what the run fills: the repository, and last the scratch folder.
+    """
+    refuse_folders(repository.path, options.scratch, monitor)
+    inventory, chosen = _chosen(vm, options, monitor)
+    for name, why in inventory.left_out:
+        reporter.note(f"{name} is left out: {why}")
+    survey = folder.survey()
+    for _, err in survey.damaged:
+        reporter.warn(f"not building on a damaged point: {err.message}")
+    plan = planning.plan(
+        options.kind,
+        chosen,
+        inventory,
+        survey.points,
+        repository.owner,
+        options.on_broken_chain,
+        since=folder.point(options.since) if options.since else None,
+        flaw=partial(chain.flaw, folder),
+        long=partial(chain.long, folder, options.max_chain),
+        gone=gone,
+    )
+    if survey.damaged or any(one.damaged for one in plan.disks):
+        plan = replace(plan, damaged=_damaged(folder, survey, reporter))
+    _tell(plan, options, reporter)
+    scratch.check_folder(options.scratch)
+    nodes = disks.named_nodes(monitor)
+    folders = repository.path, options.scratch
+    filling = tuple(Filling.of_run(one, monitor, inventory.disks, nodes) for one in folders)
+    for one in filling:
+        one.check()
+    return plan, filling
+
+
+def _damaged(folder: VmFolder, survey: Survey, reporter: Reporter) -> tuple[tuple[PointId, DiskName], ...]:
+    """Tell which points can't be restored any more, and return them. It hinders no run."""
+    found = {
+        (PointId(path.name), DiskName(name))
+        for path, _ in survey.damaged
+        for name in [image.stem for image in path.glob("*.qcow2")] or [""]
+    }
+    try:
+        broken = chain.damaged(folder)
+    except BackupctlError as err:
+        reporter.warn(f"it can't be told which older points are damaged: {err.message}")
+        broken = ()
+    for one in broken:
+        reporter.warn(str(one))
+    return tuple(sorted(found | {(one.point, one.disk) for one in broken}))
+
+
+def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
+    """Return the VM's disks, and those that are to be taken. Raises Refused if it can't be backed up."""
+    preflight.refuse_qemu(monitor)
+    inventory = disks.inventory(monitor, vm.disk_names)
+    preflight.refuse_busy(inventory)
+    chosen = inventory.chosen(options.disks)
+    if not chosen:
+        why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.left_out)
+        raise Refused(f"the VM has no writable disk{why}", state="nothing was touched")
+    return inventory, chosen
+
+
+def refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> None:
+    """Refuse what would fail only after the freeze: names that QEMU can't be told, no place for a socket.
+
+    Raises Refused, Failed. Where QEMU gets scratch files as descriptors, their folder's name is ours alone.
+    """
+    for folder in (repository, *([] if monitor.passes_descriptors else [scratch_folder])):
+        try:
+            str(folder.absolute()).encode()
+        except UnicodeEncodeError as err:
+            raise Refused(
+                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
+                state="nothing was touched",
+            ) from err
+    private_dir.check()
+
+
+def rooms(
+    plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter, *, others: str
+) -> tuple[Room, ...]:
+    """Share out the scratch folder's room; part of step 1. others: as for `room.survey`. Raises Refused."""
+    chosen = [one.disk for one in plan.disks]
+    made = scratch_space.survey(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
+    if short := [disk.name for disk, one in zip(chosen, made, strict=True) if one.size < one.wanted]:
+        has, wants = sum(one.size for one in made), sum(one.wanted for one in made)
+        reporter.warn(
+            f"the scratch file of {', '.join(short)} may not suffice: {has >> 20} MiB are set aside in "
+            f"{options.scratch}, {wants >> 20} MiB would do for a guest that overwrites all it has; "
+            "if it is too little the run is given up, and the guest goes on"
+        )
+    return made
+
+
+def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
+    for gone in plan.missing:
+        reporter.warn(str(gone))
+    if options.kind == "incremental" and plan.kind == "full":
+        reporter.note("there is no point to build on yet: this is a full")
+    for one in plan.disks:
+        if one.reason:
+            how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
+            told = reporter.warn if one.damaged else reporter.note
+            told(f"{one.disk.name} {how}: {one.reason}")
+        # Told anew each night these would hide what is new; `doctor` goes on telling them.
+        tell = reporter.note if plan.parent else reporter.warn
+        if not one.disk.persistent:
+            tell(
+                f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
+                "after a restart of QEMU its next incremental must read all of it"
+            )
+        if one.disk.encrypted:
+            tell(
+                f"{one.disk.name} is encrypted in the VM, and is stored as the guest sees it, in plain text: "
+                "encrypt the repository's file system if that matters"
+            )
+
+
+def what_next(err: BaseException, kind: Kind, vm: VmName) -> str:
+    """Name the command that gets on: the same again where that may help, else the one that tells why not."""
+    if isinstance(err, ViewUnavailable):
+        return f"backupctl {kind} {vm} --view fleecing"
+    return f"backupctl {kind if isinstance(err, _MAY_PASS) else 'doctor'} {vm}"

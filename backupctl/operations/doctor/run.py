@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What would make a run fail, or may surprise who relies on it: looked for before it matters.
+
+Nothing is changed in the VM. On the disk nothing is left: what is tried in a folder is removed again (see
+`trials`). The agent is asked whether the guest is frozen, no more.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.errors import (
+    AgentError,
+    BackupctlError,
+    MonitorError,
+    NotARepository,
+    Refused,
+    RepositoryError,
+)
+from backupctl.names import VmName
+from backupctl.operations import recover, status
+from backupctl.operations.bitmaps import Known, nobody_else
+from backupctl.operations.doctor import trials
+from backupctl.operations.doctor.finding import Finding, Verdict
+from backupctl.options import RunOptions, Vm
+from backupctl.progress import counted
+from backupctl.repository.repository import Repository
+from backupctl.system import files, qemu_tools
+from backupctl.vm.disk import Inventory
+from backupctl.vm.guest.agent import Agent
+from backupctl.vm.qmp import inventory as disks
+from backupctl.vm.qmp import preflight, scratch, scratch_space, snapshot_access, teardown
+from backupctl.vm.qmp.filling import Filling
+from backupctl.vm.qmp.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All that was looked at."""
+
+    vm: VmName
+    findings: tuple[Finding, ...]
+
+    @property
+    def bad(self) -> tuple[Finding, ...]:
+        """What makes a run fail."""
+        return tuple(one for one in self.findings if one.verdict == "bad")
+
+
+def examine(vm: Vm, path: Path, options: RunOptions, known: Known = nobody_else) -> Diagnosis:
+    """Look at all that a run with these options needs.
+
+    path: the repository's, which need not exist yet. known: see `status.look`.
+    """
+    repository = None
+    with suppress(BackupctlError):
+        repository = Repository.open(path)
+    found = [*_tools(), *_repository(vm, path), *_trials(path, options)]
+    if repository is not None and (worker := repository.vm(vm.name).worker()):
+        found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
+    else:
+        found += _vm(vm, repository, path, options, known)
+    return Diagnosis(vm.name, tuple(found))
+
+
+def _tools() -> Iterator[Finding]:
+    programs = qemu_tools.img_program(), qemu_tools.server_program()
+    if missing := [program for program in programs if shutil.which(program) is None]:
+        advice = "apt install qemu-utils qemu-system-common (or set QEMU_IMG, QEMU_STORAGE_DAEMON)"
+        yield Finding("tools", "bad", f"not found: {' and '.join(missing)}", advice)
+    else:
+        yield Finding("tools", "ok", f"{' and '.join(programs)} are there")
+
+
+def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
+    try:
+        folder = Repository.open(path).vm(vm.name)
+        survey, problems = folder.survey(), status.problems(folder)
+    except NotARepository:
+        yield from _no_repository(vm, path)
+        return
+    except BackupctlError as err:
+        yield Finding("repository", "bad", err.message)
+        return
+    if locked := _locked(path) or _locked(folder.path):
+        yield Finding("repository", "bad", locked)
+        return
+    said = f"{path}: {counted(len(survey.points), 'point')} of {vm.name}; {_free(path)}"
+    yield Finding("repository", "ok", said)
+    for _, damage in survey.damaged:
+        yield Finding("repository", "warning", damage.message, f"backupctl verify {vm.name}")
+    for problem in problems:
+        yield Finding("repository", "warning", problem, f"backupctl verify {vm.name}")
+
+
+def _trials(path: Path, options: RunOptions) -> Iterator[Finding]:
+    """What a run will do in its folders, tried."""
+    with suppress(NotARepository, OSError):
+        if os.path.lexists(path):
+            Repository.refuse_foreign(path)  # nothing is tried in a folder of somebody else
+        yield from trials.of_repository(path)
+    yield from trials.of_scratch(options.scratch)
+    yield from trials.of_temporary()
+
+
+def _no_repository(vm: Vm, path: Path) -> Iterator[Finding]:
+    if os.path.lexists(path):
+        try:
+            Repository.refuse_foreign(path)
+        except (NotARepository, OSError) as err:
+            yield Finding("repository", "bad", str(err))
+            return
+    if locked := _locked(path):
+        yield Finding("repository", "bad", locked)
+        return
+    said = f"none in {path} yet, the first `backupctl full {vm.name}` makes it; {_free(path)}"
+    yield Finding("repository", "warning", said, "if there should be one: is its file system mounted?")
+
+
+def _locked(path: Path) -> str:
+    """Say why nothing can be written to a folder, or made where it is missing; "" if it can."""
+    there = _existing(path)
+    if os.access(there, os.W_OK | os.X_OK):
+        return ""
+    return f"{there} can't be written to: we lack the rights, or its file system is read-only"
+
+
+def _existing(path: Path) -> Path:
+    return next(one for one in (path.absolute(), *path.absolute().parents) if os.path.lexists(one))
+
+
+def _free(path: Path) -> str:
+    return f"{_mib(files.free_bytes(_existing(path)))} are free"
+
+
+def _vm(
+    vm: Vm, repository: Repository | None, path: Path, options: RunOptions, known: Known
+) -> Iterator[Finding]:
+    """What the VM itself tells."""
+    try:
+        with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
+            yield Finding("monitor", "ok", f"QEMU {monitor.version} answers at {vm.qmp}")
+            yield from _qemu(monitor, options)
+            yield from _iothreads(monitor)
+            yield from _disks(vm, monitor, repository, path, options)
+    except MonitorError as err:
+        yield Finding("monitor", "bad", err.message, err.hint)
+        return
+    yield from _agent(vm, options)
+    if repository is not None:
+        try:
+            yield from _history(vm, repository, options, known)
+        except RepositoryError as err:
+            yield Finding("chain", "bad", err.message, "mend what keeps it from being read")
+
+
+def _qemu(monitor: Monitor, options: RunOptions) -> Iterator[Finding]:
+    try:
+        preflight.refuse_qemu(monitor)
+    except Refused as err:
+        yield Finding("qemu", "bad", err.message)
+    if not monitor.passes_descriptors:
+        yield Finding(
+            "qemu",
+            "warning",
+            "no files can be handed over by this monitor, so QEMU itself must have the rights to open those "
+            f"in {options.scratch}, and to make a socket in the temporary folder",
+            "a monitor on a unix socket needs no rights",
+        )
+
+
+def _iothreads(monitor: Monitor) -> Iterator[Finding]:
+    if "query-iothreads" not in monitor.commands or not monitor.execute("query-iothreads"):
+        return
+    version = monitor.version
+    if version.at_least(7, 2) and not version.at_least(8, 0):
+        yield Finding(
+            "iothread",
+            "warning",
+            f"QEMU {version} may abort when an NBD client leaves a disk on an iothread; the guard of each "
+            "run sees to it that none does",
+            "never kill run and guard together: KillMode=process in a systemd unit",
+        )
+    if not scratch_space.limits(monitor):
+        yield Finding(
+            "iothread",
+            "warning",
+            f"QEMU {version} can't let a guest with an iothread wait when a scratch file fills up; each disk "
+            "has 512 MiB for the run to be given up in time",
+            "have much room in the scratch folder",
+        )
+
+
+def _disks(
+    vm: Vm, monitor: Monitor, repository: Repository | None, path: Path, options: RunOptions
+) -> Iterator[Finding]:
+    try:
+        inventory = _inventory(vm, monitor, repository)
+        yield from _media(inventory)
+        if repository is None or not teardown.leftovers(monitor, repository.owner):
+            preflight.refuse_busy(inventory)  # else the job may be a dead run's
+        if options.view == "snapshot-access" and (why := snapshot_access.why_not(monitor, inventory.disks)):
+            yield Finding("view", "bad", f"snapshot-access can't be had: {why}", 'view = "fleecing"')
+    except Refused as err:
+        yield Finding("disks", "bad", err.message)
+        return
+    if inventory.disks:
+        yield from _filling(monitor, inventory, path, options)
+        yield from _scratch(monitor, inventory, options)
+        yield from _room(monitor, inventory, repository, path)
+
+
+def _inventory(vm: Vm, monitor: Monitor, repository: Repository | None) -> Inventory:
+    """Return the disks as a run will see them, which clears up first what a dead one left."""
+    if repository is None:
+        return disks.inventory(monitor, vm.disk_names)
+    return recover.foresee(monitor, repository.owner, repository.vm(vm.name), vm.disk_names).inventory
+
+
+def _media(inventory: Inventory) -> Iterator[Finding]:
+    found = ", ".join(f"{one.name} ({_mib(one.size)}, {one.driver})" for one in inventory.disks)
+    yield Finding("disks", "ok", found) if found else Finding("disks", "bad", "the VM has no writable disk")
+    for name, why in inventory.left_out:
+        yield Finding("disks", "ok", f"{name} is left out: {why}")
+    if transient := [one.name for one in inventory.disks if not one.persistent]:
+        yield Finding(
+            "disks",
+            "warning",
+            f"{', '.join(transient)} can't store a bitmap: the first incremental after each restart of QEMU "
+            "must read all of it",
+            "qcow2 of version 3 (compat=1.1) without a data file can",
+        )
+    if encrypted := [one.name for one in inventory.disks if one.encrypted]:
+        yield Finding(
+            "disks",
+            "warning",
+            f"{', '.join(encrypted)}: encrypted in the VM; a point holds what the guest sees, in plain text",
+            "encrypt the repository's file system",
+        )
+
+
+def _filling(monitor: Monitor, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
+    """Whether what a run fills is what a guest may need."""
+    nodes, low = disks.named_nodes(monitor), scratch.LOW_BYTES
+    for folder in dict.fromkeys((_existing(path), _existing(options.scratch))):
+        if who := Filling.of_run(folder, monitor, inventory.disks, nodes).who():
+            verdict: Verdict = "bad" if files.free_bytes(folder) < low else "ok"
+            said = f"on the file system of {folder}, {who}: a run is given up when {_mib(low)} are left"
+            yield Finding(
+                "file system", verdict, said, "" if verdict == "ok" else "more room, or another disk"
+            )
+
+
+def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
+    try:
+        scratch.check_folder(options.scratch)
+        filling = Filling.of_run(options.scratch, monitor, inventory.disks, disks.named_nodes(monitor))
+        rooms = scratch_space.survey(
+            monitor, inventory.disks, options.scratch, options.scratch_bytes, others=filling.who()
+        )
+    except Refused as err:
+        yield Finding("scratch", "bad", err.message)
+        return
+    size, wanted = sum(one.size for one in rooms), sum(one.wanted for one in rooms)
+    said = f"{options.scratch}: {_mib(size)} would be set aside for a run"
+    if size < wanted:
+        said += f"; {_mib(wanted)} would do for a guest that overwrites all it has meanwhile"
+        yield Finding("scratch", "warning", said, "more room, or another folder: scratch, --scratch")
+    else:
+        yield Finding("scratch", "ok", said)
+
+
+def _room(
+    monitor: Monitor, inventory: Inventory, repository: Repository | None, path: Path
+) -> Iterator[Finding]:
+    """Whether what the next run may store has room in the repository."""
+    nodes, free, most = disks.named_nodes(monitor), files.free_bytes(_existing(path)), 0
+    for disk in inventory.disks:
+        ours = [one for one in disk.bitmaps if repository and repository.owner.point_of(one.name)]
+        marked = [one.dirty_bytes for one in ours if one.recording and not one.inconsistent]
+        most += min(marked, default=scratch_space.held_bytes(disk.size, nodes[disk.node]))
+    if most > free:
+        said = f"the next run may store {_mib(most)}; {_mib(free)} are free"
+        yield Finding("repository", "warning", said, "backupctl prune, or more room")
+
+
+def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
+    if options.freeze == "never":
+        return
+    without: Verdict = "bad" if options.freeze == "require" else "warning"
+    costs = "the run is refused" if options.freeze == "require" else "points are crash-consistent"
+    if vm.agent is None:
+        yield Finding(
+            "agent", without, f"none is named, so {costs}", "agent = in the configuration, or --agent"
+        )
+        return
+    try:
+        with Agent.connect(vm.agent, options.agent_timeout_seconds) as agent:
+            frozen = agent.freeze_status()
+    except AgentError as err:
+        yield Finding(
+            "agent", without, f"{err.message}: so {costs}", "is qemu-guest-agent at work in the guest?"
+        )
+        return
+    if frozen == "frozen":
+        advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
+        yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
+    else:
+        yield Finding("agent", "ok", f"answers at {vm.agent}; the guest is not frozen")
+
+
+def _history(vm: Vm, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:
+    """What earlier runs left, and what the next one makes of it."""
+    found = status.look(vm, repository, options, known)
+    for left in found.leftovers:
+        yield Finding(
+            "leftovers", "warning", left, f"backupctl recover {vm.name}, or leave it to the next run"
+        )
+    yield from _bitmaps(vm, found)
+    for gone in found.missing_disks:
+        advice = (
+            "attach it again or correct its name in the configuration; one run without it ends this warning"
+        )
+        yield Finding("missing", "warning", str(gone), advice)
+    broken: Verdict = "bad" if options.on_broken_chain == "fail" else "warning"
+    for disk in found.disks:
+        if disk.reason:
+            yield Finding("chain", broken, f"{disk.name}: {disk.reason}")
+    yield Finding("next run", "ok", found.next_run)
+
+
+def _bitmaps(vm: Vm, found: status.Status) -> Iterator[Finding]:
+    """The bitmaps that stay for ever, since no run removes them."""
+    for one in found.bitmaps:
+        if one.use in ("orphan", "other-vm"):
+            advice = f"if nothing needs it: backupctl bitmaps {vm.name} --remove {one.name}"
+            if not one.known:
+                advice = f"if it is gone: backupctl bitmaps {vm.name} --remove-repository {one.repository}"
+            yield Finding("bitmaps", "warning", f"{one.name} on {one.node}: {one.why}", advice)
+
+
+def _mib(count: int) -> str:
+    return f"{count >> 20:,} MiB"

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Trying what a run will do in its folders, before it does it: some file systems can't do all of it.
+
+::
+
+    repository   write, fsync of file and folder, rename, a name that replaces nothing, flock, mmap
+    scratch      a file without a name (O_TMPFILE, or one that is removed at once), room set aside (fallocate)
+    temporary    a socket at the length of path that a run has, flock, some room
+
+Everything is done in a folder of its own that is removed again; its name begins as those of a repository
+in the making, so nobody takes it for anything else.
+"""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.errors import BackupctlError, Failed
+from backupctl.operations.doctor.finding import Finding, Verdict
+from backupctl.repository import repository
+from backupctl.system import durable, locks, private_dir
+
+SUBJECT = "folders"
+_CONTENT = b"backupctl doctor was here\n" * 100
+_ROOM_BYTES = 1 << 20
+_KEEP_SIZE = 1  # fallocate's FALLOC_FL_KEEP_SIZE
+_LOCAL = "use a local file system (ext4, xfs, btrfs), or an NFS mount"
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One thing to try in an empty folder. means: what it is for the user when it fails with an OSError."""
+
+    what: str
+    do: Callable[[Path], None]
+    verdict: Verdict
+    means: str
+    advice: str = _LOCAL
+
+
+def of_repository(path: Path) -> Iterator[Finding]:
+    """Try the folder of a repository, or the one that it would be made in; none is made where neither is.
+
+    A folder that is somebody else's, or not to be written to, is left alone: `doctor` tells of that.
+    """
+    folder = next((one for one in (path, path.absolute().parent) if one.is_dir()), None)
+    if folder is not None and os.access(folder, os.W_OK | os.X_OK):
+        yield from _tried("repository", folder, _REPOSITORY)
+
+
+def of_scratch(folder: Path) -> Iterator[Finding]:
+    """Try the folder for scratch files."""
+    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        yield from _tried("scratch", folder, _SCRATCH)
+
+
+def of_temporary() -> Iterator[Finding]:
+    """Try the temporary folder: the sockets of QEMU's tools are made in it."""
+    try:
+        folder = Path(tempfile.gettempdir())
+    except OSError as err:
+        yield Finding(SUBJECT, "bad", f"there is no temporary folder: {err.strerror}", "set TMPDIR")
+        return
+    yield from _tried("temporary", folder, _TEMPORARY)
+
+
+def _tried(name: str, folder: Path, trials: tuple[_Trial, ...]) -> Iterator[Finding]:
+    """Tell of each trial that fails, or that all went well."""
+    if (unnamed := repository.unspeakable(folder)) and name != "scratch":
+        yield Finding(SUBJECT, "bad", unnamed, "rename it")
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix=repository.IN_THE_MAKING, dir=folder) as made:
+            found = [failed for trial in trials if (failed := _failure(folder, Path(made), trial))]
+    except OSError as err:
+        found = [Finding(SUBJECT, "bad", f"{folder}: no folder can be made or removed: {err.strerror}")]
+    yield from found
+    if not found:
+        yield Finding(SUBJECT, "ok", f"{name} {folder}: {', '.join(trial.what for trial in trials)} work")
+
+
+def _failure(folder: Path, made: Path, trial: _Trial) -> Finding | None:
+    try:
+        trial.do(made)
+    except OSError as err:
+        said = f"{folder}: {trial.what}: {err.strerror or err}; {trial.means}"
+        return Finding(SUBJECT, trial.verdict, said, trial.advice)
+    except BackupctlError as err:
+        return Finding(SUBJECT, trial.verdict, f"{folder}: {err.message}; {trial.means}", trial.advice)
+    return None
+
+
+def _write(folder: Path) -> None:
+    durable.write_new(folder / "written", _CONTENT)
+    if (folder / "written").read_bytes() != _CONTENT:
+        raise OSError(errno.EIO, "what was written is not what is read")
+
+
+def _rename(folder: Path) -> None:
+    durable.make_folder(folder / "old")
+    durable.rename(folder / "old", folder / "new")
+    durable.write_new(folder / "one", b"1")
+    durable.replace(folder / "one", b"2")
+
+
+def _place(folder: Path) -> None:
+    durable.write_new(folder / "nameless", b"")
+    durable.place(folder / "nameless", folder / "placed")
+
+
+def _lock_file(folder: Path) -> None:
+    _lock(folder / "lock", os.O_RDWR | os.O_CREAT)
+
+
+def _lock_folder(folder: Path) -> None:
+    _lock(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _lock(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    try:
+        locks.take(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def _map(folder: Path) -> None:
+    """Map a file, as digest maps are: shared, or else privately."""
+    with (folder / "written").open("rb") as file:
+        with suppress(OSError), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ):
+            return
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY).close()
+
+
+def _nameless(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(_CONTENT)
+        file.flush()
+
+
+def _reserve(folder: Path) -> None:
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if library.fallocate(file.fileno(), _KEEP_SIZE, 0, _ROOM_BYTES):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _socket(_folder: Path) -> None:
+    """Make a socket as a run does, in the first temporary folder that its path fits into."""
+    try:
+        private_dir.check()
+    except Failed as err:
+        raise OSError(errno.EINVAL, err.message) from err
+
+
+def _lock_temporary(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
+
+
+def _room(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(_ROOM_BYTES))
+        file.flush()
+
+
+_NO_POINT = "no recovery point can be made there"
+_REPOSITORY = (
+    _Trial("writing and fsync of a file", _write, "bad", _NO_POINT),
+    _Trial("fsync of a folder", durable.sync_folder, "bad", _NO_POINT),
+    _Trial("renaming", _rename, "bad", _NO_POINT),
+    _Trial("giving a name that replaces nothing", _place, "bad", "no repository can be made there"),
+    _Trial(
+        "locking a file (flock)",
+        _lock_file,
+        "bad",
+        "two runs at once could not be told apart, so none begins",
+    ),
+    _Trial("locking a folder (flock)", _lock_folder, "warning", "prune can't work there"),
+    _Trial(
+        "mapping a file (mmap)",
+        _map,
+        "warning",
+        "digest maps are held in memory instead: 384 MiB for each TiB that is stored",
+        "have that much memory, or use another file system",
+    ),
+)
+_TEMP = "set TMPDIR to another folder"
+_SCRATCH = (
+    _Trial("a file without a name", _nameless, "bad", "no scratch file can be made", "scratch, --scratch"),
+    _Trial(
+        "setting room aside (fallocate)",
+        _reserve,
+        "warning",
+        "the run can't be sure of its room, and gives up when little is left",
+        "another folder: scratch, --scratch",
+    ),
+)
+_TEMPORARY = (
+    _Trial(
+        "a socket",
+        _socket,
+        "bad",
+        "QEMU's tools can't be reached",
+        "set TMPDIR to a folder with a short path",
+    ),
+    _Trial("locking a folder (flock)", _lock_temporary, "bad", "no socket is made there", _TEMP),
+    _Trial("a file of 1 MiB", _room, "bad", "QEMU's tools can't tell of their errors", _TEMP),
+)

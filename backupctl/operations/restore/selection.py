@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which disks of a VM a restore of a point is about, and which it leaves out.
+
+A point holds the disks that its run was told to back up. Those that earlier points hold as well, and this one
+does not, are missing: they are named with their newest point up to this one, or taken from there.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from backupctl.errors import NoSuchPoint, UsageError
+from backupctl.names import DiskName, PointId
+from backupctl.progress import Reporter
+from backupctl.repository import chain, read_locks
+from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.point import Point
+from backupctl.repository.vm_folder import VmFolder
+
+
+@dataclass(frozen=True)
+class MissingDisk:
+    """A disk that a point does not hold. point: the newest one before it that does."""
+
+    name: DiskName
+    point: PointId
+
+
+@dataclass(frozen=True)
+class Part:
+    """A disk, and the point that it is taken from."""
+
+    point: Point
+    entry: DiskEntry
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is to be restored, held for reading. missing: what is left out, unasked."""
+
+    parts: tuple[Part, ...]
+    missing: tuple[MissingDisk, ...]
+
+    @property
+    def names(self) -> list[DiskName]:
+        """The disks that are to be restored."""
+        return [part.entry.name for part in self.parts]
+
+
+@contextmanager
+def chosen(
+    folder: VmFolder, wanted: PointId, disk: str | None, *, all_disks: bool, reporter: Reporter
+) -> Iterator[Selection]:
+    """Hold one disk of a point, or all, and with `all_disks` the missing ones at their own newest points.
+
+    What is left out is told as a warning. Raises UsageError, NoSuchPoint, DamageFound, Locked,
+    RepositoryError.
+    """
+    if all_disks and disk is not None:
+        raise UsageError("--all-disks and --disk are mutually exclusive", state="nothing was touched")
+    with ExitStack() as held:
+        point = held.enter_context(read_locks.reading(folder, wanted))
+        absent = missing(folder, point)
+        if disk is not None:
+            yield Selection((_one(folder, point, disk, absent),), ())
+            return
+        parts = [Part(point, entry) for entry in point.manifest.disks]
+        if not all_disks:
+            _warn(point, absent, reporter)
+            yield Selection(tuple(parts), absent)
+            return
+        for one in absent:
+            other = held.enter_context(read_locks.reading(folder, one.point))
+            parts += [Part(other, entry) for entry in other.manifest.disks if entry.name == one.name]
+            reporter.note(f"{one.name} is not in {point.id}: it is restored as it was at {one.point}")
+        yield Selection(tuple(parts), ())
+
+
+def missing(folder: VmFolder, point: Point) -> tuple[MissingDisk, ...]:
+    """Return the disks that points before this one hold, and this one does not. Raises RepositoryError."""
+    newest = {
+        entry.name: other.id
+        for other in folder.survey().points
+        if other.id < point.id
+        for entry in other.manifest.disks
+    }
+    return tuple(MissingDisk(name, newest[name]) for name in newest if point.manifest.disk(name) is None)
+
+
+def _one(folder: VmFolder, point: Point, disk: str, absent: tuple[MissingDisk, ...]) -> Part:
+    entry = point.manifest.disk(disk)
+    if entry is not None:
+        return Part(point, entry)
+    err: NoSuchPoint = chain.no_such_disk(point, disk)
+    for one in absent:
+        if one.name == disk:
+            err.message += f". The newest point with {disk} is {one.point}"
+            err.add(next_command=f"backupctl restore {folder.name} {one.point} --disk {disk}")
+    raise err
+
+
+def _warn(point: Point, absent: tuple[MissingDisk, ...], reporter: Reporter) -> None:
+    if absent:
+        named = ", ".join(f"{one.name} (newest point {one.point})" for one in absent)
+        reporter.warn(
+            f"{point.id} does not hold every disk of the VM. Not restored: {named}. "
+            "--all-disks restores these from there."
+        )

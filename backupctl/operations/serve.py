@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Showing a point's disks over NBD, read-only or with a writable overlay, for as long as somebody looks."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from socket import socket
+
+from backupctl.cancel import Stop
+from backupctl.errors import UsageError, WriteFailed
+from backupctl.images import public_server
+from backupctl.images.open_image import OpenImage
+from backupctl.images.public_server import Shown
+from backupctl.names import DiskName
+from backupctl.repository import chain, read_locks
+from backupctl.repository.chain import Layer
+from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.point import Point
+from backupctl.repository.vm_folder import VmFolder
+from backupctl.system import listen, private_dir
+from backupctl.targets import overlay
+
+_LOOK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Export:
+    """One disk that is shown. size: virtual, in bytes."""
+
+    disk: DiskName
+    uri: str
+    size: int
+    writable: bool
+
+
+def serve(
+    folder: VmFolder,
+    point: Point,
+    *,
+    disk: str | None,
+    unix: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    ready: Callable[[tuple[Export, ...]], None],
+    stop: Stop,
+) -> None:
+    """Serve one disk of a point, or all, until `stop` is requested; that is the good end.
+
+    unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a private folder.
+    writable_overlay: what is written goes into this qcow2 file (one disk only), which stays. ready: told
+    what is served where. The repository is only read. Raises UsageError, NoSuchPoint, TargetExists, Locked,
+    DamageFound, RepositoryError, WriteFailed.
+    """
+    with read_locks.reading(folder, point.id) as held:
+        _serve(folder, held, disk, unix, tcp, writable_overlay, ready, stop)
+
+
+def _serve(
+    folder: VmFolder,
+    point: Point,
+    disk: str | None,
+    unix: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    ready: Callable[[tuple[Export, ...]], None],
+    stop: Stop,
+) -> None:
+    entries = _entries(point, disk)
+    chains = {entry.name: chain.layers(folder, point, entry.name) for entry in entries}
+    if writable_overlay is not None and len(entries) > 1:
+        names = ", ".join(entry.name for entry in entries)
+        raise UsageError(f"one overlay is for one disk: choose one of {names} with --disk")
+    with _listen(unix, tcp) as open_socket, ExitStack() as held:
+        shown = [
+            held.enter_context(_shown(folder, one, chains[one.name], writable_overlay)) for one in entries
+        ]
+        with public_server.serve(shown, open_socket) as server:
+            uris = (listen.uri(open_socket, one.name) for one in shown)
+            ready(
+                tuple(
+                    Export(entry.name, uri, entry.size, one.writable)
+                    for entry, uri, one in zip(entries, uris, shown, strict=True)
+                )
+            )
+            while not stop.requested:
+                server.check()
+                time.sleep(_LOOK_SECONDS)
+
+
+def _entries(point: Point, disk: str | None) -> tuple[DiskEntry, ...]:
+    if disk is None:
+        return point.manifest.disks
+    entry = point.manifest.disk(disk)
+    if entry is None:
+        raise chain.no_such_disk(point, disk)
+    return (entry,)
+
+
+@contextmanager
+def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
+    if unix is not None and tcp is not None:
+        raise UsageError("a unix socket or TCP: one of them")
+    chosen: AbstractContextManager[socket]
+    if tcp is not None:
+        chosen = listen.tcp(*listen.tcp_address(tcp))
+    elif unix is not None:
+        chosen = listen.unix(unix.absolute())
+    else:
+        with private_dir.folder() as locked:
+            folder = locked / "public"  # for itself: the other is locked, which `listening` would wait for
+            folder.mkdir(mode=0o700)
+            with listen.unix(folder / "nbd.sock") as found:
+                yield found
+        return
+    with chosen as found:
+        yield found
+
+
+@contextmanager
+def _shown(
+    folder: VmFolder, entry: DiskEntry, layers: tuple[Layer, ...], writable_overlay: Path | None
+) -> Iterator[Shown]:
+    """Open all that QEMU needs to show a disk."""
+    with ExitStack() as held:
+        own = None
+        if writable_overlay is not None:
+            own = held.enter_context(_overlay(folder, writable_overlay, entry, layers))
+        opened = held.enter_context(chain.opened(layers))
+        if own is None:
+            yield Shown.read_only(entry.name, opened)
+        else:
+            yield Shown.layered(entry.name, own, opened)
+
+
+@contextmanager
+def _overlay(
+    folder: VmFolder, target: Path, entry: DiskEntry, layers: tuple[Layer, ...]
+) -> Iterator[OpenImage]:
+    paths = [layer.path for layer in layers]
+    with ExitStack() as held:
+        try:
+            image = held.enter_context(overlay.made_or_taken(folder.path.parent, target, entry.size, paths))
+        except OSError as err:
+            why = f"{target} can't be made: {err.strerror}"
+            raise WriteFailed(why, state="nothing was touched") from err
+        yield image

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What there is of a VM, and what its next run would do: the questions of a run, and none of its deeds."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from backupctl.errors import MonitorError, Refused
+from backupctl.names import DiskName, Owner, PointId, VmName
+from backupctl.operations import bitmaps as bitmap_survey
+from backupctl.operations import recover
+from backupctl.operations.backup import plan as planning
+from backupctl.operations.bitmaps import Known, StoredBitmap, nobody_else
+from backupctl.options import OnBrokenChain, RunOptions, Vm
+from backupctl.repository import audit, chain
+from backupctl.repository.pending_point import Partial
+from backupctl.repository.point import Point
+from backupctl.repository.repository import Repository
+from backupctl.repository.vm_folder import VmFolder
+from backupctl.vm import disk
+from backupctl.vm.qmp import preflight, scratch
+from backupctl.vm.qmp.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class DiskStatus:
+    """One disk: its bitmap for the newest point, and how the next incremental would take it.
+
+    next: full, incremental or scan.
+    """
+
+    name: DiskName
+    node: str
+    size: int
+    bitmap: str | None
+    bitmap_state: str
+    next: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """What there is of a VM.
+
+    damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
+    problem). missing_disks: those that the last points hold and the VM has not. bitmaps: all of ours.
+    """
+
+    vm: VmName
+    points: tuple[PointId, ...]
+    damaged: tuple[str, ...]
+    qemu: str | None
+    problem: str
+    disks: tuple[DiskStatus, ...]
+    leftovers: tuple[str, ...]
+    next_run: str
+    missing_disks: tuple[planning.MissingDisk, ...] = ()
+    bitmaps: tuple[StoredBitmap, ...] = ()
+
+
+def look(vm: Vm, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
+    """Tell what there is and what the next run, with these options, would do. Changes and locks nothing.
+
+    The next run recovers first, so it is planned from what there will be then. known: for bitmaps of
+    other repositories.
+    """
+    folder = repository.vm(vm.name)
+    survey = folder.survey()
+    points = survey.points
+    damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
+    left = [_unfinished(one) for one in folder.partials()]
+    left += [
+        f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, options.scratch)
+    ]
+    ids = tuple(point.id for point in points)
+    unmerged = tuple(
+        f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
+        for point in folder.retired().points
+    )
+    try:
+        with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
+            foreseen = recover.foresee(monitor, repository.owner, folder, vm.disk_names)
+            inventory = foreseen.inventory
+            left += foreseen.left
+            version = str(monitor.version)
+            gone = recover.gone(monitor, repository.owner, folder)
+            refusal = _refusal(monitor, inventory, left)
+            stored = bitmap_survey.survey(monitor, vm, repository, known)
+    except MonitorError as err:
+        worker = folder.worker()  # it has the monitor, which serves one client, and all that looks unfinished
+        return Status(
+            vm.name,
+            ids,
+            damaged,
+            None,
+            worker or err.message,
+            (),
+            (*(() if worker else left), *unmerged),
+            "it waits for a few seconds, then leaves with exit code 75"
+            if worker
+            else "the VM can't be reached, so the next run would fail",
+        )
+    plan, broken = _plan(inventory, folder, points, repository.owner, options, gone)
+    refusal = refusal or broken
+    states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
+    next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
+    return Status(
+        vm=vm.name,
+        points=ids,
+        damaged=damaged,
+        qemu=version,
+        problem="",
+        disks=states,
+        leftovers=(*left, *unmerged),
+        next_run=next_run,
+        missing_disks=plan.missing,
+        bitmaps=stored,
+    )
+
+
+def problems(folder: VmFolder) -> tuple[str, ...]:
+    """Tell which points can't be restored, and which are missing, beside those with a damaged manifest."""
+    missing = (one.message for one in audit.problems(folder))
+    return (*map(str, chain.damaged(folder)), *missing)
+
+
+def _plan(
+    inventory: disk.Inventory,
+    folder: VmFolder,
+    points: tuple[Point, ...],
+    owner: Owner,
+    options: RunOptions,
+    gone: tuple[PointId, ...],
+) -> tuple[planning.Plan, str]:
+    """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
+
+    def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
+        return planning.plan(
+            "incremental",
+            inventory.disks,
+            inventory,
+            points,
+            owner,
+            on_broken_chain,
+            flaw=partial(chain.flaw, folder),
+            long=partial(chain.long, folder, options.max_chain),
+            gone=gone,
+        )
+
+    try:
+        return planned(options.on_broken_chain), ""
+    except Refused as err:
+        return planned("scan"), err.message
+
+
+def _refusal(monitor: Monitor, inventory: disk.Inventory, left: list[str]) -> str:
+    try:
+        preflight.refuse_qemu(monitor)
+        if not left:  # else the job may be a dead run's, which the next one ends before it looks
+            preflight.refuse_busy(inventory)
+    except Refused as err:
+        return err.message
+    return ""
+
+
+def _unfinished(one: Partial) -> str:
+    frozen = ", whose run may have left the guest frozen" if recover.froze(one) else ""
+    return f"unfinished point {one.point}{frozen}"
+
+
+def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:
+    newest = planning.newest_with(one.disk.name, points)
+    name = owner.bitmap(newest.id, one.disk.name) if newest else None
+    found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)
+    return DiskStatus(
+        name=one.disk.name,
+        node=one.disk.node,
+        size=one.disk.size,
+        bitmap=found.name if found else None,
+        bitmap_state=found.state if found else "none",
+        next="scan" if one.scanned else one.kind,
+        reason=one.reason,
+    )
+
+
+def _next_run(plan: planning.Plan, left: list[str]) -> str:
+    first = (
+        "the next run first clears up what an earlier one left, then " if left else "the next incremental "
+    )
+    if plan.parent is None:
+        return f"{first}takes a full: there is no point yet"
+    full = [one.disk.name for one in plan.disks if one.kind == "full"]
+    scanned = [one.disk.name for one in plan.disks if one.scanned]
+    text = f"{first}builds on {plan.parent}"
+    if scanned:
+        text += f", reads {', '.join(scanned)} whole to find what changed"
+    return f"{text}, takes {', '.join(full)} full" if full else text

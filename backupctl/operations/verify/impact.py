@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which points read a damaged range: all that stand on its layer, where no newer layer masks it.
+
+::
+
+    newest   ....NN..........    reads  NN, and of the damage what is not below NN
+    middle   ................    reads  all of the damage
+    damaged  ...XXX..........
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backupctl.digests import clusters
+from backupctl.digests.clusters import Records
+from backupctl.names import DiskName, PointId
+from backupctl.repository.manifest import DiskEntry
+from backupctl.repository.point import Point
+
+Range = tuple[int, int]
+"""Offset and length in bytes."""
+
+
+@dataclass(frozen=True)
+class Touched:
+    """The part of a point's disk that a damage touches."""
+
+    point: PointId
+    disk: DiskName
+    ranges: tuple[Range, ...]
+
+
+class Reach:
+    """The layers of a VM, and who stands on whom.
+
+    records: gives the records of a layer, None if they can't be had; then it masks nothing. retired: those
+    of `points` that are recovery points no more; only what stands on them is touched.
+    """
+
+    def __init__(
+        self,
+        points: Iterable[Point],
+        records: Callable[[Point, DiskEntry], Records | None],
+        retired: Collection[PointId] = (),
+    ) -> None:
+        self._records = records
+        self._retired = retired
+        self._layers: dict[tuple[PointId, str], tuple[Point, DiskEntry]] = {}
+        self._above: dict[tuple[PointId, str], list[PointId]] = defaultdict(list)
+        for point in points:
+            for entry in point.manifest.disks:
+                self._layers[point.id, entry.name] = point, entry
+                if entry.parent is not None:
+                    self._above[entry.parent, entry.name].append(point.id)
+
+    def standing_on(self, point: PointId) -> tuple[Touched, ...]:
+        """Return what stands on a point that can't be read at all."""
+        found = []
+        for below, disk in list(self._above):
+            if below == point:
+                found += [one for above in self._above[below, disk] for one in self.whole(above, disk)]
+        return tuple(sorted(found, key=lambda one: (one.point, one.disk)))
+
+    def whole(self, point: PointId, disk: str) -> tuple[Touched, ...]:
+        """Return what is touched when a layer can't be opened: all of each disk that needs it."""
+        return self._walk(point, disk, None)
+
+    def part(self, point: PointId, disk: str, damaged: NDArray[Any]) -> tuple[Touched, ...]:
+        """Return what is touched when some clusters of a layer are damaged."""
+        return self._walk(point, disk, damaged)
+
+    def _walk(self, point: PointId, disk: str, damaged: NDArray[Any] | None) -> tuple[Touched, ...]:
+        found = []
+        waiting = [(point, damaged)]
+        while waiting:
+            at, seen = waiting.pop()
+            layer, entry = self._layers[at, disk]
+            if seen is not None and at != point:
+                seen = self._through(layer, entry, seen)
+            shown = ((0, entry.size),) if seen is None else clusters.ranges(seen, entry.size)
+            if shown:
+                if layer.id not in self._retired:
+                    found.append(Touched(layer.id, entry.name, tuple(shown)))
+                waiting += [(above, seen) for above in self._above[at, disk]]
+        return tuple(sorted(found, key=lambda one: one.point))
+
+    def _through(self, point: Point, entry: DiskEntry, below: NDArray[Any]) -> NDArray[Any]:
+        """Return what of the clusters below a layer can be seen through it."""
+        records = self._records(point, entry)
+        seen = below[below < clusters.count(entry.size)]
+        return seen if records is None else np.setdiff1d(seen, records["cluster"], assume_unique=True)

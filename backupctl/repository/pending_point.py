@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A point under way: its journal, THE commit, and how it is dropped."""
+
+import errno
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from backupctl.errors import BackupctlError, RepositoryError
+from backupctl.names import PointId, VmName
+from backupctl.repository import history, strict_json
+from backupctl.repository import journal as journals
+from backupctl.repository import manifest as manifests
+from backupctl.repository.history import Deed
+from backupctl.repository.journal import Journal
+from backupctl.repository.manifest import Manifest
+from backupctl.repository.point import Point
+from backupctl.system import durable, safe_open
+
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A point that is not committed."""
+
+    folder: Path
+    vm: VmName
+    point: PointId
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self.folder / f"{self.point}{PARTIAL}"
+
+    def journal(self) -> Journal | None:
+        """Return what the run noted, None if there is no such thing or it is of another run.
+
+        Raises RepositoryUnreadable: it alone tells of a freeze that is ours to end.
+        """
+        try:
+            journal = Journal.from_json(safe_open.read(self.path / journals.FILE_NAME))
+        except (safe_open.NotThere, strict_json.Malformed):
+            return None
+        return journal if (journal.point, journal.vm) == (self.point, self.vm) else None
+
+    def note(self, step: str, *, froze: bool) -> None:
+        """Note durably how far the run is. Raises RepositoryError."""
+        journal = self.journal()
+        if journal is None:
+            raise RepositoryError(f"the journal of {self.path} is gone")
+        try:
+            changed = replace(journal, step=step, froze=froze)
+            durable.replace(self.path / journals.FILE_NAME, changed.to_json())
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be written: {err.strerror}") from err
+
+    def commit(self, manifest: Manifest) -> Point:
+        """Make this a point: THE commit point of the whole system is the rename in here.
+
+        The images must be complete. Raises RepositoryError; the point is then not committed.
+        """
+        try:
+            readable = Manifest.from_json(manifest.to_json()) == manifest
+        except BackupctlError as err:
+            raise RepositoryError(f"{self.path} is not committed: nobody could read it: {err}") from err
+        if not readable:
+            raise RepositoryError(f"{self.path} is not committed: it would be read as something else")
+        try:
+            for entry in manifest.disks:
+                durable.sync_file(self.path / f"{entry.name}.qcow2")
+                durable.sync_file(self.path / f"{entry.name}.digests")
+            durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
+            (self.path / journals.FILE_NAME).unlink()
+            durable.sync_folder(self.path)
+            history.record(self.folder, Deed("committed", self.point, manifest.checksum))
+            # All that the manifest names is on disk. A death before the next line leaves a folder that
+            # recovery drops; one after it, a whole point.
+            durable.rename(self.path, self.folder / self.point)
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
+        return Point(self.folder / self.point, manifest)
+
+    def take_back(self) -> None:
+        """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
+        try:
+            durable.rename(self.folder / self.point, self.path)
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
+
+    def drop(self) -> None:
+        """Remove the folder and all in it; a death in the middle leaves one to drop again.
+
+        Raises RepositoryError.
+        """
+        try:
+            with suppress(FileNotFoundError):
+                _empty(self.path)  # first of all: a full disk has room then for what follows
+                history.undo(self.folder, self.point)
+                shutil.rmtree(self.path)  # follows no symbolic link
+        except OSError as err:
+            raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
+
+
+def _empty(folder: Path) -> None:
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a symbolic link", str(folder))
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Holding a point for reading, so that a prune meanwhile leaves all that it stands on as it is.
+
+A reader has a shared lock on the folder of its point and of each one below. Prune wants them for itself
+before it changes what a reader could see, and leaves a point that is being read for another time.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from backupctl.errors import BackupctlError, Locked
+from backupctl.repository.point import Point
+from backupctl.repository.vm_folder import VmFolder
+from backupctl.system import locks
+
+_PATIENCE_SECONDS = 30.0  # a switch from an old image to a merged one takes a few fsyncs
+_TRIES = 5
+
+
+@contextmanager
+def reading(folder: VmFolder, wanted: str) -> Iterator[Point]:
+    """Hold a point (an id, or "latest") and all below it for as long as the block lasts.
+
+    Yields the point as it is while it is held: a prune may just have put it on another parent. Raises
+    NoSuchPoint, DamageFound, Locked, RepositoryError.
+    """
+    for _ in range(_TRIES):
+        point = folder.point(wanted)
+        needed = _needed(folder, point)
+        with ExitStack() as held:
+            try:
+                for path in needed:
+                    held.enter_context(locks.folder(path, _PATIENCE_SECONDS, shared=True))
+            except FileNotFoundError:
+                continue  # pruned between the look and the lock
+            again = folder.point(point.id)
+            if again == point and _needed(folder, again) == needed:
+                yield again
+                return
+    raise Locked(f"the points below {wanted} of {folder.name} are being pruned; try again")
+
+
+def _needed(folder: VmFolder, point: Point) -> list[Path]:
+    """Return the folders of all layers of a point, as far as they are there and can be read."""
+    waiting = [(point, entry) for entry in point.manifest.disks]
+    found = {point.path}
+    while waiting:
+        _, entry = waiting.pop()
+        if entry.parent is None:
+            continue
+        try:
+            below = folder.holder(entry.parent)
+        except BackupctlError:
+            continue  # who needs it finds the damage; who only wants another disk must not
+        found.add(below.path)
+        held = below.manifest.disk(entry.name)
+        if held is not None:
+            waiting.append((below, held))
+    return sorted(found)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which clusters of a disk must be looked at: one byte for each, however fragmented the disk is.
+
+Bitmap and allocation map speak in bytes; digests and layers know whole clusters. A cluster that is named,
+or zero, only in part is data: it is read.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from backupctl.digests import clusters
+from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.transfer.extents import ZERO, Extent
+from backupctl.transfer.source import Source
+
+_NOTHING, _DATA, _ZERO = 0, 1, 2
+_WINDOW_CLUSTERS = 1 << 16
+
+
+def whole(source: Source) -> Iterator[Extent]:
+    """Return all of a source, in order: its data and its zeroes. Raises ReadFailed."""
+    marks = Marks(source.size)
+    for status in source.statuses():
+        (marks.zero if status.flags[0] & ZERO else marks.data)(status.offset, status.length)
+    return marks.extents()
+
+
+class Marks:
+    """The marks of one disk of so many bytes."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._size = size_bytes
+        self._kinds = np.zeros(clusters.count(size_bytes), np.uint8)
+
+    def data(self, offset: int, length: int) -> None:
+        """Mark a range to be read."""
+        self._kinds[offset // CLUSTER_BYTES : clusters.count(offset + length)] = _DATA
+
+    def zero(self, offset: int, length: int) -> None:
+        """Mark a range that is known to read as zeroes."""
+        end = offset + length
+        first = clusters.count(offset)
+        stop = clusters.count(end) if end == self._size else end // CLUSTER_BYTES
+        if first * CLUSTER_BYTES != offset:
+            self.data(offset, 1)
+        if stop * CLUSTER_BYTES < end:
+            self.data(end - 1, 1)
+        inner = self._kinds[first : max(first, stop)]
+        inner[inner != _DATA] = _ZERO
+
+    def keep_vanished(self, below: Logical) -> None:
+        """Take the mark off all zeroes but those where the layers below hold something else."""
+        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
+            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+            part[(part == _ZERO) & clusters.is_zero(below.window(first, len(part)))] = _NOTHING
+
+    def data_where_they_differ(self, before: Logical, after: Logical) -> None:
+        """Mark to be read what is not the same in both, and not marked yet."""
+        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
+            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+            differ = clusters.differ(before.window(first, len(part)), after.window(first, len(part)))
+            part[(part == _NOTHING) & differ] = _DATA
+
+    def marked_bytes(self) -> int:
+        """Return how much is marked."""
+        return sum(extent.length for extent in self.extents())
+
+    def extents(self) -> Iterator[Extent]:
+        """Yield what is marked, in order; longer runs in several pieces."""
+        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
+            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+            edges = np.flatnonzero(np.diff(part)) + 1
+            starts = [0, *edges.tolist()]
+            for start, stop in zip(starts, [*edges.tolist(), len(part)], strict=True):
+                if part[start] != _NOTHING:
+                    yield self._extent(first + start, first + stop, zero=bool(part[start] == _ZERO))
+
+    def _extent(self, first: int, stop: int, *, zero: bool) -> Extent:
+        offset = first * CLUSTER_BYTES
+        return Extent(offset, min(stop * CLUSTER_BYTES, self._size) - offset, zero)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM's disks, whatever tells of them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from backupctl.errors import UsageError
+from backupctl.names import DiskName, NodeName
+from backupctl.vm.bitmap import Bitmap
+
+MAX_SIZE = 1 << 60
+"""No disk is larger (bytes); a manifest would not take it."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One writable disk.
+
+    name: what it is stored under. node: the active node. size: bytes. driver: of the active node.
+    persistent: whether its bitmaps survive a restart of QEMU (qcow2 version 3 only).
+    qdev: the device as `query-block` names it (see `view.device_path`), "" without one.
+    filename: of the active node. apart: whether its data lie in another file than its bitmaps would
+    (a qcow2 with a data file). encrypted: whether QEMU encrypts it; a backup holds what the guest sees.
+    shared: whether several devices write to it.
+    """
+
+    name: DiskName
+    node: NodeName
+    size: int
+    driver: str
+    persistent: bool
+    qdev: str
+    filename: str
+    bitmaps: tuple[Bitmap, ...]
+    apart: bool = False
+    encrypted: bool = False
+    shared: bool = False
+
+    def trusts(self, bitmap: Bitmap) -> bool:
+        """Whether a bitmap can only be of the data that the disk has now.
+
+        One that was stored in a file says what changed in the data that it was stored with. Where those lie
+        in a file of their own, they may have been exchanged while no QEMU looked. QEMU stores a persistent
+        bitmap alone, so one that is none was made since this QEMU began.
+        """
+        return not (self.apart and bitmap.persistent)
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """All that a VM's monitor tells of its disks.
+
+    left_out: names of media that can't be backed up, with the reason. busy: those on which somebody else
+    works, with who that is.
+    elsewhere: bitmaps on nodes that are no disk's active node.
+    """
+
+    disks: tuple[Disk, ...]
+    left_out: tuple[tuple[str, str], ...]
+    busy: tuple[tuple[str, str], ...]
+    elsewhere: tuple[Bitmap, ...]
+
+    def chosen(self, names: Iterable[str]) -> tuple[Disk, ...]:
+        """Return the disks of these names, all if there are none. Raises UsageError for an unknown one."""
+        wanted = tuple(dict.fromkeys(names))
+        known = {disk.name: disk for disk in self.disks}
+        for name in wanted:
+            if name not in known:
+                reasons = {left: f"{left} is left out: {why}" for left, why in self.left_out}
+                there = ", ".join(known) or "none"
+                raise UsageError(
+                    reasons.get(name, f"the VM has no disk {name!r:.120}; its writable disks: {there}"),
+                    state="nothing was touched",
+                )
+        return tuple(known[DiskName(name)] for name in wanted) if wanted else self.disks

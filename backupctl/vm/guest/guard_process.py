@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guard: a separate process that looks after the guest when the run dies, by whatever cause.
+
+It holds three things for the run:
+
+- the conversation with the guest agent. It freezes and thaws when the run says so, and thaws by itself
+  when the freeze budget ends or the run is gone;
+- a duplicate of every NBD client socket. When the run is gone it has QEMU drop the exports, and lets go
+  of the sockets only then: on Debian's QEMU 7.2 a client that goes away first kills a VM whose disk has
+  an iothread;
+- an eye on the scratch files, see `guard_watch`.
+
+The run talks to it over a socket pair, one JSON object a message, one answer to each; the end of that
+socket is the end of the run. It imports little and outlives the run by minutes at the most, unless QEMU
+still has an export that nobody may leave.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from backupctl.errors import (
+    AgentError,
+    AgentRefused,
+    AgentTimeout,
+    AgentUnavailable,
+    BackupctlError,
+    FreezeOverrun,
+    Refused,
+)
+from backupctl.system.address import Address
+from backupctl.vm.guest import guard_monitor, guard_survival
+from backupctl.vm.guest.agent import Agent, Thaw
+from backupctl.vm.guest.guard_watch import LOOK_SECONDS, Watch, Watched
+
+THAW_PATIENCE_SECONDS = 300.0
+ANSWER_SECONDS = 0.25
+"""After the end of the budget, by which the run has an answer. It waits for a second, then kills us."""
+STATUS_SECONDS = 1.0
+RETRY_SECONDS = 0.5
+MAX_MESSAGE_BYTES = 65536
+DEAF_TO = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGALRM,
+)
+"""What a terminal, a person or a service manager may send to all processes of a run."""
+
+
+class Freezer:
+    """The guest's file systems: thawed, frozen by us, or not known.
+
+    Nothing here holds up an answer to the run for longer than the budget lasts: a thaw that takes its time is
+    done by a thread, and while that works nothing else speaks to the agent.
+    """
+
+    def __init__(self, address: Address | None, timeout_seconds: float) -> None:
+        self._address = address
+        self._timeout = timeout_seconds
+        self._agent: Agent | None = None
+        self._frozen_at = 0.0
+        self._count = 0
+        self._thawing: threading.Thread | None = None
+        self._give_up = 0.0
+        self.doubt = ""
+        self.deadline: float | None = None  # while the guest is, or may be, frozen by us
+        self.overrun = False
+
+    def ping(self) -> None:
+        """See whether the agent is there and the guest not frozen. Raises AgentError, Refused."""
+        if self.deadline is not None:  # a thread has the agent
+            raise AgentTimeout("the guest is still being thawed")
+        try:
+            self._refuse_foreign_freeze(self._talk())
+        except BackupctlError:
+            self._hang_up()
+            raise
+
+    def freeze(self, budget_seconds: float) -> int:
+        """Freeze; returns how many file systems. Raises AgentError.
+
+        `ping` has to come right before it. From the moment the command is sent the guest may be frozen.
+        """
+        agent = self._talk()
+        self._frozen_at = time.monotonic()
+        self.deadline = self._frozen_at + budget_seconds
+        self.overrun = False
+        try:
+            self._count = agent.freeze(budget_seconds)
+        except AgentTimeout:
+            self.deadline = self._frozen_at  # its outcome is unknown, so a thaw is due now
+            raise
+        except AgentError:
+            self._look_after_a_refusal(agent)
+            raise
+        if not self._count:
+            self._undo_an_empty_freeze()
+        return self._count
+
+    def thaw(self) -> float:
+        """Thaw; returns the milliseconds from freeze to thaw. Raises AgentError, FreezeOverrun.
+
+        `doubt` then tells why the guest may not have been frozen until now, "" if it was. It was if the agent
+        says so right before, and then thaws as much as it froze. (A thaw past the agent leaves its status
+        "frozen", and shows in what there is to thaw.)
+        """
+        if self.overrun:
+            raise FreezeOverrun("the freeze budget ended, and the guard thawed the guest before the run did")
+        try:
+            self._thaw_once(self._soon())
+        except AgentError:
+            self.deadline = time.monotonic()  # go on trying now, not only when the budget ends
+            raise
+        return (time.monotonic() - self._frozen_at) * 1000
+
+    def thaw_when_due(self) -> None:
+        """Begin to thaw if the budget has ended."""
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            self.overrun = True
+            self.thaw_for_good()
+
+    def thaw_for_good(self) -> None:
+        """Have a thread thaw, however often it must be tried, for minutes at the most from now on."""
+        self._give_up = time.monotonic() + THAW_PATIENCE_SECONDS
+        if self._thawing is not None and self._thawing.is_alive():
+            return
+        try:
+            self._thawing = threading.Thread(target=self._go_on_thawing)
+            self._thawing.start()
+        except RuntimeError:  # no memory for one
+            self._thawing = None
+            self._go_on_thawing()
+
+    def join(self) -> None:
+        """Wait until the thread has done its work."""
+        if self._thawing is not None:
+            self._thawing.join()
+
+    def _go_on_thawing(self) -> None:
+        while self.deadline is not None and time.monotonic() < self._give_up:
+            with suppress(AgentError):
+                self._thaw_once()
+                return
+            time.sleep(RETRY_SECONDS)
+
+    def _refuse_foreign_freeze(self, agent: Agent) -> None:
+        if agent.freeze_status() == "frozen":
+            raise Refused(
+                "the guest is frozen already, by somebody else", state="the guest was left as it is"
+            )
+
+    def _look_after_a_refusal(self, agent: Agent) -> None:
+        # A refusal should have no effect. An agent that fails half-way may leave the guest frozen.
+        agent.until = self._soon()
+        with suppress(AgentError):
+            if agent.freeze_status() == "thawed":
+                self._let_go()
+                return
+        self.deadline = self._frozen_at
+
+    def _undo_an_empty_freeze(self) -> None:
+        """The agent froze nothing. It has called its hooks all the same, and they wait for the thaw."""
+        try:
+            self._thaw_once(self._soon())
+        except AgentError:
+            self.deadline = self._frozen_at
+            raise
+        raise AgentRefused("the guest agent froze none of the guest's file systems: it counts 0")
+
+    def _soon(self) -> float:
+        return max(self.deadline or 0.0, time.monotonic()) + ANSWER_SECONDS
+
+    def _thaw_once(self, until: float | None = None) -> None:
+        """until: the moment at which this has ended, one way or another."""
+        try:
+            again = self._agent is None
+            agent = self._talk()
+            agent.until = until
+            status = self._status_before(agent)
+            if again and status == "thawed":  # the try before did it, whatever was answered
+                self._let_go()
+                return
+            thaw = agent.thaw_for_sure()
+        except AgentError:
+            # A new conversation for the next try: this one may be with an agent that has died.
+            self._hang_up()
+            raise
+        self.doubt = _doubt(status, thaw, self._count)
+        self._let_go()
+
+    def _status_before(self, agent: Agent) -> str:
+        """Ask for the status; the guest is frozen and waits, so not for long. "" if there is no answer."""
+        with suppress(AgentError):
+            return agent.freeze_status(min(STATUS_SECONDS, self._timeout))
+        return ""
+
+    def _let_go(self) -> None:
+        """The guest is thawed. Its agent serves one client at a time, and the copy may take hours."""
+        self._hang_up()
+        self.deadline = None
+
+    def _talk(self) -> Agent:
+        if self._agent is None:
+            if self._address is None:
+                raise AgentUnavailable("no guest agent is known")
+            self._agent = Agent.connect(self._address, self._timeout)
+        return self._agent
+
+    def _hang_up(self) -> None:
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+
+
+def _doubt(before: str, thaw: Thaw, frozen: int) -> str:
+    """Say why a freeze may have ended before its thaw; "" if it lasted."""
+    if thaw.refusal:
+        return f"{thaw.refusal}; the guest is thawed, but since when is not known"
+    if before == "thawed" or thaw.count < frozen:
+        return "somebody in the guest thawed its file systems before the moment was taken"
+    return ""
+
+
+class Holder:
+    """The NBD client sockets of the run, and the exports they are connected to."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[socket.socket, str]] = []
+
+    @property
+    def exports(self) -> tuple[str, ...]:
+        """The exports that must go before the sockets do."""
+        return tuple(sorted({export for _, export in self._held}))
+
+    def hold(self, descriptor: int, export: str) -> None:
+        """Keep a socket open."""
+        self._held.append((socket.socket(fileno=descriptor), export))
+
+    def release(self) -> None:
+        """Close all; the exports are gone."""
+        while self._held:
+            self._held.pop()[0].close()
+
+    def drain(self) -> bool:
+        """Throw away what QEMU says; whether it has hung up on all. It keeps an export that has to speak."""
+        hung_up = 0
+        for held, _ in self._held:
+            try:
+                while held.recv(1 << 20, socket.MSG_DONTWAIT):
+                    pass
+                hung_up += 1
+            except BlockingIOError:
+                pass
+            except OSError:
+                hung_up += 1
+        return hung_up == len(self._held)
+
+
+class Guard:
+    """Serves the run's requests until it says goodbye or is gone."""
+
+    def __init__(self, run: socket.socket, monitor: Address, freezer: Freezer, watch: Watch) -> None:
+        self._run = run
+        self._monitor = monitor
+        self._freezer = freezer
+        self._holder = Holder()
+        self._watch = watch
+
+    def serve(self) -> None:
+        """Answer requests; in between, thaw when that is due, and look at the scratch files."""
+        waiting = select.poll()
+        waiting.register(self._run, select.POLLIN)
+        while True:
+            self._freezer.thaw_when_due()
+            self._watch.look()
+            seconds = self._pause_seconds()
+            if waiting.poll(None if seconds is None else seconds * 1000) and not self._serve_one():
+                return
+
+    def _pause_seconds(self) -> float | None:
+        due = self._freezer.deadline
+        until_due = None if due is None else due - time.monotonic()
+        if until_due is not None and until_due <= 0:
+            until_due = RETRY_SECONDS  # a thread works on it
+        if not self._watch.active:
+            return until_due
+        return LOOK_SECONDS if until_due is None else min(until_due, LOOK_SECONDS)
+
+    def stand_in(self) -> None:
+        """Do what the run would have done: thaw; take exports and jobs down. Neither waits for the other."""
+        self._freezer.thaw_for_good()
+        while not self._taken_down():
+            time.sleep(RETRY_SECONDS)
+        self._holder.release()
+        self._watch.forget()
+        self._freezer.join()
+
+    def _taken_down(self) -> bool:
+        """Try to take exports and jobs down. While QEMU lives no socket is let go of before its export."""
+        left = guard_monitor.Left(self._holder.exports, self._watch.jobs, self._watch.groups)
+        hung_up = self._holder.drain()
+        if hung_up and not left.jobs:
+            return True
+        try:
+            guard_monitor.take_down(self._monitor, left, self._holder.drain)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return hung_up  # no QEMU, no job
+        except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
+            return False
+        return True
+
+    def _serve_one(self) -> bool:
+        try:
+            content, descriptors, _, _ = socket.recv_fds(self._run, MAX_MESSAGE_BYTES, 1)
+        except OSError:
+            return False
+        if not content:
+            return False
+        request = json.loads(content)
+        try:
+            answer: dict[str, Any] = {"value": self._do(request, descriptors)}
+        except BackupctlError as err:
+            answer = {"error": type(err).__name__, "message": err.message, "state": err.state}
+        with suppress(OSError):  # a run that died meanwhile is noticed at the next reading
+            self._run.send(json.dumps(answer).encode())
+        return True
+
+    def _do(self, request: dict[str, Any], descriptors: list[int]) -> object:
+        match request["do"]:
+            case "ping":
+                self._freezer.ping()
+            case "freeze":
+                return self._freezer.freeze(float(request["budget"]))
+            case "thaw":
+                milliseconds = self._freezer.thaw()
+                return {"milliseconds": milliseconds, "doubt": self._freezer.doubt}
+            case "hold":
+                self._holder.hold(descriptors[0], str(request["export"]))
+            case "release":
+                self._holder.release()
+            case "watch":
+                job, give_up, limited = request["job"], request["give_up"], request["limited"]
+                self._watch.add(Watched(job, descriptors[0], give_up, limited))
+            case "unwatch":
+                self._watch.forget()
+            case "frozen":
+                return self._freezer.deadline is not None
+        return None
+
+
+def main() -> None:
+    """Serve the run on the descriptor that is given as the first argument."""
+    os.umask(0o077)
+    for number in DEAF_TO:
+        signal.signal(number, signal.SIG_IGN)
+    guard_survival.outlive()
+    descriptor, monitor, agent, timeout = sys.argv[1:]
+    with socket.socket(fileno=int(descriptor)) as run:
+        run.send(b"{}")
+        freezer = Freezer(Address.parse(agent) if agent else None, float(timeout))
+        guard = Guard(run, Address.parse(monitor), freezer, Watch(os.getppid()))
+        guard.serve()
+    guard.stand_in()
+
+
+if __name__ == "__main__":
+    main()

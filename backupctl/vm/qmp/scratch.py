@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Scratch files: where QEMU keeps the old content of what the guest overwrites during a run.
+
+An empty qcow2 without a name: the kernel frees it whatever dies, and QEMU, which gets it as a
+descriptor, needs no rights on the folder. Where descriptors can't be passed (a monitor over TCP,
+qemu-storage-daemon) it is a named file in a private folder, which recovery finds by its name.
+"""
+
+import ctypes
+import errno
+import os
+import shutil
+import subprocess
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.errors import Failed, Refused, UsageError
+from backupctl.names import NodeName, Owner, VmName
+from backupctl.system.files import free_bytes
+from backupctl.targets import safe_target
+from backupctl.vm.qmp import reply
+from backupctl.vm.qmp.monitor import Monitor
+
+LOW_BYTES = 256 * 1024 * 1024
+"""What is left of a file system, at the least, where guests or scratch files may need it."""
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """One disk's scratch file.
+
+    filename: what QEMU opens. descriptor: ours, by which others see how much of it is used.
+    reserved: whether its room is set aside, so that nobody else can take it.
+    """
+
+    filename: str
+    descriptor: int
+    reserved: bool
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a scratch folder that is missing or not writable. Raises Refused."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise Refused(
+            f"the scratch folder {folder} is not a folder we can write to", state="nothing was touched"
+        )
+
+
+class Scratches:
+    """The scratch files of one run, one for each disk, and our descriptors of them.
+
+    folder: where they go. private: a folder of the run for named files; None where descriptors can be
+    passed. After `close` the files are QEMU's alone.
+    """
+
+    def __init__(self, monitor: Monitor, folder: Path, private: Path | None) -> None:
+        self.folder = folder
+        self.made: list[Scratch] = []
+        self._monitor = monitor
+        self._private = private
+
+    def make(self, node: NodeName, size: int, room_bytes: int) -> Scratch:
+        """Make an empty qcow2 of `size` bytes, set room aside for it, and have QEMU know it.
+
+        node: its name becomes the descriptor set's label, by which recovery knows it. Raises Failed,
+        MonitorError.
+        """
+        if self._private is not None:
+            path = self._private / f"{node}.qcow2"
+            descriptor = _named(path)
+        else:
+            descriptor = _nameless(self.folder)
+        try:
+            _format(descriptor, size)
+            reserved = _reserve(descriptor, room_bytes, self.folder)
+            filename = str(path) if self._private is not None else self._hand_over(descriptor, node)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.made.append(Scratch(filename, descriptor, reserved))
+        return self.made[-1]
+
+    def check(self) -> None:
+        """Raise Failed when room that could not be set aside becomes scarce."""
+        if not all(one.reserved for one in self.made):
+            _check_left(self.folder)
+
+    def empty(self) -> None:
+        """Free the files' room; no node may stand on them any more. Never raises.
+
+        A paused VM keeps its descriptors, whatever it is told (before QEMU 9.1), and with them the room.
+        """
+        for one in self.made:
+            with suppress(OSError):
+                os.ftruncate(one.descriptor, 0)
+
+    def close(self) -> None:
+        """Close our descriptors. Never raises."""
+        for one in self.made:
+            with suppress(OSError):
+                os.close(one.descriptor)
+        self.made.clear()
+
+    def _hand_over(self, descriptor: int, node: NodeName) -> str:
+        self._monitor.send_fd(descriptor)
+        made = self._monitor.execute("add-fd", {"opaque": node})
+        with reply.understood("add-fd"):  # it becomes part of a path
+            return f"/dev/fdset/{reply.number(made['fdset-id'])}"
+
+
+def _check_left(folder: Path) -> None:
+    left = free_bytes(folder)
+    if left < LOW_BYTES:
+        raise Failed(
+            f"the file system of the scratch folder {folder} is filling up ({left >> 20} MiB left): "
+            "gave up before the guest's own writes could fail"
+        )
+
+
+def _reserve(descriptor: int, room_bytes: int, folder: Path) -> bool:
+    """Allocate room behind the end of a file; whether its file system can. Raises Failed."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+    while library.fallocate(descriptor, _KEEP_SIZE, 0, room_bytes):
+        number = ctypes.get_errno()
+        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        if number != errno.EINTR:
+            why = os.strerror(number)
+            raise Failed(f"{room_bytes >> 20} MiB can't be set aside in the scratch folder {folder}: {why}")
+    return True
+
+
+def private_folder(owner: Owner, vm: VmName, folder: Path) -> Path:
+    """Make the run's folder for named files. Its name tells recovery whose it is.
+
+    QEMU opens them by name, so root makes none where others could exchange the folder. Raises Refused.
+    """
+    try:
+        safe_target.resolve(folder)
+    except UsageError as err:
+        raise Refused(f"the scratch folder {err.message}") from err
+    return Path(tempfile.mkdtemp(prefix=_private_prefix(owner, vm), dir=folder))
+
+
+def sweep(owner: Owner, vm: VmName, folder: Path) -> list[str]:
+    """Remove the private folders that dead runs of this VM left. The caller holds the VM's lock.
+
+    Raises Failed if the scratch folder can't be looked at.
+    """
+    told = []
+    for path in left_folders(owner, vm, folder):
+        shutil.rmtree(path, ignore_errors=True)
+        told.append(f"removed the scratch folder {path}")
+    return told
+
+
+def left_folders(owner: Owner, vm: VmName, folder: Path) -> list[str]:
+    """Name the private folders that `sweep` would remove. Raises Failed if they can't be looked for."""
+    prefix = _private_prefix(owner, vm)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.path
+                for entry in entries
+                if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
+            )
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as err:
+        raise Failed(f"the scratch folder {folder} can't be looked at: {err.strerror}") from err
+
+
+def _private_prefix(owner: Owner, vm: VmName) -> str:
+    # '@' can't be part of a VM's name, so no VM's prefix is the beginning of another's.
+    return f"{owner.node(vm, 0)[:-1]}@"
+
+
+def _named(path: Path) -> int:
+    try:
+        return os.open(path, _NEW, 0o600)
+    except OSError as err:
+        raise Failed(f"the scratch file {path} can't be made: {err.strerror}") from err
+
+
+def _nameless(folder: Path) -> int:
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as err:
+        if err.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise Failed(f"no scratch file can be made in {folder}: {err.strerror}") from err
+    try:  # a file system without O_TMPFILE: the name lives for an instant only
+        descriptor, name = tempfile.mkstemp(prefix="backupctl-", dir=folder)
+        Path(name).unlink()
+        return descriptor
+    except OSError as err:
+        raise Failed(f"no scratch file can be made in {folder}: {err.strerror}") from err
+
+
+def _format(descriptor: int, size: int) -> None:
+    program, filename = os.environ.get("QEMU_IMG", "qemu-img"), f"/proc/self/fd/{descriptor}"
+    done = subprocess.run(
+        [program, "create", "-q", "-f", "qcow2", filename, str(size)],
+        pass_fds=(descriptor,),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode:
+        raise Failed(f"qemu-img can't make a scratch file: {done.stderr.strip():.500}")

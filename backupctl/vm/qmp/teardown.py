@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Taking a point-in-time view down: in a fixed order, as often as needed, from whatever state.
+
+Nothing is remembered; QEMU is asked what there is of ours. So the same lines serve the end of a good
+run, the end of a failed one, and `recover` after a death anywhere.
+
+The order: first the limits on scratch files are eased, since what waits in them could keep an export or a
+job; then exports (the SERVER closes first, while the client is still connected: on Debian's QEMU 7.2
+a client that leaves first kills a VM whose disk has an iothread), NBD server, filters, jobs, nodes,
+descriptors.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from backupctl.errors import CommandFailed, MonitorError
+from backupctl.names import NodeName, Owner
+from backupctl.system import open_files
+from backupctl.vm.qmp import throttle
+from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.qmp.nbd_export import descriptor_name
+from backupctl.vm.qmp.point_in_time import device_path
+from backupctl.vm.qmp.reply import flag, number, text, understood
+
+
+@dataclass(frozen=True)
+class Clients:
+    """What must be done to what we hold ourselves while the view goes: NBD clients, and scratch files.
+
+    drain: throw away what QEMU has still to say to our clients; it doesn't let go of an export while a reply
+    waits to be read, `mode=hard` or not (measured on 7.2.22 and 10.0.2). let_go: close them. give_back: free
+    the room of the scratch files, which no node uses any more.
+    """
+
+    drain: Callable[[], None] = lambda: None
+    let_go: Callable[[], None] = lambda: None
+    give_back: Callable[[], None] = lambda: None
+
+
+NOBODY = Clients()
+
+
+def dismantle(
+    monitor: Monitor,
+    owner: Owner,
+    actives: Mapping[int, NodeName],
+    *,
+    clients: Clients = NOBODY,
+    server_is_ours: bool = True,
+    patience_seconds: float = 30,
+) -> list[str]:
+    """Remove every export, filter, job, node and descriptor of ours, and the NBD server for them.
+
+    clients: our own NBD clients, if there are any. They go when no export is left and before the server
+    is stopped, since one that has not shaken hands makes that hang QEMU's main loop (measured on 7.2.22).
+    actives: a disk's number in the run to its active node, from the run's journal; needed to give a
+    device its disk back where a filter is in place.
+    server_is_ours: false if the run was told that someone else's NBD server runs.
+    Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
+    """
+    told = []
+    throttle.ease(monitor, owner)
+    ours = _ours(monitor, owner, "query-block-exports", "id")
+    nodes = _ours(monitor, owner, "query-named-block-nodes", "node-name")
+    for name in ours:
+        _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
+        told.append(f"removed the export {name}")
+
+    def gone() -> bool:
+        clients.drain()
+        return not _ours(monitor, owner, "query-block-exports", "id")
+
+    _until(gone, "its exports", patience_seconds)
+    clients.let_go()
+    # Our nodes stand from before the server starts until after it stops, so without them it isn't ours.
+    if (ours or nodes) and server_is_ours and not _others_use_nbd(monitor):
+        _unless_gone(monitor, "nbd-server-stop", None)
+    if "closefd" in monitor.commands:
+        _unless_gone(monitor, "closefd", {"fdname": descriptor_name(owner)})
+    told += _withdraw_filters(monitor, owner, actives)
+    throttle.lift(monitor, owner)
+    for name in _ours(monitor, owner, "query-jobs", "id"):
+        _end_job(monitor, name)
+        told.append(f"ended the job {name}")
+    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)
+    # acc before cbw before tmp: a node goes before those it stands on; fil goes with its tmp
+    for name in sorted(name for name in nodes if "-fil" not in name):
+        _unless_gone(monitor, "blockdev-del", {"node-name": name})
+        told.append(f"removed the node {name}")
+    if left := _ours(monitor, owner, "query-named-block-nodes", "node-name"):
+        raise MonitorError(f"QEMU did not let go of the node {left[0]}: somebody else uses it")
+    told += [f"removed the limit {name}" for name in throttle.remove(monitor, owner)]
+    clients.give_back()
+    if "query-fdsets" in monitor.commands:
+        told += _remove_fdsets(monitor, owner)
+        told += _empty_fdsets(monitor, owner)
+    return told
+
+
+def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
+    """Name what `dismantle` would remove, changing nothing. Raises MonitorError."""
+    found = [f"export {name}" for name in _ours(monitor, owner, "query-block-exports", "id")]
+    found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
+    found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
+    found += [f"limit {name}" for name in throttle.ours(monitor, owner)]
+    if "query-fdsets" in monitor.commands:
+        found += _held(monitor, owner) if _runs(monitor) else _held_by_paused(monitor, owner)
+    return found
+
+
+def _held(monitor: Monitor, owner: Owner) -> list[str]:
+    return [f"descriptor set {each}" for each in _fdsets(monitor, owner)]
+
+
+def _held_by_paused(monitor: Monitor, owner: Owner) -> list[str]:
+    """Name the descriptor sets that keep room; an empty file costs nothing, and goes when the VM goes on."""
+    found = []
+    for each, numbers in _fdsets(monitor, owner).items():
+        held = _held_bytes(monitor, numbers)
+        if held != 0:
+            room = "room that can't be told from here" if held is None else f"{-(-held >> 20)} MiB"
+            found.append(f"descriptor set {each}: the paused VM keeps a scratch file open ({room})")
+    return found
+
+
+def _held_bytes(monitor: Monitor, numbers: Iterable[int]) -> int | None:
+    """Return what QEMU's descriptors of scratch files take on the disk; None if that can't be told."""
+    if monitor.process is None or not open_files.is_qemu(monitor.process):
+        return None
+    try:
+        with ExitStack() as opened:
+            total = 0
+            for each in numbers:
+                descriptor = open_files.descriptor(monitor.process, each)
+                opened.callback(os.close, descriptor)
+                total += os.fstat(descriptor).st_blocks * 512
+            return total
+    except OSError:
+        return None
+
+
+def _empty_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
+    """Free the room of scratch files that QEMU keeps open although it was told to remove them.
+
+    No node stands on them any more. Returns what was done.
+    """
+    told = []
+    for each, numbers in _fdsets(monitor, owner).items():
+        if held := _held_bytes(monitor, numbers):
+            for descriptor in numbers:
+                _empty(monitor, descriptor)
+            told.append(
+                f"gave back {-(-held >> 20)} MiB of the descriptor set {each}, which the VM keeps open"
+            )
+    return told
+
+
+def _empty(monitor: Monitor, its: int) -> None:
+    assert monitor.process is not None
+    with suppress(OSError):
+        descriptor = open_files.descriptor(monitor.process, its)
+        try:
+            os.ftruncate(descriptor, 0)
+        finally:
+            os.close(descriptor)
+
+
+def _runs(monitor: Monitor) -> bool:
+    status = monitor.execute("query-status")
+    with understood("query-status"):
+        return flag(status["running"])
+
+
+def _others_use_nbd(monitor: Monitor) -> bool:
+    # Ours are gone by now. An export over vhost-user or FUSE needs no NBD server.
+    exports = monitor.execute("query-block-exports")
+    with understood("query-block-exports"):
+        return any(export.get("type", "nbd") == "nbd" for export in exports)
+
+
+def _end_job(monitor: Monitor, name: str) -> None:
+    try:
+        monitor.execute("block-job-cancel", {"device": name, "force": True})
+    except CommandFailed:
+        # It has ended by itself since it was listed, or waits to be dismissed.
+        _unless_gone(monitor, "job-dismiss", {"id": name})
+
+
+def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, NodeName]) -> list[str]:
+    """Give each device that writes through a filter of ours its active node back."""
+    told = []
+    devices = monitor.execute("query-block")
+    prefix = owner.node("cbw", 0)[:-1]
+    with understood("query-block"):
+        tops = {
+            device["inserted"].get("node-name", ""): text(device.get("qdev", ""))
+            for device in devices
+            if device.get("inserted")
+        }
+        ours = {top: int(top.removeprefix(prefix)) for top in tops if top.startswith(prefix)}
+    for top, qdev in tops.items():
+        if top in ours:
+            active = _beneath(monitor, top) or actives.get(ours[top])
+            if active is None:
+                raise MonitorError(
+                    f"the device {qdev} writes through the filter {top}, and the run's journal, which "
+                    "knew its own node, is lost; qom-set its drive property by hand"
+                )
+            _unless_gone(monitor, "blockdev-del", {"node-name": top.replace("-cbw", "-acc")})
+            drive = {"path": device_path(qdev), "property": "drive", "value": active}
+            monitor.execute("qom-set", drive)
+            told.append(f"took the filter {top} out again")
+    return told
+
+
+def _beneath(monitor: Monitor, top: str) -> NodeName | None:
+    """Return the node that a filter stands on now, None if this QEMU does not tell.
+
+    Not always the one that it was put on: an external snapshot taken meanwhile has gone in between, and to
+    set the device to what lies below it would take from the guest what it wrote since.
+    """
+    if "x-debug-query-block-graph" not in monitor.commands:
+        return None
+    graph = monitor.execute("x-debug-query-block-graph")
+    with understood("x-debug-query-block-graph"):
+        names = {node["id"]: text(node["name"]) for node in graph["nodes"]}
+        below = [
+            NodeName(names[edge["child"]])
+            for edge in graph["edges"]
+            if edge["name"] == "file" and names[edge["parent"]] == top
+        ]
+    return below[0] if below else None
+
+
+def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
+    """Remove our descriptor sets.
+
+    QEMU marks them and lets go at once while the guest runs, else (before 9.1) when they are removed again or
+    the monitor's last client leaves while it runs (measured; its monitor/fds.c asks runstate_is_running).
+    """
+    before = _fdsets(monitor, owner)
+    for each in before:
+        _unless_gone(monitor, "remove-fd", {"fdset-id": each})
+    gone = before.keys() - _fdsets(monitor, owner).keys() if before else set()
+    return [f"removed the descriptor set {each}" for each in sorted(gone)]
+
+
+def _fdsets(monitor: Monitor, owner: Owner) -> dict[int, tuple[int, ...]]:
+    """Return our descriptor sets, each with QEMU's own numbers of its descriptors. Raises MonitorError."""
+    fdsets = monitor.execute("query-fdsets")
+    with understood("query-fdsets"):
+        return {
+            number(fdset["fdset-id"]): tuple(number(fd["fd"]) for fd in fdset["fds"])
+            for fdset in fdsets
+            if any(owner.owns(fd.get("opaque", "")) for fd in fdset["fds"])
+        }
+
+
+def _ours(monitor: Monitor, owner: Owner, query: str, key: str) -> list[str]:
+    arguments = {"flat": True} if query == "query-named-block-nodes" else None
+    entries = monitor.execute(query, arguments)
+    with understood(query):
+        return [entry[key] for entry in entries if owner.owns(entry.get(key, ""))]
+
+
+def _unless_gone(monitor: Monitor, command: str, arguments: dict[str, object] | None) -> None:
+    """Send a command that takes something away.
+
+    A refusal is no failure here: most often the thing is gone already. If it isn't, the next question
+    to QEMU shows it, and `dismantle` fails there.
+    """
+    try:
+        monitor.execute(command, arguments)
+    except CommandFailed:
+        return
+
+
+def _until(gone: Callable[[], bool], what: str, patience_seconds: float) -> None:
+    deadline = time.monotonic() + patience_seconds
+    while not gone():
+        if time.monotonic() > deadline:
+            raise MonitorError(f"QEMU did not let go of {what} within {patience_seconds:g} s")
+        time.sleep(0.01)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Calls made by the warm process are as calls of a program of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from backupctl.drills.fork_server import Program, Warm
+from backupctl.errors import Failed
+
+ENTRY = "program:main"
+PROGRAM = """
+import os, signal, sys, time
+def main():
+    exec(sys.argv[1])
+"""
+
+
+@pytest.fixture
+def warm(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with Warm(
+        ["json"], {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}"}
+    ) as one:
+        yield one
+
+
+def call(warm: Warm, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
+    return warm.run(Program([body], environment, str(folder), ENTRY), timeout)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("pass", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit()", 0),
+        ("sys.exit('no')", 1),
+        ("os.kill(os.getpid(), 9)", -9),
+    ],
+)
+def test_the_exit_code_is_what_subprocess_tells(warm, body, code):
+    direct = subprocess.run([sys.executable, "-c", f"import os, sys\n{body}"], check=False)
+    assert call(warm, body).returncode == direct.returncode == code
+
+
+def test_an_exception_is_told_as_by_the_interpreter(warm):
+    done = call(warm, "print('begun'); 1 / 0")
+    assert (done.returncode, done.stdout) == (1, "begun\n")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_call_has_its_own_environment_folder_and_streams_and_no_other_descriptors(warm, tmp_path):
+    body = "print(dict(os.environ), os.getcwd(), sys.stdin.read() == '', os.listdir('/proc/self/fd'))"
+    done = call(warm, body, tmp_path, A="b")
+    assert done.stdout == f"{{'A': 'b'}} {tmp_path} True ['0', '1', '2', '3']\n"  # 3: of the listing itself
+
+
+def test_ctrl_c_can_be_heard_by_a_call(warm):
+    body = "try:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('heard')"
+    assert call(warm, body).stdout == "heard\n"
+
+
+def test_a_call_that_takes_too_long_is_killed(warm, tmp_path):
+    note = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired):
+        call(warm, f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)", timeout=2)
+    await_end(int(note.read_text()))
+
+
+def test_calls_run_side_by_side(warm):
+    begun = time.monotonic()
+    with ThreadPoolExecutor(4) as threads:
+        codes = [
+            done.returncode
+            for done in threads.map(lambda code: call(warm, f"time.sleep(1); sys.exit({code})"), range(4))
+        ]
+    assert codes == [0, 1, 2, 3]
+    assert time.monotonic() - begun < 3.5
+
+
+def test_calls_that_end_as_their_callers_leave_do_not_disturb_others(warm, tmp_path):
+    """What ends takes its descriptors' numbers with it, and the next call gets them."""
+
+    def hurry(code: int) -> list[int]:
+        codes = []
+        for _ in range(15):
+            with warm.start(Program(["pass"], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__):
+                pass
+            codes.append(call(warm, f"sys.exit({code})").returncode)
+        return codes
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(hurry, range(4))) == [[code] * 15 for code in range(4)]
+
+
+def test_what_is_under_way_ends_with_the_warm_process(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    note = tmp_path / "pid"
+    body = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with Warm([], environment(tmp_path)) as warm:
+        under_way = warm.start(Program([body], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__)
+        while not (note.exists() and note.read_text()):
+            time.sleep(0.01)
+        assert under_way.poll() is None
+    await_end(int(note.read_text()))
+    with under_way, pytest.raises(Failed, match="has ended"):
+        under_way.poll()
+    with pytest.raises(Failed, match="can't be asked"):
+        call(warm, "pass")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder}"}
+
+
+def await_end(process: int) -> None:
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
