@@ -81,7 +81,7 @@ BUGS = (
     Bug(
         "a dropped point is not written down",
         "operations/prune/run.py",
-        '                history.record(self.folder, Deed("dropped", point))\n',
+        '                history.record(self.folder.path, Deed("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
     ),
