@@ -89,7 +89,7 @@ def bitmap_parts(text: str) -> BitmapParts | None:
 
 
 @dataclass(frozen=True)
-class Owner:
+class Namespace:
     """Whose things in QEMU are meant: those of one repository.
 
     tag: the first 8 hexadecimal digits of the repository's id.
@@ -98,7 +98,7 @@ class Owner:
     tag: str
 
     @classmethod
-    def of(cls, repository: RepositoryId) -> "Owner":
+    def of(cls, repository: RepositoryId) -> "Namespace":
         """Return the owner tag of a repository."""
         return cls(repository[:8])
 
@@ -116,7 +116,7 @@ class Owner:
         return PointId(match[2]) if match and match[1] == self.tag else None
 
     @property
-    def union(self) -> BitmapName:
+    def differential_bitmap(self) -> BitmapName:
         """Name the passing bitmap in which a differential unites those of several points."""
         return BitmapName(f"{PREFIX}{self.tag}-since")
 

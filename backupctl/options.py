@@ -9,13 +9,13 @@ from backupctl.names import PointId, VmName
 from backupctl.system.address import Address
 
 Kind = Literal["full", "incremental"]
-FreezeWish = Literal["auto", "require", "never"]
+FreezeMode = Literal["auto", "require", "never"]
 OnBrokenChain = Literal["scan", "full", "fail"]
-ViewWish = Literal["fleecing", "snapshot-access", "auto"]
+ViewKind = Literal["fleecing", "snapshot-access", "auto"]
 
 
 @dataclass(frozen=True)
-class Vm:
+class VmConfig:
     """A virtual machine as the user names it.
 
     disk_names: QEMU's name of a disk (qdev id, node or device name) to the name it is stored under.
@@ -50,12 +50,12 @@ class RunOptions:
 
     kind: Kind
     disks: tuple[str, ...] = ()
-    freeze: FreezeWish = "auto"
+    freeze: FreezeMode = "auto"
     freeze_budget_seconds: float = 10.0
     scratch: Path = Path("/var/tmp")  # noqa: S108 - large, survives a reboot, and the files in it have no name
     scratch_bytes: int | None = None
     limit_bytes_per_second: int | None = None
-    view: ViewWish = "fleecing"
+    view: ViewKind = "fleecing"
     since: PointId | None = None
     checkpoints: int = 0
     max_chain: int = 150

@@ -30,13 +30,13 @@ from backupctl.cli.main import main
 from backupctl.images import create
 from backupctl.system import durable
 from backupctl.vm.guest.agent import Agent
-from backupctl.vm.guest.guard import Guard
+from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp.monitor import Monitor
 
 ENTRY = "tests.killed:interrupted"
 WATCHED = {
     Monitor: ("execute", "send_fd"),
-    Guard: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
+    GuardClient: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
     Agent: ("freeze_status", "thaw"),
     durable: ("sync_file", "sync_folder", "make_folder", "write_new", "append", "replace", "rename"),
     create: ("create_layer",),

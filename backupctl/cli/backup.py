@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import common, config, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.outcome import RunReport
-from backupctl.options import MAX_CHAIN, Kind, RunOptions, Vm
+from backupctl.options import MAX_CHAIN, Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
 
@@ -90,9 +90,9 @@ def incremental(context: click.Context, /, **options: Any) -> None:
 
 
 def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     vm, wanted = names.vm(), wishes(names, kind, options)
-    stop = Stop()
+    stop = Cancellation()
     with stop.on_signals():
         with reporters.reporter(quiet=options["quiet"]) as reporter:
             repository = _repository(names, vm, wanted, reporter, stop)
@@ -106,7 +106,7 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
 
 
 def _repository(
-    names: common.Named, vm: Vm, wanted: RunOptions, reporter: Reporter, stop: Stop
+    names: common.Target, vm: VmConfig, wanted: RunOptions, reporter: Reporter, stop: Cancellation
 ) -> Repository:
     """Open the repository. A full makes one that is missing, once its VM was found fit for a backup.
 
@@ -136,7 +136,7 @@ def _tell_damage(report: RunReport) -> None:
     )
 
 
-def wishes(names: common.Named, kind: Kind, given: Mapping[str, Any]) -> RunOptions:
+def wishes(names: common.Target, kind: Kind, given: Mapping[str, Any]) -> RunOptions:
     """Return what a run is asked to do: as given, else as configured, else by default. Raises UsageError."""
     asked = {name: value for name, value in given.items() if value is not None}
 

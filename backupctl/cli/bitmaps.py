@@ -26,7 +26,7 @@ def bitmaps(context: click.Context, /, **options: Any) -> None:
 
     A bitmap that the next incremental is based on is never removed, nor one that backupctl did not make.
     """
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     vm = names.vm()
     repository = names.repository() if names.has_repository() else None
     wanted, tag = tuple(options["names"]), options["tag"]

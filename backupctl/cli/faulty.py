@@ -21,11 +21,11 @@ _SECONDS = 3.0
 _MOST_BYTES = 300 << 10
 
 
-def doom(step: str) -> None:
+def kill_at_step(step: str) -> None:
     """Have the run kill itself when it enters a step."""
     run: Any = backup._Run  # noqa: SLF001 - the run's steps are what is drilled
     keep = run.__setattr__
-    settle = run._bring_to_rest  # noqa: SLF001 - as above
+    settle = run._finish_or_roll_back  # noqa: SLF001 - as above
 
     def set_attribute(self: object, name: str, value: object) -> None:
         keep(self, name, value)
@@ -39,10 +39,10 @@ def doom(step: str) -> None:
         settle(self, failure)
 
     run.__setattr__ = set_attribute
-    run._bring_to_rest = bring_to_rest  # noqa: SLF001 - as above
+    run._finish_or_roll_back = bring_to_rest  # noqa: SLF001 - as above
 
 
-def hurry() -> None:
+def short_timeouts() -> None:
     """Shorten all time-outs."""
     patient: Any = run_cli
     patient.RunOptions = partial(
@@ -53,13 +53,13 @@ def hurry() -> None:
     )
 
 
-def doomed() -> None:
+def faulty_cli() -> None:
     """Be the command line; the first argument says how it ends."""
     fate = sys.argv.pop(1)
     if fate == "impatient":
-        hurry()
+        short_timeouts()
     elif fate == "full-disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (_MOST_BYTES, _MOST_BYTES))
     else:
-        doom(fate)
+        kill_at_step(fate)
     main()

@@ -19,7 +19,7 @@ from backupctl.options import RunOptions
 @click.pass_context
 def status(context: click.Context, /, **options: Any) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing."""
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     wanted = {name: names.config.setting(names.name, name) for name in ("on_broken_chain", "max_chain")}
     given = {name: value for name, value in wanted.items() if value}
     run = RunOptions(kind="incremental", scratch=names.scratch(), **given)
@@ -65,7 +65,7 @@ def status(context: click.Context, /, **options: Any) -> None:
 @click.pass_context
 def recover(context: click.Context, /, **options: Any) -> None:
     """Finish or undo what an earlier run left in the VM. Doing it again does nothing more."""
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     vm = names.vm()
     try:
         with reporters.reporter() as reporter:

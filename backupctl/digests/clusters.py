@@ -28,7 +28,7 @@ Records = NDArray[Any]
 """Records, ascending by cluster, no cluster twice."""
 
 
-class Logical:
+class EffectiveContent:
     """The content of a whole disk: the records of its layers laid over each other.
 
     layers: records and disk's size in bytes of each, newest first. size_bytes: of the disk now. Beyond its
@@ -43,7 +43,7 @@ class Logical:
         for records, size in layers:
             shown = min(shown, size)
             self._layers.append((records, count(shown)))
-        self.known_bytes = shown
+        self.described_bytes = shown
         # Of the layers and not of this object: a circle would keep each map's file open until it is noticed.
         self._block = lru_cache(_BLOCKS)(partial(_look_up, self._layers))
 

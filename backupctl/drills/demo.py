@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.drills.simulated_vm import SimulatedVm
 from backupctl.errors import BackupctlError, Failed, NeedsRecovery, UsageError
 from backupctl.names import PointId
@@ -67,7 +67,7 @@ class Stage:
     folder: Path
     machine: SimulatedVm
     reporter: Reporter
-    stop: Stop
+    stop: Cancellation
     moments: dict[PointId, dict[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ from backupctl.errors import CommandFailed, Refused, UsageError
 from backupctl.names import BitmapName, BitmapParts, DiskName, NodeName, PointId, VmName, bitmap_parts
 from backupctl.operations import recover
 from backupctl.operations.backup import plan
-from backupctl.options import RunOptions, Vm
+from backupctl.options import RunOptions, VmConfig
 from backupctl.repository.repository import Repository
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.qmp import inventory as disks
@@ -74,7 +74,7 @@ class Removal:
 
 
 def survey(
-    monitor: Monitor, vm: Vm, repository: Repository | None, known: Known = nobody_else
+    monitor: Monitor, vm: VmConfig, repository: Repository | None, known: Known = nobody_else
 ) -> tuple[StoredBitmap, ...]:
     """Return every bitmap of ours, by node. Raises MonitorError, Refused, RepositoryError."""
     found = [
@@ -92,14 +92,14 @@ def survey(
     )
 
 
-def look(vm: Vm, repository: Repository | None, known: Known = nobody_else) -> tuple[StoredBitmap, ...]:
+def look(vm: VmConfig, repository: Repository | None, known: Known = nobody_else) -> tuple[StoredBitmap, ...]:
     """Connect to the VM, and return its bitmaps. Raises as `survey`."""
     with Monitor.connect(vm.qmp, _TIMEOUT_SECONDS) as monitor:
         return survey(monitor, vm, repository, known)
 
 
 def remove(
-    vm: Vm,
+    vm: VmConfig,
     repository: Repository | None,
     known: Known,
     names: Sequence[str],
@@ -153,7 +153,7 @@ class _Judge:
     user_elsewhere: Callable[[PointId], VmName | None]
 
     @classmethod
-    def of(cls, monitor: Monitor, vm: Vm, repository: Repository) -> "_Judge":
+    def of(cls, monitor: Monitor, vm: VmConfig, repository: Repository) -> "_Judge":
         owner, folder = repository.owner, repository.vm(vm.name)
         inventory = recover.foresee(monitor, owner, folder, vm.disk_names).inventory
         points = folder.survey().points
@@ -161,11 +161,14 @@ class _Judge:
         for disk in inventory.disks:
             if newest := plan.newest_with(disk.name, points):
                 name = owner.bitmap(newest.id, disk.name)
-                if why := plan.why_unusable(owner, newest.id, disk, inventory.elsewhere):
+                if why := plan.why_unusable(owner, newest.id, disk, inventory.foreign_node_bitmaps):
                     unusable[name] = why
                 else:
                     live.add((disk.node, name))
-        all_left = [*inventory.elsewhere, *(one for disk in inventory.disks for one in disk.bitmaps)]
+        all_left = [
+            *inventory.foreign_node_bitmaps,
+            *(one for disk in inventory.disks for one in disk.bitmaps),
+        ]
         return cls(
             vm.name,
             {disk.node: disk.name for disk in inventory.disks},
@@ -235,7 +238,7 @@ def _chosen(found: Sequence[StoredBitmap], names: Iterable[str], tag: str | None
     return chosen
 
 
-def _refuse_needed(chosen: Sequence[StoredBitmap], vm: Vm) -> None:
+def _refuse_needed(chosen: Sequence[StoredBitmap], vm: VmConfig) -> None:
     for one in chosen:
         why = _KEPT.get(one.use) or ("another operation is using it" if one.busy else "")
         if why:
@@ -247,7 +250,7 @@ def _refuse_needed(chosen: Sequence[StoredBitmap], vm: Vm) -> None:
 
 
 def _removed(
-    monitor: Monitor, vm: Vm, chosen: Sequence[StoredBitmap], active: frozenset[NodeName]
+    monitor: Monitor, vm: VmConfig, chosen: Sequence[StoredBitmap], active: frozenset[NodeName]
 ) -> Removal:
     """Remove them, those on active nodes first.
 

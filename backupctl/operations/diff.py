@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.repository import chain, read_locks
@@ -66,13 +66,15 @@ class DiffReport:
     only_after: tuple[DiskName, ...]
 
 
-def diff(folder: VmFolder, before: Point, after: Point, *, disk: str | None, stop: Stop) -> DiffReport:
+def diff(
+    folder: VmFolder, before: Point, after: Point, *, disk: str | None, stop: Cancellation
+) -> DiffReport:
     """Compare two points, or one disk of them. Raises NoSuchPoint, UsageError, DamageFound, Interrupted."""
     with read_locks.reading(folder, before.id) as first, read_locks.reading(folder, after.id) as second:
         return _diff(folder, first, second, disk, stop)
 
 
-def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop: Stop) -> DiffReport:
+def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop: Cancellation) -> DiffReport:
     held = [[entry.name for entry in point.manifest.disks] for point in (before, after)]
     if disk is not None:
         for point, names in zip((before, after), held, strict=True):
@@ -92,7 +94,7 @@ def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop:
     )
 
 
-def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop: Stop) -> DiskDiff:
+def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop: Cancellation) -> DiskDiff:
     old, new = _content(folder, before, name), _content(folder, after, name)
     smaller, larger = sorted((old.size_bytes, new.size_bytes))
     changed = np.zeros(clusters.count(larger), np.bool_)
@@ -105,6 +107,6 @@ def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop
     return DiskDiff(name, old.size_bytes, new.size_bytes, changed)
 
 
-def _content(folder: VmFolder, point: Point, name: DiskName) -> Logical:
+def _content(folder: VmFolder, point: Point, name: DiskName) -> EffectiveContent:
     layers = chain.layers(folder, point, name)
-    return chain.logical(layers, layers[0].entry.size)
+    return chain.effective_content(layers, layers[0].entry.size)

@@ -27,11 +27,11 @@ from backupctl.errors import (
     RepositoryUnreadable,
     UnknownFormat,
 )
-from backupctl.names import DiskName, NodeName, Owner, PointId, VmName
-from backupctl.options import RunOptions, Vm
+from backupctl.names import DiskName, Namespace, NodeName, PointId, VmName
+from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import audit
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.vm import bitmap, disk
@@ -51,7 +51,7 @@ class Recovered:
 
 
 def recover(
-    vm: Vm, repository: Repository, reporter: Reporter, scratch_folder: Path = DEFAULTS.scratch
+    vm: VmConfig, repository: Repository, reporter: Reporter, scratch_folder: Path = DEFAULTS.scratch
 ) -> Recovered:
     """Finish or undo whatever an earlier run left of this VM.
 
@@ -64,7 +64,7 @@ def recover(
             with Monitor.connect(vm.qmp, DEFAULTS.command_timeout_seconds) as monitor:
                 told = settle(vm, folder, repository.owner, monitor, scratch_folder)
     except MonitorUnreachable as err:
-        if folder.partials():
+        if folder.pending_points():
             raise needs_recovery(err, vm.name) from err
         raise err.add(state="nothing was touched", next_command=f"backupctl doctor {vm.name}") from err
     except RepositoryUnreadable as err:  # so nobody can tell what a dead run left
@@ -75,13 +75,13 @@ def recover(
 
 
 def settle(
-    vm: Vm,
+    vm: VmConfig,
     folder: VmFolder,
-    owner: Owner,
+    owner: Namespace,
     monitor: Monitor,
     scratch_folder: Path,
     *,
-    clients: teardown.Clients = teardown.NOBODY,
+    clients: teardown.Clients = teardown.NO_CLIENTS,
     server_is_ours: bool = True,
     await_thaw: Callable[[], None] | None = None,
 ) -> list[str]:
@@ -92,7 +92,7 @@ def settle(
 
     The guest comes first: it is thawed before anything else is looked at. An agent that is silent then is
     asked again when all else is done, which spares the guest the rest. Returns what was done, in
-    words. clients, server_is_ours: as for `cleanup.dismantle`. Raises NeedsRecovery.
+    words. clients, server_is_ours: as for `teardown.teardown`. Raises NeedsRecovery.
     """
     told: list[str] = []
     try:
@@ -100,7 +100,7 @@ def settle(
             with suppress(AgentError):
                 told += _thaw(vm, folder)
         ours = server_is_ours and _may_serve(folder)
-        told += teardown.dismantle(monitor, owner, actives(folder), clients=clients, server_is_ours=ours)
+        told += teardown.teardown(monitor, owner, actives(folder), clients=clients, server_is_ours=ours)
         told += settle_bitmaps(monitor, owner, folder)
         # The journal alone tells that a freeze is ours to end, so it stays for as long as there may be one.
         if await_thaw is None:
@@ -116,7 +116,7 @@ def settle(
     return told
 
 
-def settle_bitmaps(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str]:
+def settle_bitmaps(monitor: Monitor, owner: Namespace, folder: VmFolder) -> list[str]:
     """Bring the bitmaps of all nodes to rest, in one transaction. Raises MonitorError, RepositoryError.
 
     A read-only node is a backing layer (an external snapshot left the bitmap behind) or a medium; its
@@ -134,7 +134,7 @@ def settle_bitmaps(monitor: Monitor, owner: Owner, folder: VmFolder) -> list[str
     return told
 
 
-def newest_recorded(monitor: Monitor, owner: Owner) -> PointId | None:
+def newest_recorded(monitor: Monitor, owner: Namespace) -> PointId | None:
     """Return the newest point from which a bitmap in QEMU records, committed here or not.
 
     A copy of the repository may have made it, and that of the same second: no id may be used twice.
@@ -149,7 +149,7 @@ def newest_recorded(monitor: Monitor, owner: Owner) -> PointId | None:
     return max(found, default=None)
 
 
-def gone(monitor: Monitor, owner: Owner, folder: VmFolder) -> tuple[PointId, ...]:
+def gone(monitor: Monitor, owner: Namespace, folder: VmFolder) -> tuple[PointId, ...]:
     """Return the points that are gone: the history says so, or a bitmap names one of which nothing is there.
 
     The latter is what an older copy of the repository looks like, put back in its place. To be asked before
@@ -162,10 +162,10 @@ def gone(monitor: Monitor, owner: Owner, folder: VmFolder) -> tuple[PointId, ...
     return tuple(sorted(found))
 
 
-def drop_leftover_files(vm: Vm, folder: VmFolder, owner: Owner, scratch_folder: Path) -> list[str]:
+def drop_leftover_files(vm: VmConfig, folder: VmFolder, owner: Namespace, scratch_folder: Path) -> list[str]:
     """Drop unfinished points and scratch folders. The caller holds the VM's lock."""
     told = []
-    for partial in folder.partials():
+    for partial in folder.pending_points():
         partial.drop()
         told.append(f"dropped the unfinished point {partial.point}")
     return told + scratch.sweep(owner, vm.name, scratch_folder)
@@ -173,13 +173,13 @@ def drop_leftover_files(vm: Vm, folder: VmFolder, owner: Owner, scratch_folder: 
 
 def actives(folder: VmFolder) -> dict[int, NodeName]:
     """Return the active node of each disk of an unfinished run, by the disk's number in it."""
-    journals = [journal for partial in folder.partials() if (journal := partial.journal())]
+    journals = [journal for partial in folder.pending_points() if (journal := partial.journal())]
     return {disk.number: disk.node for journal in journals for disk in journal.disks}
 
 
 def _may_serve(folder: VmFolder) -> bool:
     """Whether an unfinished run may have started QEMU's NBD server: not before it noted that step."""
-    journals = [partial.journal() for partial in folder.partials()]
+    journals = [partial.journal() for partial in folder.pending_points()]
     return not journals or any(journal is None or journal.step == "export" for journal in journals)
 
 
@@ -196,10 +196,10 @@ def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
     )
 
 
-def _thaw(vm: Vm, folder: VmFolder) -> list[str]:
+def _thaw(vm: VmConfig, folder: VmFolder) -> list[str]:
     """Thaw the guest if a dead run of ours had frozen it. A freeze by anybody else is not ours to end."""
     if (
-        any(map(froze, folder.partials()))
+        any(map(froze, folder.pending_points()))
         and vm.agent
         and thaw_if_frozen(vm.agent, DEFAULTS.agent_timeout_seconds)
     ):
@@ -207,13 +207,13 @@ def _thaw(vm: Vm, folder: VmFolder) -> list[str]:
     return []
 
 
-def froze(partial: Partial) -> bool:
+def froze(partial: PendingPoint) -> bool:
     """Whether an unfinished run may have left the guest frozen."""
     journal = partial.journal()
     return journal is not None and journal.froze
 
 
-def _thaw_first(vm: Vm, folder: VmFolder, reporter: Reporter) -> list[str]:
+def _thaw_first(vm: VmConfig, folder: VmFolder, reporter: Reporter) -> list[str]:
     """Thaw before anything else: the monitor may be in somebody's hands, and the guest must not wait for it.
 
     An agent that is silent is asked again by `settle`.
@@ -226,7 +226,7 @@ def _thaw_first(vm: Vm, folder: VmFolder, reporter: Reporter) -> list[str]:
     return told
 
 
-def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:
+def _try_aside(monitor: Monitor, settlement: bitmaps.BitmapPlan) -> list[str]:
     try:
         monitor.transaction(list(settlement.actions))
     except CommandFailed:
@@ -235,14 +235,16 @@ def _try_aside(monitor: Monitor, settlement: bitmaps.Settlement) -> list[str]:
 
 
 def settlements(
-    monitor: Monitor, owner: Owner, folder: VmFolder
-) -> Iterator[tuple[bitmaps.Settlement, Mapping[str, Any]]]:
+    monitor: Monitor, owner: Namespace, folder: VmFolder
+) -> Iterator[tuple[bitmaps.BitmapPlan, Mapping[str, Any]]]:
     """Yield what must happen to each node's bitmaps, with the node's reply. Raises MonitorError."""
     checkpoints, lost = _checkpoints(folder), _lost(folder)
     for node, reply in disks.named_nodes(monitor).items():
         found = disks.bitmaps_of(node, reply)
         yield (
-            bitmaps.settle(found, owner, folder.is_committed, checkpoints, lost, theirs(folder)),
+            bitmaps.plan_bitmap_recovery(
+                found, owner, folder.is_committed, checkpoints, lost, theirs(folder)
+            ),
             reply,
         )
 
@@ -272,7 +274,7 @@ class Foreseen:
 
 
 def foresee(
-    monitor: Monitor, owner: Owner, folder: VmFolder, stored_names: Mapping[str, str] | None = None
+    monitor: Monitor, owner: Namespace, folder: VmFolder, stored_names: Mapping[str, str] | None = None
 ) -> Foreseen:
     """Return what a run finds once it has recovered. Changes nothing. Raises MonitorError, Refused."""
     left = teardown.leftovers(monitor, owner)
@@ -288,9 +290,9 @@ def foresee(
     return Foreseen(disks.with_bitmaps(found, after), tuple(left))
 
 
-def _beneath_ours(owner: Owner, folder: VmFolder, left: Iterable[str]) -> dict[DiskName, NodeName]:
+def _beneath_ours(owner: Namespace, folder: VmFolder, left: Iterable[str]) -> dict[DiskName, NodeName]:
     """Return the disks over which an unfinished run has a job or filter, with the nodes below, as noted."""
-    journals = [journal for partial in folder.partials() if (journal := partial.journal())]
+    journals = [journal for partial in folder.pending_points() if (journal := partial.journal())]
     ours = {one.split()[-1] for one in left}
     return {
         disk.name: disk.node

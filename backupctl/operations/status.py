@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from functools import partial
 
 from backupctl.errors import MonitorError, Refused
-from backupctl.names import DiskName, Owner, PointId, VmName
+from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import bitmaps as bitmap_survey
 from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.bitmaps import Known, StoredBitmap, nobody_else
-from backupctl.options import OnBrokenChain, RunOptions, Vm
+from backupctl.options import OnBrokenChain, RunOptions, VmConfig
 from backupctl.repository import audit, chain
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
@@ -57,7 +57,7 @@ class Status:
     bitmaps: tuple[StoredBitmap, ...] = ()
 
 
-def look(vm: Vm, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
+def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
     """Tell what there is and what the next run, with these options, would do. Changes and locks nothing.
 
     The next run recovers first, so it is planned from what there will be then. known: for bitmaps of
@@ -67,7 +67,7 @@ def look(vm: Vm, repository: Repository, options: RunOptions, known: Known = nob
     survey = folder.survey()
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
-    left = [_unfinished(one) for one in folder.partials()]
+    left = [_unfinished(one) for one in folder.pending_points()]
     left += [
         f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, options.scratch)
     ]
@@ -86,7 +86,9 @@ def look(vm: Vm, repository: Repository, options: RunOptions, known: Known = nob
             refusal = _refusal(monitor, inventory, left)
             stored = bitmap_survey.survey(monitor, vm, repository, known)
     except MonitorError as err:
-        worker = folder.worker()  # it has the monitor, which serves one client, and all that looks unfinished
+        worker = (
+            folder.lock_holder()
+        )  # it has the monitor, which serves one client, and all that looks unfinished
         return Status(
             vm.name,
             ids,
@@ -127,7 +129,7 @@ def _plan(
     inventory: disk.Inventory,
     folder: VmFolder,
     points: tuple[Point, ...],
-    owner: Owner,
+    owner: Namespace,
     options: RunOptions,
     gone: tuple[PointId, ...],
 ) -> tuple[planning.Plan, str]:
@@ -141,8 +143,8 @@ def _plan(
             points,
             owner,
             on_broken_chain,
-            flaw=partial(chain.flaw, folder),
-            long=partial(chain.long, folder, options.max_chain),
+            flaw=partial(chain.chain_error, folder),
+            long=partial(chain.chain_too_long, folder, options.max_chain),
             gone=gone,
         )
 
@@ -162,12 +164,12 @@ def _refusal(monitor: Monitor, inventory: disk.Inventory, left: list[str]) -> st
     return ""
 
 
-def _unfinished(one: Partial) -> str:
+def _unfinished(one: PendingPoint) -> str:
     frozen = ", whose run may have left the guest frozen" if recover.froze(one) else ""
     return f"unfinished point {one.point}{frozen}"
 
 
-def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Owner) -> DiskStatus:
+def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Namespace) -> DiskStatus:
     newest = planning.newest_with(one.disk.name, points)
     name = owner.bitmap(newest.id, one.disk.name) if newest else None
     found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.digests import digest_map
-from backupctl.digests.clusters import Logical
+from backupctl.digests.clusters import EffectiveContent
 from backupctl.digests.digest_map import DigestMap, Named
 from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.images import qcow2_header
@@ -131,9 +131,9 @@ def backing_of(entry: DiskEntry) -> str:
     return f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
 
 
-def logical(layers: Sequence[Layer], size: int) -> Logical:
+def effective_content(layers: Sequence[Layer], size: int) -> EffectiveContent:
     """Return what a disk of so many bytes holds, as the layers' digest maps tell. Raises DamageFound."""
-    return Logical([(layer.digests().records, layer.entry.size) for layer in layers], size)
+    return EffectiveContent([(layer.digests().records, layer.entry.size) for layer in layers], size)
 
 
 def paths(folder: VmFolder, point: Point, disk: str) -> tuple[Path, ...]:
@@ -175,7 +175,7 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
     return () if parent is None else layers(folder, _parent(folder, parent), disk)
 
 
-def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
+def chain_error(folder: VmFolder, point: PointId, disk: str) -> str:
     """Say what is damaged in a disk's chain at a point, so that nothing can be built on it; "" if nothing is.
 
     Raises RepositoryUnreadable: a chain that can't be looked at is not taken for damaged, or a full would be
@@ -183,7 +183,7 @@ def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
     """
     try:
         found = below(folder, point, disk)
-        logical(found, found[0].entry.size)
+        effective_content(found, found[0].entry.size)
     except DamageFound as err:
         return err.message
     return ""
@@ -238,7 +238,7 @@ def _why_broken(
     return known.get((parent, entry.name), f"{folder.path / parent} is missing or damaged") if parent else ""
 
 
-def long(folder: VmFolder, most: int, point: PointId, disk: str) -> str:
+def chain_too_long(folder: VmFolder, most: int, point: PointId, disk: str) -> str:
     """Say why a disk's chain at a point is to get no more layers; "" if it may. Raises DamageFound."""
     layers_there = len(below(folder, point, disk))
     if layers_there < most:
@@ -281,6 +281,6 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
 
 def _parent(folder: VmFolder, parent: PointId) -> Point:
     try:
-        return folder.holder(parent)
+        return folder.point_or_retired(parent)
     except NoSuchPoint as err:
         raise DamageFound(f"{folder.path / parent} is missing, and newer points stand on it") from err

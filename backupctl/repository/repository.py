@@ -29,7 +29,7 @@ from backupctl.errors import (
     RepositoryError,
     UnknownFormat,
 )
-from backupctl.names import Owner, PointId, RepositoryId, VmName, next_point_id, vm_name
+from backupctl.names import Namespace, PointId, RepositoryId, VmName, next_point_id, vm_name
 from backupctl.repository import manifest as manifests
 from backupctl.repository import strict_json
 from backupctl.repository.vm_folder import VmFolder
@@ -64,7 +64,7 @@ class Repository:
         if unnamed := unspeakable(path):
             raise RepositoryError(unnamed, state="nothing was touched")
         try:
-            content = safe_open.read(path / _FILE_NAME)
+            content = safe_open.read(path / _FILE_NAME, strict_json.MAX_BYTES)
         except safe_open.NotPlain as err:
             raise RepositoryError(f"{path / _FILE_NAME} can't be read: {err}") from err
         except safe_open.NotThere as err:
@@ -119,9 +119,9 @@ class Repository:
             )
 
     @property
-    def owner(self) -> Owner:
+    def owner(self) -> Namespace:
         """Whose the things are that our runs make in QEMU."""
-        return Owner.of(self.id)
+        return Namespace.of(self.id)
 
     def vms(self) -> list[VmName]:
         """Name the VMs that have a folder here."""

@@ -23,8 +23,7 @@ from backupctl.images import foreign_header, nbd_server, open_image
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ForeignHeader, ImageFeature
 from backupctl.images.open_image import OpenImage
-from backupctl.system import qemu_tools
-from backupctl.targets import safe_target
+from backupctl.system import qemu_tools, safe_folder
 
 if TYPE_CHECKING:
     import subprocess
@@ -148,7 +147,7 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
             hint="restore without --only-changed, or name an image that exists",
         )
     try:
-        found = safe_target.resolve(path)
+        found = safe_folder.resolve(path)
     except UsageError as err:
         raise err.add(state=_UNTOUCHED) from err
     device = found.is_block_device()

@@ -17,8 +17,8 @@ from backupctl.images import foreign_header
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.images.open_image import OpenImage
-from backupctl.system import durable
-from backupctl.targets import ownership, safe_target
+from backupctl.system import durable, safe_folder
+from backupctl.targets import ownership
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: kind, whence, start, length, process
 _TEMPORARY = ".backupctl-restore"
@@ -140,11 +140,11 @@ def place_of(target: Path, option: str = "--to") -> Path:
     option: the one that named it, for the advice.
     """
     try:
-        return safe_target.resolve(target)
+        return safe_folder.resolve(target)
     except UsageError as err:
         raise err.add(
             state="nothing was touched",
-            hint=f"use a folder that is root's own, such as {option} {safe_target.SAFE}{target.name}",
+            hint=f"use a folder that is root's own, such as {option} {safe_folder.SAFE}{target.name}",
         ) from err
 
 

@@ -56,9 +56,9 @@ class Inventory:
     """
 
     disks: tuple[Disk, ...]
-    left_out: tuple[tuple[str, str], ...]
+    skipped: tuple[tuple[str, str], ...]
     busy: tuple[tuple[str, str], ...]
-    elsewhere: tuple[Bitmap, ...]
+    foreign_node_bitmaps: tuple[Bitmap, ...]
 
     def chosen(self, names: Iterable[str]) -> tuple[Disk, ...]:
         """Return the disks of these names, all if there are none. Raises UsageError for an unknown one."""
@@ -66,7 +66,7 @@ class Inventory:
         known = {disk.name: disk for disk in self.disks}
         for name in wanted:
             if name not in known:
-                reasons = {left: f"{left} is left out: {why}" for left, why in self.left_out}
+                reasons = {left: f"{left} is left out: {why}" for left, why in self.skipped}
                 there = ", ".join(known) or "none"
                 raise UsageError(
                     reasons.get(name, f"the VM has no disk {name!r:.120}; its writable disks: {there}"),

@@ -21,8 +21,8 @@ SHORT = {"command_timeout_seconds": 1.0, "agent_timeout_seconds": 1.0, "stall_ti
 
 backup.RunOptions = partial(RunOptions, **SHORT)
 recover.DEFAULTS = replace(recover.DEFAULTS, **SHORT)
-assert teardown.dismantle.__kwdefaults__
-teardown.dismantle.__kwdefaults__["patience_seconds"] = 1.0
+assert teardown.teardown.__kwdefaults__
+teardown.teardown.__kwdefaults__["patience_seconds"] = 1.0
 
 MOST_MEMORY = 8 << 30  # of address space: a guard for this machine
 

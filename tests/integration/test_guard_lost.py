@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import NeedsRecovery
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
-from backupctl.options import RunOptions, Vm
+from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
@@ -56,14 +56,14 @@ def test_a_guard_that_is_killed_in_mid_copy_costs_the_run_and_leaves_nothing(lab
 def test_a_guest_that_neither_run_nor_guard_could_thaw_is_thawed_by_recover(lab):
     """The run ends in time, and tells; its guard goes on, and is killed."""
     lab.agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
-    vm = Vm(
+    vm = VmConfig(
         vm_name("web"),
         Address(path=str(lab.machine.qmp_path)),
         Address(path=str(lab.machine.agent_path)),
     )
     options = RunOptions(kind="incremental", scratch=lab.cli.scratch, agent_timeout_seconds=0.5)
     with pytest.raises(NeedsRecovery):
-        backup.run(vm, Repository.open(lab.cli.repository), options, Silent(), Stop())
+        backup.run(vm, Repository.open(lab.cli.repository), options, Silent(), Cancellation())
     guard = guard_of(os.getpid())
     os.kill(guard, signal.SIGKILL)
     os.waitpid(guard, 0)

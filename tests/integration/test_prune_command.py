@@ -100,7 +100,7 @@ def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
 def test_by_default_no_chain_gets_longer_than_qemus_tools_follow(monkeypatch, layers, begun_anew):
     monkeypatch.setattr(chain, "below", lambda *_: range(layers))
     most = RunOptions(kind="incremental").max_chain
-    assert bool(chain.long(None, most, None, "vda")) is begun_anew
+    assert bool(chain.chain_too_long(None, most, None, "vda")) is begun_anew
     assert most <= MAX_CHAIN
 
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.names import vm_name
@@ -14,7 +14,7 @@ from backupctl.operations.backup import run as backup
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import run as verify
-from backupctl.options import RunOptions, Vm
+from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
@@ -34,7 +34,7 @@ def moments(days: int, hours: int) -> list[datetime]:
 
 def live(lab, monkeypatch, when: list[datetime], rules: Rules) -> dict[str, float]:
     """Take a point at each moment and prune; each that is left is byte-equal. Returns figures."""
-    vm = Vm(vm_name("web"), Address.parse(str(lab.machine.qmp_path)), None)
+    vm = VmConfig(vm_name("web"), Address.parse(str(lab.machine.qmp_path)), None)
     repository = Repository.open_or_create(lab.cli.repository)
     folder = repository.vm(vm.name)
     scratch = lab.cli.scratch
@@ -45,10 +45,10 @@ def live(lab, monkeypatch, when: list[datetime], rules: Rules) -> dict[str, floa
         monkeypatch.setattr(backup, "_now", lambda moment=moment: moment)
         lab.writer.write(3)
         options = RunOptions(kind="incremental", freeze="never", scratch=scratch)
-        taken = backup.run(vm, repository, options, Silent(), Stop())
+        taken = backup.run(vm, repository, options, Silent(), Cancellation())
         changed += sum(disk.stored_bytes for disk in taken.disks)
         held[taken.point] = dict(lab.writer.moment)
-        pruned = prune.prune(folder, rules, Silent(), Stop())
+        pruned = prune.prune(folder, rules, Silent(), Cancellation())
         assert pruned.left == ()
         kept = {one.point for one in pruned.decisions if one.keep}
         assert kept == {point.id for point in folder.points()}
@@ -58,7 +58,7 @@ def live(lab, monkeypatch, when: list[datetime], rules: Rules) -> dict[str, floa
     for point, content in held.items():
         lab.assert_point(point, content)
     lab.assert_at_rest()
-    report = verify.verify(repository, vm.name, None, verify.Depth(), Silent(), Stop())
+    report = verify.verify(repository, vm.name, None, verify.Depth(), Silent(), Cancellation())
     assert report.damage == ()
     points = folder.points()
     return {

@@ -127,15 +127,15 @@ BUGS = (
     Bug(
         "copied from the active node",
         "operations/backup/run.py",
-        "            nbd_export.Shown(node, cut.disk.node, bitmap)\n",
-        "            nbd_export.Shown(cut.disk.node, cut.disk.node, bitmap)\n",
+        "            nbd_export.ExportSpec(node, cut.disk.node, bitmap)\n",
+        "            nbd_export.ExportSpec(cut.disk.node, cut.disk.node, bitmap)\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "bitmaps are looked for at the view's node",
         "operations/backup/run.py",
-        "            nbd_export.Shown(node, cut.disk.node, bitmap)\n",
-        "            nbd_export.Shown(node, node, bitmap)\n",
+        "            nbd_export.ExportSpec(node, cut.disk.node, bitmap)\n",
+        "            nbd_export.ExportSpec(node, node, bitmap)\n",
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
@@ -370,7 +370,7 @@ BUGS = (
     ),
     Bug(
         "root restores into anybody's folder",
-        "targets/safe_target.py",
+        "system/safe_folder.py",
         "    if os.geteuid() != _ROOT:\n",
         "    if True:\n",
         "unit/images/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from backupctl.errors import Refused
-from backupctl.names import BitmapName, DiskName, Owner, PointId
+from backupctl.names import BitmapName, DiskName, Namespace, PointId
 from backupctl.options import Kind, OnBrokenChain
 from backupctl.repository.point import Point
 from backupctl.vm.bitmap import Bitmap
@@ -68,7 +68,7 @@ def plan(
     disks: Sequence[Disk],
     inventory: Inventory,
     points: Sequence[Point],
-    owner: Owner,
+    owner: Namespace,
     on_broken_chain: OnBrokenChain = "scan",
     since: Point | None = None,
     flaw: Flaw = lambda _point, _disk: "",
@@ -113,7 +113,7 @@ def _incremental(
     disk: Disk,
     inventory: Inventory,
     points: Sequence[Point],
-    owner: Owner,
+    owner: Namespace,
     since: Point | None,
     flaw: Flaw,
     gone: Sequence[PointId],
@@ -128,7 +128,9 @@ def _incremental(
     ids = [point.id for point in points if point.id >= base.id and point.manifest.disk(disk.name)]
     for point in ids:
         newest_one = point == ids[-1]
-        if reason := why_unusable(owner, point, disk, inventory.elsewhere, newest=newest_one, gone=gone):
+        if reason := why_unusable(
+            owner, point, disk, inventory.foreign_node_bitmaps, newest=newest_one, gone=gone
+        ):
             return DiskPlan(disk, "incremental", base.id, reason)
     names = tuple(owner.bitmap(point, disk.name) for point in ids)
     newest = ids[-1]
@@ -176,7 +178,7 @@ def newest_with(disk: DiskName, points: Sequence[Point]) -> Point | None:
 
 
 def why_unusable(
-    owner: Owner,
+    owner: Namespace,
     base: PointId,
     disk: Disk,
     elsewhere: Sequence[Bitmap],

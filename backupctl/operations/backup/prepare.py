@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import (
     AgentTimeout,
     BackupctlError,
@@ -24,25 +24,25 @@ from backupctl.errors import (
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup.plan import Plan
-from backupctl.options import Kind, RunOptions, Vm
+from backupctl.options import Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import chain
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import Survey, VmFolder
+from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 from backupctl.system import private_dir
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.qmp import inventory as disks
 from backupctl.vm.qmp import preflight, scratch, scratch_space
 from backupctl.vm.qmp.filling import Filling
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.scratch_space import Room
+from backupctl.vm.qmp.scratch_space import ScratchBudget
 
 _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 """What the same command, run again, may not meet any more."""
 
 
 @contextmanager
-def telling(vm: Vm, options: RunOptions) -> Iterator[None]:
+def telling(vm: VmConfig, options: RunOptions) -> Iterator[None]:
     """Tell of a failure in step 1 what is the case; those after it have told more."""
     try:
         yield
@@ -54,19 +54,19 @@ def telling(vm: Vm, options: RunOptions) -> Iterator[None]:
         ) from err
 
 
-def rehearse(vm: Vm, options: RunOptions, stop: Stop) -> None:
+def rehearse(vm: VmConfig, options: RunOptions, stop: Cancellation) -> None:
     """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
 
     Raises MonitorError, Refused, Failed, Interrupted.
     """
     with telling(vm, options), Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
         _, chosen = _chosen(vm, options, monitor)
-        scratch_space.survey(monitor, chosen, options.scratch, options.scratch_bytes)
+        scratch_space.plan_scratch(monitor, chosen, options.scratch, options.scratch_bytes)
         stop.check()
 
 
 def prepare(
-    vm: Vm,
+    vm: VmConfig,
     repository: Repository,
     folder: VmFolder,
     options: RunOptions,
@@ -80,7 +80,7 @@ def prepare(
     """
     refuse_folders(repository.path, options.scratch, monitor)
     inventory, chosen = _chosen(vm, options, monitor)
-    for name, why in inventory.left_out:
+    for name, why in inventory.skipped:
         reporter.note(f"{name} is left out: {why}")
     survey = folder.survey()
     for _, err in survey.damaged:
@@ -93,8 +93,8 @@ def prepare(
         repository.owner,
         options.on_broken_chain,
         since=folder.point(options.since) if options.since else None,
-        flaw=partial(chain.flaw, folder),
-        long=partial(chain.long, folder, options.max_chain),
+        flaw=partial(chain.chain_error, folder),
+        long=partial(chain.chain_too_long, folder, options.max_chain),
         gone=gone,
     )
     if survey.damaged or any(one.damaged for one in plan.disks):
@@ -109,7 +109,9 @@ def prepare(
     return plan, filling
 
 
-def _damaged(folder: VmFolder, survey: Survey, reporter: Reporter) -> tuple[tuple[PointId, DiskName], ...]:
+def _damaged(
+    folder: VmFolder, survey: ScannedPoints, reporter: Reporter
+) -> tuple[tuple[PointId, DiskName], ...]:
     """Tell which points can't be restored any more, and return them. It hinders no run."""
     found = {
         (PointId(path.name), DiskName(name))
@@ -126,14 +128,14 @@ def _damaged(folder: VmFolder, survey: Survey, reporter: Reporter) -> tuple[tupl
     return tuple(sorted(found | {(one.point, one.disk) for one in broken}))
 
 
-def _chosen(vm: Vm, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
+def _chosen(vm: VmConfig, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
     """Return the VM's disks, and those that are to be taken. Raises Refused if it can't be backed up."""
     preflight.refuse_qemu(monitor)
     inventory = disks.inventory(monitor, vm.disk_names)
     preflight.refuse_busy(inventory)
     chosen = inventory.chosen(options.disks)
     if not chosen:
-        why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.left_out)
+        why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.skipped)
         raise Refused(f"the VM has no writable disk{why}", state="nothing was touched")
     return inventory, chosen
 
@@ -156,12 +158,12 @@ def refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> 
 
 def rooms(
     plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter, *, others: str
-) -> tuple[Room, ...]:
+) -> tuple[ScratchBudget, ...]:
     """Share out the scratch folder's room; part of step 1. others: as for `room.survey`. Raises Refused."""
     chosen = [one.disk for one in plan.disks]
-    made = scratch_space.survey(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
-    if short := [disk.name for disk, one in zip(chosen, made, strict=True) if one.size < one.wanted]:
-        has, wants = sum(one.size for one in made), sum(one.wanted for one in made)
+    made = scratch_space.plan_scratch(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
+    if short := [disk.name for disk, one in zip(chosen, made, strict=True) if one.size < one.ideal_bytes]:
+        has, wants = sum(one.size for one in made), sum(one.ideal_bytes for one in made)
         reporter.warn(
             f"the scratch file of {', '.join(short)} may not suffice: {has >> 20} MiB are set aside in "
             f"{options.scratch}, {wants >> 20} MiB would do for a guest that overwrites all it has; "

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import (
     AgentError,
     AgentRefused,
@@ -43,31 +43,33 @@ from backupctl.errors import (
 from backupctl.names import BitmapName, PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import outcome, prepare
-from backupctl.operations.backup.disk import Taker
+from backupctl.operations.backup.disk import LayerCopier
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.backup.plan import Plan
-from backupctl.options import RunOptions, Vm
+from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import audit
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm.guest.guard import Guard, Thawed, thaw_if_frozen
+from backupctl.vm.guest.guard import GuardClient, Thawed, thaw_if_frozen
 from backupctl.vm.qmp import bitmaps, inventory, nbd_export, scratch, snapshot_access, teardown
 from backupctl.vm.qmp.filling import Filling
 from backupctl.vm.qmp.fleecing import Fleecing
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.point_in_time import Cut, View
-from backupctl.vm.qmp.scratch_space import Room
+from backupctl.vm.qmp.point_in_time import DiskSnapshot, View
+from backupctl.vm.qmp.scratch_space import ScratchBudget
 from backupctl.vm.qmp.snapshot_access import SnapshotAccess
 
 _AGENT_HINT = "start qemu-guest-agent in the guest, or let the point be crash-consistent: --freeze auto"
 
 
-def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter, stop: Stop) -> RunReport:
+def run(
+    vm: VmConfig, repository: Repository, options: RunOptions, reporter: Reporter, stop: Cancellation
+) -> RunReport:
     """Make one recovery point, or leave everything as it was.
 
     Raises Locked, Refused (nothing touched), Failed (rolled back), NeedsRecovery (not rolled back).
@@ -76,7 +78,9 @@ def run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter,
         return _run(vm, repository, options, reporter, stop)
 
 
-def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter, stop: Stop) -> RunReport:
+def _run(
+    vm: VmConfig, repository: Repository, options: RunOptions, reporter: Reporter, stop: Cancellation
+) -> RunReport:
     folder = repository.vm(vm.name)
     reporter.step("prepare")
     with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
@@ -90,7 +94,7 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
         plan, filling = prepare.prepare(vm, repository, folder, options, monitor, reporter, gone)
         rooms = prepare.rooms(plan, options, monitor, reporter, others=filling[-1].who())
         stop.check()
-        with Guard.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
+        with GuardClient.start(vm.qmp, vm.agent, options.agent_timeout_seconds, lock) as guard:
             return _Run(
                 vm,
                 repository,
@@ -111,16 +115,16 @@ def _run(vm: Vm, repository: Repository, options: RunOptions, reporter: Reporter
 class _Run:
     """Steps 2 to 10 of one run."""
 
-    vm: Vm
+    vm: VmConfig
     repository: Repository
     folder: VmFolder
     options: RunOptions
     reporter: Reporter
-    stop: Stop
+    stop: Cancellation
     monitor: Monitor
-    guard: Guard
+    guard: GuardClient
     plan: Plan
-    rooms: tuple[Room, ...]
+    rooms: tuple[ScratchBudget, ...]
     filling: tuple[Filling, ...]
     recorded: PointId | None
     started: datetime = field(init=False)
@@ -144,9 +148,9 @@ class _Run:
             try:
                 manifest = self._take(held)
             except BaseException as err:
-                self._bring_to_rest(err)
+                self._finish_or_roll_back(err)
                 raise self._explained(err) from err
-            self._bring_to_rest(None)
+            self._finish_or_roll_back(None)
         gone = tuple((one.name, one.point) for one in self.plan.missing)
         report = outcome.report(manifest, time.monotonic() - begun, self.plan.damaged)
         return replace(report, missing_disks=gone)
@@ -161,20 +165,18 @@ class _Run:
         view = self._view(freezes)
         held.callback(view.close)
         self.view = view
-        view.attach()
+        view.prepare()
         inventory.refuse_moved(self.monitor, [one.disk for one in self.plan.disks])
         newest = {one.disk.node: one.bitmaps[-1] for one in self.plan.disks if one.bitmaps}
         inventory.refuse_disabled(self.monitor, newest)
-        view.guard_by(self.guard)
+        view.register_guard(self.guard)
         freeze = self._moment(partial, view, freezes)
         sources = self._export(view)
         self._begin("copy")
         entries = self._copy(partial, sources)
-        view.confirm()
+        view.verify_active()
         self._begin("dismantle")
-        teardown.dismantle(
-            self.monitor, self.owner, recover.actives(self.folder), clients=self._our_clients()
-        )
+        teardown.teardown(self.monitor, self.owner, recover.actives(self.folder), clients=self._our_clients())
         self.view = None  # what QEMU said of it meanwhile no longer matters: all is read
         self._begin("commit")
         manifest = outcome.manifest(
@@ -183,7 +185,7 @@ class _Run:
         partial.commit(manifest)
         return manifest
 
-    def _moment(self, partial: Partial, view: View, freezes: bool) -> FreezeEntry:
+    def _moment(self, partial: PendingPoint, view: View, freezes: bool) -> FreezeEntry:
         """Steps 3 to 5. Nothing that can be done before or after stands between freeze and thaw."""
         if freezes:
             partial.note("freeze", froze=True)
@@ -246,12 +248,12 @@ class _Run:
         self._begin("export")
         self._refuse_resized()
         shown = [
-            nbd_export.Shown(node, cut.disk.node, bitmap)
-            for node, cut, bitmap in zip(view.expose(), self._cuts(), self._changes(), strict=True)
+            nbd_export.ExportSpec(node, cut.disk.node, bitmap)
+            for node, cut, bitmap in zip(view.export_nodes(), self._cuts(), self._changes(), strict=True)
         ]
         self.server_is_ours = True
         try:
-            self.exports = nbd_export.publish(self.monitor, self.guard, self.owner, shown)
+            self.exports = nbd_export.start_exports(self.monitor, self.guard, self.owner, shown)
         except CommandFailed as err:
             # Somebody else's server: ending it would take it from under its clients.
             self.server_is_ours = err.command != "nbd-server-start"
@@ -273,17 +275,17 @@ class _Run:
         shown: list[BitmapName | None] = []
         for one in self.plan.disks:
             if len(one.bitmaps) > 1:
-                actions += bitmaps.unite(one.disk.node, self.owner.union, one.bitmaps)
-                shown.append(self.owner.union)
+                actions += bitmaps.merge_actions(one.disk.node, self.owner.differential_bitmap, one.bitmaps)
+                shown.append(self.owner.differential_bitmap)
             else:
                 shown.append(one.bitmaps[0] if one.bitmaps else None)
         self.monitor.transaction(actions)
         return shown
 
-    def _copy(self, partial: Partial, sources: list[Source]) -> tuple[DiskEntry, ...]:
+    def _copy(self, partial: PendingPoint, sources: list[Source]) -> tuple[DiskEntry, ...]:
         """Step 7, one disk after the other."""
         limiter = TokenBucket(self.options.limit_bytes_per_second)
-        taker = Taker(
+        taker = LayerCopier(
             self.folder, partial, limiter, self.reporter, self._look, self.options.stall_timeout_seconds
         )
         return tuple(taker.take(one, source) for one, source in zip(self.plan.disks, sources, strict=True))
@@ -298,7 +300,7 @@ class _Run:
         for one in self.filling:
             one.check()
 
-    def _bring_to_rest(self, failure: BaseException | None) -> None:
+    def _finish_or_roll_back(self, failure: BaseException | None) -> None:
         """Step 10, or the way back. Raises NeedsRecovery if the VM can't be brought to rest.
 
         A monitor that broke is connected anew: what it was last told may or may not have happened, and
@@ -325,7 +327,7 @@ class _Run:
     def _our_clients(self) -> teardown.Clients:
         return teardown.Clients(
             drain=lambda: nbd_export.drain(self.exports),
-            let_go=self._let_go,
+            close=self._let_go,
             give_back=self.scratches.empty,
         )
 
@@ -395,16 +397,16 @@ class _Run:
         self.scratches = scratch.Scratches(self.monitor, self.options.scratch, self._private_folder())
         return kind(self.monitor, self.owner, cuts, self.rooms, self.scratches)
 
-    def _cuts(self) -> list[Cut]:
+    def _cuts(self) -> list[DiskSnapshot]:
         assert self.point is not None
         return [
-            Cut(
+            DiskSnapshot(
                 one.disk,
                 self.owner.bitmap(self.point, one.disk.name),
                 one.bitmaps,
                 ()
                 if one.bitmaps
-                else bitmaps.gapped(one.disk.bitmaps, self.owner, recover.theirs(self.folder)),
+                else bitmaps.broken_chain_bitmaps(one.disk.bitmaps, self.owner, recover.theirs(self.folder)),
             )
             for one in self.plan.disks
         ]

@@ -25,7 +25,7 @@ from backupctl.operations import recover, status
 from backupctl.operations.bitmaps import Known, nobody_else
 from backupctl.operations.doctor import trials
 from backupctl.operations.doctor.finding import Finding, Verdict
-from backupctl.options import RunOptions, Vm
+from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import counted
 from backupctl.repository.repository import Repository
 from backupctl.system import files, qemu_tools
@@ -50,7 +50,7 @@ class Diagnosis:
         return tuple(one for one in self.findings if one.verdict == "bad")
 
 
-def examine(vm: Vm, path: Path, options: RunOptions, known: Known = nobody_else) -> Diagnosis:
+def examine(vm: VmConfig, path: Path, options: RunOptions, known: Known = nobody_else) -> Diagnosis:
     """Look at all that a run with these options needs.
 
     path: the repository's, which need not exist yet. known: see `status.look`.
@@ -59,7 +59,7 @@ def examine(vm: Vm, path: Path, options: RunOptions, known: Known = nobody_else)
     with suppress(BackupctlError):
         repository = Repository.open(path)
     found = [*_tools(), *_repository(vm, path), *_trials(path, options)]
-    if repository is not None and (worker := repository.vm(vm.name).worker()):
+    if repository is not None and (worker := repository.vm(vm.name).lock_holder()):
         found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
     else:
         found += _vm(vm, repository, path, options, known)
@@ -75,7 +75,7 @@ def _tools() -> Iterator[Finding]:
         yield Finding("tools", "ok", f"{' and '.join(programs)} are there")
 
 
-def _repository(vm: Vm, path: Path) -> Iterator[Finding]:
+def _repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
     try:
         folder = Repository.open(path).vm(vm.name)
         survey, problems = folder.survey(), status.problems(folder)
@@ -106,7 +106,7 @@ def _trials(path: Path, options: RunOptions) -> Iterator[Finding]:
     yield from trials.of_temporary()
 
 
-def _no_repository(vm: Vm, path: Path) -> Iterator[Finding]:
+def _no_repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
     if os.path.lexists(path):
         try:
             Repository.refuse_foreign(path)
@@ -137,7 +137,7 @@ def _free(path: Path) -> str:
 
 
 def _vm(
-    vm: Vm, repository: Repository | None, path: Path, options: RunOptions, known: Known
+    vm: VmConfig, repository: Repository | None, path: Path, options: RunOptions, known: Known
 ) -> Iterator[Finding]:
     """What the VM itself tells."""
     try:
@@ -195,7 +195,7 @@ def _iothreads(monitor: Monitor) -> Iterator[Finding]:
 
 
 def _disks(
-    vm: Vm, monitor: Monitor, repository: Repository | None, path: Path, options: RunOptions
+    vm: VmConfig, monitor: Monitor, repository: Repository | None, path: Path, options: RunOptions
 ) -> Iterator[Finding]:
     try:
         inventory = _inventory(vm, monitor, repository)
@@ -213,7 +213,7 @@ def _disks(
         yield from _room(monitor, inventory, repository, path)
 
 
-def _inventory(vm: Vm, monitor: Monitor, repository: Repository | None) -> Inventory:
+def _inventory(vm: VmConfig, monitor: Monitor, repository: Repository | None) -> Inventory:
     """Return the disks as a run will see them, which clears up first what a dead one left."""
     if repository is None:
         return disks.inventory(monitor, vm.disk_names)
@@ -223,7 +223,7 @@ def _inventory(vm: Vm, monitor: Monitor, repository: Repository | None) -> Inven
 def _media(inventory: Inventory) -> Iterator[Finding]:
     found = ", ".join(f"{one.name} ({_mib(one.size)}, {one.driver})" for one in inventory.disks)
     yield Finding("disks", "ok", found) if found else Finding("disks", "bad", "the VM has no writable disk")
-    for name, why in inventory.left_out:
+    for name, why in inventory.skipped:
         yield Finding("disks", "ok", f"{name} is left out: {why}")
     if transient := [one.name for one in inventory.disks if not one.persistent]:
         yield Finding(
@@ -258,13 +258,13 @@ def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Ite
     try:
         scratch.check_folder(options.scratch)
         filling = Filling.of_run(options.scratch, monitor, inventory.disks, disks.named_nodes(monitor))
-        rooms = scratch_space.survey(
+        rooms = scratch_space.plan_scratch(
             monitor, inventory.disks, options.scratch, options.scratch_bytes, others=filling.who()
         )
     except Refused as err:
         yield Finding("scratch", "bad", err.message)
         return
-    size, wanted = sum(one.size for one in rooms), sum(one.wanted for one in rooms)
+    size, wanted = sum(one.size for one in rooms), sum(one.ideal_bytes for one in rooms)
     said = f"{options.scratch}: {_mib(size)} would be set aside for a run"
     if size < wanted:
         said += f"; {_mib(wanted)} would do for a guest that overwrites all it has meanwhile"
@@ -287,7 +287,7 @@ def _room(
         yield Finding("repository", "warning", said, "backupctl prune, or more room")
 
 
-def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
+def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
     if options.freeze == "never":
         return
     without: Verdict = "bad" if options.freeze == "require" else "warning"
@@ -312,7 +312,7 @@ def _agent(vm: Vm, options: RunOptions) -> Iterator[Finding]:
         yield Finding("agent", "ok", f"answers at {vm.agent}; the guest is not frozen")
 
 
-def _history(vm: Vm, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:
+def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:
     """What earlier runs left, and what the next one makes of it."""
     found = status.look(vm, repository, options, known)
     for left in found.leftovers:
@@ -332,7 +332,7 @@ def _history(vm: Vm, repository: Repository, options: RunOptions, known: Known) 
     yield Finding("next run", "ok", found.next_run)
 
 
-def _bitmaps(vm: Vm, found: status.Status) -> Iterator[Finding]:
+def _bitmaps(vm: VmConfig, found: status.Status) -> Iterator[Finding]:
     """The bitmaps that stay for ever, since no run removes them."""
     for one in found.bitmaps:
         if one.use in ("orphan", "other-vm"):

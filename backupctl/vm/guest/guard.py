@@ -53,7 +53,7 @@ class Thawed:
         return bool(self.doubt)
 
 
-class Guard:
+class GuardClient:
     """A guard process; `start` makes one, `close` ends it.
 
     Where the run ends in good order the guard ends with it. Where it dies, or leaves with the guest
@@ -296,4 +296,4 @@ def _error(answer: dict[str, Any]) -> BackupctlError:
     return made
 
 
-__all__ = ["AgentUnavailable", "Guard", "thaw_if_frozen"]
+__all__ = ["AgentUnavailable", "GuardClient", "thaw_if_frozen"]

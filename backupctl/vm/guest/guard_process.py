@@ -58,7 +58,7 @@ DEAF_TO = (
 """What a terminal, a person or a service manager may send to all processes of a run."""
 
 
-class Freezer:
+class FreezeControl:
     """The guest's file systems: thawed, frozen by us, or not known.
 
     Nothing here holds up an answer to the run for longer than the budget lasts: a thaw that takes its time is
@@ -232,7 +232,7 @@ def _doubt(before: str, thaw: Thaw, frozen: int) -> str:
     return ""
 
 
-class Holder:
+class HeldSockets:
     """The NBD client sockets of the run, and the exports they are connected to."""
 
     def __init__(self) -> None:
@@ -267,14 +267,14 @@ class Holder:
         return hung_up == len(self._held)
 
 
-class Guard:
+class GuardServer:
     """Serves the run's requests until it says goodbye or is gone."""
 
-    def __init__(self, run: socket.socket, monitor: Address, freezer: Freezer, watch: Watch) -> None:
+    def __init__(self, run: socket.socket, monitor: Address, freezer: FreezeControl, watch: Watch) -> None:
         self._run = run
         self._monitor = monitor
         self._freezer = freezer
-        self._holder = Holder()
+        self._holder = HeldSockets()
         self._watch = watch
 
     def serve(self) -> None:
@@ -297,7 +297,7 @@ class Guard:
             return until_due
         return LOOK_SECONDS if until_due is None else min(until_due, LOOK_SECONDS)
 
-    def stand_in(self) -> None:
+    def take_over(self) -> None:
         """Do what the run would have done: thaw; take exports and jobs down. Neither waits for the other."""
         self._freezer.thaw_for_good()
         while not self._taken_down():
@@ -308,7 +308,7 @@ class Guard:
 
     def _taken_down(self) -> bool:
         """Try to take exports and jobs down. While QEMU lives no socket is let go of before its export."""
-        left = guard_monitor.Left(self._holder.exports, self._watch.jobs, self._watch.groups)
+        left = guard_monitor.Leftovers(self._holder.exports, self._watch.jobs, self._watch.groups)
         hung_up = self._holder.drain()
         if hung_up and not left.jobs:
             return True
@@ -368,10 +368,10 @@ def main() -> None:
     descriptor, monitor, agent, timeout = sys.argv[1:]
     with socket.socket(fileno=int(descriptor)) as run:
         run.send(b"{}")
-        freezer = Freezer(Address.parse(agent) if agent else None, float(timeout))
-        guard = Guard(run, Address.parse(monitor), freezer, Watch(os.getppid()))
+        freezer = FreezeControl(Address.parse(agent) if agent else None, float(timeout))
+        guard = GuardServer(run, Address.parse(monitor), freezer, Watch(os.getppid()))
         guard.serve()
-    guard.stand_in()
+    guard.take_over()
 
 
 if __name__ == "__main__":

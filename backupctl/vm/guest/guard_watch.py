@@ -30,12 +30,12 @@ class Watched:
 
     job: str
     descriptor: int
-    give_up: int | None
+    abort_at: int | None
     limited: bool
 
     def overdue(self) -> bool:
         """Whether more of it is used than the run should have let happen."""
-        return self.give_up is not None and files.used_bytes(self.descriptor) > self.give_up
+        return self.abort_at is not None and files.used_bytes(self.descriptor) > self.abort_at
 
 
 class Watch:
@@ -59,7 +59,7 @@ class Watch:
     @property
     def active(self) -> bool:
         """Whether there is anything to look at."""
-        return any(one.give_up is not None for one in self._watched)
+        return any(one.abort_at is not None for one in self._watched)
 
     def add(self, watched: Watched) -> None:
         """Watch one more."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from backupctl.names import BitmapName, NodeName, Owner, PointId
+from backupctl.names import BitmapName, Namespace, NodeName, PointId
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.qmp import reply
 
@@ -60,7 +60,7 @@ def parse(node: NodeName, entry: Mapping[str, Any]) -> Bitmap | None:
     )
 
 
-def begin(
+def handover_actions(
     node: NodeName,
     new: BitmapName,
     bases: Sequence[BitmapName],
@@ -80,13 +80,15 @@ def begin(
     ]
 
 
-def unite(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapName]) -> list[Action]:
+def merge_actions(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapName]) -> list[Action]:
     """Actions that make one bitmap of several, which differ from it in nothing but their time."""
     added = {"node": node, "name": union, "granularity": GRANULARITY_BYTES, "disabled": True}
     return [{"type": "block-dirty-bitmap-add", "data": added}, _merge(node, union, bitmaps)]
 
 
-def gapped(bitmaps: Iterable[Bitmap], owner: Owner, theirs: Theirs = _nobody) -> tuple[BitmapName, ...]:
+def broken_chain_bitmaps(
+    bitmaps: Iterable[Bitmap], owner: Namespace, theirs: Theirs = _nobody
+) -> tuple[BitmapName, ...]:
     """Return our bitmaps of a node if the newest does not record: somebody disabled it, or QEMU crashed.
 
     Then there is a gap, and neither it nor the checkpoints before it can be used any more. They must not
@@ -100,7 +102,7 @@ def gapped(bitmaps: Iterable[Bitmap], owner: Owner, theirs: Theirs = _nobody) ->
 
 
 @dataclass(frozen=True)
-class Settlement:
+class BitmapPlan:
     """What brings the bitmaps of one repository to rest.
 
     told: in words what was done, once it is. ahead: the same before it is done.
@@ -111,14 +113,14 @@ class Settlement:
     ahead: tuple[str, ...] = ()
 
 
-def settle(
+def plan_bitmap_recovery(
     bitmaps: Iterable[Bitmap],
-    owner: Owner,
+    owner: Namespace,
     committed: Callable[[PointId], bool],
     checkpoints: int = 0,
     lost: Collection[PointId] = (),
     theirs: Theirs = _nobody,
-) -> Settlement:
+) -> BitmapPlan:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
     bitmaps: all of one node. committed: whether a point's folder stands under its final name.
@@ -134,9 +136,9 @@ def settle(
     gone = [one for point, one in ours if not committed(point)]
     unfinished = [one for one in gone if newest is None or one.name > newest.name]
     pruned = [one for one in gone if one not in unfinished]
-    kept = _whole(done[:-1], gone)[-checkpoints:] if checkpoints else []
-    actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.union]
-    actions += _give_back(unfinished, newest) + _keep(kept, pruned)
+    kept = _usable_checkpoints(done[:-1], gone)[-checkpoints:] if checkpoints else []
+    actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.differential_bitmap]
+    actions += _roll_back(unfinished, newest) + _retain_checkpoints(kept, pruned)
     told = [f"removed the {_which(one, owner, lost)}" for one in unfinished]
     ahead = [f"to clean up: {_which(one, owner, lost)}" for one in unfinished]
     for old in done[:-1]:
@@ -144,7 +146,7 @@ def settle(
             actions.append(_on(old.node, old.name, "remove"))
             told.append(f"removed the bitmap {old.name} from {old.node}: {newest.name} replaces it")
             ahead.append(f"to clean up: bitmap {old.name} on {old.node}, which {newest.name} replaces")
-    return Settlement(tuple(actions), tuple(told), tuple(ahead))
+    return BitmapPlan(tuple(actions), tuple(told), tuple(ahead))
 
 
 def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool) -> tuple[Bitmap, ...]:
@@ -167,20 +169,20 @@ def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool
     return tuple(found.values())
 
 
-def _which(one: Bitmap, owner: Owner, lost: Collection[PointId]) -> str:
+def _which(one: Bitmap, owner: Namespace, lost: Collection[PointId]) -> str:
     point = owner.point_of(one.name)
     if point in lost:
         return f"bitmap {one.name} on {one.node}: the point {point} that it names is gone"
     return f"unfinished bitmap {one.name} on {one.node}"
 
 
-def _whole(checkpoints: list[Bitmap], gone: list[Bitmap]) -> list[Bitmap]:
+def _usable_checkpoints(checkpoints: list[Bitmap], gone: list[Bitmap]) -> list[Bitmap]:
     """Return the checkpoints after the last bitmap that can't be read: those before it have a gap."""
     broken = max((one.name for one in (*checkpoints, *gone) if one.inconsistent), default="")
     return [one for one in checkpoints if one.name > broken]
 
 
-def _keep(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
+def _retain_checkpoints(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
     """Have checkpoints stand still, and take over what the bitmaps of pruned points recorded.
 
     A bitmap is named after the point that it records from; with that point gone, its record goes on the
@@ -195,7 +197,7 @@ def _keep(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
     return actions + [_on(one.node, one.name, "remove") for one in pruned]
 
 
-def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
+def _roll_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     """Undo `begin` for one node: what the unfinished bitmaps recorded belongs to `base`.
 
     Also if the base records: it did so all the time (a full), and loses nothing by it, or somebody has
@@ -214,7 +216,7 @@ def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 
 
-def _ours(bitmaps: Iterable[Bitmap], owner: Owner, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
+def _ours(bitmaps: Iterable[Bitmap], owner: Namespace, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
     """Return our bitmaps with their points, oldest first: the point comes first in the name."""
     named = [(point, one) for one in bitmaps if (point := owner.point_of(one.name)) is not None]
     found = [(point, one) for point, one in named if not theirs(point)]

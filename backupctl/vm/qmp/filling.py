@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, WriteFailed
 from backupctl.names import PREFIX, NodeName
 from backupctl.system import open_files
@@ -99,7 +99,7 @@ class Filling:
         return doubt
 
 
-def watching(stop: Stop, target: Path) -> Stop:
+def watching(stop: Cancellation, target: Path) -> Cancellation:
     """Return a Stop that looks at the file system of a file that is being written, too.
 
     A device or a pipe fills none.

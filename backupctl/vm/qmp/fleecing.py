@@ -18,16 +18,16 @@ import time
 from collections.abc import Collection, Sequence
 
 from backupctl.errors import Failed
-from backupctl.names import NodeName, Owner
+from backupctl.names import Namespace, NodeName
 from backupctl.system import files
-from backupctl.vm.guest.guard import Guard
+from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import throttle
 from backupctl.vm.qmp.bitmaps import Action
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.point_in_time import Cut
+from backupctl.vm.qmp.point_in_time import DiskSnapshot
 from backupctl.vm.qmp.reply import understood
 from backupctl.vm.qmp.scratch import Scratch, Scratches
-from backupctl.vm.qmp.scratch_space import Room
+from backupctl.vm.qmp.scratch_space import ScratchBudget
 
 _LIMIT_SECONDS = 1.0
 _WORKING = frozenset({"running", "paused", "ready", "standby"})
@@ -42,9 +42,9 @@ class Fleecing:
     def __init__(
         self,
         monitor: Monitor,
-        owner: Owner,
-        cuts: Sequence[Cut],
-        rooms: Sequence[Room],
+        owner: Namespace,
+        cuts: Sequence[DiskSnapshot],
+        rooms: Sequence[ScratchBudget],
         scratches: Scratches,
     ) -> None:
         self._monitor = monitor
@@ -56,7 +56,7 @@ class Fleecing:
         self._stands = False
         self.atomic = True
 
-    def attach(self) -> None:
+    def prepare(self) -> None:
         """Add the scratch nodes."""
         for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
             node = self._owner.node("tmp", number)
@@ -70,15 +70,15 @@ class Fleecing:
                     "backing": cut.disk.node,
                 },
             )
-            if room.give_up is not None:
-                watched = {"node-name": self._owner.node("fil", number), "write-threshold": room.give_up}
+            if room.abort_at is not None:
+                watched = {"node-name": self._owner.node("fil", number), "write-threshold": room.abort_at}
                 self._monitor.execute("block-set-write-threshold", watched)
 
-    def guard_by(self, guard: Guard) -> None:
+    def register_guard(self, guard: GuardClient) -> None:
         """Have the guard end the jobs if we die, and look that no scratch file is used up."""
         for number, (made, room) in enumerate(zip(self._scratches.made, self._rooms, strict=True)):
             job, limited = self._owner.node("job", number), room.stop is not None
-            guard.watch(job, made.descriptor, room.give_up, limited=limited)
+            guard.watch(job, made.descriptor, room.abort_at, limited=limited)
 
     def cut(self) -> None:
         """One transaction: new bitmaps, old bitmaps disabled, copy-before-write on; for all disks."""
@@ -90,7 +90,7 @@ class Fleecing:
         self._monitor.transaction(actions)
         self._stands = True
 
-    def expose(self) -> tuple[NodeName, ...]:
+    def export_nodes(self) -> tuple[NodeName, ...]:
         """Return the scratch nodes: what isn't in one is read from its backing, the active node."""
         return tuple(self._owner.node("tmp", number) for number in range(len(self._cuts)))
 
@@ -102,7 +102,7 @@ class Fleecing:
                 raise Failed(
                     f"the guest overwrote so much of {cut.disk.name} that its scratch file is filling up "
                     f"({room.size >> 20} MiB were set aside in {self._scratches.folder}, "
-                    f"{room.wanted >> 20} MiB would do for all that the disk holds): "
+                    f"{room.ideal_bytes >> 20} MiB would do for all that the disk holds): "
                     "gave up before the guest's own writes could fail"
                 )
         if self._stands:
@@ -110,7 +110,7 @@ class Fleecing:
         self._set_limits()
         self._scratches.check()
 
-    def confirm(self) -> None:
+    def verify_active(self) -> None:
         """Raise Failed if somebody has ended a job of ours: what the guest wrote then was not kept apart."""
         jobs = self._monitor.execute("query-jobs")
         with understood("query-jobs"):
@@ -138,12 +138,12 @@ class Fleecing:
         self._limited_at = now
         for number, (made, room) in enumerate(zip(self._scratches.made, self._rooms, strict=True)):
             if room.stop is not None:
-                left = throttle.bucket(room.stop - files.used_bytes(made.descriptor))
+                left = throttle.burst_limits(room.stop - files.used_bytes(made.descriptor))
                 throttle.change(self._monitor, self._owner.node("lim", number), left)
 
-    def _file(self, number: int, made: Scratch, room: Room) -> dict[str, object]:
+    def _file(self, number: int, made: Scratch, room: ScratchBudget) -> dict[str, object]:
         file: dict[str, object] = {"driver": "file", "filename": made.filename}
-        if room.give_up is not None:
+        if room.abort_at is not None:
             file["node-name"] = self._owner.node("fil", number)
         if room.stop is None:
             return file
@@ -151,7 +151,7 @@ class Fleecing:
         throttle.make(self._monitor, group, room.stop)
         return {"driver": "throttle", "throttle-group": group, "file": file}
 
-    def _backup(self, number: int, cut: Cut) -> Action:
+    def _backup(self, number: int, cut: DiskSnapshot) -> Action:
         arguments = {
             "job-id": self._owner.node("job", number),
             "device": cut.disk.node,

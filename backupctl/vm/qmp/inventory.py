@@ -67,7 +67,7 @@ def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
         return {NodeName(text(node["node-name"])): node for node in reply if node.get("node-name")}
 
 
-def tops(monitor: Monitor) -> dict[str, str]:
+def root_nodes(monitor: Monitor) -> dict[str, str]:
     """Return the node that each device writes to, by the device's name. Raises MonitorError."""
     devices = monitor.execute("query-block")
     with understood("description of its devices"):
@@ -83,7 +83,7 @@ def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
 
     To be called while no view or job stands over the disks. Raises MonitorError too.
     """
-    by_device = tops(monitor)
+    by_device = root_nodes(monitor)
     for disk in disks:
         if disk.qdev and (top := by_device.get(disk.qdev)) != disk.node:
             raise Failed(
@@ -106,12 +106,12 @@ def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) 
 
 def with_bitmaps(found: Inventory, after: Mapping[NodeName, tuple[Bitmap, ...]]) -> Inventory:
     """Return an inventory with other bitmaps on these nodes."""
-    elsewhere = {bitmap.node: after.get(bitmap.node) for bitmap in found.elsewhere}
-    kept = [one for one in found.elsewhere if elsewhere[one.node] is None]
+    elsewhere = {bitmap.node: after.get(bitmap.node) for bitmap in found.foreign_node_bitmaps}
+    kept = [one for one in found.foreign_node_bitmaps if elsewhere[one.node] is None]
     return replace(
         found,
         disks=tuple(replace(disk, bitmaps=after.get(disk.node, disk.bitmaps)) for disk in found.disks),
-        elsewhere=(*kept, *(one for bitmaps in elsewhere.values() for one in bitmaps or ())),
+        foreign_node_bitmaps=(*kept, *(one for bitmaps in elsewhere.values() for one in bitmaps or ())),
     )
 
 
@@ -298,9 +298,9 @@ def _collect(
     active = {disk.node for disk in disks.values()}
     return Inventory(
         disks=tuple(disks.values()),
-        left_out=tuple((medium.qemu_name, medium.why_not) for medium in found if medium.why_not),
+        skipped=tuple((medium.qemu_name, medium.why_not) for medium in found if medium.why_not),
         busy=tuple((medium.qemu_name, medium.busy) for medium in found if medium.busy),
-        elsewhere=tuple(
+        foreign_node_bitmaps=tuple(
             bitmap for name, node in nodes.items() if name not in active for bitmap in bitmaps_of(name, node)
         ),
     )

@@ -25,7 +25,7 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import StateError
 from qemu.qmp.qmp_client import BadReplyError
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import CommandFailed, Interrupted, MonitorError, MonitorUnreachable, OutcomeUnknown
 from backupctl.system import open_files
 from backupctl.system.address import Address
@@ -121,7 +121,7 @@ class Monitor:
         self.process: int | None = None
 
     @classmethod
-    def connect(cls, address: Address, timeout_seconds: float, stop: Stop | None = None) -> Self:
+    def connect(cls, address: Address, timeout_seconds: float, stop: Cancellation | None = None) -> Self:
         """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable, Interrupted.
 
         stop: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
@@ -244,7 +244,9 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def _run(self, work: Coroutine[Any, Any, T], seconds: float | None = None, stop: Stop | None = None) -> T:
+    def _run(
+        self, work: Coroutine[Any, Any, T], seconds: float | None = None, stop: Cancellation | None = None
+    ) -> T:
         limit = self._timeout if seconds is None else seconds
         if self._until is not None:
             limit = max(0.0, min(limit, self._until - time.monotonic()))

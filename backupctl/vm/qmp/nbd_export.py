@@ -15,14 +15,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from backupctl.errors import Failed
-from backupctl.names import BitmapName, NodeName, Owner
+from backupctl.names import BitmapName, Namespace, NodeName
 from backupctl.system import private_dir
-from backupctl.vm.guest.guard import Guard
+from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp.monitor import Monitor
 
 
 @dataclass(frozen=True)
-class Shown:
+class ExportSpec:
     """What is to be exported of one disk.
 
     node: the view's node. active: the disk's own node, on which its bitmaps lie. bitmap: None for a full.
@@ -50,11 +50,11 @@ class Export:
             sock.close()
 
 
-def publish(
+def start_exports(
     monitor: Monitor,
-    guard: Guard,
-    owner: Owner,
-    shown: Sequence[Shown],
+    guard: GuardClient,
+    owner: Namespace,
+    shown: Sequence[ExportSpec],
     connections: int = 2,
 ) -> tuple[Export, ...]:
     """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
@@ -81,13 +81,13 @@ def drain(exports: Sequence[Export]) -> None:
                 pass
 
 
-def descriptor_name(owner: Owner) -> str:
+def descriptor_name(owner: Namespace) -> str:
     """Name the listening socket's descriptor, between `getfd` and `nbd-server-start`."""
     return owner.node("nbd", 0)
 
 
 @contextmanager
-def _served(monitor: Monitor, owner: Owner, clients: int) -> Iterator[str]:
+def _served(monitor: Monitor, owner: Namespace, clients: int) -> Iterator[str]:
     """Start the NBD server for so many clients; yields the path to connect to, gone after the block."""
     with private_dir.folder() as folder:
         path = str(folder / "nbd.sock")  # short: a unix socket's path has 107 bytes
@@ -109,7 +109,7 @@ def _start(monitor: Monitor, address: dict[str, object], clients: int) -> None:
     monitor.execute("nbd-server-start", {"addr": address, "max-connections": clients})
 
 
-def _arguments(monitor: Monitor, name: str, one: Shown) -> dict[str, object]:
+def _arguments(monitor: Monitor, name: str, one: ExportSpec) -> dict[str, object]:
     arguments: dict[str, object] = {"type": "nbd", "id": name, "node-name": one.node, "name": name}
     if one.bitmap is not None:
         # Before 7.1 QEMU takes a plain name only, and looks for it along the backing chain.
@@ -118,7 +118,7 @@ def _arguments(monitor: Monitor, name: str, one: Shown) -> dict[str, object]:
     return arguments
 
 
-def _connected(guard: Guard, name: str, path: str) -> socket.socket:
+def _connected(guard: GuardClient, name: str, path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         made.connect(path)

@@ -7,7 +7,7 @@ A view is taken in three parts, around the guest's freeze:
 - `cut`: the moment itself, together with the change of bitmaps;
 - `expose`: the nodes that show the disks as they were at that moment.
 
-`cleanup.dismantle` takes a view down, whichever it is and however far it came.
+`teardown.teardown` takes a view down, whichever it is and however far it came.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from typing import Protocol
 
 from backupctl.names import BitmapName, NodeName
 from backupctl.vm.disk import Disk
-from backupctl.vm.guest.guard import Guard
+from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import bitmaps
 
 
 @dataclass(frozen=True)
-class Cut:
+class DiskSnapshot:
     """One disk's part of the moment.
 
     new: the bitmap that records from the moment on. bases: those that recorded up to it, oldest first;
@@ -35,7 +35,7 @@ class Cut:
 
     def bitmap_actions(self) -> list[bitmaps.Action]:
         """Actions of the transaction that hand recording over from `bases` to `new`."""
-        return bitmaps.begin(
+        return bitmaps.handover_actions(
             self.disk.node, self.new, self.bases, persistent=self.disk.persistent, gapped=self.gapped
         )
 
@@ -48,22 +48,22 @@ class View(Protocol):
 
     atomic: bool
 
-    def attach(self) -> None:
+    def prepare(self) -> None:
         """Put in place what the view needs; the guest isn't frozen yet. Raises MonitorError, Failed."""
 
-    def guard_by(self, guard: Guard) -> None:
+    def register_guard(self, guard: GuardClient) -> None:
         """Tell the guard what of it could harm the guest, before `cut`. Raises GuardLost."""
 
     def cut(self) -> None:
         """Take the moment of all disks at once. Raises MonitorError."""
 
-    def expose(self) -> tuple[NodeName, ...]:
+    def export_nodes(self) -> tuple[NodeName, ...]:
         """Return the node to export for each disk, in the disks' order. Raises MonitorError."""
 
     def check(self) -> None:
         """Raise Failed if the view can't be trusted, or could harm the guest, any longer."""
 
-    def confirm(self) -> None:
+    def verify_active(self) -> None:
         """Raise Failed unless the view stands yet, so that all that was read of it is of the moment.
 
         Raises MonitorError. To be called when the last byte was read.

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import Failed, Refused, UsageError
-from backupctl.names import NodeName, Owner, VmName
+from backupctl.names import Namespace, NodeName, VmName
+from backupctl.system import safe_folder
 from backupctl.system.files import free_bytes
-from backupctl.targets import safe_target
 from backupctl.vm.qmp import reply
 from backupctl.vm.qmp.monitor import Monitor
 
@@ -135,19 +135,19 @@ def _reserve(descriptor: int, room_bytes: int, folder: Path) -> bool:
     return True
 
 
-def private_folder(owner: Owner, vm: VmName, folder: Path) -> Path:
+def private_folder(owner: Namespace, vm: VmName, folder: Path) -> Path:
     """Make the run's folder for named files. Its name tells recovery whose it is.
 
     QEMU opens them by name, so root makes none where others could exchange the folder. Raises Refused.
     """
     try:
-        safe_target.resolve(folder)
+        safe_folder.resolve(folder)
     except UsageError as err:
         raise Refused(f"the scratch folder {err.message}") from err
     return Path(tempfile.mkdtemp(prefix=_private_prefix(owner, vm), dir=folder))
 
 
-def sweep(owner: Owner, vm: VmName, folder: Path) -> list[str]:
+def sweep(owner: Namespace, vm: VmName, folder: Path) -> list[str]:
     """Remove the private folders that dead runs of this VM left. The caller holds the VM's lock.
 
     Raises Failed if the scratch folder can't be looked at.
@@ -159,7 +159,7 @@ def sweep(owner: Owner, vm: VmName, folder: Path) -> list[str]:
     return told
 
 
-def left_folders(owner: Owner, vm: VmName, folder: Path) -> list[str]:
+def left_folders(owner: Namespace, vm: VmName, folder: Path) -> list[str]:
     """Name the private folders that `sweep` would remove. Raises Failed if they can't be looked for."""
     prefix = _private_prefix(owner, vm)
     try:
@@ -175,7 +175,7 @@ def left_folders(owner: Owner, vm: VmName, folder: Path) -> list[str]:
         raise Failed(f"the scratch folder {folder} can't be looked at: {err.strerror}") from err
 
 
-def _private_prefix(owner: Owner, vm: VmName) -> str:
+def _private_prefix(owner: Namespace, vm: VmName) -> str:
     # '@' can't be part of a VM's name, so no VM's prefix is the beginning of another's.
     return f"{owner.node(vm, 0)[:-1]}@"
 

@@ -34,7 +34,7 @@ RESERVE_UNLIMITED_BYTES = 512 * MIB
 
 
 @dataclass(frozen=True)
-class Room:
+class ScratchBudget:
     """One disk's share. All in bytes.
 
     size: what is set aside. give_up: used so far, the run ends; None if it can't be used up. stop: QEMU
@@ -43,8 +43,8 @@ class Room:
     """
 
     size: int
-    wanted: int
-    give_up: int | None
+    ideal_bytes: int
+    abort_at: int | None
     stop: int | None
 
 
@@ -59,14 +59,14 @@ def limits(monitor: Monitor) -> bool:
     return monitor.version.at_least(9, 0) or not monitor.execute("query-iothreads")
 
 
-def survey(
+def plan_scratch(
     monitor: Monitor,
     chosen: Sequence[Disk],
     folder: Path,
     wish_bytes: int | None,
     *,
     others: str = "",
-) -> tuple[Room, ...]:
+) -> tuple[ScratchBudget, ...]:
     """Share out the scratch folder's room. wish_bytes: as for `share`. Raises Refused, MonitorError.
 
     others: what of virtual machines lies on that file system too, in words; then LOW_BYTES are left to them.
@@ -103,7 +103,7 @@ def share(
     reserve: int,
     *,
     limited: bool,
-) -> tuple[Room, ...] | None:
+) -> tuple[ScratchBudget, ...] | None:
     """Give each disk its share of `wish_bytes`, or of half of what is free; None if that is hopeless.
 
     Half: others use that file system too, and the rest is a further reserve.
@@ -130,13 +130,13 @@ def _part(spare: int, lacking: int) -> float:
     return min(1.0, max(spare, 0) / lacking) if lacking else 1.0
 
 
-def _room(size: int, wanted: int, most: int, reserve: int, *, limited: bool) -> Room:
+def _room(size: int, wanted: int, most: int, reserve: int, *, limited: bool) -> ScratchBudget:
     if size >= most:
-        return Room(size, wanted, None, None)
+        return ScratchBudget(size, wanted, None, None)
     # A sixteenth: QEMU's limit counts what it writes again, too, such as its tables, and must not be met
     # before the threshold.
     stop = size - reserve * 3 // 4
-    return Room(size, wanted, size - reserve - size // 16, stop if limited else None)
+    return ScratchBudget(size, wanted, size - reserve - size // 16, stop if limited else None)
 
 
 def _hopeless(

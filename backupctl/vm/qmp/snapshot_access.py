@@ -27,14 +27,14 @@ without a freeze this view takes one disk only (`atomic`).
 from collections.abc import Sequence
 
 from backupctl.errors import Failed, ViewUnavailable
-from backupctl.names import NodeName, Owner
+from backupctl.names import Namespace, NodeName
 from backupctl.vm.disk import Disk
-from backupctl.vm.guest.guard import Guard
+from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import bitmaps, inventory
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.point_in_time import Cut, device_path
+from backupctl.vm.qmp.point_in_time import DiskSnapshot, device_path
 from backupctl.vm.qmp.scratch import Scratches
-from backupctl.vm.qmp.scratch_space import Room
+from backupctl.vm.qmp.scratch_space import ScratchBudget
 
 CBW_TIMEOUT_SECONDS = 30
 """How long a guest's write may wait for its copy before the snapshot is broken instead."""
@@ -57,9 +57,9 @@ class SnapshotAccess:
     def __init__(
         self,
         monitor: Monitor,
-        owner: Owner,
-        cuts: Sequence[Cut],
-        rooms: Sequence[Room],
+        owner: Namespace,
+        cuts: Sequence[DiskSnapshot],
+        rooms: Sequence[ScratchBudget],
         scratches: Scratches,
     ) -> None:
         self._monitor = monitor
@@ -69,7 +69,7 @@ class SnapshotAccess:
         self._scratches = scratches
         self.atomic = len(self._cuts) == 1
 
-    def attach(self) -> None:
+    def prepare(self) -> None:
         """Add scratch nodes and filters; no device uses them yet. Raises Refused, MonitorError."""
         if reason := why_not(self._monitor, [cut.disk for cut in self._cuts]):
             raise ViewUnavailable(f"--view snapshot-access can't be had: {reason}")
@@ -80,7 +80,7 @@ class SnapshotAccess:
             self._monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file})
             self._monitor.execute("blockdev-add", self._filter(number, cut))
 
-    def guard_by(self, guard: Guard) -> None:
+    def register_guard(self, guard: GuardClient) -> None:
         """Nothing can harm the guest: a scratch file that can't grow breaks the snapshot."""
 
     def cut(self) -> None:
@@ -97,7 +97,7 @@ class SnapshotAccess:
             [action for cut in self._cuts for action in cut.bitmap_actions() if not _adds(action)]
         )
 
-    def expose(self) -> tuple[NodeName, ...]:
+    def export_nodes(self) -> tuple[NodeName, ...]:
         """Add the nodes that read from active node and scratch what the filter keeps apart."""
         nodes = tuple(self._owner.node("acc", number) for number in range(len(self._cuts)))
         for number, node in enumerate(nodes):
@@ -110,9 +110,9 @@ class SnapshotAccess:
     def check(self) -> None:
         """Nothing to watch: a full scratch breaks the snapshot, and the copy's next read fails."""
 
-    def confirm(self) -> None:
+    def verify_active(self) -> None:
         """Raise Failed if a device no longer writes through its filter."""
-        tops = inventory.tops(self._monitor)
+        tops = inventory.root_nodes(self._monitor)
         for number, cut in enumerate(self._cuts):
             if tops.get(cut.disk.qdev) != self._owner.node("cbw", number):
                 raise Failed(
@@ -124,7 +124,7 @@ class SnapshotAccess:
         """Close our descriptors of the scratch files."""
         self._scratches.close()
 
-    def _filter(self, number: int, cut: Cut) -> dict[str, object]:
+    def _filter(self, number: int, cut: DiskSnapshot) -> dict[str, object]:
         return {
             "driver": "copy-before-write",
             "node-name": self._owner.node("cbw", number),

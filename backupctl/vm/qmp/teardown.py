@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from backupctl.errors import CommandFailed, MonitorError
-from backupctl.names import NodeName, Owner
+from backupctl.names import Namespace, NodeName
 from backupctl.system import open_files
 from backupctl.vm.qmp import throttle
 from backupctl.vm.qmp.monitor import Monitor
@@ -36,19 +36,19 @@ class Clients:
     """
 
     drain: Callable[[], None] = lambda: None
-    let_go: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None
     give_back: Callable[[], None] = lambda: None
 
 
-NOBODY = Clients()
+NO_CLIENTS = Clients()
 
 
-def dismantle(
+def teardown(
     monitor: Monitor,
-    owner: Owner,
+    owner: Namespace,
     actives: Mapping[int, NodeName],
     *,
-    clients: Clients = NOBODY,
+    clients: Clients = NO_CLIENTS,
     server_is_ours: bool = True,
     patience_seconds: float = 30,
 ) -> list[str]:
@@ -62,7 +62,7 @@ def dismantle(
     Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
     """
     told = []
-    throttle.ease(monitor, owner)
+    throttle.relax(monitor, owner)
     ours = _ours(monitor, owner, "query-block-exports", "id")
     nodes = _ours(monitor, owner, "query-named-block-nodes", "node-name")
     for name in ours:
@@ -74,14 +74,14 @@ def dismantle(
         return not _ours(monitor, owner, "query-block-exports", "id")
 
     _until(gone, "its exports", patience_seconds)
-    clients.let_go()
+    clients.close()
     # Our nodes stand from before the server starts until after it stops, so without them it isn't ours.
     if (ours or nodes) and server_is_ours and not _others_use_nbd(monitor):
         _unless_gone(monitor, "nbd-server-stop", None)
     if "closefd" in monitor.commands:
         _unless_gone(monitor, "closefd", {"fdname": descriptor_name(owner)})
-    told += _withdraw_filters(monitor, owner, actives)
-    throttle.lift(monitor, owner)
+    told += _remove_filters(monitor, owner, actives)
+    throttle.disable(monitor, owner)
     for name in _ours(monitor, owner, "query-jobs", "id"):
         _end_job(monitor, name)
         told.append(f"ended the job {name}")
@@ -100,8 +100,8 @@ def dismantle(
     return told
 
 
-def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
-    """Name what `dismantle` would remove, changing nothing. Raises MonitorError."""
+def leftovers(monitor: Monitor, owner: Namespace) -> list[str]:
+    """Name what `teardown` would remove, changing nothing. Raises MonitorError."""
     found = [f"export {name}" for name in _ours(monitor, owner, "query-block-exports", "id")]
     found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
     found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
@@ -111,11 +111,11 @@ def leftovers(monitor: Monitor, owner: Owner) -> list[str]:
     return found
 
 
-def _held(monitor: Monitor, owner: Owner) -> list[str]:
+def _held(monitor: Monitor, owner: Namespace) -> list[str]:
     return [f"descriptor set {each}" for each in _fdsets(monitor, owner)]
 
 
-def _held_by_paused(monitor: Monitor, owner: Owner) -> list[str]:
+def _held_by_paused(monitor: Monitor, owner: Namespace) -> list[str]:
     """Name the descriptor sets that keep room; an empty file costs nothing, and goes when the VM goes on."""
     found = []
     for each, numbers in _fdsets(monitor, owner).items():
@@ -142,7 +142,7 @@ def _held_bytes(monitor: Monitor, numbers: Iterable[int]) -> int | None:
         return None
 
 
-def _empty_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
+def _empty_fdsets(monitor: Monitor, owner: Namespace) -> list[str]:
     """Free the room of scratch files that QEMU keeps open although it was told to remove them.
 
     No node stands on them any more. Returns what was done.
@@ -189,7 +189,7 @@ def _end_job(monitor: Monitor, name: str) -> None:
         _unless_gone(monitor, "job-dismiss", {"id": name})
 
 
-def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, NodeName]) -> list[str]:
+def _remove_filters(monitor: Monitor, owner: Namespace, actives: Mapping[int, NodeName]) -> list[str]:
     """Give each device that writes through a filter of ours its active node back."""
     told = []
     devices = monitor.execute("query-block")
@@ -203,7 +203,7 @@ def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, Node
         ours = {top: int(top.removeprefix(prefix)) for top in tops if top.startswith(prefix)}
     for top, qdev in tops.items():
         if top in ours:
-            active = _beneath(monitor, top) or actives.get(ours[top])
+            active = _child_of(monitor, top) or actives.get(ours[top])
             if active is None:
                 raise MonitorError(
                     f"the device {qdev} writes through the filter {top}, and the run's journal, which "
@@ -216,7 +216,7 @@ def _withdraw_filters(monitor: Monitor, owner: Owner, actives: Mapping[int, Node
     return told
 
 
-def _beneath(monitor: Monitor, top: str) -> NodeName | None:
+def _child_of(monitor: Monitor, top: str) -> NodeName | None:
     """Return the node that a filter stands on now, None if this QEMU does not tell.
 
     Not always the one that it was put on: an external snapshot taken meanwhile has gone in between, and to
@@ -235,7 +235,7 @@ def _beneath(monitor: Monitor, top: str) -> NodeName | None:
     return below[0] if below else None
 
 
-def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
+def _remove_fdsets(monitor: Monitor, owner: Namespace) -> list[str]:
     """Remove our descriptor sets.
 
     QEMU marks them and lets go at once while the guest runs, else (before 9.1) when they are removed again or
@@ -248,7 +248,7 @@ def _remove_fdsets(monitor: Monitor, owner: Owner) -> list[str]:
     return [f"removed the descriptor set {each}" for each in sorted(gone)]
 
 
-def _fdsets(monitor: Monitor, owner: Owner) -> dict[int, tuple[int, ...]]:
+def _fdsets(monitor: Monitor, owner: Namespace) -> dict[int, tuple[int, ...]]:
     """Return our descriptor sets, each with QEMU's own numbers of its descriptors. Raises MonitorError."""
     fdsets = monitor.execute("query-fdsets")
     with understood("query-fdsets"):
@@ -259,7 +259,7 @@ def _fdsets(monitor: Monitor, owner: Owner) -> dict[int, tuple[int, ...]]:
         }
 
 
-def _ours(monitor: Monitor, owner: Owner, query: str, key: str) -> list[str]:
+def _ours(monitor: Monitor, owner: Namespace, query: str, key: str) -> list[str]:
     arguments = {"flat": True} if query == "query-named-block-nodes" else None
     entries = monitor.execute(query, arguments)
     with understood(query):
@@ -270,7 +270,7 @@ def _unless_gone(monitor: Monitor, command: str, arguments: dict[str, object] | 
     """Send a command that takes something away.
 
     A refusal is no failure here: most often the thing is gone already. If it isn't, the next question
-    to QEMU shows it, and `dismantle` fails there.
+    to QEMU shows it, and `teardown` fails there.
     """
     try:
         monitor.execute(command, arguments)

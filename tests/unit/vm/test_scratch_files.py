@@ -7,12 +7,12 @@ from unittest.mock import Mock
 import pytest
 
 from backupctl.errors import Failed, Refused
-from backupctl.names import NodeName, Owner, VmName
+from backupctl.names import Namespace, NodeName, VmName
 from backupctl.vm.qmp.scratch import Scratches, private_folder
 
 MIB = 1 << 20
 NOBODY = 65534
-OWNER, VM, NODE = Owner("0123456789abcdef0123456789abcdef"), VmName("web"), NodeName("tmp0")
+OWNER, VM, NODE = Namespace("0123456789abcdef0123456789abcdef"), VmName("web"), NodeName("tmp0")
 
 
 @pytest.mark.parametrize("planted", ["link", "file"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, WriteFailed
 from backupctl.system import open_files
 from backupctl.system.open_files import OpenFile, Place
@@ -48,12 +48,12 @@ def test_an_image_of_any_vm_counts(place, found, machine, tmp_path):
 def test_a_vm_that_nobody_may_look_at_counts(machine, tmp_path):
     machine[41] = None
     with pytest.raises(WriteFailed, match="files of process 41 can't be looked at"):
-        filling.watching(Stop(), tmp_path / "new.raw").check()
+        filling.watching(Cancellation(), tmp_path / "new.raw").check()
 
 
 def test_a_device_is_not_watched(machine, tmp_path):
     machine[41] = None
-    filling.watching(Stop(), Path(os.devnull)).check()
+    filling.watching(Cancellation(), Path(os.devnull)).check()
 
 
 def test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator(machine, tmp_path, monkeypatch):
