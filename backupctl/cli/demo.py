@@ -19,7 +19,6 @@ from backupctl.cli.output import clean
 from backupctl.drills import demo as drill
 from backupctl.drills.demo import Stage
 from backupctl.errors import BackupctlError, DamageFound
-from backupctl.names import DiskName
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.options import Kind
 
@@ -113,7 +112,7 @@ class Screen:
     def warn(self, text: str) -> None:
         """Something to act on some time; the story has it from the reports."""
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied; it is done before it could be read."""
 
 

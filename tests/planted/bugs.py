@@ -169,7 +169,7 @@ BUGS = (
     Bug(
         "zeroes are skipped",
         "operations/backup/disk.py",
-        "            marks.zero(status.offset, status.length)\n",
+        "            cluster_map.zero(status.offset, status.length)\n",
         "            pass\n",
         LAYER,
     ),
@@ -183,8 +183,8 @@ BUGS = (
     Bug(
         "offsets of 32 bits",
         "transfer/copy.py",
-        "nbd.Buffer.from_buffer(piece.content), extent.offset)",
-        "nbd.Buffer.from_buffer(piece.content), extent.offset & 0xFFFFFFFF)",
+        "nbd.Buffer.from_buffer(chunk.content), extent.offset)",
+        "nbd.Buffer.from_buffer(chunk.content), extent.offset & 0xFFFFFFFF)",
         COPY + "test_data_beyond_4_gib_arrives_where_it_belongs",
     ),
     Bug(

@@ -285,10 +285,12 @@ class _Run:
     def _copy(self, partial: PendingPoint, sources: list[Source]) -> tuple[DiskEntry, ...]:
         """Step 7, one disk after the other."""
         limiter = TokenBucket(self.options.limit_bytes_per_second)
-        taker = LayerCopier(
+        copier = LayerCopier(
             self.folder, partial, limiter, self.reporter, self._look, self.options.stall_timeout_seconds
         )
-        return tuple(taker.take(one, source) for one, source in zip(self.plan.disks, sources, strict=True))
+        return tuple(
+            copier.copy_disk(one, source) for one, source in zip(self.plan.disks, sources, strict=True)
+        )
 
     def _look(self) -> None:
         """Raise what must end the run now: a signal, the death of monitor or guard, a file that fills up."""

@@ -26,7 +26,7 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.system import locks
-from backupctl.transfer.copy import Copy
+from backupctl.transfer.copy import _RunningCopy
 from tests.unit.points import P1, Builder, changing_step, die_at, disk_entry
 
 LAST = Rules(last=1)
@@ -426,16 +426,16 @@ def test_a_death_while_bytes_are_written_loses_nothing(builder, size_mib):
     for writes in range(1, 9, 2):
 
         def work(left: int = writes) -> None:
-            real = Copy._write
+            real = _RunningCopy._write
 
-            def write(copy: Copy, *arguments: object) -> None:
+            def write(copy: _RunningCopy, *arguments: object) -> None:
                 nonlocal left
                 left -= 1
                 if left == 0:
                     os._exit(9)
                 real(copy, *arguments)
 
-            Copy._write = write
+            _RunningCopy._write = write
             pruned(builder)
 
         assert not die_at(sys.maxsize, work)

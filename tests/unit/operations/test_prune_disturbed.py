@@ -105,7 +105,7 @@ def test_readers_and_deaths_at_any_moment_lose_nothing(builder, monkeypatch, see
 def test_a_layer_takes_nothing_in_before_it_was_exchanged_itself(builder, monkeypatch):
     """P2 is in P1's image and waits for a reader of P2; P3, merged now, would be thrown away with it."""
     content = three(builder)
-    real, skip = merge.Merge.describe, prune._Work._skip
+    real, skip = merge.Merge.describe, prune._Steps._skip
     reader = ExitStack()
 
     def describe(one, image):
@@ -118,7 +118,7 @@ def test_a_layer_takes_nothing_in_before_it_was_exchanged_itself(builder, monkey
         reader.close()
 
     monkeypatch.setattr(merge.Merge, "describe", describe)
-    monkeypatch.setattr(prune._Work, "_skip", skipped)
+    monkeypatch.setattr(prune._Steps, "_skip", skipped)
     assert [line for line in pruned(builder).left if "not exchanged" in line]
     monkeypatch.undo()
     assert pruned(builder).left == ()
@@ -190,7 +190,7 @@ def test_an_image_that_is_not_the_merged_one_is_not_moved(builder, monkeypatch):
     prune.protect(builder.folder, P1)
     with monkeypatch.context() as patched:
         patched.setattr(
-            prune._Work, "_switch", lambda work, point, entry: work._skip(point, entry.name, "later")
+            prune._Steps, "_switch", lambda work, point, entry: work._skip(point, entry.name, "later")
         )
         pruned(builder)
     image = builder.folder.path / P2 / "vda.qcow2"
@@ -321,7 +321,7 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
     with read(builder, third):
         assert len(pruned(builder).left) == 2
     shutil.copytree(builder.repository.path, tmp_path / "kept")
-    real_held, real_tables = verify._Work._held, layer.LayerCheck._check_tables
+    real_held, real_tables = verify._VmCheck._locked, layer.LayerCheck._check_tables
 
     def held(work, point):
         if point.id == second and place == "before a layer":
@@ -329,11 +329,11 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
         return real_held(work, point)
 
     def tables(one, image):
-        if second in str(one._layer.path) and place == "within it":
+        if second in str(one.layer.path) and place == "within it":
             steps.append(die_at(deaths, lambda: pruned(builder), changing_step))
         real_tables(one, image)
 
-    monkeypatch.setattr(verify._Work, "_held", held)
+    monkeypatch.setattr(verify._VmCheck, "_locked", held)
     monkeypatch.setattr(layer.LayerCheck, "_check_tables", tables)
     for deaths in range(0, 150, 5):
         shutil.rmtree(builder.repository.path)
