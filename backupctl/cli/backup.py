@@ -179,7 +179,7 @@ def document(report: RunReport) -> dict[str, Any]:
         "kind": report.kind,
         "parent": report.parent,
         "disks": [
-            {**{key: getattr(disk, key) for key in keys}, "damaged": list(disk.damaged)}
+            {**{key: getattr(disk, key) for key in keys}, "damaged": list(report.damaged_points(disk.name))}
             for disk in report.disks
         ],
         "frozen_ms": report.frozen_ms,

@@ -21,6 +21,7 @@ from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import layer
 from backupctl.operations.verify import run as verify
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.progress import Silent
 from backupctl.repository import chain, markers, merge, read_locks
 from backupctl.repository.repository import Repository
@@ -51,7 +52,7 @@ def three(builder: Builder, clusters: tuple[int, int] = (1, 3), size: int = SIZE
 
 def damage(builder: Builder, **options) -> tuple[verify.Damage, ...]:
     return verify.verify(
-        builder.repository, None, None, verify.Depth(), Silent(), Cancellation(), **options
+        builder.repository, None, None, VerifyScope(), Silent(), Cancellation(), **options
     ).damage
 
 
@@ -64,7 +65,7 @@ def read(builder: Builder, point):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(prune, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(prune, "_LOCK_SECONDS", 0.05)
 
 
 SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed > 3 else ()) for seed in range(12)]

@@ -18,7 +18,7 @@ from backupctl.errors import DamageFound, Interrupted, UsageError
 from backupctl.operations.restore import in_place
 from backupctl.operations.restore.in_place import restore
 from backupctl.operations.restore.request import RestoreRequest
-from backupctl.progress import Silent
+from backupctl.progress import Reporter, Silent
 from backupctl.system import durable
 from fixtures.machine import Disk, Machine
 from tests.unit.operations.test_restore_whole import as_raw, tree
@@ -27,13 +27,21 @@ from tests.unit.points import P1, P2, Builder, disk_entry, in_memory
 SIZE = 40 * CLUSTER_BYTES + 512
 
 
-def run(builder: Builder, to: object, *, point: str = "latest", stop: Cancellation | None = None, **options):
+def run(
+    builder: Builder,
+    to: object,
+    *,
+    point: str = "latest",
+    stop: Cancellation | None = None,
+    reporter: Reporter | None = None,
+    **options,
+):
     """By the manifest the disk was qcow2; who has it raw must say so."""
     kind = "raw" if str(to).endswith(".raw") else None
     wanted = {"image_format": kind, **options}
     chosen = builder.folder.point(point).id
     request = RestoreRequest(folder=builder.folder, point=chosen, to=str(to), **wanted)
-    return restore(request, Silent(), stop or Cancellation())
+    return restore(request, reporter or Silent(), stop or Cancellation())
 
 
 @pytest.fixture
@@ -257,7 +265,7 @@ from backupctl.operations.restore import in_place
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.names import VmName
 from backupctl.cancel import Cancellation
-from backupctl.progress import Silent
+from backupctl.progress import Reporter, Silent
 from backupctl.repository.repository import Repository
 from backupctl.transfer import copy
 repository, target, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
