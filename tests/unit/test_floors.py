@@ -13,7 +13,7 @@ FLOORS = (
     {"errors"},
     {"names", "cancel"},
     {"system"},
-    {"progress", "options", "digests", "images"},
+    {"finding", "progress", "options", "digests", "images"},
     {"targets", "transfer"},
     {"vm", "repository"},
     {"operations"},
