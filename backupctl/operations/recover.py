@@ -109,7 +109,7 @@ def settle(
             await_thaw()
         told += drop_leftover_files(vm, folder, owner, scratch_folder)
     except AgentError as err:
-        err.message += "; if this VM has no agent any more, call recover without --agent"
+        err.add(hint="if this VM has no guest agent any more, run recover without --agent")
         raise needs_recovery(err, vm.name) from err
     except MonitorError as err:
         raise needs_recovery(err, vm.name) from err
@@ -188,6 +188,7 @@ def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
     return NeedsRecovery(
         err.message,
         step=err.step,
+        hint=err.hint,
         state=(
             "what this run put into the VM may still be there; "
             "no committed point and no recorded change is lost"

@@ -270,7 +270,7 @@ class VmFolder:
         try:
             manifest = Manifest.from_json(content)
         except BackupctlError as err:
-            err.message = f"{path}: {err.message}"
+            err.add(subject=str(path))
             raise
         if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
             raise DamageFound(f"{path}: the manifest is of another point, VM or repository")

@@ -354,7 +354,9 @@ class _Run:
     def _unsettled(self, failure: BaseException | None, err: BackupctlError) -> BackupctlError:
         settled = recover.needs_recovery(err, self.vm.name)
         if failure is not None:
-            settled.message = f"{_text(failure)}; and then it could not be rolled back: {err.message}"
+            settled = settled.reworded(
+                f"{_text(failure)}; and then it could not be rolled back: {err.message}"
+            )
             settled.step = self.step
         elif self.point is not None and self.folder.is_committed(self.point):
             settled.state = f"the point {self.point} is committed and whole; {settled.state}"

@@ -21,7 +21,6 @@ from backupctl.errors import (
     AgentRefused,
     AgentUnavailable,
     BackupctlError,
-    Failed,
     GuardLost,
     Refused,
 )
@@ -290,10 +289,7 @@ def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Po
 
 
 def _error(answer: dict[str, Any]) -> BackupctlError:
-    kind = getattr(errors, str(answer["error"]), Failed)
-    made = kind(str(answer["message"]), state=str(answer["state"]))
-    assert isinstance(made, BackupctlError)
-    return made
+    return errors.received(str(answer["error"]), str(answer["message"]), str(answer["state"]))
 
 
 __all__ = ["AgentUnavailable", "GuardClient", "thaw_if_frozen"]
