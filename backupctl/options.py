@@ -27,11 +27,6 @@ class VmConfig:
     disk_names: dict[str, str] = field(default_factory=dict)
 
 
-MAX_CHAIN = 180
-"""Layers of a chain, at the most. QEMU's tools follow the links by a name that grows with each of them, 20
-bytes a layer, until the system takes it no more (4,096); and opening takes time by more than their square."""
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """What one run was asked to do.
@@ -42,7 +37,7 @@ class RunOptions:
     limit_bytes_per_second: rate limit of the copy over all disks, None for none.
     since: the point to differ from; None means the newest.
     checkpoints: how many bitmaps of older points stay in the VM for differentials.
-    max_chain: how many layers a disk's chain may have, at most MAX_CHAIN; one that has them is begun anew.
+    max_chain: how many layers a disk's chain may have (at most `sizes.MAX_CHAIN`) before a full is taken.
     freeze_budget_seconds: how long the guest may stay frozen.
     command_timeout_seconds: the longest that any one command to monitor or agent may take.
     stall_timeout_seconds: the longest that the copy may go without a byte arriving.

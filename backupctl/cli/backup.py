@@ -13,9 +13,10 @@ from backupctl.errors import DamageFound, UsageError
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.outcome import RunReport
-from backupctl.options import MAX_CHAIN, Kind, RunOptions, VmConfig
+from backupctl.options import Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
+from backupctl.sizes import MAX_CHAIN
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:

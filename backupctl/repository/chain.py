@@ -24,10 +24,8 @@ from backupctl.repository import markers
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import MOST_LAYERS
 from backupctl.system import safe_open
-
-MOST_LAYERS = 500
-"""A chain is handed to QEMU whole, link within link, as one argument of at most 128 KiB."""
 
 
 @dataclass(frozen=True)

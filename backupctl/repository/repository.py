@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from backupctl.errors import (
+    UNTOUCHED,
     DamageFound,
     InvalidName,
     Locked,
@@ -68,7 +69,7 @@ class Repository:
     def open(cls, path: Path) -> "Repository":
         """Open a repository. Raises NotARepository, UnknownFormat, DamageFound, RepositoryError."""
         if unnamed := unspeakable(path):
-            raise RepositoryError(unnamed, state="nothing was touched")
+            raise RepositoryError(unnamed, state=UNTOUCHED)
         try:
             content = safe_open.read(path / _FILE_NAME, strict_json.MAX_BYTES)
         except safe_open.NotPlain as err:
@@ -136,7 +137,7 @@ class Repository:
         if os.path.islink(self.path / vm_name(name)):  # noqa: PTH114 - who opens it tells of other errors
             raise RepositoryError(
                 f"{self.path / name} is a symbolic link; a VM's points lie in the repository itself",
-                state="nothing was touched",
+                state=UNTOUCHED,
             )
         return VmFolder(self.path / vm_name(name), name, self.id)
 

@@ -16,11 +16,10 @@ from msgspec import Meta
 
 from backupctl.errors import InvalidName
 from backupctl.names import NodeName, RepositoryId
+from backupctl.sizes import MAX_SIZE
 
 MAX_BYTES = 4 * 1024 * 1024
 """A manifest or journal that is larger is not read."""
-MAX_SIZE = 1 << 60
-"""The size in bytes of the largest disk."""
 
 Size = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
 # \Z and not $, which lets a line feed pass at the end.

@@ -12,11 +12,10 @@ import shlex
 import stat
 from pathlib import Path
 
-from backupctl.errors import UsageError
+from backupctl.errors import UNTOUCHED, UsageError
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _MOST_LINKS = 40  # as many as the kernel follows
-_UNTOUCHED = "nothing was touched"
 
 
 def read(path: Path, most_bytes: int) -> bytes:
@@ -68,7 +67,7 @@ def _open(path: Path) -> int:
                 os.close(found)
     finally:
         os.close(folder)
-    raise UsageError(f"{path} is not used: it is not a regular file", state=_UNTOUCHED)
+    raise UsageError(f"{path} is not used: it is not a regular file", state=UNTOUCHED)
 
 
 def _target(link: int, links: int, path: Path) -> str:
@@ -91,7 +90,7 @@ def _open_file(shown: Path, name: str, folder: int, seen: os.stat_result) -> int
 
 def _refuse_file(shown: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{shown} is not used: it is not a regular file", state=_UNTOUCHED)
+        raise UsageError(f"{shown} is not used: it is not a regular file", state=UNTOUCHED)
     _refuse_owner(shown, status)
     if status.st_mode & _OTHERS_WRITE:
         raise _writable(shown, status)
@@ -112,7 +111,7 @@ def _refuse_owner(shown: Path, status: os.stat_result) -> None:
         trusted = f"root or user {us}" if us else "root"
         raise UsageError(
             f"{shown} is not trusted: it belongs to user {status.st_uid}, not to {trusted}",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             next_command=f"chown {us} {shlex.quote(str(shown))}",
         )
 
@@ -120,6 +119,6 @@ def _refuse_owner(shown: Path, status: os.stat_result) -> None:
 def _writable(shown: Path, status: os.stat_result) -> UsageError:
     return UsageError(
         f"{shown} is not trusted: it is writable by other users (mode {stat.S_IMODE(status.st_mode):04o})",
-        state=_UNTOUCHED,
+        state=UNTOUCHED,
         next_command=f"chmod go-w {shlex.quote(str(shown))}",
     )
