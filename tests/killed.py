@@ -2,8 +2,8 @@
 """The command line, interrupted at its nth step: `Cli.call(…, entry=ENTRY, KILL_AT="5")`.
 
 A step is a monitor command, a request to the guard (it speaks to the agent), an agent command of the run
-itself, or a durable step of the repository. KILL_AT: which one (from 0), or each monitor command of that name; KILL_WHEN: before
-or after it.
+itself, or a durable step of the repository. KILL_AT: which one (from 0), or each monitor command of that
+name; KILL_WHEN: before or after it.
 STEPS: a file to which each step's name is written. What happens there is SIGKILL of the run, or DEED:
 
 - term: SIGTERM of the run;

@@ -394,7 +394,7 @@ BUGS = (
     Bug(
         "a configuration that others may write is believed",
         "system/trusted.py",
-        "    if status.st_mode & _OTHERS_WRITE:\n",
+        "    if path_walk.others_may_write(status):\n",
         "    if status.st_mode & stat.S_ISUID:\n",
         "unit/system/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
     ),
