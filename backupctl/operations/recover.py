@@ -35,7 +35,7 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.vm import bitmap, disk
-from backupctl.vm.guest.guard import thaw_if_frozen
+from backupctl.vm.guest.agent import thaw_if_frozen
 from backupctl.vm.qmp import bitmaps, scratch, teardown
 from backupctl.vm.qmp import inventory as disks
 from backupctl.vm.qmp.monitor import Monitor

@@ -41,20 +41,6 @@ class HierarchicalBitmap:
             _fill(words, first, last)
             first, last = first // WORD_BITS, last // WORD_BITS
 
-    def reset(self, start: int, length: int) -> None:
-        """Clear bits."""
-        first, last = start, start + length - 1
-        for words in reversed(self.levels):
-            if last < first:
-                return
-            _clear(words, first, last)
-            # The words at both ends may hold other bits; those between are empty now.
-            first, last = first // WORD_BITS, last // WORD_BITS
-            if words[first]:
-                first += 1
-            if last >= first and words[last]:
-                last -= 1
-
     def clear(self) -> None:
         """Clear all bits."""
         self.levels = [np.zeros(len(words), np.uint64) for words in self.levels]
@@ -174,16 +160,6 @@ def _fill(words: Words, first: int, last: int) -> None:
     words[begin] |= np.uint64(low)
     words[begin + 1 : end] = _ONES
     words[end] |= np.uint64(high)
-
-
-def _clear(words: Words, first: int, last: int) -> None:
-    begin, end, low, high = _masks(first, last)
-    if begin == end:
-        words[begin] &= np.uint64(~(low & high) & _ONES)
-        return
-    words[begin] &= np.uint64(~low & _ONES)
-    words[begin + 1 : end] = 0
-    words[end] &= np.uint64(~high & _ONES)
 
 
 def _lowest(word: int) -> int:

@@ -55,7 +55,8 @@ from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm.guest.guard import GuardClient, Thawed, thaw_if_frozen
+from backupctl.vm.guest.agent import thaw_if_frozen
+from backupctl.vm.guest.guard import GuardClient, Thawed
 from backupctl.vm.qmp import bitmaps, inventory, nbd_export, scratch, snapshot_access, teardown
 from backupctl.vm.qmp.filling import Filling
 from backupctl.vm.qmp.fleecing import Fleecing

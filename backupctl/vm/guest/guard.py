@@ -19,7 +19,6 @@ from backupctl import errors
 from backupctl.errors import (
     AgentError,
     AgentRefused,
-    AgentUnavailable,
     BackupctlError,
     Failed,
     GuardLost,
@@ -294,6 +293,3 @@ def _error(answer: dict[str, Any]) -> BackupctlError:
     made = kind(str(answer["message"]), state=str(answer["state"]))
     assert isinstance(made, BackupctlError)
     return made
-
-
-__all__ = ["AgentUnavailable", "GuardClient", "thaw_if_frozen"]
