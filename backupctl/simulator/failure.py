@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The error that a monitor command answers."""
+"""The error with which a monitor command is refused."""
 
 
 class CommandError(Exception):
