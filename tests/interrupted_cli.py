@@ -3,7 +3,7 @@
 
 A step is a monitor command, a request to the guard (it speaks to the agent), an agent command of the run
 itself, or a durable step of the repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it.
-STEPS: a file to which each step's name is written. What happens there is SIGKILL of the run, or DEED:
+STEPS: a file to which each step's name is written. What happens there is SIGKILL of the run, or ACTION:
 
 - term: SIGTERM of the run;
 - eio, enospc: a durable step fails, once, or this one and all that follow;
@@ -33,7 +33,7 @@ from backupctl.vm.guest.agent import Agent
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp.monitor import Monitor
 
-ENTRY = "tests.killed:interrupted"
+ENTRY = "tests.interrupted_cli:interrupted"
 WATCHED = {
     Monitor: ("execute", "send_fd"),
     GuardClient: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
@@ -58,7 +58,7 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
     real = getattr(owner, name)
     wanted, when = int(environment.get("KILL_AT", "-1")), environment.get("KILL_WHEN", "before")
     steps = environment.get("STEPS")
-    error = ERRORS.get(environment.get("DEED", ""), 0) if owner is durable else 0
+    error = ERRORS.get(environment.get("ACTION", ""), 0) if owner is durable else 0
 
     @wraps(real)
     def stepped(*arguments, **options):
@@ -84,7 +84,7 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
 
 
 def _happen(environment: Mapping[str, str]) -> None:
-    how = environment.get("DEED", "")
+    how = environment.get("ACTION", "")
     if how in ERRORS:
         return
     if how in ("", "term"):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import killed
+from tests import interrupted_cli
 from tests.conftest import Lab
 
 KEEP = ("--keep-checkpoints", "2")
@@ -31,7 +31,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "snapshot access": ("incremental", "--view", "snapshot-access"),
 }
 WHEN = ("before", "after")
-ENDS = ("quit", "crash", "restart")
+TERMINATIONS = ("quit", "crash", "restart")
 CLUSTER_BYTES = 65536
 TABLES_BYTES = 5 * CLUSTER_BYTES  # of a small qcow2
 CODES = {"": (-9,), "term": (0, 1), "eio": (1,), "enospc": (1,)}
@@ -40,20 +40,20 @@ SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Cut:
-    """An interruption. deed: "" for SIGKILL of backupctl, else one of `tests.killed`."""
+class Interruption:
+    """An interruption. action: "" for SIGKILL of backupctl, else one of `interrupted_cli`."""
 
     step: int
     when: str
-    deed: str = ""
+    action: str = ""
 
     def __str__(self) -> str:
-        return f"{self.step}:{self.when}" + (f":{self.deed}" if self.deed else "")
+        return f"{self.step}:{self.when}" + (f":{self.action}" if self.action else "")
 
     @classmethod
-    def parse(cls, text: str) -> "Cut":
-        step, when, *deed = text.split(":")
-        return cls(int(step), when, *deed)
+    def parse(cls, text: str) -> "Interruption":
+        step, when, *action = text.split(":")
+        return cls(int(step), when, *action)
 
 
 class Explorer:
@@ -74,7 +74,7 @@ class Explorer:
         self._right(committed=self._committed(), crashed=False)
         return steps
 
-    def play(self, first: Cut, again: Cut | None = None) -> bool:
+    def play(self, first: Interruption, again: Interruption | None = None) -> bool:
         """Play one case; whether `again` came to pass (a recovery has so many steps and no more)."""
         self.lab.writer.write(2)
         before = self._committed()
@@ -85,26 +85,30 @@ class Explorer:
             assert (self._committed() == before) == bool(code), f"exit {code} is a lie"
         self.lab.writer.write(1)
         if again is not None:
-            _, came = self._interrupted(again, lambda cut: self._call("recover", "web", cut=cut))
+            _, came = self._interrupted(
+                again, lambda interruption: self._call("recover", "web", interruption=interruption)
+            )
         code, words = self._call("recover", "web")
         assert code == 0, f"recovery: exit {code}: {words}"
         self.lab.writer.write(2)
-        crashed = "crash" in (first.deed, again and again.deed)
+        crashed = "crash" in (first.action, again and again.action)
         self._right(before, crashed=crashed)
         self.cases += 1
         if crashed or len(list(self._folder.glob("*Z"))) > POINTS:
             self._begin()  # a crash costs the checkpoints, too
         return came
 
-    def _interrupted(self, cut: Cut, call: Callable[[Cut], tuple[int, str]]) -> tuple[int, bool]:
+    def _interrupted(
+        self, interruption: Interruption, call: Callable[[Interruption], tuple[int, str]]
+    ) -> tuple[int, bool]:
         """Make a call with an interruption; returns its exit code and whether it came to that."""
-        if cut.deed in ENDS:
+        if interruption.action in TERMINATIONS:
             self.lab.machine._hang_up()  # it will end
-        code, words = call(cut)
-        came = len(self._log.read_text().splitlines()) > cut.step
-        assert code in (CODES.get(cut.deed, (0, 1, 3)) if came else (0,)), f"exit {code}: {words}"
-        assert not killed.BUG.search(words), words
-        if cut.deed == "quit" and came:
+        code, words = call(interruption)
+        came = len(self._log.read_text().splitlines()) > interruption.step
+        assert code in (CODES.get(interruption.action, (0, 1, 3)) if came else (0,)), f"exit {code}: {words}"
+        assert not interrupted_cli.BUG.search(words), words
+        if interruption.action == "quit" and came:
             self._start_again()
         self.lab.machine.control("clear-faults")
         return code, came
@@ -135,11 +139,11 @@ class Explorer:
         for folder in old:
             shutil.rmtree(folder)
 
-    def _run(self, cut: Cut | None = None) -> tuple[int, str]:
+    def _run(self, interruption: Interruption | None = None) -> tuple[int, str]:
         kind, *options = SHAPES[self.shape]
         if self.shape == "differential":
             options += ["--since", sorted(path.name for path in self._folder.glob("*Z"))[-2]]
-        return self._call(kind, "web", *options, cut=cut)
+        return self._call(kind, "web", *options, interruption=interruption)
 
     def _right(self, committed: dict[str, tuple[int, ...]], *, crashed: bool) -> None:
         assert committed.items() <= self._committed().items(), "a committed point was touched"
@@ -180,11 +184,15 @@ class Explorer:
             found[str(path)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         return found
 
-    def _call(self, *arguments: str, cut: Cut | None = None) -> tuple[int, str]:
+    def _call(self, *arguments: str, interruption: Interruption | None = None) -> tuple[int, str]:
         """Make a call, interrupted perhaps; returns its exit code and what it said."""
         self._log.unlink(missing_ok=True)
         environment = {"STEPS": str(self._log), "CONTROL": str(self.lab.machine.folder / "control")}
-        if cut is not None:
-            environment |= {"KILL_AT": str(cut.step), "KILL_WHEN": cut.when, "DEED": cut.deed}
-        self._last = self.lab.cli.call(*arguments, entry=killed.ENTRY, **environment)
+        if interruption is not None:
+            environment |= {
+                "KILL_AT": str(interruption.step),
+                "KILL_WHEN": interruption.when,
+                "ACTION": interruption.action,
+            }
+        self._last = self.lab.cli.call(*arguments, entry=interrupted_cli.ENTRY, **environment)
         return self._last.returncode, self._last.stderr

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from backupctl.drills.fork_server import CallSpec
+from fixtures import fork_server
 from fixtures.simulated import ROOT, Simulated
-from fixtures.warm import warm
-from tests.hostile.liar import Liar, Lie
+from tests.hostile.lying_peer import Lie, LyingPeer
 from tests.hostile.nbd import LyingServer
 
 SIZE = 4 << 20
@@ -72,7 +72,7 @@ class Victim:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             environment = self._environment() | {"PEAK": str(peak)}
             program = CallSpec(words, environment, str(self.outside), "tests.hostile.runner:bounded")
-            with warm().start(program, out, err) as call:
+            with fork_server.shared().start(program, out, err) as call:
                 try:
                     code = call.wait(2 * MOST_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -103,11 +103,11 @@ class Victim:
         with ExitStack() as liars:
             monitor, guest = self.vm.qmp_path, self.vm.agent_path
             if qmp is not None or nbd is not None:
-                monitor = self.folder / "liar.qmp"
-                liars.enter_context(Liar(monitor, self.vm.qmp_path, qmp or {}, nbd))
+                monitor = self.folder / "lying-peer.qmp"
+                liars.enter_context(LyingPeer(monitor, self.vm.qmp_path, qmp or {}, nbd))
             if agent is not None:
-                guest = self.folder / "liar.agent"
-                liars.enter_context(Liar(guest, self.vm.agent_path, agent))
+                guest = self.folder / "lying-peer.agent"
+                liars.enter_context(LyingPeer(guest, self.vm.agent_path, agent))
             done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
             self._settled()
             self.code = done.code

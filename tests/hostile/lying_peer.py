@@ -22,7 +22,7 @@ Lie = Callable[[bytes], Said]
 """Gets the honest line and returns what is sent in its place; an iterable may have no end."""
 
 
-class Liar:
+class LyingPeer:
     """Listens on `path` in front of `target`.
 
     lies: by command ("query-block"), by its nth call ("query-block@2"), or for "greeting", "event", "*".
