@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every place at which a run, and the recovery after it, can be interrupted; and what must be true then.
+"""Every step at which a run, and the recovery after it, can be interrupted, and what must hold afterwards.
 
-A case is two interruptions at the most: one of the run, at a step, before or after it, and one of the
-`recover` that follows. A run that ends with 0 has made a point, one that ends with 1 has made none, and
-neither has left anything. Then `recover` runs to its end, the guest having written all the while, and:
+A case has one or two interruptions: one of the run, before or after a step, and one of the `recover` that
+follows. A run that ends with 0 has made a point, one that ends with 1 has made none, and neither has left
+anything. Then `recover` runs to its end, while the guest has kept writing, and:
 
-- nothing of ours is left but the committed set; the files of committed points are as they were;
+- backupctl has left nothing but the committed set; the files of committed points are unchanged;
 - no write of the guest has failed, and it is not frozen;
-- the next incremental succeeds, and each of its disks is byte-equal to the simulator's copy of the moment;
-- it stands on the newest point and stores little more than what differs from it;
-- no bitmap was lost: it is no scan (unless QEMU itself crashed).
+- the next incremental succeeds, and each of its disks equals the simulator's copy, byte for byte;
+- its parent is the newest point, and it stores little more than what differs from it;
+- no bitmap was lost: no disk is scanned (unless QEMU itself crashed).
 """
 
 import json
@@ -35,7 +35,7 @@ TERMINATIONS = ("quit", "crash", "restart")
 CLUSTER_BYTES = 65536
 TABLES_BYTES = 5 * CLUSTER_BYTES  # of a small qcow2
 CODES = {"": (-9,), "term": (0, 1), "eio": (1,), "enospc": (1,)}
-POINTS = 12  # more of them would only make chains long
+POINTS = 12  # more would only make the chains longer
 SECONDS = 60
 
 
@@ -57,7 +57,7 @@ class Interruption:
 
 
 class Explorer:
-    """Plays cases of one shape on one lab."""
+    """Runs cases of one shape on one lab."""
 
     def __init__(self, lab: Lab, shape: str) -> None:
         self.lab = lab
@@ -67,7 +67,7 @@ class Explorer:
         self._begin()
 
     def steps(self) -> list[str]:
-        """Play the run once to its end; returns the names of its steps."""
+        """Run once to the end, and return the names of the steps."""
         code, words = self._run()
         assert code == 0, words
         steps = self._log.read_text().splitlines()
@@ -75,7 +75,7 @@ class Explorer:
         return steps
 
     def play(self, first: Interruption, again: Interruption | None = None) -> bool:
-        """Play one case; whether `again` came to pass (a recovery has so many steps and no more)."""
+        """Run one case. Returns whether `again` took place: it does not if the recovery has fewer steps."""
         self.lab.writer.write(2)
         before = self._committed()
         code, came = self._interrupted(first, self._run)
@@ -95,13 +95,13 @@ class Explorer:
         self._right(before, crashed=crashed)
         self.cases += 1
         if crashed or len(list(self._folder.glob("*Z"))) > POINTS:
-            self._begin()  # a crash costs the checkpoints, too
+            self._begin()  # a crash loses the checkpoints, too
         return came
 
     def _interrupted(
         self, interruption: Interruption, call: Callable[[Interruption], tuple[int, str]]
     ) -> tuple[int, bool]:
-        """Make a call with an interruption; returns its exit code and whether it came to that."""
+        """Make a call with an interruption; return its exit code and whether the interruption took place."""
         if interruption.action in TERMINATIONS:
             self.lab.machine._hang_up()  # it will end
         code, words = call(interruption)
@@ -115,7 +115,7 @@ class Explorer:
 
     @property
     def _log(self) -> Path:
-        """Where the last call told its steps."""
+        """The file with the steps of the last call."""
         return self.lab.folder / "steps"
 
     @property
@@ -123,14 +123,14 @@ class Explorer:
         return self.lab.cli.repository / "web"
 
     def _start_again(self) -> None:
-        """Start the machine that has ended; it takes the names of its sockets with it, so not before."""
+        """Start the machine again, once it has ended and removed its sockets."""
         machine = self.lab.machine
         assert machine.process is not None
         machine.process.wait(SECONDS)
         machine.start()
 
     def _begin(self) -> None:
-        """Make a new chain, and forget the old one."""
+        """Start a new chain, and delete the old one."""
         old = list(self._folder.glob("*Z")) if self._folder.exists() else []
         for kind in ("full", *["incremental"] * len(self._keep)):
             self.lab.writer.write(5)
@@ -146,7 +146,7 @@ class Explorer:
         return self._call(kind, "web", *options, interruption=interruption)
 
     def _right(self, committed: dict[str, tuple[int, ...]], *, crashed: bool) -> None:
-        assert committed.items() <= self._committed().items(), "a committed point was touched"
+        assert committed.items() <= self._committed().items(), "a committed point was changed"
         self.lab.assert_at_rest(bitmaps_each=None)
         assert self.lab.machine.control("status")["failed-writes"] == 0, "a write of the guest failed"
         newest = max(path.name for path in self._folder.glob("*Z"))
@@ -157,7 +157,9 @@ class Explorer:
         for disk in report["disks"]:
             name = disk["name"]
             content, parent = self._content(report["point"], name), self._content(newest, name)
-            assert content == self.lab.writer.moment[name], f"{name} is not what it was at its moment"
+            assert content == self.lab.writer.moment[name], (
+                f"{name} differs from the disk at its point in time"
+            )
             assert disk["kind"] == "incremental", f"the chain of {name} was lost"
             assert crashed or not disk["scanned"], f"the bitmap of {name} was lost"
             changed = sum(
@@ -177,7 +179,7 @@ class Explorer:
         return raw.read_bytes()
 
     def _committed(self) -> dict[str, tuple[int, ...]]:
-        """Return what tells of each file of each committed point whether it was touched."""
+        """Return inode, size and time of each file of each committed point, to notice changes."""
         found = {}
         for path in self._folder.glob("*Z/*"):
             stat = path.stat()
@@ -185,7 +187,7 @@ class Explorer:
         return found
 
     def _call(self, *arguments: str, interruption: Interruption | None = None) -> tuple[int, str]:
-        """Make a call, interrupted perhaps; returns its exit code and what it said."""
+        """Make a call, interrupted if asked for; return its exit code and stderr."""
         self._log.unlink(missing_ok=True)
         environment = {"STEPS": str(self._log), "CONTROL": str(self.lab.machine.folder / "control")}
         if interruption is not None:

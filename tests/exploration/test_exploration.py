@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Interrupt a run anywhere, and the recovery after it anywhere, on the simulator.
+"""Interrupt a run at every step, and the recovery after it at every step, on the simulator.
 
-A failing case prints the command that repeats it. In `make test` every so many-th case is played; all of them
-are `make explore`.
+A failing case prints the command that repeats it. `make test` runs a sample of the cases, `make explore` all.
 """
 
 import os
@@ -16,10 +15,10 @@ from tests.exploration.explorer import SHAPES, TERMINATIONS, WHEN, Explorer, Int
 
 MIB = 1 << 20
 CHUNKS = 8
-MOST_STEPS = 60  # no recovery has so many
+MOST_STEPS = 60  # more than any recovery has
 DURABLE = ("sync_file ", "sync_folder ", "make_folder ", "write_new ", "replace ", "rename ")
 MET = {"term": "", "hangup": "execute ", "lost": "execute ", "eio": DURABLE, "enospc": DURABLE}
-"""What does not kill a run: with what the steps begin at which it can be met."""
+"""Interruptions that do not kill a run, each with the beginnings of the steps at which it can happen."""
 SINGLES, OTHERS, AGAIN = 3, 1, ("", "", *TERMINATIONS)  # in the quick tier
 
 
@@ -57,7 +56,7 @@ def around_the_commit(steps: list[str]) -> list[Interruption]:
 
 
 def pairs(explorer: Explorer, first: Interruption, action: str = "", whens: Sequence[str] = WHEN) -> int:
-    """Play an interruption of the run with every one of the recovery; returns how many there were."""
+    """Run an interruption of the run with every one of the recovery; return how many there were."""
     played = 0
     for step in range(MOST_STEPS):
         for when in whens:
@@ -70,7 +69,7 @@ def pairs(explorer: Explorer, first: Interruption, action: str = "", whens: Sequ
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_sample_of_all_interruptions(explorer, shape, record_property):
-    """The same sample each time: what the whole exploration finds it may not."""
+    """The sample is always the same; it may miss what the whole exploration finds."""
     one = explorer(shape)
     steps, rng = one.steps(), random.Random(shape)
     for interruption in [*around_the_commit(steps), *rng.sample(interruptions(steps), SINGLES)]:
@@ -105,7 +104,7 @@ def test_every_interruption(explorer, shape, action, chunk, record_property):
 @pytest.mark.parametrize("first", WHEN)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_pair(explorer, shape, first, again, chunk, record_property):
-    """`-k before-before` is a quarter of them: all states that two deaths between steps can leave."""
+    """`-k before-before` is a quarter of them: all states that two kills between steps can leave."""
     one = explorer(shape)
     firsts = [interruption for interruption in interruptions(one.steps()) if interruption.when == first][
         chunk::CHUNKS
@@ -120,7 +119,7 @@ def test_every_pair(explorer, shape, first, again, chunk, record_property):
 @pytest.mark.parametrize("action", TERMINATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_end_of_qemu_at_every_step_of_a_recovery(explorer, shape, action, record_property):
-    """After deaths here and there, the commit's among them."""
+    """After kills at some steps, among them the commit."""
     one = explorer(shape)
     steps = one.steps()
     firsts = [*around_the_commit(steps), *random.Random(action).sample(interruptions(steps), SINGLES)]
