@@ -185,6 +185,15 @@ def test_every_command_is_on_the_first_page():
     assert [name for name in sorted(names) if not re.search(rf"backupctl {name}\b|`{name}`", readme)] == []
 
 
+def test_every_key_of_the_configuration_page_is_in_the_example_and_the_other_way_round():
+    page = (ROOT / "docs/configuration.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    keys = {key for row in rows for key in re.findall(r"`([a-z_]+)`", row.split(" | ")[0])}
+    example = (ROOT / "fixtures/backupctl.example.toml").read_text()
+    assert {key for key in keys if not re.search(rf"\b{key}\b", example)} == set()
+    assert set(re.findall(r"^(\w+) = ", example, re.MULTILINE)) - {"virtio0"} <= keys
+
+
 @pytest.mark.parametrize(
     ("check", "text", "wrong"),
     [
