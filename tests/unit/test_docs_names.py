@@ -9,6 +9,7 @@ import click
 import pytest
 
 from backupctl.cli.main import cli
+from backupctl.drills.catalog import DRILLS
 from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -183,6 +184,11 @@ def test_every_command_is_on_the_first_page():
     readme = (ROOT / "README.md").read_text()
     names = {name.split(" ")[0] for name in commands()} - {""}
     assert [name for name in sorted(names) if not re.search(rf"backupctl {name}\b|`{name}`", readme)] == []
+
+
+def test_the_first_page_counts_the_drills():
+    (number,) = re.findall(r"break a simulated VM in (\d+) ways", (ROOT / "README.md").read_text())
+    assert int(number) == len(DRILLS)
 
 
 def test_every_key_of_the_configuration_page_is_in_the_example_and_the_other_way_round():
