@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -23,6 +24,7 @@ import pytest
 
 from backupctl.drills.fork_server import Program
 from fixtures import builds
+from fixtures.simulated import VERSIONS
 from fixtures.warm import ENVIRONMENT, warm
 from tests.conformance.qmp import Monitor
 
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
     from backupctl.drills.fork_server import Call
 
 SIZE = 4 << 20
-REAL = ("7.2", "10.0")
-SIMULATED = {"simulator-7.2": "7.2.22", "simulator-10.0": "10.0.2"}
-PAIRS = [("7.2", "10.0"), ("simulator-7.2", "7.2"), ("simulator-10.0", "10.0")]
+REAL = builds.VERSIONS
+SIMULATED = {f"simulator-{short}": whole for short, whole in VERSIONS.items()}
+PAIRS = [*pairwise(REAL), *((f"simulator-{version}", version) for version in REAL)]
 _START_SECONDS = 20.0
 
 
