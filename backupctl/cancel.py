@@ -9,7 +9,7 @@ from types import FrameType
 from backupctl.errors import Interrupted
 
 
-class Stop:
+class Cancellation:
     """Whether the run was asked to end.
 
     A signal only raises a flag; the run looks at it between steps and while it copies. An exception
@@ -33,9 +33,9 @@ class Stop:
         if self._why:
             raise Interrupted(f"stopped by {self._why}")
 
-    def also(self, check: Callable[[], None]) -> "Stop":
-        """Return a Stop that ends when this one does, or when `check` raises."""
-        return _StopAlso(self, check)
+    def also(self, check: Callable[[], None]) -> "Cancellation":
+        """Return a Cancellation that is requested when this one is, and whose `check` calls `check` too."""
+        return _CancellationAlso(self, check)
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -55,10 +55,10 @@ class Stop:
                 signal.signal(number, old)
 
 
-class _StopAlso(Stop):
-    """A Stop that looks at something more; asked to end is the first one."""
+class _CancellationAlso(Cancellation):
+    """One that checks something more; a request goes to the first one."""
 
-    def __init__(self, first: Stop, check: Callable[[], None]) -> None:
+    def __init__(self, first: Cancellation, check: Callable[[], None]) -> None:
         super().__init__()
         self._first = first
         self._check = check

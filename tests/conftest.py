@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.drills.fork_server import CLI, Program
+from backupctl.drills.fork_server import CLI, CallSpec
 from fixtures import builds, fuse, warm
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
@@ -154,7 +154,7 @@ class Cli:
     ) -> "subprocess.CompletedProcess[str]":
         """Make a call, by another entry than the command line's own perhaps, whatever comes of it."""
         called, around = self.arguments(*arguments, vm=vm), {**self.environment, **environment}
-        return warm.warm().run(Program(called, around, str(ROOT), entry), SECONDS)
+        return warm.warm().run(CallSpec(called, around, str(ROOT), entry), SECONDS)
 
     def run(self, *arguments: str, code: int = 0, vm: bool = True) -> "subprocess.CompletedProcess[str]":
         if self.prefix:

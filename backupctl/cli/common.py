@@ -21,7 +21,7 @@ from backupctl.errors import (
     RepositoryError,
     UsageError,
 )
-from backupctl.options import RunOptions, Vm
+from backupctl.options import RunOptions, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -30,7 +30,7 @@ DEFAULTS = RunOptions(kind="incremental")
 
 
 @dataclass(frozen=True)
-class Named:
+class Target:
     """What a command line names."""
 
     config: config.Config
@@ -40,7 +40,7 @@ class Named:
     repository_path: str | None
     scratch_path: str | None
 
-    def vm(self) -> Vm:
+    def vm(self) -> VmConfig:
         """Return the VM. Raises UsageError."""
         return self.config.vm(self.name or "", self.qmp, self.agent)
 
@@ -116,14 +116,17 @@ class Named:
     def scratch(self) -> Path:
         """Return the folder for scratch files."""
         found = self.scratch_path or self.config.setting(self.name, "scratch")
-        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch
+        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch.folder
+
+    def timeouts(self) -> Timeouts:
+        """Return how long to wait for the VM."""
+        return Timeouts()
 
 
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
     """Return the error to end with where several were met: damage first, with what the others say."""
     found = next((one for one in failures if isinstance(one, DamageFound)), failures[0])
-    found.message = "; ".join(dict.fromkeys(one.message for one in (found, *failures)))
-    return found
+    return found.reworded("; ".join(dict.fromkeys(one.message for one in (found, *failures))))
 
 
 def config_option(command: Command) -> Command:
@@ -173,11 +176,11 @@ def quiet(command: Command) -> Command:
     return click.option("--quiet", is_flag=True, help=said)(command)
 
 
-def take(context: click.Context, options: dict[str, Any]) -> Named:
+def from_context(context: click.Context, options: dict[str, Any]) -> Target:
     """Take what `named` added out of a command's options."""
     _refuse_no_folder()
     given = options.pop("config", None) or context.find_root().params.get("config")
-    return Named(
+    return Target(
         config=config.load(given),
         name=options.pop("name", None),
         qmp=options.pop("qmp", None),

@@ -29,7 +29,8 @@ from typing import Any, get_args
 
 from backupctl.errors import InvalidName, UsageError
 from backupctl.names import disk_name, vm_name
-from backupctl.options import MAX_CHAIN, FreezeWish, OnBrokenChain, ViewWish, Vm
+from backupctl.options import FreezeMode, OnBrokenChain, ViewKind, VmConfig
+from backupctl.sizes import MAX_CHAIN
 from backupctl.system import trusted
 from backupctl.system.address import Address
 
@@ -39,8 +40,8 @@ MAX_BYTES = 256 * 1024
 MAX_FREEZE_SECONDS = 3600
 MAX_COUNT = 1000
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "freeze": get_args(FreezeWish),
-    "view": get_args(ViewWish),
+    "freeze": get_args(FreezeMode),
+    "view": get_args(ViewKind),
     "on_broken_chain": get_args(OnBrokenChain),
 }
 _STRINGS = frozenset(
@@ -88,7 +89,7 @@ class Config:
         default = [None] if self.defaults.get("repository") else []
         return tuple(dict.fromkeys(self.repository(vm, None) for vm in (*default, *vms)))
 
-    def vm(self, name: str, qmp: str | None, agent: str | None) -> Vm:
+    def vm(self, name: str, qmp: str | None, agent: str | None) -> VmConfig:
         """Return a VM as the file and the command line describe it. Raises UsageError."""
         try:
             checked = vm_name(name)
@@ -102,7 +103,7 @@ class Config:
                 hint=f"use --qmp unix:PATH, or configure [vm.{checked}] in {self.path or SYSTEM_FILE}",
             )
         guest = agent or self.setting(name, "agent")
-        return Vm(
+        return VmConfig(
             checked,
             Address.parse(monitor),
             Address.parse(guest) if guest else None,

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import common, units
 from backupctl.cli.output import clean
 from backupctl.drills import demo as drill
@@ -38,7 +38,7 @@ def demo(seed: int) -> None:
     """
     drill.check_tools()
     begun = time.monotonic()
-    screen, stop = Screen(), Stop()
+    screen, stop = Screen(), Cancellation()
     with (
         stop.on_signals(),
         tempfile.TemporaryDirectory(prefix="backupctl-demo-") as name,

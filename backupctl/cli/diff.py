@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import block_map, common, output, units
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.names import vm_name
@@ -32,9 +32,9 @@ def diff(context: click.Context, /, **options: Any) -> None:
 
     The points may be of different chains. Only digests are compared: no data is read.
     """
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     folder = names.repository().vm(vm_name(names.name or ""))
-    stop = Stop()
+    stop = Cancellation()
     with stop.on_signals():
         report = core.diff(
             folder,

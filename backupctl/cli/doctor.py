@@ -24,7 +24,7 @@ def doctor(context: click.Context, /, **options: Any) -> None:
     what earlier runs have left. What a run will do in the repository, the scratch and the temporary folder is
     tried there, and removed again.
     """
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     vm, path = names.vm(), names.folder()
     found = core.examine(vm, path, backup.wishes(names, "incremental", {}), names.other_repositories)
     around = (*exposure.configuration(names.config), *exposure.repository(path, vm.name))

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, units
 from backupctl.cli.output import clean
 from backupctl.drills import runner
@@ -45,7 +45,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
         _list(chosen, as_json=as_json)
         return
     check_tools()
-    begun, stop = time.monotonic(), Stop()
+    begun, stop = time.monotonic(), Cancellation()
     outcomes = []
     with stop.on_signals():
         for outcome in runner.run(chosen, place, stop):

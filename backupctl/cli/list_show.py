@@ -12,7 +12,7 @@ from backupctl.names import VmName, vm_name
 from backupctl.repository import audit
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import Survey, VmFolder
+from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 
 
 @click.command("list", epilog=common.exit_help(0, 2, 4))
@@ -21,8 +21,8 @@ from backupctl.repository.vm_folder import Survey, VmFolder
 @click.pass_context
 def list_points(context: click.Context, /, **options: Any) -> None:
     """List the recovery points of a VM, or of all VMs of every repository that is configured, newest last."""
-    names = common.take(context, options)
-    found: dict[Path, list[Survey]] = {}
+    names = common.from_context(context, options)
+    found: dict[Path, list[ScannedPoints]] = {}
     failures: list[BackupctlError] = []
     problems: list[audit.Problem] = []
     for path in names.folders():
@@ -64,7 +64,7 @@ def _folders(repository: Repository, name: str | None) -> list[VmFolder]:
     return [repository.vm(vm) for vm in ([vm_name(name)] if name else repository.vms())]
 
 
-def _tell(path: Path, surveys: list[Survey], *, alone: bool) -> None:
+def _tell(path: Path, surveys: list[ScannedPoints], *, alone: bool) -> None:
     """Show the points of one repository; with its name, if there are others."""
     points = [point for survey in surveys for point in survey.points]
     if not points:
@@ -135,7 +135,7 @@ def point_document(point: Point) -> dict[str, Any]:
 @click.pass_context
 def show(context: click.Context, /, **options: Any) -> None:
     """Show one recovery point: POINT is an id, or `latest`."""
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     repository = names.repository()
     point = _folder_point(repository, vm_name(names.name or ""), options["point"])
     if options["as_json"]:

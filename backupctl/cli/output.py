@@ -89,7 +89,7 @@ def finish(code: int) -> int:
         return code
     why = "its reader has left" if isinstance(lost, BrokenPipeError) else lost.strerror
     if _output.done:
-        Lines().warn(f"standard output takes no more ({why}), but {_output.done}")
+        LineReporter().warn(f"standard output takes no more ({why}), but {_output.done}")
         return code
     if code or isinstance(lost, BrokenPipeError):
         return code
@@ -191,7 +191,7 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
 def error_document(err: BackupctlError) -> dict[str, Any]:
     """Return an error for programs."""
     return {
-        "kind": type(err).__name__,
+        "kind": err.code,
         "message": err.message,
         "step": err.step,
         "state": err.state,
@@ -201,7 +201,7 @@ def error_document(err: BackupctlError) -> dict[str, Any]:
     }
 
 
-class Lines:
+class LineReporter:
     """A Reporter for logs: a line for each step, and one every ten seconds while bytes move."""
 
     def __init__(self) -> None:
@@ -233,7 +233,7 @@ class Lines:
             sys.stderr.flush()
 
 
-class Quiet(Lines):
+class WarningReporter(LineReporter):
     """A Reporter for timers whose every word is a mail: warnings only."""
 
     def step(self, text: str) -> None:

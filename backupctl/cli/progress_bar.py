@@ -53,7 +53,7 @@ class _Rate(ProgressColumn):
         return Text(f"{units.size(round(speed))}/s" if speed else "", style="progress.data.speed")
 
 
-class Live:
+class ProgressReporter:
     """A Reporter for a terminal: the step under way, and a bar for each disk."""
 
     def __init__(self, display: Progress) -> None:
@@ -85,7 +85,7 @@ class Live:
 
 
 @contextmanager
-def reporter() -> Iterator[Live]:
+def reporter() -> Iterator[ProgressReporter]:
     """Give the Reporter of a terminal."""
     columns = (
         TextColumn("  {task.description}"),
@@ -96,4 +96,4 @@ def reporter() -> Iterator[Live]:
     )
     console = Console(file=cast("IO[str]", _Unfailing(sys.stderr)), highlight=False)
     with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as display:
-        yield Live(display)
+        yield ProgressReporter(display)

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
-from backupctl.cli.common import Named
+from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
 from backupctl.names import vm_name
 from backupctl.operations.prune import retention
@@ -60,8 +60,8 @@ def prune(context: click.Context, /, **options: Any) -> None:
     A point stays if any rule holds it. The newest always stays, the newest that holds each disk, and
     protected ones. The VM is not touched. What a prune could not finish the next one does.
     """
-    names = common.take(context, options)
-    stop = Stop()
+    names = common.from_context(context, options)
+    stop = Cancellation()
     with stop.on_signals(), reporters.reporter(quiet=options["quiet"]) as reporter:
         work = _Work(options, reporter, stop)
         if names.name is None:
@@ -94,7 +94,7 @@ class _Policy:
     unused: dict[str, Any]
 
     @classmethod
-    def of(cls, names: Named, options: dict[str, Any]) -> "_Policy":
+    def of(cls, names: Target, options: dict[str, Any]) -> "_Policy":
         """Take the command line's rules, if it names any, or else those of the configuration, never both.
 
         Raises UsageError.
@@ -126,12 +126,12 @@ class _Work:
 
     options: dict[str, Any]
     reporter: Reporter
-    stop: Stop
+    stop: Cancellation
     done: dict[str, _Done] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, BackupctlError] = field(default_factory=dict)
 
-    def all(self, names: Named) -> None:
+    def all(self, names: Target) -> None:
         """Prune each configured VM, or each that is in the repository that was named. Raises Interrupted."""
         vms = names.repository().vms() if names.repository_path else list(names.config.vms)
         if not vms:
@@ -149,7 +149,7 @@ class _Work:
         if not (self.done or self.failed) and set(self.skipped.values()) == {_NO_RULE}:
             raise UsageError(f"nothing was dropped: {_NO_RULE}")
 
-    def _one_of_all(self, names: Named) -> None:
+    def _one_of_all(self, names: Target) -> None:
         policy = _Policy.of(names, self.options)
         name = vm_name(names.name or "")
         if not policy.named and name not in names.config.vms:
@@ -165,11 +165,11 @@ class _Work:
         self.skipped[vm] = why
         self.reporter.note(f"skipped {vm}: {why}")
 
-    def one(self, names: Named) -> None:
+    def one(self, names: Target) -> None:
         """Prune one VM."""
         self._prune(names, _Policy.of(names, self.options))
 
-    def _prune(self, names: Named, policy: _Policy) -> None:
+    def _prune(self, names: Target, policy: _Policy) -> None:
         folder = names.repository().vm(vm_name(names.name or ""))
         if policy.unused:
             listed = ", ".join(f"{key} = {value}" for key, value in policy.unused.items())
@@ -241,7 +241,7 @@ def _print(report: PruneReport, *, dry_run: bool) -> None:
 
 def _switch(change: Callable[..., Any], said: str) -> Callable[..., None]:
     def run(context: click.Context, /, **options: Any) -> None:
-        names = common.take(context, options)
+        names = common.from_context(context, options)
         point = change(names.repository().vm(vm_name(names.name or "")), options["point"])
         output.done(f"{names.name} {point}: {said}")
         if options["as_json"]:

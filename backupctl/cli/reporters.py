@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from backupctl.cli.output import Lines, Quiet
+from backupctl.cli.output import LineReporter, WarningReporter
 from backupctl.progress import Reporter
 
 
@@ -13,10 +13,10 @@ from backupctl.progress import Reporter
 def reporter(*, quiet: bool = False) -> Iterator[Reporter]:
     """Give the Reporter that fits stderr."""
     if quiet:
-        yield Quiet()
+        yield WarningReporter()
         return
     if not sys.stderr.isatty():
-        yield Lines()
+        yield LineReporter()
         return
     from backupctl.cli import progress_bar  # noqa: PLC0415 - rich takes a tenth of a run's start; timers need none of it
 

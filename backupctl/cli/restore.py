@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.images.foreign_header import FEATURES
@@ -16,8 +16,8 @@ from backupctl.names import vm_name
 from backupctl.operations.restore import in_place, overlay
 from backupctl.operations.restore import whole as core
 from backupctl.operations.restore.destination import STDOUT
-from backupctl.operations.restore.in_place import ReconcileReport
-from backupctl.operations.restore.overlay import ThinReport
+from backupctl.operations.restore.in_place import InPlaceReport
+from backupctl.operations.restore.overlay import OverlayReport
 from backupctl.operations.restore.whole import RestoreReport
 from backupctl.progress import Reporter
 from backupctl.repository.point import Point
@@ -66,10 +66,10 @@ def restore(context: click.Context, /, **options: Any) -> None:
 
     The VM is not touched, and the repository is only read.
     """
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     folder = names.repository().vm(vm_name(names.name or ""))
     way = _way(options)
-    stop = Stop()
+    stop = Cancellation()
     with stop.on_signals():
         with reporters.reporter() as reporter:
             tell = way(folder, folder.point(options["point"]), options, reporter, stop)
@@ -78,7 +78,7 @@ def restore(context: click.Context, /, **options: Any) -> None:
 
 
 def _whole(
-    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Stop
+    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Cancellation
 ) -> Callable[[], None]:
     report = core.restore(
         folder,
@@ -107,7 +107,7 @@ def _way(options: dict[str, Any]) -> Callable[..., Callable[[], None]]:
 
 
 def _thin(
-    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, _stop: Stop
+    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, _stop: Cancellation
 ) -> Callable[[], None]:
     report = overlay.restore(
         folder,
@@ -123,7 +123,7 @@ def _thin(
     return partial(_tell_thin, report, as_json=options["as_json"])
 
 
-def _tell_thin(report: ThinReport, *, as_json: bool) -> None:
+def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
     if as_json:
         disks = [
             {
@@ -144,7 +144,7 @@ def _tell_thin(report: ThinReport, *, as_json: bool) -> None:
 
 
 def _only_changed(
-    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Stop
+    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Cancellation
 ) -> Callable[[], None]:
     report = in_place.restore(
         folder,
@@ -160,7 +160,7 @@ def _only_changed(
     return partial(_tell_only_changed, report, as_json=options["as_json"])
 
 
-def _tell_only_changed(report: ReconcileReport, *, as_json: bool) -> None:
+def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
     if as_json:
         disks = [
             {
@@ -218,7 +218,7 @@ def _tell_whole(report: RestoreReport, *, as_json: bool) -> None:
 
 
 def _print_document(
-    report: RestoreReport | ThinReport | ReconcileReport, disks: list[dict[str, Any]]
+    report: RestoreReport | OverlayReport | InPlaceReport, disks: list[dict[str, Any]]
 ) -> None:
     missing = [{"name": one.name, "point": one.point} for one in report.missing]
     output.print_json({"vm": report.vm, "point": report.point, "disks": disks, "missing": missing})

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import common, config, output, reporters, units
 from backupctl.names import vm_name
 from backupctl.operations import serve as core
@@ -40,7 +40,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
     """
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     folder = names.repository().vm(vm_name(names.name or ""))
     point = folder.point(options["point"])
 
@@ -65,7 +65,7 @@ def serve(context: click.Context, /, **options: Any) -> None:
             ],
         )
 
-    stop = Stop()
+    stop = Cancellation()
     overlay = options["writable_overlay"]
     with stop.on_signals(), reporters.reporter() as reporter:
         reporter.step(f"serving {folder.name} {point.id}, until Ctrl-C")

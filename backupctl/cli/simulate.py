@@ -63,14 +63,16 @@ def simulate(
     A line on stdout says when the sockets listen.
     """
     # Only this command pays for numpy and all that stands behind the simulator.
-    from backupctl.simulator.process import Wishes, serve  # noqa: PLC0415
+    from backupctl.simulator.process import SimulatorOptions, serve  # noqa: PLC0415
 
     # A simulated abort must not leave a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with ExitStack() as stack:
         folder = state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="backupctl-simulate-")))
         folder.mkdir(parents=True, exist_ok=True)
-        wishes = Wishes(folder, disks, cdroms, monitors, agent, control, _version(version_text), seed, writes)
+        wishes = SimulatorOptions(
+            folder, disks, cdroms, monitors, agent, control, _version(version_text), seed, writes
+        )
         wishes = replace(wishes, faults=faults, paused=paused, keep_moments=keep_moments)
         try:
             asyncio.run(serve(wishes, lambda: click.echo("ready")))

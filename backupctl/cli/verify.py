@@ -7,15 +7,15 @@ from typing import Any
 
 import click
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
 from backupctl.names import vm_name
 from backupctl.operations.verify import run as core
-from backupctl.operations.verify.impact import Range
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
 from backupctl.progress import counted
+from backupctl.sizes import Range
 
 _SHOWN = 8
 
@@ -39,11 +39,11 @@ def verify(context: click.Context, /, **options: Any) -> None:
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
-    names = common.take(context, options)
+    names = common.from_context(context, options)
     depth = _depth(options)
     reports: dict[str, VerifyReport] = {}
     failures: list[BackupctlError] = []
-    stop = Stop()
+    stop = Cancellation()
     with stop.on_signals(), reporters.reporter(quiet=options["quiet"]) as reporter:
         if depth.percent < 100:
             reporter.note(_sample(depth))
@@ -98,20 +98,20 @@ def _together(reports: Iterable[VerifyReport]) -> VerifyReport:
     return whole
 
 
-def _depth(options: dict[str, Any]) -> Depth:
+def _depth(options: dict[str, Any]) -> VerifyScope:
     if options["fast"] and options["sample"] is not None:
         raise UsageError("--fast reads no data, so there is nothing to --sample")
     if options["seed"] is not None and options["sample"] is None:
         raise UsageError("--seed chooses a --sample")
     chosen = {"seed": options["seed"]} if options["seed"] is not None else {}
-    return Depth(data=not options["fast"], percent=options["sample"] or 100.0, **chosen)
+    return VerifyScope(data=not options["fast"], percent=options["sample"] or 100.0, **chosen)
 
 
-def _sample(depth: Depth) -> str:
+def _sample(depth: VerifyScope) -> str:
     return f"a sample of {depth.percent:g} %; the same again: --seed {depth.seed}"
 
 
-def _tell(report: VerifyReport, depth: Depth) -> None:
+def _tell(report: VerifyReport, depth: VerifyScope) -> None:
     if report.damage and depth.percent < 100:
         output.print_line(_sample(depth))
     for note in report.notes:
@@ -147,7 +147,7 @@ def _ranges(ranges: tuple[Range, ...]) -> str:
     return f"{shown}{more}"
 
 
-def _document(report: VerifyReport, depth: Depth) -> dict[str, Any]:
+def _document(report: VerifyReport, depth: VerifyScope) -> dict[str, Any]:
     return {
         "vms": list(report.vms),
         "points": report.points,

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CLUSTER_BYTES = 65536
-"""The unit of change of everything: bitmaps, qcow2 layers, digests."""
+from backupctl import sizes
+from backupctl.sizes import Range
+
+CLUSTER_BYTES = sizes.CLUSTER_BYTES
 
 # A chain may have hundreds of layers to ask, and a piece of the copy has only 16 clusters.
 _BLOCK_CLUSTERS = 1024
@@ -28,7 +30,7 @@ Records = NDArray[Any]
 """Records, ascending by cluster, no cluster twice."""
 
 
-class Logical:
+class EffectiveContent:
     """The content of a whole disk: the records of its layers laid over each other.
 
     layers: records and disk's size in bytes of each, newest first. size_bytes: of the disk now. Beyond its
@@ -43,7 +45,7 @@ class Logical:
         for records, size in layers:
             shown = min(shown, size)
             self._layers.append((records, count(shown)))
-        self.known_bytes = shown
+        self.described_bytes = shown
         # Of the layers and not of this object: a circle would keep each map's file open until it is noticed.
         self._block = lru_cache(_BLOCKS)(partial(_look_up, self._layers))
 
@@ -97,7 +99,7 @@ def overlay(lower: Records, upper: Records, size_bytes: int) -> Records:
     return both[np.argsort(both["cluster"])]
 
 
-def ranges(clusters: NDArray[np.uint64], size_bytes: int) -> list[tuple[int, int]]:
+def ranges(clusters: NDArray[np.uint64], size_bytes: int) -> list[Range]:
     """Return (offset, length) in bytes of each run of neighbours; clusters: numbers, ascending."""
     if not len(clusters):
         return []

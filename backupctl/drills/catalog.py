@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from backupctl.drills.site import VM, Ground, await_line, expect
-from backupctl.drills.sites import DISKS, SimulatorGround
+from backupctl.drills.site import VM, Site, await_line, expect
+from backupctl.drills.sites import DISKS, SimulatorSite
 
-Play = Callable[[Ground], None]
+Play = Callable[[Site], None]
 STEPS = ("attach", "freeze", "transaction", "export", "copy", "dismantle", "commit", "settle")
 """Of a run, in their order; `settle` is what comes after the commit."""
 SLOW = ("--limit", "200k")  # slow enough to be met in mid-copy
@@ -34,7 +34,7 @@ class Drill:
     step: str = ""
 
 
-def begun(ground: Ground) -> None:
+def begun(ground: Site) -> None:
     """A full, and changes since."""
     ground.write(40)
     ground.backup("full")
@@ -42,7 +42,7 @@ def begun(ground: Ground) -> None:
     ground.write(20)
 
 
-def _killed(kind: str, step: str, ground: Ground) -> None:
+def _killed(kind: str, step: str, ground: Site) -> None:
     begun(ground)
     ground.fails(kind, codes=(-signal.SIGKILL,), doomed=step)
     ground.await_thaw()  # the guard's work: the run can do nothing more
@@ -50,7 +50,7 @@ def _killed(kind: str, step: str, ground: Ground) -> None:
     ground.next_is_right()
 
 
-def _signalled(number: int, ground: Ground) -> None:
+def _signalled(number: int, ground: Site) -> None:
     begun(ground)
     with ground.start("incremental", VM, *ground.options, *SLOW) as run:
         assert run.stderr is not None
@@ -62,8 +62,8 @@ def _signalled(number: int, ground: Ground) -> None:
     ground.next_is_right()
 
 
-def _faulty(spec: str, codes: tuple[int, ...], ground: Ground, *options: str) -> None:
-    assert isinstance(ground, SimulatorGround)
+def _faulty(spec: str, codes: tuple[int, ...], ground: Site, *options: str) -> None:
+    assert isinstance(ground, SimulatorSite)
     begun(ground)
     ground.order("fault", spec=spec)
     said = ground.fails("incremental", *options, codes=codes, doomed="impatient")
@@ -73,7 +73,7 @@ def _faulty(spec: str, codes: tuple[int, ...], ground: Ground, *options: str) ->
     ground.next_is_right()
 
 
-def _qemu_ends(how: str, ground: Ground) -> None:
+def _qemu_ends(how: str, ground: Site) -> None:
     begun(ground)
     with ground.start("incremental", VM, *ground.options, *SLOW) as run:
         assert run.stderr is not None
@@ -85,7 +85,7 @@ def _qemu_ends(how: str, ground: Ground) -> None:
     ground.next_is_right()
 
 
-def _two_runs(ground: Ground) -> None:
+def _two_runs(ground: Site) -> None:
     begun(ground)
     with ground.start("full", VM, *ground.options, *SLOW) as run:
         assert run.stderr is not None
@@ -97,7 +97,7 @@ def _two_runs(ground: Ground) -> None:
     ground.next_is_right()
 
 
-def _target_full(ground: Ground) -> None:
+def _target_full(ground: Site) -> None:
     begun(ground)
     said = ground.fails("full", doomed="full-disk")
     expect(said.message, "what failed is told")
@@ -105,7 +105,7 @@ def _target_full(ground: Ground) -> None:
     ground.next_is_right()
 
 
-def _damaged_manifest(ground: Ground) -> None:
+def _damaged_manifest(ground: Site) -> None:
     begun(ground)
     (manifest,) = (ground.repository / VM).glob("*Z/manifest.json")
     content = bytearray(manifest.read_bytes())
@@ -120,7 +120,7 @@ def _damaged_manifest(ground: Ground) -> None:
     ground.next_is_right(code=4)
 
 
-def _damaged_data(ground: Ground) -> None:
+def _damaged_data(ground: Site) -> None:
     begun(ground)
     (image,) = (ground.repository / VM).glob("*Z/vda.qcow2")
     content = bytearray(image.read_bytes())
@@ -136,27 +136,27 @@ def _damaged_data(ground: Ground) -> None:
     ground.next_is_right()
 
 
-def _snapshot(ground: Ground) -> None:
+def _snapshot(ground: Site) -> None:
     begun(ground)
     ground.snapshot("vda", DISKS["vda"])
     ground.next_is_right()
     ground.next_is_right()
 
 
-def _resized(ground: Ground) -> None:
+def _resized(ground: Site) -> None:
     begun(ground)
     ground.resize("vda", 6 << 20)
     ground.resize("vda", 12 << 20)
     ground.next_is_right()
 
 
-def _added(ground: Ground) -> None:
+def _added(ground: Site) -> None:
     begun(ground)
     ground.add_disk("vdc", 4 << 20)
     ground.next_is_right()
 
 
-def _bitmap_removed(ground: Ground) -> None:
+def _bitmap_removed(ground: Site) -> None:
     begun(ground)
     nodes = ground.query("query-named-block-nodes", flat=True)
     (name,) = (
@@ -169,7 +169,7 @@ def _bitmap_removed(ground: Ground) -> None:
     ground.next_is_right()
 
 
-def _job_ended(ground: Ground) -> None:
+def _job_ended(ground: Site) -> None:
     begun(ground)
     with ground.start("incremental", VM, *ground.options, *SLOW) as run:
         assert run.stderr is not None
@@ -183,7 +183,7 @@ def _job_ended(ground: Ground) -> None:
 
 
 def _on_simulator(name: str, breaks: str, spec: str, *codes: int, options: tuple[str, ...] = ()) -> Drill:
-    def play(ground: Ground) -> None:
+    def play(ground: Site) -> None:
         _faulty(spec, codes, ground, *options)
 
     return Drill(name, breaks, play, simulator_only=True)

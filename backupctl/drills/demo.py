@@ -12,15 +12,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.drills.simulated_vm import SimulatedVm
 from backupctl.errors import BackupctlError, Failed, NeedsRecovery, UsageError
 from backupctl.names import PointId
 from backupctl.operations import status
 from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.restore import whole
-from backupctl.options import Kind, RunOptions
+from backupctl.options import FreezeOptions, Kind, RunOptions, ScratchOptions
 from backupctl.progress import Reporter, Silent
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
@@ -67,7 +68,7 @@ class Stage:
     folder: Path
     machine: SimulatedVm
     reporter: Reporter
-    stop: Stop
+    stop: Cancellation
     moments: dict[PointId, dict[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -98,8 +99,8 @@ class Stage:
 
     def backup(self, kind: Kind) -> RunReport:
         """Make a point, and keep its moment. Raises what a run raises."""
-        options = RunOptions(kind, freeze="require", scratch=self.scratch)
-        report = backup.run(self.machine.vm, self.repository, options, self.reporter, self.stop)
+        options = RunOptions(kind, freeze=FreezeOptions("require"), scratch=ScratchOptions(self.scratch))
+        report = backup.run(RunContext(self.machine.vm, self.repository, options, self.reporter, self.stop))
         kept = self.machine.order("moment")["disks"]
         self.moments[report.point] = {
             disk: Path(path).rename(self.folder / f"{report.point}-{disk}.moment")
@@ -132,7 +133,7 @@ class Stage:
 
     def check_at_rest(self) -> None:
         """Look whether anything of ours is left in the VM. Raises Failed, naming it."""
-        options = RunOptions("incremental", scratch=self.scratch)
+        options = RunOptions("incremental", scratch=ScratchOptions(self.scratch))
         found = status.look(self.machine.vm, self.repository, options)
         left = [*found.leftovers, *([found.problem] if found.problem else [])]
         if self.machine.order("status")["frozen"]:

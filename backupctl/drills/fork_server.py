@@ -37,7 +37,7 @@ _END_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
-class Program:
+class CallSpec:
     """A function to be called as a program.
 
     environment: all of it. folder: the working directory. entry: module:function.
@@ -49,7 +49,7 @@ class Program:
     entry: str = CLI
 
 
-class Warm:
+class ForkServer:
     """The process, seen from outside; a context manager that starts and ends it. Threads may share it."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Warm:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def start(self, program: Program, out: IO[Any], words: IO[Any]) -> "Call":
+    def start(self, program: CallSpec, out: IO[Any], words: IO[Any]) -> "ForkedProcess":
         """Call it in a child. out, words: files for what it writes to stdout and stderr. Raises Failed."""
         news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as held:
@@ -90,11 +90,11 @@ class Warm:
                     socket.send_fds(self._control, [request], [out.fileno(), words.fileno(), theirs.fileno()])
                 except OSError as err:
                     raise Failed(f"the process that starts the drills' runs can't be asked: {err}") from err
-            call = Call(news)
+            call = ForkedProcess(news)
             held.pop_all()
             return call
 
-    def run(self, program: Program, timeout: float) -> "subprocess.CompletedProcess[str]":
+    def run(self, program: CallSpec, timeout: float) -> "subprocess.CompletedProcess[str]":
         """Call it and wait for its end; returns what came of it.
 
         timeout: seconds; after them it is killed. Raises subprocess.TimeoutExpired, Failed.
@@ -107,7 +107,7 @@ class Warm:
             return subprocess.CompletedProcess(program.arguments, code, out.read(), words.read())
 
 
-class Call:
+class ForkedProcess:
     """A call under way, with the ways of a Popen; a context manager that kills it if it has not ended."""
 
     def __init__(self, news: socket.socket) -> None:

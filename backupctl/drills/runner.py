@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.drills import sites
 from backupctl.drills.catalog import Drill
-from backupctl.drills.fork_server import Warm
-from backupctl.drills.site import Ground, Unmet
+from backupctl.drills.fork_server import ForkServer
+from backupctl.drills.site import ExpectationFailed, Site
 from backupctl.errors import BackupctlError
 
 Place = Literal["simulator", "qemu"]
 Verdict = Literal["passed", "FAILED", "simulator only"]
-_GROUNDS: dict[str, Callable[[Path, Warm], AbstractContextManager[Ground]]] = {
+_GROUNDS: dict[str, Callable[[Path, ForkServer], AbstractContextManager[Site]]] = {
     "simulator": sites.simulator,
     "qemu": sites.real,
 }
@@ -46,9 +46,9 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run(drills: Sequence[Drill], place: Place, stop: Stop) -> Iterator[Outcome]:
+def run(drills: Sequence[Drill], place: Place, stop: Cancellation) -> Iterator[Outcome]:
     """Play the drills; yields each outcome as it is there. Raises Interrupted."""
-    with Warm() as warm, ThreadPoolExecutor(_AT_ONCE) as threads:
+    with ForkServer() as warm, ThreadPoolExecutor(_AT_ONCE) as threads:
         coming = [threads.submit(_play, drill, place, warm, stop) for drill in drills]
         try:
             for one in as_completed(coming):
@@ -58,7 +58,7 @@ def run(drills: Sequence[Drill], place: Place, stop: Stop) -> Iterator[Outcome]:
                 one.cancel()
 
 
-def _play(drill: Drill, place: Place, warm: Warm, stop: Stop) -> Outcome:
+def _play(drill: Drill, place: Place, warm: ForkServer, stop: Cancellation) -> Outcome:
     stop.check()
     if drill.simulator_only and place != "simulator":
         return Outcome(drill.name, drill.breaks, "simulator only")
@@ -67,7 +67,7 @@ def _play(drill: Drill, place: Place, warm: Warm, stop: Stop) -> Outcome:
         problem = ""
         try:
             drill.play(ground)
-        except Unmet as err:
+        except ExpectationFailed as err:
             problem = f"not so: {err}"
         except BackupctlError as err:
             problem = f"the drill itself could not go on: {err.message}"

@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
 
-from backupctl.drills.fork_server import Call, Program, Warm
+from backupctl.drills.fork_server import CallSpec, ForkedProcess, ForkServer
 from backupctl.errors import Failed
 from backupctl.names import vm_name
-from backupctl.options import Vm
+from backupctl.options import VmConfig
 from backupctl.system import qemu_tools
 from backupctl.system.address import Address
 
@@ -38,10 +38,10 @@ class SimulatedVm:
         folder: Path,
         disks: Sequence[str],
         options: Sequence[str] = (),
-        warm: Warm | None = None,
+        warm: ForkServer | None = None,
     ) -> None:
         self.folder = folder
-        self.vm = Vm(vm_name(name), _address(folder, "qmp"), _address(folder, "agent"))
+        self.vm = VmConfig(vm_name(name), _address(folder, "qmp"), _address(folder, "agent"))
         self._arguments = ["simulate", "--state", str(folder / "state")]
         for word in ("qmp", "agent", "control"):
             self._arguments += [f"--{word}", str(folder / word)]
@@ -77,9 +77,9 @@ class SimulatedVm:
             raise Failed(f"the simulator refused {do!r}: {reply['error']}")
         return reply["return"]
 
-    def _start(self, complaints: IO[bytes], held: ExitStack) -> "subprocess.Popen[bytes] | Call":
+    def _start(self, complaints: IO[bytes], held: ExitStack) -> "subprocess.Popen[bytes] | ForkedProcess":
         if self._warm is not None:
-            program = Program(self._arguments, dict(os.environ), str(self.folder))
+            program = CallSpec(self._arguments, dict(os.environ), str(self.folder))
             call = self._warm.start(program, complaints, complaints)
             return held.enter_context(call)
         process = qemu_tools.start(
@@ -88,7 +88,9 @@ class SimulatedVm:
         held.callback(_end, process)
         return process
 
-    def _await_sockets(self, process: "subprocess.Popen[bytes] | Call", complaints: IO[bytes]) -> None:
+    def _await_sockets(
+        self, process: "subprocess.Popen[bytes] | ForkedProcess", complaints: IO[bytes]
+    ) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while not (self.folder / "qmp").exists():  # the last to appear, and with its name it listens
             if process.poll() is not None or time.monotonic() > deadline:

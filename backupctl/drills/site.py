@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from backupctl.drills.demo import first_difference
-from backupctl.drills.fork_server import CLI, Program, Warm
+from backupctl.drills.fork_server import CLI, CallSpec, ForkServer
 from backupctl.errors import Failed
 from backupctl.system import qemu_tools
 
@@ -30,23 +30,23 @@ _RUN_SECONDS = 120.0
 _THAW_SECONDS = 5.0  # less than the freeze budget: it is the kill that the guard must answer to
 _OURS = "backupctl-"
 _EARLIER = "from an earlier run: "
-_DOOMED = "backupctl.cli.faulty:doomed"
+_DOOMED = "backupctl.cli.faulty:faulty_cli"
 _ENDS = f"backupctl ends within {_RUN_SECONDS:g} s"
 _WORTH = ("is read whole", "is taken full", "warning: ")
 
 
-class Unmet(Exception):
+class ExpectationFailed(Exception):
     """What a drill expects did not come true: its verdict."""
 
 
 def expect(truth: object, what: str) -> None:
     """Raise Unmet unless it is true; `what` is what should have been."""
     if not truth:
-        raise Unmet(what)
+        raise ExpectationFailed(what)
 
 
 @dataclass(frozen=True)
-class Said:
+class Result:
     """What one call of the command line came to. words: all of stderr. code: negative for a signal."""
 
     code: int
@@ -70,7 +70,7 @@ class Said:
 
 
 @dataclass
-class Ground(ABC):
+class Site(ABC):
     """A VM with two disks and a repository.
 
     folder: all of it. warm: what calls are made by. moments: of each point, raw files by disk. last: the
@@ -79,13 +79,13 @@ class Ground(ABC):
     """
 
     folder: Path
-    warm: Warm
+    warm: ForkServer
     qmp: str = ""
     agent: str | None = None
     options: tuple[str, ...] = ()
     compared_bytes: int = 0
     moments: dict[str, dict[str, Path]] = field(default_factory=dict)
-    last: Said | None = None
+    last: Result | None = None
     aftermath: str = ""
     committed: dict[str, str] = field(default_factory=dict)
 
@@ -167,15 +167,15 @@ class Ground(ABC):
         packages = os.pathsep.join(dict.fromkeys([ours, *kept.get("PYTHONPATH", "").split(os.pathsep)]))
         return {**kept, "HOME": str(self.home), "PYTHONPATH": packages.rstrip(os.pathsep)}
 
-    def run(self, *arguments: str, doomed: str = "") -> Said:
-        """Call backupctl and wait for it. doomed: how it comes to harm (see doomed.py)."""
+    def run(self, *arguments: str, doomed: str = "") -> Result:
+        """Call backupctl and wait for it. doomed: how it comes to harm (see cli/faulty.py)."""
         called, entry = self.arguments(*arguments), CLI
         if doomed:
             called, entry = [doomed, *called], _DOOMED
         try:
-            done = self.warm.run(Program(called, self.environment(), str(self.home), entry), _RUN_SECONDS)
+            done = self.warm.run(CallSpec(called, self.environment(), str(self.home), entry), _RUN_SECONDS)
         except subprocess.TimeoutExpired as err:
-            raise Unmet(_ENDS) from err
+            raise ExpectationFailed(_ENDS) from err
         return _said(done.returncode, done.stdout, done.stderr)
 
     @contextmanager
@@ -197,12 +197,12 @@ class Ground(ABC):
                 process.kill()
             process.communicate()
 
-    def wait(self, process: "subprocess.Popen[str]") -> Said:
+    def wait(self, process: "subprocess.Popen[str]") -> Result:
         """Wait for a run that was started. Raises Unmet if it does not end."""
         try:
             out, words = process.communicate(timeout=_RUN_SECONDS)
         except subprocess.TimeoutExpired as err:
-            raise Unmet(_ENDS) from err
+            raise ExpectationFailed(_ENDS) from err
         return _said(process.returncode, out, words)
 
     def backup(self, kind: str, *options: str, code: int = 0) -> str:
@@ -220,7 +220,7 @@ class Ground(ABC):
         self.moments[point] = self._kept(point, self.moment())
         return point
 
-    def fails(self, kind: str, *options: str, codes: tuple[int, ...] = (1,), doomed: str = "") -> Said:
+    def fails(self, kind: str, *options: str, codes: tuple[int, ...] = (1,), doomed: str = "") -> Result:
         """Make a run that must end with one of these codes."""
         said = self.last = self.run(kind, VM, *self.options, *options, doomed=doomed)
         expect(said.code in codes, f"it ends with {' or '.join(map(str, codes))}, not {said.code}")
@@ -285,14 +285,14 @@ class Ground(ABC):
         return {disk: path.rename(self.folder / f"{point}-{disk}.moment") for disk, path in moment.items()}
 
 
-def _said(code: int, out: str, words: str) -> Said:
+def _said(code: int, out: str, words: str) -> Result:
     """Look at what a call came to. Raises Unmet if that is not what one comes to, whatever happened."""
     try:
         document = json.loads(out) if out.strip() else {}
     except ValueError as err:
-        raise Unmet("with --json there is one JSON document on stdout, and nothing else") from err
+        raise ExpectationFailed("with --json there is one JSON document on stdout, and nothing else") from err
     expect("Traceback" not in words, "an error is told in words, not as a traceback")
-    return Said(code, document, words)
+    return Result(code, document, words)
 
 
 def _node(name: str, path: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backupctl.drills.fork_server import Warm
+from backupctl.drills.fork_server import ForkServer
 from backupctl.drills.simulated_vm import SimulatedVm
-from backupctl.drills.site import Ground
+from backupctl.drills.site import Site
 from backupctl.errors import Failed
 from backupctl.system import qemu_tools
 from backupctl.system.address import Address
@@ -30,13 +30,13 @@ _COMMAND_SECONDS = 30.0
 
 
 @contextmanager
-def simulator(folder: Path, warm: Warm) -> Iterator[Ground]:
+def simulator(folder: Path, warm: ForkServer) -> Iterator[Site]:
     """Give a simulated VM whose guest is there with its agent."""
     disks = [f"{name}={size},node=node-{name}" for name, size in DISKS.items()]
     options = ("--seed", "7", "--keep-moments", "--version", _VERSION, "--qmp", str(folder / "look"))
     with ExitStack() as held:
         vm = held.enter_context(SimulatedVm("drilled", folder, disks, options, warm))
-        ground = SimulatorGround(
+        ground = SimulatorSite(
             folder, warm, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
         )
         held.callback(ground.close)
@@ -45,7 +45,7 @@ def simulator(folder: Path, warm: Warm) -> Iterator[Ground]:
 
 
 @contextmanager
-def real(folder: Path, warm: Warm) -> Iterator[Ground]:
+def real(folder: Path, warm: ForkServer) -> Iterator[Site]:
     """Give a real QEMU whose disks are written by us. Raises Failed if there is none to run."""
     program = os.environ.get("QEMU", "qemu-system-x86_64")
     if shutil.which(program.split()[0]) is None:
@@ -58,7 +58,7 @@ def real(folder: Path, warm: Warm) -> Iterator[Ground]:
         made = qemu_tools.img(["create", "-q", "-f", "qcow2", str(folder / f"{name}.qcow2"), str(size)])
         if made.returncode:
             raise Failed(f"no disk for the drill's VM can be made: {made.stderr.strip():.300}")
-    ground = QemuGround(folder, warm, f"unix:{folder / 'qmp'}", None, ("--freeze", "never"), program=program)
+    ground = QemuSite(folder, warm, f"unix:{folder / 'qmp'}", None, ("--freeze", "never"), program=program)
     try:
         ground.restart()
         yield ground
@@ -86,7 +86,7 @@ class _Looker:
 
 
 @dataclass
-class SimulatorGround(Ground):
+class SimulatorSite(Site):
     """On the simulator. machine: the process, and the orders that it takes."""
 
     machine: SimulatedVm = field(kw_only=True)
@@ -142,7 +142,7 @@ class SimulatorGround(Ground):
 
 
 @dataclass
-class QemuGround(Ground):
+class QemuSite(Site):
     """On a real QEMU without a guest: nobody writes but us, so each moment is known."""
 
     program: str = field(kw_only=True)

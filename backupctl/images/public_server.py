@@ -23,7 +23,7 @@ _READY = "ready"
 
 
 @dataclass(frozen=True)
-class Shown:
+class ServedImage:
     """One export. options: QEMU's own, of the image with its chain. images: all that they name."""
 
     name: str
@@ -65,7 +65,7 @@ class Server:
 
 
 @contextmanager
-def serve(shown: Sequence[Shown], listening: socket.socket) -> Iterator[Server]:
+def serve(shown: Sequence[ServedImage], listening: socket.socket) -> Iterator[Server]:
     """Serve some exports on a listening socket until the block ends. Raises RepositoryError."""
     every = [image for one in shown for image in one.images]
     with private_dir.folder() as folder, tempfile.TemporaryFile() as complaints:
@@ -85,7 +85,7 @@ def serve(shown: Sequence[Shown], listening: socket.socket) -> Iterator[Server]:
             child.wait()
 
 
-def _command(shown: Sequence[Shown], listening: int, ready: Path) -> list[str]:
+def _command(shown: Sequence[ServedImage], listening: int, ready: Path) -> list[str]:
     address = {"addr": {"type": "fd", "str": str(listening)}}
     command = [qemu_tools.server_program()]
     command += ["--nbd-server", json.dumps(address), "--pidfile", str(ready)]

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.repository import chain, read_locks
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
-
-_WINDOW_CLUSTERS = 1 << 16
+from backupctl.sizes import WINDOW_CLUSTERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +65,15 @@ class DiffReport:
     only_after: tuple[DiskName, ...]
 
 
-def diff(folder: VmFolder, before: Point, after: Point, *, disk: str | None, stop: Stop) -> DiffReport:
+def diff(
+    folder: VmFolder, before: Point, after: Point, *, disk: str | None, stop: Cancellation
+) -> DiffReport:
     """Compare two points, or one disk of them. Raises NoSuchPoint, UsageError, DamageFound, Interrupted."""
     with read_locks.reading(folder, before.id) as first, read_locks.reading(folder, after.id) as second:
         return _diff(folder, first, second, disk, stop)
 
 
-def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop: Stop) -> DiffReport:
+def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop: Cancellation) -> DiffReport:
     held = [[entry.name for entry in point.manifest.disks] for point in (before, after)]
     if disk is not None:
         for point, names in zip((before, after), held, strict=True):
@@ -92,19 +93,19 @@ def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop:
     )
 
 
-def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop: Stop) -> DiskDiff:
+def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop: Cancellation) -> DiskDiff:
     old, new = _content(folder, before, name), _content(folder, after, name)
     smaller, larger = sorted((old.size_bytes, new.size_bytes))
     changed = np.zeros(clusters.count(larger), np.bool_)
-    for first in range(0, len(changed), _WINDOW_CLUSTERS):
+    for first in range(0, len(changed), WINDOW_CLUSTERS):
         stop.check()
-        part = changed[first : first + _WINDOW_CLUSTERS]
+        part = changed[first : first + WINDOW_CLUSTERS]
         part[:] = clusters.differ(old.window(first, len(part)), new.window(first, len(part)))
     if smaller < larger:
         changed[smaller // CLUSTER_BYTES :] = True
     return DiskDiff(name, old.size_bytes, new.size_bytes, changed)
 
 
-def _content(folder: VmFolder, point: Point, name: DiskName) -> Logical:
+def _content(folder: VmFolder, point: Point, name: DiskName) -> EffectiveContent:
     layers = chain.layers(folder, point, name)
-    return chain.logical(layers, layers[0].entry.size)
+    return chain.effective_content(layers, layers[0].entry.size)

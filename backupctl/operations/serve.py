@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import UsageError, WriteFailed
 from backupctl.images import public_server
 from backupctl.images.open_image import OpenImage
-from backupctl.images.public_server import Shown
+from backupctl.images.public_server import ServedImage
 from backupctl.names import DiskName
 from backupctl.repository import chain, read_locks
 from backupctl.repository.chain import Layer
@@ -44,7 +44,7 @@ def serve(
     tcp: str | None,
     writable_overlay: Path | None,
     ready: Callable[[tuple[Export, ...]], None],
-    stop: Stop,
+    stop: Cancellation,
 ) -> None:
     """Serve one disk of a point, or all, until `stop` is requested; that is the good end.
 
@@ -65,7 +65,7 @@ def _serve(
     tcp: str | None,
     writable_overlay: Path | None,
     ready: Callable[[tuple[Export, ...]], None],
-    stop: Stop,
+    stop: Cancellation,
 ) -> None:
     entries = _entries(point, disk)
     chains = {entry.name: chain.layers(folder, point, entry.name) for entry in entries}
@@ -121,7 +121,7 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
 @contextmanager
 def _shown(
     folder: VmFolder, entry: DiskEntry, layers: tuple[Layer, ...], writable_overlay: Path | None
-) -> Iterator[Shown]:
+) -> Iterator[ServedImage]:
     """Open all that QEMU needs to show a disk."""
     with ExitStack() as held:
         own = None
@@ -129,9 +129,9 @@ def _shown(
             own = held.enter_context(_overlay(folder, writable_overlay, entry, layers))
         opened = held.enter_context(chain.opened(layers))
         if own is None:
-            yield Shown.read_only(entry.name, opened)
+            yield ServedImage.read_only(entry.name, opened)
         else:
-            yield Shown.layered(entry.name, own, opened)
+            yield ServedImage.layered(entry.name, own, opened)
 
 
 @contextmanager

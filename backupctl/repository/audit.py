@@ -14,7 +14,7 @@ from backupctl.errors import DamageFound, RepositoryError
 from backupctl.names import PointId
 from backupctl.repository import history
 from backupctl.repository.history import Deed, History, Known
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
 
@@ -59,7 +59,7 @@ def is_unfinished(folder: VmFolder, point: PointId) -> bool:
     """Whether nobody ever committed a point that isn't there: its folder, or the history, says so."""
     known = history.read(folder.path)
     undone = known is not None and point in known.points and not known.points[point].there
-    return undone or any(partial.point == point for partial in folder.partials())
+    return undone or any(partial.point == point for partial in folder.pending_points())
 
 
 def refuse_missing(folder: VmFolder, wanted: str) -> None:
@@ -130,7 +130,9 @@ def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
 
 def _is_there(folder: VmFolder, point: PointId) -> bool:
     """Whether a point stands, unfinished or not; in the order in which a commit renames it."""
-    return any(_stands(path) for path in (Partial(folder.path, folder.name, point).path, folder.path / point))
+    return any(
+        _stands(path) for path in (PendingPoint(folder.path, folder.name, point).path, folder.path / point)
+    )
 
 
 def _stands(path: Path) -> bool:

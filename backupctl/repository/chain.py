@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.digests import digest_map
-from backupctl.digests.clusters import Logical
+from backupctl.digests.clusters import EffectiveContent
 from backupctl.digests.digest_map import DigestMap, Named
-from backupctl.errors import DamageFound, NoSuchPoint
+from backupctl.errors import UNTOUCHED, DamageFound, NoSuchPoint
 from backupctl.images import qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_header import Header
@@ -24,10 +24,8 @@ from backupctl.repository import markers
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import MOST_LAYERS
 from backupctl.system import safe_open
-
-MOST_LAYERS = 500
-"""A chain is handed to QEMU whole, link within link, as one argument of at most 128 KiB."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,9 @@ def backing_of(entry: DiskEntry) -> str:
     return f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
 
 
-def logical(layers: Sequence[Layer], size: int) -> Logical:
+def effective_content(layers: Sequence[Layer], size: int) -> EffectiveContent:
     """Return what a disk of so many bytes holds, as the layers' digest maps tell. Raises DamageFound."""
-    return Logical([(layer.digests().records, layer.entry.size) for layer in layers], size)
+    return EffectiveContent([(layer.digests().records, layer.entry.size) for layer in layers], size)
 
 
 def paths(folder: VmFolder, point: Point, disk: str) -> tuple[Path, ...]:
@@ -162,11 +160,12 @@ def opened(layers: Iterable[Layer]) -> Iterator[tuple[OpenImage, ...]]:
         yield tuple(held.enter_context(layer.open()) for layer in layers)
 
 
-def no_such_disk(point: Point, disk: str) -> NoSuchPoint:
-    """Return the error for a disk that a point does not hold."""
+def no_such_disk(point: Point, disk: str, newest: PointId | None = None) -> NoSuchPoint:
+    """Return the error for a disk that a point does not hold. newest: the newest point that holds it."""
     held = ", ".join(found.name for found in point.manifest.disks)
+    elsewhere = f". The newest point with {disk} is {newest}" if newest else ""
     return NoSuchPoint(
-        f"the point {point.id} holds no disk {disk!r:.120}; its disks: {held}", state="nothing was touched"
+        f"the point {point.id} has no disk {disk!r:.120}; its disks: {held}{elsewhere}", state=UNTOUCHED
     )
 
 
@@ -175,7 +174,7 @@ def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, .
     return () if parent is None else layers(folder, _parent(folder, parent), disk)
 
 
-def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
+def chain_error(folder: VmFolder, point: PointId, disk: str) -> str:
     """Say what is damaged in a disk's chain at a point, so that nothing can be built on it; "" if nothing is.
 
     Raises RepositoryUnreadable: a chain that can't be looked at is not taken for damaged, or a full would be
@@ -183,7 +182,7 @@ def flaw(folder: VmFolder, point: PointId, disk: str) -> str:
     """
     try:
         found = below(folder, point, disk)
-        logical(found, found[0].entry.size)
+        effective_content(found, found[0].entry.size)
     except DamageFound as err:
         return err.message
     return ""
@@ -238,7 +237,7 @@ def _why_broken(
     return known.get((parent, entry.name), f"{folder.path / parent} is missing or damaged") if parent else ""
 
 
-def long(folder: VmFolder, most: int, point: PointId, disk: str) -> str:
+def chain_too_long(folder: VmFolder, most: int, point: PointId, disk: str) -> str:
     """Say why a disk's chain at a point is to get no more layers; "" if it may. Raises DamageFound."""
     layers_there = len(below(folder, point, disk))
     if layers_there < most:
@@ -281,6 +280,6 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
 
 def _parent(folder: VmFolder, parent: PointId) -> Point:
     try:
-        return folder.holder(parent)
+        return folder.point_or_retired(parent)
     except NoSuchPoint as err:
         raise DamageFound(f"{folder.path / parent} is missing, and newer points stand on it") from err

@@ -33,7 +33,7 @@ from typing import Self
 import numpy as np
 
 from backupctl.digests import clusters, digest_map
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical, Records
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
 from backupctl.errors import DamageFound, RepositoryError, WriteFailed
 from backupctl.images import create, qcow2_header
 from backupctl.images.open_image import OpenImage
@@ -43,9 +43,8 @@ from backupctl.repository.chain import Layer, backing_of
 from backupctl.repository.history import Deed
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
 from backupctl.repository.point import Point
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.system import durable, safe_open
-
-_WINDOW_CLUSTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class Merge:
                 create.resize(image, self.size)
             yield image
 
-    def forsake(self) -> None:
+    def abandon(self) -> None:
         """Give step 2 up: of a new image nothing stays. What D's own has got, it gets again next time."""
         if not self.in_place:
             with suppress(OSError):
@@ -161,8 +160,8 @@ class Merge:
     def records(self) -> Iterator[Records]:
         """Yield the records of the merged layer, ascending, a window at a time. Raises DamageFound."""
         lower, upper = self.lower.digests().records, self.upper.digests().records
-        below = None if self.in_place else chain.logical(self.layers[2:], self.size)
-        for first in range(0, clusters.count(self.size), _WINDOW_CLUSTERS):
+        below = None if self.in_place else chain.effective_content(self.layers[2:], self.size)
+        for first in range(0, clusters.count(self.size), WINDOW_CLUSTERS):
             part = _within(lower, first, self.size)
             if below is not None:
                 part = clusters.overlay(self._hidden(below, first), part, self.size)
@@ -170,9 +169,9 @@ class Merge:
             if len(found):
                 yield found
 
-    def _hidden(self, below: Logical, first: int) -> Records:
+    def _hidden(self, below: EffectiveContent, first: int) -> Records:
         """Return zeroes for what D ended before, and P has: the merged layer must hide it."""
-        shown = below.window(first, min(_WINDOW_CLUSTERS, clusters.count(self.size) - first))
+        shown = below.window(first, min(WINDOW_CLUSTERS, clusters.count(self.size) - first))
         ended = shown["cluster"] >= clusters.count(self.lower.entry.size)
         found = np.array(shown[ended & ~clusters.is_zero(shown)])
         found["low"] = found["high"] = 0
@@ -190,7 +189,7 @@ def unfinished(lower: Point, upper: Point, above: Sequence[Point], disk: str) ->
     return any(entry and entry.merged for entry in entries) or markers.has(upper.path, markers.merging(disk))
 
 
-def switch(point: Point, entry: DiskEntry) -> Point:
+def swap_images(point: Point, entry: DiskEntry) -> Point:
     """Do step 4 for a disk whose manifest has both descriptions, or what is left of it; returns N.
 
     The caller keeps readers away from N, and from D. Raises RepositoryError; DamageFound if what lies in
@@ -211,7 +210,7 @@ def switch(point: Point, entry: DiskEntry) -> Point:
     return rewrite(point, point.manifest.with_disk(after))
 
 
-def forget(points: Iterable[Point], gone: Point) -> None:
+def detach_from(points: Iterable[Point], gone: Point) -> None:
     """Have no point named as built on one whose layers nobody needs any more. Raises RepositoryError."""
     for point in points:
         if point.manifest.parent == gone.id:
@@ -244,7 +243,7 @@ def _new_image(path: Path) -> Path:
 
 def _within(records: Records, first: int, size_bytes: int) -> Records:
     """Return the records of one window."""
-    last = min(first + _WINDOW_CLUSTERS, clusters.count(size_bytes))
+    last = min(first + WINDOW_CLUSTERS, clusters.count(size_bytes))
     numbers = records["cluster"]
     # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
     begin = bisect_left(numbers, first)

@@ -22,7 +22,7 @@ PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
-class Partial:
+class PendingPoint:
     """A point that is not committed."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Partial:
         Raises RepositoryUnreadable: it alone tells of a freeze that is ours to end.
         """
         try:
-            journal = Journal.from_json(safe_open.read(self.path / journals.FILE_NAME))
+            journal = Journal.from_json(safe_open.read(self.path / journals.FILE_NAME, strict_json.MAX_BYTES))
         except (safe_open.NotThere, strict_json.Malformed):
             return None
         return journal if (journal.point, journal.vm) == (self.point, self.vm) else None
@@ -82,7 +82,7 @@ class Partial:
             raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
         return Point(self.folder / self.point, manifest)
 
-    def take_back(self) -> None:
+    def uncommit(self) -> None:
         """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
         try:
             durable.rename(self.folder / self.point, self.path)

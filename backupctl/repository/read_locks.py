@@ -50,7 +50,7 @@ def _needed(folder: VmFolder, point: Point) -> list[Path]:
         if entry.parent is None:
             continue
         try:
-            below = folder.holder(entry.parent)
+            below = folder.point_or_retired(entry.parent)
         except BackupctlError:
             continue  # who needs it finds the damage; who only wants another disk must not
         found.add(below.path)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import (
+    UNTOUCHED,
     BackupctlError,
     DamageFound,
     InvalidName,
@@ -25,16 +26,16 @@ from backupctl.errors import (
 from backupctl.names import PointId, RepositoryId, VmName, point_id, vm_name
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
-from backupctl.repository import markers
+from backupctl.repository import markers, strict_json
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
-from backupctl.repository.pending_point import PARTIAL, Partial
+from backupctl.repository.pending_point import PARTIAL, PendingPoint
 from backupctl.repository.point import Point
 from backupctl.system import durable, locks, safe_open
 
 
 @dataclass(frozen=True)
-class Survey:
+class ScannedPoints:
     """All that stands under a point's final name.
 
     damaged: folders whose manifest can't be believed. unreadable: those of which the operating system lets
@@ -77,16 +78,16 @@ class VmFolder:
         except OSError as err:
             raise RepositoryError(
                 f"the repository's folder {self.path} can't be written: {err.strerror}",
-                state="nothing was touched",
+                state=UNTOUCHED,
             ) from err
         try:
             self._take(descriptor, patience_seconds)
-            self._settle_names()
+            self._sync_names()
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def worker(self) -> str:
+    def lock_holder(self) -> str:
         """Say who holds the lock, "" if nobody does or there is none yet. Changes nothing."""
         try:
             descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -103,7 +104,7 @@ class VmFolder:
         if not locks.take(descriptor, patience_seconds):
             raise Locked(
                 self._holder(descriptor),
-                state="nothing was touched",
+                state=UNTOUCHED,
                 hint="try again when that run has ended",
                 next_command=f"backupctl status {self.name}",
             )
@@ -122,7 +123,7 @@ class VmFolder:
             )
         return f"another run (process {number or '?'}) works on {self.name} in this repository"
 
-    def _settle_names(self) -> None:
+    def _sync_names(self) -> None:
         """Make durable what a dead run renamed: recovery is about to rest on it."""
         try:
             durable.sync_folder(self.path)
@@ -136,18 +137,18 @@ class VmFolder:
             raise survey.damaged[0][1]
         return survey.points
 
-    def survey(self, *, bear: bool = False) -> Survey:
+    def survey(self, *, bear: bool = False) -> ScannedPoints:
         """Return the committed points, oldest first, and what stands in their place but is damaged.
 
         bear: go on where something can't be read, and tell of it. Raises RepositoryUnreadable otherwise.
         """
         return self._survey(retired=False, bear=bear)
 
-    def retired(self, *, bear: bool = False) -> Survey:
+    def retired(self, *, bear: bool = False) -> ScannedPoints:
         """Return, as `survey`, the points that were dropped, but whose layers younger ones may still need."""
         return self._survey(retired=True, bear=bear)
 
-    def holder(self, point: PointId) -> Point:
+    def point_or_retired(self, point: PointId) -> Point:
         """Return a point that others stand on, retired or not. Raises NoSuchPoint, DamageFound."""
         if not self._stands(point):
             raise self._nothing_of(point)
@@ -170,13 +171,14 @@ class VmFolder:
 
     def newest(self) -> PointId | None:
         """Return the newest id in use, of a committed point, a retired or an unfinished one."""
-        ids = [*self._standing(), *(partial.point for partial in self.partials())]
+        ids = [*self._standing(), *(partial.point for partial in self.pending_points())]
         return max(ids, default=None)
 
     def uses(self, point: PointId) -> bool:
         """Whether a committed point or an unfinished one has this id."""
         return any(
-            os.path.lexists(path) for path in (self.path / point, Partial(self.path, self.name, point).path)
+            os.path.lexists(path)
+            for path in (self.path / point, PendingPoint(self.path, self.name, point).path)
         )
 
     def user_elsewhere(self, point: PointId) -> VmName | None:
@@ -198,16 +200,16 @@ class VmFolder:
         """
         return self._stands(point) and not self._is_retired(point)
 
-    def partials(self) -> list["Partial"]:
+    def pending_points(self) -> list["PendingPoint"]:
         """Return what runs under way, or dead ones, have left."""
         names = [
             name.removesuffix(PARTIAL) for name in safe_open.folders(self.path) if name.endswith(PARTIAL)
         ]
-        return [Partial(self.path, self.name, found) for found in _ids(names)]
+        return [PendingPoint(self.path, self.name, found) for found in _ids(names)]
 
-    def begin(self, point: PointId, journal: Journal) -> "Partial":
+    def begin(self, point: PointId, journal: Journal) -> "PendingPoint":
         """Make the folder of a new point, with its journal. Raises RepositoryError."""
-        partial = Partial(self.path, self.name, point)
+        partial = PendingPoint(self.path, self.name, point)
         try:
             durable.make_folder(partial.path)
             durable.replace(partial.path / journals.FILE_NAME, journal.to_json())
@@ -216,7 +218,7 @@ class VmFolder:
         return partial
 
     def _missing(self, message: str) -> NoSuchPoint:
-        return NoSuchPoint(message, state="nothing was touched", next_command=f"backupctl list {self.name}")
+        return NoSuchPoint(message, state=UNTOUCHED, next_command=f"backupctl list {self.name}")
 
     def _stands(self, point: PointId) -> bool:
         try:
@@ -235,7 +237,7 @@ class VmFolder:
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _survey(self, *, retired: bool, bear: bool) -> Survey:
+    def _survey(self, *, retired: bool, bear: bool) -> ScannedPoints:
         good, damaged, unreadable = [], [], []
         for found in self._standing():
             try:
@@ -251,7 +253,7 @@ class VmFolder:
                 if not bear:
                     raise
                 unreadable.append((self.path / found, err))
-        return Survey(tuple(good), tuple(damaged), tuple(unreadable))
+        return ScannedPoints(tuple(good), tuple(damaged), tuple(unreadable))
 
     def _nothing_of(self, point: PointId) -> NoSuchPoint:
         return self._missing(f"there is nothing of the point {point} of {self.name} in this repository")
@@ -259,7 +261,7 @@ class VmFolder:
     def _open(self, point: PointId) -> Point:
         path = self.path / point
         try:
-            content = safe_open.read(path / manifests.FILE_NAME)
+            content = safe_open.read(path / manifests.FILE_NAME, strict_json.MAX_BYTES)
         except (safe_open.NotThere, RepositoryUnreadable) as err:
             if not self._stands(point):
                 raise self._nothing_of(point) from err
@@ -269,7 +271,7 @@ class VmFolder:
         try:
             manifest = Manifest.from_json(content)
         except BackupctlError as err:
-            err.message = f"{path}: {err.message}"
+            err.add(subject=str(path))
             raise
         if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
             raise DamageFound(f"{path}: the manifest is of another point, VM or repository")

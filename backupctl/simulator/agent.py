@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backupctl.simulator import fault_actions
-from backupctl.simulator.channel import Channel, Door
+from backupctl.simulator.channel import Channel, ListeningSocket
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.machine import Machine
 
@@ -29,7 +29,7 @@ class Agent:
 
     def __init__(self, path: Path, machine: Callable[[], Machine]) -> None:
         self._machine = machine
-        self.door = Door(path, self._serve)
+        self.door = ListeningSocket(path, self._serve)
         self._commands: dict[str, Callable[[dict[str, Any]], Any]] = {
             "guest-ping": lambda _: {},
             "guest-sync": _identity,

@@ -101,7 +101,7 @@ def _settle(future: "asyncio.Future[None]") -> None:
 Serve = Callable[[Channel], Awaitable[None]]
 
 
-class Door:
+class ListeningSocket:
     """A listening unix socket. many: whether clients are served at the same time."""
 
     def __init__(self, path: Path, serve: Serve, *, many: bool = False) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backupctl.simulator import guest
-from backupctl.simulator.channel import Channel, Door
+from backupctl.simulator.channel import Channel, ListeningSocket
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.faults import BadFault
 from backupctl.simulator.machine import Machine
@@ -26,7 +26,7 @@ class Control:
 
     def __init__(self, path: Path, machine: Callable[[], Machine]) -> None:
         self._machine = machine
-        self.door = Door(path, self._serve, many=True)
+        self.door = ListeningSocket(path, self._serve, many=True)
         self._orders: dict[str, Callable[[Given], Any]] = {
             "write": self._write,
             "zero": lambda given: self._change("zero", given),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backupctl.simulator import arguments, fault_actions
-from backupctl.simulator.channel import Channel, Door
+from backupctl.simulator.channel import Channel, ListeningSocket
 from backupctl.simulator.commands import TABLE
 from backupctl.simulator.commands.machine import version
 from backupctl.simulator.failure import CommandError
@@ -29,7 +29,7 @@ class Monitor:
         self._machine = machine
         self._on_left = on_left
         self._session: Session | None = None
-        self.door = Door(path, self._serve)
+        self.door = ListeningSocket(path, self._serve)
 
     def tell(self, event: dict[str, Any]) -> None:
         """Send an event to the client, if one has negotiated."""

@@ -32,7 +32,7 @@ class Sockets:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class SimulatorOptions:
     """What a user asks for, as text where the simulator has a language of its own for it."""
 
     folder: Path
@@ -49,7 +49,7 @@ class Wishes:
     keep_moments: bool = False
 
 
-async def serve(wishes: Wishes, ready: Callable[[], None]) -> None:
+async def serve(wishes: SimulatorOptions, ready: Callable[[], None]) -> None:
     """Run a simulator to its end. Raises BadFault (a ValueError) for what can't be read, OSError."""
     faults = Faults()
     for text in wishes.faults:

@@ -16,7 +16,6 @@ from io import BufferedReader
 from pathlib import Path
 
 from backupctl.errors import RepositoryUnreadable
-from backupctl.repository import strict_json
 
 _PIECE_BYTES = 1 << 20
 _ANOTHER_KIND = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
@@ -77,13 +76,13 @@ def unreadable(path: Path) -> Iterator[None]:
         raise RepositoryUnreadable(f"{path} can't be read: {why}") from err
 
 
-def read(path: Path) -> bytes:
-    """Read a small file, and no more of it than a manifest may have.
+def read(path: Path, most_bytes: int) -> bytes:
+    """Read a file, and one byte more than `most_bytes` at most: so the caller sees that it is too large.
 
     Raises NotThere, RepositoryUnreadable.
     """
     with open_file(path) as file:
-        return file.read(strict_json.MAX_BYTES + 1)
+        return file.read(most_bytes + 1)
 
 
 def prove_readable(path: Path, check: Callable[[], None]) -> None:

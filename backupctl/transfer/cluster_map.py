@@ -10,23 +10,23 @@ from collections.abc import Iterator
 import numpy as np
 
 from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.transfer.extents import ZERO, Extent
 from backupctl.transfer.source import Source
 
 _NOTHING, _DATA, _ZERO = 0, 1, 2
-_WINDOW_CLUSTERS = 1 << 16
 
 
-def whole(source: Source) -> Iterator[Extent]:
+def all_extents(source: Source) -> Iterator[Extent]:
     """Return all of a source, in order: its data and its zeroes. Raises ReadFailed."""
-    marks = Marks(source.size)
+    marks = ClusterMap(source.size)
     for status in source.statuses():
         (marks.zero if status.flags[0] & ZERO else marks.data)(status.offset, status.length)
     return marks.extents()
 
 
-class Marks:
+class ClusterMap:
     """The marks of one disk of so many bytes."""
 
     def __init__(self, size_bytes: int) -> None:
@@ -49,16 +49,16 @@ class Marks:
         inner = self._kinds[first : max(first, stop)]
         inner[inner != _DATA] = _ZERO
 
-    def keep_vanished(self, below: Logical) -> None:
+    def drop_unneeded_zeroes(self, below: EffectiveContent) -> None:
         """Take the mark off all zeroes but those where the layers below hold something else."""
-        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
-            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
+            part = self._kinds[first : first + WINDOW_CLUSTERS]
             part[(part == _ZERO) & clusters.is_zero(below.window(first, len(part)))] = _NOTHING
 
-    def data_where_they_differ(self, before: Logical, after: Logical) -> None:
+    def mark_differences(self, before: EffectiveContent, after: EffectiveContent) -> None:
         """Mark to be read what is not the same in both, and not marked yet."""
-        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
-            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
+            part = self._kinds[first : first + WINDOW_CLUSTERS]
             differ = clusters.differ(before.window(first, len(part)), after.window(first, len(part)))
             part[(part == _NOTHING) & differ] = _DATA
 
@@ -68,8 +68,8 @@ class Marks:
 
     def extents(self) -> Iterator[Extent]:
         """Yield what is marked, in order; longer runs in several pieces."""
-        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
-            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
+            part = self._kinds[first : first + WINDOW_CLUSTERS]
             edges = np.flatnonzero(np.diff(part)) + 1
             starts = [0, *edges.tolist()]
             for start, stop in zip(starts, [*edges.tolist(), len(part)], strict=True):

@@ -23,7 +23,7 @@ import nbd
 
 from backupctl.errors import ReadFailed, WriteFailed
 from backupctl.transfer.extents import Extent, pieces
-from backupctl.transfer.nbd_client import Connection, turn
+from backupctl.transfer.nbd_client import Connection, poll_once
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 
@@ -37,7 +37,7 @@ DISK_SECONDS = 3600.0
 
 SIEVE_THREADS = 1  # measured: a second one only fights with the first for the interpreter
 
-Sieve = Callable[[Extent, memoryview | None], Sequence[Extent]]
+Filter = Callable[[Extent, memoryview | None], Sequence[Extent]]
 """Called in a thread with each piece and its content (None: known to be zeroes); returns what of it is
 to be written, sorted. What it raises ends the copy."""
 
@@ -124,7 +124,7 @@ class Copy:
         check: Callable[[], None],
         progress: Callable[[int], None],
         stall_seconds: float = 60.0,
-        sieve: Sieve | None = None,
+        sieve: Filter | None = None,
         unreadable: Callable[[Extent], None] | None = None,
     ) -> None:
         sinks = target or source.connections
@@ -164,7 +164,9 @@ class Copy:
                 started += 1
                 waiting = next(ahead, None)
                 pause = self._limiter.wait_seconds()
-            turn(self._connections, min(pause, WATCH_SECONDS) if pause > 0 else WATCH_SECONDS, self._sifted)
+            poll_once(
+                self._connections, min(pause, WATCH_SECONDS) if pause > 0 else WATCH_SECONDS, self._sifted
+            )
             now = time.monotonic()
             if self._advance() or not self._flying:
                 moved = now

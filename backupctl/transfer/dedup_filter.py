@@ -11,15 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, Logical, Records
+from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, EffectiveContent, Records
 from backupctl.digests.hashing import of_piece
 from backupctl.errors import WriteFailed
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.transfer.extents import Extent
 
-_WINDOW_CLUSTERS = 1 << 16
 
-
-class Recorder:
+class DedupFilter:
     """A sieve (see `Copy`) that notes the digest of each cluster, and lets pass only what is new.
 
     below: what the layers below hold; a cluster that holds the same need not be stored again. The digests
@@ -27,7 +26,7 @@ class Recorder:
     1 TiB would take 400 MB, and they come in the order in which QEMU answers.
     """
 
-    def __init__(self, below: Logical, folder: Path | None = None) -> None:
+    def __init__(self, below: EffectiveContent, folder: Path | None = None) -> None:
         self._below = below
         self._kept = np.zeros(clusters.count(below.size_bytes), np.bool_)
         self._table = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `close` closes it
@@ -56,8 +55,8 @@ class Recorder:
 
     def parts(self) -> Iterator[Records]:
         """Yield the records of all that was let pass, ascending. Raises WriteFailed."""
-        for first in range(0, len(self._kept), _WINDOW_CLUSTERS):
-            kept = self._kept[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kept), WINDOW_CLUSTERS):
+            kept = self._kept[first : first + WINDOW_CLUSTERS]
             if np.any(kept):
                 length = len(kept) * RECORD.itemsize
                 content = os.pread(self._table.fileno(), length, first * RECORD.itemsize)

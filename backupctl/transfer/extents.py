@@ -68,7 +68,7 @@ Ask = Callable[[int, int], dict[str, list[int]]]
 """`Connection.block_status`."""
 
 
-def survey(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> Iterator[Status]:
+def query_extents(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> Iterator[Status]:
     """Ask for the whole range from `start` to `size`, as often as needed. Raises BadReply."""
     offset = start
     crumbs = 0

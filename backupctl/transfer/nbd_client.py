@@ -141,7 +141,7 @@ class Connection:
                 raise self.failure(f"the NBD server was silent for {seconds:g} s")
             if not self.alive():
                 raise self.failure("the NBD connection was lost")
-            turn([self], _CHECK_SECONDS)
+            poll_once([self], _CHECK_SECONDS)
 
     def _greeted(self, memory_before: int) -> bool:
         # libnbd keeps every context that a server tells of, and does not mind how many there are.
@@ -181,7 +181,7 @@ def _memory_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def turn(connections: Sequence[Connection], seconds: float, bell: int | None = None) -> None:
+def poll_once(connections: Sequence[Connection], seconds: float, bell: int | None = None) -> None:
     """Let each connection send and receive what it can; wait at most `seconds` for the first to be able.
 
     bell: an eventfd that ends the wait, and is reset.

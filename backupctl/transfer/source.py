@@ -72,7 +72,7 @@ class Source:
         """
         try:
             contexts = tuple(context for question in self._questions for context in question)
-            yield from extents.survey(self._ask, self.size, contexts)
+            yield from extents.query_extents(self._ask, self.size, contexts)
         except BadReply as err:
             raise ReadFailed(f"the NBD server lies about its extents: {err}") from err
 

@@ -88,7 +88,7 @@ def _start(extent: Extent, connection: Connection) -> _Piece:
 
 
 def _pieces(source: Source) -> Iterator[Extent]:
-    for extent in cluster_map.whole(source):
+    for extent in cluster_map.all_extents(source):
         yield from extents.pieces(extent, PIECE_BYTES)
 
 

@@ -4,15 +4,13 @@
 from collections.abc import Callable, Sequence
 
 from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical, Records
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
 from backupctl.digests.hashing import of_piece
+from backupctl.sizes import Range
 from backupctl.transfer.extents import Extent
 
-Range = tuple[int, int]
-"""Offset and length in bytes."""
 
-
-class Prover:
+class VerifyFilter:
     """A sieve (see `Copy`) that compares each cluster with what the disk should hold.
 
     expected: None if nobody knows. zeroes: whether they are to be written; a new file holds them already.
@@ -20,7 +18,7 @@ class Prover:
     """
 
     def __init__(
-        self, expected: Logical | None, spoilt: Callable[[list[Range]], None], *, zeroes: bool
+        self, expected: EffectiveContent | None, spoilt: Callable[[list[Range]], None], *, zeroes: bool
     ) -> None:
         self._expected = expected
         self._spoilt = spoilt

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import pytest
 
-from backupctl.drills.fork_server import Program
+from backupctl.drills.fork_server import CallSpec
 from fixtures import builds
 from fixtures.simulated import VERSIONS
 from fixtures.warm import ENVIRONMENT, warm
 from tests.conformance.qmp import Monitor
 
 if TYPE_CHECKING:
-    from backupctl.drills.fork_server import Call
+    from backupctl.drills.fork_server import ForkedProcess
 
 SIZE = 4 << 20
 REAL = builds.VERSIONS
@@ -79,12 +79,12 @@ class Process:
         self._command = command
         self._running = self._start()
 
-    def _start(self) -> "subprocess.Popen[bytes] | Call":
+    def _start(self) -> "subprocess.Popen[bytes] | ForkedProcess":
         for name in ("qmp", "hmp", "control", "agent", "nbd"):
             (self.folder / name).unlink(missing_ok=True)
         with (self.folder / "log").open("ab") as log:
             if self._command[0] == "simulate":
-                program = Program(self._command, ENVIRONMENT, str(self.folder))
+                program = CallSpec(self._command, ENVIRONMENT, str(self.folder))
                 process = warm().start(program, log, log)
             else:
                 process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -288,7 +288,7 @@ def _simulator_command(name: str, folder: Path, extras: frozenset[str]) -> list[
     return command
 
 
-def _wait_for(path: Path, process: "subprocess.Popen[bytes] | Call", log: Path) -> None:
+def _wait_for(path: Path, process: "subprocess.Popen[bytes] | ForkedProcess", log: Path) -> None:
     end = time.monotonic() + _START_SECONDS
     while not path.exists():
         if process.poll() is not None or time.monotonic() > end:

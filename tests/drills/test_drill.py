@@ -28,11 +28,11 @@ UNMET = {
 """The words of the verdict, where another check might have failed in its stead."""
 PLANTED = {
     # What a failed run recorded is thrown away instead of given back.
-    "kill-incremental-copy": "from backupctl.vm.qmp import bitmaps\nbitmaps._give_back = lambda new, base: "
+    "kill-incremental-copy": "from backupctl.vm.qmp import bitmaps\nbitmaps._roll_back = lambda new, base: "
     "[bitmaps._on(one.node, one.name, 'remove') for one in new] "
     "+ ([bitmaps._on(base.node, base.name, 'enable')] if new and base and not base.recording else [])\n",
     # A job is left behind.
-    "sigterm": "from backupctl.vm.qmp import teardown\nteardown.dismantle = lambda *a, **k: []\n",
+    "sigterm": "from backupctl.vm.qmp import teardown\nteardown.teardown = lambda *a, **k: []\n",
     # The guard leaves the guest frozen when its run dies. (It is started without our folder in its path.)
     "kill-full-transaction": "if 'backupctl.vm.guest.guard_process' in sys.orig_argv:\n"
     "    import threading\n    start = threading.Thread.start\n"
@@ -41,13 +41,13 @@ PLANTED = {
     "    guard._PACKAGE = f'{guard._PACKAGE}:' + __file__.rpartition('/')[0]\n",
     # A run changes a point that was committed.
     "bitmap-removed": "from backupctl.repository import pending_point\n"
-    "commit = pending_point.Partial.commit\n"
+    "commit = pending_point.PendingPoint.commit\n"
     "def spoil(self, manifest):\n    for path in self.path.parent.glob('*Z/*.qcow2'):\n"
     "        path.open('ab').write(bytes(512))\n    return commit(self, manifest)\n"
-    "pending_point.Partial.commit = spoil\n",
+    "pending_point.PendingPoint.commit = spoil\n",
     # Whatever is read back is believed.
     "damaged-data": "from backupctl.transfer import verify_filter\n"
-    "verify_filter.Prover._compare = lambda *a: None\n",
+    "verify_filter.VerifyFilter._compare = lambda *a: None\n",
 }
 
 

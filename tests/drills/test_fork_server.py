@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.drills.fork_server import Program, Warm
+from backupctl.drills.fork_server import CallSpec, ForkServer
 from backupctl.errors import Failed
 
 ENTRY = "program:main"
@@ -24,14 +24,14 @@ def main():
 @pytest.fixture
 def warm(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
-    with Warm(
+    with ForkServer(
         ["json"], {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}"}
     ) as one:
         yield one
 
 
-def call(warm: Warm, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
-    return warm.run(Program([body], environment, str(folder), ENTRY), timeout)
+def call(warm: ForkServer, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
+    return warm.run(CallSpec([body], environment, str(folder), ENTRY), timeout)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_calls_that_end_as_their_callers_leave_do_not_disturb_others(warm, tmp_p
     def hurry(code: int) -> list[int]:
         codes = []
         for _ in range(15):
-            with warm.start(Program(["pass"], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__):
+            with warm.start(CallSpec(["pass"], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__):
                 pass
             codes.append(call(warm, f"sys.exit({code})").returncode)
         return codes
@@ -104,8 +104,8 @@ def test_what_is_under_way_ends_with_the_warm_process(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     note = tmp_path / "pid"
     body = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    with Warm([], environment(tmp_path)) as warm:
-        under_way = warm.start(Program([body], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__)
+    with ForkServer([], environment(tmp_path)) as warm:
+        under_way = warm.start(CallSpec([body], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__)
         while not (note.exists() and note.read_text()):
             time.sleep(0.01)
         assert under_way.poll() is None

@@ -32,7 +32,7 @@ from backupctl.errors import (
     UsageError,
 )
 from backupctl.images import foreign_header, qcow2_header
-from backupctl.names import NodeName, Owner, RepositoryId, disk_name, point_id, vm_name
+from backupctl.names import Namespace, NodeName, RepositoryId, disk_name, point_id, vm_name
 from backupctl.operations.prune import retention
 from backupctl.repository import history, strict_json
 from backupctl.repository.history import Deed
@@ -54,7 +54,7 @@ from tests.unit.points import P1, P2, disk_entry
 
 FOLDER = Path(tempfile.mkdtemp(prefix="backupctl-fuzz-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
-OWNER = Owner.of(RepositoryId("0" * 32))
+OWNER = Namespace.of(RepositoryId("0" * 32))
 VM = vm_name("vm1")
 
 
@@ -139,7 +139,7 @@ def bitmap(content: bytes) -> bitmap.Bitmap | None:
 def beneath(content: bytes) -> NodeName | None:
     told = Told({"x-debug-query-block-graph": as_object(content)})
     told.commands = frozenset({"x-debug-query-block-graph"})
-    return teardown._beneath(told, "cbw0")  # type: ignore[arg-type]
+    return teardown._child_of(told, "cbw0")  # type: ignore[arg-type]
 
 
 def event(content: bytes) -> None:
@@ -178,7 +178,7 @@ def status(content: bytes) -> list[extents.Status]:
     def ask(_offset: int, _length: int) -> dict[str, list[int]]:
         return {name: [one for _, one in zip(range(4), numbers, strict=False)] for name in ("a", "b")}
 
-    found = list(extents.survey(ask, 64 << 20, ("a", "b")))
+    found = list(extents.query_extents(ask, 64 << 20, ("a", "b")))
     assert sum(one.length for one in found) == 64 << 20
     assert all(one.length > 0 for one in found)
     assert all(one.offset + one.length == two.offset for one, two in pairwise(found))
@@ -235,9 +235,7 @@ def names(text: str) -> None:
 
 
 TARGETS = {
-    "strict": Target(
-        lambda content: strict_json.parse(content, "x"), (strict_json.Malformed,), (b'{"a": [1, "x"]}',)
-    ),
+    "strict": Target(strict_json.parse, (strict_json.Malformed,), (b'{"a": [1, "x"]}',)),
     "manifest": Target(Manifest.from_json, (DamageFound, UnknownFormat), (MANIFEST.to_json(),)),
     "history": Target(history.parse, (), (history._lines("", [Deed("begun"), Deed("found", P1, "0" * 32)]),)),
     "journal": Target(Journal.from_json, (strict_json.Malformed,), (JOURNAL.to_json(),)),

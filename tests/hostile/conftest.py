@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.drills.fork_server import Program
+from backupctl.drills.fork_server import CallSpec
 from fixtures.simulated import ROOT, Simulated
 from fixtures.warm import warm
 from tests.hostile.liar import Liar, Lie
@@ -71,7 +71,7 @@ class Victim:
         peak.write_text("-1")
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             environment = self._environment() | {"PEAK": str(peak)}
-            program = Program(words, environment, str(self.outside), "tests.hostile.runner:bounded")
+            program = CallSpec(words, environment, str(self.outside), "tests.hostile.runner:bounded")
             with warm().start(program, out, err) as call:
                 try:
                     code = call.wait(2 * MOST_SECONDS)

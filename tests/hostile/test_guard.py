@@ -53,7 +53,7 @@ def test_the_guard_gives_a_try_up_in_time_and_in_bounds(tmp_path, monkeypatch, n
         thread.start()
         begun = time.monotonic()
         tracemalloc.start()
-        left = guard_monitor.Left(("e",), ("j",), ("g",))
+        left = guard_monitor.Leftovers(("e",), ("j",), ("g",))
         with pytest.raises((OSError, ValueError, EOFError, KeyError, TypeError, RecursionError)):
             guard_monitor.take_down(Address(path=str(tmp_path / "qmp")), left, lambda: None)
         _, most = tracemalloc.get_traced_memory()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli.demo import Screen, Story
 from backupctl.drills.demo import Stage, first_difference
 from backupctl.errors import DamageFound, Failed
@@ -43,7 +43,7 @@ def played(**environment: str) -> "subprocess.CompletedProcess[str]":
 @pytest.fixture
 def stage():
     with tempfile.TemporaryDirectory(prefix="bc-") as name, Stage.machine_for(Path(name), 3) as machine:
-        yield Stage(Path(name), machine, Screen(), Stop())
+        yield Stage(Path(name), machine, Screen(), Cancellation())
 
 
 def test_the_demo_tells_the_whole_story_in_seconds(tmp_path):

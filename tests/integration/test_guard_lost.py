@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import NeedsRecovery
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
-from backupctl.options import RunOptions, Vm
+from backupctl.operations.backup.context import RunContext
+from backupctl.options import RunOptions, ScratchOptions, Timeouts, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
@@ -56,14 +57,16 @@ def test_a_guard_that_is_killed_in_mid_copy_costs_the_run_and_leaves_nothing(lab
 def test_a_guest_that_neither_run_nor_guard_could_thaw_is_thawed_by_recover(lab):
     """The run ends in time, and tells; its guard goes on, and is killed."""
     lab.agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
-    vm = Vm(
+    vm = VmConfig(
         vm_name("web"),
         Address(path=str(lab.machine.qmp_path)),
         Address(path=str(lab.machine.agent_path)),
     )
-    options = RunOptions(kind="incremental", scratch=lab.cli.scratch, agent_timeout_seconds=0.5)
+    scratch, timeouts = ScratchOptions(lab.cli.scratch), Timeouts(agent_seconds=0.5)
+    options = RunOptions(kind="incremental", scratch=scratch, timeouts=timeouts)
+    repository = Repository.open(lab.cli.repository)
     with pytest.raises(NeedsRecovery):
-        backup.run(vm, Repository.open(lab.cli.repository), options, Silent(), Stop())
+        backup.run(RunContext(vm, repository, options, Silent(), Cancellation()))
     guard = guard_of(os.getpid())
     os.kill(guard, signal.SIGKILL)
     os.waitpid(guard, 0)

@@ -39,28 +39,28 @@ BUGS = (
         "no thaw after a transaction that failed",
         "operations/backup/run.py",
         "        try:\n            yield thawed\n        finally:\n"
-        "            thawed.append(self.guard.thaw())\n",
-        "        yield thawed\n        thawed.append(self.guard.thaw())\n",
+        "            thawed.append(self.session.thaw())\n",
+        "        yield thawed\n        thawed.append(self.session.thaw())\n",
         FAILURES + REFUSED,
     ),
     Bug(
         "thaw before the transaction's reply",
         "operations/backup/run.py",
-        '                    self.step = "transaction"\n                    view.cut()\n',
-        '                    self.step = "transaction"\n                view.cut()\n',
+        "            self.session.start()\n        return thawed[0]\n",
+        "        self.session.start()\n        return thawed[0]\n",
         FAILURES + "test_a_freeze_that_somebody_ended_early_is_not_called_consistent[simulator]",
     ),
     Bug(
         "the guard does not thaw when its run dies",
         "vm/guest/guard_process.py",
-        "        self._freezer.thaw_for_good()\n        while",
+        "        self._freeze.thaw_for_good()\n        while",
         "        while",
         GUARD + "test_sigkill_of_the_run_leaves_the_guest_thawed",
     ),
     Bug(
         "the freeze budget is not looked at",
         "vm/guest/guard_process.py",
-        "            self._freezer.thaw_when_due()\n",
+        "            self._freeze.thaw_when_due()\n",
         "",
         GUARD + "test_the_budget_ends_the_freeze_and_the_run_is_told",
     ),
@@ -107,14 +107,14 @@ BUGS = (
         "        for one in self.plan.disks:\n"
         "            for name in one.bitmaps:\n"
         '                old = {"node": one.disk.node, "name": name}\n'
-        '                self.monitor.execute("block-dirty-bitmap-remove", old)\n',
+        '                self.session._monitor.execute("block-dirty-bitmap-remove", old)\n',
         EXPLORED + "[incremental]",
     ),
     Bug(
         "base bitmaps are retired for some disks only",
-        "operations/recover.py",
-        "            actions += settlement.actions\n",
-        "            actions = actions or [*settlement.actions]\n",
+        "vm/qmp/recovery.py",
+        "            actions += plan.actions\n",
+        "            actions = actions or [*plan.actions]\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
@@ -126,23 +126,23 @@ BUGS = (
     ),
     Bug(
         "copied from the active node",
-        "operations/backup/run.py",
-        "            nbd_export.Shown(node, cut.disk.node, bitmap)\n",
-        "            nbd_export.Shown(cut.disk.node, cut.disk.node, bitmap)\n",
+        "vm/qmp/session.py",
+        "            nbd_export.ExportSpec(node, one.disk.node, bitmap)\n",
+        "            nbd_export.ExportSpec(one.disk.node, one.disk.node, bitmap)\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "bitmaps are looked for at the view's node",
-        "operations/backup/run.py",
-        "            nbd_export.Shown(node, cut.disk.node, bitmap)\n",
-        "            nbd_export.Shown(node, node, bitmap)\n",
+        "vm/qmp/session.py",
+        "            nbd_export.ExportSpec(node, one.disk.node, bitmap)\n",
+        "            nbd_export.ExportSpec(node, node, bitmap)\n",
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
         "the second disk is read with the first one's bitmap",
-        "operations/backup/run.py",
-        "                shown.append(one.bitmaps[0] if one.bitmaps else None)\n",
-        "                shown.append(self.plan.disks[0].bitmaps[0] if one.bitmaps else None)\n",
+        "vm/qmp/session.py",
+        "        return [_change(one, merged) for one in self._disks]\n",
+        "        return [_change(self._disks[0] if one.bases else one, merged) for one in self._disks]\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
@@ -258,7 +258,7 @@ BUGS = (
         "recovery drops a committed point, too",
         "operations/recover.py",
         "        partial.drop()\n",
-        "        partial.drop()\n        __import__('shutil').rmtree(folder.point('latest').path)\n",
+        "        partial.drop()\n        __import__('shutil').rmtree(facts.folder.point('latest').path)\n",
         EXPLORED + "[incremental]",
     ),
     Bug(
@@ -266,7 +266,8 @@ BUGS = (
         "vm/qmp/teardown.py",
         "        _end_job(monitor, name)\n"
         '        told.append(f"ended the job {name}")\n'
-        '    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)\n',
+        '    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
+        "patience_seconds)\n",
         "        pass\n",
         FAILURES + "test_sigkill_in_mid_copy_is_undone_by_the_next_run[simulator]",
     ),
@@ -288,14 +289,14 @@ BUGS = (
         "our clients leave before the export goes",
         "vm/qmp/teardown.py",
         "    for name in ours:\n        _unless_gone(",
-        "    clients.let_go()\n    for name in ours:\n        _unless_gone(",
+        "    clients.close()\n    for name in ours:\n        _unless_gone(",
         IOTHREAD,
     ),
     Bug(
         "the guard lets go of the sockets before the export goes",
         "vm/guest/guard_process.py",
         "        while not self._taken_down():\n",
-        "        self._holder.release()\n        while not self._taken_down():\n",
+        "        self._held.release()\n        while not self._taken_down():\n",
         IOTHREAD,
     ),
     Bug(
@@ -316,13 +317,13 @@ BUGS = (
     Bug(
         "a run that copied some disks only ends with 0",
         "operations/backup/run.py",
-        "        return tuple(taker.take(one, source) for",
-        "        taken = []\n"
+        "        return tuple(\n            copier.copy_disk(one, source) for",
+        "        copied = []\n"
         "        for one, source in zip(self.plan.disks, sources, strict=True):\n"
         "            with __import__('contextlib').suppress(Failed):\n"
-        "                taken.append(taker.take(one, source))\n"
-        "        return tuple(taken)\n"
-        "        return tuple(taker.take(one, source) for",
+        "                copied.append(copier.copy_disk(one, source))\n"
+        "        return tuple(copied)\n"
+        "        return tuple(\n            copier.copy_disk(one, source) for",
         FAILURES + "test_a_connection_dropped_in_mid_copy_is_a_failed_run[simulator-exp1]",
     ),
     Bug(
@@ -341,7 +342,7 @@ BUGS = (
     ),
     Bug(
         "the process of the VM at hand is not looked at",
-        "vm/qmp/filling.py",
+        "vm/filling.py",
         "sorted({*open_files.emulators(), *([self._process] if self._process else [])})",
         "sorted({*open_files.emulators()})",
         "unit/vm/test_shared_file_systems.py::test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator",
@@ -349,7 +350,7 @@ BUGS = (
     Bug(
         "scratch files are let go of as they are",
         "vm/qmp/teardown.py",
-        "    clients.give_back()\n",
+        "    clients.free_scratch()\n",
         "    pass\n",
         "integration/test_held_room.py::"
         "test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process[7.2]",
@@ -370,7 +371,7 @@ BUGS = (
     ),
     Bug(
         "root restores into anybody's folder",
-        "targets/safe_target.py",
+        "system/safe_folder.py",
         "    if os.geteuid() != _ROOT:\n",
         "    if True:\n",
         "unit/images/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
@@ -393,7 +394,7 @@ BUGS = (
     Bug(
         "a configuration that others may write is believed",
         "system/trusted.py",
-        "    if status.st_mode & _OTHERS_WRITE:\n",
+        "    if path_walk.others_may_write(status):\n",
         "    if status.st_mode & stat.S_ISUID:\n",
         "unit/system/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
     ),

@@ -16,15 +16,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.hashing import of_piece
 from backupctl.errors import BackupctlError
 from backupctl.names import PointId, VmName, next_point_id, point_time
 from backupctl.operations import recover
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
-from backupctl.options import Vm
+from backupctl.options import VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history
 from backupctl.repository.journal import Journal
@@ -171,7 +171,7 @@ def _missed(folder: VmFolder) -> str:
 
 
 def _verified(repository: Repository) -> str:
-    found = verify(repository, None, None, Depth(), Silent(), Stop()).damage
+    found = verify(repository, None, None, VerifyScope(), Silent(), Cancellation()).damage
     return f"verify: {found[0].message}" if found else ""
 
 
@@ -189,7 +189,7 @@ def _contents(folder: VmFolder, held: Contents, kept: set[str]) -> str:
             if content != held[point.id, entry.name]:
                 return f"{entry.name} of {point.id} is not what it was"
             found = _digests(content)
-            should = chain.logical(layers, entry.size).window(0, len(found))
+            should = chain.effective_content(layers, entry.size).window(0, len(found))
             if clusters.differ(found, should).any():
                 return f"{entry.name} of {point.id} would be refused by a restore"
     return ""
@@ -219,12 +219,12 @@ def _points(folder: VmFolder, before: Points, after: Points, due: str | None) ->
 
 def _next_run(repository: Repository, folder: VmFolder) -> str:
     """Do what the next run does first, and begin a point."""
-    vm = Vm(VM, "unix:/nowhere", None)
+    vm, facts = VmConfig(VM, "unix:/nowhere", None), recover.FolderFacts(folder, repository.owner)
     with folder.lock():
-        recover.actives(folder)
-        recover.drop_leftover_files(vm, folder, repository.owner, repository.path)
+        facts.unfinished()
+        recover.drop_leftover_files(vm, facts, repository.path)
         audit.reconcile(folder)
-        if folder.partials():
+        if folder.pending_points():
             return "something unfinished is left"
         newest = folder.newest()
         point = next_point_id(point_time(newest or PointId("20260101T000000Z")), newest)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.progress import Silent
@@ -212,7 +212,7 @@ def pruned(request, lab, tmp_path) -> tuple[Recorded, Judge]:
     assert len(kept) == 2
 
     def again(folder):
-        prune.prune(folder, rules, Silent(), Stop())
+        prune.prune(folder, rules, Silent(), Cancellation())
 
     return run, after_prune(held, kept, again)
 

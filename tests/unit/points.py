@@ -22,7 +22,7 @@ from backupctl.names import DiskName, NodeName, PointId, VmName, point_time
 from backupctl.repository import chain
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
@@ -95,7 +95,7 @@ class Builder:
             checkpoints=0,
         )
 
-    def begin(self, point: PointId) -> Partial:
+    def begin(self, point: PointId) -> PendingPoint:
         with self.folder.lock():
             return self.folder.begin(point, self.journal(point))
 

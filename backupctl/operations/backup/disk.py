@@ -14,61 +14,61 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from backupctl.digests import digest_map
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import ReadFailed, moving
 from backupctl.images import create, nbd_server
 from backupctl.operations.backup.plan import DiskPlan
 from backupctl.progress import Reporter
 from backupctl.repository import chain
 from backupctl.repository.manifest import DiskEntry
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.vm_folder import VmFolder
-from backupctl.transfer.cluster_map import Marks
+from backupctl.transfer.cluster_map import ClusterMap
 from backupctl.transfer.copy import Copy, open_target
-from backupctl.transfer.dedup_filter import Recorder
+from backupctl.transfer.dedup_filter import DedupFilter
 from backupctl.transfer.extents import DIRTY, ZERO, Status
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 
 
 @dataclass(frozen=True)
-class Taker:
-    """Takes the disks of one point, one after the other.
+class LayerCopier:
+    """Copies the disks of one point, one after the other.
 
     check: called at least every 100 ms while bytes move; what it raises ends the copy.
     """
 
     folder: VmFolder
-    partial: Partial
+    partial: PendingPoint
     limiter: TokenBucket
     reporter: Reporter
     check: Callable[[], None]
     stall_seconds: float
 
-    def take(self, one: DiskPlan, source: Source) -> DiskEntry:
-        """Copy what a disk's layer must hold, and bring image and digest map to the disk.
+    def copy_disk(self, one: DiskPlan, source: Source) -> DiskEntry:
+        """Copy what a disk's layer must hold, and flush image and digest map to stable storage.
 
         Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, and what `check` raises.
         """
         disk = one.disk
         path = self.partial.path / f"{disk.name}.qcow2"
         layers = chain.below(self.folder, one.base, disk.name)
-        below = chain.logical(layers, disk.size)
+        below = chain.effective_content(layers, disk.size)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
         newest = below
         if one.newest is not None:
-            newest = chain.logical(chain.below(self.folder, one.newest, disk.name), disk.size)
-        known_bytes = min(below.known_bytes, newest.known_bytes)
+            newest = chain.effective_content(chain.below(self.folder, one.newest, disk.name), disk.size)
+        known_bytes = min(below.described_bytes, newest.described_bytes)
         marks, named_bytes = _look(one, source.statuses(), below, known_bytes)
         if newest is not below:
-            marks.data_where_they_differ(below, newest)
+            marks.mark_differences(below, newest)
         total = marks.marked_bytes()
         link = f"../{one.base}/{disk.name}.qcow2" if one.base else None
         with create.new_layer(path, disk.size, link) as image:
             with (
                 moving(disk.name, f"{path.name} in {self.folder.path}"),
-                closing(Recorder(below, self.partial.path)) as recorder,
+                closing(DedupFilter(below, self.partial.path)) as recorder,
                 chain.opened(layers) as opened,
                 nbd_server.serve((image, *opened), writable=True) as address,
                 open_target(address, nbd_server.EXPORT, check=self.check) as target,
@@ -105,7 +105,9 @@ class Taker:
         )
 
 
-def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical, known_bytes: int) -> tuple[Marks, int]:
+def _look(
+    one: DiskPlan, statuses: Iterable[Status], below: EffectiveContent, known_bytes: int
+) -> tuple[ClusterMap, int]:
     """Return what must be looked at, and how many bytes bitmap or allocation map name.
 
     known_bytes: up to where the earlier points tell of the disk. Behind it a disk has grown: its bitmap is
@@ -115,7 +117,7 @@ def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical, known_bytes
     when a disk was shrunk and grew again: its bitmap lost the bits of the end that went, and the old data
     would come back (measured). Nor does it name the cluster that a new end cuts, whose rest was lost.
     """
-    marks, named_bytes = Marks(one.disk.size), 0
+    marks, named_bytes = ClusterMap(one.disk.size), 0
     for status in statuses:
         zero, end = bool(status.flags[0] & ZERO), status.offset + status.length
         named = bool(status.flags[1] & DIRTY) if one.bitmaps else not zero
@@ -127,5 +129,5 @@ def _look(one: DiskPlan, statuses: Iterable[Status], below: Logical, known_bytes
             marks.data(offset, end - offset)
     if one.bitmaps and one.disk.size % CLUSTER_BYTES:
         marks.data(one.disk.size - 1, 1)
-    marks.keep_vanished(below)
+    marks.drop_unneeded_zeroes(below)
     return marks, named_bytes

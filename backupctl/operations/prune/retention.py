@@ -55,7 +55,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Held:
+class RetentionCandidate:
     """What the rules need to know of a point. taken: what the clock showed when it was."""
 
     id: PointId
@@ -73,7 +73,7 @@ class Decision:
     reasons: tuple[str, ...]
 
 
-def decide(points: Sequence[Held], rules: Rules, now: datetime) -> tuple[Decision, ...]:
+def decide(points: Sequence[RetentionCandidate], rules: Rules, now: datetime) -> tuple[Decision, ...]:
     """Decide for each point. points: of one VM, oldest first. Raises UsageError if there is no rule."""
     if rules.hold_nothing():
         raise UsageError(
@@ -103,7 +103,7 @@ def duration(text: str) -> timedelta:
         raise UsageError(f"{text!r:.60} is longer than can be counted") from err
 
 
-def _needed(points: Sequence[Held]) -> Mapping[PointId, str]:
+def _needed(points: Sequence[RetentionCandidate]) -> Mapping[PointId, str]:
     """Return what stays whatever the rules say."""
     found: dict[PointId, list[str]] = {}
     for point in points:
@@ -123,7 +123,7 @@ def _by_last(ids: Sequence[PointId], rules: Rules) -> Mapping[PointId, str]:
     return {point: f"last {number} of {rules.last}" for number, point in enumerate(reversed(held), 1)}
 
 
-def _by_age(points: Sequence[Held], rules: Rules, now: datetime) -> Mapping[PointId, str]:
+def _by_age(points: Sequence[RetentionCandidate], rules: Rules, now: datetime) -> Mapping[PointId, str]:
     if rules.within is None:
         return {}
     past = (point.taken for point in points if point.taken <= now + _CLOCKS_DIFFER)
@@ -137,7 +137,7 @@ def _by_age(points: Sequence[Held], rules: Rules, now: datetime) -> Mapping[Poin
 
 
 def _by_period(
-    points: Sequence[Held], name: str, period: Callable[[datetime], str], most: int
+    points: Sequence[RetentionCandidate], name: str, period: Callable[[datetime], str], most: int
 ) -> Mapping[PointId, str]:
     """Return the newest point of each of the newest periods."""
     newest = {period(point.taken): point.id for point in points}

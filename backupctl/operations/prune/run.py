@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed, moving
@@ -27,24 +27,25 @@ from backupctl.images import nbd_server
 from backupctl.images.open_image import OpenImage
 from backupctl.names import DiskName, PointId
 from backupctl.operations.prune import retention
-from backupctl.operations.prune.retention import Decision, Held, Rules
+from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain, history, markers, merge
 from backupctl.repository.chain import Layer
 from backupctl.repository.history import Deed
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import Range
 from backupctl.system import locks, safe_open
 from backupctl.transfer import copy
 from backupctl.transfer.copy import Copy, open_target
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.transfer.verify_filter import Prover, Range
-from backupctl.vm.qmp.filling import Filling
+from backupctl.transfer.verify_filter import VerifyFilter
+from backupctl.vm.filling import Filling
 
 _PATIENCE_SECONDS = 1.0
 _CONNECTIONS = 2
@@ -84,7 +85,7 @@ def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
     _refuse_unknown(folder)
     points = _all(folder)
     held = [
-        Held(
+        RetentionCandidate(
             point.id,
             point.manifest.started,
             tuple(entry.name for entry in point.manifest.disks),
@@ -97,7 +98,7 @@ def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
 
 
 def prune(
-    folder: VmFolder, rules: Rules, reporter: Reporter, stop: Stop, max_chain: int | None = None
+    folder: VmFolder, rules: Rules, reporter: Reporter, stop: Cancellation, max_chain: int | None = None
 ) -> PruneReport:
     """Drop what no rule holds, and finish what an earlier prune began.
 
@@ -173,7 +174,7 @@ class _Work:
 
     folder: VmFolder
     reporter: Reporter
-    stop: Stop
+    stop: Cancellation
     filling: Filling
     dropped: list[PointId] = field(default_factory=list)
     removed: list[PointId] = field(default_factory=list)
@@ -200,7 +201,7 @@ class _Work:
 
     def sweep(self) -> None:
         """Remove folders in whose removal a prune died; a dead run's are for `recover` to look at first."""
-        for leftover in self.folder.partials():
+        for leftover in self.folder.pending_points():
             if markers.has(leftover.path, markers.RETIRED):
                 leftover.drop()
 
@@ -244,9 +245,9 @@ class _Work:
     def _remove(self, points: Sequence[Point], point: Point) -> None:
         try:
             with locks.folder(point.path, _PATIENCE_SECONDS):
-                merge.forget(points, point)
-                leftover = Partial(self.folder.path, self.folder.name, point.id)
-                leftover.take_back()
+                merge.detach_from(points, point)
+                leftover = PendingPoint(self.folder.path, self.folder.name, point.id)
+                leftover.uncommit()
         except Locked as err:
             self.read.add(point.id)
             self._leave(f"{point.id} is dropped, but its folder stays for now: {err.message}")
@@ -267,7 +268,7 @@ class _Work:
                 try:
                     written_bytes = self._pour(one, image)
                 except BackupctlError:
-                    one.forsake()  # or a want of room would last until the next prune, and keep backups out
+                    one.abandon()  # or a want of room would last until the next prune, and keep backups out
                     raise
                 one.describe(image)
         except Locked as err:
@@ -285,7 +286,7 @@ class _Work:
                 with suppress(FileNotFoundError):  # gone already: a death came after the image's move
                     below = self.folder.path / str(entry.parent)
                     held.enter_context(locks.folder(below, _PATIENCE_SECONDS))
-                done = merge.switch(point, entry)
+                done = merge.swap_images(point, entry)
         except Locked as err:
             self._skip(point, entry.name, f"{entry.name} of {point.id} is not exchanged: {err.message}")
             return
@@ -296,7 +297,9 @@ class _Work:
     def _pour(self, one: Merge, image: OpenImage) -> int:
         """Write what the merged image lacks, each cluster compared with its digest; returns how much."""
         read = one.layers[:1] if one.in_place else one.layers
-        prover = Prover(chain.logical(read, one.size), partial(_refuse_damaged, one), zeroes=True)
+        prover = VerifyFilter(
+            chain.effective_content(read, one.size), partial(_refuse_damaged, one), zeroes=True
+        )
         total = sum(len(part) for part in one.written()) * clusters.CLUSTER_BYTES
         with (
             moving(str(one.upper.path), str(one.image)),

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
-from backupctl.cancel import Stop
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.cancel import Cancellation
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import DamageFound, ReadFailed, RepositoryUnreadable
 from backupctl.images import create, nbd_server
 from backupctl.images.create import ImageFormat
@@ -22,6 +22,7 @@ from backupctl.images.open_image import OpenImage
 from backupctl.names import PointId, VmName
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
+from backupctl.sizes import Range
 from backupctl.system import safe_open
 from backupctl.transfer import cluster_map, extents
 from backupctl.transfer.copy import Copy, open_target
@@ -30,7 +31,7 @@ from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
-from backupctl.transfer.verify_filter import Prover, Range
+from backupctl.transfer.verify_filter import VerifyFilter
 
 _CONNECTIONS = 2
 _HEAD_BYTES = 1 << 20
@@ -40,7 +41,7 @@ _SHOWN = 4
 
 
 @dataclass
-class Readout:
+class DiskReader:
     """The reading of one disk. layers: newest first. progress: told the bytes done, of `size`.
 
     damaged: ranges of the disk that were let through. unproven: why nothing could be compared, "" if all
@@ -51,7 +52,7 @@ class Readout:
     point: PointId
     layers: tuple[Layer, ...]
     force: bool
-    stop: Stop
+    stop: Cancellation
     progress: Callable[[int], None]
     damaged: list[Range] = field(default_factory=list)
     unproven: str = ""
@@ -67,7 +68,7 @@ class Readout:
         A device begins with zeroes until all else is there, so that what is refused halfway does not look
         complete. Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
         """
-        prover = Prover(self._expected(), self._spoilt, zeroes=onto_device)
+        prover = VerifyFilter(self._expected(), self._spoilt, zeroes=onto_device)
         create.create_target(target, image_format, self.size, onto_device=onto_device)
         with (
             self._served() as source,
@@ -75,7 +76,7 @@ class Readout:
             open_target(address, nbd_server.EXPORT, _CONNECTIONS) as sinks,
         ):
             head = min(_HEAD_BYTES, self.size) if onto_device else 0
-            pour = _Pour(self, source, sinks, prover, _DEVICE_ZERO_BYTES if onto_device else self.size)
+            pour = _Pipeline(self, source, sinks, prover, _DEVICE_ZERO_BYTES if onto_device else self.size)
             pour.blank(Extent(0, head, zero=True))
             pour.part(head, self.size)
             pour.part(0, head)
@@ -83,7 +84,7 @@ class Readout:
 
     def into_stream(self, descriptor: int) -> None:
         """Write all bytes in order to a descriptor. Raises as `into_image`."""
-        prover = Prover(self._expected(), self._spoilt, zeroes=True)
+        prover = VerifyFilter(self._expected(), self._spoilt, zeroes=True)
         with self._served() as source:
             stream(source, descriptor, check=self.stop.check, progress=self.progress, look=prover)
 
@@ -107,9 +108,9 @@ class Readout:
                     next_command=self._next(),
                 ) from err
 
-    def _expected(self) -> Logical | None:
+    def _expected(self) -> EffectiveContent | None:
         try:
-            return chain.logical(self.layers, self.size)
+            return chain.effective_content(self.layers, self.size)
         except (DamageFound, RepositoryUnreadable) as err:
             if not self.force:
                 raise err.add(state="nothing was written", hint=_FORCE, next_command=self._next()) from err
@@ -152,13 +153,13 @@ class Readout:
 
 
 @dataclass(frozen=True)
-class _Pour:
+class _Pipeline:
     """What is copied from where to where. most: the longest extent, in bytes."""
 
-    readout: Readout
+    readout: DiskReader
     source: Source
     sinks: tuple[Connection, ...]
-    prover: Prover
+    prover: VerifyFilter
     most: int
 
     def part(self, begin: int, end: int) -> None:
@@ -178,7 +179,7 @@ class _Pour:
     def _copy(
         self,
         wanted: Iterable[Extent],
-        prover: Prover | None,
+        prover: VerifyFilter | None,
         progress: Callable[[int], None] = lambda _done_bytes: None,
     ) -> list[Extent]:
         """Copy extents; returns the pieces that can't be read, if that is borne with."""
@@ -210,7 +211,7 @@ def said(ranges: Sequence[Range]) -> str:
 
 def _part(source: Source, begin: int, end: int, most: int) -> Iterator[Extent]:
     """Yield a part of the disk in whole clusters, no extent longer than `most` bytes."""
-    for extent in cluster_map.whole(source):
+    for extent in cluster_map.all_extents(source):
         first, last = max(extent.offset, begin), min(extent.end, end)
         if first < last:
             yield from extents.pieces(Extent(first, last - first, extent.zero), most)

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, hashing
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.images import nbd_server
 from backupctl.images.create import ImageFormat
@@ -33,26 +33,26 @@ from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import WINDOW_CLUSTERS, Range
 from backupctl.system import safe_open
 from backupctl.targets import in_place, output
 from backupctl.targets.in_place import Target
 from backupctl.transfer import cluster_map, copy, extents
-from backupctl.transfer.copy import Copy, Sieve, open_target
+from backupctl.transfer.copy import Copy, Filter, open_target
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.transfer.verify_filter import Prover, Range
-from backupctl.vm.qmp import filling
+from backupctl.transfer.verify_filter import VerifyFilter
+from backupctl.vm import filling
 
 _CONNECTIONS = 2
-_WINDOW_CLUSTERS = 1 << 16
 _MOST_BYTES = 8 << 20  # at a time: a device that can't make zeroes by itself has them written
 _HALF_DONE = "the target is partly changed; the same command again finishes it"
 
 
 @dataclass(frozen=True)
-class ReconciledDisk:
+class InPlaceDisk:
     """One target that is now as the point. Sizes in bytes; written_bytes: in whole clusters.
 
     point: the one that it was taken from.
@@ -69,12 +69,12 @@ class ReconciledDisk:
 
 
 @dataclass(frozen=True)
-class ReconcileReport:
+class InPlaceReport:
     """What was brought to the state of a point. missing: disks that the point does not hold, left out."""
 
     vm: VmName
     point: PointId
-    images: tuple[ReconciledDisk, ...]
+    images: tuple[InPlaceDisk, ...]
     missing: tuple[MissingDisk, ...]
 
 
@@ -87,10 +87,10 @@ class _Work:
     point: PointId
     layers: tuple[Layer, ...]
     target: Target
-    expected: Logical
+    expected: EffectiveContent
     room: int
     reporter: Reporter
-    stop: Stop
+    stop: Cancellation
 
     @property
     def size(self) -> int:
@@ -105,10 +105,10 @@ def restore(
     disk: str | None,
     image_format: ImageFormat | None,
     reporter: Reporter,
-    stop: Stop,
+    stop: Cancellation,
     all_disks: bool = False,
     allowed: Collection[ImageFeature] = (),
-) -> ReconcileReport:
+) -> InPlaceReport:
     """Bring what stands at `to` (as in a whole restore) to the state of a point.
 
     image_format: None takes what the disk was in the VM, and raw for a block device. A file gets the disk's
@@ -131,14 +131,14 @@ def restore(
             for part, below, target in zip(chosen.parts, layers, targets, strict=True)
         ]
         done = tuple(_reconcile(work) for work in works)
-    return ReconcileReport(folder.name, point.id, done, chosen.missing)
+    return InPlaceReport(folder.name, point.id, done, chosen.missing)
 
 
 def _work(
-    vm: VmName, part: Part, layers: tuple[Layer, ...], target: Target, reporter: Reporter, stop: Stop
+    vm: VmName, part: Part, layers: tuple[Layer, ...], target: Target, reporter: Reporter, stop: Cancellation
 ) -> _Work:
     entry = part.entry
-    expected = chain.logical(layers, entry.size)
+    expected = chain.effective_content(layers, entry.size)
     both = filling.watching(stop, target.path)
     return _Work(
         vm, entry.name, part.point.id, layers, target, expected, _room(target, entry.size), reporter, both
@@ -170,7 +170,7 @@ def _room(target: Target, size: int) -> int:
     return room
 
 
-def _reconcile(work: _Work) -> ReconciledDisk:
+def _reconcile(work: _Work) -> InPlaceDisk:
     begun = time.monotonic()
     work.stop.check()
     _fit(work)
@@ -180,7 +180,7 @@ def _reconcile(work: _Work) -> ReconciledDisk:
             written = _write(work, address, differing)
     except OSError as err:
         raise WriteFailed(f"{work.target.path} can't be written: {err.strerror}", state=_HALF_DONE) from err
-    return ReconciledDisk(
+    return InPlaceDisk(
         work.name,
         work.target.path,
         work.target.format,
@@ -221,7 +221,9 @@ def _differing(work: _Work, address: Path) -> NDArray[np.bool_]:
 
     work.reporter.step(f"compare {work.target.path} with {work.name}")
     with closing(Source.connect([address] * _CONNECTIONS, nbd_server.EXPORT)) as source:
-        _copy(work, source, (), work.size, look, unreadable).run(_until(cluster_map.whole(source), work.size))
+        _copy(work, source, (), work.size, look, unreadable).run(
+            _until(cluster_map.all_extents(source), work.size)
+        )
     return found
 
 
@@ -246,7 +248,7 @@ def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
     if not total:
         return 0
     work.reporter.step(f"write what differs: {total} of {work.size} bytes")
-    prover = Prover(work.expected, spoilt, zeroes=True)
+    prover = VerifyFilter(work.expected, spoilt, zeroes=True)
     with (
         chain.opened(work.layers) as opened,
         nbd_server.serve(opened) as point,
@@ -268,7 +270,7 @@ def _copy(
     source: Source,
     sinks: tuple[Connection, ...],
     total: int,
-    sieve: Sieve,
+    sieve: Filter,
     unreadable: Callable[[Extent], None],
 ) -> Copy:
     def progress(done_bytes: int) -> None:
@@ -286,10 +288,10 @@ def _until(found: Iterator[Extent], size: int) -> Iterator[Extent]:
             yield Extent(extent.offset, min(extent.end, size) - extent.offset, extent.zero)
 
 
-def _wanted(differing: NDArray[np.bool_], expected: Logical) -> Iterator[Extent]:
+def _wanted(differing: NDArray[np.bool_], expected: EffectiveContent) -> Iterator[Extent]:
     """Yield what is to be written: data to be read from the point, and zeroes."""
-    for first in range(0, len(differing), _WINDOW_CLUSTERS):
-        flags = differing[first : first + _WINDOW_CLUSTERS]
+    for first in range(0, len(differing), WINDOW_CLUSTERS):
+        flags = differing[first : first + WINDOW_CLUSTERS]
         records = expected.window(first, len(flags))[flags]
         zero = clusters.is_zero(records)
         for kind in (False, True):

@@ -26,7 +26,7 @@ _UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True)
-class ThinDisk:
+class OverlayDisk:
     """One overlay. size: virtual, in bytes. backing: the point's image, absolute. point: whose it is."""
 
     name: DiskName
@@ -37,12 +37,12 @@ class ThinDisk:
 
 
 @dataclass(frozen=True)
-class ThinReport:
+class OverlayReport:
     """What a thin restore made. missing: disks that the point does not hold, left out."""
 
     vm: VmName
     point: PointId
-    images: tuple[ThinDisk, ...]
+    images: tuple[OverlayDisk, ...]
     missing: tuple[MissingDisk, ...]
 
 
@@ -57,7 +57,7 @@ def restore(
     reporter: Reporter,
     all_disks: bool = False,
     allowed: Collection[ImageFeature] = (),
-) -> ThinReport:
+) -> OverlayReport:
     """Make overlays of one disk of a point, or of all; the options as in a whole restore, but files only.
 
     All that can be refused is refused before anything is made. Raises UsageError, NoSuchPoint, TargetExists,
@@ -79,15 +79,15 @@ def restore(
         reporter.note(
             f"these images need {folder.name} {needed} to stay: backupctl protect {folder.name} {needed}"
         )
-    return ThinReport(folder.name, point.id, made, chosen.missing)
+    return OverlayReport(folder.name, point.id, made, chosen.missing)
 
 
-def _make(part: Part, path: Path, layers: Sequence[Path], force: bool, reporter: Reporter) -> ThinDisk:
+def _make(part: Part, path: Path, layers: Sequence[Path], force: bool, reporter: Reporter) -> OverlayDisk:
     try:
         overlay.make(path, part.entry.size, layers, force=force, warn=reporter.warn)
     except OSError as err:
         raise WriteFailed(f"{path} can't be made: {err.strerror}") from err
-    return ThinDisk(part.entry.name, path, part.entry.size, layers[0].resolve(), part.point.id)
+    return OverlayDisk(part.entry.name, path, part.entry.size, layers[0].resolve(), part.point.id)
 
 
 def _refuse(

@@ -12,14 +12,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import Interrupted, TargetExists, TransferError, UsageError, WriteFailed, moving
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.restore import destination, selection
 from backupctl.operations.restore.destination import STDOUT
-from backupctl.operations.restore.disk import Readout, said
+from backupctl.operations.restore.disk import DiskReader, said
 from backupctl.operations.restore.selection import MissingDisk, Selection
 from backupctl.progress import Reporter
 from backupctl.repository import chain
@@ -27,9 +27,9 @@ from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import Range
 from backupctl.targets import output
-from backupctl.transfer.verify_filter import Range
-from backupctl.vm.qmp import filling
+from backupctl.vm import filling
 
 _STDOUT_DESCRIPTOR = 1
 _UNTOUCHED = "nothing was touched"
@@ -84,7 +84,7 @@ def restore(
     image_format: ImageFormat | None,
     force: bool,
     reporter: Reporter,
-    stop: Stop,
+    stop: Cancellation,
     all_disks: bool = False,
     allowed: Collection[ImageFeature] = (),
 ) -> RestoreReport:
@@ -145,7 +145,9 @@ def _refuse(
         output.refuse_more_than_bytes(target, work.format, allowed)
 
 
-def _restore(folder: VmFolder, work: _Work, force: bool, reporter: Reporter, stop: Stop) -> RestoredDisk:
+def _restore(
+    folder: VmFolder, work: _Work, force: bool, reporter: Reporter, stop: Cancellation
+) -> RestoredDisk:
     begun = time.monotonic()
     entry = work.entry
     stop.check()
@@ -156,7 +158,7 @@ def _restore(folder: VmFolder, work: _Work, force: bool, reporter: Reporter, sto
 
     if work.target != STDOUT:
         stop = filling.watching(stop, Path(work.target))
-    reading = Readout(folder.name, work.point, work.layers, force, stop, progress)
+    reading = DiskReader(folder.name, work.point, work.layers, force, stop, progress)
     try:
         _read_out(reading, work, force, reporter)
     except (TransferError, Interrupted) as err:
@@ -178,7 +180,7 @@ def _restore(folder: VmFolder, work: _Work, force: bool, reporter: Reporter, sto
     )
 
 
-def _read_out(reading: Readout, work: _Work, force: bool, reporter: Reporter) -> None:
+def _read_out(reading: DiskReader, work: _Work, force: bool, reporter: Reporter) -> None:
     try:
         with moving(work.entry.name, _called(work.target)):
             if work.target == STDOUT:

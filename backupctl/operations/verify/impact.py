@@ -21,13 +21,11 @@ from backupctl.digests.clusters import Records
 from backupctl.names import DiskName, PointId
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
-
-Range = tuple[int, int]
-"""Offset and length in bytes."""
+from backupctl.sizes import Range
 
 
 @dataclass(frozen=True)
-class Touched:
+class Affected:
     """The part of a point's disk that a damage touches."""
 
     point: PointId
@@ -35,7 +33,7 @@ class Touched:
     ranges: tuple[Range, ...]
 
 
-class Reach:
+class Impact:
     """The layers of a VM, and who stands on whom.
 
     records: gives the records of a layer, None if they can't be had; then it masks nothing. retired: those
@@ -58,7 +56,7 @@ class Reach:
                 if entry.parent is not None:
                     self._above[entry.parent, entry.name].append(point.id)
 
-    def standing_on(self, point: PointId) -> tuple[Touched, ...]:
+    def standing_on(self, point: PointId) -> tuple[Affected, ...]:
         """Return what stands on a point that can't be read at all."""
         found = []
         for below, disk in list(self._above):
@@ -66,15 +64,15 @@ class Reach:
                 found += [one for above in self._above[below, disk] for one in self.whole(above, disk)]
         return tuple(sorted(found, key=lambda one: (one.point, one.disk)))
 
-    def whole(self, point: PointId, disk: str) -> tuple[Touched, ...]:
+    def whole(self, point: PointId, disk: str) -> tuple[Affected, ...]:
         """Return what is touched when a layer can't be opened: all of each disk that needs it."""
         return self._walk(point, disk, None)
 
-    def part(self, point: PointId, disk: str, damaged: NDArray[Any]) -> tuple[Touched, ...]:
+    def part(self, point: PointId, disk: str, damaged: NDArray[Any]) -> tuple[Affected, ...]:
         """Return what is touched when some clusters of a layer are damaged."""
         return self._walk(point, disk, damaged)
 
-    def _walk(self, point: PointId, disk: str, damaged: NDArray[Any] | None) -> tuple[Touched, ...]:
+    def _walk(self, point: PointId, disk: str, damaged: NDArray[Any] | None) -> tuple[Affected, ...]:
         found = []
         waiting = [(point, damaged)]
         while waiting:
@@ -85,7 +83,7 @@ class Reach:
             shown = ((0, entry.size),) if seen is None else clusters.ranges(seen, entry.size)
             if shown:
                 if layer.id not in self._retired:
-                    found.append(Touched(layer.id, entry.name, tuple(shown)))
+                    found.append(Affected(layer.id, entry.name, tuple(shown)))
                 waiting += [(above, seen) for above in self._above[at, disk]]
         return tuple(sorted(found, key=lambda one: one.point))
 

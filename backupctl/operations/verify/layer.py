@@ -15,9 +15,9 @@ from typing import Literal
 
 import numpy as np
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, digest_map
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical, Records
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, ReadFailed, RepositoryError, RepositoryUnreadable
 from backupctl.images import create, nbd_server
@@ -36,7 +36,7 @@ _NONE: Clusters = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
-class Depth:
+class VerifyScope:
     """How deep to look. data: read it at all. percent: of it, a sample if below 100. seed: of the sample."""
 
     data: bool = True
@@ -45,7 +45,7 @@ class Depth:
 
 
 @dataclass(frozen=True)
-class Flaw:
+class Problem:
     """One thing wrong with a layer.
 
     clusters: the damaged ones, ascending; none if its data can still be read right; None if nothing of it
@@ -58,7 +58,7 @@ class Flaw:
     clusters: Clusters | None
 
 
-class Proof:
+class LayerCheck:
     """The proof of a layer; `run` does it.
 
     held: its digest map, or why it can't be had. merging: a prune was overwriting the image. chance: chooses
@@ -69,13 +69,13 @@ class Proof:
         self,
         layer: Layer,
         held: DigestMap | DamageFound | RepositoryUnreadable,
-        depth: Depth,
+        depth: VerifyScope,
         chance: np.random.Generator,
-        stop: Stop,
+        stop: Cancellation,
         *,
         merging: bool,
     ) -> None:
-        self.flaws: list[Flaw] = []
+        self.flaws: list[Problem] = []
         self.notes: list[str] = []
         self.unchecked: list[str] = []
         self.read_bytes = 0
@@ -169,7 +169,7 @@ class Proof:
         self, records: Records, source: Source, wanted: Clusters, progress: Callable[[int], None]
     ) -> None:
         size = self._layer.entry.size
-        expected = Logical([(records, size)], size)
+        expected = EffectiveContent([(records, size)], size)
         differing = [_NONE]
 
         def look(found: Records) -> None:
@@ -202,4 +202,4 @@ class Proof:
             self._flaw("data", f"{self._layer.path}: {number} {what}", damaged)
 
     def _flaw(self, kind: Kind, message: str, damaged: Clusters | None, path: Path | None = None) -> None:
-        self.flaws.append(Flaw(kind, path or self._layer.path, message, damaged))
+        self.flaws.append(Problem(kind, path or self._layer.path, message, damaged))

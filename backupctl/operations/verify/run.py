@@ -23,21 +23,22 @@ from pathlib import Path
 
 import numpy as np
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
 from backupctl.names import DiskName, PointId, VmName
-from backupctl.operations.verify.impact import Range, Reach, Touched
-from backupctl.operations.verify.layer import Depth, Flaw, Kind, Proof
+from backupctl.operations.verify.impact import Affected, Impact
+from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope
 from backupctl.progress import Reporter
 from backupctl.repository import audit, history, markers
 from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import Survey, VmFolder
+from backupctl.repository.vm_folder import ScannedPoints, VmFolder
+from backupctl.sizes import Range
 from backupctl.system import locks, qemu_tools, safe_open
 
 _PATIENCE_SECONDS = 30.0
@@ -58,7 +59,7 @@ class Damage:
     disk: str
     message: str
     ranges: tuple[Range, ...]
-    touches: tuple[Touched, ...]
+    touches: tuple[Affected, ...]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,12 @@ class VerifyReport:
 
 
 def verify(
-    repository: Repository, vm: VmName | None, point: str | None, depth: Depth, reporter: Reporter, stop: Stop
+    repository: Repository,
+    vm: VmName | None,
+    point: str | None,
+    depth: VerifyScope,
+    reporter: Reporter,
+    stop: Cancellation,
 ) -> VerifyReport:
     """Check the whole repository, one VM (`vm`), or what one point of it needs. Changes nothing.
 
@@ -138,7 +144,7 @@ def _refuse_empty(repository: Repository, vm: VmName | None) -> None:
 class _Work:
     """The verification of one VM."""
 
-    def __init__(self, folder: VmFolder, depth: Depth, reporter: Reporter, stop: Stop) -> None:
+    def __init__(self, folder: VmFolder, depth: VerifyScope, reporter: Reporter, stop: Cancellation) -> None:
         self.folder = folder
         self.damage: list[Damage] = []
         self.notes: list[str] = []
@@ -165,7 +171,7 @@ class _Work:
             for entry in point.manifest.disks
             if (point.id, entry.name) not in standing
         }
-        self._reach = Reach(self._known.values(), self._records, hidden)
+        self._reach = Impact(self._known.values(), self._records, hidden)
         layers = self._chosen(chosen)
         self.points = len(survey.points) if chosen is None else 1
         self.layers = len(layers)
@@ -175,7 +181,7 @@ class _Work:
             self._compare_with_history()
             for name, unread in self._dark.items():
                 self.cannot_check(self.folder.path / name, "", unread)
-            self.notes += [f"{partial.path}: an unfinished point" for partial in self.folder.partials()]
+            self.notes += [f"{partial.path}: an unfinished point" for partial in self.folder.pending_points()]
         self._missing_parents(layers)
         self._prove_all(layers)
 
@@ -191,7 +197,7 @@ class _Work:
             path = self.folder.path / (problem.point or history.FILE_NAME)
             self._found("history", path, "", problem.message, ())
 
-    def _survey(self) -> tuple[Survey, Survey]:
+    def _survey(self) -> tuple[ScannedPoints, ScannedPoints]:
         """Look at all points, the retired ones too, again if a prune seems to have been at work meanwhile."""
         found = self.folder.survey(bear=True), self.folder.retired(bear=True)
         for _ in range(_LOOKS):
@@ -269,7 +275,7 @@ class _Work:
 
     def _prove(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
         merging = markers.has(point.path, markers.merging(entry.name))
-        proof = Proof(
+        proof = LayerCheck(
             _layer(point, entry),
             self._map(point, entry),
             self._depth,
@@ -285,7 +291,7 @@ class _Work:
         for why in proof.unchecked:
             self.cannot_check(_layer(point, entry).path, entry.name, RepositoryUnreadable(why))
 
-    def _tell(self, point: Point, entry: DiskEntry, flaw: Flaw, *, merging: bool) -> None:
+    def _tell(self, point: Point, entry: DiskEntry, flaw: Problem, *, merging: bool) -> None:
         """Say of a layer's flaw whom it touches."""
         if flaw.clusters is None:
             whole = self._reach.whole(point.id, entry.name)
@@ -304,7 +310,7 @@ class _Work:
         with ExitStack() as held:
             try:
                 held.enter_context(locks.folder(point.path, _PATIENCE_SECONDS, shared=True))
-                now = _as_it_is(self.folder.holder(point.id))
+                now = _as_it_is(self.folder.point_or_retired(point.id))
             except (FileNotFoundError, NoSuchPoint):
                 self.notes.append(f"{point.path}: pruned meanwhile")
             except Locked:
@@ -343,7 +349,7 @@ class _Work:
         path: Path,
         disk: str,
         message: str,
-        touches: tuple[Touched, ...],
+        touches: tuple[Affected, ...],
         ranges: tuple[Range, ...] = (),
     ) -> None:
         self.damage.append(Damage(self.folder.name, kind, path, disk, message, ranges, touches))

@@ -28,7 +28,7 @@ class Choice:
     contexts_of: str = ""
 
 
-class Haggle:
+class OptionHaggling:
     """One client's options."""
 
     def __init__(self, peer: Peer, exports: Mapping[str, Export]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.faults import Faults
 from backupctl.simulator.nbd.export import Export
-from backupctl.simulator.nbd.option_haggling import Haggle
+from backupctl.simulator.nbd.option_haggling import OptionHaggling
 from backupctl.simulator.nbd.serve import Conversation
 from backupctl.simulator.nbd.wire import Dropped, Gone, Peer
 
@@ -110,7 +110,7 @@ class NbdServer:
             self._on_left(client.export)
 
     async def _converse(self, client: Client) -> None:
-        choice = await Haggle(client.peer, self.exports).run()
+        choice = await OptionHaggling(client.peer, self.exports).run()
         if choice.export is not None:
             client.export = choice.export
             client.export.clients += 1

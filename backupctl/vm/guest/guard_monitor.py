@@ -24,7 +24,7 @@ Execute = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Left:
+class Leftovers:
     """What a dead run left in QEMU that can't stay. groups: the throttle groups below its jobs."""
 
     exports: tuple[str, ...]
@@ -32,8 +32,8 @@ class Left:
     groups: tuple[str, ...]
 
 
-def take_down(monitor: Address, left: Left, drain: Callable[[], object]) -> None:
-    """Do what `cleanup.dismantle` does for exports and jobs, in its order, and wait until they are gone.
+def take_down(monitor: Address, left: Leftovers, drain: Callable[[], object]) -> None:
+    """Do what `teardown.teardown` does for exports and jobs, in its order, and wait until they are gone.
 
     drain: called again and again while exports go. Raises OSError, ValueError, EOFError, KeyError, TypeError.
     """
@@ -57,7 +57,7 @@ def take_down(monitor: Address, left: Left, drain: Callable[[], object]) -> None
 
 def _set(execute: Execute, groups: tuple[str, ...], bytes_per_second: int) -> None:
     for group in groups:
-        limits = throttle.steady(bytes_per_second)
+        limits = throttle.rate_limits(bytes_per_second)
         execute("qom-set", path=f"/objects/{group}", property="limits", value=limits)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guard's eye on the scratch files of a run, and on the jobs that fill them.
 
-With the fleecing view a full scratch file makes the guest's writes fail. The run looks that it does not come
-to that. The guard looks after the run: one that does nothing about a scratch file that fills up, since it
-hangs or was stopped, is killed; and it knows which jobs must end when the run is gone.
+With the fleecing view a full scratch file makes the guest's writes fail. The run makes sure that this does
+not happen, and the guard watches the run: one that does nothing about a scratch file that fills up, since
+it hangs or was stopped, is killed. The guard also knows which jobs must end when the run is gone.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from backupctl.names import NodeKind, sibling
 from backupctl.system import files
 
 LOOK_SECONDS = 0.2
@@ -24,18 +25,18 @@ PATIENCE_UNLIMITED_SECONDS = 1.0
 class Watched:
     """One scratch file.
 
-    job: that fills it. give_up: bytes at which the run must end, None for never. limited: whether QEMU
+    job: that fills it. abort_at: bytes at which the run must end, None for never. limited: whether QEMU
     holds the guest back before it is full.
     """
 
     job: str
     descriptor: int
-    give_up: int | None
+    abort_at: int | None
     limited: bool
 
     def overdue(self) -> bool:
         """Whether more of it is used than the run should have let happen."""
-        return self.give_up is not None and files.used_bytes(self.descriptor) > self.give_up
+        return self.abort_at is not None and files.used_bytes(self.descriptor) > self.abort_at
 
 
 class Watch:
@@ -54,12 +55,12 @@ class Watch:
     @property
     def groups(self) -> tuple[str, ...]:
         """The throttle groups below those jobs."""
-        return tuple(one.job.replace("-job", "-lim") for one in self._watched if one.limited)
+        return tuple(sibling(one.job, NodeKind.LIMIT) for one in self._watched if one.limited)
 
     @property
     def active(self) -> bool:
         """Whether there is anything to look at."""
-        return any(one.give_up is not None for one in self._watched)
+        return any(one.abort_at is not None for one in self._watched)
 
     def add(self, watched: Watched) -> None:
         """Watch one more."""

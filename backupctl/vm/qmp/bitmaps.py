@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Dirty bitmaps: their state as QEMU tells it, and the transactions that change it.
 
-A bitmap of ours is named after the point it records from, and its disk (`names.Owner`). So for one disk,
+A bitmap of ours is named after the point it records from, and its disk (`names.Namespace`). So for one disk,
 with the newest committed point P and a run that makes point N:
 
 ::
@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from backupctl.names import BitmapName, NodeName, Owner, PointId
+from backupctl.names import BitmapName, Namespace, NodeName, PointId
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.qmp import reply
 
@@ -38,10 +38,10 @@ def _nobody(_point: PointId) -> bool:
     return False
 
 
-def parse(node: NodeName, entry: Mapping[str, Any]) -> Bitmap | None:
+def parse(node: NodeName, entry: Mapping[str, Any], *, read_only: bool = False) -> Bitmap | None:
     """Read one entry of `dirty-bitmaps`; None for the nameless one of a running job.
 
-    To be called where `reply.understood` catches what it raises.
+    read_only: whether the node is. To be called where `reply.understood` catches what it raises.
     """
     name = entry.get("name")
     if not name:
@@ -57,10 +57,11 @@ def parse(node: NodeName, entry: Mapping[str, Any]) -> Bitmap | None:
         busy=reply.flag(entry["busy"]),
         persistent=reply.flag(entry["persistent"]),
         inconsistent=reply.flag(entry.get("inconsistent", False)),
+        read_only=read_only,
     )
 
 
-def begin(
+def handover_actions(
     node: NodeName,
     new: BitmapName,
     bases: Sequence[BitmapName],
@@ -80,27 +81,29 @@ def begin(
     ]
 
 
-def unite(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapName]) -> list[Action]:
+def merge_actions(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapName]) -> list[Action]:
     """Actions that make one bitmap of several, which differ from it in nothing but their time."""
     added = {"node": node, "name": union, "granularity": GRANULARITY_BYTES, "disabled": True}
     return [{"type": "block-dirty-bitmap-add", "data": added}, _merge(node, union, bitmaps)]
 
 
-def gapped(bitmaps: Iterable[Bitmap], owner: Owner, theirs: Theirs = _nobody) -> tuple[BitmapName, ...]:
+def broken_chain_bitmaps(
+    bitmaps: Iterable[Bitmap], namespace: Namespace, theirs: Theirs = _nobody
+) -> tuple[BitmapName, ...]:
     """Return our bitmaps of a node if the newest does not record: somebody disabled it, or QEMU crashed.
 
     Then there is a gap, and neither it nor the checkpoints before it can be used any more. They must not
     stand beside the bitmap of a run either: were that run to fail, the newest would look like a base that
     the run itself had disabled, and be enabled again, gap and all. theirs: as for `settle`.
     """
-    ours = _ours(bitmaps, owner, theirs)
+    ours = _ours(bitmaps, namespace, theirs)
     if not ours or ours[-1][1].recording:
         return ()
     return tuple(bitmap.name for _, bitmap in ours if not bitmap.busy)
 
 
 @dataclass(frozen=True)
-class Settlement:
+class BitmapPlan:
     """What brings the bitmaps of one repository to rest.
 
     told: in words what was done, once it is. ahead: the same before it is done.
@@ -111,14 +114,14 @@ class Settlement:
     ahead: tuple[str, ...] = ()
 
 
-def settle(
+def plan_bitmap_recovery(
     bitmaps: Iterable[Bitmap],
-    owner: Owner,
+    namespace: Namespace,
     committed: Callable[[PointId], bool],
     checkpoints: int = 0,
     lost: Collection[PointId] = (),
     theirs: Theirs = _nobody,
-) -> Settlement:
+) -> BitmapPlan:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
     bitmaps: all of one node. committed: whether a point's folder stands under its final name.
@@ -128,23 +131,25 @@ def settle(
     are left to that VM.
     """
     bitmaps = tuple(bitmaps)
-    ours = _ours(bitmaps, owner, theirs)
+    ours = _ours(bitmaps, namespace, theirs)
     done = [one for point, one in ours if committed(point)]
     newest = done[-1] if done else None
     gone = [one for point, one in ours if not committed(point)]
     unfinished = [one for one in gone if newest is None or one.name > newest.name]
     pruned = [one for one in gone if one not in unfinished]
-    kept = _whole(done[:-1], gone)[-checkpoints:] if checkpoints else []
-    actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.union]
-    actions += _give_back(unfinished, newest) + _keep(kept, pruned)
-    told = [f"removed the {_which(one, owner, lost)}" for one in unfinished]
-    ahead = [f"to clean up: {_which(one, owner, lost)}" for one in unfinished]
+    kept = _usable_checkpoints(done[:-1], gone)[-checkpoints:] if checkpoints else []
+    actions = [
+        _on(one.node, one.name, "remove") for one in bitmaps if one.name == namespace.differential_bitmap
+    ]
+    actions += _roll_back(unfinished, newest) + _retain_checkpoints(kept, pruned)
+    told = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
+    ahead = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
     for old in done[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
             told.append(f"removed the bitmap {old.name} from {old.node}: {newest.name} replaces it")
             ahead.append(f"to clean up: bitmap {old.name} on {old.node}, which {newest.name} replaces")
-    return Settlement(tuple(actions), tuple(told), tuple(ahead))
+    return BitmapPlan(tuple(actions), tuple(told), tuple(ahead))
 
 
 def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool) -> tuple[Bitmap, ...]:
@@ -167,20 +172,20 @@ def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool
     return tuple(found.values())
 
 
-def _which(one: Bitmap, owner: Owner, lost: Collection[PointId]) -> str:
-    point = owner.point_of(one.name)
+def _which(one: Bitmap, namespace: Namespace, lost: Collection[PointId]) -> str:
+    point = namespace.point_of(one.name)
     if point in lost:
         return f"bitmap {one.name} on {one.node}: the point {point} that it names is gone"
     return f"unfinished bitmap {one.name} on {one.node}"
 
 
-def _whole(checkpoints: list[Bitmap], gone: list[Bitmap]) -> list[Bitmap]:
+def _usable_checkpoints(checkpoints: list[Bitmap], gone: list[Bitmap]) -> list[Bitmap]:
     """Return the checkpoints after the last bitmap that can't be read: those before it have a gap."""
     broken = max((one.name for one in (*checkpoints, *gone) if one.inconsistent), default="")
     return [one for one in checkpoints if one.name > broken]
 
 
-def _keep(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
+def _retain_checkpoints(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
     """Have checkpoints stand still, and take over what the bitmaps of pruned points recorded.
 
     A bitmap is named after the point that it records from; with that point gone, its record goes on the
@@ -195,7 +200,7 @@ def _keep(kept: list[Bitmap], pruned: list[Bitmap]) -> list[Action]:
     return actions + [_on(one.node, one.name, "remove") for one in pruned]
 
 
-def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
+def _roll_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     """Undo `begin` for one node: what the unfinished bitmaps recorded belongs to `base`.
 
     Also if the base records: it did so all the time (a full), and loses nothing by it, or somebody has
@@ -214,9 +219,9 @@ def _give_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 
 
-def _ours(bitmaps: Iterable[Bitmap], owner: Owner, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
+def _ours(bitmaps: Iterable[Bitmap], namespace: Namespace, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
     """Return our bitmaps with their points, oldest first: the point comes first in the name."""
-    named = [(point, one) for one in bitmaps if (point := owner.point_of(one.name)) is not None]
+    named = [(point, one) for one in bitmaps if (point := namespace.point_of(one.name)) is not None]
     found = [(point, one) for point, one in named if not theirs(point)]
     return sorted(found, key=lambda each: each[1].name)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backupctl.errors import CommandFailed, Failed, InvalidName, Refused
+from backupctl.errors import CommandFailed, Failed, InvalidName, MonitorError, Refused
 from backupctl.names import PREFIX, BitmapName, DiskName, NodeName, disk_name
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import MAX_SIZE, Disk, Inventory
@@ -60,6 +60,11 @@ def inventory(
         return _collect(found, nodes, names, known)
 
 
+def all_bitmaps(monitor: Monitor) -> tuple[Bitmap, ...]:
+    """Return the bitmaps of every node. Raises MonitorError."""
+    return tuple(one for node, reply in named_nodes(monitor).items() for one in bitmaps_of(node, reply))
+
+
 def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
     """Return every named node as `query-named-block-nodes` shows it. Raises MonitorError."""
     reply = monitor.execute("query-named-block-nodes", {"flat": True})
@@ -67,7 +72,7 @@ def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
         return {NodeName(text(node["node-name"])): node for node in reply if node.get("node-name")}
 
 
-def tops(monitor: Monitor) -> dict[str, str]:
+def root_nodes(monitor: Monitor) -> dict[str, str]:
     """Return the node that each device writes to, by the device's name. Raises MonitorError."""
     devices = monitor.execute("query-block")
     with understood("description of its devices"):
@@ -83,13 +88,28 @@ def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
 
     To be called while no view or job stands over the disks. Raises MonitorError too.
     """
-    by_device = tops(monitor)
+    by_device = root_nodes(monitor)
     for disk in disks:
         if disk.qdev and (top := by_device.get(disk.qdev)) != disk.node:
             raise Failed(
                 f"{disk.name} writes to {top or 'nothing'} now, not to {disk.node}: an external snapshot was "
                 "taken while the run began, or its medium was changed"
             )
+
+
+def refuse_resized(monitor: Monitor, disks: Iterable[Disk]) -> None:
+    """Raise Failed if a disk has another size than when it was listed. Raises MonitorError if it is gone.
+
+    From the point in time on QEMU refuses a resize; one just before it would cut the view short.
+    """
+    nodes = named_nodes(monitor)
+    for disk in disks:
+        try:
+            size = nodes[disk.node]["image"]["virtual-size"]
+        except (KeyError, TypeError) as err:
+            raise MonitorError(f"the node {disk.node} of {disk.name} has gone") from err
+        if size != disk.size:
+            raise Failed(f"{disk.name} was resized while the run began")
 
 
 def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) -> None:
@@ -106,19 +126,20 @@ def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) 
 
 def with_bitmaps(found: Inventory, after: Mapping[NodeName, tuple[Bitmap, ...]]) -> Inventory:
     """Return an inventory with other bitmaps on these nodes."""
-    elsewhere = {bitmap.node: after.get(bitmap.node) for bitmap in found.elsewhere}
-    kept = [one for one in found.elsewhere if elsewhere[one.node] is None]
+    elsewhere = {bitmap.node: after.get(bitmap.node) for bitmap in found.foreign_node_bitmaps}
+    kept = [one for one in found.foreign_node_bitmaps if elsewhere[one.node] is None]
     return replace(
         found,
         disks=tuple(replace(disk, bitmaps=after.get(disk.node, disk.bitmaps)) for disk in found.disks),
-        elsewhere=(*kept, *(one for bitmaps in elsewhere.values() for one in bitmaps or ())),
+        foreign_node_bitmaps=(*kept, *(one for bitmaps in elsewhere.values() for one in bitmaps or ())),
     )
 
 
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
     """Return the bitmaps of one node of `named_nodes`. Raises MonitorError."""
     with understood(f"description of the bitmaps of {node}"):
-        parsed = (bitmaps.parse(node, entry) for entry in reply.get("dirty-bitmaps", ()))
+        read_only = bool(reply.get("ro"))
+        parsed = (bitmaps.parse(node, entry, read_only=read_only) for entry in reply.get("dirty-bitmaps", ()))
         return tuple(bitmap for bitmap in parsed if bitmap)
 
 
@@ -298,9 +319,9 @@ def _collect(
     active = {disk.node for disk in disks.values()}
     return Inventory(
         disks=tuple(disks.values()),
-        left_out=tuple((medium.qemu_name, medium.why_not) for medium in found if medium.why_not),
+        skipped=tuple((medium.qemu_name, medium.why_not) for medium in found if medium.why_not),
         busy=tuple((medium.qemu_name, medium.busy) for medium in found if medium.busy),
-        elsewhere=tuple(
+        foreign_node_bitmaps=tuple(
             bitmap for name, node in nodes.items() if name not in active for bitmap in bitmaps_of(name, node)
         ),
     )
@@ -331,7 +352,19 @@ def _disk(
         apart=_lies_apart(image),
         encrypted=any(_encrypted(nodes[NodeName(name)]) for name in beneath if name in nodes),
         shared=medium.shared,
+        held_bytes=_held_bytes(number(image["virtual-size"], MAX_SIZE), node),
     )
+
+
+def _held_bytes(size: int, node: Mapping[str, Any]) -> int:
+    """Return how much of a disk is more than empty, as far as its node's reply tells; at most `size`.
+
+    A disk over a backing image, or on a block device, is taken to be full.
+    """
+    image = node["image"]
+    allocated = number(image.get("actual-size", 0))
+    alone = not number(node.get("backing_file_depth", 0)) and "backing-filename" not in image
+    return min(allocated, size) if alone and allocated > 0 else size
 
 
 def _keeps_bitmaps(image: Mapping[str, Any]) -> bool:

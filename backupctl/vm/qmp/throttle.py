@@ -13,7 +13,7 @@ since a job that ends while a write waits in a throttle node stops QEMU's main l
 from typing import TYPE_CHECKING
 
 from backupctl.errors import CommandFailed
-from backupctl.names import NodeName, Owner
+from backupctl.names import Namespace, NodeName
 from backupctl.vm.qmp.reply import text, understood
 
 if TYPE_CHECKING:  # the guard uses this module too, and imports little
@@ -25,20 +25,20 @@ SLOW_BYTES_PER_SECOND = 32 << 20
 UNLIMITED = 0
 
 
-def bucket(room_bytes: int) -> dict[str, int]:
+def burst_limits(room_bytes: int) -> dict[str, int]:
     """Return the limits that let `room_bytes` pass."""
     room_bytes = max(room_bytes, TRICKLE_BYTES_PER_SECOND)
     return {"bps-write": TRICKLE_BYTES_PER_SECOND, "bps-write-max": room_bytes}
 
 
-def steady(bytes_per_second: int) -> dict[str, int]:
+def rate_limits(bytes_per_second: int) -> dict[str, int]:
     """Return the limits of a steady speed."""
     return {"bps-write": bytes_per_second, "bps-write-max": 0}
 
 
 def make(monitor: "Monitor", name: NodeName, room_bytes: int) -> None:
     """Make a throttle group that lets `room_bytes` pass. Raises MonitorError."""
-    arguments = {"qom-type": "throttle-group", "id": name, "limits": bucket(room_bytes)}
+    arguments = {"qom-type": "throttle-group", "id": name, "limits": burst_limits(room_bytes)}
     monitor.execute("object-add", arguments)
 
 
@@ -47,34 +47,34 @@ def change(monitor: "Monitor", name: str, limits: dict[str, int]) -> None:
     monitor.execute("qom-set", {"path": f"/objects/{name}", "property": "limits", "value": limits})
 
 
-def ease(monitor: "Monitor", owner: Owner) -> None:
+def relax(monitor: "Monitor", namespace: Namespace) -> None:
     """Let what waits in our groups get on. Raises MonitorError."""
-    for name in ours(monitor, owner):
-        change(monitor, name, steady(SLOW_BYTES_PER_SECOND))
+    for name in ours(monitor, namespace):
+        change(monitor, name, rate_limits(SLOW_BYTES_PER_SECOND))
 
 
-def lift(monitor: "Monitor", owner: Owner) -> None:
+def disable(monitor: "Monitor", namespace: Namespace) -> None:
     """Let everything pass, and wait for what is under way. Not while a client of ours has replies to read.
 
     Raises MonitorError.
     """
-    names = ours(monitor, owner)
+    names = ours(monitor, namespace)
     for name in names:
-        change(monitor, name, steady(UNLIMITED))
+        change(monitor, name, rate_limits(UNLIMITED))
     if names:
         # Even an empty transaction drains all nodes, and drained, a throttle node holds nothing back.
         monitor.execute("transaction", {"actions": []})
 
 
-def remove(monitor: "Monitor", owner: Owner) -> list[str]:
+def remove(monitor: "Monitor", namespace: Namespace) -> list[str]:
     """Remove our groups, which no node uses any more; returns their names. Raises MonitorError."""
-    names = ours(monitor, owner)
+    names = ours(monitor, namespace)
     for name in names:
         monitor.execute("object-del", {"id": name})
     return names
 
 
-def ours(monitor: "Monitor", owner: Owner) -> list[str]:
+def ours(monitor: "Monitor", namespace: Namespace) -> list[str]:
     """Name our groups. Raises MonitorError."""
     if "qom-list" not in monitor.commands:
         return []
@@ -83,4 +83,4 @@ def ours(monitor: "Monitor", owner: Owner) -> list[str]:
     except CommandFailed:
         return []  # without any object there is no folder for them
     with understood("list of objects"):
-        return sorted(name for entry in found if owner.owns(name := text(entry["name"])))
+        return sorted(name for entry in found if namespace.owns(name := text(entry["name"])))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 
 SIZES = st.integers(1, 41 * CLUSTER_BYTES)
 Layer = tuple[dict[int, int], int]
@@ -37,7 +37,7 @@ def merged(layers: list[Layer], size: int) -> dict[int, int]:
 
 @given(layers, SIZES, st.integers(0, 45), st.integers(0, 45))
 def test_a_window_shows_the_newest_layer_and_zeroes_where_there_is_none(given_layers, size, first, length):
-    logical = Logical([(records(layer), layer_size) for layer, layer_size in given_layers], size)
+    logical = EffectiveContent([(records(layer), layer_size) for layer, layer_size in given_layers], size)
     window = logical.window(first, length)
     model = merged(given_layers, size)
     assert window["cluster"].tolist() == list(range(first, first + length))
@@ -48,7 +48,7 @@ def test_the_maps_that_it_shows_are_let_go_with_it_at_once():
     """Each keeps its file open."""
     found = records({1: 1})
     let_go = weakref.ref(found)
-    logical = Logical([(found, 2 * CLUSTER_BYTES)], 2 * CLUSTER_BYTES)
+    logical = EffectiveContent([(found, 2 * CLUSTER_BYTES)], 2 * CLUSTER_BYTES)
     assert logical.window(0, 2)["low"].tolist() == [0, 1]
     del found, logical
     assert let_go() is None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import BackupctlError, DamageFound, TargetExists, UsageError, WriteFailed
 from backupctl.images import create, nbd_server
@@ -26,6 +26,7 @@ from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.restore import overlay as thin
 from backupctl.operations.verify import run as verify
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.repository.point import Point
@@ -205,7 +206,9 @@ def test_a_verify_proves_the_image_that_it_opened(two_points, at_start):
         other = image.with_name(".other")
         other.write_bytes(real[:CLUSTER_BYTES] + bytes(len(real) - CLUSTER_BYTES))
         starts = at_start(number, lambda other=other: other.rename(image))
-        report = verify.verify(builder.repository, VmName("vm1"), None, verify.Depth(), Silent(), Stop())
+        report = verify.verify(
+            builder.repository, VmName("vm1"), None, VerifyScope(), Silent(), Cancellation()
+        )
         assert len(starts) == 4
         # The first two starts are of the first layer's proof. After them the exchange is there to be found.
         assert [found.path for found in report.damage if number < 2] == []
@@ -215,7 +218,7 @@ def test_a_verify_proves_the_image_that_it_opened(two_points, at_start):
 
 def test_what_is_served_is_what_was_checked(two_points, at_start, victim):
     builder, content = two_points
-    stop, found = Stop(), []
+    stop, found = Cancellation(), []
 
     def ready(exports: tuple[serve.Export, ...]) -> None:
         address = Path(exports[0].uri.partition("?socket=")[2])
@@ -239,7 +242,7 @@ def test_what_is_served_is_what_was_checked(two_points, at_start, victim):
 
 def test_an_overlay_that_is_exchanged_after_its_check_is_not_written(two_points, tmp_path, at_start, victim):
     builder, _ = two_points
-    overlay, before, stop = tmp_path / "out" / "overlay.qcow2", victim.read_bytes(), Stop()
+    overlay, before, stop = tmp_path / "out" / "overlay.qcow2", victim.read_bytes(), Cancellation()
     overlay.parent.mkdir()
 
     def ready(exports: tuple[serve.Export, ...]) -> None:
@@ -276,7 +279,7 @@ def test_a_merge_writes_into_no_image_but_the_one_that_it_checked(
     before, lower = victim.read_bytes(), builder.folder.path / P1 / "vda.qcow2"
     starts = at_start(number, lambda: turn(lower, victim) if lower.exists() else None)
     with suppress(BackupctlError, OSError):
-        prune.prune(builder.folder, Rules(last=1), Silent(), Stop())
+        prune.prune(builder.folder, Rules(last=1), Silent(), Cancellation())
     assert starts
     assert victim.read_bytes() == before
 

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.names import BitmapName, DiskName, NodeName, PointId
 from backupctl.operations.backup.disk import _look
 from backupctl.operations.backup.plan import DiskPlan
@@ -46,7 +46,7 @@ def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held, 
     size = len(places) * UNIT
     below_records = clusters.blank(0, 11)
     below_records["low"] = [number in held for number in range(11)]
-    below = Logical([] if how == "full" else [(below_records, 11 * CLUSTER_BYTES)], size)
+    below = EffectiveContent([] if how == "full" else [(below_records, 11 * CLUSTER_BYTES)], size)
     statuses = [
         Status(at * UNIT, UNIT, (ZERO * zero, DIRTY * dirty) if how == "bitmap" else (ZERO * zero,))
         for at, (dirty, zero) in enumerate(places)

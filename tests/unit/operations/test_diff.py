@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli import block_map
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, NoSuchPoint, UsageError
@@ -24,7 +24,7 @@ SIZE = 40 * CLUSTER_BYTES + 512
 
 def compare(builder: Builder, before: str, after: str, disk: str | None = None):
     folder = builder.folder
-    return diff(folder, folder.point(before), folder.point(after), disk=disk, stop=Stop())
+    return diff(folder, folder.point(before), folder.point(after), disk=disk, stop=Cancellation())
 
 
 def ranges(report):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import BackupctlError, TargetExists, UsageError
 from backupctl.images import foreign_header
 from backupctl.operations import serve
@@ -21,7 +21,7 @@ from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import prune
 from backupctl.operations.restore import in_place, whole
 from backupctl.operations.restore import overlay as thin
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
 from backupctl.progress import Silent
 from tests.unit.operations.test_restore_whole import as_raw
@@ -53,7 +53,7 @@ class Attack:
     def run(self, way: Callable[..., object], to: object, **options: object) -> object:
         wanted = {"disk": None, "image_format": None, "reporter": Silent(), **options}
         if way is not thin.restore:
-            wanted["stop"] = Stop()
+            wanted["stop"] = Cancellation()
         return way(self.builder.folder, self.builder.folder.point("latest"), to=str(to), **wanted)
 
 
@@ -121,7 +121,7 @@ def test_no_overlay_is_made_of_a_raw_disk_that_begins_as_a_qcow2(attack, name):
             tcp=None,
             writable_overlay=disk,
             ready=lambda _exports: None,
-            stop=Stop(),
+            stop=Cancellation(),
         )
     assert disk.read_bytes() == attack.hostile
     attack.run(thin.restore, disk, force=True, allowed=["data-file"])
@@ -236,7 +236,7 @@ def images_of(call: list[str]) -> list[str]:
 def test_whoever_calls_qemus_tools_names_every_format(builder: Builder, tmp_path, called):
     builder.point(P1, (disk_entry(size=SIZE), [(0, b"a" * 100_000)]))
     point = builder.point(P2, (disk_entry(size=SIZE, parent=P1), [(65536, b"b" * 100_000)]))
-    folder, stop = builder.folder, Stop()
+    folder, stop = builder.folder, Cancellation()
     ways = {"disk": None, "image_format": None, "reporter": Silent()}
     for name in ("x.qcow2", "x.raw"):
         whole.restore(folder, point, to=str(tmp_path / name), force=False, stop=stop, **ways)
@@ -246,7 +246,7 @@ def test_whoever_calls_qemus_tools_names_every_format(builder: Builder, tmp_path
         in_place.restore(folder, folder.point(P1), to=str(tmp_path / name), stop=stop, **kind)
     thin.restore(folder, point, to=str(tmp_path / "thin.qcow2"), force=False, **ways)
     for overlay in (None, tmp_path / "over.qcow2", tmp_path / "over.qcow2"):
-        ended = Stop()
+        ended = Cancellation()
         serve.serve(
             folder,
             point,
@@ -257,7 +257,7 @@ def test_whoever_calls_qemus_tools_names_every_format(builder: Builder, tmp_path
             ready=lambda _exports, ended=ended: ended.request("SIGTERM"),
             stop=ended,
         )
-    verify(builder.repository, None, None, Depth(), Silent(), stop)
+    verify(builder.repository, None, None, VerifyScope(), Silent(), stop)
     prune(folder, Rules(last=1), Silent(), stop)
     seen = 0
     for call in called():

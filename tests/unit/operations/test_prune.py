@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, NoSuchPoint, UsageError
@@ -22,7 +22,7 @@ from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import run as verify
 from backupctl.progress import Silent
 from backupctl.repository import chain, markers, merge, read_locks
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.system import locks
@@ -33,7 +33,7 @@ LAST = Rules(last=1)
 
 
 def pruned(builder: Builder, rules: Rules = LAST, **options) -> prune.PruneReport:
-    return prune.prune(builder.folder, rules, Silent(), Stop(), **options)
+    return prune.prune(builder.folder, rules, Silent(), Cancellation(), **options)
 
 
 @dataclass
@@ -82,7 +82,9 @@ class History:
             for entry in point.manifest.disks:
                 want = self.held[point.id][entry.name]
                 assert converted(point, entry.name) == want, f"{entry.name} of {point.id}"
-        report = verify.verify(self.builder.repository, vm.name, None, verify.Depth(), Silent(), Stop())
+        report = verify.verify(
+            self.builder.repository, vm.name, None, verify.Depth(), Silent(), Cancellation()
+        )
         assert report.damage == ()
 
 
@@ -186,7 +188,7 @@ def test_the_maps_below_a_new_image_are_opened_a_few_times_and_not_for_each_part
         "open",
         classmethod(lambda cls, path, *more: (opened.append(path), real(cls, path, *more))[1]),
     )
-    monkeypatch.setattr(merge, "_WINDOW_CLUSTERS", 1)
+    monkeypatch.setattr(merge, "WINDOW_CLUSTERS", 1)
     assert len(pruned(builder).merged) == 1
     assert sum(P1 in path.parts for path in opened) <= 6
     history.check()
@@ -334,7 +336,7 @@ def test_a_point_that_is_pruned_while_it_gets_protected_is_told(builder, monkeyp
     real = locks.folder
 
     def too_late(path, patience_seconds, **options):
-        Partial(builder.folder.path, builder.folder.name, point).take_back()
+        PendingPoint(builder.folder.path, builder.folder.name, point).uncommit()
         return real(path, patience_seconds, **options)
 
     monkeypatch.setattr(locks, "folder", too_late)
@@ -407,7 +409,7 @@ def deaths(builder: Builder, shape: str, folder: Path, stride: int) -> int:
         report = pruned(builder)
         assert report.left == (), f"step {number}"
         history.check()
-        for partial in builder.folder.partials():
+        for partial in builder.folder.pending_points():
             partial.drop()  # as each run's recovery does
         names = {path.name for path in builder.folder.path.iterdir()} - {"lock", "history"}
         assert names == {one.point for one in report.decisions if one.keep}, f"step {number}"

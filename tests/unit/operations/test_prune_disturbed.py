@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, Locked, WriteFailed
@@ -50,7 +50,9 @@ def three(builder: Builder, clusters: tuple[int, int] = (1, 3), size: int = SIZE
 
 
 def damage(builder: Builder, **options) -> tuple[verify.Damage, ...]:
-    return verify.verify(builder.repository, None, None, verify.Depth(), Silent(), Stop(), **options).damage
+    return verify.verify(
+        builder.repository, None, None, verify.Depth(), Silent(), Cancellation(), **options
+    ).damage
 
 
 @contextmanager
@@ -92,7 +94,7 @@ def test_readers_and_deaths_at_any_moment_lose_nothing(builder, monkeypatch, see
         else:
             die_at(rand.randrange(100), lambda rules=rules: pruned(builder, rules), changing_step)
         monkeypatch.setattr(locks, "folder", real)
-        for partial in builder.folder.partials():
+        for partial in builder.folder.pending_points():
             partial.drop()  # as each run's recovery does
         history.check()
         prune.long_chains(builder.folder, 1)  # finds no damage either
@@ -319,7 +321,7 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
     with read(builder, third):
         assert len(pruned(builder).left) == 2
     shutil.copytree(builder.repository.path, tmp_path / "kept")
-    real_held, real_tables = verify._Work._held, layer.Proof._check_tables
+    real_held, real_tables = verify._Work._held, layer.LayerCheck._check_tables
 
     def held(work, point):
         if point.id == second and place == "before a layer":
@@ -332,7 +334,7 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
         real_tables(one, image)
 
     monkeypatch.setattr(verify._Work, "_held", held)
-    monkeypatch.setattr(layer.Proof, "_check_tables", tables)
+    monkeypatch.setattr(layer.LayerCheck, "_check_tables", tables)
     for deaths in range(0, 150, 5):
         shutil.rmtree(builder.repository.path)
         shutil.copytree(tmp_path / "kept", builder.repository.path)

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, next_point_id, point_time
-from backupctl.operations.prune.retention import Decision, Held, Rules, decide, dropped, duration
+from backupctl.operations.prune.retention import (
+    Decision,
+    RetentionCandidate,
+    Rules,
+    decide,
+    dropped,
+    duration,
+)
 
 EARLIEST, LATEST = datetime(2020, 1, 1), datetime(2026, 1, 1)  # noqa: DTZ001 - hypothesis wants them so
 NOW = LATEST.replace(tzinfo=UTC)
@@ -21,12 +28,12 @@ def point_at(text: str) -> PointId:
     return next_point_id(datetime.strptime(text, "%Y-%m-%d %H:%M").replace(tzinfo=UTC), None)
 
 
-def held_at(*moments: str) -> list[Held]:
+def held_at(*moments: str) -> list[RetentionCandidate]:
     ids = [point_at(text) for text in moments]
-    return [Held(point, point_time(point), (VDA,), protected=False) for point in ids]
+    return [RetentionCandidate(point, point_time(point), (VDA,), protected=False) for point in ids]
 
 
-def kept(points: list[Held], rules: Rules, now: datetime = NOW) -> list[PointId]:
+def kept(points: list[RetentionCandidate], rules: Rules, now: datetime = NOW) -> list[PointId]:
     return [one.point for one in decide(points, rules, now) if one.keep]
 
 
@@ -104,25 +111,25 @@ RULES = st.builds(
 
 
 @st.composite
-def histories(draw) -> list[Held]:
+def histories(draw) -> list[RetentionCandidate]:
     """Points at any moments, in order or, as the clock was right at some only, in none."""
     moments = draw(st.lists(st.datetimes(EARLIEST, LATEST), min_size=1, max_size=40))
-    found: list[Held] = []
+    found: list[RetentionCandidate] = []
     for moment in sorted(moments) if draw(st.booleans()) else moments:
         taken = moment.replace(microsecond=0, tzinfo=UTC)
         point = next_point_id(taken, found[-1].id if found else None)
         disks = draw(st.sampled_from([(VDA,), (VDB,), (VDA, VDB)]))
-        found.append(Held(point, taken, disks, draw(st.booleans())))
+        found.append(RetentionCandidate(point, taken, disks, draw(st.booleans())))
     return found
 
 
-def daily(days: int, ahead: int) -> list[Held]:
+def daily(days: int, ahead: int) -> list[RetentionCandidate]:
     """A point a day; on the day `ahead` the clock was a year ahead."""
-    found: list[Held] = []
+    found: list[RetentionCandidate] = []
     for day in range(days):
         taken = datetime(2025, 1, 1, tzinfo=UTC) + timedelta(days=day + (365 if day == ahead else 0))
         point = next_point_id(taken, found[-1].id if found else None)
-        found.append(Held(point, taken, (VDA,), protected=False))
+        found.append(RetentionCandidate(point, taken, (VDA,), protected=False))
     return found
 
 
@@ -136,7 +143,9 @@ def test_one_run_with_the_clock_ahead_costs_no_other_point_its_place_but_one(day
 
 def test_one_run_with_the_clock_far_behind_is_not_old_for_that():
     points = daily(5, ahead=9)
-    behind = Held(next_point_id(points[-1].taken, points[-1].id), NOW - timedelta(days=9999), (VDA,), False)
+    behind = RetentionCandidate(
+        next_point_id(points[-1].taken, points[-1].id), NOW - timedelta(days=9999), (VDA,), False
+    )
     later = replace(points[-1], id=PointId("20250106T000000Z"), taken=points[-1].taken + timedelta(days=1))
     points = [*points, behind, later]
     assert kept(points, Rules(within=timedelta(days=2))) == [point.id for point in points[3:]]

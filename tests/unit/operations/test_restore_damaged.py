@@ -123,15 +123,15 @@ import sys
 from pathlib import Path
 from backupctl.names import PointId, VmName
 from backupctl.errors import DamageFound
-from backupctl.operations.restore.disk import Readout
-from backupctl.cancel import Stop
+from backupctl.operations.restore.disk import DiskReader
+from backupctl.cancel import Cancellation
 from backupctl.repository import chain
 from backupctl.targets import output
 from backupctl.repository.repository import Repository
 folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
 point = folder.point("latest")
 layers = chain.layers(folder, point, "vda")
-reading = Readout(folder.name, point.id, layers, False, Stop(), lambda _done: None)
+reading = DiskReader(folder.name, point.id, layers, False, Cancellation(), lambda _done: None)
 try:
     with output.device(Path(sys.argv[2]), reading.size) as target:
         reading.into_image(target, "raw", onto_device=True)

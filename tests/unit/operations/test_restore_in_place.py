@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, Interrupted, UsageError
 from backupctl.operations.restore import in_place
@@ -26,11 +26,13 @@ from tests.unit.points import P1, P2, Builder, disk_entry, in_memory
 SIZE = 40 * CLUSTER_BYTES + 512
 
 
-def run(builder: Builder, to: object, *, point: str = "latest", stop: Stop | None = None, **options):
+def run(builder: Builder, to: object, *, point: str = "latest", stop: Cancellation | None = None, **options):
     """By the manifest the disk was qcow2; who has it raw must say so."""
     kind = "raw" if str(to).endswith(".raw") else None
     wanted = {"disk": None, "image_format": kind, "reporter": Silent(), **options}
-    return restore(builder.folder, builder.folder.point(point), to=str(to), stop=stop or Stop(), **wanted)
+    return restore(
+        builder.folder, builder.folder.point(point), to=str(to), stop=stop or Cancellation(), **wanted
+    )
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def test_a_stop_in_the_middle_says_so_and_the_next_run_finishes(disk, tmp_path):
             run(builder, target, stop=stop, reporter=StopsLate())
             make(target, bytes(SIZE), "qcow2")
 
-    stop = Stop()
+    stop = Cancellation()
     with pytest.raises(Interrupted):
         till_stopped()
     run(builder, target)
@@ -252,7 +254,7 @@ import os, signal, sys
 from pathlib import Path
 from backupctl.operations.restore import in_place
 from backupctl.names import VmName
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.transfer import copy
@@ -268,7 +270,7 @@ def counted(self, piece, wanted):
 copy.Copy._write = counted
 folder = Repository.open(Path(repository)).vm(VmName("vm1"))
 in_place.restore(folder, folder.point("latest"), to=target, disk=None, image_format=sys.argv[4],
-                  reporter=Silent(), stop=Stop())
+                  reporter=Silent(), stop=Cancellation())
 """
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import DamageFound, TargetExists, UsageError
 from backupctl.images import create
 from backupctl.operations.prune.retention import Rules
@@ -88,7 +88,7 @@ def test_a_prune_below_a_vm_that_runs_on_it_waits_and_one_after_it_changes_no_by
     content = as_raw(tmp_path / "thin.qcow2")
 
     def pruned():
-        return prune(builder.folder, Rules(last=1), Silent(), Stop())
+        return prune(builder.folder, Rules(last=1), Silent(), Cancellation())
 
     with Machine(build, [Disk("vda", tmp_path / "thin.qcow2", "qcow2")]) as machine:
         machine.io("vda", "write -q -P 0x77 0 512")

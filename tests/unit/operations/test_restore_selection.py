@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import Locked, NoSuchPoint, UsageError
 from backupctl.operations.restore import in_place, overlay, selection, whole
 from backupctl.operations.restore.selection import MissingDisk
@@ -41,7 +41,7 @@ def run(way, builder, to, *, point="latest", **options):
     told = Told()
     wanted = {"disk": None, "image_format": None, "reporter": told, **options}
     if way is not overlay.restore:
-        wanted["stop"] = Stop()
+        wanted["stop"] = Cancellation()
     if way is whole.restore or way is overlay.restore:
         wanted["force"] = True
     return way(builder.folder, builder.folder.point(point), to=str(to), **wanted), told

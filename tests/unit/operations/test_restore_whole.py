@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import Interrupted, Locked, TargetExists, UsageError, WriteFailed
 from backupctl.images import nbd_server
 from backupctl.operations.restore import overlay
@@ -34,7 +34,7 @@ def run(point, to, *, disk=None, image_format=None, force=False, stop=None, **op
         image_format=image_format,
         force=force,
         reporter=Silent(),
-        stop=stop or Stop(),
+        stop=stop or Cancellation(),
         **options,
     )
 
@@ -306,7 +306,7 @@ def test_a_restored_file_is_sparse(builder: Builder, tmp_path):
 def test_a_stopped_restore_leaves_nothing(two_points, tmp_path):
     builder, _ = two_points
 
-    class StopsLater(Stop):
+    class StopsLater(Cancellation):
         calls = 0
 
         def check(self):
@@ -443,11 +443,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from backupctl.names import VmName
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.operations.restore.whole import restore
-class Dies(Stop):
+class Dies(Cancellation):
     calls = 0
     def check(self):
         self.calls += 1
@@ -499,12 +499,12 @@ READ_STDOUT = """
 import sys
 from pathlib import Path
 from backupctl.names import VmName
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.operations.restore.whole import restore
 folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
-stop = Stop()
+stop = Cancellation()
 with stop.on_signals():
     restore(folder, folder.point("latest"), to="-", disk=None, image_format=None, force=False,
             reporter=Silent(), stop=stop)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.images import nbd_server
 from backupctl.names import PointId
@@ -22,7 +22,7 @@ from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.restore import in_place
 from backupctl.operations.restore.whole import restore
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
 from backupctl.progress import Silent
 from backupctl.repository import chain
@@ -90,8 +90,8 @@ def copied(original: Builder, request: pytest.FixtureRequest, tmp_path: Path) ->
     return Builder(Repository.open(tmp_path / "copy"))
 
 
-def proven(builder: Builder, depth: Depth | None = None) -> VerifyReport:
-    report = verify(builder.repository, None, None, depth or Depth(), Silent(), Stop())
+def proven(builder: Builder, depth: VerifyScope | None = None) -> VerifyReport:
+    report = verify(builder.repository, None, None, depth or VerifyScope(), Silent(), Cancellation())
     assert [damage.message for damage in report.damage] == []
     return report
 
@@ -106,7 +106,7 @@ def content(builder: Builder, point: PointId, into: Path) -> bytes:
         image_format="raw",
         force=True,
         reporter=Silent(),
-        stop=Stop(),
+        stop=Cancellation(),
     )
     return into.read_bytes()
 
@@ -114,14 +114,16 @@ def content(builder: Builder, point: PointId, into: Path) -> bytes:
 @pytest.mark.parametrize("copied", WAYS, indirect=True)
 def test_a_copy_with_holes_is_sound_and_each_cluster_is_read_once(original, copied):
     assert proven(copied).read_bytes == proven(original).read_bytes
-    proven(copied, Depth(data=False))
-    proven(copied, Depth(percent=50, seed=1))
+    proven(copied, VerifyScope(data=False))
+    proven(copied, VerifyScope(percent=50, seed=1))
 
 
 def test_a_copy_with_holes_is_restored_compared_and_brought_back(original, copied, tmp_path):
     held = {point: content(original, point, tmp_path / "o.raw") for point in (P1, P2, P3)}
     assert {point: content(copied, point, tmp_path / "c.raw") for point in held} == held
-    found = diff(copied.folder, copied.folder.point(P1), copied.folder.point(P3), disk=None, stop=Stop())
+    found = diff(
+        copied.folder, copied.folder.point(P1), copied.folder.point(P3), disk=None, stop=Cancellation()
+    )
     changed = [at for at in range(0, SIZE, CLUSTER_BYTES) if held[P1][at:][:65536] != held[P3][at:][:65536]]
     assert found.disks[0].changed_bytes == len(changed) * CLUSTER_BYTES
     target = tmp_path / "vda.raw"
@@ -136,7 +138,7 @@ def test_a_copy_with_holes_is_restored_compared_and_brought_back(original, copie
         disk=None,
         image_format="raw",
         reporter=Silent(),
-        stop=Stop(),
+        stop=Cancellation(),
     ).images
     assert (report.written_bytes, target.read_bytes()) == (CLUSTER_BYTES, held[P3])
 
@@ -155,7 +157,7 @@ def test_points_are_added_to_a_copy_with_holes_and_merged_into_it(copied, tmp_pa
     new = os.urandom(4096).ljust(CLUSTER_BYTES, b"\0")
     held[11 * CLUSTER_BYTES : 12 * CLUSTER_BYTES] = new
     copied.point(P4, (disk_entry(size=SIZE, parent=P3), [(11 * CLUSTER_BYTES, new)]))
-    report = prune.prune(copied.folder, Rules(last=1), Silent(), Stop())
+    report = prune.prune(copied.folder, Rules(last=1), Silent(), Cancellation())
     assert (report.damage, report.left, len(report.merged)) == ((), (), 3)
     proven(copied)
     assert content(copied, P4, tmp_path / "after.raw") == held

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests import digest_map
 from backupctl.errors import DamageFound, Failed, Interrupted, NoSuchPoint, RepositoryError
 from backupctl.images import create
 from backupctl.names import PointId, VmName
-from backupctl.operations.verify.impact import Reach, Touched
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.impact import Affected, Impact
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
 from backupctl.progress import Silent
 from backupctl.repository import history, markers
@@ -49,7 +49,12 @@ class Stock:
 
     def verify(self, point=None, vm="vm1", **depth):
         return verify(
-            self.builder.repository, vm and self.builder.folder.name, point, Depth(**depth), Silent(), Stop()
+            self.builder.repository,
+            vm and self.builder.folder.name,
+            point,
+            VerifyScope(**depth),
+            Silent(),
+            Cancellation(),
         )
 
     def place(self, image: Path, marker: bytes) -> int:
@@ -100,7 +105,7 @@ def test_a_flipped_bit_is_told_with_its_range_and_every_point_that_reads_it(stoc
     (damage,) = stock.verify().damage
     assert (damage.kind, damage.disk, damage.path) == ("data", "vda", image)
     assert damage.ranges == ((5 * CLUSTER, CLUSTER),)
-    assert damage.touches == (Touched(P1, "vda", ((5 * CLUSTER, CLUSTER),)),)
+    assert damage.touches == (Affected(P1, "vda", ((5 * CLUSTER, CLUSTER),)),)
 
 
 def test_a_range_that_newer_layers_leave_open_touches_them_too(stock):
@@ -110,9 +115,9 @@ def test_a_range_that_newer_layers_leave_open_touches_them_too(stock):
     (damage,) = stock.verify().damage
     assert damage.ranges == ((3 * CLUSTER, 2 * CLUSTER),)
     assert damage.touches == (
-        Touched(P1, "vda", ((3 * CLUSTER, 2 * CLUSTER),)),
-        Touched(P2, "vda", ((3 * CLUSTER, CLUSTER),)),
-        Touched(P3, "vda", ((3 * CLUSTER, CLUSTER),)),
+        Affected(P1, "vda", ((3 * CLUSTER, 2 * CLUSTER),)),
+        Affected(P2, "vda", ((3 * CLUSTER, CLUSTER),)),
+        Affected(P3, "vda", ((3 * CLUSTER, CLUSTER),)),
     )
 
 
@@ -144,7 +149,7 @@ def test_a_lost_file_touches_all_that_stands_on_it(stock, suffix, fast):
     stock.image(P2, suffix=suffix).unlink()
     (damage,) = stock.verify(data=not fast).damage
     whole = ((0, 40 * CLUSTER + 1024),)
-    assert damage.touches == (Touched(P2, "vda", whole), Touched(P3, "vda", whole))
+    assert damage.touches == (Affected(P2, "vda", whole), Affected(P3, "vda", whole))
     assert damage.kind == ("image" if suffix == "qcow2" else "digests")
 
 
@@ -240,7 +245,7 @@ def test_a_sample_is_another_one_every_time_and_the_same_for_the_same_seed(build
     assert found == [len(stock.verify(percent=25, seed=seed).damage) for seed in range(12)]
     assert stock.verify(percent=25, seed=1).read_bytes == 16 * MIB
     assert stock.verify(percent=0.01, seed=1).read_bytes == MIB
-    assert Depth().seed != Depth().seed
+    assert VerifyScope().seed != VerifyScope().seed
 
 
 def test_an_unfinished_point_is_no_damage_but_told(stock):
@@ -254,7 +259,7 @@ def test_a_vm_or_point_that_is_not_there_is_no_success(stock):
     with pytest.raises(NoSuchPoint):
         stock.verify("20250101T000000Z")
     with pytest.raises(NoSuchPoint, match="vm2"):
-        verify(stock.builder.repository, VmName("vm2"), None, Depth(), Silent(), Stop())
+        verify(stock.builder.repository, VmName("vm2"), None, VerifyScope(), Silent(), Cancellation())
 
 
 def test_a_point_asked_for_whose_manifest_is_damaged_is_damage(stock):
@@ -303,10 +308,10 @@ def test_a_qemu_that_can_not_be_run_or_is_killed_calls_nothing_damaged(stock, mo
 
 
 def test_a_request_to_stop_ends_it(stock):
-    stop = Stop()
+    stop = Cancellation()
     stop.request("SIGTERM")
     with pytest.raises(Interrupted):
-        verify(stock.builder.repository, None, None, Depth(), Silent(), stop)
+        verify(stock.builder.repository, None, None, VerifyScope(), Silent(), stop)
 
 
 def test_nothing_is_changed_by_it(stock):
@@ -387,14 +392,14 @@ def test_a_prune_at_work_is_not_waited_for_for_ever(stock, monkeypatch):
 
 def test_a_point_that_is_pruned_meanwhile_is_no_damage(stock, monkeypatch):
     """The newest goes, after the survey and before its layers' turn."""
-    real = Reach.__init__
+    real = Impact.__init__
 
     def prune(*arguments):
         real(*arguments)
         history.record(stock.image(P3).parent.parent, Deed("dropped", P3))
         shutil.rmtree(stock.image(P3).parent)
 
-    monkeypatch.setattr(Reach, "__init__", prune)
+    monkeypatch.setattr(Impact, "__init__", prune)
     report = stock.verify(data=False)
     assert report.damage == ()
     assert report.notes[-1].endswith(f"{P3}: pruned meanwhile")

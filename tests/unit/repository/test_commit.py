@@ -106,9 +106,9 @@ def test_a_death_at_any_step_of_a_run_leaves_a_whole_point_or_a_partial(builder:
             if committed[-1]:
                 found = builder.folder.point(P2)
                 assert (found.path / "vda.qcow2").read_bytes() == b"a"
-                assert builder.folder.partials() == []
+                assert builder.folder.pending_points() == []
                 found.path.rename(builder.folder.path / f"{P2}.partial")
-            for partial in builder.folder.partials():
+            for partial in builder.folder.pending_points():
                 partial.drop()
             assert sorted(entry.name for entry in builder.folder.path.iterdir()) == [P1, "history", "lock"]
         if ended:
@@ -125,7 +125,7 @@ def test_a_death_at_any_step_of_dropping_leaves_a_partial_to_drop_again(builder:
     while not ended:
         partial, _ = prepared(builder)
         ended = die_at(number, partial.drop)
-        left = builder.folder.partials()
+        left = builder.folder.pending_points()
         assert left == ([] if ended else left)
         assert not builder.folder.is_committed(P2)
         for found in left:
@@ -156,7 +156,7 @@ def test_a_failed_sync_is_never_a_commit(builder: Builder, monkeypatch, once):
         monkeypatch.setattr(os, "fsync", real_sync)
         assert count >= failing
         assert not builder.folder.is_committed(P2)
-        assert builder.folder.partials() == [partial]
+        assert builder.folder.pending_points() == [partial]
         partial.drop()
 
 

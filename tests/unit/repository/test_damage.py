@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.names import PointId, VmName
 from backupctl.operations.restore.whole import restore
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
@@ -165,7 +165,7 @@ def check(sound: Sound, case: int, tmp_path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(sound.path, path)
     told = f"case {case}: {KINDS[case % len(KINDS)](path / VM, chance)}"
-    report = verify(Repository.open(path), None, None, Depth(), Silent(), Stop())
+    report = verify(Repository.open(path), None, None, VerifyScope(), Silent(), Cancellation())
     assert report.damage or report.notes, told
     named = damaged_by(report)
     target = tmp_path / "out.raw"
@@ -194,7 +194,7 @@ def failure(path: Path, point: PointId, disk: str, target: Path) -> BackupctlErr
             image_format="raw",
             force=False,
             reporter=Silent(),
-            stop=Stop(),
+            stop=Cancellation(),
         )
     except BackupctlError as err:
         return err

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import DamageFound, NoSuchPoint
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
 from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history, markers
@@ -37,7 +37,7 @@ def told(builder: Builder) -> list[str]:
 
 def reconcile(builder: Builder) -> None:
     with builder.folder.lock():
-        for partial in builder.folder.partials():
+        for partial in builder.folder.pending_points():
             partial.drop()
         audit.reconcile(builder.folder)
 
@@ -65,17 +65,17 @@ def test_points_that_were_removed_are_named(builder: Builder, gone):
 def test_a_verify_of_a_vm_whose_points_are_all_gone_finds_damage(builder: Builder):
     commit(builder, P1)
     shutil.rmtree(builder.folder.path / P1)
-    found = verify(builder.repository, builder.folder.name, None, Depth(), Silent(), Stop())
+    found = verify(builder.repository, builder.folder.name, None, VerifyScope(), Silent(), Cancellation())
     assert [(one.kind, one.path.name) for one in found.damage] == [("history", P1)]
     for wanted in (P1, "latest"):
         with pytest.raises(DamageFound, match="is missing"):
-            verify(builder.repository, builder.folder.name, wanted, Depth(), Silent(), Stop())
+            verify(builder.repository, builder.folder.name, wanted, VerifyScope(), Silent(), Cancellation())
 
 
 def test_a_verify_of_a_vm_without_any_point_is_an_error(builder: Builder):
     reconcile(builder)
     with pytest.raises(NoSuchPoint, match="no recovery point of vm1"):
-        verify(builder.repository, builder.folder.name, None, Depth(), Silent(), Stop())
+        verify(builder.repository, builder.folder.name, None, VerifyScope(), Silent(), Cancellation())
 
 
 def test_a_verify_of_an_empty_repository_says_that_there_is_nothing(builder: Builder):
@@ -84,7 +84,7 @@ def test_a_verify_of_an_empty_repository_says_that_there_is_nothing(builder: Bui
             warnings.append(text)
 
     warnings: list[str] = []
-    verify(builder.repository, None, None, Depth(), Heard(), Stop())
+    verify(builder.repository, None, None, VerifyScope(), Heard(), Cancellation())
     assert "nothing to verify" in warnings[0]
 
 
@@ -103,7 +103,7 @@ def pruned(builder: Builder, tmp_path) -> tuple[Builder, Path]:
     builder.point(P2, (disk_entry(size=MIB, parent=P1), [(65536, b"b" * 65536)]))
     before = tmp_path / "before"
     shutil.copytree(builder.repository.path, before)
-    prune.prune(builder.folder, Rules(last=1), Silent(), Stop())
+    prune.prune(builder.folder, Rules(last=1), Silent(), Cancellation())
     return builder, before
 
 
@@ -113,7 +113,7 @@ def test_what_a_prune_drops_and_changes_is_no_problem(pruned):
     events = [line["event"] for line in lines(builder)]
     assert events.count("dropped") == 1
     assert events.count("changing") == events.count("changed") >= 2
-    assert verify(builder.repository, None, None, Depth(), Silent(), Stop()).damage == ()
+    assert verify(builder.repository, None, None, VerifyScope(), Silent(), Cancellation()).damage == ()
 
 
 def test_older_copies_that_are_put_back_are_found(pruned):
@@ -213,7 +213,7 @@ def test_a_death_at_any_step_of_a_prune_raises_no_false_alarm(builder: Builder, 
         other = Builder(type(builder.repository).open(copy))
         ended = die_at(
             number,
-            lambda other=other: prune.prune(other.folder, Rules(last=1), Silent(), Stop()),
+            lambda other=other: prune.prune(other.folder, Rules(last=1), Silent(), Cancellation()),
             changing_step,
         )
         assert told(other) == [], f"after step {number}"

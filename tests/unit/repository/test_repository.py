@@ -19,7 +19,7 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import VmName, disk_name, point_time, vm_name
-from backupctl.repository.pending_point import Partial
+from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
 from backupctl.system import durable, safe_open
 from tests.unit.points import P1, P2, P3, Builder, disk_entry
@@ -150,15 +150,15 @@ def test_a_point_that_a_prune_removes_meanwhile_is_none_and_not_damaged(builder:
     plain_point(builder, P2)
     real = safe_open.read
 
-    def too_late(path: Path) -> bytes:
+    def too_late(path: Path, most_bytes: int) -> bytes:
         if path.parent.name == P1:
-            Partial(builder.folder.path, builder.folder.name, P1).take_back()
-        return real(path)
+            PendingPoint(builder.folder.path, builder.folder.name, P1).uncommit()
+        return real(path, most_bytes)
 
     monkeypatch.setattr(safe_open, "read", too_late)
     survey = builder.folder.survey()
     assert ([point.id for point in survey.points], survey.damaged) == ([P2], ())
-    Partial(builder.folder.path, builder.folder.name, P1).path.rename(builder.folder.path / P1)
+    PendingPoint(builder.folder.path, builder.folder.name, P1).path.rename(builder.folder.path / P1)
     with pytest.raises(NoSuchPoint):
         builder.folder.point(P1)
 
@@ -169,7 +169,7 @@ def test_a_partial_is_no_point_but_its_id_is_in_use(builder: Builder):
     assert not builder.folder.is_committed(P2)
     assert [point.id for point in builder.folder.points()] == [P1]
     assert builder.folder.newest() == P2
-    assert builder.folder.partials() == [partial]
+    assert builder.folder.pending_points() == [partial]
 
 
 def test_one_damaged_point_does_not_hide_the_others(builder: Builder):
@@ -279,7 +279,7 @@ def test_dropping_leaves_nothing_and_may_be_repeated(builder: Builder):
     (partial.path / "deep").mkdir()
     partial.drop()
     partial.drop()
-    assert builder.folder.partials() == []
+    assert builder.folder.pending_points() == []
     assert not partial.path.exists()
 
 
@@ -292,7 +292,7 @@ def test_dropping_does_not_follow_links_out_of_the_folder(builder: Builder, tmp_
     partial.drop()
     assert (precious / "file").exists()
     partial.path.symlink_to(precious)
-    assert builder.folder.partials() == []
+    assert builder.folder.pending_points() == []
     with pytest.raises(RepositoryError):
         partial.drop()
     assert (precious / "file").exists()

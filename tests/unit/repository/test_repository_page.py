@@ -20,7 +20,7 @@ from typing import get_args
 import pytest
 from blake3 import blake3
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.digests.digest_map import DigestMap
 from backupctl.operations.prune import run as prune
@@ -138,7 +138,9 @@ def test_in_the_middle_of_a_prune_the_page_holds_as_well(chain, tmp_path):
         copy = tmp_path / f"copy{number}"
         shutil.copytree(builder.repository.path, copy)
         other = Builder(Repository.open(copy))
-        whole = die_at(number, lambda other=other: prune.prune(other.folder, Rules(last=1), Silent(), Stop()))
+        whole = die_at(
+            number, lambda other=other: prune.prune(other.folder, Rules(last=1), Silent(), Cancellation())
+        )
         _convert(other.folder.path / P3 / "vda.qcow2", tmp_path / "raw")
         assert (tmp_path / "raw").read_bytes() == held[P3]
         assert read(other, P3, tmp_path / "raw").returncode == 0

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.cli.main import cli
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES, RECORD
@@ -22,9 +22,9 @@ from backupctl.errors import DamageFound, Interrupted, NeedsRecovery, Repository
 from backupctl.names import DiskName
 from backupctl.operations.recover import recover
 from backupctl.operations.restore.whole import restore
-from backupctl.operations.verify.layer import Depth
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
-from backupctl.options import Vm
+from backupctl.options import VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.system import safe_open
@@ -54,7 +54,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
 
 
 def verified(builder: Builder, **depth: object) -> VerifyReport:
-    return verify(builder.repository, None, None, Depth(**depth), Silent(), Stop())  # type: ignore[arg-type]
+    return verify(builder.repository, None, None, VerifyScope(**depth), Silent(), Cancellation())  # type: ignore[arg-type]
 
 
 def restored(builder: Builder, to: Path, *, force: bool = False) -> None:
@@ -66,7 +66,7 @@ def restored(builder: Builder, to: Path, *, force: bool = False) -> None:
         image_format="raw",
         force=force,
         reporter=Silent(),
-        stop=Stop(),
+        stop=Cancellation(),
     )
 
 
@@ -77,7 +77,7 @@ def test_a_chain_that_can_not_be_read_is_not_taken_for_damaged(two_points, spoil
     for number in ERRORS:
         spoil(f"{P1}/{name}", number)
         with pytest.raises(RepositoryUnreadable, match=os.strerror(number)) as told:
-            chain.flaw(builder.folder, P2, VDA)
+            chain.chain_error(builder.folder, P2, VDA)
         assert told.value.exit_code == 1
 
 
@@ -136,7 +136,9 @@ def test_the_exit_code_of_what_could_not_be_checked_is_1_and_damage_elsewhere_wi
 def test_a_point_asked_for_says_what_below_it_could_not_be_checked(two_points, spoil):
     builder, _ = two_points
     spoil(f"{P1}/manifest.json", errno.ETIMEDOUT)
-    report = verify(builder.repository, builder.folder.name, P2, Depth(data=False), Silent(), Stop())
+    report = verify(
+        builder.repository, builder.folder.name, P2, VerifyScope(data=False), Silent(), Cancellation()
+    )
     assert (report.damage, len(report.unchecked)) == ((), 1)
 
 
@@ -185,7 +187,7 @@ def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, spoil,
         partial.journal()
     monkeypatch.setattr(Monitor, "connect", lambda *_: nullcontext())
     with pytest.raises(NeedsRecovery, match=r"run\.json can't be read"):
-        recover(Vm(builder.folder.name, Address(path="/nowhere")), builder.repository, Silent())
+        recover(VmConfig(builder.folder.name, Address(path="/nowhere")), builder.repository, Silent())
     assert partial.path.exists()
 
 
@@ -226,7 +228,7 @@ def test_a_huge_map_is_refused_by_its_length_before_any_of_it_is_read(tmp_path, 
 def test_a_request_to_stop_ends_the_reading_of_a_map(tmp_path, monkeypatch):
     monkeypatch.setattr(digest_map, "_PIECE_RECORDS", 1)
     _map_of(tmp_path / "vda.digests", 0, 5, 99)
-    stop = Stop()
+    stop = Cancellation()
     looked = []
 
     def check() -> None:

@@ -12,11 +12,11 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backupctl.digests.clusters import CLUSTER_BYTES, Logical
+from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.digests.hashing import of_piece
-from backupctl.transfer.cluster_map import Marks
+from backupctl.transfer.cluster_map import ClusterMap
 from backupctl.transfer.copy import Copied, Copy, open_target
-from backupctl.transfer.dedup_filter import Recorder
+from backupctl.transfer.dedup_filter import DedupFilter
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
@@ -55,7 +55,7 @@ def test_what_passes_is_what_differs_from_the_layers_below(kinds, before, known_
         kinds = [b"\0"] * len(kinds)
     content = content_of(kinds)
     below = of_piece(0, memoryview(content_of(before)))
-    recorder = Recorder(Logical([(below, 16 * CLUSTER_BYTES)], len(content)))
+    recorder = DedupFilter(EffectiveContent([(below, 16 * CLUSTER_BYTES)], len(content)))
     passed = recorder(Extent(0, len(content), known_zero), None if known_zero else memoryview(content))
     after = bytearray(content_of(before[: len(kinds)]))
     for extent in passed:
@@ -83,7 +83,7 @@ def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", parent, layer, len(now))
     source_export = serve(raw_node(tmp_path / "disk.raw"))
     target = serve({**qcow2_node(layer), "backing": raw_node(parent)}, writable=True)
-    recorder = Recorder(Logical([(of_piece(0, memoryview(before)), len(before))], len(now)))
+    recorder = DedupFilter(EffectiveContent([(of_piece(0, memoryview(before)), len(before))], len(now)))
     wanted, bucket = [Extent(0, len(now), zero=False)], TokenBucket(None)
     with (
         closing(Source.connect([source_export.address] * 2, source_export.name)) as source,
@@ -98,7 +98,7 @@ def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
     assert (tmp_path / "after.raw").read_bytes()[: len(now)] == now
 
 
-def kept(recorder: Recorder) -> list[tuple[int, int, int]]:
+def kept(recorder: DedupFilter) -> list[tuple[int, int, int]]:
     with closing(recorder):
         return [record for part in recorder.parts() for record in part.tolist()]
 
@@ -123,7 +123,7 @@ PIECES = st.lists(st.tuples(st.integers(0, 9 * UNIT), st.integers(1, 40 * UNIT),
 
 @given(PIECES, st.integers(1, 60 * CLUSTER_BYTES))
 def test_marks_cover_all_that_was_named_and_call_zero_only_what_is(ranges, size):
-    marks, named, zero, offset = Marks(size), set(), set(), 0
+    marks, named, zero, offset = ClusterMap(size), set(), set(), 0
     for gap, length, is_zero in ranges:
         offset += gap
         end = min(offset + length, size)
@@ -155,7 +155,7 @@ def test_a_disk_of_a_tebibyte_in_fragments_costs_a_byte_for_each_cluster():
     size = 1 << 40
     tracemalloc.start()
     try:
-        marks = Marks(size)
+        marks = ClusterMap(size)
         for offset in range(0, size, 1 << 24):
             marks.data(offset, 4096)
         assert marks.marked_bytes() == (size >> 24) * CLUSTER_BYTES

@@ -26,7 +26,7 @@ def ask_of(*replies):
 
 def survey(size, *replies, contexts=("a",)):
     ask, asked = ask_of(*replies)
-    return list(extents.survey(ask, size, contexts)), asked
+    return list(extents.query_extents(ask, size, contexts)), asked
 
 
 # One test for each picture in the module's docstring.
@@ -115,7 +115,7 @@ def test_however_a_server_cuts_its_replies_each_unit_comes_once_with_its_flags(d
     def ask(offset, length):
         return {"a": reply(first, offset, length), "b": reply(second, offset, length)}
 
-    found = list(extents.survey(ask, len(first), ("a", "b")))
+    found = list(extents.query_extents(ask, len(first), ("a", "b")))
     assert [flags for status in found for flags in [status.flags] * status.length] == list(
         zip(first, second, strict=True)
     )
@@ -141,6 +141,8 @@ def test_crumbs_without_end_are_an_error_and_a_few_are_not():
     def crumb(_offset: int, _length: int) -> dict[str, list[int]]:
         return {"c": [1, 0]}
 
-    assert sum(status.length for status in extents.survey(crumb, extents.MOST_CRUMBS, ("c",))) == 10_000
+    assert (
+        sum(status.length for status in extents.query_extents(crumb, extents.MOST_CRUMBS, ("c",))) == 10_000
+    )
     with pytest.raises(extents.BadReply, match="crumbs"):
-        list(extents.survey(crumb, 1 << 40, ("c",)))
+        list(extents.query_extents(crumb, 1 << 40, ("c",)))

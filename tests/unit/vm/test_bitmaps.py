@@ -3,11 +3,11 @@
 
 from dataclasses import replace
 
-from backupctl.names import BitmapName, DiskName, NodeName, Owner, PointId
+from backupctl.names import BitmapName, DiskName, Namespace, NodeName, PointId
 from backupctl.vm.bitmap import Bitmap
-from backupctl.vm.qmp.bitmaps import applied, begin, gapped, settle
+from backupctl.vm.qmp.bitmaps import applied, broken_chain_bitmaps, handover_actions, plan_bitmap_recovery
 
-OWNER = Owner("0123abcd")
+OWNER = Namespace("0123abcd")
 P0, P1, P2 = PointId("20260101T000000Z"), PointId("20260102T000000Z"), PointId("20260103T000000Z")
 
 
@@ -42,7 +42,7 @@ def committed(*points):
 
 
 def test_begin_of_an_incremental_adds_the_new_bitmap_before_it_disables_the_base():
-    actions = begin(NodeName("d0"), named(P1), [named(P0)], persistent=True)
+    actions = handover_actions(NodeName("d0"), named(P1), [named(P0)], persistent=True)
     assert [action["type"] for action in actions] == ["block-dirty-bitmap-add", "block-dirty-bitmap-disable"]
     assert actions[0]["data"] == {
         "node": "d0",
@@ -53,63 +53,69 @@ def test_begin_of_an_incremental_adds_the_new_bitmap_before_it_disables_the_base
 
 
 def test_begin_of_a_full_leaves_the_old_chain_recording():
-    assert [a["type"] for a in begin(NodeName("d0"), named(P1), [], persistent=False)] == [
+    assert [a["type"] for a in handover_actions(NodeName("d0"), named(P1), [], persistent=False)] == [
         "block-dirty-bitmap-add"
     ]
 
 
 def test_one_committed_recording_bitmap_is_at_rest():
-    assert words(settle([bitmap(P0)], OWNER, committed(P0))) == []
+    assert words(plan_bitmap_recovery([bitmap(P0)], OWNER, committed(P0))) == []
 
 
 def test_an_uncommitted_incremental_is_given_back_and_merge_comes_first():
     """Enabling a bitmap that has vanished would crash QEMU; a merge into it is refused."""
-    found = settle([bitmap(P0, recording=False), bitmap(P1)], OWNER, committed(P0))
+    found = plan_bitmap_recovery([bitmap(P0, recording=False), bitmap(P1)], OWNER, committed(P0))
     assert words(found) == ["merge 20260102 into 20260101", "enable 20260101", "remove 20260102"]
 
 
 def test_a_committed_incremental_retires_its_base():
-    found = settle([bitmap(P0, recording=False), bitmap(P1)], OWNER, committed(P0, P1))
+    found = plan_bitmap_recovery([bitmap(P0, recording=False), bitmap(P1)], OWNER, committed(P0, P1))
     assert words(found) == ["remove 20260101"]
 
 
 def test_what_an_uncommitted_run_recorded_is_given_to_a_base_that_records_too():
     """A full's, which loses nothing by it; or one that somebody has enabled, which lacks what came before."""
-    found = settle([bitmap(P0), bitmap(P1)], OWNER, committed(P0))
+    found = plan_bitmap_recovery([bitmap(P0), bitmap(P1)], OWNER, committed(P0))
     assert words(found) == ["merge 20260102 into 20260101", "remove 20260102"]
 
 
 def test_a_base_that_records_beside_a_record_with_a_gap_goes():
     for state in ({"inconsistent": True}, {"recording": False}):
-        found = settle([bitmap(P0), bitmap(P1, **state)], OWNER, committed(P0))
+        found = plan_bitmap_recovery([bitmap(P0), bitmap(P1, **state)], OWNER, committed(P0))
         assert words(found) == ["remove 20260102", "remove 20260101"]
 
 
 def test_an_uncommitted_first_full_only_loses_its_own_bitmap():
-    assert words(settle([bitmap(P0)], OWNER, committed())) == ["remove 20260101"]
+    assert words(plan_bitmap_recovery([bitmap(P0)], OWNER, committed())) == ["remove 20260101"]
 
 
 def test_a_base_whose_successor_is_inconsistent_is_never_enabled_again():
-    found = settle([bitmap(P0, recording=False), bitmap(P1, inconsistent=True)], OWNER, committed(P0))
+    found = plan_bitmap_recovery(
+        [bitmap(P0, recording=False), bitmap(P1, inconsistent=True)], OWNER, committed(P0)
+    )
     assert words(found) == ["remove 20260102"]
 
 
 def test_a_base_whose_successor_does_not_record_is_never_enabled_again():
-    found = settle([bitmap(P0, recording=False), bitmap(P1, recording=False)], OWNER, committed(P0))
+    found = plan_bitmap_recovery(
+        [bitmap(P0, recording=False), bitmap(P1, recording=False)], OWNER, committed(P0)
+    )
     assert words(found) == ["remove 20260102"]
 
 
 def test_an_inconsistent_base_is_not_merged_into():
-    found = settle([bitmap(P0, recording=False, inconsistent=True), bitmap(P1)], OWNER, committed(P0))
+    found = plan_bitmap_recovery(
+        [bitmap(P0, recording=False, inconsistent=True), bitmap(P1)], OWNER, committed(P0)
+    )
     assert words(found) == ["remove 20260102"]
 
 
 def test_a_lone_disabled_base_stays_disabled():
-    assert words(settle([bitmap(P0, recording=False)], OWNER, committed(P0))) == []
+    assert words(plan_bitmap_recovery([bitmap(P0, recording=False)], OWNER, committed(P0))) == []
 
 
 def test_a_point_that_vanished_from_the_repository_gives_its_record_back_to_the_one_before():
-    found = settle(
+    found = plan_bitmap_recovery(
         [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)], OWNER, committed(P0)
     )
     assert words(found) == [
@@ -126,47 +132,53 @@ def test_foreign_bitmaps_and_those_of_another_repository_are_never_touched():
         replace(bitmap(P0), name=BitmapName(f"backupctl-ffffffff-{P0}")),
         replace(bitmap(P0), name=BitmapName("backupctl-0123abcd-20260101T000000Z mine")),
     ]
-    assert words(settle(foreign, OWNER, committed())) == []
+    assert words(plan_bitmap_recovery(foreign, OWNER, committed())) == []
 
 
 def test_checkpoints_are_kept_disabled_up_to_the_number_asked_for():
     older = [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)]
     every = committed(P0, P1, P2)
-    assert words(settle(older, OWNER, every, checkpoints=2)) == []
-    assert words(settle(older, OWNER, every, checkpoints=1)) == ["remove 20260101"]
-    assert words(settle(older, OWNER, every, checkpoints=0)) == ["remove 20260101", "remove 20260102"]
+    assert words(plan_bitmap_recovery(older, OWNER, every, checkpoints=2)) == []
+    assert words(plan_bitmap_recovery(older, OWNER, every, checkpoints=1)) == ["remove 20260101"]
+    assert words(plan_bitmap_recovery(older, OWNER, every, checkpoints=0)) == [
+        "remove 20260101",
+        "remove 20260102",
+    ]
 
 
 def test_a_checkpoint_that_a_full_left_recording_is_disabled():
-    found = settle([bitmap(P0), bitmap(P1)], OWNER, committed(P0, P1), checkpoints=1)
+    found = plan_bitmap_recovery([bitmap(P0), bitmap(P1)], OWNER, committed(P0, P1), checkpoints=1)
     assert words(found) == ["disable 20260101"]
 
 
 def test_the_record_of_a_pruned_point_goes_to_the_checkpoint_before_it_which_stays_disabled():
     older = [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)]
-    found = settle(older, OWNER, committed(P0, P2), checkpoints=1)
+    found = plan_bitmap_recovery(older, OWNER, committed(P0, P2), checkpoints=1)
     assert words(found) == ["merge 20260102 into 20260101", "remove 20260102"]
 
 
 def test_the_bitmap_of_a_pruned_point_goes_when_no_checkpoint_is_kept():
     older = [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)]
-    assert words(settle(older, OWNER, committed(P0, P2))) == ["remove 20260102", "remove 20260101"]
+    assert words(plan_bitmap_recovery(older, OWNER, committed(P0, P2))) == [
+        "remove 20260102",
+        "remove 20260101",
+    ]
 
 
 def test_checkpoints_before_one_that_can_not_be_read_have_a_gap_and_go():
     older = [bitmap(P0, recording=False), bitmap(P1, recording=False, inconsistent=True), bitmap(P2)]
-    assert words(settle(older, OWNER, committed(P0, P1, P2), checkpoints=5)) == [
+    assert words(plan_bitmap_recovery(older, OWNER, committed(P0, P1, P2), checkpoints=5)) == [
         "remove 20260101",
         "remove 20260102",
     ]
-    assert words(settle(older, OWNER, committed(P0, P2), checkpoints=5)) == [
+    assert words(plan_bitmap_recovery(older, OWNER, committed(P0, P2), checkpoints=5)) == [
         "remove 20260102",
         "remove 20260101",
     ]
 
 
 def test_an_undone_differential_gives_its_record_to_the_newest_checkpoint_only():
-    found = settle(
+    found = plan_bitmap_recovery(
         [bitmap(P0, recording=False), bitmap(P1, recording=False), bitmap(P2)],
         OWNER,
         committed(P0, P1),
@@ -176,21 +188,21 @@ def test_an_undone_differential_gives_its_record_to_the_newest_checkpoint_only()
 
 
 def test_the_union_that_a_dead_differential_left_goes():
-    union = replace(bitmap(P0), name=OWNER.union, recording=False)
-    found = settle([union, bitmap(P0)], OWNER, committed(P0))
-    assert [action["data"]["name"] for action in found.actions] == [OWNER.union]
+    union = replace(bitmap(P0), name=OWNER.differential_bitmap, recording=False)
+    found = plan_bitmap_recovery([union, bitmap(P0)], OWNER, committed(P0))
+    assert [action["data"]["name"] for action in found.actions] == [OWNER.differential_bitmap]
 
 
 def test_when_the_newest_does_not_record_no_older_checkpoint_is_of_use():
     older = [bitmap(P0, recording=False), bitmap(P1, recording=False)]
-    assert gapped(older, OWNER) == (named(P0), named(P1))
-    assert gapped([*older, bitmap(P2)], OWNER) == ()
-    assert gapped([older[0], bitmap(P1, recording=False, busy=True)], OWNER) == (named(P0),)
+    assert broken_chain_bitmaps(older, OWNER) == (named(P0), named(P1))
+    assert broken_chain_bitmaps([*older, bitmap(P2)], OWNER) == ()
+    assert broken_chain_bitmaps([older[0], bitmap(P1, recording=False, busy=True)], OWNER) == (named(P0),)
 
 
 def test_what_a_settlement_will_leave_is_told_without_its_being_done():
     there = [bitmap(P0, recording=False, busy=True, dirty_bytes=65536), bitmap(P1, dirty_bytes=131072)]
-    found = settle(there, OWNER, committed(P0))
+    found = plan_bitmap_recovery(there, OWNER, committed(P0))
     (left,) = applied(there, found.actions, freed=True)
     assert (left.name, left.recording, left.busy, left.dirty_bytes) == (named(P0), True, False, 196608)
     assert found.ahead == (f"to clean up: unfinished bitmap {named(P1)} on d0",)
@@ -200,9 +212,9 @@ def test_what_a_settlement_will_leave_is_told_without_its_being_done():
 def test_the_bitmap_of_another_vms_point_is_neither_merged_nor_removed():
     """A disk that moved between VMs of one repository took it along; it may move back."""
     theirs = committed(P1)
-    assert words(settle([bitmap(P1)], OWNER, committed(), theirs=theirs)) == []
+    assert words(plan_bitmap_recovery([bitmap(P1)], OWNER, committed(), theirs=theirs)) == []
     both = [bitmap(P0, recording=False), bitmap(P1), bitmap(P2)]
-    assert words(settle(both, OWNER, committed(P0), theirs=theirs)) == [
+    assert words(plan_bitmap_recovery(both, OWNER, committed(P0), theirs=theirs)) == [
         "merge 20260103 into 20260101",
         "enable 20260101",
         "remove 20260103",
@@ -211,5 +223,5 @@ def test_the_bitmap_of_another_vms_point_is_neither_merged_nor_removed():
 
 def test_the_bitmap_of_another_vm_that_records_hides_no_gap_in_ours():
     both = [bitmap(P0, recording=False), bitmap(P1)]
-    assert gapped(both, OWNER, committed(P1)) == (named(P0),)
-    assert gapped([bitmap(P1, recording=False)], OWNER, committed(P1)) == ()
+    assert broken_chain_bitmaps(both, OWNER, committed(P1)) == (named(P0),)
+    assert broken_chain_bitmaps([bitmap(P1, recording=False)], OWNER, committed(P1)) == ()

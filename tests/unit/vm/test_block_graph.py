@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from backupctl.errors import CommandFailed, MonitorError
-from backupctl.names import Owner
+from backupctl.names import Namespace
 from backupctl.operations.backup.plan import why_unusable
 from backupctl.vm.qmp import graph, inventory
 
-OWNER = Owner("a1b2c3d4")
+OWNER = Namespace("a1b2c3d4")
 POINT = "20261123T041500Z"
 
 

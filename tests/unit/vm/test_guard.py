@@ -29,7 +29,7 @@ from backupctl.errors import (
 from backupctl.system.address import Address
 from backupctl.vm.guest import guard_process, guard_survival
 from backupctl.vm.guest.agent import Agent, Thaw, thaw_if_frozen
-from backupctl.vm.guest.guard import Guard
+from backupctl.vm.guest.guard import GuardClient
 from fixtures.agent import VSS, PlayedAgent
 from fixtures.simulated import Simulated
 from fixtures.simulated_guest import SimulatedAgent
@@ -39,10 +39,10 @@ NO_MONITOR = Address(path="/nowhere")
 RUN = """
 import fcntl, os, sys, time
 from backupctl.options import Address
-from backupctl.vm.guest.guard import Guard
+from backupctl.vm.guest.guard import GuardClient
 lock = os.open(sys.argv[2], os.O_RDWR | os.O_CREAT)
 fcntl.flock(lock, fcntl.LOCK_EX)
-guard = Guard.start(Address(path="/nowhere"), Address(path=sys.argv[1]), 2.0, lock)
+guard = GuardClient.start(Address(path="/nowhere"), Address(path=sys.argv[1]), 2.0, lock)
 for step in sys.argv[3:]:
     if step == "freeze":
         guard.freeze(10.0)
@@ -68,10 +68,10 @@ def agent(request):
 def start(agent, tmp_path):
     made = []
 
-    def begin(timeout: float = 2.0) -> Guard:
+    def begin(timeout: float = 2.0) -> GuardClient:
         lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
         try:
-            made.append(Guard.start(NO_MONITOR, Address(path=str(agent.path)), timeout, lock))
+            made.append(GuardClient.start(NO_MONITOR, Address(path=str(agent.path)), timeout, lock))
         finally:
             os.close(lock)
         return made[-1]
@@ -104,7 +104,7 @@ def test_freeze_and_thaw_tell_how_long(agent, start):
     time.sleep(0.2)
     thawed = guard.thaw()
     assert 200 <= thawed.milliseconds < 2000
-    assert not thawed.ended_early
+    assert not thawed.doubt
     assert not guard.may_be_frozen()
     assert (len(agent.freezes), len(agent.thaws)) == (1, 1)
 
@@ -129,10 +129,10 @@ def test_a_freeze_that_somebody_in_the_guest_ended_is_told(agent, start):
     guard = start()
     guard.freeze(10)
     agent.frozen = False
-    assert guard.thaw().ended_early
+    assert guard.thaw().doubt
     assert not guard.may_be_frozen()
     guard.freeze(10)
-    assert not guard.thaw().ended_early
+    assert not guard.thaw().doubt
 
 
 def test_the_budget_ends_the_freeze_and_the_run_is_told(agent, start):
@@ -247,7 +247,7 @@ def test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed(agent,
 def test_signals_do_not_end_the_guard(agent, start):
     guard = start()
     guard.freeze(10)
-    for number in guard_process.DEAF_TO:
+    for number in guard_process.IGNORED_SIGNALS:
         os.kill(guard._process.pid, number)
     time.sleep(0.2)
     guard.check()
@@ -274,7 +274,7 @@ def test_a_guard_that_was_killed_is_noticed_and_the_run_thaws_itself(agent, star
         guard.check()
 
 
-def stop(guard: Guard) -> None:
+def stop(guard: GuardClient) -> None:
     os.kill(guard._process.pid, signal.SIGSTOP)
 
 
@@ -400,7 +400,7 @@ def test_a_thaw_that_is_refused_although_the_guest_is_thawed_is_no_error_and_no_
     guard = start()
     guard.freeze(10)
     thawed = guard.thaw()
-    assert thawed.ended_early
+    assert thawed.doubt
     assert VSS in thawed.doubt
     assert not guard.may_be_frozen()
 
@@ -424,7 +424,7 @@ def test_a_freeze_lasted_if_its_status_and_its_count_say_so(before, refusal, cou
 def test_a_status_that_is_not_told_before_the_thaw_holds_it_up_for_a_second(behaviour):
     """The count alone then tells that the freeze lasted."""
     with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as agent:
-        freezer = guard_process.Freezer(Address(path=str(agent.path)), 5.0)
+        freezer = guard_process.FreezeControl(Address(path=str(agent.path)), 5.0)
         freezer.ping()
         freezer.freeze(10)
         agent.behaviour["guest-fsfreeze-status"] = behaviour
@@ -489,14 +489,14 @@ def test_sockets_that_the_guard_could_not_reach_are_refused_before_it_starts(tmp
     (tmp_path / ("x" * 100)).mkdir()
     monkeypatch.chdir(tmp_path / ("x" * 100))
     with pytest.raises(Refused, match="too long when it is absolute"):
-        Guard.start(Address(path="qmp"), None, 1.0, 0)
+        GuardClient.start(Address(path="qmp"), None, 1.0, 0)
     with pytest.raises(Refused, match="too long when it is absolute"):
-        Guard.start(NO_MONITOR, Address(path="agent"), 1.0, 0)
+        GuardClient.start(NO_MONITOR, Address(path="agent"), 1.0, 0)
 
 
 def test_a_thaw_is_done_without_a_thread_where_there_can_be_none(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as agent:
-        freezer = guard_process.Freezer(Address(path=str(agent.path)), 2.0)
+        freezer = guard_process.FreezeControl(Address(path=str(agent.path)), 2.0)
         freezer.ping()
         freezer.freeze(0.5)
         time.sleep(0.5)

@@ -41,7 +41,7 @@ def test_a_disk_whose_writes_qemu_does_not_see_is_left_out():
     """The commands of a SCSI device that is passed through go past every bitmap; vhost-user past QEMU."""
     found = inventory.inventory(Monitor())
     assert [disk.name for disk in found.disks] == ["sda"]
-    assert [name for name, _ in found.left_out] == ["lun", "tape", "fast"]
+    assert [name for name, _ in found.skipped] == ["lun", "tape", "fast"]
     for name, why in (("lun", "passed through"), ("fast", "another process")):
         with pytest.raises(UsageError, match=why):
             found.chosen([name])

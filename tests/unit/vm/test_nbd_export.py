@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.names import Owner
+from backupctl.names import Namespace
 from backupctl.system import private_dir
 from backupctl.vm.qmp import nbd_export
 
@@ -25,7 +25,7 @@ class Monitor:
 def test_the_folder_of_a_run_that_was_killed_while_it_connected_is_swept(monkeypatch):
     with tempfile.TemporaryDirectory() as temporary:
         monkeypatch.setattr("tempfile.tempdir", temporary)
-        with pytest.raises(FileNotFoundError), nbd_export._served(Monitor(), Owner("0" * 8), 2) as path:  # noqa: PT012
+        with pytest.raises(FileNotFoundError), nbd_export._served(Monitor(), Namespace("0" * 8), 2) as path:  # noqa: PT012
             dead = Path(path).parent.rename(f"{Path(path).parent}-dead")  # as SIGKILL would leave it
             os.utime(dead, (0, 0))
             with private_dir.folder():

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from backupctl.cancel import Stop
+from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, WriteFailed
 from backupctl.system import open_files
 from backupctl.system.open_files import OpenFile, Place
-from backupctl.vm.qmp import filling
-from backupctl.vm.qmp.filling import Filling
+from backupctl.vm import filling
+from backupctl.vm.filling import Filling
+from backupctl.vm.qmp import shared_files
 
 HERE, FREE = 7, 100 << 20
 
@@ -48,12 +49,12 @@ def test_an_image_of_any_vm_counts(place, found, machine, tmp_path):
 def test_a_vm_that_nobody_may_look_at_counts(machine, tmp_path):
     machine[41] = None
     with pytest.raises(WriteFailed, match="files of process 41 can't be looked at"):
-        filling.watching(Stop(), tmp_path / "new.raw").check()
+        filling.watching(Cancellation(), tmp_path / "new.raw").check()
 
 
 def test_a_device_is_not_watched(machine, tmp_path):
     machine[41] = None
-    filling.watching(Stop(), Path(os.devnull)).check()
+    filling.watching(Cancellation(), Path(os.devnull)).check()
 
 
 def test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator(machine, tmp_path, monkeypatch):
@@ -82,7 +83,7 @@ def test_a_name_says_that_a_file_is_there_or_that_nobody_can_tell(named, said, t
     class Monitor:
         process = None
 
-    found = Filling.of_run(tmp_path, Monitor(), [], {"n0": node(named)})  # type: ignore[arg-type, dict-item]
+    found = shared_files.filling(tmp_path, Monitor(), [], {"n0": node(named)})  # type: ignore[arg-type, dict-item]
     assert said in found.who() if said else found.who() == ""
     hidden = {"n0": node(named, ro=True), "n1": node(named, drv="nbd"), "backupctl-x": node(named)}
-    assert Filling.of_run(tmp_path, Monitor(), [], hidden).who() == ""  # type: ignore[arg-type]
+    assert shared_files.filling(tmp_path, Monitor(), [], hidden).who() == ""  # type: ignore[arg-type]
