@@ -14,9 +14,8 @@ from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, EffectiveContent, Records
 from backupctl.digests.hashing import of_piece
 from backupctl.errors import WriteFailed
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.transfer.extents import Extent
-
-_WINDOW_CLUSTERS = 1 << 16
 
 
 class DedupFilter:
@@ -56,8 +55,8 @@ class DedupFilter:
 
     def parts(self) -> Iterator[Records]:
         """Yield the records of the clusters that passed, ascending. Raises OSError."""
-        for first in range(0, len(self._passed), _WINDOW_CLUSTERS):
-            passed = self._passed[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._passed), WINDOW_CLUSTERS):
+            passed = self._passed[first : first + WINDOW_CLUSTERS]
             if np.any(passed):
                 length = len(passed) * RECORD.itemsize
                 content = os.pread(self._table.fileno(), length, first * RECORD.itemsize)

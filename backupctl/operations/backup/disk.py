@@ -48,7 +48,7 @@ class LayerCopier:
     stall_seconds: float
 
     def copy_disk(self, one: DiskPlan, source: Source) -> DiskEntry:
-        """Copy what a disk's layer must hold, and fsync the image and its digest map.
+        """Copy what a disk's layer must hold, and flush image and digest map to stable storage.
 
         Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, and what `check` raises.
         """

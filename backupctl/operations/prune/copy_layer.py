@@ -11,11 +11,12 @@ from backupctl.operations import endpoints
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.repository.merge import Merge
+from backupctl.sizes import Range
 from backupctl.system import safe_open
 from backupctl.transfer import sink
 from backupctl.transfer.copy import Copy
 from backupctl.transfer.extents import Extent
-from backupctl.transfer.verify_filter import Range, VerifyFilter
+from backupctl.transfer.verify_filter import VerifyFilter
 
 _WINDOW_RECORDS = 1 << 16
 _SHOWN = 4

@@ -34,7 +34,7 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.system import locks
-from backupctl.vm.qmp.filling import Filling
+from backupctl.vm.filling import Filling
 
 _LOCK_SECONDS = 1.0
 

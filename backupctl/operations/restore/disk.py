@@ -23,6 +23,7 @@ from backupctl.names import PointId, VmName
 from backupctl.operations import endpoints
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
+from backupctl.sizes import Range
 from backupctl.system import safe_open
 from backupctl.transfer import cluster_map, extents
 from backupctl.transfer.copy import Copy, Filter, pass_all
@@ -30,7 +31,7 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.sink import Sink
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
-from backupctl.transfer.verify_filter import Range, VerifyFilter
+from backupctl.transfer.verify_filter import VerifyFilter
 
 _HEAD_BYTES = 1 << 20
 _ALLOW_DAMAGE = (

@@ -32,17 +32,17 @@ from backupctl.operations.restore.request import DiskTask, RestoreRequest
 from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Reporter
 from backupctl.repository import chain
+from backupctl.sizes import WINDOW_CLUSTERS, Range
 from backupctl.system import safe_open
 from backupctl.targets import in_place
 from backupctl.targets.in_place import Target
 from backupctl.transfer import cluster_map, extents, sink
 from backupctl.transfer.copy import Copy
 from backupctl.transfer.extents import Extent
-from backupctl.transfer.verify_filter import Range, VerifyFilter
-from backupctl.vm.qmp import filling
+from backupctl.transfer.verify_filter import VerifyFilter
+from backupctl.vm import filling
 
 _UNTOUCHED = "nothing was touched"
-_WINDOW_CLUSTERS = 1 << 16
 _MOST_BYTES = 8 << 20  # per request: on a device without a zero command they are written as data
 _HALF_DONE = "the target is partly changed; the same command again finishes it"
 
@@ -263,8 +263,8 @@ def _until(found: Iterator[Extent], size: int) -> Iterator[Extent]:
 
 def _wanted(differing: NDArray[np.bool_], expected: EffectiveContent) -> Iterator[Extent]:
     """Yield what is to be written: data to be read from the point, and zeroes."""
-    for first in range(0, len(differing), _WINDOW_CLUSTERS):
-        flags = differing[first : first + _WINDOW_CLUSTERS]
+    for first in range(0, len(differing), WINDOW_CLUSTERS):
+        flags = differing[first : first + WINDOW_CLUSTERS]
         records = expected.window(first, len(flags))[flags]
         zero = clusters.is_zero(records)
         for kind in (False, True):

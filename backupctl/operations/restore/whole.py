@@ -21,9 +21,9 @@ from backupctl.operations.restore.disk import DiskReader, format_ranges
 from backupctl.operations.restore.request import DiskTask, RestoreRequest
 from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Reporter
+from backupctl.sizes import Range
 from backupctl.targets import output
-from backupctl.transfer.verify_filter import Range
-from backupctl.vm.qmp import filling
+from backupctl.vm import filling
 
 _STDOUT_DESCRIPTOR = 1
 _UNTOUCHED = "nothing was touched"
