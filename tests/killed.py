@@ -2,7 +2,8 @@
 """The command line, interrupted at its nth step: `Cli.call(…, entry=ENTRY, KILL_AT="5")`.
 
 A step is a monitor command, a request to the guard (it speaks to the agent), an agent command of the run
-itself, or a durable step of the repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it.
+itself, or a durable step of the repository. KILL_AT: which one (from 0), or each monitor
+command of that name; KILL_WHEN: before or after it.
 STEPS: a file to which each step's name is written. What happens there is SIGKILL of the run, or DEED:
 
 - term: SIGTERM of the run;
@@ -56,28 +57,30 @@ def interrupt(environment: Mapping[str, str]) -> None:
 
 def _watch(owner: object, name: str, numbers: "itertools.count[int]", environment: Mapping[str, str]) -> None:
     real = getattr(owner, name)
-    wanted, when = int(environment.get("KILL_AT", "-1")), environment.get("KILL_WHEN", "before")
+    at, when = environment.get("KILL_AT", "-1"), environment.get("KILL_WHEN", "before")
+    wanted = int(at) if at.isdecimal() else -1
     steps = environment.get("STEPS")
     error = ERRORS.get(environment.get("DEED", ""), 0) if owner is durable else 0
 
     @wraps(real)
     def stepped(*arguments, **options):
         mine = next(numbers)
+        first = arguments[1] if owner is Monitor and name == "execute" else ""
+        hit = at in (str(mine), first)
         if steps:
             with open(steps, "a") as log:
-                first = arguments[1] if owner is Monitor and name == "execute" else ""
                 log.write(f"{name} {first}\n")
         if error and (mine == wanted or (mine > wanted >= 0 and error == errno.ENOSPC)):
             raise OSError(error, os.strerror(error))
         if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:
             with suppress(OSError):  # it may have ended
                 _order(environment, {"do": "step", "count": 2})
-        if mine == wanted and when == "before":
+        if hit and when == "before":
             _happen(environment)
         try:
             return real(*arguments, **options)
         finally:
-            if mine == wanted and when == "after":
+            if hit and when == "after":
                 _happen(environment)
 
     setattr(owner, name, stepped)
