@@ -111,11 +111,13 @@ def _look(
     """Return what must be looked at, and how many bytes bitmap or allocation map name.
 
     known_bytes: up to where the earlier points tell of the disk. Behind it a disk has grown: its bitmap is
-    clean there (measured), and a raw disk on a volume that was extended has whatever lay there before.
+    clean there (``test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes``), and a raw disk on a volume
+    that was extended has whatever lay there before.
 
-    Besides what is named these are zeroes where the layers below hold something else. They are there
-    when a disk was shrunk and grew again: its bitmap lost the bits of the end that went, and the old data
-    would come back (measured). Nor does it name the cluster that a new end cuts, whose rest was lost.
+    Besides what is named these are zeroes where the layers below hold something else. They are there when a
+    disk was shrunk and grew again: its bitmap lost the bits of the end that went, and the old data would
+    come back (``test_shrunk_then_grown_over_two_points_shows_no_old_bytes``). Nor does it name the cluster
+    that a new end cuts, whose rest was lost.
     """
     marks, named_bytes = ClusterMap(one.disk.size), 0
     for status in statuses:

@@ -214,7 +214,8 @@ def _roll_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     if any(bitmap.inconsistent for bitmap in unfinished) or not unfinished[-1].recording:
         return [*removals, _on(base.node, base.name, "remove")] if base.recording else removals
     # Merge first: it refuses when a bitmap has vanished meanwhile, where `enable` in a transaction makes
-    # QEMU itself crash (measured on 7.2.22 and 10.0.2). Within one transaction the order is one moment.
+    # QEMU itself crash (tests/conformance/test_dangers.py, `enable_an_absent_bitmap`). Within one
+    # transaction the order is one moment.
     merge = _merge(base.node, base.name, [new.name for new in unfinished])
     return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 

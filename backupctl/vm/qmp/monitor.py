@@ -125,7 +125,8 @@ class Monitor:
         """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable, Interrupted.
 
         cancel: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
-        says nothing (measured), so a missing greeting most often means a second client.
+        says nothing (conformance script `second_client_waits_for_the_first`), so a missing greeting most
+        often means a second client.
         """
         self = cls(address, timeout_seconds)
         try:
