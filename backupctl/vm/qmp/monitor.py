@@ -92,7 +92,6 @@ class Version:
     major: int
     minor: int
     micro: int
-    package: str = ""
 
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}.{self.micro}"
@@ -280,7 +279,7 @@ def _how_to_reach(address: Address, err: Exception) -> str:
 
 def _version(told: Any) -> Version:
     major, minor, micro = (reply.number(told["qemu"][part], 9999) for part in ("major", "minor", "micro"))
-    return Version(major, minor, micro, reply.text(told.get("package", "")))
+    return Version(major, minor, micro)
 
 
 def _root(err: BaseException) -> str:
