@@ -21,7 +21,7 @@ then the base bitmap stops. In between both bitmaps record, so each holds at lea
 order loses writes. The filter is not limited to the base bitmap: it is made before the base stops, so writes
 in between would be missing from its limit, and could then not be read.
 
-Several disks are filtered one after the other. That is one moment only while the guest is frozen, so
+Several disks are filtered one after the other. That is one point in time only while the guest is frozen, so
 without a freeze this view takes one disk only (`atomic`).
 """
 
