@@ -313,7 +313,7 @@ BUGS = (
     ),
     Bug(
         "an inconsistent bitmap is taken for an empty one",
-        "why_unusable",
+        "bitmap_error",
         '        return "its bitmap is inconsistent (QEMU did not end cleanly)"\n',
         '        return ""\n',
         "integration/test_topology.py::test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than"
