@@ -2,8 +2,9 @@
 """The command line, interrupted at its nth step: `Cli.call(…, entry=ENTRY, KILL_AT="5")`.
 
 A step is a monitor command, a request to the guard (which speaks to the agent), an agent command of the run
-itself, or a durable step of the repository. KILL_AT: its number, from 0. KILL_WHEN: before or after it.
-STEPS: a file to which the name of each step is written. The interruption is SIGKILL of the run, or ACTION:
+itself, or a durable step of the repository. KILL_AT: its number, from 0, or the name of a monitor command,
+for each call of it. KILL_WHEN: before or after it. STEPS: a file to which the name of each step is written.
+The interruption is SIGKILL of the run, or ACTION:
 
 - term: SIGTERM of the run;
 - eio, enospc: a durable step fails, once, or this one and all that follow;
@@ -56,28 +57,30 @@ def interrupt(environment: Mapping[str, str]) -> None:
 
 def _watch(owner: object, name: str, numbers: "itertools.count[int]", environment: Mapping[str, str]) -> None:
     real = getattr(owner, name)
-    wanted, when = int(environment.get("KILL_AT", "-1")), environment.get("KILL_WHEN", "before")
+    at, when = environment.get("KILL_AT", "-1"), environment.get("KILL_WHEN", "before")
+    wanted = int(at) if at.isdecimal() else -1
     steps = environment.get("STEPS")
     error = ERRORS.get(environment.get("ACTION", ""), 0) if owner is durable else 0
 
     @wraps(real)
     def stepped(*arguments, **options):
         mine = next(numbers)
+        first = arguments[1] if owner is Monitor and name == "execute" else ""
+        hit = at in (str(mine), first)
         if steps:
             with open(steps, "a") as log:
-                first = arguments[1] if owner is Monitor and name == "execute" else ""
                 log.write(f"{name} {first}\n")
         if error and (mine == wanted or (mine > wanted >= 0 and error == errno.ENOSPC)):
             raise OSError(error, os.strerror(error))
         if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:
             with suppress(OSError):  # it may have ended
                 _order(environment, {"do": "step", "count": 2})
-        if mine == wanted and when == "before":
+        if hit and when == "before":
             _interrupt_now(environment)
         try:
             return real(*arguments, **options)
         finally:
-            if mine == wanted and when == "after":
+            if hit and when == "after":
                 _interrupt_now(environment)
 
     setattr(owner, name, stepped)

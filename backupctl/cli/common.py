@@ -21,7 +21,7 @@ from backupctl.errors import (
     RepositoryError,
     UsageError,
 )
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import RunOptions, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -116,7 +116,11 @@ class Target:
     def scratch(self) -> Path:
         """Return the folder for scratch files."""
         found = self.scratch_path or self.config.setting(self.name, "scratch")
-        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch
+        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch.folder
+
+    def timeouts(self) -> Timeouts:
+        """Return how long to wait for the VM."""
+        return Timeouts()
 
 
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:

@@ -17,9 +17,10 @@ from backupctl.errors import BackupctlError, Failed, NeedsRecovery, UsageError
 from backupctl.names import PointId
 from backupctl.operations import status
 from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.restore import whole
-from backupctl.options import Kind, RunOptions
+from backupctl.options import FreezeOptions, Kind, RunOptions, ScratchOptions
 from backupctl.progress import Reporter, Silent
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
@@ -97,8 +98,8 @@ class Stage:
 
     def backup(self, kind: Kind) -> RunReport:
         """Make a backup, and keep the expected disks. Raises what a run raises."""
-        options = RunOptions(kind, freeze="require", scratch=self.scratch)
-        report = backup.run(self.machine.vm, self.repository, options, self.reporter, self.stop)
+        options = RunOptions(kind, freeze=FreezeOptions("require"), scratch=ScratchOptions(self.scratch))
+        report = backup.run(RunContext(self.machine.vm, self.repository, options, self.reporter, self.stop))
         kept = self.machine.order("moment")["disks"]
         self.moments[report.point] = {
             disk: Path(path).rename(self.folder / f"{report.point}-{disk}.moment")
@@ -131,7 +132,7 @@ class Stage:
 
     def check_clean(self) -> None:
         """Check that backupctl left nothing in the VM. Raises Failed."""
-        options = RunOptions("incremental", scratch=self.scratch)
+        options = RunOptions("incremental", scratch=ScratchOptions(self.scratch))
         found = status.look(self.machine.vm, self.repository, options)
         left = [*found.leftovers, *([found.problem] if found.problem else [])]
         if self.machine.order("status")["frozen"]:

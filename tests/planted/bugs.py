@@ -44,28 +44,28 @@ BUGS = (
         "no thaw after a transaction that failed",
         "_Run._thawed_at_the_end",
         "        try:\n            yield thawed\n        finally:\n"
-        "            thawed.append(self.guard.thaw())\n",
-        "        yield thawed\n        thawed.append(self.guard.thaw())\n",
+        "            thawed.append(self.session.thaw())\n",
+        "        yield thawed\n        thawed.append(self.session.thaw())\n",
         FAILURES + REFUSED,
     ),
     Bug(
         "thaw before the transaction's reply",
-        "_Run._moment",
-        '                    self.step = "transaction"\n                    view.cut()\n',
-        '                    self.step = "transaction"\n                view.cut()\n',
+        "_Run._start_frozen",
+        "            self.session.start()\n        return thawed[0]\n",
+        "        self.session.start()\n        return thawed[0]\n",
         FAILURES + "test_a_freeze_that_somebody_ended_early_is_not_called_consistent[simulator]",
     ),
     Bug(
         "the guard does not thaw when its run dies",
         "GuardServer.take_over",
-        "        self._freezer.thaw_for_good()\n        while",
+        "        self._freeze.thaw_for_good()\n        while",
         "        while",
         GUARD + "test_sigkill_of_the_run_leaves_the_guest_thawed",
     ),
     Bug(
         "the freeze budget is not looked at",
         "GuardServer.serve",
-        "            self._freezer.thaw_when_due()\n",
+        "            self._freeze.thaw_when_due()\n",
         "",
         GUARD + "test_the_budget_ends_the_freeze_and_the_run_is_told",
     ),
@@ -112,14 +112,14 @@ BUGS = (
         "        for one in self.plan.disks:\n"
         "            for name in one.bitmaps:\n"
         '                old = {"node": one.disk.node, "name": name}\n'
-        '                self.monitor.execute("block-dirty-bitmap-remove", old)\n',
+        '                self.session._monitor.execute("block-dirty-bitmap-remove", old)\n',
         EXPLORED + "[incremental]",
     ),
     Bug(
         "base bitmaps are retired for some disks only",
-        "settle_bitmaps",
-        "            actions += settlement.actions\n",
-        "            actions = actions or [*settlement.actions]\n",
+        "resolve_bitmaps",
+        "            actions += plan.actions\n",
+        "            actions = actions or [*plan.actions]\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
@@ -131,23 +131,23 @@ BUGS = (
     ),
     Bug(
         "copied from the active node",
-        "_Run._export",
-        "            nbd_export.ExportSpec(node, cut.disk.node, bitmap)\n",
-        "            nbd_export.ExportSpec(cut.disk.node, cut.disk.node, bitmap)\n",
+        "QmpSession.exports",
+        "            nbd_export.ExportSpec(node, one.disk.node, bitmap)\n",
+        "            nbd_export.ExportSpec(one.disk.node, one.disk.node, bitmap)\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "bitmaps are looked for at the view's node",
-        "_Run._export",
-        "            nbd_export.ExportSpec(node, cut.disk.node, bitmap)\n",
+        "QmpSession.exports",
+        "            nbd_export.ExportSpec(node, one.disk.node, bitmap)\n",
         "            nbd_export.ExportSpec(node, node, bitmap)\n",
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
         "the second disk is read with the first one's bitmap",
-        "_Run._changes",
-        "                shown.append(one.bitmaps[0] if one.bitmaps else None)\n",
-        "                shown.append(self.plan.disks[0].bitmaps[0] if one.bitmaps else None)\n",
+        "QmpSession._changes",
+        "        return [_change(one, merged) for one in self._disks]\n",
+        "        return [_change(self._disks[0] if one.bases else one, merged) for one in self._disks]\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
@@ -246,7 +246,7 @@ BUGS = (
     ),
     Bug(
         "a wrong backing link",
-        "LayerCopier.take",
+        "LayerCopier.copy_disk",
         'f"../{one.base}/{disk.name}.qcow2" if one.base else None',
         'f"../{self.partial.point}/{disk.name}.qcow2" if one.base else None',
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
@@ -263,7 +263,7 @@ BUGS = (
         "recovery drops a committed point, too",
         "drop_leftover_files",
         "        partial.drop()\n",
-        "        partial.drop()\n        __import__('shutil').rmtree(folder.point('latest').path)\n",
+        "        partial.drop()\n        __import__('shutil').rmtree(facts.folder.point('latest').path)\n",
         EXPLORED + "[incremental]",
     ),
     Bug(
@@ -271,7 +271,8 @@ BUGS = (
         "teardown",
         "        _end_job(monitor, name)\n"
         '        told.append(f"ended the job {name}")\n'
-        '    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)\n',
+        '    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
+        "patience_seconds)\n",
         "        pass\n",
         FAILURES + "test_sigkill_in_mid_copy_is_undone_by_the_next_run[simulator]",
     ),
@@ -293,14 +294,14 @@ BUGS = (
         "our clients leave before the export goes",
         "teardown",
         "    for name in ours:\n        _unless_gone(",
-        "    clients.let_go()\n    for name in ours:\n        _unless_gone(",
+        "    clients.close()\n    for name in ours:\n        _unless_gone(",
         IOTHREAD,
     ),
     Bug(
         "the guard lets go of the sockets before the export goes",
         "GuardServer.take_over",
         "        while not self._taken_down():\n",
-        "        self._holder.release()\n        while not self._taken_down():\n",
+        "        self._held.release()\n        while not self._taken_down():\n",
         IOTHREAD,
     ),
     Bug(
@@ -320,14 +321,14 @@ BUGS = (
     ),
     Bug(
         "a run that copied some disks only ends with 0",
-        "_Run._copy",
-        "        return tuple(taker.take(one, source) for",
-        "        taken = []\n"
+        "_Run._copied",
+        "        return tuple(\n            copier.copy_disk(one, source) for",
+        "        copied = []\n"
         "        for one, source in zip(self.plan.disks, sources, strict=True):\n"
         "            with __import__('contextlib').suppress(Failed):\n"
-        "                taken.append(taker.take(one, source))\n"
-        "        return tuple(taken)\n"
-        "        return tuple(taker.take(one, source) for",
+        "                copied.append(copier.copy_disk(one, source))\n"
+        "        return tuple(copied)\n"
+        "        return tuple(\n            copier.copy_disk(one, source) for",
         FAILURES + "test_a_connection_dropped_in_mid_copy_is_a_failed_run[simulator-exp1]",
     ),
     Bug(
@@ -354,7 +355,7 @@ BUGS = (
     Bug(
         "scratch files are let go of as they are",
         "teardown",
-        "    clients.give_back()\n",
+        "    clients.free_scratch()\n",
         "    pass\n",
         "integration/test_held_room.py::"
         "test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process[7.2]",

@@ -44,7 +44,7 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.transfer.verify_filter import Range, VerifyFilter
-from backupctl.vm.qmp.filling import Filling
+from backupctl.vm.filling import Filling
 
 _PATIENCE_SECONDS = 1.0
 _CONNECTIONS = 2

@@ -43,7 +43,7 @@ from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.transfer.verify_filter import Range, VerifyFilter
-from backupctl.vm.qmp import filling
+from backupctl.vm import filling
 
 _CONNECTIONS = 2
 _WINDOW_CLUSTERS = 1 << 16
