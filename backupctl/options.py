@@ -27,11 +27,6 @@ class VmConfig:
     disk_names: dict[str, str] = field(default_factory=dict)
 
 
-MAX_CHAIN = 180
-"""Layers of a chain, at the most. QEMU's tools follow the links by a name that grows with each of them, 20
-bytes a layer, until the system takes it no more (4,096); and opening takes time by more than their square."""
-
-
 @dataclass(frozen=True)
 class Timeouts:
     """How long to wait before giving up. All in seconds.

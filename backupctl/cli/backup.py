@@ -15,7 +15,6 @@ from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.options import (
-    MAX_CHAIN,
     ChainOptions,
     FreezeOptions,
     Kind,
@@ -25,6 +24,7 @@ from backupctl.options import (
 )
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
+from backupctl.sizes import MAX_CHAIN
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:

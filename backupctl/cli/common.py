@@ -126,8 +126,7 @@ class Target:
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
     """Return the error to end with where several were met: damage first, with what the others say."""
     found = next((one for one in failures if isinstance(one, DamageFound)), failures[0])
-    found.message = "; ".join(dict.fromkeys(one.message for one in (found, *failures)))
-    return found
+    return found.reworded("; ".join(dict.fromkeys(one.message for one in (found, *failures))))
 
 
 def config_option(command: Command) -> Command:

@@ -147,7 +147,7 @@ def recover_vm(
             await_thaw()
         done += drop_leftover_files(vm, facts, scratch)
     except AgentError as err:
-        err.message += "; if this VM has no agent any more, call recover without --agent"
+        err.add(hint="if this VM has no guest agent any more, run recover without --agent")
         raise needs_recovery(err, vm.name) from err
     except MonitorError as err:
         raise needs_recovery(err, vm.name) from err
@@ -191,6 +191,7 @@ def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
     return NeedsRecovery(
         err.message,
         step=err.step,
+        hint=err.hint,
         state=(
             "what this run put into the VM may still be there; "
             "no committed point and no recorded change is lost"

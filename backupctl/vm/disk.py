@@ -4,11 +4,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from backupctl import sizes
 from backupctl.errors import Refused, UsageError
 from backupctl.names import DiskName, NodeName
 from backupctl.vm.bitmap import Bitmap
 
-MAX_SIZE = 1 << 60
+MAX_SIZE = sizes.MAX_SIZE
 """No disk is larger (bytes); a manifest would not take it."""
 
 

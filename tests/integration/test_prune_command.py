@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from backupctl.options import MAX_CHAIN, ChainOptions
+from backupctl.options import ChainOptions
 from backupctl.repository import chain
+from backupctl.sizes import MAX_CHAIN
 from tests.conftest import MIB
 
 pytestmark = pytest.mark.simulator_too

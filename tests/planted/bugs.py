@@ -398,8 +398,8 @@ BUGS = (
     ),
     Bug(
         "a configuration that others may write is believed",
-        "_refuse_file",
-        "    if status.st_mode & _OTHERS_WRITE:\n",
+        "_refuse_writable",
+        "    if path_walk.others_may_write(status):\n",
         "    if status.st_mode & stat.S_ISUID:\n",
         "unit/system/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
     ),

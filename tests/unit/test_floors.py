@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 FLOORS = (
     {"errors"},
-    {"names", "cancel"},
+    {"names", "cancel", "sizes"},
     {"system"},
     {"finding", "progress", "options", "digests", "images"},
     {"targets", "transfer"},

@@ -19,7 +19,6 @@ from backupctl.errors import (
     AgentError,
     AgentRefused,
     BackupctlError,
-    Failed,
     GuardLost,
     Refused,
 )
@@ -276,7 +275,4 @@ def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Po
 
 
 def _error(answer: dict[str, Any]) -> BackupctlError:
-    kind = getattr(errors, str(answer["error"]), Failed)
-    made = kind(str(answer["message"]), state=str(answer["state"]))
-    assert isinstance(made, BackupctlError)
-    return made
+    return errors.received(str(answer["error"]), str(answer["message"]), str(answer["state"]))

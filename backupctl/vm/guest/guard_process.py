@@ -331,7 +331,7 @@ class GuardServer:
         try:
             answer: dict[str, Any] = {"value": self._do(request, descriptors)}
         except BackupctlError as err:
-            answer = {"error": type(err).__name__, "message": err.message, "state": err.state}
+            answer = {"error": err.code, "message": err.message, "state": err.state}
         with suppress(OSError):  # a run that died meanwhile is noticed at the next reading
             self._run.send(json.dumps(answer).encode())
         return True
