@@ -23,7 +23,7 @@ _WIDE = 130  # columns; with fewer, what was broken and said stand below the dri
 _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@common.command("drill", 0, 1, 2, 4)
 @click.argument("names", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="Name the drills, and play none.")
 @click.option(

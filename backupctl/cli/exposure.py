@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from backupctl.cli.config import Config
+from backupctl.cli.configuration import Config
 from backupctl.errors import UsageError
 from backupctl.names import VmName
 from backupctl.operations.doctor.finding import Finding

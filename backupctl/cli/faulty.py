@@ -9,13 +9,13 @@ import os
 import resource
 import signal
 import sys
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
-from backupctl.cli import backup as run_cli
-from backupctl.cli.main import main
+import click
+
+from backupctl.cli.main import cli, main
 from backupctl.operations.backup import run as backup
-from backupctl.options import RunOptions
 
 _SECONDS = 3.0
 _MOST_BYTES = 300 << 10
@@ -42,15 +42,10 @@ def kill_at_step(step: str) -> None:
     run._finish_or_roll_back = bring_to_rest  # noqa: SLF001 - as above
 
 
-def short_timeouts() -> None:
-    """Shorten all time-outs."""
-    patient: Any = run_cli
-    patient.RunOptions = partial(
-        RunOptions,
-        command_timeout_seconds=_SECONDS,
-        agent_timeout_seconds=_SECONDS,
-        stall_timeout_seconds=_SECONDS,
-    )
+def short_timeouts(seconds: float = _SECONDS) -> None:
+    """Shorten all time-outs, as a configuration would."""
+    short = dict.fromkeys(("command_timeout", "agent_timeout", "stall_timeout"), seconds)
+    cli.context_settings["default_map"] = dict.fromkeys(cli.list_commands(click.Context(cli)), short)
 
 
 def faulty_cli() -> None:

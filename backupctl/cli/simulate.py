@@ -17,7 +17,7 @@ from backupctl.errors import UsageError
 _PATH = click.Path(path_type=Path)
 
 
-@click.command("simulate", epilog=common.exit_help(0, 1, 2))
+@common.command("simulate", 0, 1, 2)
 @click.option(
     "--disk",
     "disks",
