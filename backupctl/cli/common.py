@@ -37,7 +37,6 @@ from backupctl.repository.vm_folder import VmFolder
 from backupctl.system.address import Address
 
 Declared = TypeVar("Declared", bound=Callable[..., Any])
-Gathered = TypeVar("Gathered")
 P = ParamSpec("P")
 
 DEFAULTS = RunOptions(kind="incremental")
@@ -305,6 +304,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option(
         "--qmp",
         type=param_types.SOCKET,
+        default=None,
         metavar="unix:PATH|tcp:HOST:PORT",
         help="The socket of QEMU's monitor.",
     ),
@@ -354,19 +354,15 @@ def option_defaults(said: settings.VmSettings) -> Mapping[str, Any]:
     }
 
 
-def gathered(
-    kind: type[Gathered],
-) -> Callable[[Callable[Concatenate[Target, Gathered, P], Any]], Callable[..., Any]]:
-    """Call a command with a dataclass of those of its options that are called as the fields are."""
-    names = [one.name for one in fields(kind)]  # type: ignore[arg-type]  # a dataclass has no type of its own
+def gathered(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command a dataclass of its options that are called as the fields are, as a further argument."""
+    names = [one.name for one in fields(kind)]
 
-    def decorate(
-        function: Callable[Concatenate[Target, Gathered, P], Any],
-    ) -> Callable[..., Any]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def call(target: Target, *arguments: Any, **given: Any) -> Any:
+        def call(*arguments: Any, **given: Any) -> Any:
             mine = kind(**{name: given.pop(name) for name in names if name in given})
-            return function(target, mine, *arguments, **given)
+            return function(*arguments, mine, **given)
 
         return call
 

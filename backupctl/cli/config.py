@@ -4,6 +4,7 @@
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -34,7 +35,7 @@ def config() -> None:
 @common.json_option
 @click.pass_context
 def check(context: click.Context, config: str | None, *, as_json: bool) -> None:  # noqa: ARG001 - noted when it was parsed
-    """Check the configuration file: report every mistake in it, each with its line."""
+    """Report every mistake in the configuration file, with its line."""
     found = configuration.examine(Invocation.of(context).config_path)
     if as_json:
         output.print_json(
@@ -79,9 +80,9 @@ class Setting:
 @prune.rule_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
-    """Show the settings that are in force for a VM, or for any VM, and where each comes from.
+    """Show the settings in force for a VM, and where each comes from.
 
-    Options given here count as they would for the command that takes them.
+    Without NAME: those for any VM. Options given here override, as they do for the commands that take them.
     """
     if target.name and target.name not in target.config.vms and target.qmp is None:
         target.vm()  # which says that it is not configured
@@ -115,12 +116,8 @@ def _setting(context: click.Context, target: Target, name: str) -> Setting:
         return Setting(name, Invocation.of(context).typed[name], source)
     if configured:  # a 0 is as if it was not set, and disks are no option
         return Setting(name, configured, "file", target.config.file, target.config.line(target.name, name))
-    default = next((one.default for one in context.command.params if one.name == name), None)
-    return Setting(name, None if default is None else _plain(default), "default")
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str) else str(value)
+    default = None if name == "disks" else context.params[name]
+    return Setting(name, str(default) if isinstance(default, Path) else default, "default")
 
 
 def _shown(value: Any) -> str:

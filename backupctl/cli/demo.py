@@ -29,11 +29,11 @@ _STEPS = {"freeze": "freeze…thaw"}  # between the two, and there is no time to
 
 
 @common.command("demo", 0, 1, 2, 4)
-@click.option("--seed", default=1, show_default=True, help="Of the guest's writes.")
+@click.option("--seed", default=1, show_default=True, help="Seed for the simulated guest writes.")
 def demo(seed: int) -> None:
-    """Show a full, incrementals, a run that fails, and restores, on a simulated VM; takes seconds.
+    """Show a full backup, incrementals, a failing run and restores on a simulated VM, in seconds.
 
-    Nothing of yours is touched: VM and repository live in a temporary folder that is removed at the end.
+    Nothing of yours is touched: VM and repository are in a temporary directory that is removed at the end.
     It needs qemu-img and qemu-storage-daemon, but no QEMU system emulator.
     """
     drill.check_tools()

@@ -25,7 +25,7 @@ _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 
 @common.command("drill", 0, 1, 2, 4)
 @click.argument("names", nargs=-1)
-@click.option("--list", "listing", is_flag=True, help="Name the drills, and play none.")
+@click.option("--list", "listing", is_flag=True, help="List the drills without running any.")
 @click.option(
     "--on",
     "place",
@@ -36,9 +36,9 @@ _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool) -> None:
-    """Drill failures: break backups of a throw-away VM, and see that nothing is lost.
+    """Rehearse failures: break backups of a throw-away VM, and check that nothing is lost.
 
-    NAMES are drills (all if there are none). Your own VMs, repositories and configuration are not touched.
+    NAMES are drills; without any, all of them run. Your VMs, repositories and configuration are not touched.
     """
     chosen = _chosen(names)
     if listing:
@@ -73,7 +73,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
 def _chosen(names: tuple[str, ...]) -> list[Drill]:
     unknown = sorted(set(names) - {one.name for one in DRILLS})
     if unknown:
-        raise UsageError(f"there is no drill {unknown[0]!r:.60}", next_command="backupctl drill --list")
+        raise UsageError(f"unknown drill {unknown[0]!r:.60}", next_command="backupctl drill --list")
     return [one for one in DRILLS if not names or one.name in names]
 
 

@@ -92,7 +92,7 @@ def rule_options(command: Declared) -> Declared:
 @common.quiet
 @common.gathered(RuleArguments)
 @common.gathered(PruneArguments)
-def prune(target: Target, asked: PruneArguments, rules: RuleArguments, context: click.Context) -> None:
+def prune(target: Target, context: click.Context, rules: RuleArguments, asked: PruneArguments) -> None:
     """Drop the recovery points of a VM, or of every configured VM, that no retention rule keeps.
 
     The rules are those of the command line, if it names any, or else those of the configuration, never both.

@@ -52,7 +52,9 @@ def test_the_command_line_wins_over_the_vms_settings_and_these_over_those_for_al
     assert found["scratch"] == ("/s", "file")
     assert found["max_chain"] == (150, "default")
     assert found["keep_daily"] == (None, "default")
-    assert shown("--config", str(path))["limit"] == ("1M", "file")
+    for_any = shown("--config", str(path))
+    assert for_any["limit"] == ("1M", "file")
+    assert [for_any[name] for name in ("qmp", "agent", "disks")] == [(None, "default")] * 3
 
 
 def test_show_names_the_line_of_each_setting(tmp_path, monkeypatch):
