@@ -63,6 +63,8 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse. Options stay known as they were typed, and NAME finds --config wherever that was typed."""
+        if ctx.resilient_parsing and args and args[-1].startswith("-"):
+            args = args[:-1]  # its value is to be completed; without one, click would parse nothing
         typed, _, _ = self.make_parser(ctx).parse_args(list(args))
         Invocation.of(ctx).note_typed(typed)
         with next_command.added(ctx):

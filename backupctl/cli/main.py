@@ -124,6 +124,7 @@ def main() -> NoReturn:
     os.umask(PRIVATE)
     prepare_streams()
     _allow_many_files()
+    output.start()
     sys.exit(output.finish(_call(Invocation(sys.argv[1:]))))
 
 
