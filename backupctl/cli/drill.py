@@ -66,7 +66,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
         raise DamageFound(
             f"{len(failed)} of {len(outcomes)} drills failed: {', '.join(failed)}",
             state="only throw-away VMs were touched",
-            next_command=f"backupctl drill --on {place} {failed[0]}",
+            next_command=f"backupctl drill {failed[0]} --on {place}",
         )
 
 

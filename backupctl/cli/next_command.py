@@ -110,4 +110,5 @@ def _missing_arguments(context: click.Context, words: list[str], *, again: bool)
         return []
     arguments = [one for one in context.command.params if isinstance(one, click.Argument)]
     values = [context.params.get(one.name or "") for one in arguments]
-    return [str(value) for value in values if value is not None]
+    flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    return [str(value) for value in flat if value is not None]
