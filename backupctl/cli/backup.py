@@ -14,10 +14,22 @@ from backupctl.errors import DamageFound
 from backupctl.names import PointId
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
-from backupctl.options import MAX_CHAIN, FreezeMode, Kind, OnBrokenChain, RunOptions, ViewKind, VmConfig
+from backupctl.options import (
+    ChainOptions,
+    FreezeMode,
+    FreezeOptions,
+    Kind,
+    OnBrokenChain,
+    RunOptions,
+    ScratchOptions,
+    ViewKind,
+    VmConfig,
+)
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
+from backupctl.sizes import MAX_CHAIN
 
 
 @dataclass(frozen=True)
@@ -31,8 +43,8 @@ class RunArguments:
     scratch_size: int | None
     keep_checkpoints: int
     disks: tuple[str, ...] = ()
-    on_broken_chain: OnBrokenChain = common.DEFAULTS.on_broken_chain
-    max_chain: int = common.DEFAULTS.max_chain
+    on_broken_chain: OnBrokenChain = common.DEFAULTS.chain.on_broken
+    max_chain: int = common.DEFAULTS.chain.max_layers
     since: PointId | None = None
 
 
@@ -44,14 +56,14 @@ _FOR_EVERY_RUN = (
         "--keep-checkpoints",
         type=click.IntRange(0, settings.MAX_COUNT),
         metavar="N",
-        default=common.DEFAULTS.checkpoints,
+        default=common.DEFAULTS.chain.checkpoints,
         show_default=True,
         help="Keep the bitmaps of N older points in the VM, so that --since need not read whole disks.",
     ),
     click.option(
         "--freeze",
         type=click.Choice(get_args(FreezeMode)),
-        default=common.DEFAULTS.freeze,
+        default=common.DEFAULTS.freeze.mode,
         show_default=True,
         help="Freeze the guest's file systems for the point in time.",
     ),
@@ -59,7 +71,7 @@ _FOR_EVERY_RUN = (
         "--freeze-budget",
         type=param_types.SECONDS,
         metavar="SECONDS",
-        default=common.DEFAULTS.freeze_budget_seconds,
+        default=common.DEFAULTS.freeze.budget_seconds,
         show_default=True,
         help="The longest that the guest may stay frozen.",
     ),
@@ -92,14 +104,14 @@ _FOR_INCREMENTALS = (
         "--max-chain",
         type=click.IntRange(1, MAX_CHAIN),
         metavar="N",
-        default=common.DEFAULTS.max_chain,
+        default=common.DEFAULTS.chain.max_layers,
         show_default=True,
         help=f"Take a disk full once its chain has N layers (QEMU's tools open at most {MAX_CHAIN}).",
     ),
     click.option(
         "--on-broken-chain",
         type=click.Choice(get_args(OnBrokenChain)),
-        default=common.DEFAULTS.on_broken_chain,
+        default=common.DEFAULTS.chain.on_broken,
         show_default=True,
         help="What to do with a disk whose bitmap cannot be used: scan (read all of it and store what "
         "differs), full (take it full), or fail.",
@@ -160,7 +172,7 @@ def _run(target: Target, options: RunOptions, *, as_json: bool, quiet: bool) -> 
     with stop.on_signals():
         with reporters.reporter(quiet=quiet) as reporter:
             repository = _repository(target, vm, options, reporter, stop)
-            report = backup.run(vm, repository, options, reporter, stop)
+            report = backup.run(RunContext(vm, repository, options, reporter, stop))
         output.done(f"the recovery point {report.point} of {report.vm} is committed")
         if as_json:
             output.print_json(document(report))
@@ -186,19 +198,13 @@ def options_of(target: Target, kind: Kind, asked: RunArguments) -> RunOptions:
     return RunOptions(
         kind=kind,
         disks=asked.disks,
-        freeze=asked.freeze,
-        freeze_budget_seconds=asked.freeze_budget,
-        scratch=target.scratch,
-        scratch_bytes=asked.scratch_size,
+        since=asked.since,
         limit_bytes_per_second=asked.limit,
         view=asked.view,
-        on_broken_chain=asked.on_broken_chain,
-        since=asked.since,
-        checkpoints=asked.keep_checkpoints,
-        max_chain=asked.max_chain,
-        command_timeout_seconds=target.timeouts.command_seconds,
-        agent_timeout_seconds=target.timeouts.agent_seconds,
-        stall_timeout_seconds=target.timeouts.stall_seconds,
+        freeze=FreezeOptions(asked.freeze, asked.freeze_budget),
+        scratch=ScratchOptions(target.scratch, asked.scratch_size),
+        chain=ChainOptions(asked.on_broken_chain, asked.max_chain, asked.keep_checkpoints),
+        timeouts=target.timeouts,
     )
 
 

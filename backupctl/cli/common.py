@@ -8,7 +8,7 @@ What an option's value is, click decides: typed on the command line, or else con
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -31,7 +31,7 @@ from backupctl.errors import (
     UsageError,
 )
 from backupctl.names import VmName, vm_name
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import DEFAULT_TIMEOUTS, RunOptions, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.system.address import Address
@@ -47,15 +47,6 @@ CONFIG_HELP = (
 )
 _NOT_OPTIONS = ("disks",)
 """Settings that are no option of that name: --disk, whose parameter is called so, chooses disks."""
-
-
-@dataclass(frozen=True)
-class Timeouts:
-    """The longest that a command to the monitor, one to the agent, and the next byte of a copy may take."""
-
-    command_seconds: float = DEFAULTS.command_timeout_seconds
-    agent_seconds: float = DEFAULTS.agent_timeout_seconds
-    stall_seconds: float = DEFAULTS.stall_timeout_seconds
 
 
 class Command(click.Command):
@@ -94,8 +85,8 @@ class Target:
     typed_repository: bool
     qmp: Address | None = None
     agent: Address | None = None
-    scratch: Path = DEFAULTS.scratch
-    timeouts: Timeouts = field(default_factory=Timeouts)
+    scratch: Path = DEFAULTS.scratch.folder
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
 
     @property
     def vm_name(self) -> VmName:
@@ -211,8 +202,7 @@ class Target:
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
     """Return the error to end with where several were met: damage first, with what the others say."""
     found = next((one for one in failures if isinstance(one, DamageFound)), failures[0])
-    found.message = "; ".join(dict.fromkeys(one.message for one in (found, *failures)))
-    return found
+    return found.reworded("; ".join(dict.fromkeys(one.message for one in (found, *failures))))
 
 
 def config_option(command: Declared) -> Declared:
@@ -317,13 +307,13 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--scratch",
         type=param_types.PATH,
         metavar="DIR",
-        default=DEFAULTS.scratch,
+        default=DEFAULTS.scratch.folder,
         show_default=True,
         help="Directory for scratch files.",
     ),
-    _timeout("--command-timeout", "one QMP command may take", DEFAULTS.command_timeout_seconds),
-    _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULTS.agent_timeout_seconds),
-    _timeout("--stall-timeout", "a copy may go without receiving data", DEFAULTS.stall_timeout_seconds),
+    _timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
+    _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),
+    _timeout("--stall-timeout", "a copy may go without receiving data", DEFAULT_TIMEOUTS.stall_seconds),
 )
 
 

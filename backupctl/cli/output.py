@@ -196,7 +196,7 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
 def error_document(err: BackupctlError) -> dict[str, Any]:
     """Return an error for programs."""
     return {
-        "kind": type(err).__name__,
+        "kind": err.code,
         "message": err.message,
         "step": err.step,
         "state": err.state,

@@ -20,7 +20,8 @@ from backupctl.cli import param_types
 from backupctl.cli.toml_lines import Key, key_lines
 from backupctl.errors import InvalidName
 from backupctl.names import disk_name, vm_name
-from backupctl.options import MAX_CHAIN, FreezeMode, OnBrokenChain, ViewKind
+from backupctl.options import FreezeMode, OnBrokenChain, ViewKind
+from backupctl.sizes import MAX_CHAIN
 from backupctl.system.address import Address
 
 MAX_SECONDS = 3600

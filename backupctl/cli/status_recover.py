@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import click
 
+from backupctl.cancel import Cancellation
 from backupctl.cli import backup, bitmaps, common, output, reporters, units
 from backupctl.cli.common import Target
-from backupctl.errors import Interrupted
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
 from backupctl.operations.status import Status
@@ -65,12 +65,9 @@ def _show(found: Status, configuration: str | None) -> None:
 @common.json_option
 def recover(target: Target, *, as_json: bool) -> None:
     """Finish or undo what an earlier run left in the VM. Running it again changes nothing more."""
-    vm = target.vm()
-    try:
-        with reporters.reporter() as reporter:
-            done = recovery.recover(vm, target.repository(), reporter, target.scratch)
-    except KeyboardInterrupt as err:
-        raise recovery.needs_recovery(Interrupted("interrupted"), vm.name) from err
+    vm, cancel = target.vm(), Cancellation()
+    with cancel.on_signals(), reporters.reporter() as reporter:
+        done = recovery.recover(vm, target.repository(), reporter, cancel, target.scratch, target.timeouts)
     output.done(f"nothing of an earlier run is left in {vm.name}")
     if as_json:
         output.print_json({"vm": vm.name, "actions": list(done.actions)})

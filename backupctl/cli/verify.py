@@ -12,10 +12,10 @@ from backupctl.cli import common, output, reporters, units
 from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
 from backupctl.operations.verify import run as core
-from backupctl.operations.verify.impact import Range
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
 from backupctl.progress import counted
+from backupctl.sizes import Range
 
 _SHOWN = 8
 

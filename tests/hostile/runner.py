@@ -7,18 +7,13 @@ child it counts what its parent had when it forked.
 
 import os
 import resource
-from dataclasses import replace
 from pathlib import Path
 
 from backupctl.cli import faulty
 from backupctl.cli.main import main
-from backupctl.operations import recover
 from backupctl.vm.qmp import teardown
 
-SHORT = {"command_timeout_seconds": 1.0, "agent_timeout_seconds": 1.0, "stall_timeout_seconds": 1.0}
-
 faulty.short_timeouts(1.0)
-recover.DEFAULTS = replace(recover.DEFAULTS, **SHORT)
 assert teardown.teardown.__kwdefaults__
 teardown.teardown.__kwdefaults__["patience_seconds"] = 1.0
 

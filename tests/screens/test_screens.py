@@ -172,8 +172,9 @@ def report(kind: str) -> RunReport:
     )
 
 
-def fake_run(vm, repository, options, reporter, stop):
+def fake_run(ctx):
     """Tell what a run tells."""
+    reporter, options = ctx.reporter, ctx.options
     for step in ("prepare", "attach", "freeze", "transaction", "export", "copy"):
         reporter.step(step)
     reporter.note("cdrom0 is left out: a read-only medium, which holds nothing that the guest could change")

@@ -10,9 +10,10 @@ from click.testing import CliRunner
 from backupctl.cli import backup, main
 from backupctl.cli.main import cli
 from backupctl.errors import UsageError
-from backupctl.operations import status
+from backupctl.operations import bitmaps, recover, status
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.doctor import run as doctor
-from backupctl.options import RunOptions
+from backupctl.options import ChainOptions, FreezeOptions, RunOptions, ScratchOptions, Timeouts
 from backupctl.repository.repository import Repository
 
 CONFIGURED = """
@@ -40,16 +41,20 @@ def reach(tmp_path, monkeypatch):
     """Call a command; return the options with which it calls the core."""
     (tmp_path / "c.toml").write_text(CONFIGURED)
     Repository.create(tmp_path / "r")
-    seen: list[RunOptions] = []
+    seen: list[RunOptions | Timeouts] = []
 
     def core(*arguments, **_more):
-        seen.extend(one for one in arguments if isinstance(one, RunOptions))
+        options = (one.options if isinstance(one, RunContext) else one for one in arguments)
+        seen.extend(one for one in options if isinstance(one, RunOptions | Timeouts))
         raise Reached
 
-    for module, name in ((backup.backup, "run"), (status, "look"), (doctor, "examine")):
+    for module, name in (
+        *((backup.backup, "run"), (status, "look"), (doctor, "examine")),
+        *((recover, "recover"), (bitmaps, "look")),
+    ):
         monkeypatch.setattr(module, name, core)
 
-    def call(command: str, *typed: str) -> RunOptions:
+    def call(command: str, *typed: str) -> RunOptions | Timeouts:
         options = ("--config", str(tmp_path / "c.toml"), "--repository", str(tmp_path / "r"))
         with pytest.raises(Reached):
             cli.main([command, "web", *options, *typed], standalone_mode=False)
@@ -63,21 +68,24 @@ def test_a_run_has_what_is_configured_and_what_is_typed_instead(reach):
     assert said == RunOptions(
         kind="incremental",
         disks=("vda", "vdb"),
-        freeze="require",
-        scratch_bytes=1 << 30,
         limit_bytes_per_second=3 << 19,
-        checkpoints=2,
-        on_broken_chain="full",
-        command_timeout_seconds=7,
-        agent_timeout_seconds=2.5,
-        stall_timeout_seconds=9,
+        freeze=FreezeOptions("require"),
+        scratch=ScratchOptions(size_bytes=1 << 30),
+        chain=ChainOptions("full", checkpoints=2),
+        timeouts=Timeouts(command_seconds=7, agent_seconds=2.5, stall_seconds=9),
     )
+
+
+def test_recover_and_bitmaps_wait_as_long_as_was_said(reach):
+    for command in ("recover", "bitmaps"):
+        said = reach(command, "--stall-timeout", "9")
+        assert said == Timeouts(command_seconds=7, agent_seconds=2.5, stall_seconds=9)
 
 
 @pytest.mark.parametrize("command", ["status", "doctor"])
 def test_status_and_doctor_look_at_what_an_incremental_would_do(reach, command):
     assert reach(command) == reach("incremental")
-    assert reach(command, "--scratch", "/s").scratch == Path("/s")
+    assert reach(command, "--scratch", "/s").scratch.folder == Path("/s")
 
 
 @pytest.mark.parametrize(
