@@ -12,7 +12,6 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.images.foreign_header import FEATURES
-from backupctl.names import vm_name
 from backupctl.operations.restore import in_place, overlay, whole
 from backupctl.operations.restore.destination import STDOUT
 from backupctl.operations.restore.in_place import InPlaceReport
@@ -22,9 +21,9 @@ from backupctl.operations.restore.whole import RestoreReport
 from backupctl.progress import Reporter
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
+@common.command("restore", 0, 1, 2, 4, 75)
 @common.named(needs_vm=False)
-@click.argument("point", default="latest")
+@common.point(default="latest")
 @click.option(
     "--to", required=True, metavar="DIR|FILE|DEVICE|-", help="Where to (see above); `-` is standard output."
 )
@@ -59,9 +58,8 @@ from backupctl.progress import Reporter
     multiple=True,
     help="Accept that the existing qcow2 image has a backing file, an external data file, or is encrypted.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@click.pass_context
-def restore(context: click.Context, /, **options: Any) -> None:
+@common.json_option
+def restore(target: common.Target, /, **options: Any) -> None:
     """Restore a VM's disks as they were at POINT (an id, or `latest`).
 
     --to: an existing folder, a name that ends in `/`, and a new name without a suffix are folders; each disk
@@ -73,8 +71,7 @@ def restore(context: click.Context, /, **options: Any) -> None:
 
     The VM is not touched, and the repository is only read.
     """
-    names = common.from_context(context, options)
-    folder = names.repository().vm(vm_name(names.name or ""))
+    folder = target.vm_folder()
     run = _way(options)
     stop = Cancellation()
     with stop.on_signals():

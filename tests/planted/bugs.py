@@ -384,15 +384,15 @@ BUGS = (
     Bug(
         "an incremental makes a repository",
         "_repository",
-        '    if wanted.kind != "full" or names.has_repository():\n',
-        "    if names.has_repository():\n",
+        '    if options.kind != "full" or target.has_repository():\n',
+        "    if target.has_repository():\n",
         "integration/test_first_full.py::test_an_incremental_makes_none_and_names_the_command_that_does",
     ),
     Bug(
         "configured rules are added to those of the command line",
         "_Policy.of",
-        "        said = given or configured\n",
-        "        said = configured | given\n",
+        "        said = typed or configured\n",
+        "        said = configured | typed\n",
         "unit/cli/test_all_vms.py"
         "::test_the_command_lines_rules_are_the_whole_policy_and_the_unused_ones_are_told",
     ),
