@@ -159,7 +159,7 @@ class _Judge:
         for disk in inventory.disks:
             if newest := plan.newest_with(disk.name, points):
                 name = namespace.bitmap(newest.id, disk.name)
-                if why := plan.why_unusable(namespace, newest.id, disk, inventory.foreign_node_bitmaps):
+                if why := plan.bitmap_error(namespace, newest.id, disk, inventory.foreign_node_bitmaps):
                     unusable[name] = why
                 else:
                     live.add((disk.node, name))

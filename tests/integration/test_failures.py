@@ -15,7 +15,7 @@ import pytest
 
 from fixtures.proxy import Proxy
 from fixtures.simulated import Simulated
-from tests import killed
+from tests import interrupted_cli
 from tests.conftest import make_cli
 
 pytestmark = pytest.mark.simulator_too
@@ -132,7 +132,7 @@ def test_sigterm_ends_recover_before_its_clean_up_and_never_in_it(lab, at, code)
         wait_for(copying(lab))
         run.kill()
         run.communicate(timeout=30)
-    ended = lab.cli.call("recover", "web", entry=killed.ENTRY, KILL_AT=at, DEED="term")
+    ended = lab.cli.call("recover", "web", entry=interrupted_cli.ENTRY, KILL_AT=at, ACTION="term")
     assert ended.returncode == code, ended.stderr
     if code:
         assert "SIGTERM" in ended.stderr

@@ -135,7 +135,7 @@ def _incremental(
     ids = [point.id for point in points if point.id >= base.id and point.manifest.disk(disk.name)]
     for point in ids:
         newest_one = point == ids[-1]
-        if reason := why_unusable(
+        if reason := bitmap_error(
             namespace, point, disk, inventory.foreign_node_bitmaps, newest=newest_one, gone=chains.gone
         ):
             return DiskPlan(disk, "incremental", base.id, reason)
@@ -184,7 +184,7 @@ def newest_with(disk: DiskName, points: Sequence[Point]) -> Point | None:
     return next((point for point in reversed(points) if point.manifest.disk(disk)), None)
 
 
-def why_unusable(
+def bitmap_error(
     namespace: Namespace,
     base: PointId,
     disk: Disk,

@@ -124,7 +124,8 @@ class Monitor:
         """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable, Interrupted.
 
         cancel: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
-        says nothing (measured), so a missing greeting most often means a second client.
+        says nothing (conformance script `second_client_waits_for_the_first`), so a missing greeting most
+        often means a second client.
         """
         self = cls(address, timeout_seconds)
         try:
@@ -172,13 +173,13 @@ class Monitor:
             raise self._lost(command, f"{_root(err):.300}") from err
 
     def transaction(self, actions: list[dict[str, object]]) -> None:
-        """Do all of `actions` at one moment, or none of them. Raises as `execute` does."""
+        """Do all of `actions` at once, or none of them. Raises as `execute` does."""
         if actions:
             self.execute("transaction", {"actions": actions})
 
     @contextmanager
     def within(self, until: float | None) -> Iterator[None]:
-        """Let no command of the block take longer than to that moment, as `time.monotonic` tells it."""
+        """Let no command of the block take longer than until then, in the seconds of `time.monotonic`."""
         self._until = until
         try:
             yield

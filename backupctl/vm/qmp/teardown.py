@@ -31,7 +31,8 @@ class Clients:
     """What must be done to what we hold ourselves while the view goes: NBD clients, and scratch files.
 
     drain: throw away what QEMU has still to say to our clients; it doesn't let go of an export while a reply
-    waits to be read, `mode=hard` or not (measured on 7.2.22 and 10.0.2). close: close them. free_scratch:
+    waits to be read, `mode=hard` or not
+    (``test_a_run_that_ends_with_replies_unread_leaves_no_export``). close: close them. free_scratch:
     free the space of the scratch files, which no node uses any more.
     """
 
@@ -55,7 +56,8 @@ def teardown(
     """Remove every export, filter, job, node and descriptor of ours, and the NBD server for them.
 
     clients: our own NBD clients, if there are any. They go when no export is left and before the server
-    is stopped, since one that has not shaken hands makes that hang QEMU's main loop (measured on 7.2.22).
+    is stopped, since one that has not shaken hands makes that hang QEMU's main loop
+    (7.2.22; docs/protocol.md, "What QEMU does").
     actives: a disk's number in the run to its active node, from the run's journal; needed to give a
     device its disk back where a filter is in place.
     server_is_ours: false if the run was told that someone else's NBD server runs.
@@ -246,8 +248,9 @@ def _child_of(monitor: Monitor, root: str) -> NodeName | None:
 def _remove_fdsets(monitor: Monitor, namespace: Namespace) -> list[str]:
     """Remove our descriptor sets.
 
-    QEMU marks them and lets go at once while the guest runs, else (before 9.1) when they are removed again or
-    the monitor's last client leaves while it runs (measured; its monitor/fds.c asks runstate_is_running).
+    QEMU marks them and lets go at once while the guest runs, else (before 9.1) when they are removed again
+    or the monitor's last client leaves while it runs (conformance script
+    `a_stopped_machine_may_keep_a_removed_set`; its monitor/fds.c asks runstate_is_running).
     """
     before = _fdsets(monitor, namespace)
     for each in before:
