@@ -20,7 +20,7 @@ from backupctl.repository.point import Point
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 
-Flaw = Callable[[PointId, DiskName], str]
+Flaw = Callable[[PointId, DiskName], str | None]
 """Says what is wrong with a disk's chain at a point; "" if nothing can be seen."""
 
 
@@ -71,8 +71,8 @@ def plan(
     owner: Namespace,
     on_broken_chain: OnBrokenChain = "scan",
     since: Point | None = None,
-    flaw: Flaw = lambda _point, _disk: "",
-    long: Flaw = lambda _point, _disk: "",
+    flaw: Flaw = lambda _point, _disk: None,
+    long: Flaw = lambda _point, _disk: None,
     gone: Sequence[PointId] = (),
 ) -> Plan:
     """Decide for each disk. points: the committed ones, oldest first. since: of a differential.

@@ -148,7 +148,7 @@ def protect(folder: VmFolder, wanted: str) -> PointId:
 def unprotect(folder: VmFolder, wanted: str) -> PointId:
     """Take a point's protection away. Raises NoSuchPoint, RepositoryError."""
     point = folder.point(wanted)
-    markers.take_away(point.path, markers.PROTECTED)
+    markers.remove(point.path, markers.PROTECTED)
     return point.id
 
 

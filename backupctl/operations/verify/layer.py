@@ -144,7 +144,7 @@ class LayerCheck:
             self.notes.append(f"{path}: {tables.leaks} clusters that nothing uses: no harm")
         if tables.errors:
             self._prove_readable()
-            self._flaw("image", f"{path}: qemu-img check: {tables.said}", _NONE)
+            self._flaw("image", f"{path}: qemu-img check: {tables.message}", _NONE)
 
     def _compare(self, image: OpenImage, records: Records, progress: Callable[[int], None]) -> None:
         """Compare what the layer stores with its digest map."""

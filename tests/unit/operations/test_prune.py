@@ -205,7 +205,7 @@ def test_what_two_differentials_stand_on_waits_until_one_is_left(builder):
     with pytest.raises(NoSuchPoint):
         builder.folder.point(base)
     history.check()
-    markers.take_away(protected, markers.PROTECTED)
+    markers.remove(protected, markers.PROTECTED)
     assert set(pruned(builder).removed) == {base, first}
     history.check()
 

@@ -209,7 +209,7 @@ def test_after_sigkill_nothing_serves_on_and_the_same_socket_is_free_again(two_p
 def test_a_file_in_the_socket_s_place_is_never_removed(two_points, tmp_path):
     builder, _ = two_points
     (tmp_path / "precious").write_text("data")
-    assert "something else" in refused(builder, P2, "--socket", tmp_path / "precious")
+    assert "not a socket" in refused(builder, P2, "--socket", tmp_path / "precious")
     assert (tmp_path / "precious").read_text() == "data"
 
 
@@ -257,7 +257,7 @@ def test_an_overlay_is_for_its_own_point_and_never_in_the_repository(two_points,
     (tmp_path / "precious").write_bytes(b"x" * 100)
     assert "no overlay" in refused(builder, P2, "--writable-overlay", tmp_path / "precious")
     inside = builder.folder.path / P2 / "o"
-    assert "in the repository" in refused(builder, P2, "--writable-overlay", inside)
+    assert "inside the repository" in refused(builder, P2, "--writable-overlay", inside)
     assert not inside.exists()
 
 

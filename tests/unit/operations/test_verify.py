@@ -303,7 +303,7 @@ def test_a_qemu_that_can_not_be_run_or_is_killed_calls_nothing_damaged(stock, mo
     program.write_text(script)
     program.chmod(0o755)
     monkeypatch.setenv("QEMU_STORAGE_DAEMON", str(program))
-    with pytest.raises(Failed, match=r"can't be started|did not come"):
+    with pytest.raises(Failed, match=r"cannot start|did not start"):
         stock.verify()
 
 

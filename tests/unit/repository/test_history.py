@@ -74,7 +74,7 @@ def test_a_verify_of_a_vm_whose_points_are_all_gone_finds_damage(builder: Builde
 
 def test_a_verify_of_a_vm_without_any_point_is_an_error(builder: Builder):
     reconcile(builder)
-    with pytest.raises(NoSuchPoint, match="no recovery point of vm1"):
+    with pytest.raises(NoSuchPoint, match="vm1 has no recovery points"):
         verify(builder.repository, builder.folder.name, None, VerifyScope(), Silent(), Cancellation())
 
 
@@ -123,7 +123,7 @@ def test_older_copies_that_are_put_back_are_found(pruned):
         shutil.copytree(before / "vm1" / point, builder.folder.path / point)
     texts = told(builder)
     assert any("was dropped by a prune and is there again" in text for text in texts)
-    assert any("an older copy of it is there" in text for text in texts)
+    assert any("replaced by an older copy" in text for text in texts)
     reconcile(builder)
     assert told(builder) == texts
 

@@ -122,7 +122,7 @@ def test_a_vm_name_can_not_leave_the_repository(tmp_path, name):
 @pytest.mark.parametrize("name", ["lost+found", "repository.json"])
 def test_names_that_a_repository_has_already_are_refused(name):
     for check in (vm_name, disk_name):
-        with pytest.raises(InvalidName, match="has this name already"):
+        with pytest.raises(InvalidName, match="uses this name already"):
             check(name)
 
 
