@@ -94,7 +94,7 @@ class SimulatedVm:
         deadline = time.monotonic() + _START_SECONDS
         while not (self.folder / "qmp").exists():  # the last to appear, and with its name it listens
             if process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"the simulator did not start: {qemu_tools.said(complaints)}")
+                raise Failed(f"the simulator did not start: {qemu_tools.last_message(complaints)}")
             time.sleep(0.01)
 
 

@@ -133,7 +133,7 @@ def check(image: OpenImage) -> Soundness:
             raise RepositoryError(
                 f"qemu-img check of {image.path} was killed by signal {-done.returncode}"
             ) from None
-        if qemu_tools.hindered(done.stderr):
+        if qemu_tools.is_os_error(done.stderr):
             raise RepositoryUnreadable(f"cannot read {image.path}: {_why(done.stderr, [image])}") from None
         words = open_image.named(done.stderr, [image]).strip().splitlines()
         return Soundness(1, 0, words[-1][:500] if words else "qemu-img printed no reason")

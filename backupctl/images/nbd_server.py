@@ -112,7 +112,7 @@ def _complaints() -> IO[bytes]:
 
 
 def _reason(complaints: IO[bytes], images: Sequence[OpenImage]) -> str:
-    return open_image.named(qemu_tools.said(complaints), images)
+    return open_image.named(qemu_tools.last_message(complaints), images)
 
 
 def _start(
@@ -152,7 +152,7 @@ def await_ready(
             if server.returncode in (None, -signal.SIGKILL):  # too slow, or killed by the OOM killer
                 raise Failed(f"qemu-storage-daemon did not start in time: {why}")
             message = f"QEMU cannot open the image: {why}"
-            raise (RepositoryUnreadable if qemu_tools.hindered(why) else RepositoryError)(message)
+            raise (RepositoryUnreadable if qemu_tools.is_os_error(why) else RepositoryError)(message)
         time.sleep(0.005)
 
 

@@ -61,7 +61,7 @@ class Server:
     def check(self) -> None:
         """Raise RepositoryError if it has ended."""
         if self.child.poll() is not None:
-            raise RepositoryError(f"qemu-storage-daemon ended: {qemu_tools.said(self.complaints)}")
+            raise RepositoryError(f"qemu-storage-daemon ended: {qemu_tools.last_message(self.complaints)}")
 
 
 @contextmanager

@@ -117,21 +117,21 @@ def end(server: Child) -> int | None:
     return None
 
 
-def said(complaints: IO[bytes]) -> str:
+def last_message(complaints: IO[bytes]) -> str:
     """Return the last line of a child's error messages."""
     complaints.seek(0)
     text = complaints.read(20_000).decode(errors="replace").strip()
     return text.splitlines()[-1][:500] if text else "no error message"
 
 
-def hindered(said_by_qemu: str) -> bool:
+def is_os_error(message: str) -> bool:
     """Whether QEMU's message is an error of the operating system, which says nothing of the image's bytes."""
-    return any(os.strerror(number) in said_by_qemu for number in _HINDRANCES)
+    return any(os.strerror(number) in message for number in _HINDRANCES)
 
 
-def in_use(said_by_qemu: str) -> bool:
+def in_use(message: str) -> bool:
     """Whether QEMU's message is that another process keeps an image locked."""
-    return "Is another process using the image" in said_by_qemu or bool(_NO_LOCK.search(said_by_qemu))
+    return "Is another process using the image" in message or bool(_NO_LOCK.search(message))
 
 
 def _die_with_parent() -> None:
