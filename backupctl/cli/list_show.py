@@ -28,7 +28,7 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     for path in names.folders():
         try:
             folders = _folders(names.open(path), names.name)
-            found[path] = [folder.survey(tolerant=True) for folder in folders]
+            found[path] = [folder.scan_points(tolerant=True) for folder in folders]
             problems += [problem for folder in folders for problem in audit.problems(folder)]
         except BackupctlError as err:
             failures.append(err)

@@ -156,7 +156,7 @@ class _Judge:
     def of(cls, monitor: Monitor, vm: VmConfig, repository: Repository) -> "_Judge":
         owner, folder = repository.owner, repository.vm(vm.name)
         inventory = recover.foresee(monitor, owner, folder, vm.disk_names).inventory
-        points = folder.survey().points
+        points = folder.scan_points().points
         live, unusable = set(), {}
         for disk in inventory.disks:
             if newest := plan.newest_with(disk.name, points):

@@ -64,7 +64,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     other repositories.
     """
     folder = repository.vm(vm.name)
-    survey = folder.survey()
+    survey = folder.scan_points()
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
     left = [_unfinished(one) for one in folder.pending_points()]

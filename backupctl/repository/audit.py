@@ -13,7 +13,7 @@ from pathlib import Path
 from backupctl.errors import DamageFound, RepositoryError
 from backupctl.names import PointId
 from backupctl.repository import history
-from backupctl.repository.history import Deed, History, Known
+from backupctl.repository.history import History, Known, PointEvent
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
@@ -81,22 +81,22 @@ def reconcile(folder: VmFolder) -> None:
     """
     found = history.read(folder.path)
     known = {} if found is None else found.points
-    survey, retired = folder.survey(), folder.retired()
-    deeds = [deed for point in survey.points for deed in _owed(point, known.get(point.id, Known()))]
+    scanned, retired = folder.scan_points(), folder.retired()
+    events = [event for point in scanned.points for event in _owed(point, known.get(point.id, Known()))]
     dropped = [*(point.path for point in retired.points), *(path for path, _ in retired.damaged)]
     ids = [PointId(path.name) for path in dropped]
-    deeds += [Deed("dropped", point) for point in ids if known.get(point, Known()).there]
-    if deeds or found is None:
-        history.record(folder.path, *deeds)
+    events += [PointEvent("dropped", point) for point in ids if known.get(point, Known()).there]
+    if events or found is None:
+        history.record(folder.path, *events)
 
 
-def _owed(point: Point, known: Known) -> Iterator[Deed]:
+def _owed(point: Point, known: Known) -> Iterator[PointEvent]:
     """Yield what the history lacks of a point that is there."""
     checksum = point.manifest.checksum
     if not known.there and not known.dropped:
-        yield Deed("found", point.id, checksum)
+        yield PointEvent("found", point.id, checksum)
     elif len(known.manifests) > 1 and checksum in known.manifests:
-        yield Deed("changed", point.id, checksum)
+        yield PointEvent("changed", point.id, checksum)
 
 
 def _flaws(folder: VmFolder, known: History) -> Iterator[Problem]:
@@ -114,7 +114,7 @@ def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
                 f"no prune dropped it, and {folder.path / point} is gone",
                 missing=True,
             )
-    for found in folder.survey(tolerant=True).points:  # what cannot be read is reported as that
+    for found in folder.scan_points(tolerant=True).points:  # what cannot be read is reported as that
         one = known.points.get(found.id, Known())
         checksum = found.manifest.checksum
         if one.dropped:

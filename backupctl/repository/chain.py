@@ -203,8 +203,8 @@ class Broken:
 def damaged(folder: VmFolder) -> tuple[Broken, ...]:
     """Check the chain of each disk at each point: headers, backing files, digest maps; not the data.
 
-    Points with a damaged manifest are in `VmFolder.survey`. Locks nothing: what a prune may have changed is
-    checked again. Raises RepositoryError.
+    Points with a damaged manifest are in `VmFolder.scan_points`. Locks nothing: what a prune may have
+    changed is checked again. Raises RepositoryError.
     """
     found = _look(folder)
     if not found:
@@ -214,10 +214,10 @@ def damaged(folder: VmFolder) -> tuple[Broken, ...]:
 
 
 def _look(folder: VmFolder) -> list[Broken]:
-    survey, retired = folder.survey(), folder.retired()
-    there = {point.id for point in survey.points}
+    scanned, retired = folder.scan_points(), folder.retired()
+    there = {point.id for point in scanned.points}
     known: dict[tuple[PointId, DiskName], str | None] = {}
-    for point in sorted((*survey.points, *retired.points), key=lambda one: one.id):  # parents come first
+    for point in sorted((*scanned.points, *retired.points), key=lambda one: one.id):  # parents come first
         for entry in point.manifest.disks:
             known[point.id, entry.name] = _why_broken(folder, point, entry, known)
     return [Broken(*key, why) for key, why in known.items() if why and key[0] in there]

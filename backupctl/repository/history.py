@@ -39,14 +39,14 @@ FILE_NAME = "history"
 MAX_BYTES = 1 << 28
 """A million entries or more; a larger file is not read."""
 
-Event = Literal["begun", "found", "committed", "undone", "changing", "changed", "dropped"]
+EventKind = Literal["begun", "found", "committed", "undone", "changing", "changed", "dropped"]
 
 
 @dataclass(frozen=True)
-class Deed:
+class PointEvent:
     """What happened to a point. manifest: the checksum of the manifest that it then has."""
 
-    event: Event
+    kind: EventKind
     point: PointId | None = None
     manifest: str | None = None
 
@@ -58,7 +58,7 @@ Checksum = Annotated[str, Meta(pattern=r"\A[^\x00]{0,32}\Z")]
 class Entry(Document):
     """One line. time: UTC. before: the checksum of the line before, "" in the first."""
 
-    event: Event
+    event: EventKind
     point: PointId | None
     manifest: Checksum | None
     time: ShortText
@@ -154,7 +154,7 @@ def parse(content: bytes) -> History:
     return History(content, points, tuple(flaws))
 
 
-def record(folder: Path, *deeds: Deed) -> None:
+def record(folder: Path, *events: PointEvent) -> None:
     """Append to the history of a VM's folder, durably; begin it if there is none. Raises RepositoryError.
 
     The caller holds the VM's lock.
@@ -163,11 +163,11 @@ def record(folder: Path, *deeds: Deed) -> None:
     content = _content(folder)
     try:
         if content is None:
-            durable.replace(path, _lines("", (Deed("begun"), *deeds)))
+            durable.replace(path, _lines("", (PointEvent("begun"), *events)))
             return
         end, before = _end(content)
         # A line that is cut off here was never durable, so what it records was never begun.
-        durable.append(path, content[:end], _lines(before, deeds))
+        durable.append(path, content[:end], _lines(before, events))
     except OSError as err:
         raise RepositoryError(f"cannot write {path}: {err.strerror}") from err
 
@@ -181,7 +181,7 @@ def undo(folder: Path, point: PointId) -> None:
     if content is not None and point.encode() in content:
         known = parse(content).points.get(point)
         if known and known.there:
-            record(folder, Deed("undone", point))
+            record(folder, PointEvent("undone", point))
 
 
 def _content(folder: Path) -> bytes | None:
@@ -210,11 +210,11 @@ def _end(content: bytes) -> tuple[int, str]:
     return len(content), ""
 
 
-def _lines(before: str, deeds: Iterable[Deed]) -> bytes:
+def _lines(before: str, events: Iterable[PointEvent]) -> bytes:
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     lines = []
-    for deed in deeds:
-        entry = Entry(deed.event, deed.point, deed.manifest, time, before)
+    for event in events:
+        entry = Entry(event.kind, event.point, event.manifest, time, before)
         lines.append(entry.to_line())
         before = entry.checksum
     return b"".join(lines)

@@ -42,7 +42,7 @@ from backupctl.images.open_image import OpenImage
 from backupctl.repository import chain, history, markers
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
 from backupctl.repository.point import Point
 from backupctl.sizes import WINDOW_CLUSTERS, Range
@@ -231,12 +231,12 @@ def detach_from(points: Iterable[Point], gone: Point) -> None:
 def rewrite(point: Point, manifest: Manifest) -> Point:
     """Replace a point's manifest, atomically and durably. Raises RepositoryError."""
     # The history allows both manifests before one replaces the other: after a crash neither is reported.
-    history.record(point.path.parent, Deed("changing", point.id, manifest.checksum))
+    history.record(point.path.parent, PointEvent("changing", point.id, manifest.checksum))
     try:
         durable.replace(point.path / manifests.FILE_NAME, manifest.to_json())
     except OSError as err:
         raise RepositoryError(f"cannot write to {point.path}: {err.strerror}") from err
-    history.record(point.path.parent, Deed("changed", point.id, manifest.checksum))
+    history.record(point.path.parent, PointEvent("changed", point.id, manifest.checksum))
     return replace(point, manifest=manifest)
 
 

@@ -12,7 +12,7 @@ from backupctl.names import PointId, VmName
 from backupctl.repository import history, strict_json
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 from backupctl.repository.point import Point
@@ -79,7 +79,7 @@ class PendingPoint:
             (self.path / journals.FILE_NAME).unlink()
             durable.sync_folder(self.path)
             # Before the rename: a point that is removed later is missed only if the history knows of it.
-            history.record(self.folder, Deed("committed", self.point, manifest.checksum))
+            history.record(self.folder, PointEvent("committed", self.point, manifest.checksum))
             # A crash before the next line leaves a folder that recovery drops; after it, a complete point.
             durable.rename(self.path, self.folder / self.point)
         except OSError as err:

@@ -133,21 +133,21 @@ class VmFolder:
 
     def points(self) -> tuple[Point, ...]:
         """Return the committed points, oldest first. Raises DamageFound for the first that is damaged."""
-        survey = self.survey()
-        if survey.damaged:
-            raise survey.damaged[0][1]
-        return survey.points
+        found = self.scan_points()
+        if found.damaged:
+            raise found.damaged[0][1]
+        return found.points
 
-    def survey(self, *, tolerant: bool = False) -> ScannedPoints:
+    def scan_points(self, *, tolerant: bool = False) -> ScannedPoints:
         """Return the committed points, oldest first, and the damaged ones.
 
         tolerant: list what cannot be read, too, instead of raising RepositoryUnreadable.
         """
-        return self._survey(retired=False, tolerant=tolerant)
+        return self._scan(retired=False, tolerant=tolerant)
 
     def retired(self, *, tolerant: bool = False) -> ScannedPoints:
-        """Return, like `survey`, the points that were dropped but whose layers younger ones may need."""
-        return self._survey(retired=True, tolerant=tolerant)
+        """Return, like `scan_points`, the points that were dropped but whose layers younger ones may need."""
+        return self._scan(retired=True, tolerant=tolerant)
 
     def point_or_retired(self, point: PointId) -> Point:
         """Return a point that others depend on, retired or not. Raises NoSuchPoint, DamageFound."""
@@ -238,7 +238,7 @@ class VmFolder:
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _survey(self, *, retired: bool, tolerant: bool) -> ScannedPoints:
+    def _scan(self, *, retired: bool, tolerant: bool) -> ScannedPoints:
         good, damaged, unreadable = [], [], []
         for found in self._ids_there():
             try:

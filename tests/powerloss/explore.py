@@ -176,7 +176,7 @@ def _verified(repository: Repository) -> str:
 
 def _contents(folder: VmFolder, held: Contents, kept: set[str]) -> str:
     """Compare every point that there is, cluster by cluster with its digests too."""
-    survey = folder.survey()
+    survey = folder.scan_points()
     if survey.damaged:
         return f"damaged: {survey.damaged[0][1].message}"
     if not kept <= {point.id for point in survey.points}:
@@ -195,7 +195,7 @@ def _contents(folder: VmFolder, held: Contents, kept: set[str]) -> str:
 
 
 def _points(folder: VmFolder, before: Points, after: Points, due: str | None) -> str:
-    survey = folder.survey()
+    survey = folder.scan_points()
     if survey.damaged:
         return f"damaged: {survey.damaged[0][1].message}"
     there = {point.id for point in survey.points}

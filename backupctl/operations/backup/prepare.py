@@ -82,7 +82,7 @@ def prepare(
     inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.skipped:
         reporter.note(f"{name} is left out: {why}")
-    survey = folder.survey()
+    survey = folder.scan_points()
     for _, err in survey.damaged:
         reporter.warn(f"not building on a damaged point: {err.message}")
     plan = planning.plan(

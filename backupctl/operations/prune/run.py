@@ -31,7 +31,7 @@ from backupctl.operations.prune.retention import Decision, RetentionCandidate, R
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain, history, markers, merge
 from backupctl.repository.chain import Layer
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
 from backupctl.repository.pending_point import PendingPoint
@@ -192,7 +192,7 @@ class _Work:
                 if markers.has(path, markers.PROTECTED):
                     return
                 markers.put(path, markers.RETIRED)
-                history.record(self.folder.path, Deed("dropped", point))
+                history.record(self.folder.path, PointEvent("dropped", point))
         except Locked:
             self._leave(f"{point} is being read, or stands below a point that is: it is not dropped now")
             return
@@ -356,7 +356,7 @@ def _refuse_unknown(folder: VmFolder) -> None:
 
 def _all(folder: VmFolder) -> list[Point]:
     """Return all points, retired or not, oldest first. Raises DamageFound if one can't be read."""
-    survey, retired = folder.survey(), folder.retired()
+    survey, retired = folder.scan_points(), folder.retired()
     for path, err in (*survey.damaged, *retired.damaged):
         raise DamageFound(
             f"{err.message}; nothing is pruned while it is unknown what {path.name} stands on",

@@ -199,9 +199,9 @@ class _Work:
 
     def _survey(self) -> tuple[ScannedPoints, ScannedPoints]:
         """Look at all points, the retired ones too, again if a prune seems to have been at work meanwhile."""
-        found = self.folder.survey(tolerant=True), self.folder.retired(tolerant=True)
+        found = self.folder.scan_points(tolerant=True), self.folder.retired(tolerant=True)
         for _ in range(_LOOKS):
-            again = self.folder.survey(tolerant=True), self.folder.retired(tolerant=True)
+            again = self.folder.scan_points(tolerant=True), self.folder.retired(tolerant=True)
             if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
                 (each.points, [path for path, _ in each.damaged]) for each in found
             ]:

@@ -316,7 +316,7 @@ def test_nothing_is_pruned_while_a_manifest_is_damaged(builder):
     (builder.folder.path / history.point / "manifest.json").write_text("{}")
     with pytest.raises(DamageFound, match="nothing is pruned"):
         pruned(builder)
-    assert len(builder.folder.survey().points) == 2
+    assert len(builder.folder.scan_points().points) == 2
 
 
 def test_protect_and_unprotect(builder):

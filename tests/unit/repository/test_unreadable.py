@@ -103,7 +103,7 @@ def test_an_error_in_the_middle_of_a_file_is_none_of_its_bytes(two_points, monke
 
     monkeypatch.setattr(os, "fdopen", lambda *arguments: Failing(real(*arguments)))
     with pytest.raises(RepositoryUnreadable, match="Input/output error"):
-        builder.folder.survey()
+        builder.folder.scan_points()
     with pytest.raises(RepositoryUnreadable):
         DigestMap.open(builder.folder.path / P1 / "vda.digests")
 
