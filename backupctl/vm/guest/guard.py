@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,12 +18,12 @@ from backupctl import errors
 from backupctl.errors import (
     AgentError,
     AgentRefused,
-    AgentUnavailable,
     BackupctlError,
     GuardLost,
     Refused,
 )
 from backupctl.system.address import Address
+from backupctl.vm.driver import Thawed
 from backupctl.vm.guest.agent import thaw_if_frozen
 
 _START_SECONDS = 20.0
@@ -37,19 +36,6 @@ _PROBE_SECONDS = 5.0
 _SOCKET_BYTES = 107
 _PROBE_PATIENCE_SECONDS = 30.0
 _PACKAGE = Path(backupctl.__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Thawed:
-    """The end of a freeze. doubt: why it may have ended before the moment was taken, "" if it did not."""
-
-    milliseconds: float
-    doubt: str
-
-    @property
-    def ended_early(self) -> bool:
-        """Whether the guest can't be said to have been frozen until now."""
-        return bool(self.doubt)
 
 
 class GuardClient:
@@ -290,6 +276,3 @@ def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Po
 
 def _error(answer: dict[str, Any]) -> BackupctlError:
     return errors.received(str(answer["error"]), str(answer["message"]), str(answer["state"]))
-
-
-__all__ = ["AgentUnavailable", "GuardClient", "thaw_if_frozen"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Dirty bitmaps: their state as QEMU tells it, and the transactions that change it.
 
-A bitmap of ours is named after the point it records from, and its disk (`names.Owner`). So for one disk,
+A bitmap of ours is named after the point it records from, and its disk (`names.Namespace`). So for one disk,
 with the newest committed point P and a run that makes point N:
 
 ::
@@ -38,10 +38,10 @@ def _nobody(_point: PointId) -> bool:
     return False
 
 
-def parse(node: NodeName, entry: Mapping[str, Any]) -> Bitmap | None:
+def parse(node: NodeName, entry: Mapping[str, Any], *, read_only: bool = False) -> Bitmap | None:
     """Read one entry of `dirty-bitmaps`; None for the nameless one of a running job.
 
-    To be called where `reply.understood` catches what it raises.
+    read_only: whether the node is. To be called where `reply.understood` catches what it raises.
     """
     name = entry.get("name")
     if not name:
@@ -57,6 +57,7 @@ def parse(node: NodeName, entry: Mapping[str, Any]) -> Bitmap | None:
         busy=reply.flag(entry["busy"]),
         persistent=reply.flag(entry["persistent"]),
         inconsistent=reply.flag(entry.get("inconsistent", False)),
+        read_only=read_only,
     )
 
 
@@ -70,7 +71,7 @@ def handover_actions(
 ) -> list[Action]:
     """Actions of the run's transaction for one disk: record into `new`, stop recording into `bases`.
 
-    gapped: bitmaps of ours that go at the same moment (see `gapped`).
+    gapped: bitmaps of ours that are removed in the same transaction (see `broken_chain_bitmaps`).
     """
     arguments = {"node": node, "name": new, "granularity": GRANULARITY_BYTES, "persistent": persistent}
     return [
@@ -87,15 +88,15 @@ def merge_actions(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapNam
 
 
 def broken_chain_bitmaps(
-    bitmaps: Iterable[Bitmap], owner: Namespace, theirs: Theirs = _nobody
+    bitmaps: Iterable[Bitmap], namespace: Namespace, theirs: Theirs = _nobody
 ) -> tuple[BitmapName, ...]:
     """Return our bitmaps of a node if the newest does not record: somebody disabled it, or QEMU crashed.
 
     Then there is a gap, and neither it nor the checkpoints before it can be used any more. They must not
     stand beside the bitmap of a run either: were that run to fail, the newest would look like a base that
-    the run itself had disabled, and be enabled again, gap and all. theirs: as for `settle`.
+    the run itself had disabled, and be enabled again, gap and all. theirs: as for `plan_bitmap_recovery`.
     """
-    ours = _ours(bitmaps, owner, theirs)
+    ours = _ours(bitmaps, namespace, theirs)
     if not ours or ours[-1][1].recording:
         return ()
     return tuple(bitmap.name for _, bitmap in ours if not bitmap.busy)
@@ -103,7 +104,7 @@ def broken_chain_bitmaps(
 
 @dataclass(frozen=True)
 class BitmapPlan:
-    """What brings the bitmaps of one repository to rest.
+    """What finishes or undoes the bitmaps of one repository.
 
     told: in words what was done, once it is. ahead: the same before it is done.
     """
@@ -115,7 +116,7 @@ class BitmapPlan:
 
 def plan_bitmap_recovery(
     bitmaps: Iterable[Bitmap],
-    owner: Namespace,
+    namespace: Namespace,
     committed: Callable[[PointId], bool],
     checkpoints: int = 0,
     lost: Collection[PointId] = (),
@@ -123,24 +124,26 @@ def plan_bitmap_recovery(
 ) -> BitmapPlan:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
-    bitmaps: all of one node. committed: whether a point's folder stands under its final name.
-    checkpoints: how many bitmaps of older points stay. lost: points that were committed and are gone; their
-    bitmaps are treated as those of unfinished ones, but not called so. The answer is one list of actions
-    for one transaction, empty when all is at rest. theirs: bitmaps that came along with a disk of another VM
+    bitmaps: all of one node. committed: whether a point's folder stands under its final name. checkpoints:
+    how many bitmaps of older points stay. lost: points that were committed and are gone; their bitmaps are
+    treated as those of unfinished ones, but not called so. The answer is one list of actions for one
+    transaction, empty when there is nothing to do. theirs: bitmaps that came along with a disk of another VM
     are left to that VM.
     """
     bitmaps = tuple(bitmaps)
-    ours = _ours(bitmaps, owner, theirs)
+    ours = _ours(bitmaps, namespace, theirs)
     done = [one for point, one in ours if committed(point)]
     newest = done[-1] if done else None
     gone = [one for point, one in ours if not committed(point)]
     unfinished = [one for one in gone if newest is None or one.name > newest.name]
     pruned = [one for one in gone if one not in unfinished]
     kept = _usable_checkpoints(done[:-1], gone)[-checkpoints:] if checkpoints else []
-    actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.differential_bitmap]
+    actions = [
+        _on(one.node, one.name, "remove") for one in bitmaps if one.name == namespace.differential_bitmap
+    ]
     actions += _roll_back(unfinished, newest) + _retain_checkpoints(kept, pruned)
-    told = [f"removed the {_which(one, owner, lost)}" for one in unfinished]
-    ahead = [f"to clean up: {_which(one, owner, lost)}" for one in unfinished]
+    told = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
+    ahead = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
     for old in done[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
@@ -150,7 +153,7 @@ def plan_bitmap_recovery(
 
 
 def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool) -> tuple[Bitmap, ...]:
-    """Return the bitmaps of one node as they will be after a settlement's actions.
+    """Return the bitmaps of one node as they will be after the actions of a `BitmapPlan`.
 
     freed: whether our exports end before that, which keep bitmaps busy. A merge adds the counts up: what
     they have in common is not known.
@@ -169,8 +172,8 @@ def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool
     return tuple(found.values())
 
 
-def _which(one: Bitmap, owner: Namespace, lost: Collection[PointId]) -> str:
-    point = owner.point_of(one.name)
+def _which(one: Bitmap, namespace: Namespace, lost: Collection[PointId]) -> str:
+    point = namespace.point_of(one.name)
     if point in lost:
         return f"bitmap {one.name} on {one.node}: the point {point} that it names is gone"
     return f"unfinished bitmap {one.name} on {one.node}"
@@ -211,14 +214,15 @@ def _roll_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     if any(bitmap.inconsistent for bitmap in unfinished) or not unfinished[-1].recording:
         return [*removals, _on(base.node, base.name, "remove")] if base.recording else removals
     # Merge first: it refuses when a bitmap has vanished meanwhile, where `enable` in a transaction makes
-    # QEMU itself crash (measured on 7.2.22 and 10.0.2). Within one transaction the order is one moment.
+    # QEMU itself crash (tests/conformance/test_dangers.py, `enable_an_absent_bitmap`). Within one
+    # transaction all actions take effect at once, whatever their order.
     merge = _merge(base.node, base.name, [new.name for new in unfinished])
     return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 
 
-def _ours(bitmaps: Iterable[Bitmap], owner: Namespace, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
+def _ours(bitmaps: Iterable[Bitmap], namespace: Namespace, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
     """Return our bitmaps with their points, oldest first: the point comes first in the name."""
-    named = [(point, one) for one in bitmaps if (point := owner.point_of(one.name)) is not None]
+    named = [(point, one) for one in bitmaps if (point := namespace.point_of(one.name)) is not None]
     found = [(point, one) for point, one in named if not theirs(point)]
     return sorted(found, key=lambda each: each[1].name)
 

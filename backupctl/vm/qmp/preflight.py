@@ -2,7 +2,6 @@
 """Why a VM can't be backed up, as far as QEMU can tell before anything of it is touched."""
 
 from backupctl.errors import Refused
-from backupctl.vm.disk import Inventory
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.reply import text, understood
 
@@ -23,18 +22,12 @@ def refuse_qemu(monitor: Monitor) -> None:
         _refuse_fuse(monitor)
 
 
-def refuse_busy(inventory: Inventory) -> None:
-    """Raise Refused if somebody else works on a disk."""
-    for _, who in inventory.busy:
-        raise Refused(who, state=_UNTOUCHED)
-
-
 def _refuse_migrating(monitor: Monitor) -> None:
     """Raise Refused if the VM is not, or not for long, this QEMU's.
 
     Another may be writing to its disks: what this one has kept of an image's tables is of earlier, and would
     make a point of old and new bytes (10.0.2 refuses that itself, 7.2.22 does not). And a migration that
-    comes to its end while we have a job or filter over a disk fails (measured).
+    ends while we have a job or filter over a disk fails (docs/protocol.md, "What QEMU does").
     """
     if "query-migrate" not in monitor.commands:  # no VM, but a storage daemon
         return
@@ -52,7 +45,7 @@ def _refuse_fuse(monitor: Monitor) -> None:
 
     From 8.1 on a FUSE export is busy until the request at hand is done, and waits for it in an event loop
     within QEMU's own. An export of ours that is taken down in there waits for the request, which waits for
-    it (upstream's issue 2179; measured under load: about one run in three on 10.0.2, none of 120 on 7.2.22).
+    it (upstream's issue 2179; seen under load in about one run in three on 10.0.2, in none of 120 on 7.2.22).
     """
     exports = monitor.execute("query-block-exports")
     with understood("query-block-exports"):

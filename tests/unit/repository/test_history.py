@@ -74,7 +74,7 @@ def test_a_verify_of_a_vm_whose_points_are_all_gone_finds_damage(builder: Builde
 
 def test_a_verify_of_a_vm_without_any_point_is_an_error(builder: Builder):
     reconcile(builder)
-    with pytest.raises(NoSuchPoint, match="vm1 has no recovery points"):
+    with pytest.raises(NoSuchPoint, match="no recovery point of vm1"):
         verify(builder.repository, builder.folder.name, None, VerifyScope(), Silent(), Cancellation())
 
 
