@@ -66,7 +66,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     """
     folder, namespace = repository.vm(vm.name), repository.owner
     facts = recover.FolderFacts(folder, namespace)
-    survey = folder.survey()
+    survey = folder.scan_points()
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
     left = [_unfinished(one) for one in folder.pending_points()]

@@ -20,8 +20,8 @@ from backupctl.repository.point import Point
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 
-Objection = Callable[[PointId, DiskName], str]
-"""Says what is wrong with a disk's chain at a point; "" for nothing."""
+Objection = Callable[[PointId, DiskName], str | None]
+"""Says what is wrong with a disk's chain at a point; None for nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ChainFacts:
     gone: points that were committed and do not exist any more.
     """
 
-    error: Objection = lambda _point, _disk: ""
-    too_long: Objection = lambda _point, _disk: ""
+    error: Objection = lambda _point, _disk: None
+    too_long: Objection = lambda _point, _disk: None
     gone: tuple[PointId, ...] = ()
 
 

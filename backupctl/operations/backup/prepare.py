@@ -112,7 +112,7 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
 
 def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
     folder, options = ctx.folder, ctx.options
-    scanned = folder.survey()
+    scanned = folder.scan_points()
     for _, err in scanned.damaged:
         ctx.reporter.warn(f"not building on a damaged point: {err.message}")
     plan = planning.plan(

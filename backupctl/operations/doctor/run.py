@@ -77,7 +77,7 @@ def _tools() -> Iterator[Finding]:
 def _repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
     try:
         folder = Repository.open(path).vm(vm.name)
-        survey, problems = folder.survey(), status.problems(folder)
+        survey, problems = folder.scan_points(), status.problems(folder)
     except NotARepository:
         yield from _no_repository(vm, path)
         return

@@ -73,7 +73,7 @@ def of_temporary() -> Iterator[Finding]:
 
 def _tried(name: str, folder: Path, trials: tuple[_Trial, ...]) -> Iterator[Finding]:
     """Tell of each trial that fails, or that all went well."""
-    if (unnamed := repository.unspeakable(folder)) and name != "scratch":
+    if (unnamed := repository.path_error(folder)) and name != "scratch":
         yield Finding(SUBJECT, "bad", unnamed, "rename it")
         return
     try:
