@@ -7,8 +7,6 @@ or nothing at all.
 
 from typing import Protocol
 
-from backupctl.names import DiskName
-
 
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: "1 point", "1,200 points"."""
@@ -27,8 +25,8 @@ class Reporter(Protocol):
     def warn(self, text: str) -> None:
         """Something the user should act on some time."""
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
-        """So much of a disk's dirty extents is copied. Called at most a few times a second per disk."""
+    def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
+        """Bytes are done. label: of a disk, or of a VM. Called at most a few times a second for each."""
 
 
 class Silent:
@@ -43,5 +41,5 @@ class Silent:
     def warn(self, text: str) -> None:
         """Say nothing."""
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
         """Say nothing."""

@@ -19,7 +19,6 @@ from backupctl.cli.output import clean
 from backupctl.drills import demo as drill
 from backupctl.drills.demo import Stage
 from backupctl.errors import BackupctlError, DamageFound
-from backupctl.names import DiskName
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.options import Kind
 
@@ -28,7 +27,7 @@ _WRITING_SECONDS = 0.5
 _STEPS = {"freeze": "freeze…thaw"}  # the transaction between them is too short to show
 
 
-@click.command("demo", epilog=common.exit_help(0, 1, 2, 4))
+@common.command("demo", 0, 1, 2, 4)
 @click.option("--seed", default=1, show_default=True, help="Seed for the simulated guest writes.")
 def demo(seed: int) -> None:
     """Show a full, incrementals, a run that fails, and restores, on a simulated VM; takes seconds.
@@ -113,7 +112,7 @@ class Screen:
     def warn(self, text: str) -> None:
         """Ignore it: the demo prints the report of the run."""
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Ignore it: a copy is done before it could be read."""
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any, TextIO
 
 from backupctl.errors import BackupctlError, Failed
-from backupctl.names import DiskName
 
 _LINE_SECONDS = 10.0
 
@@ -65,6 +64,11 @@ class _Output:
 
 
 _output = _Output()
+
+
+def start() -> None:
+    """Forget what an earlier call in this process wrote: its document must not pass for one of this call."""
+    _output.document, _output.lost, _output.done = False, None, ""
 
 
 def done(what: str) -> None:
@@ -219,7 +223,7 @@ class LineReporter:
         """Something to act on some time."""
         self._write(f"warning: {text}")
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
         now = time.monotonic()
         if now - self._told >= _LINE_SECONDS:
@@ -242,5 +246,5 @@ class WarningReporter(LineReporter):
     def note(self, text: str) -> None:
         """Say nothing."""
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Say nothing."""

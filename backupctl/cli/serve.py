@@ -1,47 +1,47 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl serve`."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, config, output, reporters, units
-from backupctl.names import vm_name
+from backupctl.cli import common, output, param_types, reporters, units
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
+@common.command("serve", 0, 1, 2, 4, 75)
 @common.named(needs_vm=False)
-@click.argument("point")
+@common.point()
 @click.option("--disk", metavar="D", help="Only this disk.")
 @click.option(
     "--socket",
+    type=param_types.PATH,
     metavar="PATH",
-    help="Serve on this unix socket, which only you and root can use (else one in a private folder).",
+    help="Serve on this unix socket, accessible to you and root only (default: one in a private folder).",
 )
 @click.option(
     "--tcp",
     metavar="[HOST:]PORT",
-    help="Serve on TCP, on this machine only, where every local user can read the disks; port 0 is any free "
-    "one. From elsewhere rather use ssh -L PORT:SOCKET.",
+    help="Serve on TCP on this machine, where every local user can read the disks; port 0 is any free port. "
+    "From another machine use ssh -L PORT:SOCKET instead.",
 )
 @click.option(
     "--writable-overlay",
+    type=param_types.PATH,
     metavar="FILE",
-    help="Let one disk be written to: into this qcow2 file, a new one or one made so for the same point.",
+    help="Make one disk writable: writes go to this qcow2 file, new or made by an earlier serve of POINT.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, when all is served.")
-@click.pass_context
-def serve(context: click.Context, /, **options: Any) -> None:
-    """Show the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
+def serve(target: common.Target, /, **options: Any) -> None:
+    """Serve the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
 
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
     """
-    names = common.from_context(context, options)
-    folder = names.repository().vm(vm_name(names.name or ""))
+    folder = target.vm_folder()
     point = folder.point(options["point"])
 
     def ready(exports: tuple[Export, ...]) -> None:
@@ -75,18 +75,18 @@ def serve(context: click.Context, /, **options: Any) -> None:
             folder,
             point,
             disk=options["disk"],
-            unix=config.absolute(options["socket"], "--socket") if options["socket"] else None,
+            unix=options["socket"],
             tcp=options["tcp"],
-            writable_overlay=config.absolute(overlay, "--writable-overlay") if overlay else None,
+            writable_overlay=overlay,
             ready=ready,
             stop=stop,
         )
         if overlay:
-            reporter.note(f"what was written is in {overlay}; remove it when it is not needed any more")
+            reporter.note(f"written data is in {overlay}; delete it when it is no longer needed")
 
 
-def _open_to_all(disk: str | None, overlay: str | None) -> str:
-    """Say what --tcp means: NBD asks for no password, and a port has no owner."""
+def _open_to_all(disk: str | None, overlay: Path | None) -> str:
+    """Return a warning: NBD has no authentication, and any local user can connect to a TCP port."""
     what = disk or "these disks"
     may = f"read {what}, and write to the overlay {overlay}" if overlay else f"read {what}"
     return (

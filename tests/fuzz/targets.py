@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from backupctl.cli import config, units
+from backupctl.cli import configuration, units
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import RECORD
 from backupctl.digests.digest_map import DigestMap
@@ -249,7 +249,7 @@ TARGETS = {
     "digests": Target(in_file("vda.digests", DigestMap.open), (DamageFound,), (_digest_map(),)),
     "address": Target(in_text(Address.parse), (UsageError,), (b"unix:/run/x", b"tcp:[::1]:4444", b"/run/x")),
     "config": Target(
-        in_file("backupctl.toml", lambda path: config.load(str(path))),
+        in_file("backupctl.toml", lambda path: configuration.load(str(path))),
         (UsageError,),
         (b'[defaults]\nfreeze_budget = 5\n[vm.web]\nqmp = "unix:/q"\n[vm.web.disks]\na = "b"\n',),
     ),

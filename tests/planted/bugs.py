@@ -85,7 +85,7 @@ BUGS = (
     ),
     Bug(
         "a dropped point is not written down",
-        "_Work.retire",
+        "_Steps.retire",
         '                history.record(self.folder.path, Deed("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
@@ -166,15 +166,15 @@ BUGS = (
     ),
     Bug(
         "the dirty bit is inverted",
-        "_look",
+        "_find_extents",
         "bool(status.flags[1] & DIRTY)",
         "not status.flags[1] & DIRTY",
         LAYER,
     ),
     Bug(
         "zeroes are skipped",
-        "_look",
-        "            marks.zero(status.offset, status.length)\n",
+        "_find_extents",
+        "            cluster_map.zero(status.offset, status.length)\n",
         "            pass\n",
         LAYER,
     ),
@@ -187,9 +187,9 @@ BUGS = (
     ),
     Bug(
         "offsets of 32 bits",
-        "Copy._start",
-        "nbd.Buffer.from_buffer(piece.content), extent.offset)",
-        "nbd.Buffer.from_buffer(piece.content), extent.offset & 0xFFFFFFFF)",
+        "_RunningCopy._start",
+        "nbd.Buffer.from_buffer(chunk.content), extent.offset)",
+        "nbd.Buffer.from_buffer(chunk.content), extent.offset & 0xFFFFFFFF)",
         COPY + "test_data_beyond_4_gib_arrives_where_it_belongs",
     ),
     Bug(
@@ -384,15 +384,15 @@ BUGS = (
     Bug(
         "an incremental makes a repository",
         "_repository",
-        '    if wanted.kind != "full" or names.has_repository():\n',
-        "    if names.has_repository():\n",
+        '    if options.kind != "full" or target.has_repository():\n',
+        "    if target.has_repository():\n",
         "integration/test_first_full.py::test_an_incremental_makes_none_and_names_the_command_that_does",
     ),
     Bug(
         "configured rules are added to those of the command line",
         "_Policy.of",
-        "        said = given or configured\n",
-        "        said = configured | given\n",
+        "        said = typed or configured\n",
+        "        said = configured | typed\n",
         "unit/cli/test_all_vms.py"
         "::test_the_command_lines_rules_are_the_whole_policy_and_the_unused_ones_are_told",
     ),

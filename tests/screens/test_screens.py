@@ -25,7 +25,7 @@ from backupctl.names import BitmapName, DiskName, NodeName, VmName
 from backupctl.operations import bitmaps, status
 from backupctl.operations import recover as recovery
 from backupctl.operations.backup import run as backup
-from backupctl.operations.backup.outcome import DiskReport, RunReport
+from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.backup.plan import MissingDisk
 from backupctl.operations.bitmaps import Removal, StoredBitmap
 from backupctl.operations.doctor import run as doctor
@@ -142,9 +142,29 @@ def test_wrong_use(show, tmp_path):
     show("wrong-rate", "full", "web", "--limit", "fast", *VM)
 
 
+def test_configuration(show, tmp_path):
+    (tmp_path / "right.toml").write_text(
+        '[defaults]\nrepository = "/backup"\n[vm.web]\nqmp = "unix:/run/web.qmp"\nlimit = "200M"\n'
+    )
+    (tmp_path / "wrong.toml").write_text('[defaults]\nlimt = "200M"\n[vm.web]\nkeep_daily = "14"\n')
+    show("config-show", "config", "show", "web", "--view", "auto", "--config", "right.toml")
+    show("config-check", "config", "check", "--config", "right.toml")
+    show("config-check-wrong", "config", "check", "--config", "wrong.toml")
+    show("wrong-configuration", "list", "--config", "wrong.toml")
+    show("vm-not-configured", "full", "wbe", "--config", "right.toml")
+    show("help-config-check", "config", "check", "--help")
+    show("help-config-show", "config", "show", "--help")
+
+
 def report(kind: str) -> RunReport:
     parent = P1 if kind == "incremental" else None
-    disk = DiskReport(DiskName("vda"), "full", 1 << 34, 1 << 33, 1 << 33, 1 << 20, 0, 1 << 33, scanned=False)
+    disk = replace(
+        disk_entry("vda", size=1 << 34),
+        dirty_bytes=1 << 33,
+        copied_bytes=1 << 33,
+        zero_bytes=1 << 20,
+        stored_bytes=1 << 33,
+    )
     second = replace(disk, name=DiskName("virtio-disk1"), kind="incremental", scanned=True)
     return RunReport(
         VmName("web"),
