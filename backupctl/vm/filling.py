@@ -61,12 +61,10 @@ class Filling:
         for process in sorted({*open_files.emulators(), *([self._process] if self._process else [])}):
             files = open_files.written(process)
             if files is None:
-                doubt = (
-                    f"a disk of another VM may lie on it (the files of process {process} can't be looked at)"
-                )
+                doubt = f"a disk of another VM may be on it (cannot look at the files of process {process})"
             for file in files or ():
                 if file.place.shared_with(place):
-                    return f"{file.path:.300} of the VM of process {process} lies on it too"
+                    return f"{file.path:.300} of the VM of process {process} is on it too"
         return doubt
 
 

@@ -74,7 +74,7 @@ class GuardClient:
                 process = _spawn(arguments, (its.fileno(), lock))
         except OSError as err:
             ours.close()
-            raise GuardLost(f"the guard process can't be started: {err.strerror}") from err
+            raise GuardLost(f"cannot start the guard process: {err.strerror}") from err
         guard = cls(process, ours, agent, agent_timeout_seconds)
         try:
             guard._receive(_START_SECONDS)

@@ -80,7 +80,7 @@ class QmpDriver:
             str(folder.absolute()).encode()
         except UnicodeEncodeError as err:
             raise Refused(
-                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
+                f"the path {folder} is not UTF-8, so it cannot be passed to QEMU; use another name",
                 state="nothing was touched",
             ) from err
 

@@ -95,7 +95,7 @@ def teardown(
         _unless_gone(monitor, "blockdev-del", {"node-name": name})
         told.append(f"removed the node {name}")
     if left := _ours(monitor, namespace, "query-named-block-nodes", "node-name"):
-        raise MonitorError(f"QEMU did not let go of the node {left[0]}: somebody else uses it")
+        raise MonitorError(f"QEMU did not remove the node {left[0]}: something else uses it")
     told += [f"removed the limit {name}" for name in throttle.remove(monitor, namespace)]
     clients.free_scratch()
     if "query-fdsets" in monitor.commands:
@@ -125,7 +125,7 @@ def _held_by_paused(monitor: Monitor, namespace: Namespace) -> list[str]:
     for each, numbers in _fdsets(monitor, namespace).items():
         held = _held_bytes(monitor, numbers)
         if held != 0:
-            room = "room that can't be told from here" if held is None else f"{-(-held >> 20)} MiB"
+            room = "an amount that cannot be looked up from here" if held is None else f"{-(-held >> 20)} MiB"
             found.append(f"descriptor set {each}: the paused VM keeps a scratch file open ({room})")
     return found
 
@@ -293,5 +293,5 @@ def _until(gone: Callable[[], bool], what: str, patience_seconds: float) -> None
     deadline = time.monotonic() + patience_seconds
     while not gone():
         if time.monotonic() > deadline:
-            raise MonitorError(f"QEMU did not let go of {what} within {patience_seconds:g} s")
+            raise MonitorError(f"QEMU did not remove {what} within {patience_seconds:g} s")
         time.sleep(0.01)
