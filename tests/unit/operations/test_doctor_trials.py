@@ -80,11 +80,7 @@ def test_locks_that_are_not_to_be_had_are_told_as_that(tmp_path, monkeypatch):
     assert len(told(trials.of_repository(tmp_path / "r"), "bad")) == 1
     assert len(told(trials.of_repository(tmp_path / "r"), "warning")) == 1
     with (
-<<<<<<< HEAD
         pytest.raises(RepositoryError, match="cannot lock the repository: No locks available"),
-=======
-        pytest.raises(RepositoryError, match=r"cannot lock .*: No locks available"),
->>>>>>> seam
         repository.vm(VmName("web")).lock(),
     ):
         pass
