@@ -273,7 +273,7 @@ def test_what_is_not_there_is_named(two_points):
     assert "no disk 'vdx'" in refused(builder, P2, "--disk", "vdx")
     assert "no recovery point" in refused(builder, "20250101T000000Z")
     assert "mutually exclusive" in refused(builder, P2, "--socket", "s", "--tcp", "0")
-    assert "--socket: no home folder is known" in refused(builder, P2, "--socket", "~no-such-user/s")
+    assert "'--socket': cannot find the home directory" in refused(builder, P2, "--socket", "~no-such-user/s")
 
 
 def test_a_point_is_held_with_all_below_it_for_as_long_as_it_is_shown(two_points, serve):
