@@ -171,7 +171,7 @@ def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk,
 
 
 def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
-    """Refuse what would fail only after the freeze: a path that QEMU cannot be told, no place for a socket.
+    """Refuse what would fail only after the freeze: a path that QEMU cannot open, no place for a socket.
 
     folder: for scratch files. Raises Refused, Failed.
     """

@@ -113,9 +113,9 @@ class GuardClient:
 
         Raises FreezeOverrun if the guard had to thaw it before, AgentError, GuardLost.
         """
-        told = self._ask({"do": "thaw"})
+        answer = self._ask({"do": "thaw"})
         self._due = None
-        return Thawed(float(told["milliseconds"]), str(told["doubt"]))
+        return Thawed(float(answer["milliseconds"]), str(answer["doubt"]))
 
     def may_be_frozen(self) -> bool:
         """Whether the guest is, or may be, still frozen by us. Raises GuardLost."""

@@ -73,7 +73,7 @@ class QmpDriver:
         return snapshot_access.view_error(self._monitor, disks) if view == "snapshot-access" else ""
 
     def check_scratch(self, folder: Path) -> None:
-        """Where QEMU gets scratch files as descriptors, it need not be told the name of their folder."""
+        """Where QEMU gets scratch files as descriptors, it needs no name of their folder."""
         if self._monitor.passes_descriptors:
             return
         try:
