@@ -10,10 +10,12 @@ import click
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, config, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
+from backupctl.events import RepositoryCreated
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.options import MAX_CHAIN, Kind, RunOptions, VmConfig
+from backupctl.outcome import documents
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
 
@@ -99,7 +101,7 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
             report = backup.run(vm, repository, wanted, reporter, stop)
         output.done(f"the recovery point {report.point} of {report.vm} is committed")
         if options["as_json"]:
-            output.print_json(document(report))
+            output.print_json(documents.run(report, reporter.events))
         elif not options["quiet"]:
             _print(report)
         _tell_damage(report)
@@ -116,10 +118,7 @@ def _repository(
         return names.repository()
     prepare.rehearse(vm, wanted, stop)
     made = names.new_repository()
-    reporter.note(
-        f"created a new repository in {made.path}; "
-        "if you expected an existing one, check that its file system is mounted"
-    )
+    reporter.event(RepositoryCreated(made.path))
     return made
 
 
@@ -165,28 +164,6 @@ def wishes(names: common.Target, kind: Kind, given: Mapping[str, Any]) -> RunOpt
         checkpoints=int(setting("keep_checkpoints", default.checkpoints)),
         max_chain=int(setting("max_chain", 0)) or default.max_chain,
     )
-
-
-def document(report: RunReport) -> dict[str, Any]:
-    """Return a run's report for programs; its keys are fixed."""
-    keys = (
-        *("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "unchanged_bytes"),
-        *("stored_bytes", "scanned", "reason"),
-    )
-    return {
-        "vm": report.vm,
-        "point": report.point,
-        "kind": report.kind,
-        "parent": report.parent,
-        "disks": [
-            {**{key: getattr(disk, key) for key in keys}, "damaged": list(disk.damaged)}
-            for disk in report.disks
-        ],
-        "frozen_ms": report.frozen_ms,
-        "consistency": report.consistency,
-        "seconds": round(report.seconds, 3),
-        "missing_disks": [{"name": name, "point": point} for name, point in report.missing_disks],
-    }
 
 
 def _print(report: RunReport) -> None:

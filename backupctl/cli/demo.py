@@ -19,6 +19,7 @@ from backupctl.cli.output import clean
 from backupctl.drills import demo as drill
 from backupctl.drills.demo import Stage
 from backupctl.errors import BackupctlError, DamageFound
+from backupctl.events import Event
 from backupctl.names import DiskName
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.options import Kind
@@ -99,19 +100,17 @@ class Screen:
         self._console.print()
         self._console.print(Text(text, style="bold"))
 
-    def step(self, text: str) -> None:
-        """A step of a run begins."""
+    def event(self, event: Event) -> None:
+        """Show a step of a run; the rest is told from the reports."""
+        if event.severity == "step":
+            self._step(event.text)
+
+    def _step(self, text: str) -> None:
         arrow = " → " if self._under_way else "  "
         style = "yellow" if text == "roll back" else ""
         self._under_way = True
         line = Text.assemble((arrow, "dim"), (_STEPS.get(text, clean(text)), style))
         self._console.print(line, end="")
-
-    def note(self, text: str) -> None:
-        """Something to know; the story has it from the reports."""
-
-    def warn(self, text: str) -> None:
-        """Something to act on some time; the story has it from the reports."""
 
     def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
         """So much is copied; it is done before it could be read."""

@@ -14,6 +14,7 @@ from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.names import vm_name
 from backupctl.operations import diff as core
 from backupctl.operations.diff import DiffReport, DiskDiff
+from backupctl.outcome import documents
 
 _MOST_ROWS = 16
 _LABEL = 12
@@ -44,29 +45,9 @@ def diff(context: click.Context, /, **options: Any) -> None:
             stop=stop,
         )
         if options["as_json"]:
-            output.print_json(_document(report))
+            output.print_json(documents.diff(report))
         else:
             _show(report)
-
-
-def _document(report: DiffReport) -> dict[str, Any]:
-    return {
-        "vm": report.vm,
-        "before": report.before,
-        "after": report.after,
-        "disks": [
-            {
-                "name": one.name,
-                "size_before": one.size_before,
-                "size_after": one.size_after,
-                "changed_bytes": one.changed_bytes,
-                "ranges": [{"offset": offset, "length": length} for offset, length in one.ranges()],
-            }
-            for one in report.disks
-        ],
-        "only_before": list(report.only_before),
-        "only_after": list(report.only_after),
-    }
 
 
 def _show(report: DiffReport) -> None:

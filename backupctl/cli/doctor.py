@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl doctor`."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -10,6 +10,7 @@ from backupctl.cli import backup, common, exposure, output
 from backupctl.errors import Failed
 from backupctl.operations.doctor import run as core
 from backupctl.operations.doctor.run import Diagnosis
+from backupctl.outcome import documents
 
 
 @click.command(epilog=common.exit_help(0, 1, 2))
@@ -30,14 +31,7 @@ def doctor(context: click.Context, /, **options: Any) -> None:
     around = (*exposure.configuration(names.config), *exposure.repository(path, vm.name))
     found = replace(found, findings=(*around, *found.findings))
     if options["as_json"]:
-        output.print_json(
-            {
-                "vm": found.vm,
-                "ok": not found.bad,
-                "configuration": names.config.file,
-                "findings": [asdict(one) for one in found.findings],
-            }
-        )
+        output.print_json(documents.doctor(found, names.config.file))
     else:
         _tell(found)
     if found.bad:

@@ -8,7 +8,9 @@ import click
 
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import BackupctlError, DamageFound
+from backupctl.events import HistoryMismatch
 from backupctl.names import VmName, vm_name
+from backupctl.outcome import documents
 from backupctl.repository import audit
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
@@ -24,25 +26,29 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     names = common.from_context(context, options)
     found: dict[Path, list[ScannedPoints]] = {}
     failures: list[BackupctlError] = []
-    problems: list[audit.Problem] = []
+    problems: list[HistoryMismatch] = []
     for path in names.folders():
         try:
             folders = _folders(names.open(path), names.name)
             found[path] = [folder.survey(bear=True) for folder in folders]
-            problems += [problem for folder in folders for problem in audit.problems(folder)]
+            problems += [
+                HistoryMismatch(folder.name, one.point, one.message)
+                for folder in folders
+                for one in audit.problems(folder)
+            ]
         except BackupctlError as err:
             failures.append(err)
     if not found:
         raise common.worst(failures)
     surveys = [survey for each in found.values() for survey in each]
     if options["as_json"]:
-        output.print_json([point_document(point) for survey in surveys for point in survey.points])
+        output.print_json([documents.point(point) for survey in surveys for point in survey.points])
     else:
         for path, each in found.items():
             _tell(path, each, alone=len(found) == 1)
     with reporters.reporter(quiet=True) as reporter:
         for problem in problems:
-            reporter.warn(problem.message)
+            reporter.event(problem)
     damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
     if damaged:
         failures.append(
@@ -96,36 +102,8 @@ def _rows(points: list[Point]) -> list[tuple[object, ...]]:
 def _kind(point: Point) -> str:
     """Say what a point is by what its disks are: a point that builds on another may hold full ones."""
     full = sum(entry.kind == "full" for entry in point.manifest.disks)
-    kind = disks_kind(point)
+    kind = documents.disks_kind(point)
     return f"incremental ({full} full)" if kind == "mixed" else kind
-
-
-def disks_kind(point: Point) -> str:
-    """Return "full", "incremental" or "mixed", by the kinds of its disks."""
-    kinds = {entry.kind for entry in point.manifest.disks}
-    return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
-
-
-def point_document(point: Point) -> dict[str, Any]:
-    """Return a point for programs: its manifest under the names of the reports."""
-    manifest = point.manifest.to_dict()
-    return {
-        "vm": manifest["vm"],
-        "point": manifest["point"],
-        "kind": manifest["kind"],
-        "disks_kind": disks_kind(point),
-        "parent": manifest["parent"],
-        "consistency": manifest["consistency"],
-        "frozen_ms": manifest["freeze"]["milliseconds"],
-        "start": manifest["start"],
-        "end": manifest["end"],
-        "qemu": manifest["qemu"],
-        "backupctl": manifest["backupctl"],
-        "freeze": manifest["freeze"],
-        "disks": manifest["disks"],
-        "protected": point.protected,
-        "path": str(point.path),
-    }
 
 
 @click.command(epilog=common.exit_help(0, 2, 4))
@@ -139,7 +117,7 @@ def show(context: click.Context, /, **options: Any) -> None:
     repository = names.repository()
     point = _folder_point(repository, vm_name(names.name or ""), options["point"])
     if options["as_json"]:
-        output.print_json(point_document(point))
+        output.print_json(documents.point(point))
         return
     manifest = point.manifest
     freeze = manifest.freeze

@@ -17,10 +17,12 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TextIO
 
 from backupctl.errors import BackupctlError, Failed
+from backupctl.events import Event, Severity
 from backupctl.names import DiskName
+from backupctl.outcome import documents
 
 _LINE_SECONDS = 10.0
 
@@ -89,7 +91,7 @@ def finish(code: int) -> int:
         return code
     why = "its reader has left" if isinstance(lost, BrokenPipeError) else lost.strerror
     if _output.done:
-        LineReporter().warn(f"standard output takes no more ({why}), but {_output.done}")
+        print_message(f"standard output takes no more ({why}), but {_output.done}", "warning")
         return code
     if code or isinstance(lost, BrokenPipeError):
         return code
@@ -171,7 +173,7 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
     Programs get it as the one document, unless a command had its own: then exit code and stderr tell.
     """
     if as_json and not _output.document:
-        print_json({"error": error_document(err)})
+        print_json({"error": documents.error(err)})
     lines = [wrapped("backupctl: ", clean(err.message), "  ", sys.stderr)]
     for name, text in (
         ("step", err.step),
@@ -188,17 +190,14 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
         sys.stderr.write("\n".join(lines) + "\n")
 
 
-def error_document(err: BackupctlError) -> dict[str, Any]:
-    """Return an error for programs."""
-    return {
-        "kind": type(err).__name__,
-        "message": err.message,
-        "step": err.step,
-        "state": err.state,
-        "hint": err.hint,
-        "next": err.next_command,
-        "exit_code": err.exit_code,
-    }
+_LABELS: dict[Severity, str] = {"step": "", "note": "note: ", "warning": "warning: "}
+
+
+def print_message(text: str, severity: Severity) -> None:
+    """Write a line to stderr. Never raises."""
+    with suppress(OSError):  # whoever reads stderr may leave; the run, and its roll-back, must go on
+        sys.stderr.write(f"backupctl: {_LABELS[severity]}{clean(text)}\n")
+        sys.stderr.flush()
 
 
 class LineReporter:
@@ -207,17 +206,9 @@ class LineReporter:
     def __init__(self) -> None:
         self._told = 0.0
 
-    def step(self, text: str) -> None:
-        """A step begins."""
-        self._write(text)
-
-    def note(self, text: str) -> None:
-        """Something to know."""
-        self._write(f"note: {text}")
-
-    def warn(self, text: str) -> None:
-        """Something to act on some time."""
-        self._write(f"warning: {text}")
+    def event(self, event: Event) -> None:
+        """Write a line."""
+        print_message(event.text, event.severity)
 
     def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
@@ -225,22 +216,16 @@ class LineReporter:
         if now - self._told >= _LINE_SECONDS:
             self._told = now
             share = 100 * done_bytes // total_bytes if total_bytes else 100
-            self._write(f"{disk}: {share} % of {total_bytes >> 20} MiB")
-
-    def _write(self, text: str) -> None:
-        with suppress(OSError):  # who reads our words may leave; the run, or its roll-back, must not
-            sys.stderr.write(f"backupctl: {clean(text)}\n")
-            sys.stderr.flush()
+            print_message(f"{disk}: {share} % of {total_bytes >> 20} MiB", "step")
 
 
-class WarningReporter(LineReporter):
-    """A Reporter for timers whose every word is a mail: warnings only."""
+class WarningReporter:
+    """A Reporter for timers whose output is mailed: warnings only."""
 
-    def step(self, text: str) -> None:
-        """Say nothing."""
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
+    def event(self, event: Event) -> None:
+        """Write a warning; ignore anything else."""
+        if event.severity == "warning":
+            print_message(event.text, event.severity)
 
     def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
-        """Say nothing."""
+        """Do nothing."""

@@ -2,7 +2,7 @@
 """`backupctl prune`, `backupctl protect` and `backupctl unprotect`."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import click
@@ -11,11 +11,13 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
+from backupctl.events import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import vm_name
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
-from backupctl.operations.prune.retention import Decision, Rules
+from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import PruneReport
+from backupctl.outcome import documents
 from backupctl.progress import Reporter
 
 _COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
@@ -145,7 +147,7 @@ class _Work:
                 raise
             except BackupctlError as err:
                 self.failed[vm] = err
-                self.reporter.warn(f"{vm}: {err.message}")
+                self.reporter.event(VmFailed(vm, err.message))
         if not (self.done or self.failed) and set(self.skipped.values()) == {_NO_RULE}:
             raise UsageError(f"nothing was dropped: {_NO_RULE}")
 
@@ -163,7 +165,7 @@ class _Work:
 
     def _skip(self, vm: str, why: str) -> None:
         self.skipped[vm] = why
-        self.reporter.note(f"skipped {vm}: {why}")
+        self.reporter.event(VmSkipped(vm, why))
 
     def one(self, names: Target) -> None:
         """Prune one VM."""
@@ -172,11 +174,7 @@ class _Work:
     def _prune(self, names: Target, policy: _Policy) -> None:
         folder = names.repository().vm(vm_name(names.name or ""))
         if policy.unused:
-            listed = ", ".join(f"{key} = {value}" for key, value in policy.unused.items())
-            self.reporter.note(
-                f"{folder.name}: the rules on the command line are the whole policy; "
-                f"configured rules not used: {listed}"
-            )
+            self.reporter.event(ConfiguredRulesNotUsed(folder.name, policy.unused))
         most = self.options["max_chain"]
         if self.options["dry_run"]:
             report = PruneReport(core.plan(folder, policy.rules), long_chains=core.long_chains(folder, most))
@@ -193,35 +191,11 @@ class _Work:
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""
         dry_run = self.options["dry_run"]
-        documents = [_document(vm, one, dry_run=dry_run) for vm, one in self.done.items()]
-        if alone:
-            return documents[0]
-        return {
-            "dry_run": dry_run,
-            "vms": documents,
-            "skipped": [{"vm": vm, "reason": why} for vm, why in self.skipped.items()],
-            "failed": [{"vm": vm, "error": output.error_document(err)} for vm, err in self.failed.items()],
-        }
-
-
-def _document(vm: str, done: _Done, *, dry_run: bool) -> dict[str, Any]:
-    report = done.report
-    return {
-        "vm": vm,
-        "dry_run": dry_run,
-        "rules": done.policy.said,
-        "unused_rules": done.policy.unused,
-        "points": [_decision(one) for one in report.decisions],
-        "dropped": list(report.dropped),
-        "removed": list(report.removed),
-        "merged": [asdict(one) for one in report.merged],
-        "left": list(report.left),
-        "long_chains": list(report.long_chains),
-    }
-
-
-def _decision(one: Decision) -> dict[str, Any]:
-    return {"point": one.point, "keep": one.keep, "reasons": list(one.reasons)}
+        vms = [
+            documents.prune(vm, one.report, one.policy.said, one.policy.unused, dry_run=dry_run)
+            for vm, one in self.done.items()
+        ]
+        return vms[0] if alone else documents.prune_all(vms, self.skipped, self.failed, dry_run=dry_run)
 
 
 def _print(report: PruneReport, *, dry_run: bool) -> None:
@@ -245,7 +219,7 @@ def _switch(change: Callable[..., Any], said: str) -> Callable[..., None]:
         point = change(names.repository().vm(vm_name(names.name or "")), options["point"])
         output.done(f"{names.name} {point}: {said}")
         if options["as_json"]:
-            output.print_json({"vm": names.name, "point": point, "protected": change is core.protect})
+            output.print_json(documents.protection(names.name or "", point, protected=change is core.protect))
         else:
             output.print_line(f"{names.name} {point}: {said}")
 

@@ -7,6 +7,7 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, config, output, reporters, units
+from backupctl.events import OverlayKept, ServedToLocalUsers, StepStarted
 from backupctl.names import vm_name
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export
@@ -68,9 +69,9 @@ def serve(context: click.Context, /, **options: Any) -> None:
     stop = Cancellation()
     overlay = options["writable_overlay"]
     with stop.on_signals(), reporters.reporter() as reporter:
-        reporter.step(f"serving {folder.name} {point.id}, until Ctrl-C")
+        reporter.event(StepStarted(f"serving {folder.name} {point.id}, until Ctrl-C"))
         if options["tcp"]:
-            reporter.warn(_open_to_all(options["disk"], overlay))
+            reporter.event(ServedToLocalUsers(options["disk"], overlay))
         core.serve(
             folder,
             point,
@@ -82,15 +83,4 @@ def serve(context: click.Context, /, **options: Any) -> None:
             stop=stop,
         )
         if overlay:
-            reporter.note(f"what was written is in {overlay}; remove it when it is not needed any more")
-
-
-def _open_to_all(disk: str | None, overlay: str | None) -> str:
-    """Say what --tcp means: NBD asks for no password, and a port has no owner."""
-    what = disk or "these disks"
-    may = f"read {what}, and write to the overlay {overlay}" if overlay else f"read {what}"
-    return (
-        f"NBD over TCP has no authentication: every local user of this machine can {may}. "
-        "--socket PATH serves on a unix socket that only you and root can use; from another machine: "
-        "ssh -L 10809:PATH HOST"
-    )
+            reporter.event(OverlayKept(overlay))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl status` and `backupctl recover`."""
 
-from dataclasses import asdict
 from typing import Any
 
 import click
@@ -11,6 +10,7 @@ from backupctl.errors import Interrupted
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
 from backupctl.options import RunOptions
+from backupctl.outcome import documents
 
 
 @click.command(epilog=common.exit_help(0, 1, 2))
@@ -25,7 +25,7 @@ def status(context: click.Context, /, **options: Any) -> None:
     run = RunOptions(kind="incremental", scratch=names.scratch(), **given)
     found = core.look(names.vm(), names.repository(), run, names.other_repositories)
     if options["as_json"]:
-        output.print_json({**asdict(found), "configuration": names.config.file})
+        output.print_json(documents.status(found, names.config.file))
         return
     points = f"{len(found.points)}, newest {found.points[-1]}" if found.points else "none"
     output.print_wrapped(f"{'vm':<12} ", f"{found.vm}")
@@ -74,6 +74,6 @@ def recover(context: click.Context, /, **options: Any) -> None:
         raise recovery.needs_recovery(Interrupted("interrupted"), vm.name) from err
     output.done(f"nothing of an earlier run is left in {vm.name}")
     if options["as_json"]:
-        output.print_json({"vm": names.name, "actions": list(done.actions)})
+        output.print_json(documents.recover(vm.name, done, reporter.events))
     else:
         output.print_line("recovered" if done.actions else "Nothing to recover.")

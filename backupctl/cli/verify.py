@@ -10,11 +10,13 @@ import click
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
+from backupctl.events import SampleChosen
 from backupctl.names import vm_name
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.impact import Range
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
+from backupctl.outcome import documents
 from backupctl.progress import counted
 
 _SHOWN = 8
@@ -46,7 +48,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
     stop = Cancellation()
     with stop.on_signals(), reporters.reporter(quiet=options["quiet"]) as reporter:
         if depth.percent < 100:
-            reporter.note(_sample(depth))
+            reporter.event(_sample(depth))
         vm = vm_name(names.name) if names.name else None
         for path in names.folders():
             try:
@@ -60,7 +62,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
         raise common.worst(failures)
     report = _together(reports.values())
     if options["as_json"]:
-        output.print_json(_document(report, depth))
+        output.print_json(documents.verify(report, depth))
     elif report.damage or report.unchecked or not options["quiet"]:
         _tell(report, depth)
     if report.damage:
@@ -107,13 +109,13 @@ def _depth(options: dict[str, Any]) -> VerifyScope:
     return VerifyScope(data=not options["fast"], percent=options["sample"] or 100.0, **chosen)
 
 
-def _sample(depth: VerifyScope) -> str:
-    return f"a sample of {depth.percent:g} %; the same again: --seed {depth.seed}"
+def _sample(depth: VerifyScope) -> SampleChosen:
+    return SampleChosen(depth.percent, depth.seed)
 
 
 def _tell(report: VerifyReport, depth: VerifyScope) -> None:
     if report.damage and depth.percent < 100:
-        output.print_line(_sample(depth))
+        output.print_line(_sample(depth).text)
     for note in report.notes:
         output.print_line(f"note: {note}")
     for damage in report.damage:
@@ -145,40 +147,3 @@ def _ranges(ranges: tuple[Range, ...]) -> str:
     shown = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:_SHOWN])
     more = f" and {len(ranges) - _SHOWN} more" if len(ranges) > _SHOWN else ""
     return f"{shown}{more}"
-
-
-def _document(report: VerifyReport, depth: VerifyScope) -> dict[str, Any]:
-    return {
-        "vms": list(report.vms),
-        "points": report.points,
-        "layers": report.layers,
-        "data": depth.data,
-        "percent": depth.percent if depth.data else 0,
-        "seed": depth.seed if depth.data and depth.percent < 100 else None,
-        "read_bytes": report.read_bytes,
-        "seconds": round(report.seconds, 3),
-        "notes": list(report.notes),
-        "unchecked": [
-            {"vm": one.vm, "path": str(one.path), "disk": one.disk or None, "message": one.message}
-            for one in report.unchecked
-        ],
-        "damage": [
-            {
-                "vm": damage.vm,
-                "kind": damage.kind,
-                "path": str(damage.path),
-                "disk": damage.disk or None,
-                "message": damage.message,
-                "ranges": _pairs(damage.ranges),
-                "touches": [
-                    {"point": one.point, "disk": one.disk, "ranges": _pairs(one.ranges)}
-                    for one in damage.touches
-                ],
-            }
-            for damage in report.damage
-        ],
-    }
-
-
-def _pairs(ranges: tuple[Range, ...]) -> list[dict[str, int]]:
-    return [{"offset": offset, "length": length} for offset, length in ranges]

@@ -23,16 +23,16 @@ from typing import IO, Any
 from backupctl.drills.demo import first_difference
 from backupctl.drills.fork_server import CLI, CallSpec, ForkServer
 from backupctl.errors import Failed
+from backupctl.events import DiskScanned, DiskTakenFull, Recovered
 from backupctl.system import qemu_tools
 
 VM = "drilled"
 _RUN_SECONDS = 120.0
 _THAW_SECONDS = 5.0  # less than the freeze budget: it is the kill that the guard must answer to
 _OURS = "backupctl-"
-_EARLIER = "from an earlier run: "
 _DOOMED = "backupctl.cli.faulty:faulty_cli"
 _ENDS = f"backupctl ends within {_RUN_SECONDS:g} s"
-_WORTH = ("is read whole", "is taken full", "warning: ")
+_WORTH_TELLING = (DiskScanned.code, DiskTakenFull.code)
 
 
 class ExpectationFailed(Exception):
@@ -59,8 +59,13 @@ class Result:
         error = self.document.get("error") if isinstance(self.document, dict) else None
         if error:
             return str(error["message"])
-        told = [line for line in self.words.splitlines() if any(word in line for word in _WORTH)]
-        return told[0].removeprefix("backupctl: ").removeprefix("note: ") if told else ""
+        told = [*self.events("warnings"), *self.events("notes", *_WORTH_TELLING)]
+        return str(told[0]["message"]) if told else ""
+
+    def events(self, severity: str, *codes: str) -> list[dict[str, Any]]:
+        """Return its "warnings" or "notes", those with one of the codes if there are any."""
+        found = self.document.get(severity, []) if isinstance(self.document, dict) else []
+        return [one for one in found if not codes or one["code"] in codes]
 
     @property
     def step(self) -> str:
@@ -214,7 +219,7 @@ class Site(ABC):
         if kind == "incremental" and self.last is None:
             self.last = said
         if kind == "incremental" and not self.aftermath:
-            undone = [line.partition(_EARLIER)[2] for line in said.words.splitlines() if _EARLIER in line]
+            undone = [one["action"] for one in said.events("notes", Recovered.code)]
             self.aftermath = f"next run: {'; '.join(undone)}" if undone else "next run: nothing to undo"
         point = str(said.document["point"])
         self.moments[point] = self._kept(point, self.moment())

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backupctl import events
 from backupctl.errors import (
     AgentError,
     BackupctlError,
@@ -70,7 +71,7 @@ def recover(
     except RepositoryUnreadable as err:  # so nobody can tell what a dead run left
         raise needs_recovery(err, vm.name) from err
     for line in told:
-        reporter.note(line)
+        reporter.event(events.Recovered(line))
     return Recovered((*thawed, *told))
 
 
@@ -222,7 +223,7 @@ def _thaw_first(vm: VmConfig, folder: VmFolder, reporter: Reporter) -> list[str]
     with suppress(AgentError):
         told = _thaw(vm, folder)
     for line in told:
-        reporter.note(line)
+        reporter.event(events.Recovered(line))
     return told
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backupctl.errors import Locked, TargetExists, UsageError, WriteFailed
+from backupctl.events import AttributesNotKept, Event
 from backupctl.images import foreign_header
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
@@ -106,7 +107,7 @@ def _looking_at(target: Path) -> Iterator[int | None]:
 
 @contextmanager
 def file(
-    target: Path, *, force: bool, warn: Callable[[str], None] = lambda _text: None
+    target: Path, *, force: bool, warn: Callable[[Event], None] = lambda _event: None
 ) -> Iterator[OpenImage]:
     """Give an empty file to write to, open; when the block ends well, it is on the disk as `target`.
 
@@ -215,7 +216,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _into_place(
-    descriptor: int, temporary: Path, target: Path, *, force: bool, warn: Callable[[str], None]
+    descriptor: int, temporary: Path, target: Path, *, force: bool, warn: Callable[[Event], None]
 ) -> None:
     if force:
         with _looking_at(target) as replaced:
@@ -230,14 +231,11 @@ def _into_place(
         raise TargetExists(f"{target} has come into being meanwhile") from err
 
 
-def _take_after(replaced: int, descriptor: int, target: Path, warn: Callable[[str], None]) -> None:
+def _take_after(replaced: int, descriptor: int, target: Path, warn: Callable[[Event], None]) -> None:
     lost = ownership.keep(replaced, descriptor)
     os.fsync(descriptor)
     if lost:
-        warn(
-            f"{target} replaces a file, of which could not be kept: {', '.join(lost)}. "
-            "Check that the VM may open it"
-        )
+        warn(AttributesNotKept(target, tuple(lost)))
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from backupctl.errors import (
     NeedsRecovery,
     WriteFailed,
 )
+from backupctl.events import CrashConsistent, DiskSkipped, StepStarted
+from backupctl.events import Recovered as RecoveredEvent
 from backupctl.names import BitmapName, DiskName, NodeName, VmName
 from backupctl.operations import bitmaps, status
 from backupctl.operations import recover as recovery
@@ -161,9 +163,11 @@ def report(kind: str) -> RunReport:
 def fake_run(vm, repository, options, reporter, stop):
     """Tell what a run tells."""
     for step in ("prepare", "attach", "freeze", "transaction", "export", "copy"):
-        reporter.step(step)
-    reporter.note("cdrom0 is left out: a read-only medium, which holds nothing that the guest could change")
-    reporter.warn(LONG)
+        reporter.event(StepStarted(step))
+    reporter.event(
+        DiskSkipped("cdrom0", "a read-only medium, which holds nothing that the guest could change")
+    )
+    reporter.event(CrashConsistent(LONG))
     reporter.progress(DiskName("vda"), 1 << 30, 1 << 30)
     return report(options.kind)
 
@@ -215,7 +219,7 @@ def test_recover(show, monkeypatch, tmp_path):
     Repository.create(tmp_path / "repository")
 
     def recover(_vm, _repository, reporter, *_more):
-        reporter.note("thawed the guest's file systems")
+        reporter.event(RecoveredEvent("thawed the guest's file systems"))
         return Recovered(("thawed the guest's file systems",))
 
     monkeypatch.setattr(recovery, "recover", recover)

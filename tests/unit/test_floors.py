@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 FLOORS = (
     {"errors"},
     {"names", "cancel"},
-    {"system"},
+    {"system", "events"},
     {"progress", "options", "digests", "images"},
     {"targets", "transfer"},
     {"vm", "repository"},

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from backupctl import events
 from backupctl.cancel import Cancellation
 from backupctl.errors import (
     AgentTimeout,
@@ -81,10 +82,10 @@ def prepare(
     refuse_folders(repository.path, options.scratch, monitor)
     inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.skipped:
-        reporter.note(f"{name} is left out: {why}")
+        reporter.event(events.DiskSkipped(name, why))
     survey = folder.survey()
-    for _, err in survey.damaged:
-        reporter.warn(f"not building on a damaged point: {err.message}")
+    for path, err in survey.damaged:
+        reporter.event(events.PointDamaged(path.name, None, err.message))
     plan = planning.plan(
         options.kind,
         chosen,
@@ -121,10 +122,10 @@ def _damaged(
     try:
         broken = chain.damaged(folder)
     except BackupctlError as err:
-        reporter.warn(f"it can't be told which older points are damaged: {err.message}")
+        reporter.event(events.DamageUnknown(err.message))
         broken = ()
     for one in broken:
-        reporter.warn(str(one))
+        reporter.event(events.PointDamaged(one.point, one.disk, one.why))
     return tuple(sorted(found | {(one.point, one.disk) for one in broken}))
 
 
@@ -164,36 +165,24 @@ def rooms(
     made = scratch_space.plan_scratch(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
     if short := [disk.name for disk, one in zip(chosen, made, strict=True) if one.size < one.ideal_bytes]:
         has, wants = sum(one.size for one in made), sum(one.ideal_bytes for one in made)
-        reporter.warn(
-            f"the scratch file of {', '.join(short)} may not suffice: {has >> 20} MiB are set aside in "
-            f"{options.scratch}, {wants >> 20} MiB would do for a guest that overwrites all it has; "
-            "if it is too little the run is given up, and the guest goes on"
-        )
+        reporter.event(events.ScratchMayNotSuffice(tuple(short), options.scratch, has, wants))
     return made
 
 
 def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
     for gone in plan.missing:
-        reporter.warn(str(gone))
+        reporter.event(events.DiskMissing(gone.name, gone.point))
     if options.kind == "incremental" and plan.kind == "full":
-        reporter.note("there is no point to build on yet: this is a full")
+        reporter.event(events.NoPointToBuildOn())
     for one in plan.disks:
-        if one.reason:
-            how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
-            told = reporter.warn if one.damaged else reporter.note
-            told(f"{one.disk.name} {how}: {one.reason}")
-        # Told anew each night these would hide what is new; `doctor` goes on telling them.
-        tell = reporter.note if plan.parent else reporter.warn
+        if one.reason and one.base and one.scanned:
+            reporter.event(events.DiskScanned(one.disk.name, one.base, one.reason, one.damaged))
+        elif one.reason:
+            reporter.event(events.DiskTakenFull(one.disk.name, one.reason, one.damaged))
         if not one.disk.persistent:
-            tell(
-                f"{one.disk.name} ({one.disk.driver}) can't store its bitmap: "
-                "after a restart of QEMU its next incremental must read all of it"
-            )
+            reporter.event(events.BitmapNotPersistent(one.disk.name, one.disk.driver, not plan.parent))
         if one.disk.encrypted:
-            tell(
-                f"{one.disk.name} is encrypted in the VM, and is stored as the guest sees it, in plain text: "
-                "encrypt the repository's file system if that matters"
-            )
+            reporter.event(events.DiskEncrypted(one.disk.name, not plan.parent))
 
 
 def what_next(err: BaseException, kind: Kind, vm: VmName) -> str:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from backupctl import events
 from backupctl.cancel import Cancellation
 from backupctl.errors import (
     AgentError,
@@ -82,15 +83,15 @@ def _run(
     vm: VmConfig, repository: Repository, options: RunOptions, reporter: Reporter, stop: Cancellation
 ) -> RunReport:
     folder = repository.vm(vm.name)
-    reporter.step("prepare")
+    reporter.event(events.StepStarted("prepare"))
     with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
         recorded = recover.newest_recorded(monitor, repository.owner)
         gone = recover.gone(monitor, repository.owner, folder)
         for told in recover.settle(vm, folder, repository.owner, monitor, options.scratch):
-            reporter.note(f"from an earlier run: {told}")
+            reporter.event(events.Recovered(told))
         audit.reconcile(folder)
         for problem in audit.problems(folder):
-            reporter.warn(f"{problem.message}; see `backupctl verify {vm.name}`")
+            reporter.event(events.HistoryMismatch(vm.name, problem.point, problem.message))
         plan, filling = prepare.prepare(vm, repository, folder, options, monitor, reporter, gone)
         rooms = prepare.rooms(plan, options, monitor, reporter, others=filling[-1].who())
         stop.check()
@@ -224,7 +225,7 @@ class _Run:
             return FreezeEntry(self.options.freeze, "frozen", round(thawed.milliseconds))
         if self.options.freeze == "require":
             raise FreezeOverrun(thawed.doubt)
-        self.reporter.warn(f"this point is only crash-consistent: {thawed.doubt}")
+        self.reporter.event(events.CrashConsistent(thawed.doubt))
         return FreezeEntry(self.options.freeze, "none", None)
 
     def _freezes(self) -> bool:
@@ -241,7 +242,7 @@ class _Run:
     def _go_on_without_freeze(self, err: AgentError) -> None:
         if self.options.freeze == "require":
             raise err
-        self.reporter.warn(f"going on without a freeze, so this point is crash-consistent: {err}")
+        self.reporter.event(events.CrashConsistent(str(err)))
 
     def _export(self, view: View) -> list[Source]:
         """Step 6. Every client is connected, and known to the guard, before a byte is read."""
@@ -306,7 +307,7 @@ class _Run:
         A monitor that broke is connected anew: what it was last told may or may not have happened, and
         `recovery.settle` asks.
         """
-        self.reporter.step("roll back" if failure else "settle")
+        self.reporter.event(events.StepStarted("roll back" if failure else "settle"))
         try:
             with ExitStack() as fresh:
                 monitor = self.monitor if self.monitor.alive else fresh.enter_context(self._reconnected())
@@ -378,7 +379,7 @@ class _Run:
     def _begin(self, step: str) -> None:
         self._look()
         self.step = step
-        self.reporter.step(step)
+        self.reporter.event(events.StepStarted(step))
 
     def _private_folder(self) -> Path | None:
         if self.monitor.passes_descriptors:

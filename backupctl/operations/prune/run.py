@@ -23,6 +23,7 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed, moving
+from backupctl.events import LeftForNextPrune, PointDropped, StepStarted
 from backupctl.images import nbd_server
 from backupctl.images.open_image import OpenImage
 from backupctl.names import DiskName, PointId
@@ -196,7 +197,7 @@ class _Work:
             self._leave(f"{point} is being read, or stands below a point that is: it is not dropped now")
             return
         self.dropped.append(point)
-        self.reporter.note(f"dropped {point}")
+        self.reporter.event(PointDropped(point))
 
     def sweep(self) -> None:
         """Remove folders in whose removal a prune died; a dead run's are for `recover` to look at first."""
@@ -256,7 +257,7 @@ class _Work:
 
     def _merge(self, lower: Point, upper: Point, disk: DiskName) -> None:
         """Do steps 1 to 3 of a merge; the switch comes next."""
-        self.reporter.step(f"merge {disk} of {upper.id} into {lower.id}")
+        self.reporter.event(StepStarted(f"merge {disk} of {upper.id} into {lower.id}"))
         try:
             one = Merge.of(upper, chain.layers(self.folder, upper, disk))
             with ExitStack() as held:
@@ -341,7 +342,7 @@ class _Work:
 
     def _leave(self, why: str) -> None:
         self.left.append(why)
-        self.reporter.warn(why)
+        self.reporter.event(LeftForNextPrune(why))
 
 
 def _refuse_unknown(folder: VmFolder) -> None:

@@ -22,6 +22,7 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, hashing
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
+from backupctl.events import StepStarted, TargetLarger, TargetResized
 from backupctl.images import nbd_server
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
@@ -196,12 +197,9 @@ def _fit(work: _Work) -> None:
     if work.room == work.size:
         return
     if work.target.device:
-        work.reporter.note(
-            f"{work.target.path} is larger than {work.name}: "
-            f"its last {work.room - work.size} bytes stay as they are"
-        )
+        work.reporter.event(TargetLarger(work.target.path, work.name, work.room - work.size))
         return
-    work.reporter.note(f"{work.target.path} had {work.room} bytes, and gets the disk's {work.size}")
+    work.reporter.event(TargetResized(work.target.path, work.room, work.size))
     work.target.resize(work.size)
 
 
@@ -219,7 +217,7 @@ def _differing(work: _Work, address: Path) -> NDArray[np.bool_]:
         first = extent.offset // CLUSTER_BYTES
         found[first : first + clusters.count(extent.length)] = True
 
-    work.reporter.step(f"compare {work.target.path} with {work.name}")
+    work.reporter.event(StepStarted(f"compare {work.target.path} with {work.name}"))
     with closing(Source.connect([address] * _CONNECTIONS, nbd_server.EXPORT)) as source:
         _copy(work, source, (), work.size, look, unreadable).run(
             _until(cluster_map.all_extents(source), work.size)
@@ -247,7 +245,7 @@ def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
     total = sum(extent.length for extent in _wanted(differing, work.expected))
     if not total:
         return 0
-    work.reporter.step(f"write what differs: {total} of {work.size} bytes")
+    work.reporter.event(StepStarted(f"write what differs: {total} of {work.size} bytes"))
     prover = VerifyFilter(work.expected, spoilt, zeroes=True)
     with (
         chain.opened(work.layers) as opened,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import TargetExists, UsageError, WriteFailed
+from backupctl.events import PointMustStay
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.names import DiskName, PointId, VmName
@@ -76,15 +77,13 @@ def restore(
             for part, (target, _), layers in zip(chosen.parts, targets, chains, strict=True)
         )
     for needed in sorted({one.point for one in made}):
-        reporter.note(
-            f"these images need {folder.name} {needed} to stay: backupctl protect {folder.name} {needed}"
-        )
+        reporter.event(PointMustStay(folder.name, needed))
     return OverlayReport(folder.name, point.id, made, chosen.missing)
 
 
 def _make(part: Part, path: Path, layers: Sequence[Path], force: bool, reporter: Reporter) -> OverlayDisk:
     try:
-        overlay.make(path, part.entry.size, layers, force=force, warn=reporter.warn)
+        overlay.make(path, part.entry.size, layers, force=force, warn=reporter.event)
     except OSError as err:
         raise WriteFailed(f"{path} can't be made: {err.strerror}") from err
     return OverlayDisk(part.entry.name, path, part.entry.size, layers[0].resolve(), part.point.id)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Interrupted, TargetExists, TransferError, UsageError, WriteFailed, moving
+from backupctl.events import RestoredUnverified, RestoredWithDamage, StepStarted
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.names import DiskName, PointId, VmName
@@ -151,7 +152,7 @@ def _restore(
     begun = time.monotonic()
     entry = work.entry
     stop.check()
-    reporter.step(f"restore {entry.name}")
+    reporter.event(StepStarted(f"restore {entry.name}"))
 
     def progress(done_bytes: int) -> None:
         reporter.progress(entry.name, done_bytes, entry.size)
@@ -165,9 +166,9 @@ def _restore(
         raise err.add(state=_left(work.target), next_command="backupctl restore") from err
     progress(entry.size)
     if reading.damaged:
-        reporter.warn(f"{entry.name}: restored with damage: {said(reading.damaged)}")
+        reporter.event(RestoredWithDamage(entry.name, said(reading.damaged)))
     if reading.unproven:
-        reporter.warn(f"{entry.name}: restored without proof: {reading.unproven}")
+        reporter.event(RestoredUnverified(entry.name, reading.unproven))
     return RestoredDisk(
         entry.name,
         work.target,
@@ -189,7 +190,7 @@ def _read_out(reading: DiskReader, work: _Work, force: bool, reporter: Reporter)
                 with output.device(Path(work.target), work.entry.size) as target:
                     reading.into_image(target, work.format, onto_device=True)
             else:
-                with output.file(Path(work.target), force=force, warn=reporter.warn) as target:
+                with output.file(Path(work.target), force=force, warn=reporter.event) as target:
                     reading.into_image(target, work.format, onto_device=False)
     except OSError as err:
         raise WriteFailed(f"{_called(work.target)} can't be written: {err.strerror}") from err

@@ -28,6 +28,7 @@ from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
+from backupctl.events import DamageDetected, NotChecked, NothingToVerify, StepStarted
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.verify.impact import Affected, Impact, Range
 from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope
@@ -117,7 +118,7 @@ def verify(
             work.cannot_check(work.folder.path, "", err)
     if not any(work.points or work.damage for work in works):
         _refuse_empty(repository, vm)
-        reporter.warn(f"nothing to verify: there are no recovery points in {repository.path}")
+        reporter.event(NothingToVerify(repository.path))
     return VerifyReport(
         vms=tuple(work.folder.name for work in works),
         points=sum(work.points for work in works),
@@ -157,7 +158,7 @@ class _Work:
 
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs."""
-        self._reporter.step(f"verify {self.folder.name}")
+        self._reporter.event(StepStarted(f"verify {self.folder.name}"))
         chosen = None if wanted is None else _as_it_is(self._point(wanted))
         survey, retired = self._survey()
         self._known = {point.id: _as_it_is(point) for point in (*survey.points, *retired.points)}
@@ -340,7 +341,7 @@ class _Work:
         one = Unchecked(self.folder.name, path, disk, err.message)
         if one not in self.unchecked:
             self.unchecked.append(one)
-            self._reporter.warn(f"not checked: {err.message}")
+            self._reporter.event(NotChecked(self.folder.name, path, disk, err.message))
 
     def _found(
         self,
@@ -352,7 +353,7 @@ class _Work:
         ranges: tuple[Range, ...] = (),
     ) -> None:
         self.damage.append(Damage(self.folder.name, kind, path, disk, message, ranges, touches))
-        self._reporter.warn(message)
+        self._reporter.event(DamageDetected(self.folder.name, kind, path, disk, message))
 
 
 def _as_it_is(point: Point) -> Point:
