@@ -150,10 +150,10 @@ def test_a_point_that_a_prune_removes_meanwhile_is_none_and_not_damaged(builder:
     plain_point(builder, P2)
     real = safe_open.read
 
-    def too_late(path: Path) -> bytes:
+    def too_late(path: Path, most_bytes: int) -> bytes:
         if path.parent.name == P1:
             PendingPoint(builder.folder.path, builder.folder.name, P1).uncommit()
-        return real(path)
+        return real(path, most_bytes)
 
     monkeypatch.setattr(safe_open, "read", too_late)
     survey = builder.folder.survey()

@@ -293,7 +293,7 @@ def test_memory_is_bounded_by_the_requests_in_flight(serve, tmp_path, monkeypatc
     path = target_image(tmp_path, 32 * MIB)
     export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
     most = 0
-    real_turn = copies.turn
+    real_poll = copies.poll_once
 
     with closing(source_of(export)) as source, open_target(target.address, target.name) as connections:
         copy = Copy(source, connections, TokenBucket(None), lambda: None, lambda _done: None)
@@ -301,9 +301,9 @@ def test_memory_is_bounded_by_the_requests_in_flight(serve, tmp_path, monkeypatc
         def turn(*arguments):
             nonlocal most
             most = max(most, sum(piece.extent.length for piece in copy._flying))
-            real_turn(*arguments)
+            real_poll(*arguments)
 
-        monkeypatch.setattr(copies, "turn", turn)
+        monkeypatch.setattr(copies, "poll_once", turn)
         copy.run([Extent(0, 32 * MIB, zero=False)])
     assert MIB < most <= copies.DEPTH * MIB
 
