@@ -10,7 +10,7 @@ import click
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, config, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
-from backupctl.events import RepositoryCreated
+from backupctl.events.backup import RepositoryCreated
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.outcome import RunReport

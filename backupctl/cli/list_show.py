@@ -8,7 +8,7 @@ import click
 
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import BackupctlError, DamageFound
-from backupctl.events import HistoryMismatch
+from backupctl.events.repository import HistoryMismatch
 from backupctl.names import VmName, vm_name
 from backupctl.outcome import documents
 from backupctl.repository import audit

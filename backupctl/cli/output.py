@@ -17,12 +17,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from backupctl.errors import BackupctlError, Failed
-from backupctl.events import Event, Severity
 from backupctl.names import DiskName
 from backupctl.outcome import documents
+
+if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most errors need none
+    from backupctl.events import Event, Severity
 
 _LINE_SECONDS = 10.0
 
@@ -190,10 +192,10 @@ def print_error(err: BackupctlError, *, as_json: bool) -> None:
         sys.stderr.write("\n".join(lines) + "\n")
 
 
-_LABELS: dict[Severity, str] = {"step": "", "note": "note: ", "warning": "warning: "}
+_LABELS: "dict[Severity, str]" = {"step": "", "note": "note: ", "warning": "warning: "}
 
 
-def print_message(text: str, severity: Severity) -> None:
+def print_message(text: str, severity: "Severity") -> None:
     """Write a line to stderr. Never raises."""
     with suppress(OSError):  # whoever reads stderr may leave; the run, and its roll-back, must go on
         sys.stderr.write(f"backupctl: {_LABELS[severity]}{clean(text)}\n")
@@ -206,7 +208,7 @@ class LineReporter:
     def __init__(self) -> None:
         self._told = 0.0
 
-    def event(self, event: Event) -> None:
+    def event(self, event: "Event") -> None:
         """Write a line."""
         print_message(event.text, event.severity)
 
@@ -222,7 +224,7 @@ class LineReporter:
 class WarningReporter:
     """A Reporter for timers whose output is mailed: warnings only."""
 
-    def event(self, event: Event) -> None:
+    def event(self, event: "Event") -> None:
         """Write a warning; ignore anything else."""
         if event.severity == "warning":
             print_message(event.text, event.severity)

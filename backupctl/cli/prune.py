@@ -11,7 +11,7 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
-from backupctl.events import ConfiguredRulesNotUsed, VmFailed, VmSkipped
+from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import vm_name
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core

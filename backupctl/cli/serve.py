@@ -7,7 +7,8 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, config, output, reporters, units
-from backupctl.events import OverlayKept, ServedToLocalUsers, StepStarted
+from backupctl.events import StepStarted
+from backupctl.events.restore import OverlayKept, ServedToLocalUsers
 from backupctl.names import vm_name
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export

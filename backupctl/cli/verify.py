@@ -10,7 +10,7 @@ import click
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
-from backupctl.events import SampleChosen
+from backupctl.events.repository import SampleChosen
 from backupctl.names import vm_name
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.impact import Range

@@ -23,7 +23,7 @@ from typing import IO, Any
 from backupctl.drills.demo import first_difference
 from backupctl.drills.fork_server import CLI, CallSpec, ForkServer
 from backupctl.errors import Failed
-from backupctl.events import DiskScanned, DiskTakenFull, Recovered
+from backupctl.events.backup import DiskScanned, DiskTakenFull, RecoveredFromEarlierRun
 from backupctl.system import qemu_tools
 
 VM = "drilled"
@@ -219,7 +219,7 @@ class Site(ABC):
         if kind == "incremental" and self.last is None:
             self.last = said
         if kind == "incremental" and not self.aftermath:
-            undone = [one["action"] for one in said.events("notes", Recovered.code)]
+            undone = [one["action"] for one in said.events("notes", RecoveredFromEarlierRun.code)]
             self.aftermath = f"next run: {'; '.join(undone)}" if undone else "next run: nothing to undo"
         point = str(said.document["point"])
         self.moments[point] = self._kept(point, self.moment())

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backupctl import events
 from backupctl.errors import (
     AgentError,
     BackupctlError,
@@ -28,6 +27,7 @@ from backupctl.errors import (
     RepositoryUnreadable,
     UnknownFormat,
 )
+from backupctl.events.backup import RecoveredFromEarlierRun
 from backupctl.names import DiskName, Namespace, NodeName, PointId, VmName
 from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
@@ -71,7 +71,7 @@ def recover(
     except RepositoryUnreadable as err:  # so nobody can tell what a dead run left
         raise needs_recovery(err, vm.name) from err
     for line in told:
-        reporter.event(events.Recovered(line))
+        reporter.event(RecoveredFromEarlierRun(line))
     return Recovered((*thawed, *told))
 
 
@@ -223,7 +223,7 @@ def _thaw_first(vm: VmConfig, folder: VmFolder, reporter: Reporter) -> list[str]
     with suppress(AgentError):
         told = _thaw(vm, folder)
     for line in told:
-        reporter.event(events.Recovered(line))
+        reporter.event(RecoveredFromEarlierRun(line))
     return told
 
 

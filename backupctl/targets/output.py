@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backupctl.errors import Locked, TargetExists, UsageError, WriteFailed
-from backupctl.events import AttributesNotKept, Event
+from backupctl.events import Event
+from backupctl.events.restore import AttributesNotKept
 from backupctl.images import foreign_header
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature

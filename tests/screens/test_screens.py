@@ -21,8 +21,8 @@ from backupctl.errors import (
     NeedsRecovery,
     WriteFailed,
 )
-from backupctl.events import CrashConsistent, DiskSkipped, StepStarted
-from backupctl.events import Recovered as RecoveredEvent
+from backupctl.events import StepStarted
+from backupctl.events.backup import CrashConsistent, DiskSkipped, RecoveredFromEarlierRun
 from backupctl.names import BitmapName, DiskName, NodeName, VmName
 from backupctl.operations import bitmaps, status
 from backupctl.operations import recover as recovery
@@ -219,7 +219,7 @@ def test_recover(show, monkeypatch, tmp_path):
     Repository.create(tmp_path / "repository")
 
     def recover(_vm, _repository, reporter, *_more):
-        reporter.event(RecoveredEvent("thawed the guest's file systems"))
+        reporter.event(RecoveredFromEarlierRun("thawed the guest's file systems"))
         return Recovered(("thawed the guest's file systems",))
 
     monkeypatch.setattr(recovery, "recover", recover)

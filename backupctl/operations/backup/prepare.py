@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from backupctl import events
 from backupctl.cancel import Cancellation
 from backupctl.errors import (
     AgentTimeout,
@@ -22,6 +21,17 @@ from backupctl.errors import (
     Refused,
     ViewUnavailable,
 )
+from backupctl.events.backup import (
+    BitmapNotPersistent,
+    DiskEncrypted,
+    DiskMissing,
+    DiskScanned,
+    DiskSkipped,
+    DiskTakenFull,
+    NoPointToBuildOn,
+    ScratchMayNotSuffice,
+)
+from backupctl.events.repository import DamageUnknown, PointDamaged
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup.plan import Plan
@@ -82,10 +92,10 @@ def prepare(
     refuse_folders(repository.path, options.scratch, monitor)
     inventory, chosen = _chosen(vm, options, monitor)
     for name, why in inventory.skipped:
-        reporter.event(events.DiskSkipped(name, why))
+        reporter.event(DiskSkipped(name, why))
     survey = folder.survey()
     for path, err in survey.damaged:
-        reporter.event(events.PointDamaged(path.name, None, err.message))
+        reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
         options.kind,
         chosen,
@@ -122,10 +132,10 @@ def _damaged(
     try:
         broken = chain.damaged(folder)
     except BackupctlError as err:
-        reporter.event(events.DamageUnknown(err.message))
+        reporter.event(DamageUnknown(err.message))
         broken = ()
     for one in broken:
-        reporter.event(events.PointDamaged(one.point, one.disk, one.why))
+        reporter.event(PointDamaged(one.point, one.disk, one.why))
     return tuple(sorted(found | {(one.point, one.disk) for one in broken}))
 
 
@@ -165,24 +175,24 @@ def rooms(
     made = scratch_space.plan_scratch(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
     if short := [disk.name for disk, one in zip(chosen, made, strict=True) if one.size < one.ideal_bytes]:
         has, wants = sum(one.size for one in made), sum(one.ideal_bytes for one in made)
-        reporter.event(events.ScratchMayNotSuffice(tuple(short), options.scratch, has, wants))
+        reporter.event(ScratchMayNotSuffice(tuple(short), options.scratch, has, wants))
     return made
 
 
 def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
     for gone in plan.missing:
-        reporter.event(events.DiskMissing(gone.name, gone.point))
+        reporter.event(DiskMissing(gone.name, gone.point))
     if options.kind == "incremental" and plan.kind == "full":
-        reporter.event(events.NoPointToBuildOn())
+        reporter.event(NoPointToBuildOn())
     for one in plan.disks:
         if one.reason and one.base and one.scanned:
-            reporter.event(events.DiskScanned(one.disk.name, one.base, one.reason, one.damaged))
+            reporter.event(DiskScanned(one.disk.name, one.base, one.reason, one.damaged))
         elif one.reason:
-            reporter.event(events.DiskTakenFull(one.disk.name, one.reason, one.damaged))
+            reporter.event(DiskTakenFull(one.disk.name, one.reason, one.damaged))
         if not one.disk.persistent:
-            reporter.event(events.BitmapNotPersistent(one.disk.name, one.disk.driver, not plan.parent))
+            reporter.event(BitmapNotPersistent(one.disk.name, one.disk.driver, not plan.parent))
         if one.disk.encrypted:
-            reporter.event(events.DiskEncrypted(one.disk.name, not plan.parent))
+            reporter.event(DiskEncrypted(one.disk.name, not plan.parent))
 
 
 def what_next(err: BaseException, kind: Kind, vm: VmName) -> str:

@@ -25,7 +25,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from backupctl import events
 from backupctl.cancel import Cancellation
 from backupctl.errors import (
     AgentError,
@@ -41,6 +40,9 @@ from backupctl.errors import (
     Refused,
     ViewUnavailable,
 )
+from backupctl.events import StepStarted
+from backupctl.events.backup import CrashConsistent, RecoveredFromEarlierRun
+from backupctl.events.repository import HistoryMismatch
 from backupctl.names import BitmapName, PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import outcome, prepare
@@ -83,15 +85,15 @@ def _run(
     vm: VmConfig, repository: Repository, options: RunOptions, reporter: Reporter, stop: Cancellation
 ) -> RunReport:
     folder = repository.vm(vm.name)
-    reporter.event(events.StepStarted("prepare"))
+    reporter.event(StepStarted("prepare"))
     with folder.lock() as lock, Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
         recorded = recover.newest_recorded(monitor, repository.owner)
         gone = recover.gone(monitor, repository.owner, folder)
         for told in recover.settle(vm, folder, repository.owner, monitor, options.scratch):
-            reporter.event(events.Recovered(told))
+            reporter.event(RecoveredFromEarlierRun(told))
         audit.reconcile(folder)
         for problem in audit.problems(folder):
-            reporter.event(events.HistoryMismatch(vm.name, problem.point, problem.message))
+            reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
         plan, filling = prepare.prepare(vm, repository, folder, options, monitor, reporter, gone)
         rooms = prepare.rooms(plan, options, monitor, reporter, others=filling[-1].who())
         stop.check()
@@ -225,7 +227,7 @@ class _Run:
             return FreezeEntry(self.options.freeze, "frozen", round(thawed.milliseconds))
         if self.options.freeze == "require":
             raise FreezeOverrun(thawed.doubt)
-        self.reporter.event(events.CrashConsistent(thawed.doubt))
+        self.reporter.event(CrashConsistent(thawed.doubt))
         return FreezeEntry(self.options.freeze, "none", None)
 
     def _freezes(self) -> bool:
@@ -242,7 +244,7 @@ class _Run:
     def _go_on_without_freeze(self, err: AgentError) -> None:
         if self.options.freeze == "require":
             raise err
-        self.reporter.event(events.CrashConsistent(str(err)))
+        self.reporter.event(CrashConsistent(str(err)))
 
     def _export(self, view: View) -> list[Source]:
         """Step 6. Every client is connected, and known to the guard, before a byte is read."""
@@ -307,7 +309,7 @@ class _Run:
         A monitor that broke is connected anew: what it was last told may or may not have happened, and
         `recovery.settle` asks.
         """
-        self.reporter.event(events.StepStarted("roll back" if failure else "settle"))
+        self.reporter.event(StepStarted("roll back" if failure else "settle"))
         try:
             with ExitStack() as fresh:
                 monitor = self.monitor if self.monitor.alive else fresh.enter_context(self._reconnected())
@@ -379,7 +381,7 @@ class _Run:
     def _begin(self, step: str) -> None:
         self._look()
         self.step = step
-        self.reporter.event(events.StepStarted(step))
+        self.reporter.event(StepStarted(step))
 
     def _private_folder(self) -> Path | None:
         if self.monitor.passes_descriptors:

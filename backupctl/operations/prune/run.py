@@ -23,7 +23,8 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed, moving
-from backupctl.events import LeftForNextPrune, PointDropped, StepStarted
+from backupctl.events import StepStarted
+from backupctl.events.prune import LeftForNextPrune, PointDropped
 from backupctl.images import nbd_server
 from backupctl.images.open_image import OpenImage
 from backupctl.names import DiskName, PointId

@@ -22,7 +22,8 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, hashing
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
-from backupctl.events import StepStarted, TargetLarger, TargetResized
+from backupctl.events import StepStarted
+from backupctl.events.restore import TargetLarger, TargetResized
 from backupctl.images import nbd_server
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import TargetExists, UsageError, WriteFailed
-from backupctl.events import PointMustStay
+from backupctl.events.restore import PointMustStay
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.names import DiskName, PointId, VmName

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from backupctl.errors import NoSuchPoint, UsageError
-from backupctl.events import DiskFromEarlierPoint, DisksNotRestored
+from backupctl.events.restore import DiskFromEarlierPoint, DisksNotRestored
 from backupctl.names import DiskName, PointId
 from backupctl.progress import Reporter
 from backupctl.repository import chain, read_locks

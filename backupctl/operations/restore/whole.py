@@ -14,7 +14,8 @@ from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Interrupted, TargetExists, TransferError, UsageError, WriteFailed, moving
-from backupctl.events import RestoredUnverified, RestoredWithDamage, StepStarted
+from backupctl.events import StepStarted
+from backupctl.events.restore import RestoredUnverified, RestoredWithDamage
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.names import DiskName, PointId, VmName

@@ -28,7 +28,8 @@ from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
-from backupctl.events import DamageDetected, NotChecked, NothingToVerify, StepStarted
+from backupctl.events import StepStarted
+from backupctl.events.repository import DamageDetected, NotChecked, NothingToVerify
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.verify.impact import Affected, Impact, Range
 from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope

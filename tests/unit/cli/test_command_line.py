@@ -13,7 +13,9 @@ from backupctl import errors
 from backupctl.cli import common, output, reporters, units
 from backupctl.cli.main import cli
 from backupctl.errors import BackupctlError, UsageError
-from backupctl.events import DiskSkipped, StepStarted, VmFailed
+from backupctl.events import StepStarted
+from backupctl.events.backup import DiskSkipped
+from backupctl.events.prune import VmFailed
 from backupctl.names import DiskName, vm_name
 from backupctl.repository.repository import Repository
 

@@ -9,7 +9,7 @@ import pytest
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Locked, NoSuchPoint, UsageError
-from backupctl.events import DiskFromEarlierPoint, DisksNotRestored
+from backupctl.events.restore import DiskFromEarlierPoint, DisksNotRestored
 from backupctl.operations.restore import in_place, overlay, selection, whole
 from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Silent

@@ -15,7 +15,7 @@ import pytest
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Interrupted, Locked, TargetExists, UsageError, WriteFailed
-from backupctl.events import AttributesNotKept
+from backupctl.events.restore import AttributesNotKept
 from backupctl.images import nbd_server
 from backupctl.operations.restore import overlay
 from backupctl.operations.restore.whole import restore

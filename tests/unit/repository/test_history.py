@@ -10,7 +10,7 @@ import pytest
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import DamageFound, NoSuchPoint
-from backupctl.events import NothingToVerify
+from backupctl.events.repository import NothingToVerify
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify.layer import VerifyScope
