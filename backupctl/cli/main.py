@@ -14,12 +14,13 @@ from typing import NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, crash_log, output
-from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, UsageError
+from backupctl.cli import common, crash_log, logs, output
+from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, NeedsRecovery, UsageError
 
 PRIVATE = 0o077
 """The umask of all that we make, whatever we were started with: disks are in it."""
 _MANY_FILES = 1 << 16
+_WORTH_A_LOG = (Failed.exit_code, NeedsRecovery.exit_code)
 _COMMANDS = {
     "full": "backup.full",
     "incremental": "backup.incremental",
@@ -83,7 +84,7 @@ class _Commands(click.Group):
         if not module:
             return None
         found: click.Command = getattr(importlib.import_module(f"backupctl.cli.{module}"), function)
-        return found
+        return logs.add_options(found, hidden=True)
 
 
 @click.group(cls=_Commands, epilog=common.exit_help())
@@ -96,12 +97,17 @@ def cli(config: str | None) -> None:
     """
 
 
+logs.add_options(cli)
+
+
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
     os.umask(PRIVATE)
     prepare_streams()
     _allow_many_files()
-    sys.exit(output.finish(_call(as_json="--json" in sys.argv)))
+    with logs.begin():
+        code = _call(as_json="--json" in sys.argv)
+    sys.exit(output.finish(code))
 
 
 def _call(*, as_json: bool) -> int:
@@ -125,7 +131,7 @@ def _call(*, as_json: bool) -> int:
     except BrokenPipeError:
         return 0 if output.is_done() else 1  # who read our output has gone
     except Exception:  # noqa: BLE001 - the one place: a bug must not greet anybody with a traceback
-        return _failed(_bug(), as_json=as_json)
+        return _failed(_bug(), as_json=as_json, bug=True)
     return 0
 
 
@@ -139,12 +145,22 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, _MANY_FILES)), most))
 
 
-def _failed(err: BackupctlError, *, as_json: bool, say: bool = True) -> int:
+def _failed(err: BackupctlError, *, as_json: bool, say: bool = True, bug: bool = False) -> int:
     if isinstance(err, UsageError | InvalidName):
         err.add(state="nothing was touched")
     if say:
-        output.print_error(err, as_json=as_json)
+        output.print_error(err, as_json=as_json, log=_log_of(err, bug=bug))
     return err.exit_code
+
+
+def _log_of(err: BackupctlError, *, bug: bool) -> str:
+    """Return the file that has the details of a failure; "" for errors that are wholly told by their text."""
+    found = logs.current()
+    if err.exit_code not in _WORTH_A_LOG or isinstance(err, Interrupted):
+        return ""
+    if found.file and not bug:  # it has all but a traceback
+        return str(found.file)
+    return crash_log.write(found.transcript) if found.transcript or bug else ""
 
 
 def prepare_streams() -> None:
@@ -168,12 +184,10 @@ def prepare_streams() -> None:
 
 def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
-    log = crash_log.write()
-    details = f"the details are in {log}" if log else "no log could be written"
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
         state="whatever was begun was rolled back where that was possible",
-        hint=f"{details}: please report it",
+        hint="please report it, with the log",
     )
 
 

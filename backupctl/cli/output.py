@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from backupctl.errors import BackupctlError, Failed
 from backupctl.names import DiskName
@@ -169,37 +169,57 @@ def columns(*, least: int, margin: int) -> int:
     return max(shutil.get_terminal_size().columns - margin, least)
 
 
-def print_error(err: BackupctlError, *, as_json: bool) -> None:
-    """Say what failed, at which step, what is the case now, and what to run next.
+def print_error(err: BackupctlError, *, as_json: bool, log: str = "") -> None:
+    """Say what failed, at which step, what is the case now, and what to run next. log: where details are.
 
     Programs get it as the one document, unless a command had its own: then exit code and stderr tell.
     """
     if as_json and not _output.document:
-        print_json({"error": documents.error(err)})
+        print_json({"error": {**documents.error(err), "log": log or None}})
     lines = [wrapped("backupctl: ", clean(err.message), "  ", sys.stderr)]
     for name, text in (
         ("step", err.step),
         ("state", err.state),
         ("hint", err.hint),
         ("next", err.next_command),
+        ("log", log),
     ):
         if text:
             head = f"  {name + ':':<7}"
-            # A command stays in one line: it is to be copied.
-            whole = name == "next"
+            # A command or a path stays in one line: it is to be copied.
+            whole = name in ("next", "log")
             lines.append(head + clean(text) if whole else wrapped(head, clean(text), " " * 9, sys.stderr))
-    with suppress(OSError):
-        sys.stderr.write("\n".join(lines) + "\n")
+    _print_to_stderr([line for text in lines for line in text.split("\n")], "error")
 
 
-_LABELS: "dict[Severity, str]" = {"step": "", "note": "note: ", "warning": "warning: "}
+Level: TypeAlias = "Severity | Literal['debug', 'error']"
+_LABELS: "dict[Level, str]" = {"debug": "debug: ", "step": "", "note": "note: ", "warning": "warning: "}
+_PRIORITIES: "dict[Level, int]" = {"debug": 7, "step": 6, "note": 6, "warning": 4, "error": 3}
 
 
-def print_message(text: str, severity: "Severity") -> None:
+def print_message(text: str, level: "Level") -> None:
     """Write a line to stderr. Never raises."""
+    _print_to_stderr([f"backupctl: {_LABELS[level]}{clean(text)}"], level)
+
+
+def _print_to_stderr(lines: Sequence[str], level: "Level") -> None:
+    head = f"<{_PRIORITIES[level]}>" if _is_journal(sys.stderr) else ""
     with suppress(OSError):  # whoever reads stderr may leave; the run, and its roll-back, must go on
-        sys.stderr.write(f"backupctl: {_LABELS[severity]}{clean(text)}\n")
+        sys.stderr.write("".join(f"{head}{line}\n" for line in lines))
         sys.stderr.flush()
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether a stream goes to systemd's journal, which takes a line's priority from `<N>` at its start.
+
+    systemd tells the device and inode of that stream (systemd.exec(5), JOURNAL_STREAM; sd-daemon(3)).
+    """
+    told = os.environ.get("JOURNAL_STREAM")
+    if told:
+        with suppress(OSError, ValueError):
+            found = os.fstat(stream.fileno())
+            return told == f"{found.st_dev}:{found.st_ino}"
+    return False
 
 
 class LineReporter:

@@ -158,7 +158,9 @@ class Site(ABC):
 
     def arguments(self, *arguments: str) -> list[str]:
         """Return the arguments of a call, for JSON, with what every call needs."""
+        # Their failures are wanted: what they leave behind must not take the place of a real one's log.
         found = [*arguments, "--repository", str(self.repository), "--json"]
+        found += ["--log-file", str(self.folder / "log")]
         if arguments[0] in ("full", "incremental", "recover", "status"):
             found += ["--qmp", self.qmp, "--scratch", str(self.scratch)]
             found += ["--agent", self.agent] if self.agent else []

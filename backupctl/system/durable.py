@@ -7,12 +7,15 @@ error for good: the kernel may have dropped the data and call a second fsync a s
 
 import ctypes
 import errno
+import logging
 import os
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+
+_log = logging.getLogger("backupctl.system.durable")
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 _NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -23,6 +26,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def sync_file(file: Path | int) -> None:
     """Bring the content of a file to the disk, by its name or its descriptor. Raises OSError."""
     if isinstance(file, int):
+        _log.debug("fsync descriptor %d", file)
         os.fsync(file)
     else:
         _sync(file, os.O_RDONLY)
@@ -62,6 +66,7 @@ def sync_folder_if_it_can(path: Path) -> None:
 
 def make_folder(path: Path, mode: int = 0o700) -> None:
     """Make a folder that is not there yet, and make its name durable. Raises OSError."""
+    _log.debug("mkdir %s", path)
     path.mkdir(mode=mode)
     sync_folder(path.parent)
 
@@ -70,12 +75,14 @@ def make_folders(path: Path) -> None:
     """Make a folder and those above it that are missing, durably, for us alone. Raises OSError."""
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
+            _log.debug("mkdir %s", folder)
             folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(folder.parent)
 
 
 def write_new(path: Path, content: bytes, more: Iterable[memoryview] = ()) -> None:
     """Write a new file, and its content (not yet its name) to the disk. Raises OSError."""
+    _log.debug("write %s, %d bytes", path, len(content))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -91,6 +98,7 @@ def replace(path: Path, content: bytes) -> None:
     with suppress(FileNotFoundError):
         temporary.unlink()
     write_new(temporary, content)
+    _log.debug("rename %s to %s", temporary, path)
     temporary.rename(path)
     sync_folder(path.parent)
 
@@ -101,6 +109,7 @@ def append(path: Path, kept: bytes, content: bytes) -> None:
     Behind it there may be part of the new content then, or anything else. A file that has a second name gets
     new content as by `replace`: that name is a copy to whoever made it. Raises OSError.
     """
+    _log.debug("append to %s, %d bytes", path, len(content))
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
         if os.fstat(descriptor).st_nlink == 1:
@@ -125,6 +134,7 @@ def place(temporary: Path, target: Path) -> None:
 
     A rename would replace what came into being meanwhile. Raises FileExistsError, OSError.
     """
+    _log.debug("name %s %s", temporary, target)
     try:
         os.link(temporary, target)
     except OSError as err:
@@ -154,6 +164,7 @@ def rename(source: Path, target: Path) -> None:
     When the parent can't be synced the name is put back, so that what isn't durable doesn't look
     committed. Raises OSError.
     """
+    _log.debug("rename %s to %s", source, target)
     source.rename(target)
     try:
         sync_folder(target.parent)
@@ -164,6 +175,7 @@ def rename(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file's name, durably; none is no error. Raises OSError."""
+    _log.debug("remove %s", path)
     path.unlink(missing_ok=True)
     sync_folder(path.parent)
 
@@ -182,6 +194,7 @@ def _append(file: FileIO, end: int, content: bytes) -> None:
 
 
 def _sync(path: Path, flags: int, *, forget: bool = False) -> None:
+    _log.debug("fsync %s", path)
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,7 @@ the command is retired; nothing of its data may be used then: libnbd leaves zero
 """
 
 import errno
+import logging
 import os
 import resource
 import select
@@ -20,6 +21,8 @@ from typing import Any
 import nbd
 
 from backupctl.errors import TransferError
+
+_log = logging.getLogger("backupctl.transfer")
 
 BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
@@ -61,6 +64,8 @@ class Connection:
 
         contexts: the meta contexts that the server must show. Raises `failure`.
         """
+        where = address if isinstance(address, Path) else "a connected socket"
+        _log.debug("NBD %s: connect to %s, contexts %s", self._export, where, list(contexts))
         try:
             for context in contexts:
                 self.handle.add_meta_context(context)
@@ -75,6 +80,7 @@ class Connection:
             for context in contexts:
                 if not self.handle.can_meta_context(context):
                     raise self.failure(f"the NBD server does not show {context}")
+            _log.debug("NBD %s: ready, %d bytes, %s", self._export, self.size(), self.handle.get_protocol())
         except (nbd.Error, OSError) as err:
             raise self.explained(err) from err
 
@@ -160,6 +166,7 @@ class Connection:
         it would complain.
         """
         if self.handle is not None:
+            _log.debug("NBD %s: close", self._export)
             with suppress(nbd.Error, TransferError):
                 if self.handle.aio_is_ready():
                     self.handle.aio_disconnect()
@@ -168,6 +175,7 @@ class Connection:
 
     def explained(self, err: nbd.Error | OSError) -> TransferError:
         """Return `failure` with what libnbd says."""
+        _log.debug("NBD %s: %s", self._export, err)
         if isinstance(err, OSError):
             return self.failure(f"the NBD connection failed: {err.strerror}")
         number = int(err.errnum or 0)
