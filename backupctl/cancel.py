@@ -34,7 +34,7 @@ class Cancellation:
             raise Interrupted(f"stopped by {self._why}")
 
     def also(self, check: Callable[[], None]) -> "Cancellation":
-        """Return a Stop that ends when this one does, or when `check` raises."""
+        """Return a Cancellation that is requested when this one is, and whose `check` calls `check` too."""
         return _CancellationAlso(self, check)
 
     @contextmanager
@@ -56,7 +56,7 @@ class Cancellation:
 
 
 class _CancellationAlso(Cancellation):
-    """A Stop that looks at something more; asked to end is the first one."""
+    """One that checks something more; a request goes to the first one."""
 
     def __init__(self, first: Cancellation, check: Callable[[], None]) -> None:
         super().__init__()

@@ -7,127 +7,174 @@
      ├─ UsageError                      2   the command line or the configuration is wrong
      ├─ Locked                          75  another run works on this VM
      ├─ DamageFound                     4   stored data is not what was written
-     ├─ NeedsRecovery                   3   failed, and something of ours is still in the VM
-     └─ Failed                          1   failed, nothing lost, nothing left behind
+     ├─ NeedsRecovery                   3   failed, and objects of ours are still in the VM
+     └─ Failed                          1   failed; nothing is lost and nothing is left in the VM
          ├─ Interrupted                     SIGINT or SIGTERM
-         ├─ Refused                         preflight: going on could harm the guest or the chain
-         │   └─ ViewUnavailable             snapshot-access can't be had here; fleecing can
+         ├─ Refused                         a preflight check found a danger to the guest or the chain
+         │   └─ ViewUnavailable             this VM does not support the view; another view works
          ├─ MonitorError
          │   ├─ MonitorUnreachable          no greeting: nothing was sent
          │   ├─ CommandFailed               QEMU answered with an error: nothing took effect
-         │   └─ OutcomeUnknown              no answer: QEMU must be asked what is the case
+         │   └─ OutcomeUnknown              no answer: only QEMU knows whether it took effect
          ├─ AgentError
          │   ├─ AgentUnavailable            no agent answers
          │   ├─ AgentRefused                the agent answered with an error
-         │   └─ AgentTimeout                the agent took a command and is silent
-         ├─ FreezeOverrun                   the guest was thawed before the moment was taken
-         ├─ GuardLost                       the process that stands by to thaw has died
+         │   └─ AgentTimeout                the agent took a command and did not answer
+         ├─ FreezeOverrun                   the guest was thawed before the point in time
+         ├─ GuardLost                       the process that thaws the guest if the run dies has died
          ├─ TransferError
-         │   ├─ ReadFailed                  the point-in-time view can't be read
-         │   └─ WriteFailed                 the repository's image can't be written
+         │   ├─ ReadFailed                  cannot read the point-in-time view
+         │   └─ WriteFailed                 cannot write the image
          └─ RepositoryError
              ├─ NotARepository
-             ├─ RepositoryUnreadable        what is stored can't be looked at, so nothing is known of it
-             ├─ UnknownFormat               made by a newer backupctl
-             ├─ InvalidName                 a name that could leave the repository's folder
+             ├─ RepositoryUnreadable        the operating system refused to read what is stored
+             ├─ UnknownFormat               written by a newer backupctl
+             ├─ InvalidName                 a name that could lead out of the repository
              ├─ NoSuchPoint
-             └─ TargetExists                restore never overwrites unless told to
+             └─ TargetExists                a restore overwrites only with --force
 
-Each carries what the person at three in the morning needs: what failed (the message), at which step,
-what state things are in now, and the one command to run next. The layer that raises fills in what it
-knows; the layers above add the rest with `BackupctlError.add`. The command line adds to that command the
-options that it was given itself (`cli/next_command.py`), so it runs as it stands.
+Each error has what an administrator needs: what failed (the message), at which step, what state things
+are in now, and the one command to run next. The layer that raises fills in what it knows; the layers
+above add the rest with `BackupctlError.add`. The command line adds the options that it was given to that
+command (`cli/next_command.py`), so it runs as it stands.
+
+Scripts rely on the exit code and on `code`, which stays as it is when a class is renamed.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar, Self
+
+UNTOUCHED = "nothing was touched"
+"""The state after an error that was found before anything was changed."""
 
 
 class BackupctlError(Exception):
     """Base of the tree.
 
     message: what failed, one sentence, naming VM and disk where they are known.
+    subject: what the sentence is about if it does not say so itself ("cannot write PATH"), or "". Where
+        there is one, the message reads "SUBJECT: SENTENCE".
     step: the protocol step under way, or "".
-    state: what is the case now, one sentence, or "".
-    hint: what to do that is no command, or why, or "".
+    state: the state that things are in now, one sentence, or "".
+    hint: advice that is not a command, or "".
     next_command: the one command to run next, as it is typed, or "".
+
+    code: what programs and scripts know the error by (JSON `error.kind`).
     """
 
+    code: ClassVar[str] = "BackupctlError"
     exit_code: ClassVar[int] = 1
 
     def __init__(
-        self, message: str, *, step: str = "", state: str = "", hint: str = "", next_command: str = ""
+        self,
+        message: str,
+        *,
+        subject: str = "",
+        step: str = "",
+        state: str = "",
+        hint: str = "",
+        next_command: str = "",
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self._sentence = message
+        self.subject = subject
         self.step = step
         self.state = state
         self.hint = hint
         self.next_command = next_command
 
-    def __str__(self) -> str:
-        return self.message  # to which a layer above may have added
+    @property
+    def message(self) -> str:
+        """What failed, with its subject."""
+        return f"{self.subject}: {self._sentence}" if self.subject else self._sentence
 
-    def add(self, *, step: str = "", state: str = "", hint: str = "", next_command: str = "") -> Self:
-        """Fill in what is still empty; what a lower layer said stands."""
+    def __str__(self) -> str:
+        return self.message
+
+    def add(
+        self, *, subject: str = "", step: str = "", state: str = "", hint: str = "", next_command: str = ""
+    ) -> Self:
+        """Fill in what is still empty; what a lower layer filled in stays."""
+        self.subject = self.subject or subject
         self.step = self.step or step
         self.state = self.state or state
         self.hint = self.hint or hint
         self.next_command = self.next_command or next_command
         return self
 
+    def reworded(self, message: str) -> Self:
+        """Return an error of the same class that says `message`; state, hint and the rest are the same."""
+        made = type(self).__new__(type(self), message)  # not __init__, whose arguments differ by class
+        made.__dict__.update(self.__dict__, _sentence=message, subject="")
+        return made
+
 
 class UsageError(BackupctlError):
     """The command line or the configuration is wrong; nothing was touched."""
 
+    code = "UsageError"
     exit_code = 2
 
 
 class Locked(BackupctlError):
     """Another run holds the VM's lock."""
 
+    code = "Locked"
     exit_code = 75
 
 
 class DamageFound(BackupctlError):
-    """What is stored is not what was written: bytes said so, or a file that a manifest names is not there.
+    """What is stored is not what was written: its bytes differ, or a file that a manifest names is missing.
 
-    A file that can't be read says nothing: see `RepositoryUnreadable`.
+    A file that cannot be read is not damage: see `RepositoryUnreadable`.
     """
 
+    code = "DamageFound"
     exit_code = 4
 
 
 class NeedsRecovery(BackupctlError):
-    """The run failed and something of ours is still in the VM: `backupctl recover` is needed."""
+    """The run failed and objects of ours are still in the VM: `backupctl recover` is needed."""
 
+    code = "NeedsRecovery"
     exit_code = 3
 
 
 class Failed(BackupctlError):
-    """The run failed; nothing is lost and nothing of ours is left behind."""
+    """The run failed; nothing is lost and nothing of ours is left in the VM."""
+
+    code = "Failed"
 
 
 class Interrupted(Failed):
     """SIGINT or SIGTERM asked the run to end."""
 
+    code = "Interrupted"
+
 
 class Refused(Failed):
-    """Preflight found that going on could harm the guest or break the chain; nothing was touched."""
+    """A preflight check found a danger to the guest or to the chain; nothing was touched."""
+
+    code = "Refused"
 
 
 class ViewUnavailable(Refused):
-    """The view that was asked for can't be had of this VM; the other one can."""
+    """The VM does not support the view that was asked for; it supports another one."""
+
+    code = "ViewUnavailable"
 
 
 class MonitorError(Failed):
     """Something is wrong between us and QEMU's monitor."""
 
+    code = "MonitorError"
+
 
 class MonitorUnreachable(MonitorError):
     """No monitor answers at that address; no command was sent."""
+
+    code = "MonitorUnreachable"
 
 
 class CommandFailed(MonitorError):
@@ -135,6 +182,8 @@ class CommandFailed(MonitorError):
 
     command: the QMP command. error_class: QMP's error class. description: QEMU's own text.
     """
+
+    code = "CommandFailed"
 
     def __init__(self, command: str, error_class: str, description: str) -> None:
         super().__init__(f"QEMU refused {command}: {description}")
@@ -149,6 +198,8 @@ class OutcomeUnknown(MonitorError):
     command: the QMP command.
     """
 
+    code = "OutcomeUnknown"
+
     def __init__(self, command: str, why: str) -> None:
         super().__init__(f"no answer to {command}: {why}")
         self.command = command
@@ -157,80 +208,120 @@ class OutcomeUnknown(MonitorError):
 class AgentError(Failed):
     """Something is wrong between us and the guest agent."""
 
+    code = "AgentError"
+
 
 class AgentUnavailable(AgentError):
     """No guest agent answers."""
+
+    code = "AgentUnavailable"
 
 
 class AgentRefused(AgentError):
     """The guest agent answered a command with an error, or had nothing to freeze."""
 
+    code = "AgentRefused"
+
 
 class AgentTimeout(AgentError):
     """The guest agent took a command and did not answer in time: its outcome is unknown."""
 
+    code = "AgentTimeout"
+
 
 class FreezeOverrun(Failed):
-    """The guest was thawed, or may have been, before the moment was taken: by the guard, or in the guest."""
+    """The guest was, or may have been, thawed before the point in time: by the guard, or in the guest."""
+
+    code = "FreezeOverrun"
 
 
 class GuardLost(Failed):
-    """The guard process died or hung: nobody stands by any more to thaw the guest if the run dies."""
+    """The guard process died or hung: nothing would thaw the guest if the run died now."""
+
+    code = "GuardLost"
 
 
 class TransferError(Failed):
     """Bytes could not be moved."""
 
+    code = "TransferError"
+
 
 class ReadFailed(TransferError):
-    """The point-in-time view can't be read; no byte of it may be guessed."""
+    """The point-in-time view cannot be read; no byte of it may be guessed."""
+
+    code = "ReadFailed"
 
 
 class WriteFailed(TransferError):
-    """The image in the repository can't be written."""
+    """The image, or another file of ours, cannot be written."""
+
+    code = "WriteFailed"
 
 
 @contextmanager
 def moving(source: str, target: str) -> Iterator[None]:
-    """Name in a TransferError of the block what could not be read or written, unless it does so itself."""
+    """Say in a TransferError of the block what could not be read or written, unless it has a subject."""
     try:
         yield
     except TransferError as err:
-        which, cant = (target, "written") if isinstance(err, WriteFailed) else (source, "read")
-        if not re.search(rf"\b{re.escape(which)}\b", err.message):
-            err.message = f"{which} can't be {cant}: {err.message}"
+        writing = isinstance(err, WriteFailed)
+        err.add(subject=f"cannot write {target}" if writing else f"cannot read {source}")
         raise
 
 
 class RepositoryError(Failed):
     """Something is wrong with the repository."""
 
+    code = "RepositoryError"
+
 
 class NotARepository(RepositoryError):
     """The folder holds no repository of ours."""
 
+    code = "NotARepository"
+
 
 class RepositoryUnreadable(RepositoryError):
-    """The operating system did not let us read what is stored; whether it is damaged is not known."""
+    """The operating system refused to read what is stored: nobody knows whether it is damaged."""
+
+    code = "RepositoryUnreadable"
 
 
 class UnknownFormat(RepositoryError):
     """The format version is not one that this backupctl knows."""
 
+    code = "UnknownFormat"
+
 
 class InvalidName(RepositoryError):
-    """A name from outside that must not become part of a path."""
+    """A name that must not become part of a path."""
 
+    code = "InvalidName"
     exit_code = 2
 
 
 class NoSuchPoint(RepositoryError):
     """No recovery point of that id, or none at all."""
 
+    code = "NoSuchPoint"
     exit_code = 2
 
 
 class TargetExists(RepositoryError):
-    """Something already stands where a restore would write."""
+    """There is already something where a restore would write."""
 
+    code = "TargetExists"
     exit_code = 2
+
+
+_CROSSING: dict[str, type[BackupctlError]] = {
+    kind.code: kind
+    for kind in (Refused, AgentError, AgentUnavailable, AgentRefused, AgentTimeout, FreezeOverrun)
+}
+"""The errors that the guard process sends to its run. Each is made of a message alone."""
+
+
+def received(code: str, message: str, state: str) -> BackupctlError:
+    """Return the error that another process of ours raised; of a code that none sends, a Failed."""
+    return _CROSSING.get(code, Failed)(message, state=state)

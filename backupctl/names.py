@@ -9,6 +9,7 @@ changed on a disk since that point of that repository. Everything else that we m
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import NewType
 
 from backupctl.errors import InvalidName, RepositoryError
@@ -73,7 +74,7 @@ def point_time(point: PointId) -> datetime:
 
 @dataclass(frozen=True)
 class BitmapParts:
-    """What the name of a bitmap says. point: None, and disk "", for the passing one of a differential."""
+    """What the name of a bitmap says. point: None, and disk "", for the temporary one of a differential."""
 
     tag: str
     point: PointId | None
@@ -88,18 +89,62 @@ def bitmap_parts(text: str) -> BitmapParts | None:
     return BitmapParts(match[1], PointId(match[2]), (match[3] or "")[1:]) if match else None
 
 
+class NodeKind(StrEnum):
+    """What a node, job, export, or other object of ours in QEMU is for.
+
+    The nodes come first, in the order in which they are removed: each is on top of those after it.
+    """
+
+    ACCESS = "acc"  # snapshot-access, on the filter
+    FILTER = "cbw"  # copy-before-write, on the scratch node
+    SCRATCH = "tmp"  # the empty qcow2
+    FILE = "fil"  # the scratch node's file; QEMU removes it with that node
+    JOB = "job"
+    LIMIT = "lim"  # the throttle group below the scratch node
+    EXPORT = "exp"
+    SERVER = "nbd"  # the descriptor that the NBD server listens on
+
+
+_OBJECT = re.compile(rf"({PREFIX}[0-9a-f]{{8}}-)({'|'.join(NodeKind)})([0-9]+)", re.ASCII)
+
+
+def node_parts(name: str) -> tuple[NodeKind, int] | None:
+    """Return what an object of ours is for, and the number of its disk; None for any other name."""
+    match = _OBJECT.fullmatch(name)
+    return (NodeKind(match[2]), int(match[3])) if match else None
+
+
+def sibling(name: str, kind: NodeKind) -> NodeName:
+    """Name the object of another kind that belongs to the same disk. Raises ValueError for a foreign name."""
+    match = _OBJECT.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name!r:.120} is not a name of backupctl")
+    return NodeName(f"{match[1]}{kind}{match[3]}")
+
+
+def removal_order(name: str) -> tuple[int, int, str]:
+    """Sort nodes of ours by this: a node before those that it is on top of. Unknown kinds come last."""
+    parts = node_parts(name)
+    return (list(NodeKind).index(parts[0]), parts[1], name) if parts else (len(NodeKind), 0, name)
+
+
 @dataclass(frozen=True)
 class Namespace:
-    """Whose things in QEMU are meant: those of one repository.
+    """The names of what one repository has in QEMU.
 
     tag: the first 8 hexadecimal digits of the repository's id.
     """
 
     tag: str
 
+    @property
+    def prefix(self) -> str:
+        """How each name begins."""
+        return f"{PREFIX}{self.tag}-"
+
     @classmethod
     def of(cls, repository: RepositoryId) -> "Namespace":
-        """Return the owner tag of a repository."""
+        """Return the namespace of a repository."""
         return cls(repository[:8])
 
     def bitmap(self, point: PointId, disk: DiskName) -> BitmapName:
@@ -108,7 +153,7 @@ class Namespace:
         The disk is in it because a bitmap goes with its image: were two images exchanged, or renumbered as
         one is taken out, each would be taken for what the other had held.
         """
-        return BitmapName(f"{PREFIX}{self.tag}-{point}-{disk}")
+        return BitmapName(f"{self.prefix}{point}-{disk}")
 
     def point_of(self, bitmap: str) -> PointId | None:
         """Return the point that a bitmap of ours records from, of whatever disk; None for anybody else's."""
@@ -117,16 +162,16 @@ class Namespace:
 
     @property
     def differential_bitmap(self) -> BitmapName:
-        """Name the passing bitmap in which a differential unites those of several points."""
-        return BitmapName(f"{PREFIX}{self.tag}-since")
+        """Name the temporary bitmap into which a differential merges those of several points."""
+        return BitmapName(f"{self.prefix}since")
 
-    def node(self, what: str, number: int) -> NodeName:
+    def node(self, kind: NodeKind, number: int) -> NodeName:
         """Name a node, job or export of ours for the disk of that number."""
-        return NodeName(f"{PREFIX}{self.tag}-{what}{number}")
+        return NodeName(f"{self.prefix}{kind}{number}")
 
     def owns(self, name: str) -> bool:
         """Whether a node, job, export or descriptor set of that name was made for this repository."""
-        return name.startswith(f"{PREFIX}{self.tag}-")
+        return name.startswith(self.prefix)
 
 
 def _checked(text: str, what: str) -> str:

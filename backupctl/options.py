@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a run is told: which VM, where its sockets are, and what the user asked for."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -27,39 +27,78 @@ class VmConfig:
     disk_names: dict[str, str] = field(default_factory=dict)
 
 
-MAX_CHAIN = 180
-"""Layers of a chain, at the most. QEMU's tools follow the links by a name that grows with each of them, 20
-bytes a layer, until the system takes it no more (4,096); and opening takes time by more than their square."""
+@dataclass(frozen=True)
+class Timeouts:
+    """How long to wait before giving up. All in seconds.
+
+    command_seconds: for the answer to one command of the monitor. agent_seconds: for the answer to one
+    command of the guest agent, except a freeze, which has its own budget. stall_seconds: for the next byte of
+    a copy.
+    """
+
+    command_seconds: float = 30.0
+    agent_seconds: float = 5.0
+    stall_seconds: float = 60.0
+
+    def brief(self) -> "Timeouts":
+        """Return those of a command that only asks, while somebody waits for the answer."""
+        return replace(self, command_seconds=min(self.command_seconds, self.agent_seconds))
+
+
+DEFAULT_TIMEOUTS = Timeouts()
+
+
+@dataclass(frozen=True)
+class FreezeOptions:
+    """Whether the guest's file systems are frozen for the point in time.
+
+    budget_seconds: how long they may stay frozen.
+    """
+
+    mode: FreezeMode = "auto"
+    budget_seconds: float = 10.0
+
+
+@dataclass(frozen=True)
+class ScratchOptions:
+    """Where QEMU keeps the old content of what the guest overwrites during a run.
+
+    size_bytes: how much to reserve for all disks together; None for what they hold, but half of what is free
+    at most.
+    """
+
+    folder: Path = Path("/var/tmp")  # noqa: S108 - large, survives a reboot, and the files in it have no name
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ChainOptions:
+    """How a disk's chain of layers goes on.
+
+    on_broken: what to do with a disk whose bitmap cannot be used. max_layers: at most MAX_CHAIN; a disk whose
+    chain has that many is taken full. checkpoints: how many bitmaps of older points stay in the VM for
+    differentials.
+    """
+
+    on_broken: OnBrokenChain = "scan"
+    max_layers: int = 150
+    checkpoints: int = 0
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """What one run was asked to do.
 
-    disks: names of disks to take, all writable ones if empty.
-    scratch: folder for the scratch files.
-    scratch_bytes: room to set aside for them together, at least; None for half of what is free, at most.
-    limit_bytes_per_second: rate limit of the copy over all disks, None for none.
-    since: the point to differ from; None means the newest.
-    checkpoints: how many bitmaps of older points stay in the VM for differentials.
-    max_chain: how many layers a disk's chain may have, at most MAX_CHAIN; one that has them is begun anew.
-    freeze_budget_seconds: how long the guest may stay frozen.
-    command_timeout_seconds: the longest that any one command to monitor or agent may take.
-    stall_timeout_seconds: the longest that the copy may go without a byte arriving.
+    disks: names of disks to take; all writable ones if empty. since: the point to differ from; None for the
+    newest. limit_bytes_per_second: rate limit of the copy over all disks; None for none.
     """
 
     kind: Kind
     disks: tuple[str, ...] = ()
-    freeze: FreezeMode = "auto"
-    freeze_budget_seconds: float = 10.0
-    scratch: Path = Path("/var/tmp")  # noqa: S108 - large, survives a reboot, and the files in it have no name
-    scratch_bytes: int | None = None
+    since: PointId | None = None
     limit_bytes_per_second: int | None = None
     view: ViewKind = "fleecing"
-    since: PointId | None = None
-    checkpoints: int = 0
-    max_chain: int = 150
-    on_broken_chain: OnBrokenChain = "scan"
-    command_timeout_seconds: float = 30.0
-    agent_timeout_seconds: float = 5.0
-    stall_timeout_seconds: float = 60.0
+    freeze: FreezeOptions = FreezeOptions()
+    scratch: ScratchOptions = ScratchOptions()
+    chain: ChainOptions = ChainOptions()
+    timeouts: Timeouts = DEFAULT_TIMEOUTS

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from backupctl.drills.fork_server import CLI, CallSpec
-from fixtures import builds, fuse, warm
+from fixtures import builds, fork_server, fuse
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
@@ -102,8 +102,8 @@ SECONDS = 120
 
 
 def pytest_sessionfinish() -> None:
-    """End what made the calls."""
-    warm.close()
+    """End the fork server."""
+    fork_server.close()
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Cli:
     ) -> "subprocess.CompletedProcess[str]":
         """Make a call, by another entry than the command line's own perhaps, whatever comes of it."""
         called, around = self.arguments(*arguments, vm=vm), {**self.environment, **environment}
-        return warm.warm().run(CallSpec(called, around, str(ROOT), entry), SECONDS)
+        return fork_server.shared().run(CallSpec(called, around, str(ROOT), entry), SECONDS)
 
     def run(self, *arguments: str, code: int = 0, vm: bool = True) -> "subprocess.CompletedProcess[str]":
         if self.prefix:

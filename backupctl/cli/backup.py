@@ -13,11 +13,20 @@ from backupctl.errors import DamageFound, UsageError
 from backupctl.events.backup import RepositoryCreated
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
-from backupctl.options import MAX_CHAIN, Kind, RunOptions, VmConfig
+from backupctl.options import (
+    ChainOptions,
+    FreezeOptions,
+    Kind,
+    RunOptions,
+    ScratchOptions,
+    VmConfig,
+)
 from backupctl.outcome import documents
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
+from backupctl.sizes import MAX_CHAIN
 
 
 def _options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,8 +87,8 @@ def full(context: click.Context, /, **options: Any) -> None:
     "--max-chain",
     type=click.IntRange(min=1, max=MAX_CHAIN),
     metavar="N",
-    help=f"Take a disk full whose newest chain has N layers already ({common.DEFAULTS.max_chain}; at most "
-    f"{MAX_CHAIN}, more than which QEMU's tools don't follow).",
+    help=f"Take a disk full whose newest chain has N layers already "
+    f"({common.DEFAULTS.chain.max_layers}; at most {MAX_CHAIN}, more than which QEMU's tools don't follow).",
 )
 @click.option("--since", metavar="POINT", help="Store what changed since this point, not the newest.")
 @click.pass_context
@@ -98,7 +107,7 @@ def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
     with stop.on_signals():
         with reporters.reporter(quiet=options["quiet"]) as reporter:
             repository = _repository(names, vm, wanted, reporter, stop)
-            report = backup.run(vm, repository, wanted, reporter, stop)
+            report = backup.run(RunContext(vm, repository, wanted, reporter, stop))
         output.done(f"the recovery point {report.point} of {report.vm} is committed")
         if options["as_json"]:
             output.print_json(documents.run(report, reporter.events))
@@ -145,7 +154,7 @@ def wishes(names: common.Target, kind: Kind, given: Mapping[str, Any]) -> RunOpt
 
     default = common.DEFAULTS
     limit, scratch_size = setting("limit", None), setting("scratch_size", None)
-    budget = float(setting("freeze_budget", default.freeze_budget_seconds))
+    budget = float(setting("freeze_budget", default.freeze.budget_seconds))
     if not 0 < budget <= config.MAX_FREEZE_SECONDS:  # nor is "nan"
         raise UsageError(
             f"a freeze budget of {budget:g} s can't be had: above 0, {config.MAX_FREEZE_SECONDS} at the most"
@@ -153,16 +162,19 @@ def wishes(names: common.Target, kind: Kind, given: Mapping[str, Any]) -> RunOpt
     return RunOptions(
         kind=kind,
         disks=tuple(given.get("disks", ())),
-        freeze=setting("freeze", default.freeze),
-        freeze_budget_seconds=budget,
-        scratch=Path(names.scratch()),
-        scratch_bytes=units.parse_size(scratch_size) if scratch_size else None,
+        freeze=FreezeOptions(setting("freeze", default.freeze.mode), budget),
+        scratch=ScratchOptions(
+            Path(names.scratch()), units.parse_size(scratch_size) if scratch_size else None
+        ),
         limit_bytes_per_second=units.parse_size(limit) if limit else None,
         view=setting("view", default.view),
-        on_broken_chain=setting("on_broken_chain", default.on_broken_chain),
+        chain=ChainOptions(
+            on_broken=setting("on_broken_chain", default.chain.on_broken),
+            max_layers=int(setting("max_chain", 0)) or default.chain.max_layers,
+            checkpoints=int(setting("keep_checkpoints", default.chain.checkpoints)),
+        ),
+        timeouts=names.timeouts(),
         since=given.get("since"),
-        checkpoints=int(setting("keep_checkpoints", default.checkpoints)),
-        max_chain=int(setting("max_chain", 0)) or default.max_chain,
     )
 
 

@@ -33,10 +33,14 @@ def bitmaps(context: click.Context, /, **options: Any) -> None:
     if options["dry_run"] and not (wanted or tag):
         raise UsageError("--dry-run needs --remove or --remove-repository")
     if not (wanted or tag):
-        _show(vm.name, core.look(vm, repository, names.other_repositories), as_json=options["as_json"])
+        _show(
+            vm.name,
+            core.look(vm, repository, names.other_repositories, names.timeouts()),
+            as_json=options["as_json"],
+        )
         return
     known = names.other_repositories
-    done = core.remove(vm, repository, known, wanted, tag, dry_run=options["dry_run"])
+    done = core.remove(vm, repository, known, wanted, tag, names.timeouts(), dry_run=options["dry_run"])
     if not options["dry_run"]:
         output.done(f"removed {counted(len(done.removed), 'bitmap')} from {vm.name}")
     _tell(done, as_json=options["as_json"], dry_run=options["dry_run"])

@@ -21,7 +21,7 @@ from backupctl.errors import (
     RepositoryError,
     UsageError,
 )
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import RunOptions, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -116,14 +116,17 @@ class Target:
     def scratch(self) -> Path:
         """Return the folder for scratch files."""
         found = self.scratch_path or self.config.setting(self.name, "scratch")
-        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch
+        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch.folder
+
+    def timeouts(self) -> Timeouts:
+        """Return how long to wait for the VM."""
+        return Timeouts()
 
 
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
     """Return the error to end with where several were met: damage first, with what the others say."""
     found = next((one for one in failures if isinstance(one, DamageFound)), failures[0])
-    found.message = "; ".join(dict.fromkeys(one.message for one in (found, *failures)))
-    return found
+    return found.reworded("; ".join(dict.fromkeys(one.message for one in (found, *failures))))
 
 
 def config_option(command: Command) -> Command:

@@ -29,7 +29,8 @@ from typing import Any, get_args
 
 from backupctl.errors import InvalidName, UsageError
 from backupctl.names import disk_name, vm_name
-from backupctl.options import MAX_CHAIN, FreezeMode, OnBrokenChain, ViewKind, VmConfig
+from backupctl.options import FreezeMode, OnBrokenChain, ViewKind, VmConfig
+from backupctl.sizes import MAX_CHAIN
 from backupctl.system import trusted
 from backupctl.system.address import Address
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`backupctl demo`: the whole story on the screen in seconds, on the simulator."""
+"""`backupctl demo`: backups, a failure and restores on the simulator, shown step by step in seconds."""
 
 import tempfile
 import time
@@ -26,16 +26,16 @@ from backupctl.options import Kind
 
 FAULT = "nbd:sent@512k=drop"
 _WRITING_SECONDS = 0.5
-_STEPS = {"freeze": "freeze…thaw"}  # between the two, and there is no time to tell of it: the transaction
+_STEPS = {"freeze": "freeze…thaw"}  # the transaction between them is too short to show
 
 
 @click.command("demo", epilog=common.exit_help(0, 1, 2, 4))
-@click.option("--seed", default=1, show_default=True, help="Of the guest's writes.")
+@click.option("--seed", default=1, show_default=True, help="Seed for the simulated guest writes.")
 def demo(seed: int) -> None:
     """Show a full, incrementals, a run that fails, and restores, on a simulated VM; takes seconds.
 
-    Nothing of yours is touched: VM and repository live in a temporary folder that is removed at the end.
-    It needs qemu-img and qemu-storage-daemon, but no QEMU system emulator.
+    Nothing of yours is touched: VM and repository are in a temporary folder that is removed at the end.
+    The demo needs qemu-img and qemu-storage-daemon, but no QEMU system emulator.
     """
     drill.check_tools()
     begun = time.monotonic()
@@ -45,23 +45,23 @@ def demo(seed: int) -> None:
         tempfile.TemporaryDirectory(prefix="backupctl-demo-") as name,
         Stage.machine_for(Path(name), seed) as machine,
     ):
-        verdict = Story(Stage(Path(name), machine, screen, stop), screen).tell()
+        verdict = Story(Stage(Path(name), machine, screen, stop), screen).run()
     screen.end(f"{verdict} Nothing is left; {time.monotonic() - begun:.1f} s.")
 
 
 class Screen:
-    """Writes the story; as the Reporter of the runs in it, their steps on one line."""
+    """Prints the demo; it is also the Reporter of the runs, and prints their steps on one line."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
         self._under_way = False
 
     def title(self, text: str, more: str) -> None:
-        """Open the story."""
+        """Print the title."""
         self._console.print(Text.assemble((text, "bold"), more))
 
     def act(self, text: str, *why: str) -> None:
-        """Head an act, and say what it is for."""
+        """Print the heading of an act, and its explanation."""
         self._console.print()
         self._console.print(Text.assemble(("● ", "bold cyan"), (text, "bold")))
         for line in why:
@@ -69,7 +69,7 @@ class Screen:
 
     @contextmanager
     def command(self, text: str) -> Iterator[None]:
-        """Show a command as it would be typed, and then the steps of the run that goes on in the block."""
+        """Print a command as it would be typed, and then the steps of the run in the block."""
         self._console.print(Text.assemble("  ", ("$ ", "dim"), (text, "cyan")))
         try:
             yield
@@ -78,15 +78,15 @@ class Screen:
             self._under_way = False
 
     def good(self, text: str) -> None:
-        """State what was found to be as it should be."""
+        """Print a check that succeeded."""
         self._console.print(Text.assemble("  ", ("✓ ", "green"), clean(text)))
 
     def bad(self, text: str) -> None:
-        """State what went wrong."""
+        """Print an error."""
         self._console.print(Text.assemble("  ", ("✗ ", "red"), clean(text)))
 
     def more(self, label: str, text: str) -> None:
-        """Add to what was stated."""
+        """Print a detail of the last line."""
         grid = Table.grid(padding=(0, 1))
         grid.add_row(Text(f"{label:<5}", "dim"), Text(clean(text)))
         self._console.print(Padding(grid, (0, 0, 0, 4)))
@@ -96,12 +96,12 @@ class Screen:
         self._console.print(Padding(table, (0, 0, 0, 2)))
 
     def end(self, text: str) -> None:
-        """Close the story."""
+        """Print the last line."""
         self._console.print()
         self._console.print(Text(text, style="bold"))
 
     def event(self, event: Event) -> None:
-        """Show a step of a run; the rest is told from the reports."""
+        """Print a step of a run. The demo prints the rest from the report of the run."""
         if event.severity == "step":
             self._step(event.text)
 
@@ -113,18 +113,18 @@ class Screen:
         self._console.print(line, end="")
 
     def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
-        """So much is copied; it is done before it could be read."""
+        """Ignore it: a copy is done before it could be read."""
 
 
 class Story:
-    """The acts, in order. Every ✓ is the outcome of a look; a look that finds otherwise raises."""
+    """The acts, in order. Every ✓ is the result of a check; a check that fails raises."""
 
     def __init__(self, stage: Stage, screen: Screen) -> None:
         self._stage = stage
         self._screen = screen
 
-    def tell(self) -> str:
-        """Tell it all. Returns the verdict. Raises what a run raises, Failed, DamageFound."""
+    def run(self) -> str:
+        """Run all acts, and return the verdict. Raises what a run raises, Failed, DamageFound."""
         for act in (self._begin, self._full, self._incremental, self._failure, self._next, self._list):
             self._stage.stop.check()
             act()
@@ -132,44 +132,45 @@ class Story:
 
     def _begin(self) -> None:
         disks = " and ".join(f"{name} ({form})" for name, form in drill.FORMATS.items())
-        self._screen.title("backupctl", ": incremental backups of a running VM; here of a simulated one")
+        self._screen.title("backupctl", ": incremental backups of a running VM, here of a simulated one")
         self._screen.act(
             f"A VM starts: {drill.VM}, with the disks {disks}",
-            "Its guest writes to both without a pause. Monitor, guest agent and NBD server",
-            "speak as QEMU's do; backupctl is the real one, and can't tell the difference.",
+            "Its guest keeps writing to both. Monitor, guest agent and NBD server speak",
+            "QEMU's protocols; backupctl itself is real, and cannot tell the difference.",
         )
         self._stage.guest_writes(300)
-        self._screen.good(f"the guest has made {self._stage.changes()} changes, and goes on")
+        self._screen.good(f"the guest has made {self._stage.changes()} changes, and keeps writing")
 
     def _full(self) -> None:
         self._screen.act(
             "A full backup, while the guest writes",
-            "The agent freezes the file systems; one transaction marks the moment on all",
-            "disks; the agent thaws them; and then the moment is copied at leisure.",
+            "The agent freezes the file systems, one transaction starts the backup of all disks",
+            "at the same point in time, and the agent thaws them. Then the data are copied.",
         )
-        self._run("full")
+        self._backup("full")
 
     def _incremental(self) -> None:
         self._screen.act(
-            "An incremental", "A dirty bitmap tells what changed since: that is read, and no more."
+            "An incremental",
+            "A dirty bitmap records what has changed since the last point. Only that is read.",
         )
         self._write_on()
-        self._run("incremental")
+        self._backup("incremental")
 
     def _next(self) -> None:
         self._screen.act(
             "The next incremental",
-            "It holds all that changed since the last point, the failed run's share too.",
+            "It contains all changes since the last point, including those of the failed run.",
         )
         self._write_on()
-        self._run("incremental")
+        self._backup("incremental")
 
     def _write_on(self) -> None:
         before = self._stage.changes()
         time.sleep(_WRITING_SECONDS)
         self._screen.good(f"the guest has made {self._stage.changes() - before} more changes")
 
-    def _run(self, kind: Kind) -> None:
+    def _backup(self, kind: Kind) -> None:
         with self._screen.command(f"backupctl {kind} {drill.VM} --freeze require"):
             report = self._stage.backup(kind)
         self._screen.good(_outcome(report))
@@ -183,26 +184,26 @@ class Story:
         before = self._stage.dirty_bytes()
         with self._screen.command(f"backupctl incremental {drill.VM} --freeze require"):
             err = self._stage.failing("incremental", FAULT)
-        self._tell_error(err)
-        self._stage.check_at_rest()
-        self._screen.good("no job, export, NBD server or node of ours is left; the guest is not frozen")
+        self._show_error(err)
+        self._stage.check_clean()
+        self._screen.good("no job, export, NBD server or node is left; the guest is not frozen")
         after = self._stage.dirty_bytes()
         for disk, was in before.items():
             if after[disk] < was:
-                raise DamageFound(f"{disk}: of {was} bytes to copy only {after[disk]} are still marked")
+                raise DamageFound(f"{disk}: only {after[disk]} of {was} dirty bytes are still marked")
             self._screen.good(
-                f"{disk}: one bitmap, recording; to be copied {units.size(was)} before, "
+                f"{disk}: one recording bitmap; dirty: {units.size(was)} before, "
                 f"{units.size(after[disk])} now"
             )
 
-    def _tell_error(self, err: BackupctlError) -> None:
+    def _show_error(self, err: BackupctlError) -> None:
         self._screen.bad(f"exit code {err.exit_code}: {err.message}")
         for label, text in (("step", err.step), ("state", err.state), ("next", err.next_command)):
             if text:
                 self._screen.more(label, text)
 
     def _list(self) -> None:
-        self._screen.act("What there is now")
+        self._screen.act("The recovery points")
         table = _table("POINT", "KIND", "PARENT", "FROZEN>", "STORED>")
         for point in self._stage.points():
             manifest = point.manifest
@@ -213,11 +214,11 @@ class Story:
 
     def _restore(self) -> str:
         self._screen.act(
-            "Every point restored, and each byte compared with the frozen moment",
-            "The moment is the simulator's own copy of the disks, taken at the transaction.",
+            "Every point restored, and each byte compared with the original",
+            "The original is the simulator's own copy of the disks, made in the transaction.",
         )
         self._stage.guest_rests()
-        self._stage.check_at_rest()
+        self._stage.check_clean()
         changes = self._stage.changes()
         found = [one for point in self._stage.points() for one in self._stage.compare(point.id)]
         table = _table("POINT", "DISK", "BYTES COMPARED>", "VERDICT")
@@ -226,9 +227,9 @@ class Story:
         self._screen.table(table)
         wrong = [f"{one.disk} of {one.point}" for one in found if one.differs_at is not None]
         if wrong:
-            raise DamageFound(f"restored, and not what it was at the frozen moment: {', '.join(wrong)}")
-        self._screen.good(f"the guest made {changes} changes in all, and not one of them failed")
-        return f"{len(found)} disks restored, all equal to their frozen moment."
+            raise DamageFound(f"the restored disks differ from the originals: {', '.join(wrong)}")
+        self._screen.good(f"the guest made {changes} changes in all, and none of them failed")
+        return f"{len(found)} disks restored, all identical to the originals."
 
 
 def _verdict(differs_at: int | None) -> Text:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`backupctl drill`: break a throw-away VM's backups in named ways, and show what became of them."""
+"""`backupctl drill`: break a throw-away VM's backups in named ways, and show the results."""
 
 import time
-from dataclasses import asdict
 
 import click
 from rich.console import Console
@@ -18,14 +17,14 @@ from backupctl.drills.demo import check_tools
 from backupctl.drills.runner import Outcome, Place
 from backupctl.errors import DamageFound, UsageError
 
-_MOST_SAID = 100
-_WIDE = 130  # columns; with fewer, what was broken and said stand below the drill's name
+_MAX_MESSAGE = 100
+_WIDE = 130  # columns; a narrower table shows the fault and the message below the drill's name
 _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4))
 @click.argument("names", nargs=-1)
-@click.option("--list", "listing", is_flag=True, help="Name the drills, and play none.")
+@click.option("--list", "listing", is_flag=True, help="List the drills instead of running them.")
 @click.option(
     "--on",
     "place",
@@ -36,9 +35,9 @@ _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool) -> None:
-    """Drill failures: break backups of a throw-away VM, and see that nothing is lost.
+    """Drill failures: break backups of a throw-away VM, and check that nothing is lost.
 
-    NAMES are drills (all if there are none). Your own VMs, repositories and configuration are not touched.
+    NAMES are drills (default: all). Your own VMs, repositories and configuration are not touched.
     """
     chosen = _chosen(names)
     if listing:
@@ -49,7 +48,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
     outcomes = []
     with stop.on_signals():
         for outcome in runner.run(chosen, place, stop):
-            stop.check()  # a Ctrl-C in a terminal reaches what the drill started as well: that tells nothing
+            stop.check()  # on Ctrl-C the drill's children are interrupted, too: its outcome means nothing
             outcomes.append(outcome)
             _tell(outcome, len(outcomes), len(chosen))
     order = {one.name: number for number, one in enumerate(chosen)}
@@ -57,7 +56,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
     seconds = time.monotonic() - begun
     if as_json:
         output.print_json(
-            {"on": place, "seconds": round(seconds, 1), "drills": [asdict(one) for one in outcomes]}
+            {"on": place, "seconds": round(seconds, 1), "drills": [one.document() for one in outcomes]}
         )
     else:
         _table(outcomes, place, seconds)
@@ -65,7 +64,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
     if failed:
         raise DamageFound(
             f"{len(failed)} of {len(outcomes)} drills failed: {', '.join(failed)}",
-            state="only throw-away VMs were touched",
+            state="only throw-away VMs were changed",
             next_command=f"backupctl drill --on {place} {failed[0]}",
         )
 
@@ -73,7 +72,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
 def _chosen(names: tuple[str, ...]) -> list[Drill]:
     unknown = sorted(set(names) - {one.name for one in DRILLS})
     if unknown:
-        raise UsageError(f"there is no drill {unknown[0]!r:.60}", next_command="backupctl drill --list")
+        raise UsageError(f"unknown drill {unknown[0]!r:.60}", next_command="backupctl drill --list")
     return [one for one in DRILLS if not names or one.name in names]
 
 
@@ -86,11 +85,11 @@ def _list(chosen: list[Drill], *, as_json: bool) -> None:
     rows = [
         (one.name, one.breaks, "simulator" if one.simulator_only else "simulator, qemu") for one in chosen
     ]
-    output.print_table(("DRILL", "WHAT IS BROKEN", "ON"), rows)
+    output.print_table(("DRILL", "FAULT", "ON"), rows)
 
 
 def _tell(outcome: Outcome, done: int, total: int) -> None:
-    """Say on stderr how far it is: a drill takes seconds, all of them a minute."""
+    """Show the progress on stderr: a drill takes seconds, all of them a minute."""
     problem = f": {outcome.problem}" if outcome.problem else ""
     click.echo(clean(f"[{done}/{total}] {outcome.name} {outcome.verdict}{problem}"), err=True)
 
@@ -101,14 +100,18 @@ def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold", leading=0 if wide else 1)
     table.add_column("DRILL", no_wrap=wide)
     if wide:
-        table.add_column("WHAT WAS BROKEN")
-        table.add_column("WHAT THE TOOL SAID")
+        table.add_column("FAULT")
+        table.add_column("MESSAGE")
     table.add_column("STEP", no_wrap=True)
     table.add_column("EXIT", justify="right", no_wrap=True)
     table.add_column("COMPARED", justify="right", no_wrap=True)
     table.add_column("VERDICT", no_wrap=True)
     for one in outcomes:
-        words = Text(one.name, "bold"), Text(one.breaks), Text(_short(clean(one.problem or one.said)), "dim")
+        words = (
+            Text(one.name, "bold"),
+            Text(one.breaks),
+            Text(_short(clean(one.problem or one.message)), "dim"),
+        )
         table.add_row(
             *(words if wide else [Text("\n").join(word for word in words if word)]),
             one.step,
@@ -120,13 +123,13 @@ def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
     passed = sum(one.verdict == "passed" for one in outcomes)
     elsewhere = sum(one.verdict == "simulator only" for one in outcomes)
     failed = len(outcomes) - passed - elsewhere
-    more = f", {elsewhere} can only be played on the simulator" if elsewhere else ""
+    more = f", {elsewhere} run only on the simulator" if elsewhere else ""
     console.print(f"\n{passed} passed, {failed} failed{more}; on {place}, {seconds:.0f} s. Nothing is left.")
 
 
 def _short(text: str) -> str:
-    """Cut what would make a row too high; --json has all of it."""
-    return text if len(text) <= _MOST_SAID else f"{text[:_MOST_SAID]}…"
+    """Shorten a message that would make its row too high; --json has all of it."""
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}…"
 
 
 def _exit(code: int) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from backupctl.cli.config import Config
 from backupctl.errors import UsageError
+from backupctl.finding import Finding
 from backupctl.names import VmName
-from backupctl.operations.doctor.finding import Finding
 from backupctl.system import trusted
 
 PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON")

@@ -9,48 +9,33 @@ import os
 import resource
 import signal
 import sys
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
-from backupctl.cli import backup as run_cli
+from backupctl.cli import backup, common
 from backupctl.cli.main import main
-from backupctl.operations.backup import run as backup
-from backupctl.options import RunOptions
+from backupctl.operations.backup.context import RunContext
+from backupctl.options import Timeouts
 
-_SECONDS = 3.0
+_SHORT = Timeouts(command_seconds=3.0, agent_seconds=3.0, stall_seconds=3.0)
 _MOST_BYTES = 300 << 10
 
 
 def kill_at_step(step: str) -> None:
     """Have the run kill itself when it enters a step."""
-    run: Any = backup._Run  # noqa: SLF001 - the run's steps are what is drilled
-    keep = run.__setattr__
-    settle = run._finish_or_roll_back  # noqa: SLF001 - as above
 
-    def set_attribute(self: object, name: str, value: object) -> None:
-        keep(self, name, value)
-        if name == "step" and value == step and "point" in vars(self):  # there from its begin on
+    def on_step(entered: str) -> None:
+        if entered == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    @wraps(settle)
-    def bring_to_rest(self: object, failure: BaseException | None) -> None:
-        if step == "settle" and failure is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        settle(self, failure)
-
-    run.__setattr__ = set_attribute
-    run._finish_or_roll_back = bring_to_rest  # noqa: SLF001 - as above
+    command: Any = backup
+    command.RunContext = partial(RunContext, on_step=on_step)
 
 
 def short_timeouts() -> None:
     """Shorten all time-outs."""
-    patient: Any = run_cli
-    patient.RunOptions = partial(
-        RunOptions,
-        command_timeout_seconds=_SECONDS,
-        agent_timeout_seconds=_SECONDS,
-        stall_timeout_seconds=_SECONDS,
-    )
+    target: Any = common.Target
+    target.timeouts = lambda _target: _SHORT
 
 
 def faulty_cli() -> None:

@@ -8,13 +8,14 @@ The last lines are always kept in memory, so that a run that fails unattended ca
 import json
 import logging
 import os
+import select
 import stat
 import sys
 import time
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import click
 
@@ -65,21 +66,27 @@ class _Transcript(_Handler):
 
 
 class _Stderr(_Handler):
-    """Shows on stderr what no Reporter shows."""
+    """Shows on stderr what no Reporter shows. It never waits: the guest may be frozen.
+
+    While a terminal is stopped (Ctrl-S), or a pipe is full, lines are kept for later.
+    """
 
     def __init__(self, formatter: _Formatter) -> None:
         super().__init__(logging.DEBUG)
         self._formatter = formatter
+        self._waiting: deque[str] = deque(maxlen=_MOST_LINES)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line, unless it is of an event."""
         if hasattr(record, "event"):
             return
         if self._formatter.as_json:
-            with suppress(OSError):
-                sys.stderr.write(f"{self._formatter.format(record)}\n")
+            self._waiting.append(self._formatter.format(record))
         else:
-            output.print_message(f"{_room(record)}: {record.getMessage()[:_MOST_CHARACTERS]}", "debug")
+            message = output.clean(f"{_room(record)}: {record.getMessage()}")
+            self._waiting.append(output.message_line(message[:_MOST_CHARACTERS], "debug"))
+        while self._waiting and _takes_more(sys.stderr):
+            output.print_to_stderr([self._waiting.popleft()])
 
 
 class _File(_Handler):
@@ -215,6 +222,17 @@ def add_options(command: click.Command, *, hidden: bool = False) -> click.Comman
             made = click.Option(option.pop("decls"), expose_value=False, hidden=hidden, **option)
             command.params.append(made)
     return command
+
+
+def _takes_more(stream: TextIO) -> bool:
+    """Whether a line can be written without waiting: poll promises a pipe 4096 bytes, more than any line."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # no file
+        return True
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLOUT)
+    return bool(waiting.poll(0))
 
 
 def _room(record: logging.LogRecord) -> str:

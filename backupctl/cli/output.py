@@ -189,7 +189,8 @@ def print_error(err: BackupctlError, *, as_json: bool, log: str = "") -> None:
             # A command or a path stays in one line: it is to be copied.
             whole = name in ("next", "log")
             lines.append(head + clean(text) if whole else wrapped(head, clean(text), " " * 9, sys.stderr))
-    _print_to_stderr([line for text in lines for line in text.split("\n")], "error")
+    head = _priority("error")
+    print_to_stderr([head + line for text in lines for line in text.split("\n")])
 
 
 Level: TypeAlias = "Severity | Literal['debug', 'error']"
@@ -199,14 +200,23 @@ _PRIORITIES: "dict[Level, int]" = {"debug": 7, "step": 6, "note": 6, "warning": 
 
 def print_message(text: str, level: "Level") -> None:
     """Write a line to stderr. Never raises."""
-    _print_to_stderr([f"backupctl: {_LABELS[level]}{clean(text)}"], level)
+    print_to_stderr([message_line(clean(text), level)])
 
 
-def _print_to_stderr(lines: Sequence[str], level: "Level") -> None:
-    head = f"<{_PRIORITIES[level]}>" if _is_journal(sys.stderr) else ""
+def message_line(text: str, level: "Level") -> str:
+    """Return the line that tells a clean text."""
+    return f"{_priority(level)}backupctl: {_LABELS[level]}{text}"
+
+
+def print_to_stderr(lines: Sequence[str]) -> None:
+    """Write lines to stderr. Never raises."""
     with suppress(OSError):  # whoever reads stderr may leave; the run, and its roll-back, must go on
-        sys.stderr.write("".join(f"{head}{line}\n" for line in lines))
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
         sys.stderr.flush()
+
+
+def _priority(level: "Level") -> str:
+    return f"<{_PRIORITIES[level]}>" if _is_journal(sys.stderr) else ""
 
 
 def _is_journal(stream: TextIO) -> bool:

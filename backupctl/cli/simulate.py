@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`backupctl simulate`: a stand-in for a QEMU virtual machine."""
+"""`backupctl simulate`: a simulated QEMU virtual machine."""
 
 import asyncio
 import re
@@ -28,21 +28,25 @@ _PATH = click.Path(path_type=Path)
 @click.option("--cdrom", "cdroms", multiple=True, metavar="NAME", help="An empty CD drive.")
 @click.option("--qmp", "monitors", multiple=True, required=True, type=_PATH, help="The monitor's socket.")
 @click.option("--agent", type=_PATH, help="The guest agent's socket.")
-@click.option("--control", type=_PATH, help="The socket by which tests steer the simulator.")
-@click.option("--state", type=_PATH, help="Where the disks lie; a temporary folder if not given.")
+@click.option("--control", type=_PATH, help="A socket for tests to control the simulator.")
+@click.option("--state", type=_PATH, help="The folder of the disks; default: a temporary one.")
 @click.option(
-    "--version", "version_text", default="7.2.22", show_default=True, help="QEMU's version to claim."
+    "--version", "version_text", default="7.2.22", show_default=True, help="The QEMU version to report."
 )
-@click.option("--seed", default=0, show_default=True, help="Of the guest's writes.")
+@click.option("--seed", default=0, show_default=True, help="Seed for the simulated guest writes.")
 @click.option(
     "--writes", default=0.0, type=click.FloatRange(min=0), metavar="PER_SECOND", help="Let the guest write."
 )
 @click.option(
-    "--fault", "faults", multiple=True, metavar="SPEC", help="What is to go wrong (docs/simulator.md)."
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="SPEC",
+    help="Inject a fault (docs/simulator.md); may be repeated.",
 )
 @click.option("--paused", is_flag=True, help="Start with stopped processors, as QEMU with -S.")
 @click.option(
-    "--keep-moments", is_flag=True, help="Copy the disks at each moment of a backup, for comparison."
+    "--keep-moments", is_flag=True, help="Copy the disks at the point in time of each backup, for comparison."
 )
 def simulate(
     disks: tuple[str, ...],
@@ -58,11 +62,11 @@ def simulate(
     paused: bool,
     keep_moments: bool,
 ) -> None:
-    """Pretend to be a QEMU virtual machine, until SIGTERM, SIGINT or the monitor's `quit`.
+    """Simulate a QEMU virtual machine, until SIGTERM, SIGINT or the monitor's `quit`.
 
-    A line on stdout says when the sockets listen.
+    It prints "ready" when all sockets listen.
     """
-    # Only this command pays for numpy and all that stands behind the simulator.
+    # Imported here so that only this command takes the time to import numpy and the simulator.
     from backupctl.simulator.process import SimulatorOptions, serve  # noqa: PLC0415
 
     # A simulated abort must not leave a core file.
@@ -70,20 +74,20 @@ def simulate(
     with ExitStack() as stack:
         folder = state or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="backupctl-simulate-")))
         folder.mkdir(parents=True, exist_ok=True)
-        wishes = SimulatorOptions(
+        options = SimulatorOptions(
             folder, disks, cdroms, monitors, agent, control, _version(version_text), seed, writes
         )
-        wishes = replace(wishes, faults=faults, paused=paused, keep_moments=keep_moments)
+        options = replace(options, faults=faults, paused=paused, keep_moments=keep_moments)
         try:
-            asyncio.run(serve(wishes, lambda: click.echo("ready")))
+            asyncio.run(serve(options, lambda: click.echo("ready")))
         except ValueError as err:
             raise UsageError(str(err)) from err
         except OSError as err:
-            raise click.ClickException(f"the simulator can't start: {err}") from err
+            raise click.ClickException(f"cannot start the simulator: {err}") from err
 
 
 def _version(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
     if match is None:
-        raise UsageError(f"{text!r} is no version: MAJOR.MINOR.MICRO is meant")
+        raise UsageError(f"Invalid version {text!r}. Example: 7.2.22.")
     return int(match[1]), int(match[2]), int(match[3] or 0)

@@ -5,11 +5,11 @@ from typing import Any
 
 import click
 
+from backupctl.cancel import Cancellation
 from backupctl.cli import bitmaps, common, output, reporters, units
-from backupctl.errors import Interrupted
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
-from backupctl.options import RunOptions
+from backupctl.options import ChainOptions, RunOptions, ScratchOptions
 from backupctl.outcome import documents
 
 
@@ -20,9 +20,11 @@ from backupctl.outcome import documents
 def status(context: click.Context, /, **options: Any) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing."""
     names = common.from_context(context, options)
-    wanted = {name: names.config.setting(names.name, name) for name in ("on_broken_chain", "max_chain")}
-    given = {name: value for name, value in wanted.items() if value}
-    run = RunOptions(kind="incremental", scratch=names.scratch(), **given)
+    wanted = {"on_broken": "on_broken_chain", "max_layers": "max_chain"}
+    settings = {name: names.config.setting(names.name, key) for name, key in wanted.items()}
+    chain = ChainOptions(**{name: value for name, value in settings.items() if value})
+    scratch = ScratchOptions(names.scratch())
+    run = RunOptions("incremental", scratch=scratch, chain=chain, timeouts=names.timeouts())
     found = core.look(names.vm(), names.repository(), run, names.other_repositories)
     if options["as_json"]:
         output.print_json(documents.status(found, names.config.file))
@@ -66,12 +68,9 @@ def status(context: click.Context, /, **options: Any) -> None:
 def recover(context: click.Context, /, **options: Any) -> None:
     """Finish or undo what an earlier run left in the VM. Doing it again does nothing more."""
     names = common.from_context(context, options)
-    vm = names.vm()
-    try:
-        with reporters.reporter() as reporter:
-            done = recovery.recover(vm, names.repository(), reporter, names.scratch())
-    except KeyboardInterrupt as err:
-        raise recovery.needs_recovery(Interrupted("interrupted"), vm.name) from err
+    vm, cancel = names.vm(), Cancellation()
+    with cancel.on_signals(), reporters.reporter() as reporter:
+        done = recovery.recover(vm, names.repository(), reporter, cancel, names.scratch(), names.timeouts())
     output.done(f"nothing of an earlier run is left in {vm.name}")
     if options["as_json"]:
         output.print_json(documents.recover(vm.name, done, reporter.events))

@@ -13,11 +13,11 @@ from backupctl.errors import BackupctlError, DamageFound, Interrupted, Repositor
 from backupctl.events.repository import SampleChosen
 from backupctl.names import vm_name
 from backupctl.operations.verify import run as core
-from backupctl.operations.verify.impact import Range
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
 from backupctl.outcome import documents
 from backupctl.progress import counted
+from backupctl.sizes import Range
 
 _SHOWN = 8
 

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CLUSTER_BYTES = 65536
-"""The unit of change of everything: bitmaps, qcow2 layers, digests."""
+from backupctl import sizes
+from backupctl.sizes import Range
+
+CLUSTER_BYTES = sizes.CLUSTER_BYTES
 
 # A chain may have hundreds of layers to ask, and a piece of the copy has only 16 clusters.
 _BLOCK_CLUSTERS = 1024
@@ -97,7 +99,7 @@ def overlay(lower: Records, upper: Records, size_bytes: int) -> Records:
     return both[np.argsort(both["cluster"])]
 
 
-def ranges(clusters: NDArray[np.uint64], size_bytes: int) -> list[tuple[int, int]]:
+def ranges(clusters: NDArray[np.uint64], size_bytes: int) -> list[Range]:
     """Return (offset, length) in bytes of each run of neighbours; clusters: numbers, ascending."""
     if not len(clusters):
         return []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The drills: what is broken, and what must be true then.
+"""The drills: what each one breaks, and what must hold afterwards.
 
-Each begins with a full and some writes, breaks one thing, and ends with `next_is_right`: the next incremental
-succeeds, every point restores to the bytes of its moment, and nothing of backupctl's is left in the VM.
+Each starts with a full and some writes, breaks one thing, and ends with `check_next_run`: the next
+incremental succeeds, every point restores byte for byte, and backupctl has left nothing in the VM.
 """
 
 import signal
@@ -15,16 +15,16 @@ from backupctl.drills.sites import DISKS, SimulatorSite
 
 Play = Callable[[Site], None]
 STEPS = ("attach", "freeze", "transaction", "export", "copy", "dismantle", "commit", "settle")
-"""Of a run, in their order; `settle` is what comes after the commit."""
-SLOW = ("--limit", "200k")  # slow enough to be met in mid-copy
+"""The steps of a run, in order; `settle` comes after the commit."""
+SLOW = ("--limit", "200k")  # slow enough to be interrupted in the copy
 
 
 @dataclass(frozen=True)
 class Drill:
     """One drill.
 
-    breaks: what is broken, in words. simulator_only: whether a real QEMU can't be made to do it. step: at
-    which it is broken, where the tool can't tell.
+    breaks: what it breaks, for a reader. simulator_only: a real QEMU cannot be made to do it. step: at which
+    the run is broken, if the run itself cannot report that.
     """
 
     name: str
@@ -34,157 +34,157 @@ class Drill:
     step: str = ""
 
 
-def begun(ground: Site) -> None:
-    """A full, and changes since."""
-    ground.write(40)
-    ground.backup("full")
-    ground.commit_known()
-    ground.write(20)
+def _prepare(site: Site) -> None:
+    """Make a full, then some writes."""
+    site.write(40)
+    site.backup("full")
+    site.commit_known()
+    site.write(20)
 
 
-def _killed(kind: str, step: str, ground: Site) -> None:
-    begun(ground)
-    ground.fails(kind, codes=(-signal.SIGKILL,), doomed=step)
-    ground.await_thaw()  # the guard's work: the run can do nothing more
-    ground.write(5)
-    ground.next_is_right()
+def _killed(kind: str, step: str, site: Site) -> None:
+    _prepare(site)
+    site.fails(kind, codes=(-signal.SIGKILL,), fault=step)
+    site.await_thaw()  # by the guard: the run is dead
+    site.write(5)
+    site.check_next_run()
 
 
-def _signalled(number: int, ground: Site) -> None:
-    begun(ground)
-    with ground.start("incremental", VM, *ground.options, *SLOW) as run:
+def _signalled(number: int, site: Site) -> None:
+    _prepare(site)
+    with site.start("incremental", VM, *site.options, *SLOW) as run:
         assert run.stderr is not None
         await_line(run.stderr, "copy")
         run.send_signal(number)
-        said = ground.last = ground.wait(run)
-    expect(said.code == 1, f"it rolls back and ends with 1, not {said.code}")
-    ground.at_rest()
-    ground.next_is_right()
+        result = site.last = site.wait(run)
+    expect(result.code == 1, f"the run rolls back and ends with 1, not {result.code}")
+    site.check_clean()
+    site.check_next_run()
 
 
-def _faulty(spec: str, codes: tuple[int, ...], ground: Site, *options: str) -> None:
-    assert isinstance(ground, SimulatorSite)
-    begun(ground)
-    ground.order("fault", spec=spec)
-    said = ground.fails("incremental", *options, codes=codes, doomed="impatient")
-    ground.order("clear-faults")
-    expect(said.code == 0 or said.message, "what failed is told")
-    expect(not ground.harmed(), f"the guest is not harmed ({ground.harmed()})")
-    ground.next_is_right()
+def _faulty(spec: str, codes: tuple[int, ...], site: Site, *options: str) -> None:
+    assert isinstance(site, SimulatorSite)
+    _prepare(site)
+    site.order("fault", spec=spec)
+    result = site.fails("incremental", *options, codes=codes, fault="impatient")
+    site.order("clear-faults")
+    expect(result.code == 0 or result.message, "the error is reported")
+    expect(not site.guest_failure(), f"the guest did not fail ({site.guest_failure()})")
+    site.check_next_run()
 
 
-def _qemu_ends(how: str, ground: Site) -> None:
-    begun(ground)
-    with ground.start("incremental", VM, *ground.options, *SLOW) as run:
+def _qemu_ends(how: str, site: Site) -> None:
+    _prepare(site)
+    with site.start("incremental", VM, *site.options, *SLOW) as run:
         assert run.stderr is not None
         await_line(run.stderr, "copy")
-        ground.end(how)
-        said = ground.last = ground.wait(run)
-    expect(said.code in (1, 3), f"it ends with 1 or 3, not {said.code}")
-    ground.restart()
-    ground.next_is_right()
+        site.end(how)
+        result = site.last = site.wait(run)
+    expect(result.code in (1, 3), f"the run ends with 1 or 3, not {result.code}")
+    site.restart()
+    site.check_next_run()
 
 
-def _two_runs(ground: Site) -> None:
-    begun(ground)
-    with ground.start("full", VM, *ground.options, *SLOW) as run:
+def _two_runs(site: Site) -> None:
+    _prepare(site)
+    with site.start("full", VM, *site.options, *SLOW) as run:
         assert run.stderr is not None
         await_line(run.stderr, "copy")
-        ground.fails("incremental", codes=(75,))
+        site.fails("incremental", codes=(75,))
         run.send_signal(signal.SIGTERM)
-        first = ground.wait(run)
-    expect(first.code == 1, "the first run goes on, until it is ended")
-    ground.next_is_right()
+        first = site.wait(run)
+    expect(first.code == 1, "the first run continues until it is stopped")
+    site.check_next_run()
 
 
-def _target_full(ground: Site) -> None:
-    begun(ground)
-    said = ground.fails("full", doomed="full-disk")
-    expect(said.message, "what failed is told")
-    ground.at_rest()
-    ground.next_is_right()
+def _target_full(site: Site) -> None:
+    _prepare(site)
+    result = site.fails("full", fault="full-disk")
+    expect(result.message, "the error is reported")
+    site.check_clean()
+    site.check_next_run()
 
 
-def _damaged_manifest(ground: Site) -> None:
-    begun(ground)
-    (manifest,) = (ground.repository / VM).glob("*Z/manifest.json")
+def _damaged_manifest(site: Site) -> None:
+    _prepare(site)
+    (manifest,) = (site.repository / VM).glob("*Z/manifest.json")
     content = bytearray(manifest.read_bytes())
     content[len(content) // 2] ^= 1
     manifest.write_bytes(content)
     point = manifest.parent.name
-    for arguments in (("list", VM), ("verify", VM), ("restore", VM, point, "--to", str(ground.folder / "x"))):
-        said = ground.last = ground.run(*arguments)
-        expect(said.code == 4, f"{arguments[0]} ends with 4, not {said.code}")
-    del ground.moments[point]
-    ground.commit_known()  # as we damaged it
-    ground.next_is_right(code=4)
+    for arguments in (("list", VM), ("verify", VM), ("restore", VM, point, "--to", str(site.folder / "x"))):
+        result = site.last = site.run(*arguments)
+        expect(result.code == 4, f"{arguments[0]} ends with 4, not {result.code}")
+    del site.moments[point]
+    site.commit_known()  # with the damage made above
+    site.check_next_run(code=4)
 
 
-def _damaged_data(ground: Site) -> None:
-    begun(ground)
-    (image,) = (ground.repository / VM).glob("*Z/vda.qcow2")
+def _damaged_data(site: Site) -> None:
+    _prepare(site)
+    (image,) = (site.repository / VM).glob("*Z/vda.qcow2")
     content = bytearray(image.read_bytes())
     content[-65536 // 2] ^= 1
     image.write_bytes(content)
-    arguments = ("restore", VM, "latest", "--disk", "vda", "--to", str(ground.folder / "x.raw"))
-    expect(ground.run("verify", VM).code == 4, "verify ends with 4")
-    ground.last = ground.run(*arguments)
-    expect(ground.last.code == 4, f"restore ends with 4, not {ground.last.code}")
-    expect(not (ground.folder / "x.raw").exists(), "nothing damaged is restored")
+    arguments = ("restore", VM, "latest", "--disk", "vda", "--to", str(site.folder / "x.raw"))
+    expect(site.run("verify", VM).code == 4, "verify ends with 4")
+    site.last = site.run(*arguments)
+    expect(site.last.code == 4, f"restore ends with 4, not {site.last.code}")
+    expect(not (site.folder / "x.raw").exists(), "no damaged data are restored")
     content[-65536 // 2] ^= 1
     image.write_bytes(content)
-    ground.next_is_right()
+    site.check_next_run()
 
 
-def _snapshot(ground: Site) -> None:
-    begun(ground)
-    ground.snapshot("vda", DISKS["vda"])
-    ground.next_is_right()
-    ground.next_is_right()
+def _snapshot(site: Site) -> None:
+    _prepare(site)
+    site.snapshot("vda", DISKS["vda"])
+    site.check_next_run()
+    site.check_next_run()
 
 
-def _resized(ground: Site) -> None:
-    begun(ground)
-    ground.resize("vda", 6 << 20)
-    ground.resize("vda", 12 << 20)
-    ground.next_is_right()
+def _resized(site: Site) -> None:
+    _prepare(site)
+    site.resize("vda", 6 << 20)
+    site.resize("vda", 12 << 20)
+    site.check_next_run()
 
 
-def _added(ground: Site) -> None:
-    begun(ground)
-    ground.add_disk("vdc", 4 << 20)
-    ground.next_is_right()
+def _added(site: Site) -> None:
+    _prepare(site)
+    site.add_disk("vdc", 4 << 20)
+    site.check_next_run()
 
 
-def _bitmap_removed(ground: Site) -> None:
-    begun(ground)
-    nodes = ground.query("query-named-block-nodes", flat=True)
+def _bitmap_removed(site: Site) -> None:
+    _prepare(site)
+    nodes = site.query("query-named-block-nodes", flat=True)
     (name,) = (
         bitmap["name"]
         for node in nodes
         if node["node-name"] == "node-vda"
         for bitmap in node["dirty-bitmaps"]
     )
-    ground.query("block-dirty-bitmap-remove", node="node-vda", name=name)
-    ground.next_is_right()
+    site.query("block-dirty-bitmap-remove", node="node-vda", name=name)
+    site.check_next_run()
 
 
-def _job_ended(ground: Site) -> None:
-    begun(ground)
-    with ground.start("incremental", VM, *ground.options, *SLOW) as run:
+def _job_ended(site: Site) -> None:
+    _prepare(site)
+    with site.start("incremental", VM, *site.options, *SLOW) as run:
         assert run.stderr is not None
         await_line(run.stderr, "copy")
-        for job in ground.query("query-jobs"):
-            ground.query("block-job-cancel", device=job["id"], force=True)
-        said = ground.last = ground.wait(run)
-    expect(said.code == 1, f"it rolls back and ends with 1, not {said.code}")
-    ground.at_rest()
-    ground.next_is_right()
+        for job in site.query("query-jobs"):
+            site.query("block-job-cancel", device=job["id"], force=True)
+        result = site.last = site.wait(run)
+    expect(result.code == 1, f"the run rolls back and ends with 1, not {result.code}")
+    site.check_clean()
+    site.check_next_run()
 
 
 def _on_simulator(name: str, breaks: str, spec: str, *codes: int, options: tuple[str, ...] = ()) -> Drill:
-    def play(ground: Site) -> None:
-        _faulty(spec, codes, ground, *options)
+    def play(site: Site) -> None:
+        _faulty(spec, codes, site, *options)
 
     return Drill(name, breaks, play, simulator_only=True)
 
@@ -194,7 +194,7 @@ def _kill(kind: str, step: str) -> Drill:
         f"kill-{kind}-{step}",
         f"SIGKILL of a run ({kind})",
         partial(_killed, kind, step),
-        simulator_only=step == "freeze",  # without a guest there is nothing to freeze
+        simulator_only=step == "freeze",  # without a guest nothing is frozen
         step=step,
     )
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the demo does: backups of a simulated VM, one of which is made to fail, and the proof by restoring.
+"""The actions of the demo: backups of a simulated VM, one of which fails, and restores that are compared.
 
-The frozen moment that a restored disk is compared with comes from the simulator: its own copy of the
-guest's disks, taken at the transaction.
+A restored disk is compared with the simulator's own copy of that disk, made in the transaction.
 """
 
 import itertools
@@ -18,9 +17,10 @@ from backupctl.errors import BackupctlError, Failed, NeedsRecovery, UsageError
 from backupctl.names import PointId
 from backupctl.operations import status
 from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.restore import whole
-from backupctl.options import Kind, RunOptions
+from backupctl.options import FreezeOptions, Kind, RunOptions, ScratchOptions
 from backupctl.progress import Reporter, Silent
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
@@ -37,7 +37,7 @@ _TOOLS = {"QEMU_IMG": "qemu-img", "QEMU_STORAGE_DAEMON": "qemu-storage-daemon"}
 
 @dataclass(frozen=True)
 class Comparison:
-    """A restored disk beside the disk's frozen moment. differs_at: the first byte that differs."""
+    """A restored disk compared with the original. differs_at: first differing byte, None if equal."""
 
     point: PointId
     disk: str
@@ -46,22 +46,22 @@ class Comparison:
 
 
 def check_tools() -> None:
-    """Look for what pip does not bring. Raises UsageError, naming what is missing."""
+    """Check that QEMU's tools, which pip does not install, are there. Raises UsageError."""
     missing = [name for variable, name in _TOOLS.items() if not shutil.which(os.environ.get(variable, name))]
     if missing:
         raise UsageError(
-            f"{' and '.join(missing)} can't be found; the repository's images need them, even in a demo",
-            state="nothing was touched",
-            hint="or name them by QEMU_IMG and QEMU_STORAGE_DAEMON",
+            f"{' and '.join(missing)} not found; backupctl needs QEMU's tools for its images, even in a demo",
+            state="nothing changed",
+            hint="or set QEMU_IMG and QEMU_STORAGE_DAEMON to their paths",
             next_command="apt install qemu-utils qemu-system-common",
         )
 
 
 @dataclass
 class Stage:
-    """A simulated VM that runs, a repository, and the moments of the points so far.
+    """A running simulated VM, a repository, and the expected disks of the points so far.
 
-    folder: where all of it lies. moments: of each point, copies of the disks as raw files.
+    folder: of everything. moments: by point, copies of the disks as raw files.
     """
 
     folder: Path
@@ -81,25 +81,25 @@ class Stage:
         return SimulatedVm(VM, folder, DISKS, ("--seed", str(seed), "--keep-moments"))
 
     def guest_writes(self, writes: int) -> None:
-        """Let the guest make so many changes at once, then go on in the background."""
+        """Let the guest make this many changes now, and then go on writing in the background."""
         self.machine.order("step", count=writes)
         self.machine.order("workload", **{"per-second": WRITES_PER_SECOND})
 
     def guest_rests(self) -> None:
-        """Let the guest write no more."""
+        """Stop the guest's writes."""
         self.machine.order("workload", **{"per-second": 0})
 
     def changes(self) -> int:
         """Return how many changes the guest has made. Raises Failed if one of them failed."""
         guest = self.machine.order("status")
         if guest["failed-writes"]:
-            raise Failed(f"the guest came to harm: {guest['failed-writes']} of its writes failed")
+            raise Failed(f"{guest['failed-writes']} guest writes failed")
         return int(guest["writes"])
 
     def backup(self, kind: Kind) -> RunReport:
-        """Make a point, and keep its moment. Raises what a run raises."""
-        options = RunOptions(kind, freeze="require", scratch=self.scratch)
-        report = backup.run(self.machine.vm, self.repository, options, self.reporter, self.stop)
+        """Make a backup, and keep the expected disks. Raises what a run raises."""
+        options = RunOptions(kind, freeze=FreezeOptions("require"), scratch=ScratchOptions(self.scratch))
+        report = backup.run(RunContext(self.machine.vm, self.repository, options, self.reporter, self.stop))
         kept = self.machine.order("moment")["disks"]
         self.moments[report.point] = {
             disk: Path(path).rename(self.folder / f"{report.point}-{disk}.moment")
@@ -108,7 +108,7 @@ class Stage:
         return report
 
     def failing(self, kind: Kind, fault: str) -> BackupctlError:
-        """Make a run meet a fault; returns what it failed with. Raises Failed if it did not fail."""
+        """Make a backup that meets a fault, and return its error. Raises Failed if it did not fail."""
         self.machine.order("fault", spec=fault)
         try:
             self.backup(kind)
@@ -119,20 +119,20 @@ class Stage:
             return err
         finally:
             self.machine.order("clear-faults")
-        raise Failed(f"the run was to fail, with the fault {fault}, and did not")
+        raise Failed(f"the run did not fail, in spite of the fault {fault}")
 
     def dirty_bytes(self) -> dict[str, int]:
-        """Return what each disk's bitmap has marked, in bytes. Raises Failed unless all record."""
+        """Return the dirty bytes of each disk's one recording bitmap. Raises Failed if it has none."""
         with Monitor.connect(self.machine.vm.qmp, 30.0) as monitor:
             found = inventory.inventory(monitor, {}).disks
         idle = [disk.name for disk in found if [b.recording for b in disk.bitmaps] != [True]]
         if idle:
-            raise Failed(f"{', '.join(idle)}: there was to be one bitmap, and it was to record")
+            raise Failed(f"{', '.join(idle)}: expected exactly one dirty bitmap, which records")
         return {disk.name: disk.bitmaps[0].dirty_bytes for disk in found}
 
-    def check_at_rest(self) -> None:
-        """Look whether anything of ours is left in the VM. Raises Failed, naming it."""
-        options = RunOptions("incremental", scratch=self.scratch)
+    def check_clean(self) -> None:
+        """Check that backupctl left nothing in the VM. Raises Failed."""
+        options = RunOptions("incremental", scratch=ScratchOptions(self.scratch))
         found = status.look(self.machine.vm, self.repository, options)
         left = [*found.leftovers, *([found.problem] if found.problem else [])]
         if self.machine.order("status")["frozen"]:
@@ -145,7 +145,7 @@ class Stage:
         return self.repository.vm(self.machine.vm.name).points()
 
     def compare(self, point: PointId) -> Iterator[Comparison]:
-        """Restore a point and compare each disk with its moment, byte by byte."""
+        """Restore a point and compare each disk with the original, byte by byte."""
         vm_folder = self.repository.vm(self.machine.vm.name)
         target = self.folder / "restored"
         target.mkdir()

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Calls of the command line in children of one process that has imported it: that takes most of a call.
+"""A fork server: calls of the command line in children of one process that has already imported it.
 
-`python -m backupctl.drills.fork_server MODULE…` is that process. On its stdin, a socket, it takes requests:
-JSON, with the descriptors of the child's stdout and stderr, and of a socket on which its process id is told
-and, later, its exit code. It runs no call itself, so each child begins as a process just started would. A
-child is killed when nobody listens for its end any more.
+Most of the time of a short call is the import. `python -m backupctl.drills.fork_server MODULE…` is the
+server. Its stdin is a socket for requests: JSON, with the descriptors of the child's stdout and stderr, and
+of a socket on which the server sends the child's process id and, later, its exit code. The server runs no
+call itself, so each child starts as a new process would. A child is killed when its caller closes that
+socket.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ MODULES = (
     *(f"backupctl.cli.{name}" for name in ("main", "backup", "list_show", "restore", "verify", "simulate")),
     "backupctl.simulator.process",
 )
-"""What drills call."""
-_REQUEST_BYTES = 1 << 18  # more than a socket sends at once by default
+"""Modules that drills call."""
+_REQUEST_BYTES = 1 << 18  # more than the default size of a message on a socket
 _END_SECONDS = 5.0
 
 
@@ -50,7 +51,7 @@ class CallSpec:
 
 
 class ForkServer:
-    """The process, seen from outside; a context manager that starts and ends it. Threads may share it."""
+    """The client side; a context manager that starts and ends the server. Threads may share it."""
 
     def __init__(
         self, modules: Sequence[str] = MODULES, environment: Mapping[str, str] | None = None
@@ -60,7 +61,7 @@ class ForkServer:
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Start it; it gets ready while we go on."""
+        """Start it, without waiting until it is ready."""
         with contextlib.ExitStack() as held:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self._control = held.enter_context(ours)
@@ -79,56 +80,58 @@ class ForkServer:
     def __exit__(self, *_: object) -> None:
         self._held.close()
 
-    def start(self, program: CallSpec, out: IO[Any], words: IO[Any]) -> "ForkedProcess":
-        """Call it in a child. out, words: files for what it writes to stdout and stderr. Raises Failed."""
-        news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def start(self, program: CallSpec, out: IO[Any], stderr: IO[Any]) -> "ForkedProcess":
+        """Call it in a child. out, stderr: files for its output. Raises Failed."""
+        status, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with contextlib.ExitStack() as held:
-            held.enter_context(news)
+            held.enter_context(status)
             with theirs:
                 request = json.dumps(asdict(program)).encode()
                 try:
-                    socket.send_fds(self._control, [request], [out.fileno(), words.fileno(), theirs.fileno()])
+                    socket.send_fds(
+                        self._control, [request], [out.fileno(), stderr.fileno(), theirs.fileno()]
+                    )
                 except OSError as err:
-                    raise Failed(f"the process that starts the drills' runs can't be asked: {err}") from err
-            call = ForkedProcess(news)
+                    raise Failed(f"cannot send a request to the fork server: {err}") from err
+            call = ForkedProcess(status)
             held.pop_all()
             return call
 
     def run(self, program: CallSpec, timeout: float) -> "subprocess.CompletedProcess[str]":
-        """Call it and wait for its end; returns what came of it.
+        """Call it and wait for its end.
 
-        timeout: seconds; after them it is killed. Raises subprocess.TimeoutExpired, Failed.
+        timeout: in seconds; then it is killed. Raises subprocess.TimeoutExpired, Failed.
         """
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as words:
-            with self.start(program, out, words) as call:
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as stderr:
+            with self.start(program, out, stderr) as call:
                 code = call.wait(timeout)
             out.seek(0)
-            words.seek(0)
-            return subprocess.CompletedProcess(program.arguments, code, out.read(), words.read())
+            stderr.seek(0)
+            return subprocess.CompletedProcess(program.arguments, code, out.read(), stderr.read())
 
 
 class ForkedProcess:
-    """A call under way, with the ways of a Popen; a context manager that kills it if it has not ended."""
+    """A running call, with the interface of a Popen; a context manager that kills it if it still runs."""
 
-    def __init__(self, news: socket.socket) -> None:
-        """Wait until it has begun. Raises Failed."""
-        self._news = news
+    def __init__(self, status: socket.socket) -> None:
+        """Wait until it has started. Raises Failed."""
+        self._status = status
         self.returncode: int | None = None
-        self.pid = self._told()
+        self.pid = self._receive()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._news.close()
+        self._status.close()
 
     def wait(self, timeout: float) -> int:
         """Return its exit code, negative for a signal. Raises subprocess.TimeoutExpired, Failed."""
         if self.returncode is None:
-            if not select.select([self._news], [], [], timeout)[0]:
+            if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(str(self.pid), timeout)
-            self.returncode = self._told()
-            self._news.close()
+            self.returncode = self._receive()
+            self._status.close()
         return self.returncode
 
     def poll(self) -> int | None:
@@ -151,56 +154,56 @@ class ForkedProcess:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
-    def _told(self) -> int:
-        told = self._news.recv(100)
-        if not told:
-            raise Failed("the process that starts the drills' runs has ended")
-        return int(told)
+    def _receive(self) -> int:
+        received = self._status.recv(100)
+        if not received:
+            raise Failed("the fork server has ended")
+        return int(received)
 
 
 @dataclass(eq=False)
 class _Child:
-    """A call, seen from the process that made it. ended: a pidfd. news: where its caller listens."""
+    """A call, on the server's side. ended: a pidfd. status: the socket to its caller."""
 
     process: int
     ended: int
-    news: socket.socket
+    status: socket.socket
 
     @classmethod
     def begin(cls, request: bytes, descriptors: Sequence[int]) -> "_Child":
-        """Fork. descriptors: of its stdout and stderr, and of its news."""
+        """Fork. descriptors: of its stdout, stderr and status socket."""
         process = os.fork()
         if process == 0:
-            _be(json.loads(request), descriptors)
+            _become(json.loads(request), descriptors)
         for descriptor in descriptors[:2]:
             os.close(descriptor)
         child = cls(process, os.pidfd_open(process), socket.socket(fileno=descriptors[2]))
-        child._tell(process)
+        child._send(process)
         return child
 
     def kill(self) -> None:
-        """Send SIGKILL; until `reap` the process id is its own."""
+        """Send SIGKILL; the process id is not reused before `reap`."""
         os.kill(self.process, signal.SIGKILL)
 
     def reap(self) -> None:
-        """Wait for its end and tell of it."""
+        """Wait for its end and send its exit code."""
         _, status = os.waitpid(self.process, 0)
-        self._tell(os.waitstatus_to_exitcode(status))
-        self.news.close()
+        self._send(os.waitstatus_to_exitcode(status))
+        self.status.close()
         os.close(self.ended)
 
-    def _tell(self, number: int) -> None:
-        with contextlib.suppress(OSError):  # nobody may listen
-            self.news.send(str(number).encode())
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # the caller may have closed the socket
+            self.status.send(str(number).encode())
 
 
 def serve(control: socket.socket) -> None:
-    """Take requests until nobody can make any; then all children are killed."""
+    """Serve requests until the client closes the socket; then all children are killed."""
     children = set[_Child]()
-    with selectors.DefaultSelector() as look:
-        look.register(control, selectors.EVENT_READ, None)
+    with selectors.DefaultSelector() as selector:
+        selector.register(control, selectors.EVENT_READ, None)
         while True:
-            for key, _ in look.select():
+            for key, _ in selector.select():
                 child = key.data
                 if child is None:
                     request, descriptors, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 3)
@@ -210,19 +213,19 @@ def serve(control: socket.socket) -> None:
                         return
                     child = _Child.begin(request, descriptors)
                     children.add(child)
-                    for watched in (child.ended, child.news):
-                        look.register(watched, selectors.EVENT_READ, child)
-                elif child in children:  # both may be told of at once
-                    for watched in (child.ended, child.news):
-                        look.unregister(watched)
-                    if key.fileobj is child.news:  # its caller is gone
+                    for watched in (child.ended, child.status):
+                        selector.register(watched, selectors.EVENT_READ, child)
+                elif child in children:  # both events of a child may come at once
+                    for watched in (child.ended, child.status):
+                        selector.unregister(watched)
+                    if key.fileobj is child.status:  # its caller closed the socket
                         child.kill()
                     child.reap()
                     children.remove(child)
 
 
-def _be(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
-    """Become the program that was asked for."""
+def _become(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
+    """Become the requested program."""
     code = 1
     try:
         for number, descriptor in enumerate([os.open(os.devnull, os.O_RDONLY), *descriptors[:2]]):
@@ -238,7 +241,7 @@ def _be(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
         code = 0
     except SystemExit as err:
         code = err.code if isinstance(err.code, int) else int(err.code is not None)
-    except BaseException:  # noqa: BLE001 - told as the interpreter would
+    except BaseException:  # noqa: BLE001 - reported as the interpreter would
         traceback.print_exc()
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -248,7 +251,7 @@ def _be(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ctrl-C in the terminal our parent makes an end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C in the terminal the parent ends this process
     for name in sys.argv[1:]:
         importlib.import_module(name)
     gc.freeze()

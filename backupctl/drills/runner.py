@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Runs drills, a few at once, each on a ground of its own, and judges them."""
+"""Runs drills, a few at a time, each on a site of its own, and judges them."""
 
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from backupctl.cancel import Cancellation
 from backupctl.drills import sites
@@ -19,7 +19,7 @@ from backupctl.errors import BackupctlError
 
 Place = Literal["simulator", "qemu"]
 Verdict = Literal["passed", "FAILED", "simulator only"]
-_GROUNDS: dict[str, Callable[[Path, ForkServer], AbstractContextManager[Site]]] = {
+_SITES: dict[str, Callable[[Path, ForkServer], AbstractContextManager[Site]]] = {
     "simulator": sites.simulator,
     "qemu": sites.real,
 }
@@ -28,28 +28,33 @@ _AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a drill.
+    """The result of a drill.
 
-    step, said, exit_code: of the run that met the fault, as a user saw it; of one that was killed, what the
-    next one said. compared_bytes: of all points,
-    restored and compared with their moments. problem: what was to be true, and is not.
+    step, message, exit_code: of the run that met the fault, as shown to a user; after a kill, `message` is
+    what the next run reported. compared_bytes: of all restored points, compared with the disks at their
+    points in time. problem: the expectation that did not hold.
     """
 
     name: str
     breaks: str
     verdict: Verdict
     step: str = ""
-    said: str = ""
+    message: str = ""
     exit_code: int | None = None
     compared_bytes: int = 0
     problem: str = ""
     seconds: float = 0.0
 
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON shows it, where the message is called "said"."""
+        found = asdict(self)
+        return found | {"said": found.pop("message")}
+
 
 def run(drills: Sequence[Drill], place: Place, stop: Cancellation) -> Iterator[Outcome]:
-    """Play the drills; yields each outcome as it is there. Raises Interrupted."""
-    with ForkServer() as warm, ThreadPoolExecutor(_AT_ONCE) as threads:
-        coming = [threads.submit(_play, drill, place, warm, stop) for drill in drills]
+    """Run the drills, and yield each outcome when it is known. Raises Interrupted."""
+    with ForkServer() as fork_server, ThreadPoolExecutor(_AT_ONCE) as threads:
+        coming = [threads.submit(_play, drill, place, fork_server, stop) for drill in drills]
         try:
             for one in as_completed(coming):
                 yield one.result()
@@ -58,28 +63,28 @@ def run(drills: Sequence[Drill], place: Place, stop: Cancellation) -> Iterator[O
                 one.cancel()
 
 
-def _play(drill: Drill, place: Place, warm: ForkServer, stop: Cancellation) -> Outcome:
+def _play(drill: Drill, place: Place, fork_server: ForkServer, stop: Cancellation) -> Outcome:
     stop.check()
     if drill.simulator_only and place != "simulator":
         return Outcome(drill.name, drill.breaks, "simulator only")
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bd-") as name, _GROUNDS[place](Path(name), warm) as ground:
+    with tempfile.TemporaryDirectory(prefix="bd-") as name, _SITES[place](Path(name), fork_server) as site:
         problem = ""
         try:
-            drill.play(ground)
+            drill.play(site)
         except ExpectationFailed as err:
-            problem = f"not so: {err}"
+            problem = f"expected: {err}"
         except BackupctlError as err:
-            problem = f"the drill itself could not go on: {err.message}"
-        said = ground.last
+            problem = f"the drill could not continue: {err.message}"
+        result = site.last
         return Outcome(
             drill.name,
             drill.breaks,
-            "FAILED" if problem or not ground.compared_bytes else "passed",
-            drill.step or (said.step if said else ""),
-            (said.message if said else "") or ground.aftermath,
-            said.code if said else None,
-            ground.compared_bytes,
-            problem or ("" if ground.compared_bytes else "not a byte was compared"),
+            "FAILED" if problem or not site.compared_bytes else "passed",
+            drill.step or (result.step if result else ""),
+            (result.message if result else "") or site.next_run_notes,
+            result.code if result else None,
+            site.compared_bytes,
+            problem or ("" if site.compared_bytes else "nothing was compared"),
             time.monotonic() - begun,
         )

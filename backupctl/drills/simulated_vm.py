@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A simulated VM as a child process, reached through its sockets as any VM is, and steered by one more."""
+"""A simulated VM as a child process, with its sockets and its control socket."""
 
 import json
 import os
@@ -28,8 +28,8 @@ _END_SECONDS = 5.0
 class SimulatedVm:
     """`backupctl simulate` in a folder; a context manager that starts and ends it.
 
-    disks: as `--disk` takes them. options: more of its command line. warm: what it is started by, if not
-    as a program of its own. It dies with this process.
+    disks: as `--disk` takes them. options: more arguments. fork_server: starts it; None to start a program of
+    its own. It ends with this process.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class SimulatedVm:
         folder: Path,
         disks: Sequence[str],
         options: Sequence[str] = (),
-        warm: ForkServer | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         self.folder = folder
         self.vm = VmConfig(vm_name(name), _address(folder, "qmp"), _address(folder, "agent"))
@@ -48,7 +48,7 @@ class SimulatedVm:
         for disk in disks:
             self._arguments += ["--disk", disk]
         self._arguments += options
-        self._warm = warm
+        self._fork_server = fork_server
         self._held = ExitStack()
 
     def __enter__(self) -> Self:
@@ -63,7 +63,7 @@ class SimulatedVm:
         self._held.close()
 
     def order(self, do: str, **arguments: Any) -> Any:
-        """Give an order over the control socket (docs/simulator.md). Raises Failed."""
+        """Send an order to the control socket (docs/simulator.md). Raises Failed."""
         try:
             with socket.socket(socket.AF_UNIX) as control:
                 control.settimeout(_ORDER_SECONDS)
@@ -72,15 +72,15 @@ class SimulatedVm:
                 with control.makefile("rb") as stream:
                     reply = json.loads(stream.readline())
         except (OSError, ValueError) as err:
-            raise Failed(f"the simulator does not answer {do!r}: {err}") from err
+            raise Failed(f"the simulator did not answer {do!r}: {err}") from err
         if "error" in reply:
             raise Failed(f"the simulator refused {do!r}: {reply['error']}")
         return reply["return"]
 
     def _start(self, complaints: IO[bytes], held: ExitStack) -> "subprocess.Popen[bytes] | ForkedProcess":
-        if self._warm is not None:
+        if self._fork_server is not None:
             program = CallSpec(self._arguments, dict(os.environ), str(self.folder))
-            call = self._warm.start(program, complaints, complaints)
+            call = self._fork_server.start(program, complaints, complaints)
             return held.enter_context(call)
         process = qemu_tools.start(
             [sys.executable, "-m", "backupctl", *self._arguments], complaints=complaints
@@ -92,7 +92,9 @@ class SimulatedVm:
         self, process: "subprocess.Popen[bytes] | ForkedProcess", complaints: IO[bytes]
     ) -> None:
         deadline = time.monotonic() + _START_SECONDS
-        while not (self.folder / "qmp").exists():  # the last to appear, and with its name it listens
+        while not (
+            self.folder / "qmp"
+        ).exists():  # the last socket to appear; it listens as soon as it has its name
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"the simulator did not start: {qemu_tools.said(complaints)}")
             time.sleep(0.01)

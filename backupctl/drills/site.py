@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where a drill takes place: a throw-away VM, a repository, and the command line as users call it.
+"""The site of a drill: a throw-away VM, a repository, and the command line as users call it.
 
-Nothing of the user's is in reach: sockets, repository, scratch, configuration and home lie in one temporary
-folder. What a drill is judged by does not come from backupctl: the bytes of a moment are the simulator's
-own copy, or, on a real QEMU, the model of all that was written; what is left in the VM is asked of the VM.
+Nothing of the user's is touched: sockets, repository, scratch, configuration and home are in one temporary
+folder. A drill is not judged by what backupctl reports: the expected bytes are the simulator's own copy of
+the disks, or, on a real QEMU, a model of all writes; the VM itself is asked for what is left in it.
 """
 
 import hashlib
@@ -30,46 +30,46 @@ VM = "drilled"
 _RUN_SECONDS = 120.0
 _THAW_SECONDS = 5.0  # less than the freeze budget: it is the kill that the guard must answer to
 _OURS = "backupctl-"
-_DOOMED = "backupctl.cli.faulty:faulty_cli"
-_ENDS = f"backupctl ends within {_RUN_SECONDS:g} s"
-_WORTH_TELLING = (DiskScanned.code, DiskTakenFull.code)
+_FAULTY_CLI = "backupctl.cli.faulty:faulty_cli"
+_ENDS_IN_TIME = f"backupctl ends within {_RUN_SECONDS:g} s"
+_NOTABLE = (DiskScanned.code, DiskTakenFull.code)
 
 
 class ExpectationFailed(Exception):
-    """What a drill expects did not come true: its verdict."""
+    """An expectation of a drill does not hold, so it has failed. The text is the expectation."""
 
 
 def expect(truth: object, what: str) -> None:
-    """Raise Unmet unless it is true; `what` is what should have been."""
+    """Raise ExpectationFailed unless it is true. what: the expectation, as a statement."""
     if not truth:
         raise ExpectationFailed(what)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one call of the command line came to. words: all of stderr. code: negative for a signal."""
+    """The result of one call of the command line. code: negative for a signal."""
 
     code: int
     document: Any
-    words: str
+    stderr: str
 
     @property
     def message(self) -> str:
-        """The error's own words; of a run without one, what it found worth telling."""
+        """The error's message; of a run without an error, its most important note."""
         error = self.document.get("error") if isinstance(self.document, dict) else None
         if error:
             return str(error["message"])
-        told = [*self.events("warnings"), *self.events("notes", *_WORTH_TELLING)]
-        return str(told[0]["message"]) if told else ""
+        notable = [*self.events("warnings"), *self.events("notes", *_NOTABLE)]
+        return str(notable[0]["message"]) if notable else ""
 
     def events(self, severity: str, *codes: str) -> list[dict[str, Any]]:
-        """Return its "warnings" or "notes", those with one of the codes if there are any."""
+        """Return its "warnings" or "notes"; codes: only those with one of these."""
         found = self.document.get(severity, []) if isinstance(self.document, dict) else []
         return [one for one in found if not codes or one["code"] in codes]
 
     @property
     def step(self) -> str:
-        """Where it failed, as it was told."""
+        """The step at which it failed, as reported."""
         error = self.document.get("error") if isinstance(self.document, dict) else None
         return str(error.get("step") or "") if error else ""
 
@@ -78,20 +78,21 @@ class Result:
 class Site(ABC):
     """A VM with two disks and a repository.
 
-    folder: all of it. warm: what calls are made by. moments: of each point, raw files by disk. last: the
-    call that met what was broken. aftermath: what the next run had to clear up, as it told. committed:
-    hashes of the files of points that must not change.
+    folder: of everything. fork_server: makes the calls. qmp, agent: addresses, as on the command line.
+    options: of every backup. moments: by point, the expected disks as raw files. last: the result of the call
+    that met the fault. next_run_notes: what the next run cleaned up, as it reported. committed: hashes of the
+    files of points that must not change.
     """
 
     folder: Path
-    warm: ForkServer
+    fork_server: ForkServer
     qmp: str = ""
     agent: str | None = None
     options: tuple[str, ...] = ()
     compared_bytes: int = 0
     moments: dict[str, dict[str, Path]] = field(default_factory=dict)
     last: Result | None = None
-    aftermath: str = ""
+    next_run_notes: str = ""
     committed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,15 +104,15 @@ class Site(ABC):
 
     @abstractmethod
     def write(self, changes: int) -> None:
-        """Let the guest make so many changes at once. Raises Failed if one of them failed."""
+        """Let the guest make this many changes now. Raises Failed if one of them failed."""
 
     @abstractmethod
     def moment(self) -> dict[str, Path]:
-        """Return raw files of the disks at the moment of the newest point."""
+        """Return raw files of the disks at the point in time of the newest point."""
 
     @abstractmethod
     def query(self, command: str, **arguments: Any) -> Any:
-        """Ask the VM past backupctl."""
+        """Run a monitor command on the VM, without backupctl."""
 
     @abstractmethod
     def restart(self) -> None:
@@ -128,17 +129,17 @@ class Site(ABC):
         self.query("device_add", driver="virtio-blk-pci", id=name, drive=f"node-{name}", bus="rp1")
 
     def resize(self, disk: str, size: int) -> None:
-        """Resize a disk; what is new reads as zeroes."""
+        """Resize a disk; new space reads as zeroes."""
         self.query("block_resize", **{"node-name": f"node-{disk}", "size": size})
 
     def snapshot(self, disk: str, size: int) -> None:
-        """Take an external snapshot, as somebody else might between two backups."""
+        """Take an external snapshot, as another tool might between two backups."""
         path = self._image(f"over-{disk}", size)
         self.query("blockdev-add", **_node(f"over-{disk}", path), backing=None)
         self.query("blockdev-snapshot", node=f"node-{disk}", overlay=f"over-{disk}")
 
-    def harmed(self) -> str:
-        """Say what harm the guest came to; "" for none."""
+    def guest_failure(self) -> str:
+        """Return how the guest failed; "" if it did not."""
         return ""
 
     def frozen(self) -> bool:
@@ -146,19 +147,19 @@ class Site(ABC):
         return False
 
     def await_thaw(self) -> None:
-        """Wait for the guard of a run that was killed to let the guest go on. Raises Unmet."""
+        """Wait until the guard of a run that was killed has thawed the guest. Raises ExpectationFailed."""
         deadline = time.monotonic() + _THAW_SECONDS
         while self.frozen():
             expect(time.monotonic() < deadline, f"the guest is thawed within {_THAW_SECONDS:g} s of the kill")
             time.sleep(0.02)
 
     def commit_known(self) -> None:
-        """Keep what the committed points are made of now, for `next_is_right` to compare."""
+        """Remember the files of the committed points, for `check_next_run` to compare."""
         self.committed = self.fingerprint()
 
     def arguments(self, *arguments: str) -> list[str]:
-        """Return the arguments of a call, for JSON, with what every call needs."""
-        # Their failures are wanted: what they leave behind must not take the place of a real one's log.
+        """Return the arguments of a call with JSON output, including those that every call needs."""
+        # Without --log-file each failure here would leave a log in the place of a real one's.
         found = [*arguments, "--repository", str(self.repository), "--json"]
         found += ["--log-file", str(self.folder / "log")]
         if arguments[0] in ("full", "incremental", "recover", "status"):
@@ -167,27 +168,29 @@ class Site(ABC):
         return found
 
     def environment(self) -> dict[str, str]:
-        """Return an environment in which no configuration of the user's is found."""
+        """Return an environment in which no configuration of the user is found."""
         hidden = ("BACKUPCTL_CONFIG", "XDG_CONFIG_HOME")
         kept = {name: text for name, text in os.environ.items() if name not in hidden}
         ours = str(Path(__file__).resolve().parents[2])
         packages = os.pathsep.join(dict.fromkeys([ours, *kept.get("PYTHONPATH", "").split(os.pathsep)]))
         return {**kept, "HOME": str(self.home), "PYTHONPATH": packages.rstrip(os.pathsep)}
 
-    def run(self, *arguments: str, doomed: str = "") -> Result:
-        """Call backupctl and wait for it. doomed: how it comes to harm (see cli/faulty.py)."""
+    def run(self, *arguments: str, fault: str = "") -> Result:
+        """Call backupctl and wait for it. fault: the first argument of `cli.faulty`, "" for none."""
         called, entry = self.arguments(*arguments), CLI
-        if doomed:
-            called, entry = [doomed, *called], _DOOMED
+        if fault:
+            called, entry = [fault, *called], _FAULTY_CLI
         try:
-            done = self.warm.run(CallSpec(called, self.environment(), str(self.home), entry), _RUN_SECONDS)
+            done = self.fork_server.run(
+                CallSpec(called, self.environment(), str(self.home), entry), _RUN_SECONDS
+            )
         except subprocess.TimeoutExpired as err:
-            raise ExpectationFailed(_ENDS) from err
-        return _said(done.returncode, done.stdout, done.stderr)
+            raise ExpectationFailed(_ENDS_IN_TIME) from err
+        return _result(done.returncode, done.stdout, done.stderr)
 
     @contextmanager
     def start(self, *arguments: str) -> Iterator["subprocess.Popen[str]"]:
-        """Start backupctl; it is killed if it has not ended with the block."""
+        """Start backupctl; it is killed if it still runs at the end of the block."""
         process = subprocess.Popen(
             [sys.executable, "-m", "backupctl", *self.arguments(*arguments)],
             cwd=self.home,
@@ -205,62 +208,63 @@ class Site(ABC):
             process.communicate()
 
     def wait(self, process: "subprocess.Popen[str]") -> Result:
-        """Wait for a run that was started. Raises Unmet if it does not end."""
+        """Wait for a run that was started. Raises ExpectationFailed if it does not end."""
         try:
-            out, words = process.communicate(timeout=_RUN_SECONDS)
+            out, stderr = process.communicate(timeout=_RUN_SECONDS)
         except subprocess.TimeoutExpired as err:
-            raise ExpectationFailed(_ENDS) from err
-        return _said(process.returncode, out, words)
+            raise ExpectationFailed(_ENDS_IN_TIME) from err
+        return _result(process.returncode, out, stderr)
 
     def backup(self, kind: str, *options: str, code: int = 0) -> str:
-        """Make a point that must succeed, with this exit code; its moment is kept. Returns its id."""
-        said = self.run(kind, VM, *self.options, *options)
+        """Make a backup that must end with this exit code; keep the expected disks. Returns the point."""
+        result = self.run(kind, VM, *self.options, *options)
         expect(
-            said.code == code, f"{kind} succeeds, with {code} (it said: {said.message or said.words[-200:]})"
+            result.code == code,
+            f"{kind} ends with {code} (its message: {result.message or result.stderr[-200:]})",
         )
         if kind == "incremental" and self.last is None:
-            self.last = said
-        if kind == "incremental" and not self.aftermath:
-            undone = [one["action"] for one in said.events("notes", RecoveredFromEarlierRun.code)]
-            self.aftermath = f"next run: {'; '.join(undone)}" if undone else "next run: nothing to undo"
-        point = str(said.document["point"])
+            self.last = result
+        if kind == "incremental" and not self.next_run_notes:
+            undone = [one["action"] for one in result.events("notes", RecoveredFromEarlierRun.code)]
+            self.next_run_notes = f"next run: {'; '.join(undone)}" if undone else "next run: nothing to undo"
+        point = str(result.document["point"])
         self.moments[point] = self._kept(point, self.moment())
         return point
 
-    def fails(self, kind: str, *options: str, codes: tuple[int, ...] = (1,), doomed: str = "") -> Result:
-        """Make a run that must end with one of these codes."""
-        said = self.last = self.run(kind, VM, *self.options, *options, doomed=doomed)
-        expect(said.code in codes, f"it ends with {' or '.join(map(str, codes))}, not {said.code}")
-        return said
+    def fails(self, kind: str, *options: str, codes: tuple[int, ...] = (1,), fault: str = "") -> Result:
+        """Make a backup, which must end with one of these exit codes."""
+        result = self.last = self.run(kind, VM, *self.options, *options, fault=fault)
+        expect(result.code in codes, f"the run ends with {' or '.join(map(str, codes))}, not {result.code}")
+        return result
 
     def compare(self, point: str) -> None:
-        """Restore a point and compare each disk, byte by byte, with its moment. Raises Unmet."""
+        """Restore a point and compare each disk with the expected one. Raises ExpectationFailed."""
         restored = self.folder / "restored"
-        said = self.run("restore", VM, point, "--format", "raw", "--to", f"{restored}/")
-        expect(said.code == 0, f"{point} can be restored (it said: {said.message})")
+        result = self.run("restore", VM, point, "--format", "raw", "--to", f"{restored}/")
+        expect(result.code == 0, f"{point} can be restored (its message: {result.message})")
         for disk, moment in self.moments[point].items():
             at = first_difference(restored / f"{disk}.raw", moment)
-            expect(at is None, f"{disk} of {point} is what it was at its moment (byte {at} is not)")
+            expect(at is None, f"{disk} of {point} equals the disk at its point in time (byte {at} differs)")
             self.compared_bytes += moment.stat().st_size
         shutil.rmtree(restored)
 
     def compare_all(self) -> None:
-        """Compare every point whose moment is known."""
+        """Compare every point whose disks are known."""
         for point in self.moments:
             self.compare(point)
 
-    def at_rest(self) -> None:
-        """Nothing of ours is left but one bitmap a disk and points. Raises Unmet."""
+    def check_clean(self) -> None:
+        """Check that backupctl left nothing but points and one bitmap per disk. Raises ExpectationFailed."""
         left = [job["id"] for job in self.query("query-jobs") if job["id"].startswith(_OURS)]
         left += [one["id"] for one in self.query("query-block-exports") if one["id"].startswith(_OURS)]
         nodes = self.query("query-named-block-nodes", flat=True)
         left += [node["node-name"] for node in nodes if node["node-name"].startswith(_OURS)]
         left += [path.name for path in (self.repository / VM).glob("*.partial")]
         left += [path.name for path in self.scratch.iterdir()]
-        expect(not left, f"nothing of backupctl's is left (found: {', '.join(left)})")
+        expect(not left, f"backupctl left nothing behind (found: {', '.join(left)})")
         for node in nodes:
             ours = [b["name"] for b in node.get("dirty-bitmaps", []) if str(b.get("name")).startswith(_OURS)]
-            expect(len(ours) <= 1, f"one bitmap of ours at most is on {node['node-name']} (found: {ours})")
+            expect(len(ours) <= 1, f"backupctl has at most one bitmap on {node['node-name']} (found: {ours})")
 
     def fingerprint(self) -> dict[str, str]:
         """Return a hash of every file of every committed point."""
@@ -269,37 +273,37 @@ class Site(ABC):
             found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
-    def next_is_right(self, code: int = 0) -> None:
-        """The next incremental succeeds, every point is what it was, nothing is left. Raises Unmet.
+    def check_next_run(self, code: int = 0) -> None:
+        """Check that the next incremental succeeds, all points are unchanged, and nothing is left.
 
-        code: its exit code, 4 where older points are damaged.
+        code: its exit code, 4 if older points are damaged. Raises ExpectationFailed.
         """
         self.write(10)
         self.backup("incremental", code=code)
-        expect(self.committed.items() <= self.fingerprint().items(), "committed points are as they were")
-        self.at_rest()
+        expect(self.committed.items() <= self.fingerprint().items(), "committed points are unchanged")
+        self.check_clean()
         self.compare_all()
-        expect(not self.harmed(), f"no write of the guest failed ({self.harmed()})")
+        expect(not self.guest_failure(), f"no write of the guest failed ({self.guest_failure()})")
 
     def _image(self, name: str, size: int) -> Path:
         path = self.folder / f"{name}.qcow2"
         made = qemu_tools.img(["create", "-q", "-f", "qcow2", str(path), str(size)])
         if made.returncode:
-            raise Failed(f"{path} can't be made: {made.stderr.strip():.300}")
+            raise Failed(f"cannot create {path}: {made.stderr.strip():.300}")
         return path
 
     def _kept(self, point: str, moment: dict[str, Path]) -> dict[str, Path]:
         return {disk: path.rename(self.folder / f"{point}-{disk}.moment") for disk, path in moment.items()}
 
 
-def _said(code: int, out: str, words: str) -> Result:
-    """Look at what a call came to. Raises Unmet if that is not what one comes to, whatever happened."""
+def _result(code: int, out: str, stderr: str) -> Result:
+    """Check what every call must keep to, whatever happened. Raises ExpectationFailed."""
     try:
         document = json.loads(out) if out.strip() else {}
     except ValueError as err:
-        raise ExpectationFailed("with --json there is one JSON document on stdout, and nothing else") from err
-    expect("Traceback" not in words, "an error is told in words, not as a traceback")
-    return Result(code, document, words)
+        raise ExpectationFailed("--json prints one JSON document on stdout, and nothing else") from err
+    expect("Traceback" not in stderr, "an error is reported as a message, not as a traceback")
+    return Result(code, document, stderr)
 
 
 def _node(name: str, path: Path) -> dict[str, Any]:
@@ -307,11 +311,11 @@ def _node(name: str, path: Path) -> dict[str, Any]:
 
 
 def await_line(stream: IO[str], word: str, seconds: float = 30.0) -> None:
-    """Read a run's words until one line has this in it. Raises Failed."""
+    """Read a run's output until a line contains this word. Raises Failed."""
     deadline = time.monotonic() + seconds
     for line in stream:
         if word in line:
             return
         if time.monotonic() > deadline:
             break
-    raise Failed(f"the run did not come to {word!r}")
+    raise Failed(f"the run did not reach {word!r}")

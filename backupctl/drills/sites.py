@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The two grounds for drills: the bundled simulator, and a throw-away real QEMU without a guest."""
+"""The two kinds of site: the bundled simulator, and a throw-away real QEMU without a guest."""
 
 import json
 import os
@@ -30,44 +30,46 @@ _COMMAND_SECONDS = 30.0
 
 
 @contextmanager
-def simulator(folder: Path, warm: ForkServer) -> Iterator[Site]:
-    """Give a simulated VM whose guest is there with its agent."""
+def simulator(folder: Path, fork_server: ForkServer) -> Iterator[Site]:
+    """Yield a site with a simulated VM, guest and agent."""
     disks = [f"{name}={size},node=node-{name}" for name, size in DISKS.items()]
     options = ("--seed", "7", "--keep-moments", "--version", _VERSION, "--qmp", str(folder / "look"))
     with ExitStack() as held:
-        vm = held.enter_context(SimulatedVm("drilled", folder, disks, options, warm))
-        ground = SimulatorSite(
-            folder, warm, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
+        vm = held.enter_context(SimulatedVm("drilled", folder, disks, options, fork_server))
+        site = SimulatorSite(
+            folder, fork_server, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
         )
-        held.callback(ground.close)
-        vm.order("workload", **{"per-second": 50})  # a guest that never rests
-        yield ground
+        held.callback(site.close)
+        vm.order("workload", **{"per-second": 50})  # the guest keeps writing
+        yield site
 
 
 @contextmanager
-def real(folder: Path, warm: ForkServer) -> Iterator[Site]:
-    """Give a real QEMU whose disks are written by us. Raises Failed if there is none to run."""
+def real(folder: Path, fork_server: ForkServer) -> Iterator[Site]:
+    """Yield a site with a real QEMU, to whose disks only the drill writes. Raises Failed without QEMU."""
     program = os.environ.get("QEMU", "qemu-system-x86_64")
     if shutil.which(program.split()[0]) is None:
         raise Failed(
-            f"{program} is not found",
-            hint="or name it by QEMU",
+            f"{program} not found",
+            hint="or set QEMU to the path of another one",
             next_command="apt install qemu-system-x86",
         )
     for name, size in DISKS.items():
         made = qemu_tools.img(["create", "-q", "-f", "qcow2", str(folder / f"{name}.qcow2"), str(size)])
         if made.returncode:
-            raise Failed(f"no disk for the drill's VM can be made: {made.stderr.strip():.300}")
-    ground = QemuSite(folder, warm, f"unix:{folder / 'qmp'}", None, ("--freeze", "never"), program=program)
+            raise Failed(f"cannot create a disk for the drill's VM: {made.stderr.strip():.300}")
+    site = QemuSite(
+        folder, fork_server, f"unix:{folder / 'qmp'}", None, ("--freeze", "never"), program=program
+    )
     try:
-        ground.restart()
-        yield ground
+        site.restart()
+        yield site
     finally:
-        ground.close()
+        site.close()
 
 
-class _Looker:
-    """A second monitor, past backupctl, connected when it is first needed."""
+class _Observer:
+    """A second monitor connection, independent of backupctl, made when it is first needed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -87,42 +89,42 @@ class _Looker:
 
 @dataclass
 class SimulatorSite(Site):
-    """On the simulator. machine: the process, and the orders that it takes."""
+    """A site on the simulator. machine: its process and its control socket."""
 
     machine: SimulatedVm = field(kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._looker = _Looker(self.folder / "look")
+        self._observer = _Observer(self.folder / "look")
 
     def write(self, changes: int) -> None:
         """Let the seeded guest write."""
         self.machine.order("step", count=changes)
 
     def moment(self) -> dict[str, Path]:
-        """Return the simulator's own copy, made at the transaction."""
+        """Return the simulator's own copy, made in the transaction."""
         return {disk: Path(path) for disk, path in self.machine.order("moment")["disks"].items()}
 
     def query(self, command: str, **arguments: Any) -> Any:
-        """Ask over a monitor of our own."""
-        return self._looker.execute(command, **arguments)
+        """Run a command on the site's own monitor connection."""
+        return self._observer.execute(command, **arguments)
 
     def restart(self) -> None:
-        """Wait until it is there again: the simulator comes back by itself."""
+        """Wait until it runs again: the simulator restarts by itself."""
         deadline = time.monotonic() + _START_SECONDS
         while not _listens(self.folder / "look"):
             if time.monotonic() > deadline:
-                raise Failed("the simulator did not come back")
+                raise Failed("the simulator did not restart")
             time.sleep(0.02)
 
     def end(self, how: str) -> None:
-        """End QEMU; the simulator plays the next one."""
-        self._looker.close()
-        with suppress(Failed):  # it may be gone before it answers
+        """End QEMU; the simulator then starts the next one."""
+        self._observer.close()
+        with suppress(Failed):  # it may end before it answers
             self.machine.order("end", how={"kill": "crash", "quit": "restart"}[how])
 
-    def harmed(self) -> str:
-        """Ask the guest for writes that failed, and whether it is frozen."""
+    def guest_failure(self) -> str:
+        """Return whether writes of the guest failed, or it is still frozen; "" for neither."""
         status = self.machine.order("status")
         if status["failed-writes"]:
             return f"{status['failed-writes']} writes failed"
@@ -133,30 +135,30 @@ class SimulatorSite(Site):
         return bool(self.machine.order("status")["frozen"])
 
     def order(self, do: str, **arguments: Any) -> Any:
-        """Steer the simulator (docs/simulator.md)."""
+        """Send an order to the control socket (docs/simulator.md)."""
         return self.machine.order(do, **arguments)
 
     def close(self) -> None:
-        """Leave the monitor."""
-        self._looker.close()
+        """Close the monitor connection."""
+        self._observer.close()
 
 
 @dataclass
 class QemuSite(Site):
-    """On a real QEMU without a guest: nobody writes but us, so each moment is known."""
+    """A site on a real QEMU without a guest: only the drill writes, so the content is always known."""
 
     program: str = field(kw_only=True)
     process: "subprocess.Popen[bytes] | None" = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._looker = _Looker(self.folder / "look")
-        self._random = random.Random(7)  # noqa: S311 - a guest that can be repeated
+        self._observer = _Observer(self.folder / "look")
+        self._random = random.Random(7)  # noqa: S311 - reproducible, not secret
         self._model = {name: bytearray(size) for name, size in DISKS.items()}
         self._held = ExitStack()
 
     def write(self, changes: int) -> None:
-        """Write data and zeroes here and there, and to the disks: what is not flushed dies with QEMU."""
+        """Write data and zeroes at random, and flush: unflushed writes would be lost in a crash of QEMU."""
         for _ in range(changes):
             name = self._random.choice(sorted(self._model))
             model = self._model[name]
@@ -171,7 +173,7 @@ class QemuSite(Site):
             self._io(name, "flush")
 
     def moment(self) -> dict[str, Path]:
-        """Write the model down."""
+        """Write the model to files."""
         found = {}
         for name, content in self._model.items():
             found[name] = self.folder / f"{name}.model"
@@ -179,11 +181,11 @@ class QemuSite(Site):
         return found
 
     def query(self, command: str, **arguments: Any) -> Any:
-        """Ask over a monitor of our own."""
-        return self._looker.execute(command, **arguments)
+        """Run a command on the site's own monitor connection."""
+        return self._observer.execute(command, **arguments)
 
     def resize(self, disk: str, size: int) -> None:
-        """Resize a disk; what is new reads as zeroes."""
+        """Resize a disk; new space reads as zeroes."""
         self.query("block_resize", **{"node-name": f"node-{disk}", "size": size})
         kept = self._model[disk][:size]
         self._model[disk] = kept + bytes(size - len(kept))
@@ -207,21 +209,21 @@ class QemuSite(Site):
             self.query("quit")
         else:
             self.process.kill()
-        self._looker.close()
+        self._observer.close()
         self.process.wait(_COMMAND_SECONDS)
         for name in ("qmp", "look"):
             (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """End QEMU if it runs."""
-        self._looker.close()
+        self._observer.close()
         self._held.close()
 
     def _arguments(self) -> list[str]:
         found = ["-machine", "q35", "-nodefaults", "-display", "none", "-S"]
         for name in ("qmp", "look"):
             found += ["-qmp", f"unix:{self.folder / name},server=on,wait=off"]
-        found += ["-device", "pcie-root-port,id=rp1,chassis=1"]  # for a disk to be plugged in
+        found += ["-device", "pcie-root-port,id=rp1,chassis=1"]  # for the disk that a drill plugs in
         for name in DISKS:
             file = {"driver": "file", "filename": str(self.folder / f"{name}.qcow2")}
             node = {"driver": "qcow2", "node-name": f"node-{name}", "file": file}
@@ -231,9 +233,9 @@ class QemuSite(Site):
 
     def _io(self, disk: str, command: str) -> None:
         line = f'qemu-io -d /machine/peripheral/{disk}/virtio-backend "{command}"'
-        said = self.query("human-monitor-command", **{"command-line": line})
-        if said:
-            raise Failed(f"the drill's own write failed: {said.strip():.200}")
+        reply = self.query("human-monitor-command", **{"command-line": line})
+        if reply:
+            raise Failed(f"the drill's own write failed: {reply.strip():.200}")
 
     def add_disk(self, name: str, size: int) -> None:
         """Plug a disk in."""

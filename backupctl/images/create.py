@@ -21,13 +21,10 @@ from typing import Any, Literal
 from backupctl.errors import Locked, RepositoryError, RepositoryUnreadable, WriteFailed
 from backupctl.images import open_image
 from backupctl.images.open_image import OpenImage
+from backupctl.sizes import CLUSTER_BYTES
 from backupctl.system import qemu_tools
 
 ImageFormat = Literal["qcow2", "raw"]
-
-CLUSTER_BYTES = 65536
-
-_START_SECONDS, _LAYER_SECONDS = 30.0, 0.5
 
 
 def create_layer(image: Path | OpenImage, size_bytes: int, backing: str | None) -> None:

@@ -10,15 +10,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from backupctl.errors import CommandFailed, Refused, UsageError
+from backupctl.errors import Refused, UsageError
 from backupctl.names import BitmapName, BitmapParts, DiskName, NodeName, PointId, VmName, bitmap_parts
 from backupctl.operations import recover
 from backupctl.operations.backup import plan
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import DEFAULT_TIMEOUTS, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
 from backupctl.vm.bitmap import Bitmap
-from backupctl.vm.qmp import inventory as disks
-from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.driver import Driver
+from backupctl.vm.open_driver import open_driver
 
 Use = Literal["live", "checkpoint", "unfinished", "unusable", "other-vm", "orphan"]
 Known = Callable[[], Sequence[Repository]]
@@ -74,28 +74,28 @@ class Removal:
 
 
 def survey(
-    monitor: Monitor, vm: VmConfig, repository: Repository | None, known: Known = nobody_else
+    driver: Driver, vm: VmConfig, repository: Repository | None, known: Known = nobody_else
 ) -> tuple[StoredBitmap, ...]:
     """Return every bitmap of ours, by node. Raises MonitorError, Refused, RepositoryError."""
-    found = [
-        (bitmap, parts, bool(reply.get("ro")))
-        for node, reply in disks.named_nodes(monitor).items()
-        for bitmap in disks.bitmaps_of(node, reply)
-        if (parts := bitmap_parts(bitmap.name))
-    ]
-    tags = {parts.tag for _, parts, _ in found}
-    judges = {one.owner.tag: _Judge.of(monitor, vm, one) for one in _asked(tags, repository, known)}
+    found = [(bitmap, parts) for bitmap in driver.bitmaps() if (parts := bitmap_parts(bitmap.name))]
+    tags = {parts.tag for _, parts in found}
+    judges = {one.owner.tag: _Judge.of(driver, vm, one) for one in _asked(tags, repository, known)}
     this = repository.owner.tag if repository else ""
     return tuple(
-        _stored(bitmap, parts, judges.get(parts.tag), read_only=read_only, this=parts.tag == this)
-        for bitmap, parts, read_only in sorted(found, key=lambda each: (each[0].node, each[0].name))
+        _stored(bitmap, parts, judges.get(parts.tag), this=parts.tag == this)
+        for bitmap, parts in sorted(found, key=lambda each: (each[0].node, each[0].name))
     )
 
 
-def look(vm: VmConfig, repository: Repository | None, known: Known = nobody_else) -> tuple[StoredBitmap, ...]:
+def look(
+    vm: VmConfig,
+    repository: Repository | None,
+    known: Known = nobody_else,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
+) -> tuple[StoredBitmap, ...]:
     """Connect to the VM, and return its bitmaps. Raises as `survey`."""
-    with Monitor.connect(vm.qmp, _TIMEOUT_SECONDS) as monitor:
-        return survey(monitor, vm, repository, known)
+    with open_driver(vm, timeouts) as driver:
+        return survey(driver, vm, repository, known)
 
 
 def remove(
@@ -104,6 +104,7 @@ def remove(
     known: Known,
     names: Sequence[str],
     tag: str | None,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
     *,
     dry_run: bool = False,
 ) -> Removal:
@@ -116,14 +117,11 @@ def remove(
         for one in (*([repository] if repository else []), *known()):
             if not dry_run and one.vm(vm.name).exists():
                 held.enter_context(one.vm(vm.name).lock())
-        monitor = held.enter_context(Monitor.connect(vm.qmp, _TIMEOUT_SECONDS))
-        chosen = _chosen(survey(monitor, vm, repository, known), names, tag)
+        driver = held.enter_context(open_driver(vm, timeouts))
+        chosen = _chosen(survey(driver, vm, repository, known), names, tag)
         _refuse_needed(chosen, vm)
-        active = frozenset(disk.node for disk in disks.inventory(monitor, vm.disk_names).disks)
-        return Removal(vm.name, tuple(chosen)) if dry_run else _removed(monitor, vm, chosen, active)
-
-
-_TIMEOUT_SECONDS = RunOptions(kind="incremental").command_timeout_seconds
+        active = frozenset(disk.node for disk in driver.inventory().disks)
+        return Removal(vm.name, tuple(chosen)) if dry_run else _removed(driver, vm, chosen, active)
 
 
 def _asked(tags: set[str], repository: Repository | None, known: Known) -> Iterator[Repository]:
@@ -153,15 +151,15 @@ class _Judge:
     user_elsewhere: Callable[[PointId], VmName | None]
 
     @classmethod
-    def of(cls, monitor: Monitor, vm: VmConfig, repository: Repository) -> "_Judge":
-        owner, folder = repository.owner, repository.vm(vm.name)
-        inventory = recover.foresee(monitor, owner, folder, vm.disk_names).inventory
+    def of(cls, driver: Driver, vm: VmConfig, repository: Repository) -> "_Judge":
+        namespace, folder = repository.owner, repository.vm(vm.name)
+        inventory = driver.foresee(recover.FolderFacts(folder, namespace)).inventory
         points = folder.survey().points
         live, unusable = set(), {}
         for disk in inventory.disks:
             if newest := plan.newest_with(disk.name, points):
-                name = owner.bitmap(newest.id, disk.name)
-                if why := plan.why_unusable(owner, newest.id, disk, inventory.foreign_node_bitmaps):
+                name = namespace.bitmap(newest.id, disk.name)
+                if why := plan.why_unusable(namespace, newest.id, disk, inventory.foreign_node_bitmaps):
                     unusable[name] = why
                 else:
                     live.add((disk.node, name))
@@ -179,7 +177,7 @@ class _Judge:
             folder.user_elsewhere,
         )
 
-    def use(self, bitmap: Bitmap, parts: BitmapParts, *, read_only: bool) -> tuple[Use, str]:
+    def use(self, bitmap: Bitmap, parts: BitmapParts) -> tuple[Use, str]:
         """Say what a bitmap is for, and why."""
         if (bitmap.node, bitmap.name) in self.live:
             return "live", f"the next incremental of {parts.disk} is based on it"
@@ -188,7 +186,7 @@ class _Judge:
             return "other-vm", f"its point belongs to {other}: the disk came from that VM"
         if bitmap.name in self.unusable:
             return "unusable", self.unusable[bitmap.name]
-        if (bitmap.node, bitmap.name) not in self.stay and not read_only:
+        if (bitmap.node, bitmap.name) not in self.stay and not bitmap.read_only:
             return "unfinished", "the next run, or `backupctl recover`, cleans it up"
         if not committed:
             return "orphan", "its point is gone"
@@ -199,13 +197,11 @@ class _Judge:
         return "checkpoint", "kept for `--since` (--keep-checkpoints)"
 
 
-def _stored(
-    bitmap: Bitmap, parts: BitmapParts, judge: _Judge | None, *, read_only: bool, this: bool
-) -> StoredBitmap:
+def _stored(bitmap: Bitmap, parts: BitmapParts, judge: _Judge | None, *, this: bool) -> StoredBitmap:
     use: Use = "orphan"
     why = f"its repository {parts.tag} is not known here: it is gone, or not in the configuration"
     if judge is not None:
-        use, why = judge.use(bitmap, parts, read_only=read_only)
+        use, why = judge.use(bitmap, parts)
     return StoredBitmap(
         name=bitmap.name,
         node=bitmap.node,
@@ -219,7 +215,7 @@ def _stored(
         state=bitmap.state,
         busy=bitmap.busy,
         persistent=bitmap.persistent,
-        read_only=read_only,
+        read_only=bitmap.read_only,
         use=use,
         why=why,
     )
@@ -250,7 +246,7 @@ def _refuse_needed(chosen: Sequence[StoredBitmap], vm: VmConfig) -> None:
 
 
 def _removed(
-    monitor: Monitor, vm: VmConfig, chosen: Sequence[StoredBitmap], active: frozenset[NodeName]
+    driver: Driver, vm: VmConfig, chosen: Sequence[StoredBitmap], active: frozenset[NodeName]
 ) -> Removal:
     """Remove them, those on active nodes first.
 
@@ -262,9 +258,8 @@ def _removed(
         if any(other.name == one.name for other, _ in left):
             left.append((one, "it stays as long as the one of the same name"))
             continue
-        try:
-            monitor.execute("block-dirty-bitmap-remove", {"node": one.node, "name": one.name})
+        if refusal := driver.remove_bitmap(one.node, one.name):
+            left.append((one, refusal))
+        else:
             removed.append(one)
-        except CommandFailed as err:
-            left.append((one, err.description))
     return Removal(vm.name, tuple(removed), tuple(left))

@@ -18,8 +18,7 @@ from backupctl.names import DiskName, PointId, VmName
 from backupctl.repository import chain, read_locks
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
-
-_WINDOW_CLUSTERS = 1 << 16
+from backupctl.sizes import WINDOW_CLUSTERS
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +97,9 @@ def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop
     old, new = _content(folder, before, name), _content(folder, after, name)
     smaller, larger = sorted((old.size_bytes, new.size_bytes))
     changed = np.zeros(clusters.count(larger), np.bool_)
-    for first in range(0, len(changed), _WINDOW_CLUSTERS):
+    for first in range(0, len(changed), WINDOW_CLUSTERS):
         stop.check()
-        part = changed[first : first + _WINDOW_CLUSTERS]
+        part = changed[first : first + WINDOW_CLUSTERS]
         part[:] = clusters.differ(old.window(first, len(part)), new.window(first, len(part)))
     if smaller < larger:
         changed[smaller // CLUSTER_BYTES :] = True

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What there is of a VM, and what its next run would do: the questions of a run, and none of its deeds."""
+"""What there is of a VM, and what its next run would do: all that a run asks, and nothing that it changes."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from backupctl.errors import MonitorError, Refused
 from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import bitmaps as bitmap_survey
 from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
+from backupctl.operations.backup import prepare
 from backupctl.operations.bitmaps import Known, StoredBitmap, nobody_else
 from backupctl.options import OnBrokenChain, RunOptions, VmConfig
 from backupctl.repository import audit, chain
@@ -16,9 +16,10 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
-from backupctl.vm import disk
-from backupctl.vm.qmp import preflight, scratch
-from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm import scratch_folder
+from backupctl.vm.disk import Inventory
+from backupctl.vm.driver import Driver
+from backupctl.vm.open_driver import open_driver
 
 
 @dataclass(frozen=True)
@@ -63,28 +64,28 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     The next run recovers first, so it is planned from what there will be then. known: for bitmaps of
     other repositories.
     """
-    folder = repository.vm(vm.name)
+    folder, namespace = repository.vm(vm.name), repository.owner
+    facts = recover.FolderFacts(folder, namespace)
     survey = folder.survey()
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
     left = [_unfinished(one) for one in folder.pending_points()]
-    left += [
-        f"scratch folder {path}" for path in scratch.left_folders(repository.owner, vm.name, options.scratch)
-    ]
+    in_scratch = scratch_folder.left_folders(namespace, vm.name, options.scratch.folder)
+    left += [f"scratch folder {path}" for path in in_scratch]
     ids = tuple(point.id for point in points)
     unmerged = tuple(
         f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
         for point in folder.retired().points
     )
     try:
-        with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
-            foreseen = recover.foresee(monitor, repository.owner, folder, vm.disk_names)
+        with open_driver(vm, options.timeouts.brief()) as driver:
+            foreseen = driver.foresee(facts)
             inventory = foreseen.inventory
-            left += foreseen.left
-            version = str(monitor.version)
-            gone = recover.gone(monitor, repository.owner, folder)
-            refusal = _refusal(monitor, inventory, left)
-            stored = bitmap_survey.survey(monitor, vm, repository, known)
+            left += foreseen.leftovers
+            version = driver.version
+            gone = recover.gone(driver, facts)
+            refusal = _refusal(driver, inventory, left)
+            stored = bitmap_survey.survey(driver, vm, repository, known)
     except MonitorError as err:
         worker = (
             folder.lock_holder()
@@ -101,9 +102,9 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             if worker
             else "the VM can't be reached, so the next run would fail",
         )
-    plan, broken = _plan(inventory, folder, points, repository.owner, options, gone)
+    plan, broken = _plan(inventory, facts, points, options, gone)
     refusal = refusal or broken
-    states = tuple(_disk_status(one, points, repository.owner) for one in plan.disks)
+    states = tuple(_disk_status(one, points, namespace) for one in plan.disks)
     next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
     return Status(
         vm=vm.name,
@@ -126,10 +127,9 @@ def problems(folder: VmFolder) -> tuple[str, ...]:
 
 
 def _plan(
-    inventory: disk.Inventory,
-    folder: VmFolder,
+    inventory: Inventory,
+    facts: recover.FolderFacts,
     points: tuple[Point, ...],
-    owner: Namespace,
     options: RunOptions,
     gone: tuple[PointId, ...],
 ) -> tuple[planning.Plan, str]:
@@ -141,24 +141,22 @@ def _plan(
             inventory.disks,
             inventory,
             points,
-            owner,
+            facts.namespace,
             on_broken_chain,
-            flaw=partial(chain.chain_error, folder),
-            long=partial(chain.chain_too_long, folder, options.max_chain),
-            gone=gone,
+            prepare.chain_facts(facts.folder, options, gone),
         )
 
     try:
-        return planned(options.on_broken_chain), ""
+        return planned(options.chain.on_broken), ""
     except Refused as err:
         return planned("scan"), err.message
 
 
-def _refusal(monitor: Monitor, inventory: disk.Inventory, left: list[str]) -> str:
+def _refusal(driver: Driver, inventory: Inventory, left: list[str]) -> str:
     try:
-        preflight.refuse_qemu(monitor)
+        driver.preflight()
         if not left:  # else the job may be a dead run's, which the next one ends before it looks
-            preflight.refuse_busy(inventory)
+            inventory.refuse_busy()
     except Refused as err:
         return err.message
     return ""
@@ -169,9 +167,9 @@ def _unfinished(one: PendingPoint) -> str:
     return f"unfinished point {one.point}{frozen}"
 
 
-def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], owner: Namespace) -> DiskStatus:
+def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], namespace: Namespace) -> DiskStatus:
     newest = planning.newest_with(one.disk.name, points)
-    name = owner.bitmap(newest.id, one.disk.name) if newest else None
+    name = namespace.bitmap(newest.id, one.disk.name) if newest else None
     found = next((bitmap for bitmap in one.disk.bitmaps if bitmap.name == name), None)
     return DiskStatus(
         name=one.disk.name,

@@ -196,7 +196,7 @@ def diff(report: "DiffReport") -> Document:
 def error(err: "BackupctlError") -> Document:
     """Return an error."""
     return {
-        "kind": type(err).__name__,
+        "kind": err.code,
         "message": err.message,
         "step": err.step,
         "state": err.state,

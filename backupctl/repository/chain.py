@@ -15,7 +15,7 @@ from pathlib import Path
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import EffectiveContent
 from backupctl.digests.digest_map import DigestMap, Named
-from backupctl.errors import DamageFound, NoSuchPoint
+from backupctl.errors import UNTOUCHED, DamageFound, NoSuchPoint
 from backupctl.images import qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_header import Header
@@ -24,10 +24,8 @@ from backupctl.repository import markers
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import MOST_LAYERS
 from backupctl.system import safe_open
-
-MOST_LAYERS = 500
-"""A chain is handed to QEMU whole, link within link, as one argument of at most 128 KiB."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +160,12 @@ def opened(layers: Iterable[Layer]) -> Iterator[tuple[OpenImage, ...]]:
         yield tuple(held.enter_context(layer.open()) for layer in layers)
 
 
-def no_such_disk(point: Point, disk: str) -> NoSuchPoint:
-    """Return the error for a disk that a point does not hold."""
+def no_such_disk(point: Point, disk: str, newest: PointId | None = None) -> NoSuchPoint:
+    """Return the error for a disk that a point does not hold. newest: the newest point that holds it."""
     held = ", ".join(found.name for found in point.manifest.disks)
+    elsewhere = f". The newest point with {disk} is {newest}" if newest else ""
     return NoSuchPoint(
-        f"the point {point.id} holds no disk {disk!r:.120}; its disks: {held}", state="nothing was touched"
+        f"the point {point.id} has no disk {disk!r:.120}; its disks: {held}{elsewhere}", state=UNTOUCHED
     )
 
 

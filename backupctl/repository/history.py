@@ -24,14 +24,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal
 
-from blake3 import blake3
+from msgspec import Meta
 
 from backupctl.errors import RepositoryError
 from backupctl.names import PointId, point_id
 from backupctl.repository import strict_json
-from backupctl.repository.strict_json import Fields, Malformed
+from backupctl.repository.strict_json import Document, Malformed, ShortText
 from backupctl.system import durable, safe_open
 
 FORMAT = 1
@@ -51,20 +51,28 @@ class Deed:
     manifest: str | None = None
 
 
+Checksum = Annotated[str, Meta(pattern=r"\A[^\x00]{0,32}\Z")]
+
+
 @dataclass(frozen=True)
-class Entry:
+class Entry(Document):
     """One line. time: UTC. before: the checksum of the line before, "" in the first."""
 
     event: Event
     point: PointId | None
-    manifest: str | None
-    time: str
-    before: str
+    manifest: Checksum | None
+    time: ShortText
+    before: Checksum
+
+    def check(self) -> None:
+        """Check what types do not say. Raises InvalidName."""
+        if self.point is not None:
+            point_id(self.point)
 
     @property
     def checksum(self) -> str:
         """BLAKE3, 16 bytes, of all its other fields."""
-        return _checksum(self._fields())
+        return strict_json.checksum(self._fields())
 
     def to_line(self) -> bytes:
         """Return the line."""
@@ -74,25 +82,9 @@ class Entry:
     def from_line(cls, line: bytes) -> "Entry | None":
         """Read a line without its end; None if it is no entry, or does not agree with its checksum."""
         try:
-            return cls._read(Fields(strict_json.parse(line, FILE_NAME), FILE_NAME))
+            return strict_json.read(line, cls, FILE_NAME, FORMAT, signed=True)
         except Malformed:
             return None
-
-    @classmethod
-    def _read(cls, fields: Fields) -> "Entry":
-        if fields.number("format") != FORMAT:
-            raise Malformed(f"{FILE_NAME}: unknown format")
-        entry = cls(
-            event=cast("Event", fields.choice("event", *get_args(Event))),
-            point=fields.optional("point", point_id),
-            manifest=fields.optional("manifest", strict_json.plain_text(32)),
-            time=fields.text("time", strict_json.plain_text(100)),
-            before=fields.text("before", strict_json.plain_text(32)),
-        )
-        if fields.text("checksum", strict_json.plain_text(32)) != entry.checksum:
-            raise Malformed(f"{FILE_NAME}: a line does not agree with its checksum")
-        fields.done()
-        return entry
 
     def _fields(self) -> dict[str, object]:
         return {"format": FORMAT, **asdict(self)}
@@ -226,8 +218,3 @@ def _lines(before: str, deeds: Iterable[Deed]) -> bytes:
         lines.append(entry.to_line())
         before = entry.checksum
     return b"".join(lines)
-
-
-def _checksum(fields: dict[str, object]) -> str:
-    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return str(blake3(canonical.encode()).hexdigest(16))

@@ -1,22 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The manifest: what a recovery point is. `manifest.json` in the point's folder; only prune changes it.
 
-It carries a checksum over all its other fields, so that any changed byte is found before a word of it
-is believed.
+It has a checksum over all its other fields, so any changed byte is found before a field is believed.
 """
 
 import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal, cast
-
-from blake3 import blake3
+from typing import Any, Literal
 
 from backupctl.errors import DamageFound, UnknownFormat
-from backupctl.names import DiskName, NodeName, PointId, RepositoryId, VmName, disk_name, point_id, vm_name
+from backupctl.names import DiskName, PointId, VmName, disk_name, point_id, vm_name
 from backupctl.repository import strict_json
-from backupctl.repository.strict_json import Fields, Malformed
+from backupctl.repository.strict_json import (
+    Document,
+    Hex,
+    Malformed,
+    NewerFormat,
+    NodeText,
+    RepositoryHex,
+    ShortText,
+    Size,
+    Text,
+)
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -33,18 +40,18 @@ class Merged:
     """
 
     parent: PointId | None
-    file_bytes: int
-    stored_bytes: int
-    digests: str
+    file_bytes: Size
+    stored_bytes: Size
+    digests: Hex
 
 
 @dataclass(frozen=True)
 class FreezeEntry:
     """asked: auto, require or never. got: frozen or none. milliseconds: how long, None if not frozen."""
 
-    asked: str
-    got: str
-    milliseconds: int | None
+    asked: Literal["auto", "require", "never"]
+    got: Literal["frozen", "none"]
+    milliseconds: Size | None
 
 
 @dataclass(frozen=True)
@@ -63,19 +70,19 @@ class DiskEntry:
     name: DiskName
     kind: PointKind
     parent: PointId | None
-    size: int
-    node: NodeName
-    format: str
+    size: Size
+    node: NodeText
+    format: ShortText
     persistent: bool
-    reason: str
-    dirty_bytes: int
-    copied_bytes: int
-    zero_bytes: int
-    stored_bytes: int
-    file_bytes: int
-    unchanged_bytes: int
+    reason: Text
+    dirty_bytes: Size
+    copied_bytes: Size
+    zero_bytes: Size
+    stored_bytes: Size
+    file_bytes: Size
+    unchanged_bytes: Size
     scanned: bool
-    digests: str
+    digests: Hex
     merged: Merged | None = None
 
     def after_merge(self) -> "DiskEntry":
@@ -85,9 +92,16 @@ class DiskEntry:
         kind: PointKind = "incremental" if self.merged.parent else "full"
         return replace(self, kind=kind, merged=None, **vars(self.merged))
 
+    def check(self, point: PointId) -> None:
+        """Check the entry of a disk of that point. Raises ValueError, InvalidName."""
+        disk_name(self.name)
+        _check_parent(self.kind, self.parent, point)
+        after = self.after_merge()
+        _check_parent(after.kind, after.parent, point)
+
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Document):
     """One recovery point. start, end: UTC, like 2026-11-23T04:15:00Z.
 
     checkpoints: how many bitmaps of older points the VM was asked to keep for differentials.
@@ -97,20 +111,32 @@ class Manifest:
     kind: PointKind
     parent: PointId | None
     vm: VmName
-    repository: RepositoryId
+    repository: RepositoryHex
     disks: tuple[DiskEntry, ...]
     freeze: FreezeEntry
     consistency: Literal["filesystem", "crash"]
-    qemu: str
-    backupctl: str
+    qemu: ShortText
+    backupctl: ShortText
     start: str
     end: str
-    checkpoints: int
+    checkpoints: Size
+
+    def check(self) -> None:
+        """Check what types do not say. Raises ValueError, InvalidName."""
+        vm_name(self.vm)
+        _check_parent(self.kind, self.parent, point_id(self.point))
+        for entry in self.disks:
+            entry.check(self.point)
+        names = [entry.name for entry in self.disks]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("no disk, or one of them twice")
+        _moment(self.start)
+        _moment(self.end)
 
     @property
     def checksum(self) -> str:
         """The checksum over all its fields, as it stands in the file."""
-        return _checksum(self.to_dict())
+        return strict_json.checksum(self.to_dict())
 
     @property
     def started(self) -> datetime:
@@ -132,9 +158,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """Return the file's content."""
-        document = self.to_dict()
-        document["checksum"] = _checksum(document)
-        return (json.dumps(document, indent=2) + "\n").encode()
+        return (json.dumps({**self.to_dict(), "checksum": self.checksum}, indent=2) + "\n").encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> "Manifest":
@@ -146,135 +170,21 @@ class Manifest:
 def _read_once(content: bytes) -> Manifest:
     """Read a manifest, one of each content: a prune looks at all of them after every step."""
     try:
-        document = strict_json.parse(content, FILE_NAME)
-        version = document.get("format") if isinstance(document, dict) else None
-        if isinstance(version, int) and not isinstance(version, bool) and version > FORMAT:
-            raise UnknownFormat(
-                f"the manifest has format {version}; this backupctl knows {FORMAT}: a newer one made it"
-            )
-        return _read(document)
-    except RecursionError as err:
-        raise DamageFound(f"{FILE_NAME} is nested too deep") from err
+        return strict_json.read(content, Manifest, FILE_NAME, FORMAT, signed=True)
+    except NewerFormat as err:
+        raise UnknownFormat(str(err)) from err
     except Malformed as err:
         raise DamageFound(str(err)) from err
 
 
-def _read(document: object) -> Manifest:
-    fields = Fields(document, FILE_NAME)
-    checksum = fields.text("checksum", strict_json.plain_text(64))
-    unsigned = {name: value for name, value in cast("dict[str, Any]", document).items() if name != "checksum"}
-    if checksum != _checksum(unsigned):
-        raise Malformed(f"{FILE_NAME} does not agree with its checksum")
-    if fields.number("format") != FORMAT:
-        raise Malformed(f"{FILE_NAME} has no format that ever was")
-    manifest = Manifest(
-        point=fields.text("point", point_id),
-        kind=cast("PointKind", fields.choice("kind", "full", "incremental")),
-        parent=fields.optional("parent", point_id),
-        vm=fields.text("vm", vm_name),
-        repository=fields.text("repository", repository_id),
-        disks=tuple(_disk(entry) for entry in fields.items("disks")),
-        freeze=_freeze(fields.value("freeze")),
-        consistency=cast(
-            "Literal['filesystem', 'crash']", fields.choice("consistency", "filesystem", "crash")
-        ),
-        qemu=fields.text("qemu", strict_json.plain_text(100)),
-        backupctl=fields.text("backupctl", strict_json.plain_text(100)),
-        start=fields.text("start", _time),
-        end=fields.text("end", _time),
-        checkpoints=fields.number("checkpoints"),
-    )
-    fields.done()
-    _refuse_nonsense(manifest)
-    return manifest
-
-
-def _refuse_nonsense(manifest: Manifest) -> None:
-    names = [entry.name for entry in manifest.disks]
-    if not names or len(set(names)) != len(names):
-        raise Malformed(f"{FILE_NAME}: no disk, or one twice")
-    for parent in (manifest.parent, *(entry.parent for entry in manifest.disks)):
-        if parent is not None and parent >= manifest.point:
-            raise Malformed(f"{FILE_NAME}: the parent {parent} is not older than the point")
-    for entry in manifest.disks:
-        if entry.merged and entry.merged.parent and entry.merged.parent >= manifest.point:
-            raise Malformed(f"{FILE_NAME}: {entry.name} is to stand on a point that is not older")
-        if (entry.kind == "incremental") != (entry.parent is not None):
-            raise Malformed(f"{FILE_NAME}: {entry.name} is {entry.kind}, but its parent says otherwise")
-    if (manifest.kind == "incremental") != (manifest.parent is not None):
-        raise Malformed(f"{FILE_NAME}: the point is {manifest.kind}, but its parent says otherwise")
-
-
-def _disk(value: object) -> DiskEntry:
-    fields = Fields(value, "a disk's entry")
-    entry = DiskEntry(
-        name=fields.text("name", disk_name),
-        kind=cast("PointKind", fields.choice("kind", "full", "incremental")),
-        parent=fields.optional("parent", point_id),
-        size=fields.number("size"),
-        node=NodeName(fields.text("node", strict_json.plain_text(100))),
-        format=fields.text("format", strict_json.plain_text(100)),
-        persistent=fields.flag("persistent"),
-        reason=fields.text("reason", strict_json.plain_text()),
-        dirty_bytes=fields.number("dirty_bytes"),
-        copied_bytes=fields.number("copied_bytes"),
-        zero_bytes=fields.number("zero_bytes"),
-        stored_bytes=fields.number("stored_bytes"),
-        file_bytes=fields.number("file_bytes"),
-        unchanged_bytes=fields.number("unchanged_bytes"),
-        scanned=fields.flag("scanned"),
-        digests=fields.text("digests", _hexadecimal),
-        merged=_merged(fields.value("merged")),
-    )
-    fields.done()
-    return entry
-
-
-def _merged(value: object) -> Merged | None:
-    if value is None:
-        return None
-    fields = Fields(value, "a merged layer")
-    found = Merged(
-        parent=fields.optional("parent", point_id),
-        file_bytes=fields.number("file_bytes"),
-        stored_bytes=fields.number("stored_bytes"),
-        digests=fields.text("digests", _hexadecimal),
-    )
-    fields.done()
-    return found
-
-
-def _freeze(value: object) -> FreezeEntry:
-    fields = Fields(value, "freeze")
-    entry = FreezeEntry(
-        asked=fields.choice("asked", "auto", "require", "never"),
-        got=fields.choice("got", "frozen", "none"),
-        milliseconds=fields.number_or_none("milliseconds"),
-    )
-    fields.done()
-    return entry
-
-
-def repository_id(text: str) -> RepositoryId:
-    """Check a repository's id. Raises ValueError."""
-    return RepositoryId(_hexadecimal(text))
-
-
-def _hexadecimal(text: str) -> str:
-    if len(text) != 32 or not set(text) <= set("0123456789abcdef"):
-        raise ValueError("not 32 hexadecimal digits")
-    return text
-
-
-def _time(text: str) -> str:
-    _moment(text)
-    return text
+def _check_parent(kind: PointKind, parent: PointId | None, point: PointId) -> None:
+    """Check that an incremental, and nothing else, has a parent, and that it is older. Raises ValueError."""
+    if (kind == "incremental") != (parent is not None):
+        raise ValueError(f"kind {kind} does not go with the parent {parent}")
+    # Chains are followed from parent to parent: were one not older, that would never end.
+    if parent is not None and point_id(parent) >= point:
+        raise ValueError(f"the parent {parent} is not older than the point")
 
 
 def _moment(text: str) -> datetime:
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z")
-
-
-def _checksum(document: dict[str, Any]) -> str:
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return str(blake3(canonical.encode()).hexdigest(16))

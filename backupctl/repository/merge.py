@@ -43,9 +43,8 @@ from backupctl.repository.chain import Layer, backing_of
 from backupctl.repository.history import Deed
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
 from backupctl.repository.point import Point
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.system import durable, safe_open
-
-_WINDOW_CLUSTERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ class Merge:
         """Yield the records of the merged layer, ascending, a window at a time. Raises DamageFound."""
         lower, upper = self.lower.digests().records, self.upper.digests().records
         below = None if self.in_place else chain.effective_content(self.layers[2:], self.size)
-        for first in range(0, clusters.count(self.size), _WINDOW_CLUSTERS):
+        for first in range(0, clusters.count(self.size), WINDOW_CLUSTERS):
             part = _within(lower, first, self.size)
             if below is not None:
                 part = clusters.overlay(self._hidden(below, first), part, self.size)
@@ -172,7 +171,7 @@ class Merge:
 
     def _hidden(self, below: EffectiveContent, first: int) -> Records:
         """Return zeroes for what D ended before, and P has: the merged layer must hide it."""
-        shown = below.window(first, min(_WINDOW_CLUSTERS, clusters.count(self.size) - first))
+        shown = below.window(first, min(WINDOW_CLUSTERS, clusters.count(self.size) - first))
         ended = shown["cluster"] >= clusters.count(self.lower.entry.size)
         found = np.array(shown[ended & ~clusters.is_zero(shown)])
         found["low"] = found["high"] = 0
@@ -244,7 +243,7 @@ def _new_image(path: Path) -> Path:
 
 def _within(records: Records, first: int, size_bytes: int) -> Records:
     """Return the records of one window."""
-    last = min(first + _WINDOW_CLUSTERS, clusters.count(size_bytes))
+    last = min(first + WINDOW_CLUSTERS, clusters.count(size_bytes))
     numbers = records["cluster"]
     # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
     begin = bisect_left(numbers, first)

@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 
 from backupctl.errors import (
+    UNTOUCHED,
     DamageFound,
     InvalidName,
     Locked,
@@ -30,7 +31,6 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import Namespace, PointId, RepositoryId, VmName, next_point_id, vm_name
-from backupctl.repository import manifest as manifests
 from backupctl.repository import strict_json
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.system import durable, locks, safe_open
@@ -41,6 +41,13 @@ IN_THE_MAKING = f".{_FILE_NAME}."
 """How names begin that are there for an instant only, in a repository or where one is being made."""
 _NAMING_SECONDS = 10.0
 _LOST_AND_FOUND = "lost+found"  # in every new ext4 file system
+
+
+@dataclass(frozen=True)
+class _Identity(strict_json.Document):
+    """The content of `repository.json`."""
+
+    id: strict_json.RepositoryHex
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,7 @@ class Repository:
     def open(cls, path: Path) -> "Repository":
         """Open a repository. Raises NotARepository, UnknownFormat, DamageFound, RepositoryError."""
         if unnamed := unspeakable(path):
-            raise RepositoryError(unnamed, state="nothing was touched")
+            raise RepositoryError(unnamed, state=UNTOUCHED)
         try:
             content = safe_open.read(path / _FILE_NAME, strict_json.MAX_BYTES)
         except safe_open.NotPlain as err:
@@ -70,17 +77,11 @@ class Repository:
         except safe_open.NotThere as err:
             raise NotARepository(f"{path} is no repository: there is no {_FILE_NAME} in it") from err
         try:
-            fields = strict_json.Fields(strict_json.parse(content, _FILE_NAME), _FILE_NAME)
-            version = fields.number("format")
-            if version > FORMAT:
-                raise UnknownFormat(
-                    f"{path} has format {version}; this backupctl knows {FORMAT}: a newer one made it"
-                )
-            found = cls(path, fields.text("id", manifests.repository_id))
-            fields.done()
+            return cls(path, strict_json.read(content, _Identity, _FILE_NAME, FORMAT).id)
+        except strict_json.NewerFormat as err:
+            raise UnknownFormat(f"{path}: {err}") from err
         except strict_json.Malformed as err:
             raise DamageFound(f"{path}: {err}") from err
-        return found
 
     @classmethod
     def open_or_create(cls, path: Path) -> "Repository":
@@ -136,7 +137,7 @@ class Repository:
         if os.path.islink(self.path / vm_name(name)):  # noqa: PTH114 - who opens it tells of other errors
             raise RepositoryError(
                 f"{self.path / name} is a symbolic link; a VM's points lie in the repository itself",
-                state="nothing was touched",
+                state=UNTOUCHED,
             )
         return VmFolder(self.path / vm_name(name), name, self.id)
 

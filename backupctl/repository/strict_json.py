@@ -1,119 +1,111 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reading JSON that may be damaged or made by somebody who means harm.
+"""Reading JSON that may be damaged, or made by somebody who means harm.
 
-Every value is taken by name and type; what is missing, extra, doubled, of another type or out of bounds
-raises `Malformed`, and nothing of the document is used.
+What a document may hold is said by a dataclass. msgspec checks types, bounds and patterns, and refuses NaN,
+lone surrogates and deep nesting. It does not look for fields that are doubled or unknown: that is done here.
+A document in which anything is wrong raises `Malformed`, and nothing of it is used.
 """
 
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeVar
 
-from backupctl.errors import BackupctlError
+import msgspec
+from blake3 import blake3
+from msgspec import Meta
 
-T = TypeVar("T")
+from backupctl.errors import InvalidName
+from backupctl.names import NodeName, RepositoryId
+from backupctl.sizes import MAX_SIZE
 
 MAX_BYTES = 4 * 1024 * 1024
-"""No manifest or journal is larger; one that is isn't read."""
-MAX_SIZE = 1 << 60
-"""No disk is larger (bytes)."""
+"""A manifest or journal that is larger is not read."""
+
+Size = Annotated[int, Meta(ge=0, le=MAX_SIZE)]
+# \Z and not $, which lets a line feed pass at the end.
+Hex = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+ShortText = Annotated[str, Meta(pattern=r"\A[^\x00]{0,100}\Z")]
+Text = Annotated[str, Meta(pattern=r"\A[^\x00]{0,4096}\Z")]
+RepositoryHex = Annotated[RepositoryId, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+NodeText = Annotated[NodeName, Meta(pattern=r"\A[^\x00]{0,100}\Z")]
 
 
 class Malformed(ValueError):
-    """The document is not what it should be; the text says where."""
+    """The document is not valid; the text says where."""
 
 
-class Fields:
-    """The fields of one JSON object; each must be taken, and none may be left."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, dict):
-            raise Malformed(f"{where} is not an object")
-        self._left: dict[str, Any] = dict(value)
-        self._where = where
-
-    def text(self, name: str, check: Callable[[str], T]) -> T:
-        """Take a string and check it."""
-        return self._checked(name, self._take(name, str), check)
-
-    def choice(self, name: str, *allowed: str) -> str:
-        """Take a string that is one of a few."""
-        value: str = self._take(name, str)
-        if value not in allowed:
-            raise Malformed(f"{self._where}: {name} is {value!r:.60}")
-        return value
-
-    def optional(self, name: str, check: Callable[[str], T]) -> T | None:
-        """Take a string or null."""
-        value = self._take(name, str, type(None))
-        return None if value is None else self._checked(name, value, check)
-
-    def number(self, name: str, most: int = MAX_SIZE) -> int:
-        """Take a whole number from 0 to `most`."""
-        value: int = self._take(name, int)
-        if not 0 <= value <= most:
-            raise Malformed(f"{self._where}: {name} is out of bounds")
-        return value
-
-    def number_or_none(self, name: str, most: int = MAX_SIZE) -> int | None:
-        """Take a whole number or null."""
-        if self._left.get(name, 0) is None:
-            self._take(name, type(None))
-            return None
-        return self.number(name, most)
-
-    def flag(self, name: str) -> bool:
-        """Take true or false."""
-        return bool(self._take(name, bool))
-
-    def items(self, name: str) -> list[Any]:
-        """Take a list."""
-        return list(self._take(name, list))
-
-    def value(self, name: str) -> Any:
-        """Take a value of any type, to be read by its own `Fields`."""
-        return self._take(name, object)
-
-    def done(self) -> None:
-        """Raise Malformed if a field was not taken."""
-        if self._left:
-            raise Malformed(f"{self._where}: unknown field {next(iter(self._left))!r:.60}")
-
-    def _take(self, name: str, *types: type) -> Any:
-        if name not in self._left:
-            raise Malformed(f"{self._where}: {name} is missing")
-        value = self._left.pop(name)
-        # bool is an int to Python, but `true` is no size.
-        if not isinstance(value, types) or (isinstance(value, bool) and types == (int,)):
-            raise Malformed(f"{self._where}: {name} has the wrong type")
-        return value
-
-    def _checked(self, name: str, value: str, check: Callable[[str], T]) -> T:
-        try:
-            return check(value)
-        except (ValueError, BackupctlError) as err:
-            raise Malformed(f"{self._where}: {name}: {err}") from err
+class NewerFormat(Malformed):
+    """The document's format version is newer than those that this backupctl knows."""
 
 
-def parse(content: bytes, where: str) -> Any:
-    """Parse JSON, refusing doubled names, NaN and documents of absurd size or depth. Raises Malformed."""
-    if len(content) > MAX_BYTES:
-        raise Malformed(f"{where} is larger than {MAX_BYTES >> 20} MiB")
+@dataclass(frozen=True)
+class Document:
+    """A document, without the format version and the checksum that it has in its file."""
+
+    def check(self) -> None:
+        """Check what types do not say. Raises ValueError, InvalidName."""
+
+
+D = TypeVar("D", bound=Document)
+
+
+def read(content: bytes, kind: type[D], where: str, version: int, *, signed: bool = False) -> D:
+    """Read a document of that format version. signed: with a checksum. Raises NewerFormat, Malformed."""
     try:
-        return json.loads(content.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
+        document = parse(content)
+        _check_version(document.pop("format", None), version)
+        if signed:  # before anything else: no field is believed of a document in which a byte was changed
+            _check_checksum(document.pop("checksum", None), {"format": version, **document})
+        found = msgspec.json.decode(content, type=kind)
+        found.check()
+        _check_fields(document, asdict(found))
+    except Malformed as err:
+        raise type(err)(f"{where}: {err}") from err
+    except (ValueError, RecursionError, InvalidName) as err:
+        raise Malformed(f"{where}: {err}") from err
+    return found
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object without doubled names, NaN, or an absurd size or depth. Raises Malformed."""
+    if len(content) > MAX_BYTES:
+        raise Malformed(f"larger than {MAX_BYTES >> 20} MiB")
+    try:
+        found = json.loads(content.decode(), object_pairs_hook=_once, parse_constant=_no_constant)
     except (ValueError, RecursionError) as err:
-        raise Malformed(f"{where} is not JSON: {err}") from err
+        raise Malformed(f"invalid JSON: {err}") from err
+    if not isinstance(found, dict):
+        raise Malformed("not a JSON object")
+    return found
 
 
-def plain_text(most: int = 4096) -> Callable[[str], str]:
-    """Return a check for a text of at most `most` characters."""
+def checksum(document: dict[str, Any]) -> str:
+    """Return the BLAKE3 checksum (16 bytes, in hex) of a document, whatever the order of its fields."""
+    return str(blake3(_canonical(document)).hexdigest(16))
 
-    def check(text: str) -> str:
-        if len(text) > most or "\0" in text:
-            raise ValueError("text is too long")
-        return text
 
-    return check
+def _check_version(found: object, known: int) -> None:
+    if type(found) is not int or found < 1:  # True is an int, too
+        raise Malformed(f"invalid format version {found!r:.60}")
+    if found > known:
+        raise NewerFormat(f"format version {found}; this backupctl knows {known}: a newer one wrote it")
+    if found < known:
+        raise Malformed(f"unknown format version {found}")
+
+
+def _check_checksum(found: object, document: dict[str, Any]) -> None:
+    if found != checksum(document):
+        raise Malformed("the checksum does not match")
+
+
+def _check_fields(document: dict[str, Any], known: dict[str, Any]) -> None:
+    # msgspec ignores an unknown field, and gives a missing one its default.
+    if _canonical(document) != _canonical(known):
+        raise Malformed("a field is unknown or missing")
+
+
+def _canonical(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,4 +116,4 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")

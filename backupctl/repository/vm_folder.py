@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import (
+    UNTOUCHED,
     BackupctlError,
     DamageFound,
     InvalidName,
@@ -77,7 +78,7 @@ class VmFolder:
         except OSError as err:
             raise RepositoryError(
                 f"the repository's folder {self.path} can't be written: {err.strerror}",
-                state="nothing was touched",
+                state=UNTOUCHED,
             ) from err
         try:
             self._take(descriptor, patience_seconds)
@@ -103,7 +104,7 @@ class VmFolder:
         if not locks.take(descriptor, patience_seconds):
             raise Locked(
                 self._holder(descriptor),
-                state="nothing was touched",
+                state=UNTOUCHED,
                 hint="try again when that run has ended",
                 next_command=f"backupctl status {self.name}",
             )
@@ -217,7 +218,7 @@ class VmFolder:
         return partial
 
     def _missing(self, message: str) -> NoSuchPoint:
-        return NoSuchPoint(message, state="nothing was touched", next_command=f"backupctl list {self.name}")
+        return NoSuchPoint(message, state=UNTOUCHED, next_command=f"backupctl list {self.name}")
 
     def _stands(self, point: PointId) -> bool:
         try:
@@ -270,7 +271,7 @@ class VmFolder:
         try:
             manifest = Manifest.from_json(content)
         except BackupctlError as err:
-            err.message = f"{path}: {err.message}"
+            err.add(subject=str(path))
             raise
         if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
             raise DamageFound(f"{path}: the manifest is of another point, VM or repository")

@@ -25,11 +25,11 @@ MAX_LINE_BYTES = 1 << 20
 
 
 class Agent:
-    """The agent of whichever machine stands at the moment."""
+    """The agent of the machine that runs now (a restart makes a new one)."""
 
     def __init__(self, path: Path, machine: Callable[[], Machine]) -> None:
         self._machine = machine
-        self.door = ListeningSocket(path, self._serve)
+        self.listener = ListeningSocket(path, self._serve)
         self._commands: dict[str, Callable[[dict[str, Any]], Any]] = {
             "guest-ping": lambda _: {},
             "guest-sync": _identity,
@@ -48,7 +48,7 @@ class Agent:
             text += data
             while b"\n" in text:
                 line, _, text = text.partition(b"\n")
-                # The byte 0xFF ends whatever half a message another client may have left.
+                # The byte 0xFF flushes an incomplete message that another client may have left.
                 await self._handle(channel, line.rpartition(SENTINEL)[2])
             if len(text) > MAX_LINE_BYTES:
                 text = b""

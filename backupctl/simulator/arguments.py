@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What arguments a command takes: checked before it runs, told by `query-qmp-schema`.
+"""What arguments a command takes: checked before it runs, and returned by `query-qmp-schema`.
 
 A form is a mapping from an argument's name to its kind: "str", "int", "uint32", "bool", "dict", "list",
-"any", or the values of an enumeration as a tuple. A "?" behind the name says that it may be left out.
+"any", or the values of an enumeration as a tuple. A "?" after the name marks an optional argument.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 
 def check(form: Form, given: Mapping[str, Any], where: str = "") -> None:
-    """Raise CommandError, in QEMU's words, unless the arguments have the form.
+    """Raise CommandError, with QEMU's own text, unless the arguments have the form.
 
-    where: what stands before a member's name in messages, e.g. ``actions[0].``.
+    where: the prefix of a member's name in messages, e.g. ``actions[0].``.
     """
     known = {name.removesuffix("?") for name in form}
     for name, kind in form.items():

@@ -2,8 +2,8 @@
 """Hierarchical bitmaps with the structure of QEMU's HBitmap (util/hbitmap.c).
 
 Seven levels of 64-bit words; a bit of one level says whether a word of the next one has any bit set.
-For 1 TiB at 64 KiB that is 16,777,216 bits in 1, 1, 1, 1, 64, 4096 and 262144 words. What is empty is
-skipped 64 words at a time, and a union is an `or` of the levels.
+For 1 TiB at 64 KiB that is 16,777,216 bits in 1, 1, 1, 1, 64, 4096 and 262144 words. Empty parts are
+skipped 64 words at a time, and a merge is an `or` of the levels.
 """
 
 from collections.abc import Iterator
@@ -40,20 +40,6 @@ class HierarchicalBitmap:
                 return
             _fill(words, first, last)
             first, last = first // WORD_BITS, last // WORD_BITS
-
-    def reset(self, start: int, length: int) -> None:
-        """Clear bits."""
-        first, last = start, start + length - 1
-        for words in reversed(self.levels):
-            if last < first:
-                return
-            _clear(words, first, last)
-            # The words at both ends may hold other bits; those between are empty now.
-            first, last = first // WORD_BITS, last // WORD_BITS
-            if words[first]:
-                first += 1
-            if last >= first and words[last]:
-                last -= 1
 
     def clear(self) -> None:
         """Clear all bits."""
@@ -104,7 +90,7 @@ class HierarchicalBitmap:
             start = sum(area)
 
     def merge(self, other: "HierarchicalBitmap") -> None:
-        """Set what is set in `other`, which has as many bits."""
+        """Set the bits that are set in `other`. Raises ValueError unless it has as many bits."""
         if other.bits != self.bits:
             raise ValueError("bitmaps of different length")
         for mine, theirs in zip(self.levels, other.levels, strict=True):
@@ -118,7 +104,7 @@ class HierarchicalBitmap:
         return made
 
     def resize(self, bits: int) -> None:
-        """Make it longer, with clear bits, or shorter."""
+        """Grow it by clear bits, or shrink it."""
         kept = self.copy()
         self.bits = bits
         self.levels = [np.zeros(words, np.uint64) for words in _level_sizes(bits)]
@@ -126,7 +112,7 @@ class HierarchicalBitmap:
             self.set(start, length)
 
     def load(self, leaves: Words) -> None:
-        """Take over a lowest level of the same length."""
+        """Load a lowest level of the same length, and make the others from it."""
         self.levels[-1] = leaves.astype(np.uint64)
         for level in range(LEVELS - 2, -1, -1):
             full = np.zeros(len(self.levels[level]) * WORD_BITS, np.uint8)
@@ -174,16 +160,6 @@ def _fill(words: Words, first: int, last: int) -> None:
     words[begin] |= np.uint64(low)
     words[begin + 1 : end] = _ONES
     words[end] |= np.uint64(high)
-
-
-def _clear(words: Words, first: int, last: int) -> None:
-    begin, end, low, high = _masks(first, last)
-    if begin == end:
-        words[begin] &= np.uint64(~(low & high) & _ONES)
-        return
-    words[begin] &= np.uint64(~low & _ONES)
-    words[begin + 1 : end] = 0
-    words[end] &= np.uint64(~high & _ONES)
 
 
 def _lowest(word: int) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sockets for text: one client at a time, as QEMU's character devices have it, or many.
+"""Sockets for text: one client at a time, as with QEMU's character devices, or many.
 
-A client that comes while another is served is let wait in the listening socket's queue, and hears nothing.
+A client that connects while another is served waits in the listening socket's queue, and receives nothing.
 """
 
 import array
@@ -17,11 +17,11 @@ _MAX_FDS = 16
 
 
 class HangUp(Exception):
-    """The conversation is over: the client has left, or is to be dropped."""
+    """The client has disconnected, or its connection must be closed."""
 
 
 class Channel:
-    """A connected socket with a queue for what is to be sent."""
+    """A connected socket with a queue of data to send."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -32,11 +32,11 @@ class Channel:
         self.closed = asyncio.Event()
 
     def post(self, data: bytes) -> None:
-        """Send, sooner or later, in order."""
+        """Queue data to be sent, in order."""
         self._out.put_nowait(data)
 
     async def flush(self, seconds: float = 1.0) -> None:
-        """Wait until all is sent, but not for ever."""
+        """Wait until all is sent, for this time at most."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._out.join(), seconds)
 
@@ -65,7 +65,7 @@ class Channel:
 
     async def _readable(self) -> None:
         ready: asyncio.Future[None] = self._loop.create_future()
-        self._loop.add_reader(self._socket, _settle, ready)
+        self._loop.add_reader(self._socket, _wake, ready)
         try:
             await ready
         finally:
@@ -84,16 +84,17 @@ class Channel:
                         self._out.task_done()
 
     def close(self) -> None:
-        """Hang up."""
+        """Disconnect."""
         self._sender.cancel()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        # The sender has to be gone before its socket's number can be used again.
+        # The sender must have ended before the descriptor number can be reused, or it would send to another
+        # client.
         self._loop.call_soon(self._socket.close)
         self.closed.set()
 
 
-def _settle(future: "asyncio.Future[None]") -> None:
+def _wake(future: "asyncio.Future[None]") -> None:
     if not future.done():
         future.set_result(None)
 
@@ -102,7 +103,7 @@ Serve = Callable[[Channel], Awaitable[None]]
 
 
 class ListeningSocket:
-    """A listening unix socket. many: whether clients are served at the same time."""
+    """A listening unix socket. many: whether clients are served concurrently."""
 
     def __init__(self, path: Path, serve: Serve, *, many: bool = False) -> None:
         self._path = path
@@ -114,7 +115,7 @@ class ListeningSocket:
 
     def open(self) -> None:
         """Listen. Raises OSError."""
-        # The name appears when the socket listens: who waits for the name can connect at once.
+        # The name appears only when the socket listens, so that a client that waits for the name can connect.
         early = self._path.with_name(self._path.name + "~")
         with suppress(FileNotFoundError):
             early.unlink()
@@ -125,12 +126,12 @@ class ListeningSocket:
         self._start(self._accept())
 
     def drop_clients(self) -> None:
-        """Hang up on everybody; those who wait come next."""
+        """Disconnect all clients; those that wait in the queue come next."""
         for channel in list(self.channels):
             channel.close()
 
     async def close(self) -> None:
-        """Send what is to be sent, hang up, stop listening, remove the socket's name."""
+        """Send what is queued, disconnect all clients, stop listening, remove the socket's name."""
         for channel in list(self.channels):
             await channel.flush()
         self.drop_clients()
@@ -173,4 +174,4 @@ class ListeningSocket:
     def _finished(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.result()  # an error of ours ends the process, by the loop's handler
+            task.result()  # a bug of the simulator ends the process through the loop's handler

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The control socket: what a test tells the simulator, one JSON object a line each way.
+"""The control socket: how a test steers the simulator, one JSON object a line each way.
 
 ``{"do": NAME, …}`` is answered by ``{"return": …}`` or ``{"error": TEXT}``. `docs/simulator.md` has the list.
 """
@@ -8,7 +8,6 @@ import base64
 import binascii
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ Given = dict[str, Any]
 
 
 class Control:
-    """The control socket of whichever machine stands at the moment."""
+    """The control socket of the machine that runs now (a restart makes a new one)."""
 
     def __init__(self, path: Path, machine: Callable[[], Machine]) -> None:
         self._machine = machine
-        self.door = ListeningSocket(path, self._serve, many=True)
+        self.listener = ListeningSocket(path, self._serve, many=True)
         self._orders: dict[str, Callable[[Given], Any]] = {
             "write": self._write,
             "zero": lambda given: self._change("zero", given),
@@ -38,8 +37,8 @@ class Control:
             "step": self._step,
             "journal": lambda _: self._machine().guest.tell_journal(),
             "status": lambda _: self._status(),
-            "fault": lambda given: asdict(self._machine().faults.add(str(given["spec"]))),
-            "faults": lambda _: [asdict(fault) for fault in self._machine().faults.faults],
+            "fault": lambda given: self._machine().faults.add(str(given["spec"])).document(),
+            "faults": lambda _: [fault.document() for fault in self._machine().faults.faults],
             "clear-faults": lambda _: self._machine().faults.clear(),
             "end": self._end,
         }
@@ -67,7 +66,7 @@ class Control:
             try:
                 data = base64.b64decode(given["data"], validate=True)
             except binascii.Error as err:
-                raise CommandError(f"data are no base64: {err}") from err
+                raise CommandError(f"data are not valid base64: {err}") from err
         else:
             data = bytes([given["pattern"]]) * given["length"]
         self._change("write", given | {"length": len(data)}, data)
@@ -107,11 +106,15 @@ class Control:
 
     def _status(self) -> dict[str, Any]:
         vm = self._machine()
-        told: dict[str, Any] = {"running": vm.running, "frozen": vm.guest.frozen, "working": vm.guest.working}
-        told |= {"writes": len(vm.guest.journal), "freezes": vm.guest.freezes, "thaws": vm.guest.thaws}
-        return told | {"failed-writes": vm.guest.failed_writes, "nbd-clients": vm.nbd_clients}
+        status: dict[str, Any] = {
+            "running": vm.running,
+            "frozen": vm.guest.frozen,
+            "working": vm.guest.working,
+        }
+        status |= {"writes": len(vm.guest.journal), "freezes": vm.guest.freezes, "thaws": vm.guest.thaws}
+        return status | {"failed-writes": vm.guest.failed_writes, "nbd-clients": vm.nbd_clients}
 
     def _end(self, given: Given) -> None:
         if given["how"] not in ("kill", "quit", "crash", "restart"):
-            raise CommandError(f"there is no end {given['how']!r}: kill, quit, crash, restart")
+            raise CommandError(f"unknown end {given['how']!r}; expected kill, quit, crash or restart")
         self._machine().power.end(given["how"])

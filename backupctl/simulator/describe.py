@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `query-block` and `query-named-block-nodes` tell of nodes and devices, member by member."""
+"""What `query-block` and `query-named-block-nodes` return of nodes and devices."""
 
 import json
 from typing import Any
@@ -11,39 +11,44 @@ _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 
 
 def node(shown: Node, version: tuple[int, int, int], *, with_backing: bool) -> dict[str, Any]:
-    """Return a node as `query-named-block-nodes` shows it.
+    """Return a node as `query-named-block-nodes` does.
 
-    version: of QEMU. with_backing: its image's backing images too.
+    version: of QEMU. with_backing: include the backing images.
     """
-    told: dict[str, Any] = dict.fromkeys(_LIMITS, 0)
-    told |= {"node-name": shown.name, "drv": shown.driver, "ro": shown.read_only, "file": _file_name(shown)}
-    told |= {"detect_zeroes": "off", "encrypted": False}
-    told["backing_file_depth"] = _depth(shown) if with_backing else 0
-    told |= {"write_threshold": shown.write_threshold}
-    told["cache"] = {"writeback": True, "direct": False, "no-flush": False}
-    told["image"] = image(shown, with_backing=with_backing)
+    described: dict[str, Any] = dict.fromkeys(_LIMITS, 0)
+    described |= {
+        "node-name": shown.name,
+        "drv": shown.driver,
+        "ro": shown.read_only,
+        "file": _file_name(shown),
+    }
+    described |= {"detect_zeroes": "off", "encrypted": False}
+    described["backing_file_depth"] = _depth(shown) if with_backing else 0
+    described |= {"write_threshold": shown.write_threshold}
+    described["cache"] = {"writeback": True, "direct": False, "no-flush": False}
+    described["image"] = image(shown, with_backing=with_backing)
     if version >= (10, 0, 0):
-        told["active"] = True
+        described["active"] = True
     backing = shown.child("backing")
     if backing is not None:
-        told["backing_file"] = _file_name(backing)
+        described["backing_file"] = _file_name(backing)
     if shown.bitmaps:
-        told["dirty-bitmaps"] = [bitmap.describe() for bitmap in reversed(shown.bitmaps.values())]
-    return told
+        described["dirty-bitmaps"] = [bitmap.describe() for bitmap in reversed(shown.bitmaps.values())]
+    return described
 
 
 def image(shown: Node, *, with_backing: bool) -> dict[str, Any]:
-    """Return what QEMU tells of a node's image."""
-    told: dict[str, Any] = {"filename": _file_name(shown), "format": shown.driver}
-    told |= {"virtual-size": shown.size, "actual-size": _actual_size(shown), "dirty-flag": False}
+    """Return a node's image as QEMU describes it."""
+    described: dict[str, Any] = {"filename": _file_name(shown), "format": shown.driver}
+    described |= {"virtual-size": shown.size, "actual-size": _actual_size(shown), "dirty-flag": False}
     if isinstance(shown, Qcow2Node):
         data = {"compat": "1.1", "compression-type": "zlib", "lazy-refcounts": False}
         data |= {"refcount-bits": 16, "corrupt": False, "extended-l2": False}
-        told |= {"cluster-size": CLUSTER, "format-specific": {"type": "qcow2", "data": data}}
+        described |= {"cluster-size": CLUSTER, "format-specific": {"type": "qcow2", "data": data}}
     backing = shown.child("backing")
     if backing is not None and with_backing:
-        told["backing-image"] = image(backing, with_backing=True)
-    return told
+        described["backing-image"] = image(backing, with_backing=True)
+    return described
 
 
 def _depth(shown: Node) -> int:

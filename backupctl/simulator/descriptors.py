@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Descriptors that came over the monitor's socket: sets (`add-fd`) and single ones with a name (`getfd`)."""
+"""Descriptors passed over the monitor's socket: sets (`add-fd`) and named single ones (`getfd`)."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ PREFIX = "/dev/fdset/"
 
 @dataclass
 class Member:
-    """One descriptor of a set. removed: `remove-fd` was told to take it. A node's duplicate outlives it."""
+    """One descriptor of a set. removed: marked by `remove-fd`. A node's duplicate outlives it."""
 
     fd: int
     opaque: str | None
@@ -29,14 +29,14 @@ class Set:
 
 
 class Descriptors:
-    """All descriptors that a monitor's clients handed over."""
+    """All descriptors that the monitor's clients passed."""
 
     def __init__(self) -> None:
         self._sets: dict[int, Set] = {}
         self._named: dict[str, int] = {}
 
     def add(self, fd: int, number: int | None, opaque: str | None) -> dict[str, int]:
-        """Put a descriptor into a set; a new one if no number is given."""
+        """Add a descriptor to a set; to a new one if no number is given."""
         if number is None:
             number = next(n for n in range(len(self._sets) + 1) if n not in self._sets)
         elif number < 0:
@@ -57,7 +57,7 @@ class Descriptors:
             self._sweep(number)
 
     def describe(self) -> list[dict[str, object]]:
-        """Return what `query-fdsets` shows, newest set first."""
+        """Return what `query-fdsets` does, newest set first."""
         return [
             {"fdset-id": number, "fds": [_describe(member) for member in self._sets[number].members]}
             for number in reversed(self._sets)
@@ -86,7 +86,7 @@ class Descriptors:
                 self._sweep(number)
 
     def sweep(self) -> None:
-        """Close what is marked, and all that no node uses: the last monitor client has left."""
+        """Close the marked descriptors, and those that no node uses: the last monitor client has left."""
         for number in list(self._sets):
             self._sweep(number, unclaimed=True)
 
@@ -109,7 +109,7 @@ class Descriptors:
         self._named[name] = fd
 
     def take(self, name: str) -> int:
-        """Return a named descriptor, which is the caller's from now on."""
+        """Return a named descriptor, which the caller then owns."""
         if name not in self._named:
             raise CommandError(f"File descriptor named '{name}' has not been found")
         return self._named.pop(name)

@@ -13,7 +13,7 @@ MAX_NAME_BYTES = 1023
 class DirtyBitmap:
     """A node's bitmap.
 
-    size: of the node, bytes. granularity: bytes that one bit stands for. recording: guest writes are noted.
+    size: of the node, in bytes. granularity: bytes per bit. recording: guest writes are noted.
     persistent: kept by a clean end of QEMU. busy: in use by an export or an action. inconsistent: QEMU died
     while it had been loaded; it can only be removed. read_only: it is stored, and its node
     closed for writing.
@@ -68,12 +68,12 @@ class DirtyBitmap:
             raise CommandError(f"Bitmap '{self.name}' is inconsistent and cannot be used")
 
     def describe(self) -> dict[str, object]:
-        """Return what QEMU tells of it."""
-        told: dict[str, object] = {"name": self.name} if self.name else {}
-        told |= {"recording": self.recording and not self.inconsistent, "persistent": self.persistent}
-        told |= {"busy": bool(self.busy), "granularity": self.granularity}
-        told["count"] = self.bits.count() * self.granularity
-        return told | ({"inconsistent": True} if self.inconsistent else {})
+        """Return it as QEMU describes it."""
+        described: dict[str, object] = {"name": self.name} if self.name else {}
+        described |= {"recording": self.recording and not self.inconsistent, "persistent": self.persistent}
+        described |= {"busy": bool(self.busy), "granularity": self.granularity}
+        described["count"] = self.bits.count() * self.granularity
+        return described | ({"inconsistent": True} if self.inconsistent else {})
 
     def _bits_for(self, size: int) -> int:
         return -(-size // self.granularity)
@@ -86,6 +86,6 @@ def check_granularity(granularity: int) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise CommandError for a name that no bitmap can have."""
+    """Raise CommandError for an invalid name."""
     if not name:
         raise CommandError("Bitmap name cannot be empty")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The error that a monitor command answers."""
+"""The error with which a monitor command is refused."""
 
 
 class CommandError(Exception):
@@ -8,7 +8,3 @@ class CommandError(Exception):
     def __init__(self, text: str, kind: str = "GenericError") -> None:
         super().__init__(text)
         self.kind = kind
-
-
-class PowerCut(BaseException):
-    """The simulated QEMU is to vanish at this very point; raised by faults, met only by the machine."""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Does to a command what a fault wants, in place of doing and answering it."""
+"""What a fault does to a command, instead of running and answering it."""
 
 import asyncio
 from collections.abc import Callable
 
 from backupctl.simulator.channel import HangUp
-from backupctl.simulator.faults import ENDS, Fault
+from backupctl.simulator.faults import TERMINATIONS, Fault
 
 GARBAGE = b'\x00{"return"}]] nonsense\n'
 Answer = Callable[[], bytes]
@@ -17,34 +17,33 @@ async def carry_out(
     refuse: Callable[[str], bytes],
     reply: Callable[[object], bytes],
     post: Callable[[bytes], None],
-    end: Callable[[str], None],
+    terminate: Callable[[str], None],
 ) -> None:
-    """Carry a fault out.
+    """Carry a fault out. Raises HangUp to close the connection.
 
-    do: does the command and returns its answer. refuse: returns an error answer. reply: returns the answer
-    with a value. post: sends.
-    end: ends the machine in one of the ways of `faults.ENDS`. Raises HangUp to close the connection.
+    do: runs the command and returns its answer. refuse: returns an error answer. reply: returns an answer
+    with a value. post: sends. terminate: ends the machine in one of the ways of `faults.TERMINATIONS`.
     """
-    deed = fault.deed
-    if deed in ENDS:
-        end(deed)
+    action = fault.action
+    if action in TERMINATIONS:
+        terminate(action)
         raise HangUp
-    if deed == "hangup":
+    if action == "hangup":
         raise HangUp
-    refusal = refuse(fault.argument or "as a fault wanted it")
-    if deed in ("silent", "garbage", "error", "answer"):
+    refusal = refuse(fault.argument or "injected by a fault")
+    if action in ("silent", "garbage", "error", "answer"):
         answers = {"silent": b"", "garbage": GARBAGE, "error": refusal}
-        post(reply(fault.value) if deed == "answer" else answers[deed])
+        post(reply(fault.value) if action == "answer" else answers[action])
         return
     answer = do()
-    if deed == "error-after":
+    if action == "error-after":
         post(refusal)
         return
-    if deed.endswith("-after"):
-        end(deed.removesuffix("-after"))
+    if action.endswith("-after"):
+        terminate(action.removesuffix("-after"))
         raise HangUp
-    if deed == "lost":
+    if action == "lost":
         raise HangUp
-    if deed == "late":
+    if action == "late":
         await asyncio.sleep(fault.seconds)
         post(answer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Copy-before-write, and the node that shows what it keeps apart.
+"""Copy-before-write, and the node that gives access to its snapshot.
 
 ::
 
@@ -23,9 +23,8 @@ from backupctl.simulator.store import CLUSTER, Bytes
 class CopyBeforeWrite(Node):
     """A filter that copies a cluster's old content to the target before it is first overwritten.
 
-    break_guest: whether a copy that fails fails the guest's write (QEMU's default), or the snapshot.
-    limit: clusters that are of interest, None for all. broken: the snapshot is lost.
-    copied_bytes: how much was copied so far.
+    break_guest: whether a failed copy fails the guest's write (QEMU's default) or breaks the snapshot.
+    limit: clusters to copy, None for all. broken: the snapshot is lost. copied_bytes: so far.
     """
 
     break_guest: bool = True
@@ -38,7 +37,7 @@ class CopyBeforeWrite(Node):
         self.copied = HierarchicalBitmap(0)
 
     def begin(self) -> None:
-        """Forget what was copied: the moment is now. To be called when the children are linked."""
+        """Start a new snapshot: nothing is copied yet. Called once the children are linked."""
         self.copied = HierarchicalBitmap(-(-self.size // CLUSTER))
 
     @property
@@ -48,7 +47,7 @@ class CopyBeforeWrite(Node):
 
     @property
     def target(self) -> Node:
-        """Where old content goes."""
+        """The node that old content is copied to."""
         return self.children["target"].node
 
     @property
@@ -120,7 +119,7 @@ class SnapshotAccess(Node):
         """Bytes."""
         return self.children["file"].node.size
 
-    def _change(self, offset: int, length: int, action: Callable[[], None]) -> None:  # noqa: ARG002 - it is past
+    def _change(self, offset: int, length: int, action: Callable[[], None]) -> None:  # noqa: ARG002 - it is read-only
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     def read_into(self, offset: int, view: memoryview) -> None:
@@ -137,7 +136,7 @@ class SnapshotAccess(Node):
                 yield from node.extents(start, part)
 
     def _sources(self, offset: int, length: int) -> Iterator[tuple[Node, int, int]]:
-        """Yield (node that has it, offset, length). Raises OSError where nobody may look."""
+        """Yield (node that has it, offset, length). Raises OSError where the snapshot cannot be read."""
         keeper, end = self.filter, offset + length
         while offset < end:
             cluster = offset // CLUSTER

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The graph of block nodes: their names, who uses whom, and what that forbids."""
+"""The graph of block nodes: their names, their links, and the permissions that these imply."""
 
 import itertools
 import re
@@ -14,7 +14,7 @@ MAX_NODE_NAME = 31
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 UNNAMED = "an unnamed block device"
 OUTSIDE = ("device", "export")
-"""Roles of users that are no nodes: QEMU's block backends."""
+"""Roles of users that are not nodes: QEMU's block backends."""
 
 
 class Graph:
@@ -25,11 +25,11 @@ class Graph:
         self._numbers = itertools.count(100)
 
     def automatic_name(self) -> str:
-        """Make a name up, as QEMU does for nodes that were given none."""
+        """Generate a name, as QEMU does for nodes without one."""
         return f"#block{next(self._numbers):03d}"
 
     def check_new_name(self, name: str) -> None:
-        """Raise CommandError for a node name that is taken or can't be."""
+        """Raise CommandError for a node name that is taken or invalid."""
         if not is_id(name):
             raise CommandError(f"Invalid node-name: '{name}'")
         if len(name) > MAX_NODE_NAME:
@@ -38,11 +38,11 @@ class Graph:
             raise CommandError(f"Duplicate nodes with node-name='{name}'")
 
     def add(self, node: Node) -> None:
-        """Take a node in."""
+        """Add a node."""
         self.nodes[node.name] = node
 
     def find(self, name: str, device: str | None = None) -> Node:
-        """Return a node. device: what the command calls the device, where it may name one."""
+        """Return a node. device: the device that the command names, if any. Raises CommandError."""
         if name not in self.nodes:
             shown = name if device is None else device
             raise CommandError(f"Cannot find device='{shown}' nor node-name='{name}'")
@@ -58,7 +58,7 @@ class Graph:
         return found, found.bitmaps[name]
 
     def link(self, role: str, user: Node | None, name: str, node: Node) -> Link:
-        """Let a node be used. name: of the user, as QEMU prints it."""
+        """Add a link to a node. name: of the user, as QEMU prints it. Raises CommandError."""
         made = Link(role, user, name, node)
         node.parents.append(made)
         if user is not None:
@@ -68,7 +68,7 @@ class Graph:
         return made
 
     def unlink(self, link: Link) -> None:
-        """End a use; a node that `blockdev-add` did not make goes with its last user."""
+        """Remove a link; a node that `blockdev-add` did not make is deleted with its last link."""
         node = link.node
         node.parents.remove(link)
         if link.user is not None:
@@ -79,7 +79,7 @@ class Graph:
             self.drop(node)
 
     def move(self, link: Link, node: Node) -> None:
-        """Let a user use another node instead."""
+        """Point a link at another node."""
         link.node.parents.remove(link)
         if link.role == "backing":
             reason = f"node is used as backing hd of '{link.name}'"
@@ -89,12 +89,12 @@ class Graph:
         node.parents.append(link)
 
     def replace(self, old: Node, new: Node) -> None:
-        """Let all users of a node use another, but for those that the other one itself rests on."""
+        """Point all links to a node at another one, except those that would make a cycle."""
         for link in [each for each in old.parents if self.may_move(each, new)]:
             self.move(link, new)
 
     def may_move(self, link: Link, node: Node) -> bool:
-        """Whether a user could use this node without coming to rest on itself."""
+        """Whether a link to this node makes no cycle."""
         return link.user is None or all(link.user is not each for each in (node, *descendants(node)))
 
     def delete(self, name: str) -> None:
@@ -113,19 +113,19 @@ class Graph:
         self.drop(node)
 
     def drop(self, node: Node) -> None:
-        """Take a node out that nobody uses, and what only it used."""
+        """Delete an unused node, and the nodes that only it used."""
         for link in list(node.children.values()):
             self.unlink(link)
         del self.nodes[node.name]
         _close_store(node)
 
     def connected(self, one: Node, other: Node) -> bool:
-        """Whether two nodes rest on a common one."""
+        """Whether two nodes share a node below them."""
         below = {id(node) for node in (one, *descendants(one))}
         return any(id(node) in below for node in (other, *descendants(other)))
 
     def close(self) -> None:
-        """Let go of all files, in whatever state the nodes are."""
+        """Close all files, whatever the state of the nodes."""
         for node in self.nodes.values():
             _close_store(node)
         self.nodes = {}
@@ -139,16 +139,16 @@ def descendants(node: Node) -> Iterator[Node]:
 
 
 def chain(node: Node | None) -> Iterator[Node]:
-    """Yield a node and those under it whose content shows: backing files and filtered nodes."""
+    """Yield a node and those below it that its content comes from: backing files and filtered nodes."""
     while node is not None:
         yield node
         node = node.child("backing") or (None if node.driver == "qcow2" else node.child("file"))
 
 
 def check_filters(node: Node) -> None:
-    """Raise CommandError where somebody writes to a node past a copy-before-write filter that is in use.
+    """Raise CommandError where a user writes to a node past a copy-before-write filter that is in use.
 
-    node: a filter, or what lies under filters.
+    node: a filter, or a node below filters.
     """
     below = node.file if isinstance(node, CopyBeforeWrite) else node
     for held in filters_in_use(below):
@@ -158,7 +158,7 @@ def check_filters(node: Node) -> None:
 
 
 def filters_in_use(node: Node) -> list[Link]:
-    """Return the uses of a node by copy-before-write filters that somebody uses in turn."""
+    """Return the links to a node from copy-before-write filters that are themselves in use."""
     filters = [
         link for link in node.parents if link.role == "file" and isinstance(link.user, CopyBeforeWrite)
     ]
@@ -172,9 +172,9 @@ def _writes(link: Link) -> bool:
 
 
 def refuse(node: Node, what: str, wanting: str, holding: str) -> CommandError:
-    """Return the error for a node that one user would use in a way that another one forbids.
+    """Return the error for a permission that one user of a node needs and another one forbids.
 
-    what: the permission. wanting, holding: the two users, in the words of `shown`.
+    what: the permission. wanting, holding: the two users, as `shown` prints them.
     """
     return CommandError(
         f"Permission conflict on node '{node.name}': permissions '{what}' are both required by {wanting} "
@@ -183,7 +183,7 @@ def refuse(node: Node, what: str, wanting: str, holding: str) -> CommandError:
 
 
 def shown(link: Link) -> str:
-    """Tell of a use of a node, as QEMU does in messages."""
+    """Return a link as QEMU prints it in messages."""
     if link.user is not None:
         return f"node '{link.name}' (uses node '{link.node.name}' as '{link.role}' child)"
     user = link.name if link.role == "export" else f"block device '{link.name}'"
@@ -191,7 +191,7 @@ def shown(link: Link) -> str:
 
 
 def is_id(text: str) -> bool:
-    """Whether QEMU takes a text for an identifier."""
+    """Whether a text is an identifier to QEMU."""
     return bool(_ID.match(text))
 
 

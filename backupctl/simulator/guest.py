@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest: writes to its disks by itself, from a seed, and stops while it is frozen.
+"""The guest: it writes to its disks, from a seed, except while it is frozen.
 
-Every change is noted in a journal, with its time and its outcome, so that a test knows what the disks
-must hold. The moment of a backup can be kept: a copy of each disk, taken when the transaction is done.
+Every change is recorded in a journal, with its time and its result, so that a test knows what the disks
+must contain.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ JOURNAL_LENGTH = 100_000
 class Entry:
     """One change.
 
-    at: seconds since the epoch. seed: what the written bytes were made from. error: its errno's text.
+    at: seconds since the epoch. seed: of the bytes written. error: text of the errno, "" for none.
     """
 
     at: float
@@ -57,13 +57,13 @@ class Guest:
         self.journal: list[Entry] = []
 
     def start(self, per_second: float, span_bytes: int | None = None) -> None:
-        """Begin to write; span: keep to so many bytes from the disk's start."""
+        """Start writing. span: bytes from the start of each disk to write to; None for all."""
         self.stop()
         self._task = asyncio.get_running_loop().create_task(self._work(1 / per_second, span_bytes))
         self._task.add_done_callback(lambda task: task.cancelled() or task.result())
 
     def stop(self) -> None:
-        """Write no more."""
+        """Stop writing."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -74,7 +74,7 @@ class Guest:
         return self._task is not None
 
     def change(self, disk: str, what: str, offset: int, length: int, data: bytes | None = None) -> str:
-        """Write, zero or discard; returns the error's text, "" if it went well."""
+        """Write, zero or discard. Returns the error's text, "" on success."""
         return self._change(disk, what, offset, length, data or b"", None)
 
     async def _work(self, pause_seconds: float, span_bytes: int | None) -> None:

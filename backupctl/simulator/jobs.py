@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.filters import CopyBeforeWrite
 from backupctl.simulator.graph import Graph, is_id, refuse, shown
-from backupctl.simulator.nodes import Extent, Link, Node, Teller
+from backupctl.simulator.nodes import EventSink, Extent, Link, Node
 
 BUSY = "block device is in use by block job: backup"
 
@@ -35,41 +35,46 @@ class Job:
 
     @property
     def progress_bytes(self) -> int:
-        """How much was copied."""
+        """Bytes copied so far."""
         return self.done_bytes + self.filter.copied_bytes
 
     def describe(self) -> dict[str, object]:
-        """Return what `query-jobs` shows."""
-        told: dict[str, object] = {"id": self.name, "type": "backup", "status": self.status}
-        told |= {"current-progress": self.progress_bytes, "total-progress": self.length_bytes}
-        return told | ({"error": self.error} if self.error else {})
+        """Return it as `query-jobs` does."""
+        described: dict[str, object] = {"id": self.name, "type": "backup", "status": self.status}
+        described |= {"current-progress": self.progress_bytes, "total-progress": self.length_bytes}
+        return described | ({"error": self.error} if self.error else {})
 
     def describe_block(self) -> dict[str, object]:
-        """Return what `query-block-jobs` shows."""
-        told: dict[str, object] = {
+        """Return it as `query-block-jobs` does."""
+        described: dict[str, object] = {
             "device": self.name,
             "type": "backup",
             "status": self.status,
             "io-status": "ok",
         }
-        told |= {"len": self.length_bytes, "offset": self.progress_bytes, "speed": 0, "busy": False}
-        told |= {"auto-finalize": True, "auto-dismiss": self.auto_dismiss, "paused": False, "ready": False}
-        return told
+        described |= {"len": self.length_bytes, "offset": self.progress_bytes, "speed": 0, "busy": False}
+        described |= {
+            "auto-finalize": True,
+            "auto-dismiss": self.auto_dismiss,
+            "paused": False,
+            "ready": False,
+        }
+        return described
 
 
 class Jobs:
     """All jobs of a virtual machine."""
 
-    def __init__(self, graph: Graph, tell: Teller) -> None:
+    def __init__(self, graph: Graph, emit_event: EventSink) -> None:
         self._graph = graph
-        self._tell = tell
+        self._emit_event = emit_event
         self.jobs: dict[str, Job] = {}
 
     def create(self, name: str, source: Node, target: Node, sync: str, *, auto_dismiss: bool) -> Job:
-        """Put a job's filter in place; the moment is now. Raises CommandError."""
+        """Insert a job's filter, which starts the snapshot. Raises CommandError."""
         self._check(name, source, target)
         keeper = CopyBeforeWrite(
-            self._graph.automatic_name(), "copy-before-write", self._tell, source.read_only, owned=False
+            self._graph.automatic_name(), "copy-before-write", self._emit_event, source.read_only, owned=False
         )
         self._graph.add(keeper)
         self._graph.link("file", keeper, keeper.name, source)
@@ -81,20 +86,20 @@ class Jobs:
         for node in (keeper, target):
             node.blockers.append(BUSY)
         self.jobs[name] = job
-        self._turn(job, "created")
+        self._set_status(job, "created")
         return job
 
     def start(self, job: Job) -> None:
-        """Let a created job run; a full copy is done at once and ends."""
-        self._turn(job, "running")
+        """Start a created job; a full copy is done at once and ends the job."""
+        self._set_status(job, "running")
         if job.sync == "full":
             self._copy(job)
 
     def withdraw(self, job: Job) -> None:
         """Undo `create` in a transaction that failed."""
-        self._turn(job, "aborting")
-        self._dissolve(job)
-        self._turn(job, "concluded")
+        self._set_status(job, "aborting")
+        self._remove_filter(job)
+        self._set_status(job, "concluded")
         self.dismiss(job)
 
     def cancel(self, job: Job) -> None:
@@ -105,7 +110,7 @@ class Jobs:
             )
         together = [job, *(other for other in job.group if other is not job and other.status == "running")]
         for each in together:
-            self._turn(each, "aborting")
+            self._set_status(each, "aborting")
         for each in reversed(together):
             each.error = os.strerror(errno.ECANCELED)
             self._conclude(each, "BLOCK_JOB_CANCELLED")
@@ -116,7 +121,7 @@ class Jobs:
             raise CommandError(
                 f"Job '{job.name}' in state '{job.status}' cannot accept command verb 'dismiss'"
             )
-        self._turn(job, "null")
+        self._set_status(job, "null")
         del self.jobs[job.name]
 
     def _check(self, name: str, source: Node, target: Node) -> None:
@@ -135,7 +140,7 @@ class Jobs:
             raise CommandError(f"Job ID '{name}' already in use")
 
     def _put_over(self, name: str, source: Node, keeper: CopyBeforeWrite) -> None:
-        """Let all who use the source use the filter; a second filter beside it would miss writes."""
+        """Point all users of the source at the filter; a second filter beside it would miss writes."""
         stays = [link for link in source.parents if not self._graph.may_move(link, keeper)]
         for link in stays:
             other = link.user
@@ -143,7 +148,7 @@ class Jobs:
                 refusal = refuse(source, "write", shown(keeper.children["file"]), shown(link))
                 self._graph.drop(keeper)
                 for status in ("created", "null"):
-                    self._tell("JOB_STATUS_CHANGE", {"id": name, "status": status})
+                    self._emit_event("JOB_STATUS_CHANGE", {"id": name, "status": status})
                 raise refusal
         self._graph.replace(source, keeper)
 
@@ -151,27 +156,29 @@ class Jobs:
         try:
             _copy_all(job)
         except OSError as err:
-            self._tell("BLOCK_JOB_ERROR", {"device": job.name, "operation": "write", "action": "report"})
-            self._turn(job, "aborting")
+            self._emit_event(
+                "BLOCK_JOB_ERROR", {"device": job.name, "operation": "write", "action": "report"}
+            )
+            self._set_status(job, "aborting")
             job.error = err.strerror or str(err)
         else:
             for status in ("waiting", "pending"):
-                self._turn(job, status)
+                self._set_status(job, status)
         self._conclude(job, "BLOCK_JOB_COMPLETED")
 
     def _conclude(self, job: Job, event: str) -> None:
-        told: dict[str, object] = {"device": job.name, "type": "backup", "len": job.length_bytes}
-        told |= {"offset": job.progress_bytes, "speed": 0}
+        data: dict[str, object] = {"device": job.name, "type": "backup", "len": job.length_bytes}
+        data |= {"offset": job.progress_bytes, "speed": 0}
         if job.error and event == "BLOCK_JOB_COMPLETED":
-            told["error"] = job.error
-        self._dissolve(job)
-        self._tell(event, told)
-        self._turn(job, "concluded")
+            data["error"] = job.error
+        self._remove_filter(job)
+        self._emit_event(event, data)
+        self._set_status(job, "concluded")
         if job.auto_dismiss:
             self.dismiss(job)
 
-    def _dissolve(self, job: Job) -> None:
-        """Take the filter out again: who used it uses what is below, the source or a later job's filter."""
+    def _remove_filter(self, job: Job) -> None:
+        """Remove the filter: its users get the node below, the source or a later job's filter."""
         for node in (job.filter, job.target):
             node.blockers.remove(BUSY)
         for link in list(job.filter.parents):
@@ -180,9 +187,9 @@ class Jobs:
         for link in job.links:
             self._graph.unlink(link)
 
-    def _turn(self, job: Job, status: str) -> None:
+    def _set_status(self, job: Job, status: str) -> None:
         job.status = status
-        self._tell("JOB_STATUS_CHANGE", {"id": job.name, "status": status})
+        self._emit_event("JOB_STATUS_CHANGE", {"id": job.name, "status": status})
 
 
 def _copy_all(job: Job) -> None:

@@ -22,15 +22,16 @@ from backupctl.simulator.opening import Opener
 from backupctl.simulator.transaction import Actions
 
 ABORTS = ((7, 2, 14), (8, 0, 0))
-"""QEMU from the first and before the second version aborts when an NBD client leaves an iothread's disk."""
+"""From the first version and before the second, QEMU aborts when an NBD client of an iothread's disk
+disconnects (measured: tests/integration/test_guest.py)."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a simulated QEMU is started with.
 
-    folder: where its disks lie. version: that it claims. cdroms: names of empty drives. paused: as by -S.
-    keep_moments: copy the disks at each moment of a backup.
+    folder: of its disks. version: that it reports. cdroms: names of empty drives. paused: like -S.
+    keep_moments: copy the disks at the point in time of each backup.
     """
 
     folder: Path
@@ -44,7 +45,7 @@ class Settings:
 
 @dataclass
 class Power:
-    """Ways in which the machine ends, done by who runs it.
+    """How the machine ends, done by the process that runs it.
 
     end: takes one of kill, quit, crash, restart, abort, segv.
     """
@@ -54,7 +55,7 @@ class Power:
 
 @dataclass
 class Moment:
-    """A kept moment. disks: raw files by the disk's name."""
+    """A point in time that was kept. at: seconds since the epoch. disks: raw files by the disk's name."""
 
     number: int
     at: float
@@ -65,24 +66,24 @@ class Machine:
     """A simulated QEMU with its guest."""
 
     def __init__(
-        self, settings: Settings, faults: Faults, tell: Callable[[dict[str, Any]], None], power: Power
+        self, settings: Settings, faults: Faults, send: Callable[[dict[str, Any]], None], power: Power
     ) -> None:
         self.settings = settings
         self.faults = faults
         self.power = power
-        self._tell = tell
+        self._send = send
         self.graph = Graph()
         self.descriptors = Descriptors()
-        self.jobs = Jobs(self.graph, self.tell)
+        self.jobs = Jobs(self.graph, self.emit_event)
         self.actions = Actions(self.graph, self.jobs, settings.version, lambda: power.end("segv"))
-        self.opener = Opener(self.graph, self.descriptors, self.tell, lambda: self.lets_go)
+        self.opener = Opener(self.graph, self.descriptors, self.emit_event, lambda: self.closes_fds_at_once)
         self.opener.capacity, self.opener.version = faults.capacity, settings.version
         self.nbd = NbdServer(faults, self._client_left)
         self.exports: dict[str, Export] = {}
         self.devices: dict[str, Device] = {}
         self.status = "prelaunch" if settings.paused else "running"
         self.moment: Moment | None = None
-        self.received_fd: int | None = None  # came over the monitor's socket, not yet taken by a command
+        self.received_fd: int | None = None  # passed over the monitor's socket, not yet used by a command
         self._nodes = {spec.name: self._plug(spec) for spec in settings.disks}
         self.devices |= {name: Device(name, "ide-cd", None, removable=True) for name in settings.cdroms}
         writable = [spec.name for spec in settings.disks if not spec.read_only]
@@ -95,8 +96,11 @@ class Machine:
         return self.status == "running"
 
     @property
-    def lets_go(self) -> bool:
-        """Whether descriptors that were removed go at once: before 9.1 only while the processors run."""
+    def closes_fds_at_once(self) -> bool:
+        """Whether removed descriptors are closed at once: before 9.1 only while the processors run.
+
+        Measured: the conformance script `a_stopped_machine_may_keep_a_removed_set`.
+        """
         return self.running or self.settings.version >= (9, 1, 0)
 
     @property
@@ -111,31 +115,31 @@ class Machine:
             raise CommandError(f"there is no disk {disk!r}")
         return device.link.node
 
-    def tell(self, event: str, data: dict[str, object] | None = None) -> None:
-        """Send an event to whoever is at the monitor."""
+    def emit_event(self, event: str, data: dict[str, object] | None = None) -> None:
+        """Send an event to the monitors' clients."""
         now = time.time_ns() // 1000
         stamp = {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}
-        self._tell({"timestamp": stamp, "event": event} | ({"data": data} if data is not None else {}))
+        self._send({"timestamp": stamp, "event": event} | ({"data": data} if data is not None else {}))
 
     def receive_fd(self, fd: int | None) -> None:
-        """Keep a descriptor for the command that follows; one that nobody took is closed."""
+        """Keep a descriptor for the next command; an unused one is closed."""
         if self.received_fd is not None:
             os.close(self.received_fd)
         self.received_fd = fd
 
     def clients_left(self) -> None:
-        """The last client of a monitor is gone, and with it what was sent and nothing uses."""
+        """Close the unused descriptors: the last client of a monitor has disconnected."""
         self.receive_fd(None)
-        if self.lets_go:
+        if self.closes_fds_at_once:
             self.descriptors.sweep()
 
     def set_status(self, status: str) -> None:
-        """Run or stop the guest's processors."""
+        """Start or stop the guest's processors."""
         self.status = status
         self.guest.running = self.running
 
     def keep_moment(self) -> None:
-        """Copy all disks as they are now, if that was asked for."""
+        """Copy all disks as they are now, if the settings say so."""
         if not self.settings.keep_moments:
             return
         moment = Moment(self.moment.number + 1 if self.moment else 1, time.time())
@@ -146,7 +150,7 @@ class Machine:
         self.moment = moment
 
     def drop_export(self, export: Export) -> None:
-        """Take an export away; the event says when it is gone."""
+        """Remove an export, with the event of its removal."""
         self.nbd.withdraw(export)
         self._export_gone(export)
 
@@ -157,7 +161,7 @@ class Machine:
             self._export_gone(export)
 
     def end(self, *, clean: bool) -> None:
-        """End: cleanly, with bitmaps stored, or as by SIGKILL."""
+        """End: cleanly, which stores bitmaps, or as by SIGKILL."""
         self.guest.stop()
         if self.nbd.running:
             self.stop_nbd()
@@ -175,7 +179,7 @@ class Machine:
         self.descriptors.close()
 
     def _plug(self, spec: DiskSpec) -> Node:
-        node = disks.open_disk(spec, self.settings.folder, self.graph, self.tell, self.opener)
+        node = disks.open_disk(spec, self.settings.folder, self.graph, self.emit_event, self.opener)
         iothread = f"io-{spec.name}" if spec.iothread else ""
         device = Device(spec.name, "virtio-blk-pci", None, iothread)
         device.write_to(self.graph, node)
@@ -187,10 +191,10 @@ class Machine:
             bitmap.busy -= 1
         self.graph.unlink(export.link)
         del self.exports[export.id]
-        self.tell("BLOCK_EXPORT_DELETED", {"id": export.id})
+        self.emit_event("BLOCK_EXPORT_DELETED", {"id": export.id})
 
     def _client_left(self, export: Export) -> None:
-        """A client went away while its export stood: fatal to some QEMUs on an iothread's disk."""
+        """A client disconnected before its export was removed: on an iothread's disk some QEMUs abort."""
         first, fixed = ABORTS
         if first <= self.settings.version < fixed and self._on_iothread(export):
             self.power.end("abort")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The monitor: QMP as QEMU speaks it, one client at a time (docs/interop/qmp-spec of QEMU)."""
+"""The monitor: QMP as QEMU implements it, one client at a time (docs/interop/qmp-spec of QEMU)."""
 
 import codecs
 import json
@@ -22,23 +22,23 @@ _HEADS = ("execute", "exec-oob")
 class Monitor:
     """One monitor socket.
 
-    machine: returns the machine that stands at the moment. on_left: called when the client is gone.
+    machine: returns the machine that runs now. on_left: called when the client has disconnected.
     """
 
     def __init__(self, path: Path, machine: Callable[[], Machine], on_left: Callable[[], None]) -> None:
         self._machine = machine
         self._on_left = on_left
         self._session: Session | None = None
-        self.door = ListeningSocket(path, self._serve)
+        self.listener = ListeningSocket(path, self._serve)
 
-    def tell(self, event: dict[str, Any]) -> None:
+    def send_event(self, event: dict[str, Any]) -> None:
         """Send an event to the client, if one has negotiated."""
         if self._session is not None and self._session.negotiated:
             self._session.post(event)
 
     @property
     def in_use(self) -> bool:
-        """Whether a client is there."""
+        """Whether a client is connected."""
         return self._session is not None
 
     async def _serve(self, channel: Channel) -> None:
@@ -51,7 +51,7 @@ class Monitor:
 
 
 class Session:
-    """A conversation with one client."""
+    """The session of one client."""
 
     def __init__(self, channel: Channel, machine: Callable[[], Machine]) -> None:
         self._channel = channel
@@ -64,7 +64,7 @@ class Session:
         self._channel.post(_line(message))
 
     async def run(self) -> None:
-        """Greet, then serve until the client leaves. Raises HangUp."""
+        """Send the greeting, then serve until the client disconnects. Raises HangUp."""
         self.post({"QMP": {"version": version(self._machine()), "capabilities": ["oob"]}})
         text = ""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -160,12 +160,12 @@ class Session:
 _INCOMPLETE: Any = object()
 _decoder = json.JSONDecoder()
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# A word, number or escape up to the end of what has come: more of it may follow.
+# A word, number or escape at the end of the received text: more of it may follow.
 _UNFINISHED = re.compile(r"\s*|[^\s{}\[\]:,\"]+")
 
 
 def _next(text: str) -> tuple[Any, str]:
-    """Take the first message off a text; what can't be one is an error, dropped up to the end of its line."""
+    """Split off the first message; an invalid one becomes an error, and the rest of its line is dropped."""
     text = text.lstrip()
     if not text:
         return _INCOMPLETE, ""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Block nodes: what is read and written where, and which bits that makes dirty.
+"""Block nodes: what they read and write, and which bits that makes dirty.
 
 A node reads, writes, zeroes and discards byte ranges; a request ends before the next begins. Every
-change of a node's content marks the node's recording bitmaps, as QEMU does it: by node, not by disk.
+change of a node's content marks the node's recording bitmaps, as in QEMU: by node, not by disk.
 """
 
 import errno
@@ -16,7 +16,7 @@ from backupctl.simulator.store import Bytes, ClusterStore, State, Store
 
 
 class Extent(IntFlag):
-    """Flags of an extent, as NBD's base:allocation has them."""
+    """Flags of an extent, as in NBD's base:allocation."""
 
     DATA = 0
     HOLE = 1
@@ -25,14 +25,14 @@ class Extent(IntFlag):
 
 Piece = tuple[int, Extent]
 _SIZE_IN_HEADER = 24  # of a qcow2 file
-Teller = Callable[[str, dict[str, object]], None]
+EventSink = Callable[[str, dict[str, object]], None]
 
 
 @dataclass(eq=False)
 class Link:
-    """A use of a node: by another node (backing, file, target), a device, an export or a job.
+    """A link to a node: from another node (backing, file, target), a device, an export or a job.
 
-    user: the using node, None for anything that is no node. name: of the user, as QEMU prints it.
+    user: the node that it comes from, None for any other user. name: of the user, as QEMU prints it.
     """
 
     role: str
@@ -45,14 +45,14 @@ class Link:
 class Node:
     """What all nodes have in common.
 
-    parents: who uses it. blockers: why it must not be deleted, newest last. owned: made by `blockdev-add`
-    and not yet deleted. write_threshold: tell when a write ends behind this offset; 0 for never.
-    unstore: called with the name of a bitmap that is removed. store_bitmaps: keeps those that are persistent.
+    parents: links to it. blockers: why it must not be deleted, newest last. owned: made by `blockdev-add`
+    and not yet deleted. write_threshold: emit an event when a write ends behind this offset; 0 for never.
+    unstore: called with the name of a bitmap that is removed. store_bitmaps: stores the persistent ones.
     """
 
     name: str
     driver: str
-    tell: Teller
+    emit_event: EventSink
     read_only: bool = False
     discards: bool = False
     owned: bool = True
@@ -102,7 +102,7 @@ class Node:
         return True
 
     def discard(self, offset: int, length: int) -> None:
-        """Give up a range where the node heeds discards. Raises OSError."""
+        """Discard a range if the node supports that. Raises OSError."""
         if self.discards:
             self._change(offset, length, lambda: self._discard(offset, length))
 
@@ -113,7 +113,7 @@ class Node:
             bitmap.resize(size)
 
     def close_for_writing(self) -> None:
-        """Become read-only, which stores persistent bitmaps, as a clean end of QEMU does."""
+        """Become read-only, which stores persistent bitmaps, as a clean exit of QEMU does."""
         if not self.read_only:
             self.store_bitmaps()
         self.read_only = True
@@ -139,8 +139,8 @@ class Node:
     def _watch(self, end: int) -> None:
         if self.write_threshold and end > self.write_threshold:
             threshold, self.write_threshold = self.write_threshold, 0
-            told = {"node-name": self.name, "amount-exceeded": end - threshold, "write-threshold": threshold}
-            self.tell("BLOCK_WRITE_THRESHOLD", told)
+            data = {"node-name": self.name, "amount-exceeded": end - threshold, "write-threshold": threshold}
+            self.emit_event("BLOCK_WRITE_THRESHOLD", data)
 
     def _write(self, offset: int, data: Bytes) -> None:
         raise NotImplementedError
@@ -159,7 +159,7 @@ class Node:
 class FileNode(Node):
     """A protocol node: a file, of which `grown_bytes` were written by the format above it.
 
-    capacity: tells how much it may take (a fault), None for any amount; more fails with ENOSPC.
+    capacity: returns how many bytes it may take (a fault), None for no limit; more fails with ENOSPC.
     """
 
     store: Store | None = None
@@ -244,7 +244,7 @@ class RawNode(Node):
 
 @dataclass(eq=False)
 class ThrottleNode(RawNode):
-    """A filter that could slow its file down, by the limits of its group; here it never does."""
+    """A throttle filter with the limits of its group, which here never slows anything down."""
 
     group: str = ""
 
@@ -261,7 +261,7 @@ def protocol_of(node: Node | None) -> FileNode | None:
 
 @dataclass(eq=False)
 class Qcow2Node(Node):
-    """The qcow2 format: clusters that are data, zero, or show what the backing node has."""
+    """The qcow2 format: clusters that are data, zero, or read from the backing node."""
 
     store: ClusterStore = field(kw_only=True)
 
@@ -299,12 +299,12 @@ class Qcow2Node(Node):
     def zeroes_fast(self, offset: int, length: int) -> bool:
         """See `Node`."""
         first, last = self._whole_clusters(offset, length)
-        ends = (
+        edges = (
             ((offset, length),)
             if last < first
             else ((offset, first - offset), (last, offset + length - last))
         )
-        return not any(self._must_write(start, part) for start, part in ends)
+        return not any(self._must_write(start, part) for start, part in edges)
 
     def _write(self, offset: int, data: Bytes) -> None:
         self._allocate(offset, len(data))
@@ -331,14 +331,14 @@ class Qcow2Node(Node):
             file.store.write(_SIZE_IN_HEADER, size.to_bytes(8, "big"))
 
     def _allocate(self, offset: int, length: int) -> None:
-        """Make room for a write: account for the file's growth, copy up what the write leaves of clusters."""
+        """Allocate clusters for a write: account for the file's growth, copy up the parts not written."""
         cluster = self.store.cluster
         if new := self.store.new_clusters(offset, length):
             file = protocol_of(self.child("file"))
             if file is not None:
                 file.grow(new * cluster)
-            ends = {offset // cluster, (offset + length - 1) // cluster}
-            for number in ends:
+            edges = {offset // cluster, (offset + length - 1) // cluster}
+            for number in edges:
                 self._copy_up(number * cluster, min(cluster, self.size - number * cluster))
 
     def _copy_up(self, start: int, length: int) -> None:
@@ -368,12 +368,12 @@ class Qcow2Node(Node):
     def _whole_clusters(self, offset: int, length: int) -> tuple[int, int]:
         cluster, end = self.store.cluster, offset + length
         first = -(-offset // cluster) * cluster
-        # The last cluster may be cut short by the end of the disk, and is whole even so.
+        # The end of the disk may cut the last cluster short; it counts as a whole one.
         return first, end if end == self.size else end // cluster * cluster
 
 
 def joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield extents with equal neighbours made one, and none empty."""
+    """Yield extents with equal neighbours joined, without empty ones."""
     length, flags = 0, Extent.DATA
     for more, their_flags in pieces:
         if not more:

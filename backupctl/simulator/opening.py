@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`blockdev-add`: from options to nodes.
 
-The data of a qcow2 node lies in the very file that was handed over, cluster n at 1 MiB + n x 64 KiB; of
-the format only the header is read. So room runs out where it really would, and nothing else is needed of
-the file. It is NOT a valid qcow2 image afterwards; which clusters hold data is known to this process only.
+The data of a qcow2 node are stored in the very file that was passed, cluster n at 1 MiB + n x 64 KiB; of
+the format only the header is read. So space runs out where it really would. Afterwards the file is NOT a
+valid qcow2 image: only this process knows which clusters contain data.
 """
 
 import errno
@@ -20,7 +20,7 @@ from backupctl.simulator.descriptors import PREFIX, Descriptors
 from backupctl.simulator.failure import CommandError
 from backupctl.simulator.filters import CopyBeforeWrite, SnapshotAccess
 from backupctl.simulator.graph import Graph, check_filters
-from backupctl.simulator.nodes import FileNode, Node, Qcow2Node, RawNode, Teller, ThrottleNode, protocol_of
+from backupctl.simulator.nodes import EventSink, FileNode, Node, Qcow2Node, RawNode, ThrottleNode, protocol_of
 from backupctl.simulator.store import CLUSTER, ClusterStore, RawStore, States
 
 DATA_OFFSET = 1 << 20
@@ -55,18 +55,22 @@ Options = Mapping[str, Any]
 class Opener:
     """Makes nodes.
 
-    lets_go: whether QEMU lets go of descriptors at once.
+    closes_fds_at_once: whether QEMU closes removed descriptors at once.
     groups: throttle groups with their limits. version: of QEMU.
-    capacity: how much the file of a qcow2 node of this name may take, None for any amount.
+    capacity: how many bytes the file of a qcow2 node of this name may take, None for no limit.
     """
 
     def __init__(
-        self, graph: Graph, descriptors: Descriptors, tell: Teller, lets_go: Callable[[], bool]
+        self,
+        graph: Graph,
+        descriptors: Descriptors,
+        emit_event: EventSink,
+        closes_fds_at_once: Callable[[], bool],
     ) -> None:
-        self._lets_go = lets_go
+        self._closes_fds_at_once = closes_fds_at_once
         self._graph = graph
         self._descriptors = descriptors
-        self._tell = tell
+        self._emit_event = emit_event
         self._states: dict[tuple[int, int], States] = {}
         self.locked: set[tuple[int, int]] = set()
         self.capacity: Callable[[str], int | None] = lambda _node: None
@@ -74,7 +78,7 @@ class Opener:
         self.groups: dict[str, dict[str, int]] = {}
 
     def open(self, options: Options) -> Node:
-        """Make a node that is the monitor's own. Raises CommandError, and has then made nothing."""
+        """Make a node that the monitor owns. Raises CommandError, and then nothing was made."""
         if "node-name" not in options:
             raise CommandError("'node-name' must be specified for the root node")
         return self._open(options, owned=True)
@@ -86,7 +90,7 @@ class Opener:
         arguments.check(FORMS[driver], options)
         name = options.get("node-name")
         if isinstance(options.get("file"), str):
-            self._graph.find(options["file"])  # QEMU looks for it before it looks at the name
+            self._graph.find(options["file"])  # QEMU checks this before the name
         if name is not None:
             self._graph.check_new_name(name)
         makers = {"file": self._file, "raw": self._raw, "qcow2": self._qcow2}
@@ -105,7 +109,7 @@ class Opener:
         return node
 
     def _child(self, options: Options, role: str) -> Node:
-        """Return the node that a child option names or describes."""
+        """Return the node that a child option names, or make the one that it describes."""
         given = options[role]
         if isinstance(given, str):
             return self._graph.find(given)
@@ -130,8 +134,10 @@ class Opener:
         if not read_only:
             self.locked.add(whose)
         store = RawFile(descriptor, lambda: self._closed(path, whose))
-        made = FileNode(name, "file", self._tell, read_only, filename=path, store=store)
-        made.grown_bytes = min(store.allocated_bytes(), store.size)  # room set aside behind the end is no use
+        made = FileNode(name, "file", self._emit_event, read_only, filename=path, store=store)
+        made.grown_bytes = min(
+            store.allocated_bytes(), store.size
+        )  # space preallocated behind the end is not used
         return made
 
     def _descriptor(self, path: str, *, read_only: bool) -> int:
@@ -143,7 +149,7 @@ class Opener:
         try:
             if path.startswith(PREFIX):
                 return self._descriptors.open(path, read_only=read_only)
-            # A pipe must not hold up everything until somebody writes to it.
+            # Opening a pipe must not block everything until it has a writer.
             return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as err:
             why = os.strerror(err.errno or errno.EIO)
@@ -164,11 +170,11 @@ class Opener:
 
     def _release(self, path: str) -> None:
         if path.startswith(PREFIX):
-            self._descriptors.release(path, at_once=self._lets_go())
+            self._descriptors.release(path, at_once=self._closes_fds_at_once())
 
     def _raw(self, name: str, options: Options) -> RawNode:
         file = self._child(options, "file")
-        made = RawNode(name, "raw", self._tell, file.read_only, filename=file.filename)
+        made = RawNode(name, "raw", self._emit_event, file.read_only, filename=file.filename)
         self._graph.link("file", made, name, file)
         return made
 
@@ -184,7 +190,7 @@ class Opener:
         made = Qcow2Node(
             name,
             "qcow2",
-            self._tell,
+            self._emit_event,
             file.read_only,
             filename=file.filename,
             store=self._clusters(file, size),
@@ -201,7 +207,7 @@ class Opener:
         if group not in self.groups:
             raise CommandError(f"Throttle group '{group}' does not exist")
         file = self._child(options, "file")
-        made = ThrottleNode(name, "throttle", self._tell, file.read_only, filename=file.filename)
+        made = ThrottleNode(name, "throttle", self._emit_event, file.read_only, filename=file.filename)
         made.group = group
         self._graph.link("file", made, name, file)
         return made
@@ -219,17 +225,19 @@ class Opener:
         descriptor = os.dup(opened(file).descriptor)
         whose = identity(descriptor)
         if os.fstat(descriptor).st_size <= DATA_OFFSET:
-            # Fresh from qemu-img. Its number may be that of an earlier, deleted file: forget that one.
+            # Fresh from qemu-img. Its inode number may be that of an earlier, deleted file: forget that one.
             self._states[whose] = np.zeros(max(-(-size // CLUSTER), 1), np.uint8)
             if not file.read_only:
-                os.ftruncate(descriptor, DATA_OFFSET + 1)  # ours from now on
+                os.ftruncate(descriptor, DATA_OFFSET + 1)  # this image owns it now
         states = self._states.setdefault(whose, np.zeros(max(-(-size // CLUSTER), 1), np.uint8))
         return ClusterStore(descriptor, states, size, DATA_OFFSET)
 
     def _before_write(self, name: str, options: Options) -> CopyBeforeWrite:
         file = self._child(options, "file")
         target = self._child(options, "target")
-        made = CopyBeforeWrite(name, "copy-before-write", self._tell, file.read_only, filename=file.filename)
+        made = CopyBeforeWrite(
+            name, "copy-before-write", self._emit_event, file.read_only, filename=file.filename
+        )
         made.break_guest = options.get("on-cbw-error", "break-guest-write") == "break-guest-write"
         self._limit(made, options)
         self._graph.link("file", made, name, file)
@@ -252,14 +260,14 @@ class Opener:
 
     def _access(self, name: str, options: Options) -> SnapshotAccess:
         file = self._child(options, "file")
-        made = SnapshotAccess(name, "snapshot-access", self._tell, filename=file.filename)
+        made = SnapshotAccess(name, "snapshot-access", self._emit_event, filename=file.filename)
         made.copies_are_data = self.version < (8, 0, 0)
         self._graph.link("file", made, name, file)
         return made
 
 
 class RawFile(RawStore):
-    """A file that tells when it is closed."""
+    """A file that calls back when it is closed."""
 
     def __init__(self, descriptor: int, on_close: Callable[[], None] = lambda: None) -> None:
         super().__init__(descriptor)
@@ -272,10 +280,12 @@ class RawFile(RawStore):
 
 
 def opened(node: Node) -> RawFile:
-    """Return the file of a file node. Raises CommandError for another kind of node."""
+    """Return the file of a file node. Raises CommandError for any other kind of node."""
     file = protocol_of(node)
     if file is None or not isinstance(file.store, RawFile):
-        raise CommandError(f"Node '{node.name}' can't hold an image here: only a file can")
+        raise CommandError(
+            f"Node '{node.name}' is not a file node: the simulator supports images in files only"
+        )
     return file.store
 
 
@@ -287,6 +297,6 @@ def _virtual_size(file: Node) -> int:
 
 
 def identity(descriptor: int) -> tuple[int, int]:
-    """Return what tells a file from all others."""
+    """Return what identifies a file."""
     found = os.fstat(descriptor)
     return found.st_dev, found.st_ino

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The simulator as a process: its sockets, and the machines that come and go behind them."""
+"""The simulator as a process: its sockets, and the machines that are started behind them."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ ABORT_TEXT = (
 
 @dataclass(frozen=True)
 class Sockets:
-    """Where the simulator listens. monitors: as many as wanted."""
+    """Where the simulator listens. monitors: one or more."""
 
     monitors: tuple[Path, ...]
     agent: Path | None = None
@@ -33,7 +33,7 @@ class Sockets:
 
 @dataclass(frozen=True)
 class SimulatorOptions:
-    """What a user asks for, as text where the simulator has a language of its own for it."""
+    """The options of `backupctl simulate`; disks and faults as text, in the simulator's own notation."""
 
     folder: Path
     disks: tuple[str, ...]
@@ -49,28 +49,28 @@ class SimulatorOptions:
     keep_moments: bool = False
 
 
-async def serve(wishes: SimulatorOptions, ready: Callable[[], None]) -> None:
-    """Run a simulator to its end. Raises BadFault (a ValueError) for what can't be read, OSError."""
+async def serve(options: SimulatorOptions, ready: Callable[[], None]) -> None:
+    """Run a simulator to its end. Raises BadFault (a ValueError) for invalid options, OSError."""
     faults = Faults()
-    for text in wishes.faults:
+    for text in options.faults:
         faults.add(text)
-    disks = tuple(DiskSpec.parse(text) for text in wishes.disks)
-    check_names(disks, wishes.cdroms)
+    disks = tuple(DiskSpec.parse(text) for text in options.disks)
+    check_names(disks, options.cdroms)
     settings = Settings(
-        wishes.folder,
+        options.folder,
         disks,
-        wishes.version,
-        wishes.seed,
-        wishes.cdroms,
-        wishes.paused,
-        wishes.keep_moments,
+        options.version,
+        options.seed,
+        options.cdroms,
+        options.paused,
+        options.keep_moments,
     )
-    sockets = Sockets(wishes.monitors, wishes.agent, wishes.control)
-    await Process(settings, sockets, faults, wishes.writes_per_second).run(ready)
+    sockets = Sockets(options.monitors, options.agent, options.control)
+    await Process(settings, sockets, faults, options.writes_per_second).run(ready)
 
 
 class Process:
-    """A running simulator. writes_per_second: of the guest, from each power-on."""
+    """A running simulator. writes_per_second: of the guest, from each start of the machine."""
 
     def __init__(
         self, settings: Settings, sockets: Sockets, faults: Faults, writes_per_second: float = 0
@@ -89,29 +89,29 @@ class Process:
         self.machine = self._boot()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Serve until told to end. ready: called when all sockets listen. Raises OSError when one can't."""
+        """Serve until the simulator is to end. ready: called when all sockets listen. Raises OSError."""
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._broken)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._quit, "host-signal")
-        # The monitors last: who waits for one of them to appear finds the others there.
-        for room in (*self._others, *self._monitors):
-            room.door.open()
+        # The monitors last: a client that waits for one of them to appear finds the other sockets listening.
+        for server in (*self._others, *self._monitors):
+            server.listener.open()
         ready()
         await self._ended.wait()
-        for room in (*self._monitors, *self._others):
-            await room.door.close()
+        for server in (*self._monitors, *self._others):
+            await server.listener.close()
         if self._failure is not None:
             raise self._failure
 
     def _broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """End loudly on an error of the simulator itself: one that limps on would lie to its tests."""
+        """End with an error on a bug of the simulator: going on would give tests wrong answers."""
         loop.default_exception_handler(context)
         self._failure = context.get("exception") or RuntimeError(context["message"])
         self._ended.set()
 
     def _boot(self) -> Machine:
-        made = Machine(self._settings, self._faults, self._tell, Power(self._end))
+        made = Machine(self._settings, self._faults, self._send_event, Power(self._end))
         if self._writes_per_second:
             made.guest.start(self._writes_per_second)
         return made
@@ -120,12 +120,12 @@ class Process:
         if not any(monitor.in_use for monitor in self._monitors):
             self.machine.clients_left()
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _send_event(self, event: dict[str, Any]) -> None:
         for monitor in self._monitors:
-            monitor.tell(event)
+            monitor.send_event(event)
 
     def _end(self, how: str) -> None:
-        """End the machine; what restarts it waits until the command that asked for it is done."""
+        """End the machine; a restart happens only after the current command."""
         if how in ("kill", "segv"):
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSEGV)
         if how == "abort":
@@ -139,13 +139,13 @@ class Process:
 
     def _quit(self, reason: str) -> None:
         if not self._ended.is_set():
-            self.machine.tell("SHUTDOWN", {"guest": False, "reason": reason})
+            self.machine.emit_event("SHUTDOWN", {"guest": False, "reason": reason})
             self.machine.end(clean=True)
             self._ended.set()
 
     def _restart(self, *, clean: bool) -> None:
-        for room in (*self._monitors, *self._others):
-            if not isinstance(room, Control):
-                room.door.drop_clients()
+        for server in (*self._monitors, *self._others):
+            if not isinstance(server, Control):
+                server.listener.drop_clients()
         self.machine.end(clean=clean)
         self.machine = self._boot()

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Content on sparse files, and what of it is allocated.
+"""Content in sparse files, and which parts of it are allocated.
 
 `RawStore`: the file is the disk; a hole of the file is a hole of the disk.
-`ClusterStore`: as in qcow2 a cluster is unallocated (what lies under it shows), data, or zero. The state
-is one byte per cluster; cluster n's bytes lie at a fixed place of a sparse file, so a disk of 1 TiB costs
-what was written to it. Places that hold no data are holes of the file, so they read as zeroes.
+`ClusterStore`: as in qcow2 a cluster is unallocated (it reads from the backing node), data, or zero. The
+state is one byte per cluster; cluster n is at a fixed offset of a sparse file, so a disk of 1 TiB takes as
+much space as was written to it. Clusters without data are holes of the file, so they read as zeroes.
 
-Both files live in the page cache: what was written survives the death of the process, as QEMU's does.
+Both files are in the page cache: what was written survives a crash of the process, as with QEMU.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ Run = tuple[int, int, "State"]
 
 
 class State(IntEnum):
-    """What a piece of a store is."""
+    """The state of a range."""
 
     UNALLOCATED = 0
     DATA = 1
@@ -39,16 +39,16 @@ class State(IntEnum):
 
 
 class Store(Protocol):
-    """Content of `size` bytes. All offsets and lengths are bytes; ranges lie inside. Raises OSError.
+    """Content of `size` bytes. Offsets and lengths are bytes; ranges lie inside. Raises OSError.
 
-    cluster: allocation happens in pieces of this size.
+    cluster: the unit of allocation, in bytes.
     """
 
     size: int
     cluster: int
 
     def read_into(self, offset: int, view: memoryview) -> None:
-        """Read what is here; what is not allocated reads as zeroes."""
+        """Read into a view; unallocated ranges read as zeroes."""
 
     def write(self, offset: int, data: Bytes) -> None:
         """Write; every cluster touched becomes data."""
@@ -63,10 +63,10 @@ class Store(Protocol):
         """Grow with zeroes, or shrink."""
 
     def allocated_bytes(self) -> int:
-        """Return how much room it takes on the disk."""
+        """Return the bytes that it takes on the disk."""
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
 
 
 class RawStore:
@@ -120,8 +120,8 @@ class RawStore:
 class ClusterStore:
     """Content with a state per cluster.
 
-    descriptor: the file with the bytes. states: one byte per cluster. data_offset: where in the file
-    cluster 0 lies, for files that begin with something else.
+    descriptor: the file with the bytes. states: one byte per cluster. data_offset: offset of
+    cluster 0 in the file, for files that begin with something else.
     """
 
     cluster = CLUSTER
@@ -137,7 +137,7 @@ class ClusterStore:
         _read_into(self._fd, self._base + offset, view)
 
     def write(self, offset: int, data: Bytes) -> None:
-        """See `Store`; what lies under the rest of a new cluster must have been copied up before."""
+        """See `Store`; the rest of a new cluster must have been copied up from the backing node before."""
         _write(self._fd, self._base + offset, data)
         self.states[offset // CLUSTER : -(-(offset + len(data)) // CLUSTER)] = State.DATA
 
@@ -164,9 +164,10 @@ class ClusterStore:
         return int(np.count_nonzero(states != State.DATA))
 
     def resize(self, size: int) -> None:
-        """See `Store`. As in qcow2 a cluster that the new end cuts keeps what it holds behind it.
+        """See `Store`. As in qcow2, a cluster that the new end cuts keeps its data beyond that end.
 
-        Grown again, the disk shows that once more (measured on QEMU 7.2.22 and 10.0.2).
+        When the disk grows again, they are visible again (measured: the conformance script
+        `a_cluster_that_a_shrunk_disk_cut_is_whole_again_when_it_grows`).
         """
         clusters = -(-size // CLUSTER)
         if size < self.size:
@@ -189,7 +190,7 @@ class ClusterStore:
 
 
 def kept_clusters(data: Path, states: Path, size: int, data_offset: int) -> ClusterStore:
-    """Open, or make, a cluster store in two named files."""
+    """Open or create a cluster store in two named files."""
     descriptor = os.open(data, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     return ClusterStore(descriptor, _mapped(states, -(-size // CLUSTER)), size, data_offset)
 
@@ -203,7 +204,7 @@ def _mapped(path: Path, clusters: int) -> States:
 def _read_into(descriptor: int, offset: int, view: memoryview) -> None:
     done = os.preadv(descriptor, [view], offset)
     if done < len(view):
-        view[done:] = bytes(len(view) - done)  # behind the end of the file lies what was never written
+        view[done:] = bytes(len(view) - done)  # beyond the end of the file nothing was ever written
 
 
 def _write(descriptor: int, offset: int, data: Bytes) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Persistent bitmaps on disk, with the life that QEMU gives them in a qcow2 file.
+"""Persistent bitmaps on disk, stored and loaded as QEMU does it in a qcow2 file.
 
-They are written when QEMU ends cleanly. Those that are loaded again are marked "in use" in the file; if
-QEMU then dies, the mark stays, and the next QEMU finds them inconsistent. One that was made in QEMU's
-life and never written is simply gone. One that is removed goes from the file at once.
+They are written when QEMU exits cleanly. Those that are loaded again are marked "in use" in the file; if
+QEMU then crashes, the mark stays, and the next QEMU finds them inconsistent. A bitmap that was created since
+and never written is lost. One that is removed is deleted from the file at once.
 """
 
 import json
@@ -26,7 +26,7 @@ class BitmapFile:
     path: Path
 
     def load(self, node: Node) -> None:
-        """Give a node its stored bitmaps and mark them as in use."""
+        """Load a node's stored bitmaps and mark them as in use."""
         entries, words = self._read()
         for number, entry in enumerate(entries):
             bitmap = DirtyBitmap(
@@ -41,9 +41,9 @@ class BitmapFile:
             self._write(entries, words)
 
     def save(self, node: Node) -> None:
-        """Store a node's persistent bitmaps: QEMU ends cleanly.
+        """Store a node's persistent bitmaps, as a clean exit of QEMU does.
 
-        Those that were in the file keep their order; the others follow, the newest first.
+        Those already in the file keep their order; the others follow, newest first.
         """
         entries: list[dict[str, Any]] = []
         words: dict[str, Any] = {}
@@ -57,7 +57,7 @@ class BitmapFile:
         self._write(entries, words)
 
     def forget(self, name: str) -> None:
-        """Remove one from the file."""
+        """Remove a bitmap from the file."""
         entries, words = self._read()
         kept = [number for number, entry in enumerate(entries) if entry["name"] != name]
         if len(kept) < len(entries):

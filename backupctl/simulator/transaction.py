@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`transaction`: all actions or none.
 
-Each action takes effect when it is prepared, so that the next one sees it, and leaves a way back and a
-way on: if a later one fails, the ways back are gone in the opposite order.
+Each action takes effect when it is prepared, so that the next one sees it, and returns an undo and a
+commit function: if a later action fails, those before it are undone in reverse order.
 
-QEMU (measured on 7.2 and 10.0) trips over its own way back where `block-dirty-bitmap-enable` is the action
-that fails: if there is no such bitmap it dies, if the bitmap is in use it is left disabled. So does this.
-Of a `block-dirty-bitmap-merge` of no bitmaps at all it dies when the merge is made final.
+Three bugs of QEMU are simulated, too (measured on 7.2 and 10.0: tests/conformance/test_dangers.py and the
+conformance scripts on transactions). A `block-dirty-bitmap-enable` that fails crashes QEMU if there is no
+such bitmap; if the bitmap is in use, the roll-back leaves it disabled. A `block-dirty-bitmap-merge` of an
+empty list crashes QEMU on commit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ def _nothing() -> None:
 
 @dataclass
 class Prepared:
-    """An action that has taken effect. undo: takes it back. commit: makes it final. job: that it began."""
+    """An action that has taken effect. undo: reverts it. commit: makes it final. job: that it created."""
 
     undo: Callable[[], None] = _nothing
     commit: Callable[[], None] = _nothing
@@ -37,9 +38,9 @@ class Prepared:
 
 
 class Actions:
-    """What a transaction can consist of; each also serves the command of its name.
+    """The actions of a transaction; each also serves the command of its name.
 
-    version: of QEMU. die: called where QEMU would die.
+    version: of QEMU. die: called where QEMU would crash.
     """
 
     def __init__(
@@ -61,11 +62,11 @@ class Actions:
         }
 
     def run_one(self, kind: str, data: Data) -> None:
-        """Do one action, as the command of its name. Raises CommandError."""
+        """Run one action, as the command of its name. Raises CommandError."""
         self.makers[kind](data).commit()
 
     def run(self, actions: Sequence[tuple[str, Data]], *, grouped: bool = False) -> None:
-        """Do all actions, or none. Raises CommandError."""
+        """Run all actions, or none. Raises CommandError."""
         done: list[Prepared] = []
         try:
             for kind, data in actions:
@@ -87,10 +88,10 @@ class Actions:
             return self.makers[kind](data)
         except CommandError:
             if kind == "block-dirty-bitmap-enable":
-                self._trip(data)
+                self._crash_like_qemu(data)
             raise
 
-    def _trip(self, data: Data) -> None:
+    def _crash_like_qemu(self, data: Data) -> None:
         node = self._graph.nodes.get(data["node"])
         bitmap = node.bitmaps.get(data["name"]) if node else None
         if bitmap is None:
@@ -119,7 +120,7 @@ class Actions:
     def _remove(self, data: Data) -> Prepared:
         node, bitmap = self._graph.bitmap(data["node"], data["name"])
         bitmap.check(inconsistent_too=True)
-        bitmap.busy += 1  # it keeps its name until the end, so that it can come back
+        bitmap.busy += 1  # it keeps its name until the commit, so that an undo restores it
 
         def undo() -> None:
             bitmap.busy -= 1
@@ -164,7 +165,9 @@ class Actions:
     def _backup(self, data: Data) -> Prepared:
         source, target = self._graph.find(data["device"]), self._graph.find(data["target"])
         if data["sync"] not in ("none", "full"):
-            raise CommandError(f"the simulator has no sync mode '{data['sync']}'; it has none and full")
+            raise CommandError(
+                f"the simulator does not support sync mode '{data['sync']}', only none and full"
+            )
         job = self._jobs.create(
             data.get("job-id", ""), source, target, data["sync"], auto_dismiss=data.get("auto-dismiss", True)
         )

@@ -2,24 +2,22 @@
 """Sockets to serve on: unix, or TCP on this machine only."""
 
 import errno
-import fcntl
 import ipaddress
 import os
 import re
 import socket
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote
 
-from backupctl.errors import UsageError
+from backupctl.errors import UNTOUCHED, UsageError
+from backupctl.system import locks
 
 _BACKLOG = 16
 _PATIENCE_SECONDS = 3.0
 _TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):)?(?P<port>[0-9]{1,5})", re.ASCII)
-_UNTOUCHED = "nothing was touched"
 
 
 def tcp_address(text: str) -> tuple[str, int]:
@@ -34,7 +32,7 @@ def tcp_address(text: str) -> tuple[str, int]:
             return host, int(match["port"])
     raise UsageError(
         f"{host!r:.80} is not this machine: a disk is shown to nobody else, for NBD asks for no password",
-        state=_UNTOUCHED,
+        state=UNTOUCHED,
         hint="serve on a unix socket (--socket PATH), and reach it through ssh -L 10809:PATH HOST",
     )
 
@@ -49,7 +47,7 @@ def tcp(host: str, port: int) -> Iterator[socket.socket]:
             listening.bind((host, port))
             listening.listen(_BACKLOG)
         except OSError as err:
-            raise UsageError(f"{host}:{port} can't be served on: {err.strerror}", state=_UNTOUCHED) from err
+            raise UsageError(f"{host}:{port} can't be served on: {err.strerror}", state=UNTOUCHED) from err
         yield listening
 
 
@@ -91,23 +89,16 @@ def _bind(listening: socket.socket, path: Path) -> os.stat_result:
             return path.lstat()
     except OSError as err:
         why = err.strerror or str(err)  # a path that is too long has no number
-        raise UsageError(f"the socket {path} can't be made: {why}", state=_UNTOUCHED) from err
+        raise UsageError(f"the socket {path} can't be made: {why}", state=UNTOUCHED) from err
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep others of us out, who may be about to replace the same stale socket."""
+    """Keep out other processes of ours, which may be about to replace the same stale socket."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    deadline = time.monotonic() + _PATIENCE_SECONDS
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+        if not locks.acquire(descriptor, _PATIENCE_SECONDS):
+            raise BlockingIOError(errno.EAGAIN, f"another process keeps {folder} locked")
         yield
     finally:
         os.close(descriptor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Locks of the repository's files and folders: flock, which the kernel lets go when its holder dies."""
+"""Locks of files and folders: flock, which the kernel releases when the holder's process ends."""
 
 import fcntl
 import os
@@ -11,8 +11,8 @@ from pathlib import Path
 from backupctl.errors import Locked, RepositoryError, RepositoryUnreadable
 
 
-def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> bool:
-    """Lock an open file or folder; whether that could be had in this time. Raises RepositoryError."""
+def acquire(descriptor: int, patience_seconds: float, *, shared: bool = False) -> bool:
+    """Lock an open file or folder; False if others held it all that time. Raises OSError."""
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
@@ -22,23 +22,29 @@ def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> b
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
-        except OSError as err:
-            raise RepositoryError(f"the repository can't be locked: {err.strerror}") from err
+
+
+def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> bool:
+    """Lock a file or folder of a repository as `acquire` does. Raises RepositoryError."""
+    try:
+        return acquire(descriptor, patience_seconds, shared=shared)
+    except OSError as err:
+        raise RepositoryError(f"cannot lock the repository: {err.strerror}") from err
 
 
 @contextmanager
 def folder(path: Path, patience_seconds: float, *, shared: bool = False) -> Iterator[None]:
     """Lock a folder for as long as the block lasts. Raises Locked, FileNotFoundError, RepositoryError.
 
-    Where folders can't be locked (some network file systems) a shared lock is none: nobody can have the
-    exclusive one either, so nothing is changed there under a reader.
+    Some network file systems cannot lock folders. There, a reader goes on without a shared lock: nobody can
+    have the exclusive one either, so nothing is changed under the reader.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
     except OSError as err:
-        raise RepositoryUnreadable(f"{path} can't be opened: {err.strerror}") from err
+        raise RepositoryUnreadable(f"cannot open {path}: {err.strerror}") from err
     try:
         if not _taken(descriptor, patience_seconds, shared=shared):
             raise Locked(f"{path} is {'being changed by a prune' if shared else 'being read'}")

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from backupctl.errors import Failed
+from backupctl.system import locks
 
 _PREFIX = "bctl-"  # short: the path of a unix socket has 107 bytes
 _SOCKET_BYTES = 107
@@ -78,7 +79,7 @@ def _sweep(temporary: Path) -> None:
                 continue
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
+                if locks.acquire(descriptor, 0):
+                    shutil.rmtree(path)
             finally:
                 os.close(descriptor)

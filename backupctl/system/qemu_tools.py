@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, TypeAlias
 
-from backupctl.errors import Failed, RepositoryError
+from backupctl.errors import UNTOUCHED, Failed, RepositoryError
 from backupctl.system import log
 
 _log = logging.getLogger("backupctl.system.qemu_tools")
@@ -77,7 +77,7 @@ def require_tools() -> None:
     """Raise RepositoryError if one of QEMU's tools is not there: then nothing could be told of an image."""
     for program in (img_program(), server_program()):
         if shutil.which(program) is None:
-            raise RepositoryError(f"{program} is needed, and not found", state="nothing was touched")
+            raise RepositoryError(f"{program} is needed, and not found", state=UNTOUCHED)
 
 
 def start(

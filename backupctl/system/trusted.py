@@ -1,26 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What may be believed: a file that nobody but root and we could have written, as ssh and sudo want it.
+"""Which files may be believed: those that nobody but root and we could have written, as for ssh and sudo.
 
 A configuration says which monitor a root process speaks to and where it writes. So each folder and each link
-on the way to it is looked at by its descriptor, the file is opened below the last of them, and what is read
-comes from the descriptor that was looked at.
+on the way to it is checked by its descriptor, the file is opened in the last folder that was checked, and
+what is read comes from the descriptor that was checked.
 """
 
 import errno
 import os
 import shlex
 import stat
+from contextlib import closing
 from pathlib import Path
 
-from backupctl.errors import UsageError
-
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-_MOST_LINKS = 40  # as many as the kernel follows
-_UNTOUCHED = "nothing was touched"
+from backupctl.errors import UNTOUCHED, UsageError
+from backupctl.system import path_walk
 
 
 def read(path: Path, most_bytes: int) -> bytes:
-    """Read a plain file, of which nobody else may have any part. Raises UsageError, OSError.
+    """Read a regular file that nobody else can change. Raises UsageError, OSError.
 
     The path may be relative: the folders above the current one count as well. One byte more than `most_bytes`
     is read of a file that is larger.
@@ -41,44 +39,20 @@ def objection(path: Path) -> UsageError | None:
 
 def _open(path: Path) -> int:
     """Walk to a file from the root and open it. Raises UsageError, OSError."""
-    rest = list(reversed(path.absolute().parts[1:]))
-    shown, folder, links = Path("/"), os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC), 0
-    try:
-        _refuse_folder(shown, os.fstat(folder))
-        while rest:
-            part = rest.pop()
-            found = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                status = os.fstat(found)
-                if stat.S_ISLNK(status.st_mode):
-                    _refuse_owner(shown / part, status)
-                    links += 1
-                    target = Path(_target(found, links, path))
-                    rest += reversed(target.parts[1:] if target.is_absolute() else target.parts)
-                    if target.is_absolute():
-                        os.close(folder)
-                        shown, folder = Path("/"), os.open("/", os.O_PATH | os.O_CLOEXEC)
-                    continue
-                shown /= part
-                if not rest:
-                    return _open_file(shown, part, folder, status)
-                _refuse_folder(shown, status)
-                folder, found = found, folder
-            finally:
-                os.close(found)
-    finally:
-        os.close(folder)
-    raise UsageError(f"{path} is not used: it is not a regular file", state=_UNTOUCHED)
-
-
-def _target(link: int, links: int, path: Path) -> str:
-    if links > _MOST_LINKS:
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-    return os.readlink("", dir_fd=link)
+    with closing(path_walk.walk(path)) as steps:
+        for step in steps:
+            assert step.status is not None
+            if step.is_link:
+                _refuse_owner(step.path, step.status)
+            elif step.last:
+                return _open_file(step.path, step.name, step.folder, step.status)
+            else:
+                _refuse_folder(step.path, step.status)
+    raise AssertionError("a walk ends with a last step")
 
 
 def _open_file(shown: Path, name: str, folder: int, seen: os.stat_result) -> int:
-    """Open the file itself; what is no plain file is not even opened. Raises UsageError, OSError."""
+    """Open the file itself; anything but a regular file is not even opened. Raises UsageError, OSError."""
     _refuse_file(shown, seen)
     descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
     try:
@@ -91,19 +65,16 @@ def _open_file(shown: Path, name: str, folder: int, seen: os.stat_result) -> int
 
 def _refuse_file(shown: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{shown} is not used: it is not a regular file", state=_UNTOUCHED)
+        raise UsageError(f"{shown} is not used: it is not a regular file", state=UNTOUCHED)
     _refuse_owner(shown, status)
-    if status.st_mode & _OTHERS_WRITE:
-        raise _writable(shown, status)
+    _refuse_writable(shown, status)
 
 
 def _refuse_folder(shown: Path, status: os.stat_result) -> None:
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(shown))
     _refuse_owner(shown, status)
-    # In a sticky folder (/tmp) nobody can rename or remove what is ours.
-    if status.st_mode & _OTHERS_WRITE and not status.st_mode & stat.S_ISVTX:
-        raise _writable(shown, status)
+    _refuse_writable(shown, status)
 
 
 def _refuse_owner(shown: Path, status: os.stat_result) -> None:
@@ -112,14 +83,16 @@ def _refuse_owner(shown: Path, status: os.stat_result) -> None:
         trusted = f"root or user {us}" if us else "root"
         raise UsageError(
             f"{shown} is not trusted: it belongs to user {status.st_uid}, not to {trusted}",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             next_command=f"chown {us} {shlex.quote(str(shown))}",
         )
 
 
-def _writable(shown: Path, status: os.stat_result) -> UsageError:
-    return UsageError(
-        f"{shown} is not trusted: it is writable by other users (mode {stat.S_IMODE(status.st_mode):04o})",
-        state=_UNTOUCHED,
-        next_command=f"chmod go-w {shlex.quote(str(shown))}",
-    )
+def _refuse_writable(shown: Path, status: os.stat_result) -> None:
+    if path_walk.others_may_write(status):
+        mode = stat.S_IMODE(status.st_mode)
+        raise UsageError(
+            f"{shown} is not trusted: it is writable by other users (mode {mode:04o})",
+            state=UNTOUCHED,
+            next_command=f"chmod go-w {shlex.quote(str(shown))}",
+        )

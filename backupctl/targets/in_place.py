@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backupctl.errors import BackupctlError, Locked, RepositoryError, UsageError, WriteFailed
+from backupctl.errors import UNTOUCHED, BackupctlError, Locked, RepositoryError, UsageError, WriteFailed
 from backupctl.images import foreign_header, nbd_server, open_image
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ForeignHeader, ImageFeature
@@ -27,8 +27,6 @@ from backupctl.system import qemu_tools, safe_folder
 
 if TYPE_CHECKING:
     import subprocess
-
-_UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True)
@@ -124,8 +122,8 @@ class Target:
 
     def _unusable(self, complaint: str) -> UsageError:
         if qemu_tools.in_use(complaint):
-            return UsageError(f"{self.path} is in use by another process, a VM perhaps", state=_UNTOUCHED)
-        return UsageError(f"{self.path} can't be used: {self._said(complaint)}", state=_UNTOUCHED)
+            return UsageError(f"{self.path} is in use by another process, a VM perhaps", state=UNTOUCHED)
+        return UsageError(f"{self.path} can't be used: {self._said(complaint)}", state=UNTOUCHED)
 
     def _said(self, complaint: str) -> str:
         """Return QEMU's reason, without the options that it repeats, and with the name that people know."""
@@ -143,16 +141,16 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
     if not path.exists():
         raise UsageError(
             f"{path} does not exist; --only-changed needs an existing image",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             hint="restore without --only-changed, or name an image that exists",
         )
     try:
         found = safe_folder.resolve(path)
     except UsageError as err:
-        raise err.add(state=_UNTOUCHED) from err
+        raise err.add(state=UNTOUCHED) from err
     device = found.is_block_device()
     if device and image_format != "raw":
-        raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=_UNTOUCHED)
+        raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=UNTOUCHED)
     descriptor = _open(found, device=device)
     try:
         if image_format == "raw":
@@ -171,12 +169,12 @@ def _open(found: Path, *, device: bool) -> int:
         descriptor = os.open(found, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | claim)
     except OSError as err:
         if err.errno == errno.EBUSY:
-            raise UsageError(f"{found} is in use (mounted, or part of something)", state=_UNTOUCHED) from err
+            raise UsageError(f"{found} is in use (mounted, or part of something)", state=UNTOUCHED) from err
         raise
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISBLK(mode) if device else stat.S_ISREG(mode)):
         os.close(descriptor)
-        raise UsageError(f"{found} is neither a file nor a block device", state=_UNTOUCHED)
+        raise UsageError(f"{found} is neither a file nor a block device", state=UNTOUCHED)
     return descriptor
 
 
@@ -187,14 +185,14 @@ def _features(path: Path, descriptor: int, allowed: Collection[ImageFeature]) ->
     except ValueError as err:
         raise UsageError(
             f"{path} is no usable qcow2 image: {err}",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             hint="if it is a raw image",
             next_command="backupctl restore --format raw",
         ) from err
     if header.corrupt:
         raise UsageError(
             f"{path} is marked corrupt",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             next_command=f"qemu-img check -f qcow2 -r all {path}",
         )
     for feature in sorted(header.features.difference(allowed) | (header.features & {"encryption"})):
@@ -207,12 +205,12 @@ def _leads_elsewhere(path: Path, header: ForeignHeader, feature: ImageFeature) -
     if feature == "encryption":
         return UsageError(
             f"{message}: it can't be changed in place",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             hint="restore to a new file, without --only-changed",
         )
     return UsageError(
         f"{message}: QEMU would open that as well",
-        state=_UNTOUCHED,
+        state=UNTOUCHED,
         hint="if that file is the image's own",
         next_command=f"backupctl restore --allow-image-feature {feature}",
     )

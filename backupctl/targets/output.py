@@ -12,14 +12,14 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from backupctl.errors import Locked, TargetExists, UsageError, WriteFailed
+from backupctl.errors import UNTOUCHED, Locked, TargetExists, UsageError, WriteFailed
 from backupctl.events import Event
 from backupctl.events.restore import AttributesNotKept
 from backupctl.images import foreign_header
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.images.open_image import OpenImage
-from backupctl.system import durable, safe_folder
+from backupctl.system import durable, locks, safe_folder
 from backupctl.targets import ownership
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: kind, whence, start, length, process
@@ -31,7 +31,7 @@ _WRITING = 101  # the byte of an image that QEMU keeps locked for as long as it 
 def refuse_inside(repository: Path, target: Path) -> None:
     """Refuse a target within the repository. Raises UsageError."""
     if target.resolve().is_relative_to(repository.resolve()):
-        raise UsageError(f"{target} is in the repository, which is only read", state="nothing was touched")
+        raise UsageError(f"{target} is in the repository, which is only read", state=UNTOUCHED)
 
 
 def refuse_in_use(target: Path) -> None:
@@ -64,7 +64,7 @@ def refuse_more_than_bytes(
         raise UsageError(
             f"{target} {header.describe(feature)}. The restored image would be plain, and a VM that is "
             "configured for the present one could not use it",
-            state="nothing was touched",
+            state=UNTOUCHED,
             hint="restore to a new file; or replace it all the same, and then adapt the VM's configuration",
             next_command=f"backupctl restore --allow-image-feature {feature}",
         )
@@ -96,7 +96,7 @@ def _looking_at(target: Path) -> Iterator[int | None]:
     except OSError as err:
         raise UsageError(
             f"{target} is not replaced: it can't be opened to see whether it is in use: {err.strerror}",
-            state="nothing was touched",
+            state=UNTOUCHED,
         ) from err
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -145,7 +145,7 @@ def place_of(target: Path, option: str = "--to") -> Path:
         return safe_folder.resolve(target)
     except UsageError as err:
         raise err.add(
-            state="nothing was touched",
+            state=UNTOUCHED,
             hint=f"use a folder that is root's own, such as {option} {safe_folder.SAFE}{target.name}",
         ) from err
 
@@ -208,11 +208,10 @@ def _lock(descriptor: int, path: Path) -> None:
     """Lock an open file that still has its name. Raises Locked."""
     locked = Locked(f"another restore writes {path}")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        named = os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except (BlockingIOError, FileNotFoundError) as err:
+        taken = locks.acquire(descriptor, 0) and os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError as err:
         raise locked from err
-    if not named:
+    if not taken:
         raise locked
 
 

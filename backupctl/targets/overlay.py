@@ -10,14 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from backupctl.errors import DamageFound, TargetExists, UsageError
+from backupctl.errors import UNTOUCHED, DamageFound, TargetExists, UsageError
 from backupctl.events import Event
 from backupctl.images import create
 from backupctl.images.open_image import OpenImage
 from backupctl.system import safe_open
 from backupctl.targets import output
-
-_UNTOUCHED = "nothing was touched"
 
 
 def make(
@@ -48,7 +46,7 @@ def _refuse_too_deep(chain: Sequence[Path]) -> None:
         raise UsageError(
             f"QEMU can't follow the links of {len(chain)} layers from {chain[0]}, so nothing stands on it: "
             "take a whole restore",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
         )
 
 
@@ -87,6 +85,6 @@ def made_or_taken(
 def _other(target: Path) -> TargetExists:
     return TargetExists(
         f"{target} exists, and is no overlay of this point",
-        state=_UNTOUCHED,
+        state=UNTOUCHED,
         hint="name a new file",
     )

@@ -11,11 +11,11 @@ import numpy as np
 
 from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.transfer.extents import ZERO, Extent
 from backupctl.transfer.source import Source
 
 _NOTHING, _DATA, _ZERO = 0, 1, 2
-_WINDOW_CLUSTERS = 1 << 16
 
 
 def all_extents(source: Source) -> Iterator[Extent]:
@@ -51,14 +51,14 @@ class ClusterMap:
 
     def drop_unneeded_zeroes(self, below: EffectiveContent) -> None:
         """Take the mark off all zeroes but those where the layers below hold something else."""
-        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
-            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
+            part = self._kinds[first : first + WINDOW_CLUSTERS]
             part[(part == _ZERO) & clusters.is_zero(below.window(first, len(part)))] = _NOTHING
 
     def mark_differences(self, before: EffectiveContent, after: EffectiveContent) -> None:
         """Mark to be read what is not the same in both, and not marked yet."""
-        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
-            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
+            part = self._kinds[first : first + WINDOW_CLUSTERS]
             differ = clusters.differ(before.window(first, len(part)), after.window(first, len(part)))
             part[(part == _NOTHING) & differ] = _DATA
 
@@ -68,8 +68,8 @@ class ClusterMap:
 
     def extents(self) -> Iterator[Extent]:
         """Yield what is marked, in order; longer runs in several pieces."""
-        for first in range(0, len(self._kinds), _WINDOW_CLUSTERS):
-            part = self._kinds[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
+            part = self._kinds[first : first + WINDOW_CLUSTERS]
             edges = np.flatnonzero(np.diff(part)) + 1
             starts = [0, *edges.tolist()]
             for start, stop in zip(starts, [*edges.tolist(), len(part)], strict=True):

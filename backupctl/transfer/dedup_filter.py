@@ -14,9 +14,8 @@ from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, EffectiveContent, Records
 from backupctl.digests.hashing import of_piece
 from backupctl.errors import WriteFailed
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.transfer.extents import Extent
-
-_WINDOW_CLUSTERS = 1 << 16
 
 
 class DedupFilter:
@@ -56,8 +55,8 @@ class DedupFilter:
 
     def parts(self) -> Iterator[Records]:
         """Yield the records of all that was let pass, ascending. Raises WriteFailed."""
-        for first in range(0, len(self._kept), _WINDOW_CLUSTERS):
-            kept = self._kept[first : first + _WINDOW_CLUSTERS]
+        for first in range(0, len(self._kept), WINDOW_CLUSTERS):
+            kept = self._kept[first : first + WINDOW_CLUSTERS]
             if np.any(kept):
                 length = len(kept) * RECORD.itemsize
                 content = os.pread(self._table.fileno(), length, first * RECORD.itemsize)

@@ -22,7 +22,7 @@ Dirty and zero are two questions: a dirty extent that reads as zeroes must be st
 old data would come back at restore.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 DIRTY = 1  # qemu:dirty-bitmap:X, NBD_STATE_DIRTY
@@ -121,30 +121,6 @@ def clip(asked: int, reply: list[int]) -> list[tuple[int, int]]:
         found.append((min(length, left), flags))
         left -= length
     return found
-
-
-def merge(extents: Iterable[Extent]) -> Iterator[Extent]:
-    """Join neighbours of one kind."""
-    held: Extent | None = None
-    for extent in extents:
-        if held is not None and held.end == extent.offset and held.zero == extent.zero:
-            held = Extent(held.offset, held.length + extent.length, held.zero)
-            continue
-        if held is not None:
-            yield held
-        held = extent
-    if held is not None:
-        yield held
-
-
-def data(statuses: Iterable[Status]) -> Iterator[Extent]:
-    """Return what a full stores: all but what reads as zeroes, as its new image does.
-
-    Flags: base:allocation.
-    """
-    return merge(
-        Extent(status.offset, status.length, zero=False) for status in statuses if not status.flags[0] & ZERO
-    )
 
 
 def pieces(extent: Extent, most: int) -> Iterator[Extent]:

@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
 from backupctl.digests.hashing import of_piece
+from backupctl.sizes import Range
 from backupctl.transfer.extents import Extent
-
-Range = tuple[int, int]
-"""Offset and length in bytes."""
 
 
 class VerifyFilter:

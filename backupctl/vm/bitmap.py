@@ -8,7 +8,10 @@ from backupctl.names import BitmapName, NodeName
 
 @dataclass(frozen=True)
 class Bitmap:
-    """A dirty bitmap as `query-named-block-nodes` shows it. dirty_bytes: QEMU's `count`."""
+    """A dirty bitmap as `query-named-block-nodes` shows it. dirty_bytes: QEMU's `count`.
+
+    read_only: whether its node is: a backing layer that an external snapshot left behind, or a medium.
+    """
 
     name: BitmapName
     node: NodeName
@@ -18,6 +21,7 @@ class Bitmap:
     busy: bool
     persistent: bool
     inconsistent: bool
+    read_only: bool = False
 
     @property
     def state(self) -> str:

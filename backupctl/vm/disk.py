@@ -4,11 +4,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from backupctl.errors import UsageError
+from backupctl import sizes
+from backupctl.errors import Refused, UsageError
 from backupctl.names import DiskName, NodeName
 from backupctl.vm.bitmap import Bitmap
 
-MAX_SIZE = 1 << 60
+MAX_SIZE = sizes.MAX_SIZE
 """No disk is larger (bytes); a manifest would not take it."""
 
 
@@ -18,10 +19,11 @@ class Disk:
 
     name: what it is stored under. node: the active node. size: bytes. driver: of the active node.
     persistent: whether its bitmaps survive a restart of QEMU (qcow2 version 3 only).
-    qdev: the device as `query-block` names it (see `view.device_path`), "" without one.
+    qdev: the device as `query-block` names it (see `point_in_time.device_path`), "" without one.
     filename: of the active node. apart: whether its data lie in another file than its bitmaps would
     (a qcow2 with a data file). encrypted: whether QEMU encrypts it; a backup holds what the guest sees.
-    shared: whether several devices write to it.
+    shared: whether several devices write to it. held_bytes: how much of it is more than empty, as far as that
+    is known; at most `size`, which is also what is not known.
     """
 
     name: DiskName
@@ -35,6 +37,7 @@ class Disk:
     apart: bool = False
     encrypted: bool = False
     shared: bool = False
+    held_bytes: int = MAX_SIZE
 
     def trusts(self, bitmap: Bitmap) -> bool:
         """Whether a bitmap can only be of the data that the disk has now.
@@ -48,17 +51,21 @@ class Disk:
 
 @dataclass(frozen=True)
 class Inventory:
-    """All that a VM's monitor tells of its disks.
+    """All that is known of a VM's disks.
 
-    left_out: names of media that can't be backed up, with the reason. busy: those on which somebody else
-    works, with who that is.
-    elsewhere: bitmaps on nodes that are no disk's active node.
+    skipped: names of media that cannot be backed up, with the reason. busy: those on which somebody else
+    works, with who that is. foreign_node_bitmaps: bitmaps on nodes that are not a disk's active node.
     """
 
     disks: tuple[Disk, ...]
     skipped: tuple[tuple[str, str], ...]
     busy: tuple[tuple[str, str], ...]
     foreign_node_bitmaps: tuple[Bitmap, ...]
+
+    def refuse_busy(self) -> None:
+        """Raise Refused if somebody else works on a disk."""
+        for _, who in self.busy:
+            raise Refused(who, state="nothing was touched")
 
     def chosen(self, names: Iterable[str]) -> tuple[Disk, ...]:
         """Return the disks of these names, all if there are none. Raises UsageError for an unknown one."""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import pytest
 
 from backupctl.drills.fork_server import CallSpec
-from fixtures import builds
-from fixtures.warm import ENVIRONMENT, warm
+from fixtures import builds, fork_server
+from fixtures.fork_server import ENVIRONMENT
 from tests.conformance.qmp import Monitor
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Process:
         with (self.folder / "log").open("ab") as log:
             if self._command[0] == "simulate":
                 program = CallSpec(self._command, ENVIRONMENT, str(self.folder))
-                process = warm().start(program, log, log)
+                process = fork_server.shared().start(program, log, log)
             else:
                 process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:

@@ -23,9 +23,9 @@ PLANTED_IN = (
 )
 UNMET = {
     "kill-full-transaction": "the guest is thawed",
-    "bitmap-removed": "committed points are as they were",
+    "bitmap-removed": "committed points are unchanged",
 }
-"""The words of the verdict, where another check might have failed in its stead."""
+"""A part of the verdict, where another check might fail instead."""
 PLANTED = {
     # What a failed run recorded is thrown away instead of given back.
     "kill-incremental-copy": "from backupctl.vm.qmp import bitmaps\nbitmaps._roll_back = lambda new, base: "

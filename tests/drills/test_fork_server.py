@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Calls made by the warm process are as calls of a program of its own."""
+"""Calls through the fork server behave like calls of a program of its own."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def main():
 
 
 @pytest.fixture
-def warm(tmp_path):
+def server(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     with ForkServer(
         ["json"], {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}"}
@@ -30,8 +30,8 @@ def warm(tmp_path):
         yield one
 
 
-def call(warm: ForkServer, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
-    return warm.run(CallSpec([body], environment, str(folder), ENTRY), timeout)
+def call(server: ForkServer, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
+    return server.run(CallSpec([body], environment, str(folder), ENTRY), timeout)
 
 
 @pytest.mark.parametrize(
@@ -44,76 +44,76 @@ def call(warm: ForkServer, body: str, folder: Path = Path("/"), timeout: float =
         ("os.kill(os.getpid(), 9)", -9),
     ],
 )
-def test_the_exit_code_is_what_subprocess_tells(warm, body, code):
+def test_the_exit_code_is_what_subprocess_tells(server, body, code):
     direct = subprocess.run([sys.executable, "-c", f"import os, sys\n{body}"], check=False)
-    assert call(warm, body).returncode == direct.returncode == code
+    assert call(server, body).returncode == direct.returncode == code
 
 
-def test_an_exception_is_told_as_by_the_interpreter(warm):
-    done = call(warm, "print('begun'); 1 / 0")
+def test_an_exception_is_told_as_by_the_interpreter(server):
+    done = call(server, "print('begun'); 1 / 0")
     assert (done.returncode, done.stdout) == (1, "begun\n")
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_a_call_has_its_own_environment_folder_and_streams_and_no_other_descriptors(warm, tmp_path):
+def test_a_call_has_its_own_environment_folder_and_streams_and_no_other_descriptors(server, tmp_path):
     body = "print(dict(os.environ), os.getcwd(), sys.stdin.read() == '', os.listdir('/proc/self/fd'))"
-    done = call(warm, body, tmp_path, A="b")
+    done = call(server, body, tmp_path, A="b")
     assert done.stdout == f"{{'A': 'b'}} {tmp_path} True ['0', '1', '2', '3']\n"  # 3: of the listing itself
 
 
-def test_ctrl_c_can_be_heard_by_a_call(warm):
+def test_ctrl_c_can_be_heard_by_a_call(server):
     body = "try:\n    signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt:\n    print('heard')"
-    assert call(warm, body).stdout == "heard\n"
+    assert call(server, body).stdout == "heard\n"
 
 
-def test_a_call_that_takes_too_long_is_killed(warm, tmp_path):
+def test_a_call_that_takes_too_long_is_killed(server, tmp_path):
     note = tmp_path / "pid"
     with pytest.raises(subprocess.TimeoutExpired):
-        call(warm, f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)", timeout=2)
+        call(server, f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)", timeout=2)
     await_end(int(note.read_text()))
 
 
-def test_calls_run_side_by_side(warm):
+def test_calls_run_side_by_side(server):
     begun = time.monotonic()
     with ThreadPoolExecutor(4) as threads:
         codes = [
             done.returncode
-            for done in threads.map(lambda code: call(warm, f"time.sleep(1); sys.exit({code})"), range(4))
+            for done in threads.map(lambda code: call(server, f"time.sleep(1); sys.exit({code})"), range(4))
         ]
     assert codes == [0, 1, 2, 3]
     assert time.monotonic() - begun < 3.5
 
 
-def test_calls_that_end_as_their_callers_leave_do_not_disturb_others(warm, tmp_path):
+def test_calls_that_end_as_their_callers_leave_do_not_disturb_others(server, tmp_path):
     """What ends takes its descriptors' numbers with it, and the next call gets them."""
 
     def hurry(code: int) -> list[int]:
         codes = []
         for _ in range(15):
-            with warm.start(CallSpec(["pass"], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__):
+            with server.start(CallSpec(["pass"], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__):
                 pass
-            codes.append(call(warm, f"sys.exit({code})").returncode)
+            codes.append(call(server, f"sys.exit({code})").returncode)
         return codes
 
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(hurry, range(4))) == [[code] * 15 for code in range(4)]
 
 
-def test_what_is_under_way_ends_with_the_warm_process(tmp_path):
+def test_running_calls_end_with_the_fork_server(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     note = tmp_path / "pid"
     body = f"open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    with ForkServer([], environment(tmp_path)) as warm:
-        under_way = warm.start(CallSpec([body], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__)
+    with ForkServer([], environment(tmp_path)) as server:
+        under_way = server.start(CallSpec([body], {}, str(tmp_path), ENTRY), sys.__stderr__, sys.__stderr__)
         while not (note.exists() and note.read_text()):
             time.sleep(0.01)
         assert under_way.poll() is None
     await_end(int(note.read_text()))
     with under_way, pytest.raises(Failed, match="has ended"):
         under_way.poll()
-    with pytest.raises(Failed, match="can't be asked"):
-        call(warm, "pass")
+    with pytest.raises(Failed, match="cannot send a request"):
+        call(server, "pass")
 
 
 def environment(folder: Path) -> dict[str, str]:

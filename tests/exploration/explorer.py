@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every place at which a run, and the recovery after it, can be interrupted; and what must be true then.
+"""Every step at which a run, and the recovery after it, can be interrupted, and what must hold afterwards.
 
-A case is two interruptions at the most: one of the run, at a step, before or after it, and one of the
-`recover` that follows. A run that ends with 0 has made a point, one that ends with 1 has made none, and
-neither has left anything. Then `recover` runs to its end, the guest having written all the while, and:
+A case has one or two interruptions: one of the run, before or after a step, and one of the `recover` that
+follows. A run that ends with 0 has made a point, one that ends with 1 has made none, and neither has left
+anything. Then `recover` runs to its end, while the guest has kept writing, and:
 
-- nothing of ours is left but the committed set; the files of committed points are as they were;
+- backupctl has left nothing but the committed set; the files of committed points are unchanged;
 - no write of the guest has failed, and it is not frozen;
-- the next incremental succeeds, and each of its disks is byte-equal to the simulator's copy of the moment;
-- it stands on the newest point and stores little more than what differs from it;
-- no bitmap was lost: it is no scan (unless QEMU itself crashed).
+- the next incremental succeeds, and each of its disks equals the simulator's copy, byte for byte;
+- its parent is the newest point, and it stores little more than what differs from it;
+- no bitmap was lost: no disk is scanned (unless QEMU itself crashed).
 """
 
 import json
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests import killed
+from tests import interrupted_cli
 from tests.conftest import Lab
 
 KEEP = ("--keep-checkpoints", "2")
@@ -31,33 +31,33 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "snapshot access": ("incremental", "--view", "snapshot-access"),
 }
 WHEN = ("before", "after")
-ENDS = ("quit", "crash", "restart")
+TERMINATIONS = ("quit", "crash", "restart")
 CLUSTER_BYTES = 65536
 TABLES_BYTES = 5 * CLUSTER_BYTES  # of a small qcow2
 CODES = {"": (-9,), "term": (0, 1), "eio": (1,), "enospc": (1,)}
-POINTS = 12  # more of them would only make chains long
+POINTS = 12  # more would only make the chains longer
 SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Cut:
-    """An interruption. deed: "" for SIGKILL of backupctl, else one of `tests.killed`."""
+class Interruption:
+    """An interruption. action: "" for SIGKILL of backupctl, else one of `interrupted_cli`."""
 
     step: int
     when: str
-    deed: str = ""
+    action: str = ""
 
     def __str__(self) -> str:
-        return f"{self.step}:{self.when}" + (f":{self.deed}" if self.deed else "")
+        return f"{self.step}:{self.when}" + (f":{self.action}" if self.action else "")
 
     @classmethod
-    def parse(cls, text: str) -> "Cut":
-        step, when, *deed = text.split(":")
-        return cls(int(step), when, *deed)
+    def parse(cls, text: str) -> "Interruption":
+        step, when, *action = text.split(":")
+        return cls(int(step), when, *action)
 
 
 class Explorer:
-    """Plays cases of one shape on one lab."""
+    """Runs cases of one shape on one lab."""
 
     def __init__(self, lab: Lab, shape: str) -> None:
         self.lab = lab
@@ -67,15 +67,15 @@ class Explorer:
         self._begin()
 
     def steps(self) -> list[str]:
-        """Play the run once to its end; returns the names of its steps."""
+        """Run once to the end, and return the names of the steps."""
         code, words = self._run()
         assert code == 0, words
         steps = self._log.read_text().splitlines()
         self._right(committed=self._committed(), crashed=False)
         return steps
 
-    def play(self, first: Cut, again: Cut | None = None) -> bool:
-        """Play one case; whether `again` came to pass (a recovery has so many steps and no more)."""
+    def play(self, first: Interruption, again: Interruption | None = None) -> bool:
+        """Run one case. Returns whether `again` took place: it does not if the recovery has fewer steps."""
         self.lab.writer.write(2)
         before = self._committed()
         code, came = self._interrupted(first, self._run)
@@ -85,33 +85,37 @@ class Explorer:
             assert (self._committed() == before) == bool(code), f"exit {code} is a lie"
         self.lab.writer.write(1)
         if again is not None:
-            _, came = self._interrupted(again, lambda cut: self._call("recover", "web", cut=cut))
+            _, came = self._interrupted(
+                again, lambda interruption: self._call("recover", "web", interruption=interruption)
+            )
         code, words = self._call("recover", "web")
         assert code == 0, f"recovery: exit {code}: {words}"
         self.lab.writer.write(2)
-        crashed = "crash" in (first.deed, again and again.deed)
+        crashed = "crash" in (first.action, again and again.action)
         self._right(before, crashed=crashed)
         self.cases += 1
         if crashed or len(list(self._folder.glob("*Z"))) > POINTS:
-            self._begin()  # a crash costs the checkpoints, too
+            self._begin()  # a crash loses the checkpoints, too
         return came
 
-    def _interrupted(self, cut: Cut, call: Callable[[Cut], tuple[int, str]]) -> tuple[int, bool]:
-        """Make a call with an interruption; returns its exit code and whether it came to that."""
-        if cut.deed in ENDS:
+    def _interrupted(
+        self, interruption: Interruption, call: Callable[[Interruption], tuple[int, str]]
+    ) -> tuple[int, bool]:
+        """Make a call with an interruption; return its exit code and whether the interruption took place."""
+        if interruption.action in TERMINATIONS:
             self.lab.machine._hang_up()  # it will end
-        code, words = call(cut)
-        came = len(self._log.read_text().splitlines()) > cut.step
-        assert code in (CODES.get(cut.deed, (0, 1, 3)) if came else (0,)), f"exit {code}: {words}"
-        assert not killed.BUG.search(words), words
-        if cut.deed == "quit" and came:
+        code, words = call(interruption)
+        came = len(self._log.read_text().splitlines()) > interruption.step
+        assert code in (CODES.get(interruption.action, (0, 1, 3)) if came else (0,)), f"exit {code}: {words}"
+        assert not interrupted_cli.BUG.search(words), words
+        if interruption.action == "quit" and came:
             self._start_again()
         self.lab.machine.control("clear-faults")
         return code, came
 
     @property
     def _log(self) -> Path:
-        """Where the last call told its steps."""
+        """The file with the steps of the last call."""
         return self.lab.folder / "steps"
 
     @property
@@ -119,14 +123,14 @@ class Explorer:
         return self.lab.cli.repository / "web"
 
     def _start_again(self) -> None:
-        """Start the machine that has ended; it takes the names of its sockets with it, so not before."""
+        """Start the machine again, once it has ended and removed its sockets."""
         machine = self.lab.machine
         assert machine.process is not None
         machine.process.wait(SECONDS)
         machine.start()
 
     def _begin(self) -> None:
-        """Make a new chain, and forget the old one."""
+        """Start a new chain, and delete the old one."""
         old = list(self._folder.glob("*Z")) if self._folder.exists() else []
         for kind in ("full", *["incremental"] * len(self._keep)):
             self.lab.writer.write(5)
@@ -135,14 +139,14 @@ class Explorer:
         for folder in old:
             shutil.rmtree(folder)
 
-    def _run(self, cut: Cut | None = None) -> tuple[int, str]:
+    def _run(self, interruption: Interruption | None = None) -> tuple[int, str]:
         kind, *options = SHAPES[self.shape]
         if self.shape == "differential":
             options += ["--since", sorted(path.name for path in self._folder.glob("*Z"))[-2]]
-        return self._call(kind, "web", *options, cut=cut)
+        return self._call(kind, "web", *options, interruption=interruption)
 
     def _right(self, committed: dict[str, tuple[int, ...]], *, crashed: bool) -> None:
-        assert committed.items() <= self._committed().items(), "a committed point was touched"
+        assert committed.items() <= self._committed().items(), "a committed point was changed"
         self.lab.assert_at_rest(bitmaps_each=None)
         assert self.lab.machine.control("status")["failed-writes"] == 0, "a write of the guest failed"
         newest = max(path.name for path in self._folder.glob("*Z"))
@@ -153,7 +157,9 @@ class Explorer:
         for disk in report["disks"]:
             name = disk["name"]
             content, parent = self._content(report["point"], name), self._content(newest, name)
-            assert content == self.lab.writer.moment[name], f"{name} is not what it was at its moment"
+            assert content == self.lab.writer.moment[name], (
+                f"{name} differs from the disk at its point in time"
+            )
             assert disk["kind"] == "incremental", f"the chain of {name} was lost"
             assert crashed or not disk["scanned"], f"the bitmap of {name} was lost"
             changed = sum(
@@ -173,18 +179,22 @@ class Explorer:
         return raw.read_bytes()
 
     def _committed(self) -> dict[str, tuple[int, ...]]:
-        """Return what tells of each file of each committed point whether it was touched."""
+        """Return inode, size and time of each file of each committed point, to notice changes."""
         found = {}
         for path in self._folder.glob("*Z/*"):
             stat = path.stat()
             found[str(path)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         return found
 
-    def _call(self, *arguments: str, cut: Cut | None = None) -> tuple[int, str]:
-        """Make a call, interrupted perhaps; returns its exit code and what it said."""
+    def _call(self, *arguments: str, interruption: Interruption | None = None) -> tuple[int, str]:
+        """Make a call, interrupted if asked for; return its exit code and stderr."""
         self._log.unlink(missing_ok=True)
         environment = {"STEPS": str(self._log), "CONTROL": str(self.lab.machine.folder / "control")}
-        if cut is not None:
-            environment |= {"KILL_AT": str(cut.step), "KILL_WHEN": cut.when, "DEED": cut.deed}
-        self._last = self.lab.cli.call(*arguments, entry=killed.ENTRY, **environment)
+        if interruption is not None:
+            environment |= {
+                "KILL_AT": str(interruption.step),
+                "KILL_WHEN": interruption.when,
+                "ACTION": interruption.action,
+            }
+        self._last = self.lab.cli.call(*arguments, entry=interrupted_cli.ENTRY, **environment)
         return self._last.returncode, self._last.stderr

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Interrupt a run anywhere, and the recovery after it anywhere, on the simulator.
+"""Interrupt a run at every step, and the recovery after it at every step, on the simulator.
 
-A failing case prints the command that repeats it. In `make test` every so many-th case is played; all of them
-are `make explore`.
+A failing case prints the command that repeats it. `make test` runs a sample of the cases, `make explore` all.
 """
 
 import os
@@ -12,15 +11,15 @@ from collections.abc import Sequence
 import pytest
 
 from fixtures import builds
-from tests.exploration.explorer import ENDS, SHAPES, WHEN, Cut, Explorer
+from tests.exploration.explorer import SHAPES, TERMINATIONS, WHEN, Explorer, Interruption
 
 MIB = 1 << 20
 CHUNKS = 8
-MOST_STEPS = 60  # no recovery has so many
+MOST_STEPS = 60  # more than any recovery has
 DURABLE = ("sync_file ", "sync_folder ", "make_folder ", "write_new ", "replace ", "rename ")
 MET = {"term": "", "hangup": "execute ", "lost": "execute ", "eio": DURABLE, "enospc": DURABLE}
-"""What does not kill a run: with what the steps begin at which it can be met."""
-SINGLES, OTHERS, AGAIN = 3, 1, ("", "", *ENDS)  # in the quick tier
+"""Interruptions that do not kill a run, each with the beginnings of the steps at which it can happen."""
+SINGLES, OTHERS, AGAIN = 3, 1, ("", "", *TERMINATIONS)  # in the quick tier
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def explorer(make_lab):
     return make
 
 
-def play(explorer: Explorer, first: Cut, again: Cut | None = None) -> bool:
+def play(explorer: Explorer, first: Interruption, again: Interruption | None = None) -> bool:
     try:
         return explorer.play(first, again)
     except BaseException as err:  # a time-out too
@@ -44,24 +43,24 @@ def play(explorer: Explorer, first: Cut, again: Cut | None = None) -> bool:
         raise
 
 
-def cuts(steps: list[str], deed: str = "") -> list[Cut]:
-    if deed in MET:
-        numbers = [number for number, step in enumerate(steps) if step.startswith(MET[deed])]
-        return [Cut(number, "before", deed) for number in numbers]
-    return [Cut(number, when, deed) for number in range(len(steps)) for when in WHEN]
+def interruptions(steps: list[str], action: str = "") -> list[Interruption]:
+    if action in MET:
+        numbers = [number for number, step in enumerate(steps) if step.startswith(MET[action])]
+        return [Interruption(number, "before", action) for number in numbers]
+    return [Interruption(number, when, action) for number in range(len(steps)) for when in WHEN]
 
 
-def around_the_commit(steps: list[str]) -> list[Cut]:
+def around_the_commit(steps: list[str]) -> list[Interruption]:
     rename = max(number for number, step in enumerate(steps) if step == "rename ")
-    return [Cut(rename, when) for when in WHEN]
+    return [Interruption(rename, when) for when in WHEN]
 
 
-def pairs(explorer: Explorer, first: Cut, deed: str = "", whens: Sequence[str] = WHEN) -> int:
-    """Play a cut of the run with every cut of the recovery; returns how many there were."""
+def pairs(explorer: Explorer, first: Interruption, action: str = "", whens: Sequence[str] = WHEN) -> int:
+    """Run an interruption of the run with every one of the recovery; return how many there were."""
     played = 0
     for step in range(MOST_STEPS):
         for when in whens:
-            if not play(explorer, first, Cut(step, when, deed)):
+            if not play(explorer, first, Interruption(step, when, action)):
                 return played
             played += 1
     raise AssertionError(f"a recovery had more than {MOST_STEPS} steps")
@@ -70,29 +69,31 @@ def pairs(explorer: Explorer, first: Cut, deed: str = "", whens: Sequence[str] =
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_sample_of_all_interruptions(explorer, shape, record_property):
-    """The same sample each time: what the whole exploration finds it may not."""
+    """The sample is always the same; it may miss what the whole exploration finds."""
     one = explorer(shape)
     steps, rng = one.steps(), random.Random(shape)
-    for cut in [*around_the_commit(steps), *rng.sample(cuts(steps), SINGLES)]:
-        play(one, cut)
-    for cut, deed in zip(rng.sample(cuts(steps), len(AGAIN)), AGAIN, strict=True):
-        assert play(one, cut, Cut(rng.randrange(8), rng.choice(WHEN), deed)), "a recovery has more steps"
-    for deed in (*ENDS, *MET):
-        for cut in rng.sample(cuts(steps, deed), OTHERS):
-            play(one, cut)
+    for interruption in [*around_the_commit(steps), *rng.sample(interruptions(steps), SINGLES)]:
+        play(one, interruption)
+    for interruption, action in zip(rng.sample(interruptions(steps), len(AGAIN)), AGAIN, strict=True):
+        assert play(one, interruption, Interruption(rng.randrange(8), rng.choice(WHEN), action)), (
+            "a recovery has more steps"
+        )
+    for action in (*TERMINATIONS, *MET):
+        for interruption in rng.sample(interruptions(steps, action), OTHERS):
+            play(one, interruption)
     record_property("cases", (f"interruptions, a sample: {shape}", one.cases))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-@pytest.mark.parametrize("deed", ["", *ENDS, *MET])
+@pytest.mark.parametrize("action", ["", *TERMINATIONS, *MET])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_interruption(explorer, shape, deed, chunk, record_property):
+def test_every_interruption(explorer, shape, action, chunk, record_property):
     one = explorer(shape)
-    for cut in cuts(one.steps(), deed)[chunk::CHUNKS]:
-        play(one, cut)
-    record_property("cases", (f"interruptions: {shape}, {deed or 'SIGKILL'}", one.cases))
+    for interruption in interruptions(one.steps(), action)[chunk::CHUNKS]:
+        play(one, interruption)
+    record_property("cases", (f"interruptions: {shape}, {action or 'SIGKILL'}", one.cases))
     assert one.cases
 
 
@@ -103,25 +104,27 @@ def test_every_interruption(explorer, shape, deed, chunk, record_property):
 @pytest.mark.parametrize("first", WHEN)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_pair(explorer, shape, first, again, chunk, record_property):
-    """`-k before-before` is a quarter of them: all states that two deaths between steps can leave."""
+    """`-k before-before` is a quarter of them: all states that two kills between steps can leave."""
     one = explorer(shape)
-    firsts = [cut for cut in cuts(one.steps()) if cut.when == first][chunk::CHUNKS]
-    played = sum(pairs(one, cut, whens=[again]) for cut in firsts)
+    firsts = [interruption for interruption in interruptions(one.steps()) if interruption.when == first][
+        chunk::CHUNKS
+    ]
+    played = sum(pairs(one, interruption, whens=[again]) for interruption in firsts)
     record_property("cases", (f"pairs of interruptions, {first} and {again} a step: {shape}", played))
     assert played
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("deed", ENDS)
+@pytest.mark.parametrize("action", TERMINATIONS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_end_of_qemu_at_every_step_of_a_recovery(explorer, shape, deed, record_property):
-    """After deaths here and there, the commit's among them."""
+def test_the_end_of_qemu_at_every_step_of_a_recovery(explorer, shape, action, record_property):
+    """After kills at some steps, among them the commit."""
     one = explorer(shape)
     steps = one.steps()
-    firsts = [*around_the_commit(steps), *random.Random(deed).sample(cuts(steps), SINGLES)]
-    played = sum(pairs(one, first, deed) for first in firsts)
-    record_property("cases", (f"QEMU ends ({deed}) in a recovery: {shape}", played))
+    firsts = [*around_the_commit(steps), *random.Random(action).sample(interruptions(steps), SINGLES)]
+    played = sum(pairs(one, first, action) for first in firsts)
+    record_property("cases", (f"QEMU ends ({action}) in a recovery: {shape}", played))
     assert played
 
 
@@ -132,7 +135,7 @@ def test_repeat_one(explorer):
     *shape, first = os.environ["EXPLORE"].split(" ")
     again = None
     if ":" in shape[-1]:
-        again, first = Cut.parse(first), shape.pop()
+        again, first = Interruption.parse(first), shape.pop()
     one = explorer(" ".join(shape))
     one.steps()
-    play(one, Cut.parse(first), again)
+    play(one, Interruption.parse(first), again)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A victim: a simulated VM with a repository, and the command line between things that lie."""
+"""A victim: a simulated VM with a repository, and the command line between peers that lie."""
 
 import fcntl
 import json
@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from backupctl.drills.fork_server import CallSpec
+from fixtures import fork_server
 from fixtures.simulated import ROOT, Simulated
-from fixtures.warm import warm
-from tests.hostile.liar import Liar, Lie
+from tests.hostile.lying_peer import Lie, LyingPeer
 from tests.hostile.nbd import LyingServer
 
 SIZE = 4 << 20
@@ -61,7 +61,7 @@ class Victim:
     def run(
         self, *arguments: str, qmp: Path | None = None, agent: Path | None = None, vm: bool = True
     ) -> Done:
-        """Run the command line; it must end in time, in bounds, and speak like a human being."""
+        """Run the command line; it must end in time, within its memory, and report errors as messages."""
         words = [*arguments]
         words += ["--repository", str(self.repository)] if "--repository" not in arguments else []
         if vm:
@@ -72,7 +72,7 @@ class Victim:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             environment = self._environment() | {"PEAK": str(peak)}
             program = CallSpec(words, environment, str(self.outside), "tests.hostile.runner:bounded")
-            with warm().start(program, out, err) as call:
+            with fork_server.shared().start(program, out, err) as call:
                 try:
                     code = call.wait(2 * MOST_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -98,23 +98,23 @@ class Victim:
         agent: Mapping[str, Lie] | None = None,
         nbd: LyingServer | None = None,
     ) -> Done:
-        """Run a backup with liars in between. Some writes come first, so that there is something to lose."""
+        """Run a backup through lying peers, after some writes, so that there is something to lose."""
         self.vm.control("step", count=20)
         with ExitStack() as liars:
             monitor, guest = self.vm.qmp_path, self.vm.agent_path
             if qmp is not None or nbd is not None:
-                monitor = self.folder / "liar.qmp"
-                liars.enter_context(Liar(monitor, self.vm.qmp_path, qmp or {}, nbd))
+                monitor = self.folder / "lying-peer.qmp"
+                liars.enter_context(LyingPeer(monitor, self.vm.qmp_path, qmp or {}, nbd))
             if agent is not None:
-                guest = self.folder / "liar.agent"
-                liars.enter_context(Liar(guest, self.vm.agent_path, agent))
+                guest = self.folder / "lying-peer.agent"
+                liars.enter_context(LyingPeer(guest, self.vm.agent_path, agent))
             done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
             self._settled()
             self.code = done.code
             return done
 
     def recovers(self, *, at_rest: bool = True) -> None:
-        """All is at rest, and nothing was lost: the next incremental is what the guest sees.
+        """Nothing is left over, and nothing was lost: the next incremental equals the guest's disk.
 
         The incremental follows the first of each three cases: what a case lost is missing in all later
         points, and a case that is played alone is always looked at whole. at_rest: whether all should be now.
@@ -139,7 +139,7 @@ class Victim:
         assert self.vm.control("status")["frozen"] is False
 
     def _settled(self) -> None:
-        """The guard goes on for a while when the run has ended; then the guest isn't frozen."""
+        """The guard may outlive the run for a while; then the guest must not be frozen."""
         deadline = time.monotonic() + 20
         while not self._unlocked():
             assert time.monotonic() < deadline, "the guard does not end"
@@ -160,7 +160,7 @@ class Victim:
         return json.loads(done.out)
 
     def ours(self) -> list[str]:
-        """Name what is left of us in the VM, but bitmaps."""
+        """Return the names of what backupctl left in the VM, except bitmaps."""
         found = [node["node-name"] for node in self.vm.qmp("query-named-block-nodes", flat=True)]
         found += [one["id"] for one in self.vm.qmp("query-block-exports") + self.vm.qmp("query-jobs")]
         return [name for name in found if name.startswith("backupctl-")]
@@ -190,6 +190,6 @@ class Victim:
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victim]:
-    """One for all cases of a module: what one case leaves behind, the next would trip over."""
+    """One victim for all cases of a module: what a case leaves behind breaks the next."""
     with Simulated("--disk", f"vda={SIZE}", "--seed", "3") as vm:
         yield Victim(vm, tmp_path_factory.mktemp("victim"))

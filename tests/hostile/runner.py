@@ -7,20 +7,16 @@ child it counts what its parent had when it forked.
 
 import os
 import resource
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from backupctl.cli import backup
+from backupctl.cli import common
 from backupctl.cli.main import main
-from backupctl.operations import recover
-from backupctl.options import RunOptions
+from backupctl.options import Timeouts
 from backupctl.vm.qmp import teardown
 
-SHORT = {"command_timeout_seconds": 1.0, "agent_timeout_seconds": 1.0, "stall_timeout_seconds": 1.0}
+SHORT = Timeouts(command_seconds=1.0, agent_seconds=1.0, stall_seconds=1.0)
 
-backup.RunOptions = partial(RunOptions, **SHORT)
-recover.DEFAULTS = replace(recover.DEFAULTS, **SHORT)
+common.Target.timeouts = lambda _target: SHORT
 assert teardown.teardown.__kwdefaults__
 teardown.teardown.__kwdefaults__["patience_seconds"] = 1.0
 

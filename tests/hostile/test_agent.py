@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.hostile.liar import answer, endless, hangs_up, raw, refuses, returns
+from tests.hostile.lying_peer import answer, endless, hangs_up, raw, refuses, returns
 
 ESCAPES = "\x1b]0;owned\x07\x1b[31mred\r\nbackupctl: all is well\u202egnp"
 DEEP = b'{"return": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile.liar import Liar, Lie
+from tests.hostile.lying_peer import Lie, LyingPeer
 
 BUDGET = 1.0
 
@@ -86,7 +86,10 @@ def killed_while_frozen(victim, guard: int) -> Iterator[tuple[Path, Path]]:
 
     victim.vm.control("step", count=20)
     qmp, agent = victim.folder / "killing.qmp", victim.folder / "killing.agent"
-    with Liar(qmp, victim.vm.qmp_path, {"transaction": kill}), Liar(agent, victim.vm.agent_path, {}):
+    with (
+        LyingPeer(qmp, victim.vm.qmp_path, {"transaction": kill}),
+        LyingPeer(agent, victim.vm.agent_path, {}),
+    ):
         words = ["incremental", "web", "--repository", str(victim.repository), "--qmp", f"unix:{qmp}"]
         words += ["--agent", f"unix:{agent}", "--scratch", str(victim.scratch)]
         run = subprocess.run(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.hostile.liar import Lie, changes, endless, hangs_up, raw, refuses, returns
+from tests.hostile.lying_peer import Lie, changes, endless, hangs_up, raw, refuses, returns
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\r\nbackupctl: all is well\u202egnp"
 HUGE = "9" * 5000

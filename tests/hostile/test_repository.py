@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from backupctl.names import point_id
-from backupctl.repository import manifest as manifests
+from backupctl.repository import strict_json
 
 ESCAPES = "\x1b[2J\x1b[31mred\r\n\u202egnp"
 COMMANDS = (
@@ -276,7 +276,7 @@ def forged(path: Path, **changes: object) -> None:
     document = json.loads(path.read_bytes())
     document.pop("checksum")
     document |= changes
-    document["checksum"] = manifests._checksum(document)
+    document["checksum"] = strict_json.checksum(document)
     path.write_text(json.dumps(document))
 
 

@@ -53,7 +53,7 @@ def test_the_demo_tells_the_whole_story_in_seconds(tmp_path):
     assert time.monotonic() - begun < 30, "a few seconds on a machine that has nothing else to do"
     order = [
         *("A VM starts", "A full backup", "An incremental", "A run that fails", "roll back", "exit code 1"),
-        *("The next incremental", "What there is now", "Every point restored", "6 disks restored"),
+        *("The next incremental", "The recovery points", "Every point restored", "6 disks restored"),
     ]
     places = [done.stdout.index(text) for text in order]
     assert places == sorted(places)
@@ -77,27 +77,27 @@ def test_bytes_that_differ_are_damage(stage, monkeypatch):
 
     monkeypatch.setattr(Stage, "backup", spoilt)
     with pytest.raises(DamageFound, match=r"vdb of \S+, vdb of \S+, vdb of") as caught:
-        Story(stage, Screen()).tell()
+        Story(stage, Screen()).run()
     assert caught.value.exit_code == 4
 
 
 def test_a_run_that_was_to_fail_and_does_not_is_a_failure(stage):
-    with pytest.raises(Failed, match="was to fail"):
+    with pytest.raises(Failed, match="did not fail"):
         stage.failing("full", "nbd:sent@900M=drop")
 
 
 def test_a_run_that_fails_unasked_ends_the_demo_with_its_error(stage):
     stage.machine.order("fault", spec="qmp:blockdev-add=error:no luck today")
     with pytest.raises(Failed, match="no luck today") as caught:
-        Story(stage, Screen()).tell()
+        Story(stage, Screen()).run()
     assert caught.value.exit_code == 1
 
 
 def test_what_is_left_behind_is_noticed(stage):
-    stage.check_at_rest()
+    stage.check_clean()
     stage.machine.order("freeze", frozen=True)
     with pytest.raises(Failed, match="a frozen guest"):
-        stage.check_at_rest()
+        stage.check_clean()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_difference_behind_the_first_piece_is_found(tmp_path):
 def test_missing_tools_are_named_with_what_to_install():
     done = played(QEMU_IMG="no-such-qemu-img", QEMU_STORAGE_DAEMON="no-such-daemon")
     assert done.returncode == 2
-    assert "qemu-img and qemu-storage-daemon can't be found" in done.stderr
+    assert "qemu-img and qemu-storage-daemon not found" in done.stderr
     assert "apt install" in done.stderr
 
 
@@ -197,10 +197,10 @@ def test_make_demo_falls_back_to_the_simulator_and_says_so(monkeypatch, capfd, r
         told.index(text)
         for text in (
             *(
-                "No guest can be had here: no no-such-qemu is installed",
-                f"No storage daemon can be had here: {reason}",
+                "No guest available: no no-such-qemu is installed",
+                f"No storage daemon available: {reason}",
             ),
-            *("the bundled simulator plays the VM", "A VM starts", "6 disks restored, all equal"),
+            *("the bundled simulator is the VM", "A VM starts", "6 disks restored, all identical"),
         )
     ]
     assert places == sorted(places)
@@ -219,6 +219,6 @@ def test_make_demo_takes_a_storage_daemon_where_there_is_no_emulator():
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "No guest can be had here" in done.stdout
+    assert "No guest available" in done.stdout
     assert "qemu-storage-daemon" in done.stdout
     assert done.stdout.count("MiB equal") == 3

@@ -15,7 +15,8 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import NeedsRecovery
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
-from backupctl.options import RunOptions, VmConfig
+from backupctl.operations.backup.context import RunContext
+from backupctl.options import RunOptions, ScratchOptions, Timeouts, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
@@ -61,9 +62,11 @@ def test_a_guest_that_neither_run_nor_guard_could_thaw_is_thawed_by_recover(lab)
         Address(path=str(lab.machine.qmp_path)),
         Address(path=str(lab.machine.agent_path)),
     )
-    options = RunOptions(kind="incremental", scratch=lab.cli.scratch, agent_timeout_seconds=0.5)
+    scratch, timeouts = ScratchOptions(lab.cli.scratch), Timeouts(agent_seconds=0.5)
+    options = RunOptions(kind="incremental", scratch=scratch, timeouts=timeouts)
+    repository = Repository.open(lab.cli.repository)
     with pytest.raises(NeedsRecovery):
-        backup.run(vm, Repository.open(lab.cli.repository), options, Silent(), Cancellation())
+        backup.run(RunContext(vm, repository, options, Silent(), Cancellation()))
     guard = guard_of(os.getpid())
     os.kill(guard, signal.SIGKILL)
     os.waitpid(guard, 0)

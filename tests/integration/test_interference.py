@@ -217,8 +217,9 @@ def test_a_copy_of_the_repository_and_a_clock_set_back_make_no_id_twice(build72,
         at = found.index("-m")
         code = (
             "import runpy, sys; from datetime import UTC, datetime; "
-            "from backupctl.operations.backup import run as backup; "
-            f"backup._now = lambda: datetime.fromisoformat('{clock[0]}').replace(tzinfo=UTC); "
+            "from backupctl.cli import backup; from functools import partial; "
+            f"clock = lambda: datetime.fromisoformat('{clock[0]}').replace(tzinfo=UTC); "
+            "backup.RunContext = partial(backup.RunContext, clock=clock); "
             "runpy.run_module('backupctl', run_name='__main__')"
         )
         return [*found[:at], "-c", code, *found[at + 2 :]]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from tests import killed
+from tests import interrupted_cli
 
 pytestmark = pytest.mark.simulator_too
 
@@ -26,7 +26,7 @@ def run(lab, shape: str, **environment: str) -> "subprocess.CompletedProcess[str
     kind, *options = (SHAPES | FILTERED)[shape]
     if shape == "differential":
         options += ["--since", lab.cli.json("list", "web", vm=False)[-2]["point"]]
-    return lab.cli.call(kind, "web", *options, entry=killed.ENTRY, **environment)
+    return lab.cli.call(kind, "web", *options, entry=interrupted_cli.ENTRY, **environment)
 
 
 def steps_of(lab, shape: str) -> list[str]:
@@ -96,17 +96,17 @@ def check_every_step(build, make_lab, shape: str, chunk: int, record_property) -
     assert cases > 20
 
 
-def explore_ends(lab, shape: str, deed: str, numbers: Iterable[int]) -> int:
+def explore_terminations(lab, shape: str, termination: str, numbers: Iterable[int]) -> int:
     """End QEMU before steps of a run; a crash may cost what the guest had not flushed, but no more."""
     cases = 0
     for number in numbers:
-        case = f"KILL_AT={number} DEED={deed}"
+        case = f"KILL_AT={number} ACTION={termination}"
         committed = {point["point"] for point in lab.cli.json("list", "web", vm=False)}
         lab.writer.write(3)
         pid = str(lab.machine.process.pid)
-        ended = run(lab, shape, KILL_AT=str(number), DEED=deed, VM_PID=pid)
+        ended = run(lab, shape, KILL_AT=str(number), ACTION=termination, VM_PID=pid)
         assert ended.returncode in (0, 1, 3), f"{case}: {ended.stderr}"
-        assert not killed.BUG.search(ended.stderr), f"{case}: {ended.stderr}"
+        assert not interrupted_cli.BUG.search(ended.stderr), f"{case}: {ended.stderr}"
         assert not lab.agent.frozen, case
         if lab.machine.alive():
             continue  # it had fewer steps this time
@@ -120,7 +120,9 @@ def explore_ends(lab, shape: str, deed: str, numbers: Iterable[int]) -> int:
             lab.assert_point(report["point"], lab.writer.moment)
             lab.assert_at_rest()
             assert committed <= {point["point"] for point in lab.cli.json("list", "web", vm=False)}
-            assert deed == "crash" or not any(disk["scanned"] for disk in report["disks"]), "bitmap lost"
+            assert termination == "crash" or not any(disk["scanned"] for disk in report["disks"]), (
+                "bitmap lost"
+            )
         except AssertionError as err:
             raise AssertionError(f"{case}: {err}") from err
         cases += 1
@@ -148,10 +150,13 @@ def lab_at_an_incremental(build, make_lab, seed: int):
 
 @pytest.mark.needs_qemu("tests/exploration ends the simulator at every step")
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("deed", ["quit", "crash"])
-def test_the_end_of_qemu_at_some_steps(build, make_lab, deed):
+@pytest.mark.parametrize("termination", ["quit", "crash"])
+def test_the_end_of_qemu_at_some_steps(build, make_lab, termination):
     lab = lab_at_an_incremental(build, make_lab, 9)
-    assert explore_ends(lab, "incremental", deed, range(7, len(steps_of(lab, "incremental")), 35)) >= 2
+    assert (
+        explore_terminations(lab, "incremental", termination, range(7, len(steps_of(lab, "incremental")), 35))
+        >= 2
+    )
 
 
 @pytest.mark.slow
@@ -159,9 +164,9 @@ def test_the_end_of_qemu_at_some_steps(build, make_lab, deed):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("shape", ["full", "incremental"])
-@pytest.mark.parametrize("deed", ["quit", "crash"])
-def test_the_end_of_qemu_at_every_step(build, make_lab, shape, deed, chunk, record_property):
+@pytest.mark.parametrize("termination", ["quit", "crash"])
+def test_the_end_of_qemu_at_every_step(build, make_lab, shape, termination, chunk, record_property):
     lab = lab_at_an_incremental(build, make_lab, chunk)
-    cases = explore_ends(lab, shape, deed, range(chunk, len(steps_of(lab, shape)), CHUNKS))
-    record_property("cases", (f"QEMU {build.version} ends ({deed}) at a step: {shape}", cases))
+    cases = explore_terminations(lab, shape, termination, range(chunk, len(steps_of(lab, shape)), CHUNKS))
+    record_property("cases", (f"QEMU {build.version} ends ({termination}) at a step: {shape}", cases))
     assert cases > 10

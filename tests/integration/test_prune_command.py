@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 
-from backupctl.options import MAX_CHAIN, RunOptions
+from backupctl.options import ChainOptions
 from backupctl.repository import chain
+from backupctl.sizes import MAX_CHAIN
 from tests.conftest import MIB
 
 pytestmark = pytest.mark.simulator_too
@@ -99,7 +100,7 @@ def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
 @pytest.mark.parametrize(("layers", "begun_anew"), [(149, False), (150, True)])
 def test_by_default_no_chain_gets_longer_than_qemus_tools_follow(monkeypatch, layers, begun_anew):
     monkeypatch.setattr(chain, "below", lambda *_: range(layers))
-    most = RunOptions(kind="incremental").max_chain
+    most = ChainOptions().max_layers
     assert bool(chain.chain_too_long(None, most, None, "vda")) is begun_anew
     assert most <= MAX_CHAIN
 

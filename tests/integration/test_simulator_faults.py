@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Each deed of the fault language, seen from the socket it is done to."""
+"""Each action of the fault language, as the client of the socket sees it."""
 
 import json
 import signal
@@ -26,12 +26,12 @@ def other(vm):
     return Monitor(vm.qmp_path)
 
 
-def fault(vm, deed, when=""):
-    vm.control("fault", spec=f"qmp:block-dirty-bitmap-add{when}={deed}")
+def fault(vm, action, when=""):
+    vm.control("fault", spec=f"qmp:block-dirty-bitmap-add{when}={action}")
 
 
 @pytest.mark.parametrize(
-    ("deed", "reply", "done"),
+    ("action", "reply", "done"),
     [
         ("error:no luck", {"class": "GenericError", "desc": "no luck"}, False),
         ("error-after:no luck", {"class": "GenericError", "desc": "no luck"}, True),
@@ -41,19 +41,19 @@ def fault(vm, deed, when=""):
         ("late:0.3", {}, True),
     ],
 )
-def test_what_is_answered_and_what_is_done(vm, deed, reply, done):
-    fault(vm, deed)
+def test_what_is_answered_and_what_is_done(vm, action, reply, done):
+    fault(vm, action)
     client = other(vm)
     begun = time.monotonic()
     assert client.execute("block-dirty-bitmap-add", ADD) == reply
-    assert not deed.startswith("late") or time.monotonic() - begun >= 0.3
+    assert not action.startswith("late") or time.monotonic() - begun >= 0.3
     client.close()
     assert ("b0" in vm.bitmap_states()) == done
 
 
-@pytest.mark.parametrize(("deed", "done"), [("silent", False), ("unanswered", True)])
-def test_no_answer_comes_but_the_monitor_goes_on(vm, deed, done):
-    fault(vm, deed)
+@pytest.mark.parametrize(("action", "done"), [("silent", False), ("unanswered", True)])
+def test_no_answer_comes_but_the_monitor_goes_on(vm, action, done):
+    fault(vm, action)
     client = other(vm)
     with socket.socket(socket.AF_UNIX) as raw:
         client.close()
@@ -90,13 +90,13 @@ def test_a_clean_end_is_clean(vm):
     assert not vm.bitmap_states()["b0"].get("inconsistent")
 
 
-@pytest.mark.parametrize(("deed", "inconsistent"), [("crash", True), ("restart", False)])
-def test_it_comes_back_with_bitmaps_as_qemu_leaves_them(vm, deed, inconsistent):
+@pytest.mark.parametrize(("action", "inconsistent"), [("crash", True), ("restart", False)])
+def test_it_comes_back_with_bitmaps_as_qemu_leaves_them(vm, action, inconsistent):
     vm.qmp("block-dirty-bitmap-add", **ADD, persistent=True)
     vm.control("end", how="restart")
     reborn(vm)
     vm.qmp("block-dirty-bitmap-add", node="drive-vda", name="young")
-    vm.control("fault", spec=f"qmp:query-jobs={deed}")
+    vm.control("fault", spec=f"qmp:query-jobs={action}")
     assert other(vm).execute("query-jobs", {}) == GONE
     reborn(vm)
     assert {name: bool(each.get("inconsistent")) for name, each in vm.bitmap_states().items()} == {

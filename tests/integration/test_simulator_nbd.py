@@ -168,9 +168,9 @@ def ask_agent(vm, command):
         return json.loads(stream.readline())
 
 
-@pytest.mark.parametrize("deed", ["drop", "short", "garbage"])
-def test_a_stream_that_breaks_is_an_error_for_the_client(start, deed):
-    vm = start("--fault", f"nbd:sent@1M={deed}")
+@pytest.mark.parametrize("action", ["drop", "short", "garbage"])
+def test_a_stream_that_breaks_is_an_error_for_the_client(start, action):
+    vm = start("--fault", f"nbd:sent@1M={action}")
     vm.control("write", disk="vda", offset=0, length=4 * MIB, pattern=9)
     serve(vm, "drive-vda", "disk")
     handle = connected(vm, "disk")

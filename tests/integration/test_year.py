@@ -11,10 +11,11 @@ from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import run as verify
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import FreezeOptions, RunOptions, ScratchOptions, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
@@ -32,20 +33,22 @@ def moments(days: int, hours: int) -> list[datetime]:
     return daily + [daily[-1] + timedelta(hours=hour) for hour in range(1, hours + 1)]
 
 
-def live(lab, monkeypatch, when: list[datetime], rules: Rules) -> dict[str, float]:
+def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
     """Take a point at each moment and prune; each that is left is byte-equal. Returns figures."""
     vm = VmConfig(vm_name("web"), Address.parse(str(lab.machine.qmp_path)), None)
     repository = Repository.open_or_create(lab.cli.repository)
     folder = repository.vm(vm.name)
-    scratch = lab.cli.scratch
+    options = RunOptions(
+        "incremental", freeze=FreezeOptions("never"), scratch=ScratchOptions(lab.cli.scratch)
+    )
     held: dict[str, dict[str, bytes]] = {}
     changed = merged = written = 0
     lab.writer.write(30)
     for moment in when:
-        monkeypatch.setattr(backup, "_now", lambda moment=moment: moment)
         lab.writer.write(3)
-        options = RunOptions(kind="incremental", freeze="never", scratch=scratch)
-        taken = backup.run(vm, repository, options, Silent(), Cancellation())
+        taken = backup.run(
+            RunContext(vm, repository, options, Silent(), Cancellation(), lambda moment=moment: moment)
+        )
         changed += sum(disk.stored_bytes for disk in taken.disks)
         held[taken.point] = dict(lab.writer.moment)
         pruned = prune.prune(folder, rules, Silent(), Cancellation())
@@ -95,9 +98,9 @@ def assert_no_waste(figures: dict[str, float]) -> None:
     assert figures["leaks"] == 0
 
 
-def test_a_month_of_points_is_pruned_to_what_the_rules_hold(make_lab, monkeypatch):
+def test_a_month_of_points_is_pruned_to_what_the_rules_hold(make_lab):
     lab = make_lab(builds.simulator("7.2"), {"vda": 8 * MIB, "vdb": 2 * MIB + 512}, seed=5)
-    figures = live(lab, monkeypatch, moments(16, 8), Rules(hourly=4, daily=4, weekly=2))
+    figures = live(lab, moments(16, 8), Rules(hourly=4, daily=4, weekly=2))
     told(figures)
     assert figures["left"] == figures["longest chain"] == 8
     assert_no_waste(figures)
@@ -105,10 +108,10 @@ def test_a_month_of_points_is_pruned_to_what_the_rules_hold(make_lab, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_year_of_points_is_pruned_to_what_the_rules_hold(make_lab, monkeypatch):
+def test_a_year_of_points_is_pruned_to_what_the_rules_hold(make_lab):
     lab = make_lab(builds.simulator("7.2"), {"vda": 32 * MIB + 512}, seed=6)
     rules = Rules(hourly=24, daily=7, weekly=5, monthly=12)
-    figures = live(lab, monkeypatch, moments(340, 60), rules)
+    figures = live(lab, moments(340, 60), rules)
     told(figures)
     assert figures["taken"] == 400
     assert figures["left"] == figures["longest chain"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bugs that somebody might make one day, each with a test that must then fail.
+"""Bugs that a change could introduce one day, each with a test that must then fail.
 
-old stands in the module just once and is replaced by new. The test is of the quick tier.
+A bug names the function that it goes into, not the module, so that modules can move.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Bug:
-    """One bug. module: below backupctl/. test: below tests/, as pytest names it."""
+    """One bug.
+
+    function: its qualified name within its module, e.g. "GuardServer.serve". Several modules may have a
+    function of that name; just one of them may hold old, and just once, which new replaces.
+    test: below tests/, as pytest names it; it is one of those that `make test` runs.
+    """
 
     name: str
-    module: str
+    function: str
     old: str
     new: str
     test: str
@@ -37,159 +42,159 @@ SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_momen
 BUGS = (
     Bug(
         "no thaw after a transaction that failed",
-        "operations/backup/run.py",
+        "_Run._thawed_at_the_end",
         "        try:\n            yield thawed\n        finally:\n"
-        "            thawed.append(self.guard.thaw())\n",
-        "        yield thawed\n        thawed.append(self.guard.thaw())\n",
+        "            thawed.append(self.session.thaw())\n",
+        "        yield thawed\n        thawed.append(self.session.thaw())\n",
         FAILURES + REFUSED,
     ),
     Bug(
         "thaw before the transaction's reply",
-        "operations/backup/run.py",
-        '                    self.step = "transaction"\n                    view.cut()\n',
-        '                    self.step = "transaction"\n                view.cut()\n',
+        "_Run._start_frozen",
+        "            self.session.start()\n        return thawed[0]\n",
+        "        self.session.start()\n        return thawed[0]\n",
         FAILURES + "test_a_freeze_that_somebody_ended_early_is_not_called_consistent[simulator]",
     ),
     Bug(
         "the guard does not thaw when its run dies",
-        "vm/guest/guard_process.py",
-        "        self._freezer.thaw_for_good()\n        while",
+        "GuardServer.take_over",
+        "        self._freeze.thaw_for_good()\n        while",
         "        while",
         GUARD + "test_sigkill_of_the_run_leaves_the_guest_thawed",
     ),
     Bug(
         "the freeze budget is not looked at",
-        "vm/guest/guard_process.py",
-        "            self._freezer.thaw_when_due()\n",
+        "GuardServer.serve",
+        "            self._freeze.thaw_when_due()\n",
         "",
         GUARD + "test_the_budget_ends_the_freeze_and_the_run_is_told",
     ),
     Bug(
         "a guest that somebody else froze is thawed",
-        "vm/guest/guard.py",
+        "GuardClient.freeze",
         "        self._ping()\n        self._due = ",
         "        self._due = ",
         GUARD + "test_a_guest_frozen_by_somebody_else_is_refused_and_never_thawed",
     ),
     Bug(
         "a point is committed before the history has it",
-        "repository/pending_point.py",
+        "PendingPoint.commit",
         '            history.record(self.folder, Deed("committed", self.point, manifest.checksum))\n',
         "",
         HISTORY + "test_points_that_were_removed_are_named[newest]",
     ),
     Bug(
         "a dropped point is not written down",
-        "operations/prune/run.py",
+        "_Work.retire",
         '                history.record(self.folder.path, Deed("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
     ),
     Bug(
         "an unfinished point goes before the history has it",
-        "repository/pending_point.py",
+        "PendingPoint.drop",
         "                history.undo(self.folder, self.point)\n",
         "",
         HISTORY + "test_a_death_at_any_step_raises_no_false_alarm_and_hides_no_loss",
     ),
     Bug(
         "a run that met damage is silent",
-        "cli/backup.py",
+        "_run",
         "    _tell_damage(report)\n",
         "",
         "integration/test_missing_points.py::test_reason_and_damage_of_each_disk_are_in_the_document",
     ),
     Bug(
         "the base bitmap is retired before the commit",
-        "operations/backup/run.py",
+        "_Run._take",
         '        self._begin("commit")\n',
         '        self._begin("commit")\n'
         "        for one in self.plan.disks:\n"
         "            for name in one.bitmaps:\n"
         '                old = {"node": one.disk.node, "name": name}\n'
-        '                self.monitor.execute("block-dirty-bitmap-remove", old)\n',
+        '                self.session._monitor.execute("block-dirty-bitmap-remove", old)\n',
         EXPLORED + "[incremental]",
     ),
     Bug(
         "base bitmaps are retired for some disks only",
-        "operations/recover.py",
-        "            actions += settlement.actions\n",
-        "            actions = actions or [*settlement.actions]\n",
+        "resolve_bitmaps",
+        "            actions += plan.actions\n",
+        "            actions = actions or [*plan.actions]\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "what an unfinished run recorded is thrown away",
-        "vm/qmp/bitmaps.py",
+        "_roll_back",
         "    return [merge, *(()",
         "    return [*(()",
         EXPLORED + "[incremental]",
     ),
     Bug(
         "copied from the active node",
-        "operations/backup/run.py",
-        "            nbd_export.ExportSpec(node, cut.disk.node, bitmap)\n",
-        "            nbd_export.ExportSpec(cut.disk.node, cut.disk.node, bitmap)\n",
+        "QmpSession.exports",
+        "            nbd_export.ExportSpec(node, one.disk.node, bitmap)\n",
+        "            nbd_export.ExportSpec(one.disk.node, one.disk.node, bitmap)\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "bitmaps are looked for at the view's node",
-        "operations/backup/run.py",
-        "            nbd_export.ExportSpec(node, cut.disk.node, bitmap)\n",
+        "QmpSession.exports",
+        "            nbd_export.ExportSpec(node, one.disk.node, bitmap)\n",
         "            nbd_export.ExportSpec(node, node, bitmap)\n",
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
         "the second disk is read with the first one's bitmap",
-        "operations/backup/run.py",
-        "                shown.append(one.bitmaps[0] if one.bitmaps else None)\n",
-        "                shown.append(self.plan.disks[0].bitmaps[0] if one.bitmaps else None)\n",
+        "QmpSession._changes",
+        "        return [_change(one, merged) for one in self._disks]\n",
+        "        return [_change(self._disks[0] if one.bases else one, merged) for one in self._disks]\n",
         KNOWN + SIMULATED_YEAR,
     ),
     Bug(
         "extents are not clipped",
-        "transfer/extents.py",
+        "clip",
         "        found.append((min(length, left), flags))\n",
         "        found.append((length, flags))\n",
         EXTENTS + "test_long_is_clipped",
     ),
     Bug(
         "a short block status is taken for the end",
-        "transfer/extents.py",
+        "query_extents",
         "    while offset < size:\n",
         "    while offset == start:\n",
         EXTENTS + "test_short_is_asked_again_and_not_taken_for_the_end",
     ),
     Bug(
         "the dirty bit is inverted",
-        "operations/backup/disk.py",
+        "_look",
         "bool(status.flags[1] & DIRTY)",
         "not status.flags[1] & DIRTY",
         LAYER,
     ),
     Bug(
         "zeroes are skipped",
-        "operations/backup/disk.py",
+        "_look",
         "            marks.zero(status.offset, status.length)\n",
         "            pass\n",
         LAYER,
     ),
     Bug(
         "the last cluster is dropped if it is no whole one",
-        "transfer/cluster_map.py",
+        "ClusterMap.data",
         "clusters.count(offset + length)] = _DATA",
         "(offset + length) // CLUSTER_BYTES] = _DATA",
         "unit/transfer/test_dedup_filter.py::test_marks_cover_all_that_was_named_and_call_zero_only_what_is",
     ),
     Bug(
         "offsets of 32 bits",
-        "transfer/copy.py",
+        "Copy._start",
         "nbd.Buffer.from_buffer(piece.content), extent.offset)",
         "nbd.Buffer.from_buffer(piece.content), extent.offset & 0xFFFFFFFF)",
         COPY + "test_data_beyond_4_gib_arrives_where_it_belongs",
     ),
     Bug(
         "a read error is swallowed",
-        "transfer/nbd_client.py",
+        "Connection.completed",
         "            return bool(self.handle.aio_command_completed(cookie))\n"
         "        except nbd.Error as err:\n            raise self.explained(err) from err\n",
         "            return bool(self.handle.aio_command_completed(cookie))\n"
@@ -198,14 +203,14 @@ BUGS = (
     ),
     Bug(
         "what changed is taken for unchanged",
-        "transfer/dedup_filter.py",
+        "DedupFilter.__call__",
         "        wanted = _extents(found[new], extent.end)\n",
         "        wanted = _extents(found[new][1:], extent.end)\n",
         "unit/transfer/test_dedup_filter.py::test_what_passes_is_what_differs_from_the_layers_below",
     ),
     Bug(
         "a cluster that is zero in part is taken for stored zeroes",
-        "transfer/read_layer.py",
+        "stored",
         "np.setdiff1d(_numbers(runs[1]), data, assume_unique=True)",
         "_numbers(runs[1])",
         "unit/operations/test_sparse_copies.py::"
@@ -213,7 +218,7 @@ BUGS = (
     ),
     Bug(
         "a failed fsync is tried again",
-        "system/durable.py",
+        "_sync",
         "        os.fsync(descriptor)\n        if forget:\n",
         "        try:\n            os.fsync(descriptor)\n        except OSError:\n"
         "            os.fsync(descriptor)\n        if forget:\n",
@@ -221,14 +226,14 @@ BUGS = (
     ),
     Bug(
         "the folder is not synced after the rename",
-        "system/durable.py",
+        "rename",
         "    source.rename(target)\n    try:\n        sync_folder(target.parent)\n",
         "    source.rename(target)\n    try:\n        pass\n",
         COMMIT + "test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_after_it",
     ),
     Bug(
         "the manifest comes before the data",
-        "repository/pending_point.py",
+        "PendingPoint.commit",
         "            for entry in manifest.disks:\n"
         '                durable.sync_file(self.path / f"{entry.name}.qcow2")\n'
         '                durable.sync_file(self.path / f"{entry.name}.digests")\n'
@@ -241,14 +246,14 @@ BUGS = (
     ),
     Bug(
         "a wrong backing link",
-        "operations/backup/disk.py",
+        "LayerCopier.copy_disk",
         'f"../{one.base}/{disk.name}.qcow2" if one.base else None',
         'f"../{self.partial.point}/{disk.name}.qcow2" if one.base else None',
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
         "the base is chosen by the age of its folder",
-        "operations/backup/plan.py",
+        "newest_with",
         "for point in reversed(points) if",
         "for point in sorted(points, key=lambda one: -one.path.stat().st_mtime_ns) if",
         "unit/operations/test_backup_plan.py"
@@ -256,58 +261,59 @@ BUGS = (
     ),
     Bug(
         "recovery drops a committed point, too",
-        "operations/recover.py",
+        "drop_leftover_files",
         "        partial.drop()\n",
-        "        partial.drop()\n        __import__('shutil').rmtree(folder.point('latest').path)\n",
+        "        partial.drop()\n        __import__('shutil').rmtree(facts.folder.point('latest').path)\n",
         EXPLORED + "[incremental]",
     ),
     Bug(
         "recovery leaves the job",
-        "vm/qmp/teardown.py",
+        "teardown",
         "        _end_job(monitor, name)\n"
         '        told.append(f"ended the job {name}")\n'
-        '    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)\n',
+        '    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
+        "patience_seconds)\n",
         "        pass\n",
         FAILURES + "test_sigkill_in_mid_copy_is_undone_by_the_next_run[simulator]",
     ),
     Bug(
         "the lock is let go before the guard has done its work",
-        "vm/guest/guard.py",
+        "GuardClient.start",
         "_spawn(arguments, (its.fileno(), lock))",
         "_spawn(arguments, (its.fileno(),))",
         GUARD + "test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed",
     ),
     Bug(
         "recover takes no lock",
-        "operations/recover.py",
+        "recover",
         "        with folder.lock():\n            thawed = ",
         "        with suppress():\n            thawed = ",
         FAILURES + "test_a_second_run_is_told_that_the_first_one_works[simulator]",
     ),
     Bug(
         "our clients leave before the export goes",
-        "vm/qmp/teardown.py",
+        "teardown",
         "    for name in ours:\n        _unless_gone(",
-        "    clients.let_go()\n    for name in ours:\n        _unless_gone(",
+        "    clients.close()\n    for name in ours:\n        _unless_gone(",
         IOTHREAD,
     ),
     Bug(
         "the guard lets go of the sockets before the export goes",
-        "vm/guest/guard_process.py",
+        "GuardServer.take_over",
         "        while not self._taken_down():\n",
-        "        self._holder.release()\n        while not self._taken_down():\n",
+        "        self._held.release()\n        while not self._taken_down():\n",
         IOTHREAD,
     ),
     Bug(
         "the agent's time-out is taken for success",
-        "vm/guest/agent.py",
+        "Agent._command",
         '            raise AgentTimeout(f"the guest agent took',
         '            return 1\n            raise AgentTimeout(f"the guest agent took',
         FAILURES + "test_a_freeze_that_is_not_answered_is_thawed_and_the_run_rolled_back[simulator]",
     ),
     Bug(
         "an inconsistent bitmap is taken for an empty one",
-        "operations/backup/plan.py",
+        "why_unusable",
         '        return "its bitmap is inconsistent (QEMU did not end cleanly)"\n',
         '        return ""\n',
         "integration/test_topology.py::test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than"
@@ -315,76 +321,76 @@ BUGS = (
     ),
     Bug(
         "a run that copied some disks only ends with 0",
-        "operations/backup/run.py",
-        "        return tuple(taker.take(one, source) for",
-        "        taken = []\n"
+        "_Run._copied",
+        "        return tuple(\n            copier.copy_disk(one, source) for",
+        "        copied = []\n"
         "        for one, source in zip(self.plan.disks, sources, strict=True):\n"
         "            with __import__('contextlib').suppress(Failed):\n"
-        "                taken.append(taker.take(one, source))\n"
-        "        return tuple(taken)\n"
-        "        return tuple(taker.take(one, source) for",
+        "                copied.append(copier.copy_disk(one, source))\n"
+        "        return tuple(copied)\n"
+        "        return tuple(\n            copier.copy_disk(one, source) for",
         FAILURES + "test_a_connection_dropped_in_mid_copy_is_a_failed_run[simulator-exp1]",
     ),
     Bug(
         "damaged data is restored",
-        "transfer/verify_filter.py",
+        "VerifyFilter._compare",
         "        if len(wrong):\n",
         "        if not len(wrong):\n",
         "unit/operations/test_restore_damaged.py::test_damaged_data_is_refused_by_range_and_nothing_is_left",
     ),
     Bug(
         "a stored bitmap is trusted wherever the data lie",
-        "vm/disk.py",
+        "Disk.trusts",
         "        return not (self.apart and bitmap.persistent)\n",
         "        return True\n",
         "unit/vm/test_block_graph.py::test_of_a_disk_with_a_data_file_only_a_bitmap_of_this_qemus_life_is_used",
     ),
     Bug(
         "the process of the VM at hand is not looked at",
-        "vm/qmp/filling.py",
+        "Filling.who",
         "sorted({*open_files.emulators(), *([self._process] if self._process else [])})",
         "sorted({*open_files.emulators()})",
         "unit/vm/test_shared_file_systems.py::test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator",
     ),
     Bug(
         "scratch files are let go of as they are",
-        "vm/qmp/teardown.py",
-        "    clients.give_back()\n",
+        "teardown",
+        "    clients.free_scratch()\n",
         "    pass\n",
         "integration/test_held_room.py::"
         "test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process[7.2]",
     ),
     Bug(
         "QEMU is given names that can be exchanged",
-        "images/open_image.py",
+        "OpenImage.name",
         '        return f"/proc/self/fd/{self.descriptor}"\n',
         "        return str(self.path)\n",
         "unit/images/test_open_image.py::test_what_is_served_is_what_was_checked",
     ),
     Bug(
         "a link in the place of an image is followed",
-        "system/safe_open.py",
+        "_opened",
         "flags | os.O_NOFOLLOW | os.O_NONBLOCK",
         "flags | os.O_NONBLOCK",
         "unit/images/test_open_image.py::test_only_a_plain_file_is_opened",
     ),
     Bug(
         "root restores into anybody's folder",
-        "system/safe_folder.py",
+        "resolve",
         "    if os.geteuid() != _ROOT:\n",
         "    if True:\n",
         "unit/images/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
     ),
     Bug(
         "an incremental makes a repository",
-        "cli/backup.py",
+        "_repository",
         '    if wanted.kind != "full" or names.has_repository():\n',
         "    if names.has_repository():\n",
         "integration/test_first_full.py::test_an_incremental_makes_none_and_names_the_command_that_does",
     ),
     Bug(
         "configured rules are added to those of the command line",
-        "cli/prune.py",
+        "_Policy.of",
         "        said = given or configured\n",
         "        said = configured | given\n",
         "unit/cli/test_all_vms.py"
@@ -392,8 +398,8 @@ BUGS = (
     ),
     Bug(
         "a configuration that others may write is believed",
-        "system/trusted.py",
-        "    if status.st_mode & _OTHERS_WRITE:\n",
+        "_refuse_writable",
+        "    if path_walk.others_may_write(status):\n",
         "    if status.st_mode & stat.S_ISUID:\n",
         "unit/system/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
     ),

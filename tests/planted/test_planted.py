@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the quick tier is worth: bugs planted into a copy of the product, one at a time, are caught by it.
+"""The quick tests catch bugs that are planted into a copy of the product, one at a time.
 
-All of them are `make planted`; `make test` plays a sample.
+`make planted` plants all of them, `make test` a sample.
 """
 
+import ast
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,16 +55,69 @@ def play(folder: Path, *tests: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def planted(bug: Bug) -> str:
-    text = (ROOT / "backupctl" / bug.module).read_text()
-    assert text.count(bug.old) == 1, f"{bug.module} has changed"
-    return text.replace(bug.old, bug.new)
+@dataclass(frozen=True)
+class Function:
+    """A function or method of the product. start, end: where it stands in the module's text."""
+
+    module: Path
+    start: int
+    end: int
+
+
+@cache
+def functions() -> dict[str, list[Function]]:
+    """Return the functions of the product by their qualified names, each with its modules."""
+    found: dict[str, list[Function]] = defaultdict(list)
+    for path in sorted((ROOT / "backupctl").rglob("*.py")):
+        text = path.read_text()
+        starts = [0, *itertools.accumulate(map(len, text.splitlines(keepends=True)))]
+        for name, node in named(ast.parse(text)):
+            module = path.relative_to(ROOT)
+            found[name].append(Function(module, starts[node.lineno - 1], starts[node.end_lineno]))
+    return found
+
+
+def named(parent: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator[tuple[str, ast.stmt]]:
+    for node in parent.body:
+        if isinstance(node, ast.ClassDef):
+            yield from named(node, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + node.name, node
+
+
+def planted(bug: Bug) -> tuple[Path, str]:
+    """Return the module that the bug goes into, relative to ROOT, and its text with the bug."""
+    found = []
+    for function in functions()[bug.function]:
+        text = (ROOT / function.module).read_text()
+        body = text[function.start : function.end]
+        found += [(function, text)] * body.count(bug.old)
+    modules = [str(function.module) for function, _ in found]
+    assert len(found) == 1, f"{bug.name}: {bug.function} holds the old text {len(found)} times: {modules}"
+    ((function, text),) = found
+    body = text[function.start : function.end].replace(bug.old, bug.new)
+    return function.module, text[: function.start] + body + text[function.end :]
 
 
 def test_each_bug_can_be_planted_and_has_a_name_of_its_own():
     for bug in BUGS:
-        compile(planted(bug), bug.module, "exec")
+        module, text = planted(bug)
+        compile(text, str(module), "exec")
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 25
+
+
+@pytest.mark.parametrize(
+    ("function", "old"),
+    [
+        pytest.param("PendingPoint.commit", "no such text", id="text that is not there"),
+        pytest.param("PendingPoint.comit", "manifest", id="function that is not there"),
+        pytest.param("PendingPoint.commit", "durable", id="text that is there twice"),
+        pytest.param("_run", "def _run(", id="text in several functions of that name"),
+    ],
+)
+def test_a_bug_without_just_one_place_is_refused(function, old):
+    with pytest.raises(AssertionError, match="holds the old text"):
+        planted(Bug("", function, old, "", ""))
 
 
 @pytest.mark.slow
@@ -75,7 +133,8 @@ def test_without_a_bug_those_tests_pass_on_the_copy(copy):
     [pytest.param(bug, id=bug.name, marks=() if bug.name in SAMPLE else pytest.mark.slow) for bug in BUGS],
 )
 def test_a_planted_bug_is_caught(bug, copy, record_property):
-    (copy / "backupctl" / bug.module).write_text(planted(bug))
+    module, text = planted(bug)
+    (copy / module).write_text(text)
     done = play(copy, bug.test)
     assert done.returncode == FAILED, done.stdout[-3000:] + done.stderr
     record_property("cases", ("planted bugs, each caught", 1))

@@ -213,10 +213,10 @@ def _points(folder: VmFolder, before: Points, after: Points, due: str | None) ->
 
 def _next_run(repository: Repository, folder: VmFolder) -> str:
     """Do what the next run does first, and begin a point."""
-    vm = VmConfig(VM, "unix:/nowhere", None)
+    vm, facts = VmConfig(VM, "unix:/nowhere", None), recover.FolderFacts(folder, repository.owner)
     with folder.lock():
-        recover.actives(folder)
-        recover.drop_leftover_files(vm, folder, repository.owner, repository.path)
+        facts.unfinished()
+        recover.drop_leftover_files(vm, facts, repository.path)
         audit.reconcile(folder)
         if folder.pending_points():
             return "something unfinished is left"

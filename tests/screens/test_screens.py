@@ -160,8 +160,9 @@ def report(kind: str) -> RunReport:
     )
 
 
-def fake_run(vm, repository, options, reporter, stop):
+def fake_run(ctx):
     """Tell what a run tells."""
+    reporter, options = ctx.reporter, ctx.options
     for step in ("prepare", "attach", "freeze", "transaction", "export", "copy"):
         reporter.event(StepStarted(step))
     reporter.event(

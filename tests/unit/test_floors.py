@@ -11,9 +11,9 @@ from tests.conftest import ROOT
 
 FLOORS = (
     {"errors"},
-    {"names", "cancel"},
+    {"names", "cancel", "sizes"},
     {"system", "events"},
-    {"progress", "options", "digests", "images"},
+    {"finding", "progress", "options", "digests", "images"},
     {"targets", "transfer"},
     {"vm", "repository"},
     {"operations"},
@@ -25,6 +25,10 @@ FLOORS = (
 NAMED_BY_ANYBODY = {"", "errors"}
 STRANGERS = {"vm", "transfer", "repository", "targets"}
 """What operations bring together, and nobody else."""
+DRIVERS = ("backupctl.vm.qmp", "backupctl.vm.guest")
+"""What only vm knows: the others speak to a driver (vm/driver.py)."""
+JUDGE = "drills"
+"""Asks QEMU itself whether the rest did what it says."""
 ALONE = "simulator"
 """Imports nothing of the rest; only the command that starts it imports it."""
 
@@ -85,6 +89,11 @@ def test_an_import_leads_down(module):
 def test_strangers_do_not_know_each_other(module):
     for other in imports(module):
         assert room(other) == room(module) or room(other) not in STRANGERS, f"{module} imports {other}"
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if room(module) not in ("vm", JUDGE)))
+def test_only_vm_knows_how_a_vm_is_spoken_to(module):
+    assert [other for other in imports(module) if other.startswith(DRIVERS)] == []
 
 
 @pytest.mark.parametrize("module", sorted(module for module in MODULES if room(module) == ALONE))

@@ -140,7 +140,7 @@ def test_a_fault_that_is_taken_can_be_put_into_force(text):
     made.capacity("tmp")
     made.command("qmp", "transaction")
     assert fault.text == text
-    if fault.deed == "late":
+    if fault.action == "late":
         assert 0 <= fault.seconds < 1e9
     if fault.where == "nbd" and fault.what in ("read", "status"):
         with pytest.raises(OSError):

@@ -33,7 +33,7 @@ from backupctl.transfer.source import Source
 
 @dataclass(frozen=True)
 class LayerCopier:
-    """Takes the disks of one point, one after the other.
+    """Copies the disks of one point, one after the other.
 
     check: called at least every 100 ms while bytes move; what it raises ends the copy.
     """
@@ -45,8 +45,8 @@ class LayerCopier:
     check: Callable[[], None]
     stall_seconds: float
 
-    def take(self, one: DiskPlan, source: Source) -> DiskEntry:
-        """Copy what a disk's layer must hold, and bring image and digest map to the disk.
+    def copy_disk(self, one: DiskPlan, source: Source) -> DiskEntry:
+        """Copy what a disk's layer must hold, and flush image and digest map to stable storage.
 
         Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, and what `check` raises.
         """

@@ -20,8 +20,21 @@ from backupctl.repository.point import Point
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 
-Flaw = Callable[[PointId, DiskName], str]
-"""Says what is wrong with a disk's chain at a point; "" if nothing can be seen."""
+Objection = Callable[[PointId, DiskName], str]
+"""Says what is wrong with a disk's chain at a point; "" for nothing."""
+
+
+@dataclass(frozen=True)
+class ChainFacts:
+    """What the repository knows of the chains that a run could go on with.
+
+    error: what is damaged. too_long: why a chain is to get no more layers; the disk is then taken full.
+    gone: points that were committed and do not exist any more.
+    """
+
+    error: Objection = lambda _point, _disk: ""
+    too_long: Objection = lambda _point, _disk: ""
+    gone: tuple[PointId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,17 +81,12 @@ def plan(
     disks: Sequence[Disk],
     inventory: Inventory,
     points: Sequence[Point],
-    owner: Namespace,
+    namespace: Namespace,
     on_broken_chain: OnBrokenChain = "scan",
+    chains: ChainFacts = ChainFacts(),
     since: Point | None = None,
-    flaw: Flaw = lambda _point, _disk: "",
-    long: Flaw = lambda _point, _disk: "",
-    gone: Sequence[PointId] = (),
 ) -> Plan:
     """Decide for each disk. points: the committed ones, oldest first. since: of a differential.
-
-    long: says why a disk's chain at a point is to get no more layers; then the disk is taken full.
-    gone: points that were committed and are not there any more.
 
     An incremental with no point to build on is a full. Raises Refused if a chain is broken and the
     user asked to fail then.
@@ -87,7 +95,7 @@ def plan(
     if kind == "full" or not points:
         return Plan("full", None, tuple(DiskPlan(disk, "full", None, "") for disk in disks), absent)
     parent = since or points[-1]
-    plans = tuple(_incremental(disk, inventory, points, owner, since, flaw, gone) for disk in disks)
+    plans = tuple(_incremental(disk, inventory, points, namespace, since, chains) for disk in disks)
     broken = [one for one in plans if one.reason]
     if broken and on_broken_chain == "fail":
         raise Refused(
@@ -99,13 +107,13 @@ def plan(
             DiskPlan(one.disk, "full", None, one.reason, damaged=one.damaged) if one.reason else one
             for one in plans
         )
-    plans = tuple(_begun_anew(one, long) for one in plans)
+    plans = tuple(_begun_anew(one, chains) for one in plans)
     return Plan("incremental", parent.id, plans, absent)
 
 
-def _begun_anew(one: DiskPlan, long: Flaw) -> DiskPlan:
+def _begun_anew(one: DiskPlan, chains: ChainFacts) -> DiskPlan:
     """Take a disk full whose chain is long enough."""
-    reason = long(one.base, one.disk.name) if one.base else ""
+    reason = chains.too_long(one.base, one.disk.name) if one.base else ""
     return DiskPlan(one.disk, "full", None, reason) if reason else one
 
 
@@ -113,30 +121,29 @@ def _incremental(
     disk: Disk,
     inventory: Inventory,
     points: Sequence[Point],
-    owner: Namespace,
+    namespace: Namespace,
     since: Point | None,
-    flaw: Flaw,
-    gone: Sequence[PointId],
+    chains: ChainFacts,
 ) -> DiskPlan:
     base = newest_with(disk.name, [since] if since else points)
     if base is None:
         which = f"the point {since.id} does not hold it" if since else "no earlier point holds it"
         return DiskPlan(disk, "full", None, f"new disk: {which}")
-    if damage := flaw(base.id, disk.name):
+    if damage := chains.error(base.id, disk.name):
         return DiskPlan(disk, "full", None, f"the chain of {base.id} is damaged: {damage}", damaged=True)
     # Each bitmap records from its point up to the next: a missing one is a gap.
     ids = [point.id for point in points if point.id >= base.id and point.manifest.disk(disk.name)]
     for point in ids:
         newest_one = point == ids[-1]
         if reason := why_unusable(
-            owner, point, disk, inventory.foreign_node_bitmaps, newest=newest_one, gone=gone
+            namespace, point, disk, inventory.foreign_node_bitmaps, newest=newest_one, gone=chains.gone
         ):
             return DiskPlan(disk, "incremental", base.id, reason)
-    names = tuple(owner.bitmap(point, disk.name) for point in ids)
+    names = tuple(namespace.bitmap(point, disk.name) for point in ids)
     newest = ids[-1]
     if newest == base.id:
         return DiskPlan(disk, "incremental", base.id, "", names)
-    if damage := flaw(newest, disk.name):
+    if damage := chains.error(newest, disk.name):
         reason = f"the chain of {newest} is damaged: {damage}"
         return DiskPlan(disk, "incremental", base.id, reason, damaged=True)
     return DiskPlan(disk, "incremental", base.id, "", names, newest)
@@ -178,7 +185,7 @@ def newest_with(disk: DiskName, points: Sequence[Point]) -> Point | None:
 
 
 def why_unusable(
-    owner: Namespace,
+    namespace: Namespace,
     base: PointId,
     disk: Disk,
     elsewhere: Sequence[Bitmap],
@@ -190,7 +197,7 @@ def why_unusable(
 
     newest: whether it must record up to now; an older one recorded up to the next. gone: as for `plan`.
     """
-    name = owner.bitmap(base, disk.name)
+    name = namespace.bitmap(base, disk.name)
     # Also if the active node has one: libvirt gives the overlay of a snapshot an empty bitmap of each name,
     # and what was recorded before stays with the layer below.
     if any(bitmap.name == name for bitmap in elsewhere):

@@ -4,10 +4,9 @@
 Which disks there are, from which base each is taken, what would stop the run later, how much room there is.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
@@ -29,95 +28,127 @@ from backupctl.events.backup import (
     DiskSkipped,
     DiskTakenFull,
     NoPointToBuildOn,
+    RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
 )
-from backupctl.events.repository import DamageUnknown, PointDamaged
+from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
 from backupctl.names import DiskName, PointId, VmName
+from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
+from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
 from backupctl.options import Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
-from backupctl.repository import chain
-from backupctl.repository.repository import Repository
+from backupctl.repository import audit, chain
 from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 from backupctl.system import private_dir
+from backupctl.vm import scratch_folder
 from backupctl.vm.disk import Disk, Inventory
-from backupctl.vm.qmp import inventory as disks
-from backupctl.vm.qmp import preflight, scratch, scratch_space
-from backupctl.vm.qmp.filling import Filling
-from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.scratch_space import ScratchBudget
+from backupctl.vm.driver import Driver, ScratchBudget
+from backupctl.vm.filling import Filling
+from backupctl.vm.open_driver import open_driver
 
 _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 """What the same command, run again, may not meet any more."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What step 1 found out.
+
+    budgets: the scratch space of each disk of the plan. filling: the file systems that the run writes to.
+    recorded: the newest point from which a bitmap in the VM records, of whatever copy of the repository.
+    version: of what runs the VM.
+    """
+
+    plan: Plan
+    budgets: tuple[ScratchBudget, ...]
+    filling: tuple[Filling, ...]
+    recorded: PointId | None
+    version: str
+
+
 @contextmanager
-def telling(vm: VmConfig, options: RunOptions) -> Iterator[None]:
-    """Tell of a failure in step 1 what is the case; those after it have told more."""
+def explained(vm: VmConfig, options: RunOptions) -> Iterator[None]:
+    """Add to an error of step 1 what is the case and what to run next; later steps have done so already."""
     try:
         yield
     except Failed as err:
         raise err.add(
             step="prepare",
-            state="nothing of this run was begun",
+            state="the backup was not started; nothing changed",
             next_command=what_next(err, options.kind, vm.name),
         ) from err
 
 
-def rehearse(vm: VmConfig, options: RunOptions, stop: Cancellation) -> None:
+def rehearse(vm: VmConfig, options: RunOptions, cancel: Cancellation) -> None:
     """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
 
     Raises MonitorError, Refused, Failed, Interrupted.
     """
-    with telling(vm, options), Monitor.connect(vm.qmp, options.command_timeout_seconds, stop) as monitor:
-        _, chosen = _chosen(vm, options, monitor)
-        scratch_space.plan_scratch(monitor, chosen, options.scratch, options.scratch_bytes)
-        stop.check()
+    with explained(vm, options), open_driver(vm, options.timeouts, cancel) as driver:
+        _, chosen = _chosen(driver, options)
+        driver.plan_scratch(chosen, options.scratch)
+        cancel.check()
 
 
-def prepare(
-    vm: VmConfig,
-    repository: Repository,
-    folder: VmFolder,
-    options: RunOptions,
-    monitor: Monitor,
-    reporter: Reporter,
-    gone: Sequence[PointId],
-) -> tuple[Plan, tuple[Filling, ...]]:
-    """Step 1, after recovery: what can be known beforehand is checked before anything is touched.
+def prepare(ctx: RunContext, driver: Driver) -> Prepared:
+    """Step 1: recover what an earlier run left; then check all that can be known, before anything is touched.
 
-    Returns, besides the plan, what the run fills: the repository, and last the scratch folder.
+    The caller holds the VM's lock. Raises Refused, Failed, NeedsRecovery, MonitorError, RepositoryError.
     """
-    refuse_folders(repository.path, options.scratch, monitor)
-    inventory, chosen = _chosen(vm, options, monitor)
+    vm, folder, options, reporter = ctx.vm, ctx.folder, ctx.options, ctx.reporter
+    facts = recover.FolderFacts(folder, ctx.repository.owner)
+    # Both before recovery, which takes a bitmap without a point for an unfinished run's, and removes it.
+    recorded = recover.newest_recorded(driver, facts.namespace)
+    gone = recover.gone(driver, facts)
+    for done in recover.recover_vm(vm, facts, driver, options.scratch.folder, options.timeouts):
+        reporter.event(RecoveredFromEarlierRun(done))
+    audit.reconcile(folder)
+    for problem in audit.problems(folder):
+        reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
+    refuse_folders(ctx.repository.path, options.scratch.folder, driver)
+    inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:
         reporter.event(DiskSkipped(name, why))
-    survey = folder.survey()
-    for path, err in survey.damaged:
-        reporter.event(PointDamaged(path.name, None, err.message))
+    plan = _plan(ctx, inventory, chosen, gone)
+    _report(plan, options, reporter)
+    scratch_folder.check(options.scratch.folder)
+    filling = driver.filling((ctx.repository.path, options.scratch.folder), inventory.disks)
+    for one in filling:
+        one.check()
+    budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
+    ctx.cancel.check()
+    return Prepared(plan, budgets, filling, recorded, driver.version)
+
+
+def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
+    folder, options = ctx.folder, ctx.options
+    scanned = folder.survey()
+    for path, err in scanned.damaged:
+        ctx.reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
         options.kind,
         chosen,
         inventory,
-        survey.points,
-        repository.owner,
-        options.on_broken_chain,
+        scanned.points,
+        ctx.repository.owner,
+        options.chain.on_broken,
+        chain_facts(folder, options, gone),
         since=folder.point(options.since) if options.since else None,
-        flaw=partial(chain.chain_error, folder),
-        long=partial(chain.chain_too_long, folder, options.max_chain),
+    )
+    if scanned.damaged or any(one.damaged for one in plan.disks):
+        plan = replace(plan, damaged=_damaged(folder, scanned, ctx.reporter))
+    return plan
+
+
+def chain_facts(folder: VmFolder, options: RunOptions, gone: tuple[PointId, ...]) -> planning.ChainFacts:
+    """Return what the repository knows of the chains that a run could go on with."""
+    return planning.ChainFacts(
+        error=lambda point, disk: chain.chain_error(folder, point, disk),
+        too_long=lambda point, disk: chain.chain_too_long(folder, options.chain.max_layers, point, disk),
         gone=gone,
     )
-    if survey.damaged or any(one.damaged for one in plan.disks):
-        plan = replace(plan, damaged=_damaged(folder, survey, reporter))
-    _tell(plan, options, reporter)
-    scratch.check_folder(options.scratch)
-    nodes = disks.named_nodes(monitor)
-    folders = repository.path, options.scratch
-    filling = tuple(Filling.of_run(one, monitor, inventory.disks, nodes) for one in folders)
-    for one in filling:
-        one.check()
-    return plan, filling
 
 
 def _damaged(
@@ -139,11 +170,11 @@ def _damaged(
     return tuple(sorted(found | {(one.point, one.disk) for one in broken}))
 
 
-def _chosen(vm: VmConfig, options: RunOptions, monitor: Monitor) -> tuple[Inventory, tuple[Disk, ...]]:
-    """Return the VM's disks, and those that are to be taken. Raises Refused if it can't be backed up."""
-    preflight.refuse_qemu(monitor)
-    inventory = disks.inventory(monitor, vm.disk_names)
-    preflight.refuse_busy(inventory)
+def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk, ...]]:
+    """Return the VM's disks, and those that are to be taken. Raises Refused if it cannot be backed up."""
+    driver.preflight()
+    inventory = driver.inventory()
+    inventory.refuse_busy()
     chosen = inventory.chosen(options.disks)
     if not chosen:
         why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.skipped)
@@ -151,35 +182,35 @@ def _chosen(vm: VmConfig, options: RunOptions, monitor: Monitor) -> tuple[Invent
     return inventory, chosen
 
 
-def refuse_folders(repository: Path, scratch_folder: Path, monitor: Monitor) -> None:
-    """Refuse what would fail only after the freeze: names that QEMU can't be told, no place for a socket.
+def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
+    """Refuse what would fail only after the freeze: a path that QEMU cannot be told, no place for a socket.
 
-    Raises Refused, Failed. Where QEMU gets scratch files as descriptors, their folder's name is ours alone.
+    folder: for scratch files. Raises Refused, Failed.
     """
-    for folder in (repository, *([] if monitor.passes_descriptors else [scratch_folder])):
-        try:
-            str(folder.absolute()).encode()
-        except UnicodeEncodeError as err:
-            raise Refused(
-                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
-                state="nothing was touched",
-            ) from err
+    try:
+        str(repository.absolute()).encode()
+    except UnicodeEncodeError as err:
+        raise Refused(
+            f"the path {repository} is not UTF-8, so QEMU can't be told of it; use another name",
+            state="nothing was touched",
+        ) from err
+    driver.check_scratch(folder)
     private_dir.check()
 
 
-def rooms(
-    plan: Plan, options: RunOptions, monitor: Monitor, reporter: Reporter, *, others: str
+def _budgets(
+    plan: Plan, options: RunOptions, driver: Driver, reporter: Reporter, *, guests: str
 ) -> tuple[ScratchBudget, ...]:
-    """Share out the scratch folder's room; part of step 1. others: as for `room.survey`. Raises Refused."""
+    """Share out the scratch space. guests: as for `Driver.plan_scratch`. Raises Refused."""
     chosen = [one.disk for one in plan.disks]
-    made = scratch_space.plan_scratch(monitor, chosen, options.scratch, options.scratch_bytes, others=others)
-    if short := [disk.name for disk, one in zip(chosen, made, strict=True) if one.size < one.ideal_bytes]:
-        has, wants = sum(one.size for one in made), sum(one.ideal_bytes for one in made)
-        reporter.event(ScratchMayNotSuffice(tuple(short), options.scratch, has, wants))
-    return made
+    budgets = driver.plan_scratch(chosen, options.scratch, guests)
+    if short := [disk.name for disk, one in zip(chosen, budgets, strict=True) if one.size < one.ideal_bytes]:
+        has, wants = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
+        reporter.event(ScratchMayNotSuffice(tuple(short), options.scratch.folder, has, wants))
+    return budgets
 
 
-def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
+def _report(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
     for gone in plan.missing:
         reporter.event(DiskMissing(gone.name, gone.point))
     if options.kind == "incremental" and plan.kind == "full":
@@ -190,9 +221,9 @@ def _tell(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
         elif one.reason:
             reporter.event(DiskTakenFull(one.disk.name, one.reason, one.damaged))
         if not one.disk.persistent:
-            reporter.event(BitmapNotPersistent(one.disk.name, one.disk.driver, not plan.parent))
+            reporter.event(BitmapNotPersistent(one.disk.name, one.disk.driver, full=not plan.parent))
         if one.disk.encrypted:
-            reporter.event(DiskEncrypted(one.disk.name, not plan.parent))
+            reporter.event(DiskEncrypted(one.disk.name, full=not plan.parent))
 
 
 def what_next(err: BaseException, kind: Kind, vm: VmName) -> str:

@@ -20,21 +20,20 @@ from backupctl.errors import (
     Refused,
     RepositoryError,
 )
+from backupctl.finding import Finding, Verdict
 from backupctl.names import VmName
 from backupctl.operations import recover, status
 from backupctl.operations.bitmaps import Known, nobody_else
 from backupctl.operations.doctor import trials
-from backupctl.operations.doctor.finding import Finding, Verdict
 from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import counted
 from backupctl.repository.repository import Repository
 from backupctl.system import files, qemu_tools
+from backupctl.vm import scratch_folder
 from backupctl.vm.disk import Inventory
-from backupctl.vm.guest.agent import Agent
-from backupctl.vm.qmp import inventory as disks
-from backupctl.vm.qmp import preflight, scratch, scratch_space, snapshot_access, teardown
-from backupctl.vm.qmp.filling import Filling
-from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.driver import Driver, Foreseen
+from backupctl.vm.open_driver import can_freeze, freeze_status, open_driver
+from backupctl.vm.scratch_folder import LOW_BYTES
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _trials(path: Path, options: RunOptions) -> Iterator[Finding]:
         if os.path.lexists(path):
             Repository.refuse_foreign(path)  # nothing is tried in a folder of somebody else
         yield from trials.of_repository(path)
-    yield from trials.of_scratch(options.scratch)
+    yield from trials.of_scratch(options.scratch.folder)
     yield from trials.of_temporary()
 
 
@@ -141,11 +140,9 @@ def _vm(
 ) -> Iterator[Finding]:
     """What the VM itself tells."""
     try:
-        with Monitor.connect(vm.qmp, options.agent_timeout_seconds) as monitor:
-            yield Finding("monitor", "ok", f"QEMU {monitor.version} answers at {vm.qmp}")
-            yield from _qemu(monitor, options)
-            yield from _iothreads(monitor)
-            yield from _disks(vm, monitor, repository, path, options)
+        with open_driver(vm, options.timeouts.brief()) as driver:
+            yield from driver.findings(options)
+            yield from _disks(vm, driver, repository, path, options)
     except MonitorError as err:
         yield Finding("monitor", "bad", err.message, err.hint)
         return
@@ -157,67 +154,31 @@ def _vm(
             yield Finding("chain", "bad", err.message, "mend what keeps it from being read")
 
 
-def _qemu(monitor: Monitor, options: RunOptions) -> Iterator[Finding]:
-    try:
-        preflight.refuse_qemu(monitor)
-    except Refused as err:
-        yield Finding("qemu", "bad", err.message)
-    if not monitor.passes_descriptors:
-        yield Finding(
-            "qemu",
-            "warning",
-            "no files can be handed over by this monitor, so QEMU itself must have the rights to open those "
-            f"in {options.scratch}, and to make a socket in the temporary folder",
-            "a monitor on a unix socket needs no rights",
-        )
-
-
-def _iothreads(monitor: Monitor) -> Iterator[Finding]:
-    if "query-iothreads" not in monitor.commands or not monitor.execute("query-iothreads"):
-        return
-    version = monitor.version
-    if version.at_least(7, 2) and not version.at_least(8, 0):
-        yield Finding(
-            "iothread",
-            "warning",
-            f"QEMU {version} may abort when an NBD client leaves a disk on an iothread; the guard of each "
-            "run sees to it that none does",
-            "never kill run and guard together: KillMode=process in a systemd unit",
-        )
-    if not scratch_space.limits(monitor):
-        yield Finding(
-            "iothread",
-            "warning",
-            f"QEMU {version} can't let a guest with an iothread wait when a scratch file fills up; each disk "
-            "has 512 MiB for the run to be given up in time",
-            "have much room in the scratch folder",
-        )
-
-
 def _disks(
-    vm: VmConfig, monitor: Monitor, repository: Repository | None, path: Path, options: RunOptions
+    vm: VmConfig, driver: Driver, repository: Repository | None, path: Path, options: RunOptions
 ) -> Iterator[Finding]:
     try:
-        inventory = _inventory(vm, monitor, repository)
+        foreseen = _foreseen(vm, driver, repository)
+        inventory = foreseen.inventory
         yield from _media(inventory)
-        if repository is None or not teardown.leftovers(monitor, repository.owner):
-            preflight.refuse_busy(inventory)  # else the job may be a dead run's
-        if options.view == "snapshot-access" and (why := snapshot_access.why_not(monitor, inventory.disks)):
-            yield Finding("view", "bad", f"snapshot-access can't be had: {why}", 'view = "fleecing"')
+        if not foreseen.leftovers:
+            inventory.refuse_busy()  # else the job may be a dead run's
+        if why := driver.view_error(options.view, inventory.disks):
+            yield Finding("view", "bad", f"{options.view} is not available: {why}", 'view = "fleecing"')
     except Refused as err:
         yield Finding("disks", "bad", err.message)
         return
     if inventory.disks:
-        yield from _filling(monitor, inventory, path, options)
-        yield from _scratch(monitor, inventory, options)
-        yield from _room(monitor, inventory, repository, path)
+        yield from _filling(driver, inventory, path, options)
+        yield from _scratch(driver, inventory, options)
+        yield from _room(inventory, repository, path)
 
 
-def _inventory(vm: VmConfig, monitor: Monitor, repository: Repository | None) -> Inventory:
-    """Return the disks as a run will see them, which clears up first what a dead one left."""
+def _foreseen(vm: VmConfig, driver: Driver, repository: Repository | None) -> Foreseen:
+    """Return the disks as a run will see them, which cleans up first what a dead one left."""
     if repository is None:
-        return disks.inventory(monitor, vm.disk_names)
-    return recover.foresee(monitor, repository.owner, repository.vm(vm.name), vm.disk_names).inventory
+        return Foreseen(driver.inventory(), ())
+    return driver.foresee(recover.FolderFacts(repository.vm(vm.name), repository.owner))
 
 
 def _media(inventory: Inventory) -> Iterator[Finding]:
@@ -242,30 +203,30 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
         )
 
 
-def _filling(monitor: Monitor, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
+def _filling(driver: Driver, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
     """Whether what a run fills is what a guest may need."""
-    nodes, low = disks.named_nodes(monitor), scratch.LOW_BYTES
-    for folder in dict.fromkeys((_existing(path), _existing(options.scratch))):
-        if who := Filling.of_run(folder, monitor, inventory.disks, nodes).who():
-            verdict: Verdict = "bad" if files.free_bytes(folder) < low else "ok"
-            said = f"on the file system of {folder}, {who}: a run is given up when {_mib(low)} are left"
+    folders = tuple(dict.fromkeys((_existing(path), _existing(options.scratch.folder))))
+    for one in driver.filling(folders, inventory.disks):
+        if who := one.who():
+            verdict: Verdict = "bad" if files.free_bytes(one.folder) < LOW_BYTES else "ok"
+            limit = _mib(LOW_BYTES)
+            said = f"on the file system of {one.folder}, {who}: a run is given up when {limit} are left"
             yield Finding(
                 "file system", verdict, said, "" if verdict == "ok" else "more room, or another disk"
             )
 
 
-def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
+def _scratch(driver: Driver, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
+    folder = options.scratch.folder
     try:
-        scratch.check_folder(options.scratch)
-        filling = Filling.of_run(options.scratch, monitor, inventory.disks, disks.named_nodes(monitor))
-        rooms = scratch_space.plan_scratch(
-            monitor, inventory.disks, options.scratch, options.scratch_bytes, others=filling.who()
-        )
+        scratch_folder.check(folder)
+        (filling,) = driver.filling((folder,), inventory.disks)
+        budgets = driver.plan_scratch(inventory.disks, options.scratch, filling.who())
     except Refused as err:
         yield Finding("scratch", "bad", err.message)
         return
-    size, wanted = sum(one.size for one in rooms), sum(one.ideal_bytes for one in rooms)
-    said = f"{options.scratch}: {_mib(size)} would be set aside for a run"
+    size, wanted = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
+    said = f"{folder}: {_mib(size)} would be set aside for a run"
     if size < wanted:
         said += f"; {_mib(wanted)} would do for a guest that overwrites all it has meanwhile"
         yield Finding("scratch", "warning", said, "more room, or another folder: scratch, --scratch")
@@ -273,33 +234,30 @@ def _scratch(monitor: Monitor, inventory: Inventory, options: RunOptions) -> Ite
         yield Finding("scratch", "ok", said)
 
 
-def _room(
-    monitor: Monitor, inventory: Inventory, repository: Repository | None, path: Path
-) -> Iterator[Finding]:
+def _room(inventory: Inventory, repository: Repository | None, path: Path) -> Iterator[Finding]:
     """Whether what the next run may store has room in the repository."""
-    nodes, free, most = disks.named_nodes(monitor), files.free_bytes(_existing(path)), 0
+    free, most = files.free_bytes(_existing(path)), 0
     for disk in inventory.disks:
         ours = [one for one in disk.bitmaps if repository and repository.owner.point_of(one.name)]
         marked = [one.dirty_bytes for one in ours if one.recording and not one.inconsistent]
-        most += min(marked, default=scratch_space.held_bytes(disk.size, nodes[disk.node]))
+        most += min(marked, default=disk.held_bytes)
     if most > free:
         said = f"the next run may store {_mib(most)}; {_mib(free)} are free"
         yield Finding("repository", "warning", said, "backupctl prune, or more room")
 
 
 def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
-    if options.freeze == "never":
+    if options.freeze.mode == "never":
         return
-    without: Verdict = "bad" if options.freeze == "require" else "warning"
-    costs = "the run is refused" if options.freeze == "require" else "points are crash-consistent"
-    if vm.agent is None:
+    without: Verdict = "bad" if options.freeze.mode == "require" else "warning"
+    costs = "the run is refused" if options.freeze.mode == "require" else "points are crash-consistent"
+    if not can_freeze(vm):
         yield Finding(
             "agent", without, f"none is named, so {costs}", "agent = in the configuration, or --agent"
         )
         return
     try:
-        with Agent.connect(vm.agent, options.agent_timeout_seconds) as agent:
-            frozen = agent.freeze_status()
+        frozen = freeze_status(vm, options.timeouts)
     except AgentError as err:
         yield Finding(
             "agent", without, f"{err.message}: so {costs}", "is qemu-guest-agent at work in the guest?"
@@ -325,7 +283,7 @@ def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: K
             "attach it again or correct its name in the configuration; one run without it ends this warning"
         )
         yield Finding("missing", "warning", str(gone), advice)
-    broken: Verdict = "bad" if options.on_broken_chain == "fail" else "warning"
+    broken: Verdict = "bad" if options.chain.on_broken == "fail" else "warning"
     for disk in found.disks:
         if disk.reason:
             yield Finding("chain", broken, f"{disk.name}: {disk.reason}")

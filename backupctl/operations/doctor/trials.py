@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import BackupctlError, Failed
-from backupctl.operations.doctor.finding import Finding, Verdict
+from backupctl.finding import Finding, Verdict
 from backupctl.repository import repository
 from backupctl.system import durable, locks, private_dir
 

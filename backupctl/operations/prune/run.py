@@ -39,14 +39,15 @@ from backupctl.repository.merge import Merge
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import Range
 from backupctl.system import locks, safe_open
 from backupctl.transfer import copy
 from backupctl.transfer.copy import Copy, open_target
 from backupctl.transfer.extents import Extent
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.transfer.verify_filter import Range, VerifyFilter
-from backupctl.vm.qmp.filling import Filling
+from backupctl.transfer.verify_filter import VerifyFilter
+from backupctl.vm.filling import Filling
 
 _PATIENCE_SECONDS = 1.0
 _CONNECTIONS = 2

@@ -22,6 +22,7 @@ from backupctl.images.open_image import OpenImage
 from backupctl.names import PointId, VmName
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
+from backupctl.sizes import Range
 from backupctl.system import safe_open
 from backupctl.transfer import cluster_map, extents
 from backupctl.transfer.copy import Copy, open_target
@@ -30,7 +31,7 @@ from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
-from backupctl.transfer.verify_filter import Range, VerifyFilter
+from backupctl.transfer.verify_filter import VerifyFilter
 
 _CONNECTIONS = 2
 _HEAD_BYTES = 1 << 20

@@ -35,6 +35,7 @@ from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import WINDOW_CLUSTERS, Range
 from backupctl.system import safe_open
 from backupctl.targets import in_place, output
 from backupctl.targets.in_place import Target
@@ -44,11 +45,10 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.transfer.verify_filter import Range, VerifyFilter
-from backupctl.vm.qmp import filling
+from backupctl.transfer.verify_filter import VerifyFilter
+from backupctl.vm import filling
 
 _CONNECTIONS = 2
-_WINDOW_CLUSTERS = 1 << 16
 _MOST_BYTES = 8 << 20  # at a time: a device that can't make zeroes by itself has them written
 _HALF_DONE = "the target is partly changed; the same command again finishes it"
 
@@ -289,8 +289,8 @@ def _until(found: Iterator[Extent], size: int) -> Iterator[Extent]:
 
 def _wanted(differing: NDArray[np.bool_], expected: EffectiveContent) -> Iterator[Extent]:
     """Yield what is to be written: data to be read from the point, and zeroes."""
-    for first in range(0, len(differing), _WINDOW_CLUSTERS):
-        flags = differing[first : first + _WINDOW_CLUSTERS]
+    for first in range(0, len(differing), WINDOW_CLUSTERS):
+        flags = differing[first : first + WINDOW_CLUSTERS]
         records = expected.window(first, len(flags))[flags]
         zero = clusters.is_zero(records)
         for kind in (False, True):

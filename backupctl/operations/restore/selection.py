@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from backupctl.errors import NoSuchPoint, UsageError
+from backupctl.errors import UsageError
 from backupctl.events.restore import DiskFromEarlierPoint, DisksNotRestored
 from backupctl.names import DiskName, PointId
 from backupctl.progress import Reporter
@@ -92,12 +92,9 @@ def _one(folder: VmFolder, point: Point, disk: str, absent: tuple[MissingDisk, .
     entry = point.manifest.disk(disk)
     if entry is not None:
         return Part(point, entry)
-    err: NoSuchPoint = chain.no_such_disk(point, disk)
-    for one in absent:
-        if one.name == disk:
-            err.message += f". The newest point with {disk} is {one.point}"
-            err.add(next_command=f"backupctl restore {folder.name} {one.point} --disk {disk}")
-    raise err
+    newest = next((one.point for one in absent if one.name == disk), None)
+    err = chain.no_such_disk(point, disk, newest)
+    raise err.add(next_command=f"backupctl restore {folder.name} {newest} --disk {disk}" if newest else "")
 
 
 def _warn(point: Point, absent: tuple[MissingDisk, ...], reporter: Reporter) -> None:

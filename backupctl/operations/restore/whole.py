@@ -29,9 +29,9 @@ from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.sizes import Range
 from backupctl.targets import output
-from backupctl.transfer.verify_filter import Range
-from backupctl.vm.qmp import filling
+from backupctl.vm import filling
 
 _STDOUT_DESCRIPTOR = 1
 _UNTOUCHED = "nothing was touched"

@@ -21,9 +21,7 @@ from backupctl.digests.clusters import Records
 from backupctl.names import DiskName, PointId
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
-
-Range = tuple[int, int]
-"""Offset and length in bytes."""
+from backupctl.sizes import Range
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from backupctl.errors import DamageFound, Locked, NoSuchPoint, RepositoryUnreada
 from backupctl.events import StepStarted
 from backupctl.events.repository import DamageDetected, NotChecked, NothingToVerify
 from backupctl.names import DiskName, PointId, VmName
-from backupctl.operations.verify.impact import Affected, Impact, Range
+from backupctl.operations.verify.impact import Affected, Impact
 from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope
 from backupctl.progress import Reporter
 from backupctl.repository import audit, history, markers
@@ -40,6 +40,7 @@ from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import ScannedPoints, VmFolder
+from backupctl.sizes import Range
 from backupctl.system import locks, qemu_tools, safe_open
 
 _PATIENCE_SECONDS = 30.0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What each monitor command does. A command is a function of the machine and its checked arguments."""
+"""The monitor commands: each is a function of the machine and its checked arguments."""
 
 from backupctl.simulator.commands import (
     bitmaps,

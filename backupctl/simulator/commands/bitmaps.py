@@ -70,7 +70,7 @@ def _single(kind: str) -> None:
 
 
 def check_sources(given: Arguments) -> None:
-    """Check the members of `bitmaps`, where there are any: each a name, or {node, name}."""
+    """Check the members of `bitmaps`, if given: each is a name, or {node, name}."""
     for number, each in enumerate(given.get("bitmaps", [])):
         arguments.check_choice(f"bitmaps[{number}]", _EXTERNAL, each)
 

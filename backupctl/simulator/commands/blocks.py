@@ -24,14 +24,14 @@ def blockdev_add(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("blockdev-del", {"node-name": "str"})
 def blockdev_del(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Delete a node that nobody uses."""
+    """Delete an unused node."""
     vm.graph.delete(given["node-name"])
     return {}
 
 
 @command("query-named-block-nodes", {"flat?": "bool"})
 def query_named_block_nodes(vm: Machine, given: Arguments) -> list[dict[str, Any]]:
-    """Tell of all nodes, newest first."""
+    """Return all nodes, newest first."""
     nodes = reversed(vm.graph.nodes.values())
     return [describe.node(node, vm.settings.version, with_backing=not given.get("flat")) for node in nodes]
 
@@ -41,7 +41,7 @@ RESIZE: Form = {"device?": "str", "node-name?": "str", "size": "int"}
 
 @command("block_resize", RESIZE)
 def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Make a disk larger or smaller."""
+    """Resize a disk."""
     device, name = given.get("device", ""), given.get("node-name", "")
     node = vm.graph.find(name, device)
     if given["size"] < 0:
@@ -69,7 +69,7 @@ def block_resize(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("blockdev-snapshot", {"node": "str", "overlay": "str"})
 def blockdev_snapshot(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Put an empty overlay over a disk: from now on the guest writes there."""
+    """Take an external snapshot: from now on the guest writes to the overlay."""
     node = vm.graph.find(given["node"])
     if node.blockers:
         raise CommandError(f"Node '{node.name}' is busy: {node.blockers[-1]}")
@@ -90,7 +90,7 @@ def blockdev_snapshot(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("block-set-write-threshold", {"node-name": "str", "write-threshold": "int"})
 def block_set_write_threshold(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Have an event when a write ends behind an offset; 0 for none."""
+    """Emit an event when a write ends behind an offset; 0 for none."""
     if given["node-name"] not in vm.graph.nodes:
         raise CommandError(f"Device '{given['node-name']}' not found")
     vm.graph.nodes[given["node-name"]].write_threshold = given["write-threshold"]

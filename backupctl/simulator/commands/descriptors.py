@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Descriptors that came over the monitor's socket."""
+"""Descriptors passed over the monitor's socket."""
 
 from typing import Any
 
@@ -17,20 +17,20 @@ def _received(vm: Machine) -> int:
 
 @command("add-fd", {"fdset-id?": "int", "opaque?": "str"})
 def add_fd(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Put the descriptor into a set."""
+    """Add the descriptor to a set."""
     return {**vm.descriptors.add(_received(vm), given.get("fdset-id"), given.get("opaque"))}
 
 
 @command("remove-fd", {"fdset-id": "int", "fd?": "int"})
 def remove_fd(vm: Machine, given: Arguments) -> dict[str, Any]:
     """Remove a set, or one descriptor of it."""
-    vm.descriptors.remove(given["fdset-id"], given.get("fd"), at_once=vm.lets_go)
+    vm.descriptors.remove(given["fdset-id"], given.get("fd"), at_once=vm.closes_fds_at_once)
     return {}
 
 
 @command("query-fdsets")
 def query_fdsets(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell of all sets."""
+    """Return all sets."""
     return vm.descriptors.describe()
 
 

@@ -21,23 +21,23 @@ PROPERTY: Form = {"path": "str", "property": "str"}
 
 @command("query-block")
 def query_block(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell of all devices with what is in them."""
+    """Return all devices with their nodes."""
     return [_device(vm, each) for each in vm.devices.values()]
 
 
 def _device(vm: Machine, device: Device) -> dict[str, Any]:
-    told: dict[str, Any] = {"device": "", "qdev": device.qdev, "type": "unknown", "locked": False}
-    told |= {"removable": device.removable, "io-status": "ok"}
+    described: dict[str, Any] = {"device": "", "qdev": device.qdev, "type": "unknown", "locked": False}
+    described |= {"removable": device.removable, "io-status": "ok"}
     if device.removable:
-        told["tray_open"] = False
+        described["tray_open"] = False
     if device.link is not None:
-        told["inserted"] = describe.node(device.link.node, vm.settings.version, with_backing=True)
-    return told
+        described["inserted"] = describe.node(device.link.node, vm.settings.version, with_backing=True)
+    return described
 
 
 @command("qom-list", {"path": "str"})
 def qom_list(vm: Machine, given: Arguments) -> list[dict[str, Any]]:
-    """Tell the properties of an object."""
+    """Return the properties of an object."""
     if given["path"].rstrip("/") == PERIPHERAL:
         found = [{"name": name, "type": f"child<{each.driver}>"} for name, each in vm.devices.items()]
         return [{"name": "type", "type": "string"}, *found]
@@ -68,7 +68,7 @@ def qom_get(vm: Machine, given: Arguments) -> Any:
 
 @command("qom-set", {**PROPERTY, "value": "any"})
 def qom_set(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Hang a device on another node, or change a throttle group."""
+    """Attach a device to another node, or change a throttle group."""
     if given["path"].startswith(objects.OBJECTS + "/"):
         name = given["path"].removeprefix(objects.OBJECTS + "/")
         objects.set_property(vm, name, given["property"], given["value"])
@@ -120,7 +120,7 @@ def device_del(vm: Machine, given: Arguments) -> dict[str, Any]:
     if device.link is not None:
         vm.graph.unlink(device.link)
     del vm.devices[name]
-    vm.tell("DEVICE_DELETED", {"device": name, "path": f"{PERIPHERAL}/{name}"})
+    vm.emit_event("DEVICE_DELETED", {"device": name, "path": f"{PERIPHERAL}/{name}"})
     return {}
 
 

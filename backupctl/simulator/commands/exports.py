@@ -51,7 +51,7 @@ _PATH_BYTES = 107  # of a socket's address
     {"addr": "dict", "tls-creds?": "str", "tls-authz?": "str", "max-connections?": "uint32"},
 )
 def nbd_server_start(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Listen on a unix socket, named or handed over."""
+    """Listen on a unix socket, by name or as a descriptor."""
     arguments.check({"type": ("unix", "fd"), "data": "dict"}, given["addr"], "addr.")
     if vm.nbd.running:
         raise CommandError("NBD server already running")
@@ -70,7 +70,7 @@ def nbd_server_start(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("nbd-server-stop")
 def nbd_server_stop(vm: Machine, _given: Arguments) -> dict[str, Any]:
-    """Stop serving."""
+    """Stop the server."""
     vm.stop_nbd()
     return {}
 
@@ -113,7 +113,7 @@ def block_export_add(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("block-export-del", {"id": "str", "mode?": ("safe", "hard")})
 def block_export_del(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Take an export away; by force if it has clients."""
+    """Remove an export; one with clients only with mode=hard."""
     export = vm.exports.get(given["id"])
     if export is None:
         raise CommandError(f"Export '{given['id']}' is not found")
@@ -125,7 +125,7 @@ def block_export_del(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("query-block-exports")
 def query_block_exports(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell of all exports."""
+    """Return all exports."""
     return [
         {"id": each.id, "type": "nbd", "node-name": each.node.name, "shutting-down": each.shutting_down}
         for each in vm.exports.values()

@@ -11,13 +11,13 @@ from backupctl.simulator.machine import Machine
 
 @command("query-jobs")
 def query_jobs(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell of all jobs."""
+    """Return all jobs."""
     return [job.describe() for job in vm.jobs.jobs.values()]
 
 
 @command("query-block-jobs")
 def query_block_jobs(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell of all jobs, the older way."""
+    """Return all block jobs, in the older form."""
     return [job.describe_block() for job in vm.jobs.jobs.values()]
 
 
@@ -40,7 +40,7 @@ def job_cancel(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("job-dismiss", {"id": "str"})
 def job_dismiss(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Forget a job that has ended."""
+    """Delete a job that has ended."""
     vm.jobs.dismiss(_job(vm, given))
     return {}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The machine itself, and what the monitor tells of itself."""
+"""The machine's state, and introspection of the monitor."""
 
 from typing import Any
 
@@ -16,31 +16,34 @@ def version(vm: Machine) -> dict[str, Any]:
 
 @command("query-version")
 def query_version(vm: Machine, _given: Arguments) -> dict[str, Any]:
-    """Tell the version."""
+    """Return the version."""
     return version(vm)
 
 
 @command("query-status")
 def query_status(vm: Machine, _given: Arguments) -> dict[str, Any]:
-    """Tell whether the guest runs."""
-    told: dict[str, Any] = {"status": vm.status, "running": vm.running}
-    return told | ({"singlestep": False} if vm.settings.version < (9, 0, 0) else {})
+    """Return whether the guest runs."""
+    described: dict[str, Any] = {"status": vm.status, "running": vm.running}
+    return described | ({"singlestep": False} if vm.settings.version < (9, 0, 0) else {})
 
 
 @command("query-commands")
 def query_commands(_vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell all commands."""
+    """Return all commands."""
     return [{"name": name} for name in ("qmp_capabilities", *TABLE)]
 
 
 @command("query-qmp-schema")
 def query_qmp_schema(_vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell the arguments of all commands that the simulator knows."""
-    told: list[dict[str, Any]] = [{"name": "any", "meta-type": "any"}]
-    told += [{"name": n, "meta-type": "builtin", "json-type": j} for n, j in _JSON_TYPES.items()]
+    """Return the arguments of all commands."""
+    schema: list[dict[str, Any]] = [{"name": "any", "meta-type": "any"}]
+    schema += [{"name": n, "meta-type": "builtin", "json-type": j} for n, j in _JSON_TYPES.items()]
     for each in TABLE.values():
-        told += _schema(each)
-    return [*told, {"name": "qmp_capabilities", "meta-type": "command", "arg-type": "any", "ret-type": "any"}]
+        schema += _schema(each)
+    return [
+        *schema,
+        {"name": "qmp_capabilities", "meta-type": "command", "arg-type": "any", "ret-type": "any"},
+    ]
 
 
 _JSON_TYPES = {
@@ -79,28 +82,28 @@ def stop(vm: Machine, _given: Arguments) -> dict[str, Any]:
     """Stop the guest's processors."""
     if vm.running:
         vm.set_status("paused")
-        vm.tell("STOP")
+        vm.emit_event("STOP")
     return {}
 
 
 @command("cont")
 def cont(vm: Machine, _given: Arguments) -> dict[str, Any]:
-    """Let the guest's processors run."""
+    """Start the guest's processors."""
     if not vm.running:
         vm.set_status("running")
-        vm.tell("RESUME")
+        vm.emit_event("RESUME")
     return {}
 
 
 @command("system_powerdown")
 def system_powerdown(vm: Machine, _given: Arguments) -> dict[str, Any]:
-    """Ask the guest to shut down; this guest does not."""
-    vm.tell("POWERDOWN")
+    """Ask the guest to shut down, which it ignores."""
+    vm.emit_event("POWERDOWN")
     return {}
 
 
 @command("quit")
 def quit_qemu(vm: Machine, _given: Arguments) -> dict[str, Any]:
-    """End cleanly, after the reply."""
+    """Exit cleanly, after the reply."""
     vm.power.end("quit")
     return {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Objects that users make: throttle groups. And the iothreads there are."""
+"""Objects: throttle groups and iothreads."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ _GROUP: Form = {"qom-type": "str", "id": "str", "limits?": "dict"}
 
 @open_command("object-add")
 def object_add(vm: Machine, given: Arguments) -> dict[str, Any]:
-    """Make a throttle group."""
+    """Create a throttle group."""
     for name in ("qom-type", "id"):
         if name not in given:
             raise CommandError(f"Parameter '{name}' is missing")
@@ -55,7 +55,7 @@ def object_del(vm: Machine, given: Arguments) -> dict[str, Any]:
 
 @command("query-iothreads")
 def query_iothreads(vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
-    """Tell of the threads that serve disks."""
+    """Return the iothreads."""
     return [{"id": name} for name in _iothreads(vm)]
 
 
@@ -88,7 +88,7 @@ def get_property(vm: Machine, name: str, wanted: str) -> Any:
 
 
 def _limits(before: dict[str, int], given: dict[str, Any], where: str = "") -> dict[str, int]:
-    """Return limits changed as asked. Raises CommandError for what a group can't have."""
+    """Return the changed limits. Raises CommandError for invalid ones."""
     arguments.check(_LIMITS, given, where)
     found = before | given
     for what in ("bps", "iops"):

@@ -14,7 +14,7 @@ Action = Callable[[Machine, Arguments], Any]
 
 @dataclass(frozen=True)
 class Command:
-    """A command. form: of its arguments, None where the command looks at them itself."""
+    """A command. form: of its arguments, None for a command that checks them itself."""
 
     name: str
     form: Form | None
@@ -25,7 +25,7 @@ TABLE: dict[str, Command] = {}
 
 
 def command(name: str, form: Form | None = None) -> Callable[[Action], Action]:
-    """Put a function into the table; without a form it takes no arguments."""
+    """Add a function to the table; without a form it takes no arguments."""
 
     def register(run: Action) -> Action:
         TABLE[name] = Command(name, {} if form is None else form, run)
@@ -35,7 +35,7 @@ def command(name: str, form: Form | None = None) -> Callable[[Action], Action]:
 
 
 def open_command(name: str) -> Callable[[Action], Action]:
-    """Put a function into the table that checks its arguments itself."""
+    """Add a function that checks its arguments itself to the table."""
 
     def register(run: Action) -> Action:
         TABLE[name] = Command(name, None, run)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An exported node: what it offers, and its extents in each meta context."""
+"""An exported node: its flags and meta contexts, and its extents in each context."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ BITMAP = "qemu:dirty-bitmap:"
 class Export:
     """What `block-export-add` made.
 
-    link: its use of the node. depth: whether it offers the allocation depth. clients: of its connections.
+    link: to the node. depth: whether it offers the allocation depth. clients: connections that chose it.
     """
 
     id: str
@@ -35,7 +35,7 @@ class Export:
 
     @property
     def node(self) -> Node:
-        """The node that is shown."""
+        """The exported node."""
         return self.link.node
 
     @property
@@ -83,7 +83,7 @@ def _dirty(bitmap: DirtyBitmap, offset: int, length: int) -> Iterator[tuple[int,
 
 
 def _depths(node: Node, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """Yield in which layer of the backing chain each part is allocated: 1 for the topmost, 0 for none."""
+    """Yield the layer of the backing chain that allocates each part: 1 for the topmost, 0 for none."""
     layers = [layer for layer in chain(node) if isinstance(layer, Qcow2Node)]
     end = offset + length
     while offset < end:

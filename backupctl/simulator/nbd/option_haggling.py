@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The first half of an NBD conversation: options, until the client chooses an export."""
+"""Option haggling, the first half of an NBD session, until the client chooses an export.
+
+The NBD specification (doc/proto.md, "Fixed newstyle negotiation") calls it so:
+
+    At this point, we move on to option haggling, during which point the client can send one or (in fixed
+    newstyle) more options to the server.
+"""
 
 import struct
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,12 +21,12 @@ _PREFERRED_BLOCK = 4096
 
 
 class Malformed(Exception):
-    """An option's data are not what the protocol says."""
+    """An option's data violate the protocol."""
 
 
 @dataclass
 class Choice:
-    """What was agreed. contexts: names and numbers of meta contexts, of the export they were set for."""
+    """What was negotiated. contexts: numbers of the meta contexts by name, set for export `contexts_of`."""
 
     export: Export | None = None
     structured: bool = False
@@ -29,7 +35,7 @@ class Choice:
 
 
 class OptionHaggling:
-    """One client's options."""
+    """Option haggling with one client."""
 
     def __init__(self, peer: Peer, exports: Mapping[str, Export]) -> None:
         self._peer = peer
@@ -61,7 +67,7 @@ class OptionHaggling:
             if magic != wire.OPTION_MAGIC or length > wire.MAX_REQUEST_BYTES:
                 raise Gone
             if not fixed and option != Option.EXPORT_NAME:
-                raise Gone  # such a client knows no other answer
+                raise Gone  # the only option of plain newstyle, which has no error replies
             await self._handle(option, bytes(await self._peer.receive(length)))
         return self.choice
 
@@ -92,7 +98,7 @@ class OptionHaggling:
         flags = export.flags(structured=self.choice.structured)
         padding = b"" if self._no_zeroes else bytes(124)
         await self._peer.send(struct.pack(">QH", export.node.size, flags) + padding)
-        self._settle(export)
+        self._choose(export)
 
     async def _list(self, option: int, data: bytes) -> None:
         if data:
@@ -105,14 +111,14 @@ class OptionHaggling:
 
     async def _structured(self, option: int, data: bytes) -> None:
         if data or self.choice.structured:
-            raise Malformed("structured replies take no data, and are asked for once")
+            raise Malformed("structured replies take no data and are negotiated once")
         self.choice.structured = True
         await self._answer(option, Answer.ACK)
 
     async def _starttls(self, option: int, data: bytes) -> None:
         if data:
             raise Malformed("TLS takes no data")
-        await self._answer(option, Answer.POLICY, b"there is no TLS here")
+        await self._answer(option, Answer.POLICY, b"TLS is not supported")
 
     async def _info(self, option: int, data: bytes) -> None:
         name, rest = _name(data)
@@ -128,7 +134,7 @@ class OptionHaggling:
             await self._answer(option, Answer.INFO, piece)
         await self._answer(option, Answer.ACK)
         if option == Option.GO:
-            self._settle(export)
+            self._choose(export)
 
     def _pieces(self, export: Export, wanted: tuple[int, ...]) -> list[bytes]:
         pieces = []
@@ -159,7 +165,7 @@ class OptionHaggling:
             self.choice.contexts, self.choice.contexts_of = found, name
         await self._answer(option, Answer.ACK)
 
-    def _settle(self, export: Export) -> None:
+    def _choose(self, export: Export) -> None:
         if self.choice.contexts_of != export.name:
             self.choice.contexts = {}
         self.choice.export = export
@@ -169,7 +175,7 @@ def _matching(export: Export, queries: list[str], *, setting: bool) -> dict[str,
     if not setting and not queries:
         return dict(export.contexts)
     found = {context: number for context, number in export.contexts.items() if context in queries}
-    if not setting:  # a list may ask for whole families
+    if not setting:  # a list may ask for whole namespaces
         for family in ("base:", "qemu:", BITMAP):
             if family in queries:
                 found |= {c: n for c, n in export.contexts.items() if c.startswith(family)}

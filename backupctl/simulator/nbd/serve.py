@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The second half of an NBD conversation: requests to the chosen export, one after the other."""
+"""Transmission, the second half of an NBD session: requests to the chosen export, one after the other."""
 
 import asyncio
 import errno
@@ -51,7 +51,7 @@ class Conversation:
         self._buffer = bytearray()
 
     async def run(self) -> None:
-        """Serve until the client leaves. Raises Gone."""
+        """Serve until the client disconnects. Raises Gone."""
         while True:
             magic, flags, command, cookie, offset, length = wire.REQUEST.unpack(
                 await self._peer.receive(wire.REQUEST.size)
@@ -76,7 +76,7 @@ class Conversation:
         return await self._peer.receive(request.length)
 
     async def _break(self, request: Request, why: str) -> NoReturn:
-        """Answer, and hang up: where the next request begins can't be known. Raises Gone."""
+        """Answer and disconnect: it is unknown where the next request begins. Raises Gone."""
         await self._fail(request, OSError(errno.EINVAL, why))
         raise Gone
 
@@ -130,7 +130,7 @@ class Conversation:
     async def _read_in_pieces(self, request: Request) -> None:
         """Send data as data and holes as holes."""
         offset, end = request.offset, request.offset + request.length
-        # All is read before the first piece is sent: what is sent must be of one moment.
+        # All is read before the first piece is sent: a reply must not mix old and new content.
         pieces = list(joined(self._export.node.extents(offset, request.length)))
         content = self._content(offset, request.length, pieces)
         for length, flags in pieces:
@@ -161,7 +161,7 @@ class Conversation:
         return view
 
     async def _send_data(self, head: bytes, content: memoryview) -> None:
-        """Send a head and data, unless a fault wants something else."""
+        """Send a header and data, unless a fault says otherwise."""
         fault = self._faults.stream(len(content))
         match fault:
             case None:

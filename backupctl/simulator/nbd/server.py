@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The listening side: which exports there are, who is connected, and how both come to an end."""
+"""The listening side: the exports, the connected clients, and how both end."""
 
 import asyncio
 import socket
@@ -16,7 +16,7 @@ from backupctl.simulator.nbd.wire import Dropped, Gone, Peer
 
 @dataclass(eq=False)
 class Client:
-    """A connection; export is None while it haggles."""
+    """A connection; export is None during option haggling."""
 
     peer: Peer
     export: Export | None = None
@@ -25,7 +25,7 @@ class Client:
 class NbdServer:
     """The one NBD server that a QEMU can have.
 
-    on_left: called with an export whose client went away by itself, while the export stood.
+    on_left: called with an export whose client disconnected while the export still existed.
     """
 
     def __init__(self, faults: Faults, on_left: Callable[[Export], None]) -> None:
@@ -42,9 +42,9 @@ class NbdServer:
         return self._listener is not None
 
     def start(self, listener: socket.socket, most: int = 0) -> None:
-        """Serve on a listening socket, which is the server's from now on.
+        """Serve on a listening socket, which the server then owns. Raises CommandError.
 
-        most: so many clients are served at once, any number if 0; more of them have to wait.
+        most: clients served at a time, 0 for no limit; others wait.
         """
         if self._listener is not None:
             listener.close()
@@ -54,7 +54,7 @@ class NbdServer:
         self._run(self._accept(listener, most), None)
 
     def stop(self) -> list[Export]:
-        """Stop listening, hang up on everybody; returns the exports that went with it."""
+        """Stop listening and disconnect all clients. Returns the exports that this removed."""
         if self._listener is None:
             raise CommandError("NBD server not running")
         self._listener.close()
@@ -75,7 +75,7 @@ class NbdServer:
             raise CommandError(f"NBD server already has export named '{name}'")
 
     def withdraw(self, export: Export) -> None:
-        """Take an export away and hang up on its clients."""
+        """Remove an export and disconnect its clients."""
         export.shutting_down = True
         self.exports.pop(export.name, None)
         for task, client in self._tasks.items():
@@ -125,4 +125,4 @@ class NbdServer:
         self._tasks.pop(task, None)
         self._left.set()
         if not task.cancelled():
-            task.result()  # an error of ours ends the process, by the loop's handler
+            task.result()  # a bug of the simulator ends the process through the loop's handler

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Numbers of the NBD protocol, and a socket that reads and writes whole things."""
+"""Constants of the NBD protocol, and a socket that reads and writes whole messages."""
 
 import asyncio
 import errno
@@ -22,7 +22,7 @@ OPTION_REPLY = struct.Struct(">QIII")
 
 
 class Option(IntEnum):
-    """What a client may ask before transmission."""
+    """Options, which a client sends before transmission."""
 
     EXPORT_NAME = 1
     ABORT = 2
@@ -108,18 +108,18 @@ _ERRORS = {
 
 
 def error_number(number: int | None) -> int:
-    """Return NBD's number for an errno; what NBD doesn't know is EINVAL, as QEMU does it."""
+    """Return NBD's number for an errno; EINVAL for those that NBD does not define, as in QEMU."""
     if number in (errno.EDQUOT, errno.EFBIG):
         return errno.ENOSPC
     return number if number in _ERRORS else errno.EINVAL
 
 
 class Gone(Exception):
-    """The other side has closed the connection, or it was closed by us."""
+    """The connection was closed, by the client or by the server."""
 
 
 class Dropped(Gone):
-    """A fault wanted the connection closed."""
+    """A fault closed the connection."""
 
 
 class Peer:
@@ -131,7 +131,7 @@ class Peer:
         self._loop = asyncio.get_running_loop()
 
     async def receive(self, length: int) -> bytearray:
-        """Return exactly so many bytes. Raises Gone."""
+        """Return exactly this many bytes. Raises Gone."""
         content = bytearray(length)
         view = memoryview(content)
         while view:
@@ -156,14 +156,14 @@ class Peer:
             raise Gone from err
 
     def close(self) -> None:
-        """Hang up; whoever waits for the socket meets `Gone`."""
+        """Disconnect; a task that waits for the socket gets `Gone`."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            return  # the other side was faster
+            return  # the client has already disconnected
 
     def release(self) -> None:
-        """Give the descriptor back; nobody may wait for the socket any more."""
+        """Close the descriptor; no task may wait for the socket any more."""
         self._socket.close()
 
     def _send_some(self, parts: tuple[bytes | memoryview, ...]) -> int:

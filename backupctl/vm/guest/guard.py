@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,13 +19,12 @@ from backupctl import errors
 from backupctl.errors import (
     AgentError,
     AgentRefused,
-    AgentUnavailable,
     BackupctlError,
-    Failed,
     GuardLost,
     Refused,
 )
 from backupctl.system.address import Address
+from backupctl.vm.driver import Thawed
 from backupctl.vm.guest.agent import Agent, thaw_if_frozen
 
 _log = logging.getLogger("backupctl.vm.guest")
@@ -42,19 +40,6 @@ _PROBE_SECONDS = 5.0
 _SOCKET_BYTES = 107
 _PROBE_PATIENCE_SECONDS = 30.0
 _PACKAGE = Path(backupctl.__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Thawed:
-    """The end of a freeze. doubt: why it may have ended before the moment was taken, "" if it did not."""
-
-    milliseconds: float
-    doubt: str
-
-    @property
-    def ended_early(self) -> bool:
-        """Whether the guest can't be said to have been frozen until now."""
-        return bool(self.doubt)
 
 
 class GuardClient:
@@ -297,10 +282,4 @@ def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Po
 
 
 def _error(answer: dict[str, Any]) -> BackupctlError:
-    kind = getattr(errors, str(answer["error"]), Failed)
-    made = kind(str(answer["message"]), state=str(answer["state"]))
-    assert isinstance(made, BackupctlError)
-    return made
-
-
-__all__ = ["AgentUnavailable", "GuardClient", "thaw_if_frozen"]
+    return errors.received(str(answer["error"]), str(answer["message"]), str(answer["state"]))

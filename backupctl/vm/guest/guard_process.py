@@ -46,7 +46,7 @@ ANSWER_SECONDS = 0.25
 STATUS_SECONDS = 1.0
 RETRY_SECONDS = 0.5
 MAX_MESSAGE_BYTES = 65536
-DEAF_TO = (
+IGNORED_SIGNALS = (
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGHUP,
@@ -270,11 +270,11 @@ class HeldSockets:
 class GuardServer:
     """Serves the run's requests until it says goodbye or is gone."""
 
-    def __init__(self, run: socket.socket, monitor: Address, freezer: FreezeControl, watch: Watch) -> None:
+    def __init__(self, run: socket.socket, monitor: Address, freeze: FreezeControl, watch: Watch) -> None:
         self._run = run
         self._monitor = monitor
-        self._freezer = freezer
-        self._holder = HeldSockets()
+        self._freeze = freeze
+        self._held = HeldSockets()
         self._watch = watch
 
     def serve(self) -> None:
@@ -282,14 +282,14 @@ class GuardServer:
         waiting = select.poll()
         waiting.register(self._run, select.POLLIN)
         while True:
-            self._freezer.thaw_when_due()
+            self._freeze.thaw_when_due()
             self._watch.look()
             seconds = self._pause_seconds()
             if waiting.poll(None if seconds is None else seconds * 1000) and not self._serve_one():
                 return
 
     def _pause_seconds(self) -> float | None:
-        due = self._freezer.deadline
+        due = self._freeze.deadline
         until_due = None if due is None else due - time.monotonic()
         if until_due is not None and until_due <= 0:
             until_due = RETRY_SECONDS  # a thread works on it
@@ -299,21 +299,21 @@ class GuardServer:
 
     def take_over(self) -> None:
         """Do what the run would have done: thaw; take exports and jobs down. Neither waits for the other."""
-        self._freezer.thaw_for_good()
+        self._freeze.thaw_for_good()
         while not self._taken_down():
             time.sleep(RETRY_SECONDS)
-        self._holder.release()
+        self._held.release()
         self._watch.forget()
-        self._freezer.join()
+        self._freeze.join()
 
     def _taken_down(self) -> bool:
         """Try to take exports and jobs down. While QEMU lives no socket is let go of before its export."""
-        left = guard_monitor.Leftovers(self._holder.exports, self._watch.jobs, self._watch.groups)
-        hung_up = self._holder.drain()
+        left = guard_monitor.Leftovers(self._held.exports, self._watch.jobs, self._watch.groups)
+        hung_up = self._held.drain()
         if hung_up and not left.jobs:
             return True
         try:
-            guard_monitor.take_down(self._monitor, left, self._holder.drain)
+            guard_monitor.take_down(self._monitor, left, self._held.drain)
         except (ConnectionRefusedError, FileNotFoundError):
             return hung_up  # no QEMU, no job
         except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
@@ -331,7 +331,7 @@ class GuardServer:
         try:
             answer: dict[str, Any] = {"value": self._do(request, descriptors)}
         except BackupctlError as err:
-            answer = {"error": type(err).__name__, "message": err.message, "state": err.state}
+            answer = {"error": err.code, "message": err.message, "state": err.state}
         with suppress(OSError):  # a run that died meanwhile is noticed at the next reading
             self._run.send(json.dumps(answer).encode())
         return True
@@ -339,37 +339,37 @@ class GuardServer:
     def _do(self, request: dict[str, Any], descriptors: list[int]) -> object:
         match request["do"]:
             case "ping":
-                self._freezer.ping()
+                self._freeze.ping()
             case "freeze":
-                return self._freezer.freeze(float(request["budget"]))
+                return self._freeze.freeze(float(request["budget"]))
             case "thaw":
-                milliseconds = self._freezer.thaw()
-                return {"milliseconds": milliseconds, "doubt": self._freezer.doubt}
+                milliseconds = self._freeze.thaw()
+                return {"milliseconds": milliseconds, "doubt": self._freeze.doubt}
             case "hold":
-                self._holder.hold(descriptors[0], str(request["export"]))
+                self._held.hold(descriptors[0], str(request["export"]))
             case "release":
-                self._holder.release()
+                self._held.release()
             case "watch":
                 job, give_up, limited = request["job"], request["give_up"], request["limited"]
                 self._watch.add(Watched(job, descriptors[0], give_up, limited))
             case "unwatch":
                 self._watch.forget()
             case "frozen":
-                return self._freezer.deadline is not None
+                return self._freeze.deadline is not None
         return None
 
 
 def main() -> None:
     """Serve the run on the descriptor that is given as the first argument."""
     os.umask(0o077)
-    for number in DEAF_TO:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     guard_survival.outlive()
     descriptor, monitor, agent, timeout = sys.argv[1:]
     with socket.socket(fileno=int(descriptor)) as run:
         run.send(b"{}")
-        freezer = FreezeControl(Address.parse(agent) if agent else None, float(timeout))
-        guard = GuardServer(run, Address.parse(monitor), freezer, Watch(os.getppid()))
+        freeze = FreezeControl(Address.parse(agent) if agent else None, float(timeout))
+        guard = GuardServer(run, Address.parse(monitor), freeze, Watch(os.getppid()))
         guard.serve()
     guard.take_over()
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The guard's eye on the scratch files of a run, and on the jobs that fill them.
 
-With the fleecing view a full scratch file makes the guest's writes fail. The run looks that it does not come
-to that. The guard looks after the run: one that does nothing about a scratch file that fills up, since it
-hangs or was stopped, is killed; and it knows which jobs must end when the run is gone.
+With the fleecing view a full scratch file makes the guest's writes fail. The run makes sure that this does
+not happen, and the guard watches the run: one that does nothing about a scratch file that fills up, since
+it hangs or was stopped, is killed. The guard also knows which jobs must end when the run is gone.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+from backupctl.names import NodeKind, sibling
 from backupctl.system import files
 
 LOOK_SECONDS = 0.2
@@ -24,7 +25,7 @@ PATIENCE_UNLIMITED_SECONDS = 1.0
 class Watched:
     """One scratch file.
 
-    job: that fills it. give_up: bytes at which the run must end, None for never. limited: whether QEMU
+    job: that fills it. abort_at: bytes at which the run must end, None for never. limited: whether QEMU
     holds the guest back before it is full.
     """
 
@@ -54,7 +55,7 @@ class Watch:
     @property
     def groups(self) -> tuple[str, ...]:
         """The throttle groups below those jobs."""
-        return tuple(one.job.replace("-job", "-lim") for one in self._watched if one.limited)
+        return tuple(sibling(one.job, NodeKind.LIMIT) for one in self._watched if one.limited)
 
     @property
     def active(self) -> bool:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Dirty bitmaps: their state as QEMU tells it, and the transactions that change it.
 
-A bitmap of ours is named after the point it records from, and its disk (`names.Owner`). So for one disk,
+A bitmap of ours is named after the point it records from, and its disk (`names.Namespace`). So for one disk,
 with the newest committed point P and a run that makes point N:
 
 ::
@@ -38,10 +38,10 @@ def _nobody(_point: PointId) -> bool:
     return False
 
 
-def parse(node: NodeName, entry: Mapping[str, Any]) -> Bitmap | None:
+def parse(node: NodeName, entry: Mapping[str, Any], *, read_only: bool = False) -> Bitmap | None:
     """Read one entry of `dirty-bitmaps`; None for the nameless one of a running job.
 
-    To be called where `reply.understood` catches what it raises.
+    read_only: whether the node is. To be called where `reply.understood` catches what it raises.
     """
     name = entry.get("name")
     if not name:
@@ -57,6 +57,7 @@ def parse(node: NodeName, entry: Mapping[str, Any]) -> Bitmap | None:
         busy=reply.flag(entry["busy"]),
         persistent=reply.flag(entry["persistent"]),
         inconsistent=reply.flag(entry.get("inconsistent", False)),
+        read_only=read_only,
     )
 
 
@@ -87,7 +88,7 @@ def merge_actions(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapNam
 
 
 def broken_chain_bitmaps(
-    bitmaps: Iterable[Bitmap], owner: Namespace, theirs: Theirs = _nobody
+    bitmaps: Iterable[Bitmap], namespace: Namespace, theirs: Theirs = _nobody
 ) -> tuple[BitmapName, ...]:
     """Return our bitmaps of a node if the newest does not record: somebody disabled it, or QEMU crashed.
 
@@ -95,7 +96,7 @@ def broken_chain_bitmaps(
     stand beside the bitmap of a run either: were that run to fail, the newest would look like a base that
     the run itself had disabled, and be enabled again, gap and all. theirs: as for `settle`.
     """
-    ours = _ours(bitmaps, owner, theirs)
+    ours = _ours(bitmaps, namespace, theirs)
     if not ours or ours[-1][1].recording:
         return ()
     return tuple(bitmap.name for _, bitmap in ours if not bitmap.busy)
@@ -115,7 +116,7 @@ class BitmapPlan:
 
 def plan_bitmap_recovery(
     bitmaps: Iterable[Bitmap],
-    owner: Namespace,
+    namespace: Namespace,
     committed: Callable[[PointId], bool],
     checkpoints: int = 0,
     lost: Collection[PointId] = (),
@@ -130,17 +131,19 @@ def plan_bitmap_recovery(
     are left to that VM.
     """
     bitmaps = tuple(bitmaps)
-    ours = _ours(bitmaps, owner, theirs)
+    ours = _ours(bitmaps, namespace, theirs)
     done = [one for point, one in ours if committed(point)]
     newest = done[-1] if done else None
     gone = [one for point, one in ours if not committed(point)]
     unfinished = [one for one in gone if newest is None or one.name > newest.name]
     pruned = [one for one in gone if one not in unfinished]
     kept = _usable_checkpoints(done[:-1], gone)[-checkpoints:] if checkpoints else []
-    actions = [_on(one.node, one.name, "remove") for one in bitmaps if one.name == owner.differential_bitmap]
+    actions = [
+        _on(one.node, one.name, "remove") for one in bitmaps if one.name == namespace.differential_bitmap
+    ]
     actions += _roll_back(unfinished, newest) + _retain_checkpoints(kept, pruned)
-    told = [f"removed the {_which(one, owner, lost)}" for one in unfinished]
-    ahead = [f"to clean up: {_which(one, owner, lost)}" for one in unfinished]
+    told = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
+    ahead = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
     for old in done[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
@@ -169,8 +172,8 @@ def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool
     return tuple(found.values())
 
 
-def _which(one: Bitmap, owner: Namespace, lost: Collection[PointId]) -> str:
-    point = owner.point_of(one.name)
+def _which(one: Bitmap, namespace: Namespace, lost: Collection[PointId]) -> str:
+    point = namespace.point_of(one.name)
     if point in lost:
         return f"bitmap {one.name} on {one.node}: the point {point} that it names is gone"
     return f"unfinished bitmap {one.name} on {one.node}"
@@ -216,9 +219,9 @@ def _roll_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 
 
-def _ours(bitmaps: Iterable[Bitmap], owner: Namespace, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
+def _ours(bitmaps: Iterable[Bitmap], namespace: Namespace, theirs: Theirs) -> list[tuple[PointId, Bitmap]]:
     """Return our bitmaps with their points, oldest first: the point comes first in the name."""
-    named = [(point, one) for one in bitmaps if (point := owner.point_of(one.name)) is not None]
+    named = [(point, one) for one in bitmaps if (point := namespace.point_of(one.name)) is not None]
     found = [(point, one) for point, one in named if not theirs(point)]
     return sorted(found, key=lambda each: each[1].name)
 

@@ -7,8 +7,8 @@
                     │                          ▲
                     └── blockdev-backup sync=none: old content, before it is overwritten
 
-A scratch file that may not be large enough lies behind a limit (see `room`), and its file node has a name
-and a write threshold.
+A scratch file that may not be large enough is behind a throttle group (see `scratch_space`), and its file
+node has a name and a write threshold.
 
 Source: V. Sementsov-Ogievskiy on the qemu-block list, 26 Dec 2017 and 15 Mar 2022. QEMU serialises the
 NBD reads against the copying itself. All disks and all bitmaps change in one transaction.
@@ -18,16 +18,16 @@ import time
 from collections.abc import Collection, Sequence
 
 from backupctl.errors import Failed
-from backupctl.names import Namespace, NodeName
+from backupctl.names import Namespace, NodeKind, NodeName
 from backupctl.system import files
+from backupctl.vm.driver import ScratchBudget
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import throttle
 from backupctl.vm.qmp.bitmaps import Action
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.point_in_time import DiskSnapshot
+from backupctl.vm.qmp.point_in_time import ViewDisk
 from backupctl.vm.qmp.reply import understood
-from backupctl.vm.qmp.scratch import Scratch, Scratches
-from backupctl.vm.qmp.scratch_space import ScratchBudget
+from backupctl.vm.qmp.scratch import Scratch, ScratchFiles
 
 _LIMIT_SECONDS = 1.0
 _WORKING = frozenset({"running", "paused", "ready", "standby"})
@@ -36,126 +36,129 @@ _WORKING = frozenset({"running", "paused", "ready", "standby"})
 class Fleecing:
     """The default view; needs QEMU 5.2.
 
-    cuts: the disks and their bitmaps. rooms: for the scratch of each.
+    budgets: for the scratch file of each disk.
     """
 
     def __init__(
         self,
         monitor: Monitor,
-        owner: Namespace,
-        cuts: Sequence[DiskSnapshot],
-        rooms: Sequence[ScratchBudget],
-        scratches: Scratches,
+        namespace: Namespace,
+        disks: Sequence[ViewDisk],
+        budgets: Sequence[ScratchBudget],
+        scratch: ScratchFiles,
     ) -> None:
         self._monitor = monitor
-        self._owner = owner
-        self._cuts = tuple(cuts)
-        self._rooms = tuple(rooms)
-        self._scratches = scratches
-        self._limited_at = 0.0
-        self._stands = False
+        self._namespace = namespace
+        self._disks = tuple(disks)
+        self._budgets = tuple(budgets)
+        self._scratch = scratch
+        self._relaxed_at = 0.0
+        self._started = False
         self.atomic = True
 
     def prepare(self) -> None:
         """Add the scratch nodes."""
-        for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
-            node = self._owner.node("tmp", number)
-            made = self._scratches.make(node, cut.disk.size, room.size)
+        for number, (one, budget) in enumerate(zip(self._disks, self._budgets, strict=True)):
+            node = self._namespace.node(NodeKind.SCRATCH, number)
+            made = self._scratch.make(node, one.disk.size, budget.size)
             self._monitor.execute(
                 "blockdev-add",
                 {
                     "driver": "qcow2",
                     "node-name": node,
-                    "file": self._file(number, made, room),
-                    "backing": cut.disk.node,
+                    "file": self._file(number, made, budget),
+                    "backing": one.disk.node,
                 },
             )
-            if room.abort_at is not None:
-                watched = {"node-name": self._owner.node("fil", number), "write-threshold": room.abort_at}
+            if budget.abort_at is not None:
+                watched = {
+                    "node-name": self._namespace.node(NodeKind.FILE, number),
+                    "write-threshold": budget.abort_at,
+                }
                 self._monitor.execute("block-set-write-threshold", watched)
 
     def register_guard(self, guard: GuardClient) -> None:
-        """Have the guard end the jobs if we die, and look that no scratch file is used up."""
-        for number, (made, room) in enumerate(zip(self._scratches.made, self._rooms, strict=True)):
-            job, limited = self._owner.node("job", number), room.stop is not None
-            guard.watch(job, made.descriptor, room.abort_at, limited=limited)
+        """Have the guard end the jobs if this process dies, and watch that no scratch file is used up."""
+        for number, (made, budget) in enumerate(zip(self._scratch.made, self._budgets, strict=True)):
+            job, limited = self._namespace.node(NodeKind.JOB, number), budget.throttle_at is not None
+            guard.watch(job, made.descriptor, budget.abort_at, limited=limited)
 
-    def cut(self) -> None:
+    def start(self) -> None:
         """One transaction: new bitmaps, old bitmaps disabled, copy-before-write on; for all disks."""
         actions: list[Action] = []
-        for number, cut in enumerate(self._cuts):
-            actions += cut.bitmap_actions()
-            actions.append(self._backup(number, cut))
+        for number, one in enumerate(self._disks):
+            actions += one.bitmap_actions
+            actions.append(self._backup(number, one))
         self._monitor.jobs_ended()  # those of a dead run, which had the same names
         self._monitor.transaction(actions)
-        self._stands = True
+        self._started = True
 
     def export_nodes(self) -> tuple[NodeName, ...]:
         """Return the scratch nodes: what isn't in one is read from its backing, the active node."""
-        return tuple(self._owner.node("tmp", number) for number in range(len(self._cuts)))
+        return tuple(self._namespace.node(NodeKind.SCRATCH, number) for number in range(len(self._disks)))
 
     def check(self) -> None:
         """Raise Failed when a scratch file or its folder is filling up: a full one fails GUEST writes."""
         passed = self._monitor.thresholds_passed()
-        for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
-            if self._owner.node("fil", number) in passed:
+        for number, (one, budget) in enumerate(zip(self._disks, self._budgets, strict=True)):
+            if self._namespace.node(NodeKind.FILE, number) in passed:
                 raise Failed(
-                    f"the guest overwrote so much of {cut.disk.name} that its scratch file is filling up "
-                    f"({room.size >> 20} MiB were set aside in {self._scratches.folder}, "
-                    f"{room.ideal_bytes >> 20} MiB would do for all that the disk holds): "
+                    f"the guest overwrote so much of {one.disk.name} that its scratch file is filling up "
+                    f"({budget.size >> 20} MiB were set aside in {self._scratch.folder}, "
+                    f"{budget.ideal_bytes >> 20} MiB would do for all that the disk holds): "
                     "gave up before the guest's own writes could fail"
                 )
-        if self._stands:
+        if self._started:
             self._refuse_ended(self._monitor.jobs_ended())
-        self._set_limits()
-        self._scratches.check()
+        self._renew_limits()
+        self._scratch.check()
 
     def verify_active(self) -> None:
-        """Raise Failed if somebody has ended a job of ours: what the guest wrote then was not kept apart."""
+        """Raise Failed if somebody ended a job of ours: what the guest overwrote after that is lost."""
         jobs = self._monitor.execute("query-jobs")
         with understood("query-jobs"):
             working = {job["id"] for job in jobs if job["status"] in _WORKING}
-        ours = {self._owner.node("job", number) for number in range(len(self._cuts))}
+        ours = {self._namespace.node(NodeKind.JOB, number) for number in range(len(self._disks))}
         self._refuse_ended(ours - working)
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""
-        self._scratches.close()
+        self._scratch.close()
 
     def _refuse_ended(self, ended: Collection[str]) -> None:
-        for number, cut in enumerate(self._cuts):
-            if self._owner.node("job", number) in ended:
+        for number, one in enumerate(self._disks):
+            if self._namespace.node(NodeKind.JOB, number) in ended:
                 raise Failed(
-                    f"the job that kept {cut.disk.name} at its moment was ended by somebody else, "
-                    "so what was read may be of later"
+                    f"somebody else ended the job that kept {one.disk.name} as it was at the point in time, "
+                    "so what was read may be newer"
                 )
 
-    def _set_limits(self) -> None:
-        """Set each limit's bucket to what really is left; by itself it leaks."""
+    def _renew_limits(self) -> None:
+        """Set each throttle group's burst to what really is left; by itself its bucket leaks."""
         now = time.monotonic()
-        if now - self._limited_at < _LIMIT_SECONDS:
+        if now - self._relaxed_at < _LIMIT_SECONDS:
             return
-        self._limited_at = now
-        for number, (made, room) in enumerate(zip(self._scratches.made, self._rooms, strict=True)):
-            if room.stop is not None:
-                left = throttle.burst_limits(room.stop - files.used_bytes(made.descriptor))
-                throttle.change(self._monitor, self._owner.node("lim", number), left)
+        self._relaxed_at = now
+        for number, (made, budget) in enumerate(zip(self._scratch.made, self._budgets, strict=True)):
+            if budget.throttle_at is not None:
+                left = throttle.burst_limits(budget.throttle_at - files.used_bytes(made.descriptor))
+                throttle.change(self._monitor, self._namespace.node(NodeKind.LIMIT, number), left)
 
-    def _file(self, number: int, made: Scratch, room: ScratchBudget) -> dict[str, object]:
+    def _file(self, number: int, made: Scratch, budget: ScratchBudget) -> dict[str, object]:
         file: dict[str, object] = {"driver": "file", "filename": made.filename}
-        if room.abort_at is not None:
-            file["node-name"] = self._owner.node("fil", number)
-        if room.stop is None:
+        if budget.abort_at is not None:
+            file["node-name"] = self._namespace.node(NodeKind.FILE, number)
+        if budget.throttle_at is None:
             return file
-        group = self._owner.node("lim", number)
-        throttle.make(self._monitor, group, room.stop)
+        group = self._namespace.node(NodeKind.LIMIT, number)
+        throttle.make(self._monitor, group, budget.throttle_at)
         return {"driver": "throttle", "throttle-group": group, "file": file}
 
-    def _backup(self, number: int, cut: DiskSnapshot) -> Action:
+    def _backup(self, number: int, one: ViewDisk) -> Action:
         arguments = {
-            "job-id": self._owner.node("job", number),
-            "device": cut.disk.node,
-            "target": self._owner.node("tmp", number),
+            "job-id": self._namespace.node(NodeKind.JOB, number),
+            "device": one.disk.node,
+            "target": self._namespace.node(NodeKind.SCRATCH, number),
             "sync": "none",
         }
         return {"type": "blockdev-backup", "data": arguments}

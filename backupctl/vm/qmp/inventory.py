@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from backupctl.errors import CommandFailed, Failed, InvalidName, Refused
+from backupctl.errors import CommandFailed, Failed, InvalidName, MonitorError, Refused
 from backupctl.names import PREFIX, BitmapName, DiskName, NodeName, disk_name
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import MAX_SIZE, Disk, Inventory
@@ -60,6 +60,11 @@ def inventory(
         return _collect(found, nodes, names, known)
 
 
+def all_bitmaps(monitor: Monitor) -> tuple[Bitmap, ...]:
+    """Return the bitmaps of every node. Raises MonitorError."""
+    return tuple(one for node, reply in named_nodes(monitor).items() for one in bitmaps_of(node, reply))
+
+
 def named_nodes(monitor: Monitor) -> dict[NodeName, Mapping[str, Any]]:
     """Return every named node as `query-named-block-nodes` shows it. Raises MonitorError."""
     reply = monitor.execute("query-named-block-nodes", {"flat": True})
@@ -92,6 +97,21 @@ def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
             )
 
 
+def refuse_resized(monitor: Monitor, disks: Iterable[Disk]) -> None:
+    """Raise Failed if a disk has another size than when it was listed. Raises MonitorError if it is gone.
+
+    From the point in time on QEMU refuses a resize; one just before it would cut the view short.
+    """
+    nodes = named_nodes(monitor)
+    for disk in disks:
+        try:
+            size = nodes[disk.node]["image"]["virtual-size"]
+        except (KeyError, TypeError) as err:
+            raise MonitorError(f"the node {disk.node} of {disk.name} has gone") from err
+        if size != disk.size:
+            raise Failed(f"{disk.name} was resized while the run began")
+
+
 def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) -> None:
     """Raise Failed if a bitmap, by its node, has stopped to record since it was listed.
 
@@ -118,7 +138,8 @@ def with_bitmaps(found: Inventory, after: Mapping[NodeName, tuple[Bitmap, ...]])
 def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
     """Return the bitmaps of one node of `named_nodes`. Raises MonitorError."""
     with understood(f"description of the bitmaps of {node}"):
-        parsed = (bitmaps.parse(node, entry) for entry in reply.get("dirty-bitmaps", ()))
+        read_only = bool(reply.get("ro"))
+        parsed = (bitmaps.parse(node, entry, read_only=read_only) for entry in reply.get("dirty-bitmaps", ()))
         return tuple(bitmap for bitmap in parsed if bitmap)
 
 
@@ -331,7 +352,19 @@ def _disk(
         apart=_lies_apart(image),
         encrypted=any(_encrypted(nodes[NodeName(name)]) for name in beneath if name in nodes),
         shared=medium.shared,
+        held_bytes=_held_bytes(number(image["virtual-size"], MAX_SIZE), node),
     )
+
+
+def _held_bytes(size: int, node: Mapping[str, Any]) -> int:
+    """Return how much of a disk is more than empty, as far as its node's reply tells; at most `size`.
+
+    A disk over a backing image, or on a block device, is taken to be full.
+    """
+    image = node["image"]
+    allocated = number(image.get("actual-size", 0))
+    alone = not number(node.get("backing_file_depth", 0)) and "backing-filename" not in image
+    return min(allocated, size) if alone and allocated > 0 else size
 
 
 def _keeps_bitmaps(image: Mapping[str, Any]) -> bool:

@@ -93,7 +93,6 @@ class Version:
     major: int
     minor: int
     micro: int
-    package: str = ""
 
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}.{self.micro}"
@@ -122,10 +121,10 @@ class Monitor:
         self.process: int | None = None
 
     @classmethod
-    def connect(cls, address: Address, timeout_seconds: float, stop: Cancellation | None = None) -> Self:
+    def connect(cls, address: Address, timeout_seconds: float, cancel: Cancellation | None = None) -> Self:
         """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable, Interrupted.
 
-        stop: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
+        cancel: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
         says nothing (measured), so a missing greeting most often means a second client.
         """
         self = cls(address, timeout_seconds)
@@ -133,7 +132,7 @@ class Monitor:
         try:
             connection = address.connect(timeout_seconds)
             self.process = open_files.peer(connection)
-            self._run(self._client.connect(connection), stop=stop)
+            self._run(self._client.connect(connection), cancel=cancel)
             self.version = _version(self.execute("query-version"))
             self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
         except TimeoutError as err:
@@ -252,16 +251,16 @@ class Monitor:
         self.close()
 
     def _run(
-        self, work: Coroutine[Any, Any, T], seconds: float | None = None, stop: Cancellation | None = None
+        self, work: Coroutine[Any, Any, T], seconds: float | None = None, cancel: Cancellation | None = None
     ) -> T:
         limit = self._timeout if seconds is None else seconds
         if self._until is not None:
             limit = max(0.0, min(limit, self._until - time.monotonic()))
         bounded = self._loop.create_task(asyncio.wait_for(work, limit))
         try:
-            while stop is not None and not bounded.done():
+            while cancel is not None and not bounded.done():
                 self._loop.run_until_complete(asyncio.wait({bounded}, timeout=_LOOK_SECONDS))
-                stop.check()
+                cancel.check()
             return self._loop.run_until_complete(bounded)
         except (KeyboardInterrupt, Interrupted):  # what is thrown away half done complains, with a traceback
             bounded.cancel()
@@ -287,7 +286,7 @@ def _how_to_reach(address: Address, err: Exception) -> str:
 
 def _version(told: Any) -> Version:
     major, minor, micro = (reply.number(told["qemu"][part], 9999) for part in ("major", "minor", "micro"))
-    return Version(major, minor, micro, reply.text(told.get("package", "")))
+    return Version(major, minor, micro)
 
 
 def _root(err: BaseException) -> str:

@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from backupctl.errors import Failed
-from backupctl.names import BitmapName, Namespace, NodeName
+from backupctl.names import BitmapName, Namespace, NodeKind, NodeName
 from backupctl.system import private_dir
+from backupctl.vm.driver import Export
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp.monitor import Monitor
 
@@ -33,43 +34,26 @@ class ExportSpec:
     bitmap: BitmapName | None
 
 
-@dataclass(frozen=True)
-class Export:
-    """One exported node with the connected sockets to read it.
-
-    name: NBD's name of the export. bitmap: the dirty bitmap that the export shows, None for a full.
-    """
-
-    name: str
-    bitmap: BitmapName | None
-    sockets: tuple[socket.socket, ...]
-
-    def close(self) -> None:
-        """Close the sockets."""
-        for sock in self.sockets:
-            sock.close()
-
-
 def start_exports(
     monitor: Monitor,
     guard: GuardClient,
-    owner: Namespace,
-    shown: Sequence[ExportSpec],
+    namespace: Namespace,
+    specs: Sequence[ExportSpec],
     connections: int = 2,
 ) -> tuple[Export, ...]:
     """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
 
     connections: sockets for each export. Raises MonitorError, GuardLost, Failed.
     """
-    names = [owner.node("exp", number) for number in range(len(shown))]
-    with _served(monitor, owner, len(shown) * connections) as path:
-        for name, one in zip(names, shown, strict=True):
+    names = [namespace.node(NodeKind.EXPORT, number) for number in range(len(specs))]
+    with _served(monitor, namespace, len(specs) * connections) as path:
+        for name, one in zip(names, specs, strict=True):
             monitor.execute("block-export-add", _arguments(monitor, name, one))
         # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
         # guest and all (measured on 7.2.22). From here on nothing stands between connect and handshake.
         groups = [tuple(_connected(guard, name, path) for _ in range(connections)) for name in names]
     return tuple(
-        Export(name, one.bitmap, group) for name, one, group in zip(names, shown, groups, strict=True)
+        Export(name, one.bitmap, group) for name, one, group in zip(names, specs, groups, strict=True)
     )
 
 
@@ -81,13 +65,13 @@ def drain(exports: Sequence[Export]) -> None:
                 pass
 
 
-def descriptor_name(owner: Namespace) -> str:
+def descriptor_name(namespace: Namespace) -> str:
     """Name the listening socket's descriptor, between `getfd` and `nbd-server-start`."""
-    return owner.node("nbd", 0)
+    return namespace.node(NodeKind.SERVER, 0)
 
 
 @contextmanager
-def _served(monitor: Monitor, owner: Namespace, clients: int) -> Iterator[str]:
+def _served(monitor: Monitor, namespace: Namespace, clients: int) -> Iterator[str]:
     """Start the NBD server for so many clients; yields the path to connect to, gone after the block."""
     with private_dir.folder() as folder:
         path = str(folder / "nbd.sock")  # short: a unix socket's path has 107 bytes
@@ -96,8 +80,8 @@ def _served(monitor: Monitor, owner: Namespace, clients: int) -> Iterator[str]:
                 listener.bind(path)
                 listener.listen(clients)
                 monitor.send_fd(listener.fileno())
-                monitor.execute("getfd", {"fdname": descriptor_name(owner)})
-                _start(monitor, {"type": "fd", "data": {"str": descriptor_name(owner)}}, clients)
+                monitor.execute("getfd", {"fdname": descriptor_name(namespace)})
+                _start(monitor, {"type": "fd", "data": {"str": descriptor_name(namespace)}}, clients)
                 yield path
         else:
             _start(monitor, {"type": "unix", "data": {"path": path}}, clients)
@@ -125,7 +109,7 @@ def _connected(guard: GuardClient, name: str, path: str) -> socket.socket:
         guard.hold(made, name)
     except OSError as err:
         made.close()
-        raise Failed(f"QEMU's NBD server can't be reached: {err.strerror}") from err
+        raise Failed(f"cannot connect to QEMU's NBD server: {err.strerror}") from err
     except BaseException:
         made.close()
         raise

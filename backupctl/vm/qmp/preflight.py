@@ -2,7 +2,6 @@
 """Why a VM can't be backed up, as far as QEMU can tell before anything of it is touched."""
 
 from backupctl.errors import Refused
-from backupctl.vm.disk import Inventory
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.reply import text, understood
 
@@ -21,12 +20,6 @@ def refuse_qemu(monitor: Monitor) -> None:
     _refuse_migrating(monitor)
     if monitor.version.at_least(8, 1):
         _refuse_fuse(monitor)
-
-
-def refuse_busy(inventory: Inventory) -> None:
-    """Raise Refused if somebody else works on a disk."""
-    for _, who in inventory.busy:
-        raise Refused(who, state=_UNTOUCHED)
 
 
 def _refuse_migrating(monitor: Monitor) -> None:

@@ -9,22 +9,19 @@ qemu-storage-daemon) it is a named file in a private folder, which recovery find
 import ctypes
 import errno
 import os
-import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.errors import Failed, Refused, UsageError
-from backupctl.names import Namespace, NodeName, VmName
-from backupctl.system import safe_folder
+from backupctl.errors import Failed
+from backupctl.names import NodeName
 from backupctl.system.files import free_bytes
 from backupctl.vm.qmp import reply
 from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.scratch_folder import LOW_BYTES
 
-LOW_BYTES = 256 * 1024 * 1024
-"""What is left of a file system, at the least, where guests or scratch files may need it."""
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
 
@@ -42,15 +39,7 @@ class Scratch:
     reserved: bool
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a scratch folder that is missing or not writable. Raises Refused."""
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise Refused(
-            f"the scratch folder {folder} is not a folder we can write to", state="nothing was touched"
-        )
-
-
-class Scratches:
+class ScratchFiles:
     """The scratch files of one run, one for each disk, and our descriptors of them.
 
     folder: where they go. private: a folder of the run for named files; None where descriptors can be
@@ -133,51 +122,6 @@ def _reserve(descriptor: int, room_bytes: int, folder: Path) -> bool:
             why = os.strerror(number)
             raise Failed(f"{room_bytes >> 20} MiB can't be set aside in the scratch folder {folder}: {why}")
     return True
-
-
-def private_folder(owner: Namespace, vm: VmName, folder: Path) -> Path:
-    """Make the run's folder for named files. Its name tells recovery whose it is.
-
-    QEMU opens them by name, so root makes none where others could exchange the folder. Raises Refused.
-    """
-    try:
-        safe_folder.resolve(folder)
-    except UsageError as err:
-        raise Refused(f"the scratch folder {err.message}") from err
-    return Path(tempfile.mkdtemp(prefix=_private_prefix(owner, vm), dir=folder))
-
-
-def sweep(owner: Namespace, vm: VmName, folder: Path) -> list[str]:
-    """Remove the private folders that dead runs of this VM left. The caller holds the VM's lock.
-
-    Raises Failed if the scratch folder can't be looked at.
-    """
-    told = []
-    for path in left_folders(owner, vm, folder):
-        shutil.rmtree(path, ignore_errors=True)
-        told.append(f"removed the scratch folder {path}")
-    return told
-
-
-def left_folders(owner: Namespace, vm: VmName, folder: Path) -> list[str]:
-    """Name the private folders that `sweep` would remove. Raises Failed if they can't be looked for."""
-    prefix = _private_prefix(owner, vm)
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                entry.path
-                for entry in entries
-                if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
-            )
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as err:
-        raise Failed(f"the scratch folder {folder} can't be looked at: {err.strerror}") from err
-
-
-def _private_prefix(owner: Namespace, vm: VmName) -> str:
-    # '@' can't be part of a VM's name, so no VM's prefix is the beginning of another's.
-    return f"{owner.node(vm, 0)[:-1]}@"
 
 
 def _named(path: Path) -> int:

@@ -27,21 +27,21 @@ without a freeze this view takes one disk only (`atomic`).
 from collections.abc import Sequence
 
 from backupctl.errors import Failed, ViewUnavailable
-from backupctl.names import Namespace, NodeName
+from backupctl.names import Namespace, NodeKind, NodeName
 from backupctl.vm.disk import Disk
+from backupctl.vm.driver import ScratchBudget
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import bitmaps, inventory
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.point_in_time import DiskSnapshot, device_path
-from backupctl.vm.qmp.scratch import Scratches
-from backupctl.vm.qmp.scratch_space import ScratchBudget
+from backupctl.vm.qmp.point_in_time import ViewDisk, device_path
+from backupctl.vm.qmp.scratch import ScratchFiles
 
 CBW_TIMEOUT_SECONDS = 30
 """How long a guest's write may wait for its copy before the snapshot is broken instead."""
 
 
-def why_not(monitor: Monitor, chosen: Sequence[Disk]) -> str:
-    """Say why this VM can't have this view; "" if it can."""
+def view_error(monitor: Monitor, chosen: Sequence[Disk]) -> str:
+    """Say why this VM cannot have this view; "" if it can."""
     if not monitor.version.at_least(10, 0):
         return f"QEMU {monitor.version} is older than 10.0, from which on it is known to be right"
     if "qom-set" not in monitor.commands or any(not disk.qdev for disk in chosen):
@@ -57,51 +57,53 @@ class SnapshotAccess:
     def __init__(
         self,
         monitor: Monitor,
-        owner: Namespace,
-        cuts: Sequence[DiskSnapshot],
-        rooms: Sequence[ScratchBudget],
-        scratches: Scratches,
+        namespace: Namespace,
+        disks: Sequence[ViewDisk],
+        budgets: Sequence[ScratchBudget],
+        scratch: ScratchFiles,
     ) -> None:
         self._monitor = monitor
-        self._owner = owner
-        self._cuts = tuple(cuts)
-        self._rooms = tuple(rooms)
-        self._scratches = scratches
-        self.atomic = len(self._cuts) == 1
+        self._namespace = namespace
+        self._disks = tuple(disks)
+        self._budgets = tuple(budgets)
+        self._scratch = scratch
+        self.atomic = len(self._disks) == 1
 
     def prepare(self) -> None:
         """Add scratch nodes and filters; no device uses them yet. Raises Refused, MonitorError."""
-        if reason := why_not(self._monitor, [cut.disk for cut in self._cuts]):
+        if reason := view_error(self._monitor, [one.disk for one in self._disks]):
             raise ViewUnavailable(f"--view snapshot-access can't be had: {reason}")
-        for number, (cut, room) in enumerate(zip(self._cuts, self._rooms, strict=True)):
-            node = self._owner.node("tmp", number)
-            made = self._scratches.make(node, cut.disk.size, room.size)
+        for number, (one, budget) in enumerate(zip(self._disks, self._budgets, strict=True)):
+            node = self._namespace.node(NodeKind.SCRATCH, number)
+            made = self._scratch.make(node, one.disk.size, budget.size)
             file = {"driver": "file", "filename": made.filename}
             self._monitor.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file})
-            self._monitor.execute("blockdev-add", self._filter(number, cut))
+            self._monitor.execute("blockdev-add", self._filter(number, one))
 
     def register_guard(self, guard: GuardClient) -> None:
         """Nothing can harm the guest: a scratch file that can't grow breaks the snapshot."""
 
-    def cut(self) -> None:
+    def start(self) -> None:
         """New bitmaps record, the filters go in, the base bitmaps stop: in this order."""
         self._monitor.transaction(
-            [action for cut in self._cuts for action in cut.bitmap_actions() if _adds(action)]
+            [action for one in self._disks for action in one.bitmap_actions if _adds(action)]
         )
-        for number, cut in enumerate(self._cuts):
+        for number, one in enumerate(self._disks):
             # Of a snapshot taken meanwhile this would take the guest's newest layer from it.
-            inventory.refuse_moved(self._monitor, [cut.disk])
-            drive = {"path": device_path(cut.disk.qdev), "property": "drive"}
-            self._monitor.execute("qom-set", {**drive, "value": self._owner.node("cbw", number)})
+            inventory.refuse_moved(self._monitor, [one.disk])
+            drive = {"path": device_path(one.disk.qdev), "property": "drive"}
+            self._monitor.execute(
+                "qom-set", {**drive, "value": self._namespace.node(NodeKind.FILTER, number)}
+            )
         self._monitor.transaction(
-            [action for cut in self._cuts for action in cut.bitmap_actions() if not _adds(action)]
+            [action for one in self._disks for action in one.bitmap_actions if not _adds(action)]
         )
 
     def export_nodes(self) -> tuple[NodeName, ...]:
         """Add the nodes that read from active node and scratch what the filter keeps apart."""
-        nodes = tuple(self._owner.node("acc", number) for number in range(len(self._cuts)))
+        nodes = tuple(self._namespace.node(NodeKind.ACCESS, number) for number in range(len(self._disks)))
         for number, node in enumerate(nodes):
-            source = self._owner.node("cbw", number)
+            source = self._namespace.node(NodeKind.FILTER, number)
             self._monitor.execute(
                 "blockdev-add", {"driver": "snapshot-access", "node-name": node, "file": source}
             )
@@ -113,23 +115,23 @@ class SnapshotAccess:
     def verify_active(self) -> None:
         """Raise Failed if a device no longer writes through its filter."""
         tops = inventory.root_nodes(self._monitor)
-        for number, cut in enumerate(self._cuts):
-            if tops.get(cut.disk.qdev) != self._owner.node("cbw", number):
+        for number, one in enumerate(self._disks):
+            if tops.get(one.disk.qdev) != self._namespace.node(NodeKind.FILTER, number):
                 raise Failed(
-                    f"{cut.disk.name} writes no longer through the filter that kept it as it was: somebody "
-                    "else took it out or put something over it, so what was read may be of later"
+                    f"{one.disk.name} no longer writes through the filter that kept it as it was: somebody "
+                    "else removed it or put another node over it, so what was read may be newer"
                 )
 
     def close(self) -> None:
         """Close our descriptors of the scratch files."""
-        self._scratches.close()
+        self._scratch.close()
 
-    def _filter(self, number: int, cut: DiskSnapshot) -> dict[str, object]:
+    def _filter(self, number: int, one: ViewDisk) -> dict[str, object]:
         return {
             "driver": "copy-before-write",
-            "node-name": self._owner.node("cbw", number),
-            "file": cut.disk.node,
-            "target": self._owner.node("tmp", number),
+            "node-name": self._namespace.node(NodeKind.FILTER, number),
+            "file": one.disk.node,
+            "target": self._namespace.node(NodeKind.SCRATCH, number),
             "on-cbw-error": "break-snapshot",
             "cbw-timeout": CBW_TIMEOUT_SECONDS,
         }

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from backupctl.errors import CommandFailed, MonitorError
-from backupctl.names import Namespace, NodeName
+from backupctl.names import Namespace, NodeKind, NodeName, node_parts, removal_order, sibling
 from backupctl.system import open_files
 from backupctl.vm.qmp import throttle
 from backupctl.vm.qmp.monitor import Monitor
@@ -31,13 +31,13 @@ class Clients:
     """What must be done to what we hold ourselves while the view goes: NBD clients, and scratch files.
 
     drain: throw away what QEMU has still to say to our clients; it doesn't let go of an export while a reply
-    waits to be read, `mode=hard` or not (measured on 7.2.22 and 10.0.2). let_go: close them. give_back: free
-    the room of the scratch files, which no node uses any more.
+    waits to be read, `mode=hard` or not (measured on 7.2.22 and 10.0.2). close: close them. free_scratch:
+    free the space of the scratch files, which no node uses any more.
     """
 
     drain: Callable[[], None] = lambda: None
     close: Callable[[], None] = lambda: None
-    give_back: Callable[[], None] = lambda: None
+    free_scratch: Callable[[], None] = lambda: None
 
 
 NO_CLIENTS = Clients()
@@ -45,7 +45,7 @@ NO_CLIENTS = Clients()
 
 def teardown(
     monitor: Monitor,
-    owner: Namespace,
+    namespace: Namespace,
     actives: Mapping[int, NodeName],
     *,
     clients: Clients = NO_CLIENTS,
@@ -62,16 +62,16 @@ def teardown(
     Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
     """
     told = []
-    throttle.relax(monitor, owner)
-    ours = _ours(monitor, owner, "query-block-exports", "id")
-    nodes = _ours(monitor, owner, "query-named-block-nodes", "node-name")
+    throttle.relax(monitor, namespace)
+    ours = _ours(monitor, namespace, "query-block-exports", "id")
+    nodes = _ours(monitor, namespace, "query-named-block-nodes", "node-name")
     for name in ours:
         _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
         told.append(f"removed the export {name}")
 
     def gone() -> bool:
         clients.drain()
-        return not _ours(monitor, owner, "query-block-exports", "id")
+        return not _ours(monitor, namespace, "query-block-exports", "id")
 
     _until(gone, "its exports", patience_seconds)
     clients.close()
@@ -79,46 +79,48 @@ def teardown(
     if (ours or nodes) and server_is_ours and not _others_use_nbd(monitor):
         _unless_gone(monitor, "nbd-server-stop", None)
     if "closefd" in monitor.commands:
-        _unless_gone(monitor, "closefd", {"fdname": descriptor_name(owner)})
-    told += _remove_filters(monitor, owner, actives)
-    throttle.disable(monitor, owner)
-    for name in _ours(monitor, owner, "query-jobs", "id"):
+        _unless_gone(monitor, "closefd", {"fdname": descriptor_name(namespace)})
+    told += _remove_filters(monitor, namespace, actives)
+    throttle.disable(monitor, namespace)
+    for name in _ours(monitor, namespace, "query-jobs", "id"):
         _end_job(monitor, name)
         told.append(f"ended the job {name}")
-    _until(lambda: not _ours(monitor, owner, "query-jobs", "id"), "its jobs", patience_seconds)
-    # acc before cbw before tmp: a node goes before those it stands on; fil goes with its tmp
-    for name in sorted(name for name in nodes if "-fil" not in name):
+    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", patience_seconds)
+    # A node before those that it is on top of: QEMU removes none that another uses.
+    for name in sorted(nodes, key=removal_order):
+        if _kind(name) is NodeKind.FILE:  # QEMU removes it with the scratch node
+            continue
         _unless_gone(monitor, "blockdev-del", {"node-name": name})
         told.append(f"removed the node {name}")
-    if left := _ours(monitor, owner, "query-named-block-nodes", "node-name"):
+    if left := _ours(monitor, namespace, "query-named-block-nodes", "node-name"):
         raise MonitorError(f"QEMU did not let go of the node {left[0]}: somebody else uses it")
-    told += [f"removed the limit {name}" for name in throttle.remove(monitor, owner)]
-    clients.give_back()
+    told += [f"removed the limit {name}" for name in throttle.remove(monitor, namespace)]
+    clients.free_scratch()
     if "query-fdsets" in monitor.commands:
-        told += _remove_fdsets(monitor, owner)
-        told += _empty_fdsets(monitor, owner)
+        told += _remove_fdsets(monitor, namespace)
+        told += _empty_fdsets(monitor, namespace)
     return told
 
 
-def leftovers(monitor: Monitor, owner: Namespace) -> list[str]:
+def leftovers(monitor: Monitor, namespace: Namespace) -> list[str]:
     """Name what `teardown` would remove, changing nothing. Raises MonitorError."""
-    found = [f"export {name}" for name in _ours(monitor, owner, "query-block-exports", "id")]
-    found += [f"job {name}" for name in _ours(monitor, owner, "query-jobs", "id")]
-    found += [f"node {name}" for name in _ours(monitor, owner, "query-named-block-nodes", "node-name")]
-    found += [f"limit {name}" for name in throttle.ours(monitor, owner)]
+    found = [f"export {name}" for name in _ours(monitor, namespace, "query-block-exports", "id")]
+    found += [f"job {name}" for name in _ours(monitor, namespace, "query-jobs", "id")]
+    found += [f"node {name}" for name in _ours(monitor, namespace, "query-named-block-nodes", "node-name")]
+    found += [f"limit {name}" for name in throttle.ours(monitor, namespace)]
     if "query-fdsets" in monitor.commands:
-        found += _held(monitor, owner) if _runs(monitor) else _held_by_paused(monitor, owner)
+        found += _held(monitor, namespace) if _runs(monitor) else _held_by_paused(monitor, namespace)
     return found
 
 
-def _held(monitor: Monitor, owner: Namespace) -> list[str]:
-    return [f"descriptor set {each}" for each in _fdsets(monitor, owner)]
+def _held(monitor: Monitor, namespace: Namespace) -> list[str]:
+    return [f"descriptor set {each}" for each in _fdsets(monitor, namespace)]
 
 
-def _held_by_paused(monitor: Monitor, owner: Namespace) -> list[str]:
+def _held_by_paused(monitor: Monitor, namespace: Namespace) -> list[str]:
     """Name the descriptor sets that keep room; an empty file costs nothing, and goes when the VM goes on."""
     found = []
-    for each, numbers in _fdsets(monitor, owner).items():
+    for each, numbers in _fdsets(monitor, namespace).items():
         held = _held_bytes(monitor, numbers)
         if held != 0:
             room = "room that can't be told from here" if held is None else f"{-(-held >> 20)} MiB"
@@ -142,13 +144,13 @@ def _held_bytes(monitor: Monitor, numbers: Iterable[int]) -> int | None:
         return None
 
 
-def _empty_fdsets(monitor: Monitor, owner: Namespace) -> list[str]:
+def _empty_fdsets(monitor: Monitor, namespace: Namespace) -> list[str]:
     """Free the room of scratch files that QEMU keeps open although it was told to remove them.
 
     No node stands on them any more. Returns what was done.
     """
     told = []
-    for each, numbers in _fdsets(monitor, owner).items():
+    for each, numbers in _fdsets(monitor, namespace).items():
         if held := _held_bytes(monitor, numbers):
             for descriptor in numbers:
                 _empty(monitor, descriptor)
@@ -189,34 +191,40 @@ def _end_job(monitor: Monitor, name: str) -> None:
         _unless_gone(monitor, "job-dismiss", {"id": name})
 
 
-def _remove_filters(monitor: Monitor, owner: Namespace, actives: Mapping[int, NodeName]) -> list[str]:
+def _remove_filters(monitor: Monitor, namespace: Namespace, actives: Mapping[int, NodeName]) -> list[str]:
     """Give each device that writes through a filter of ours its active node back."""
     told = []
     devices = monitor.execute("query-block")
-    prefix = owner.node("cbw", 0)[:-1]
     with understood("query-block"):
-        tops = {
+        roots = {
             device["inserted"].get("node-name", ""): text(device.get("qdev", ""))
             for device in devices
             if device.get("inserted")
         }
-        ours = {top: int(top.removeprefix(prefix)) for top in tops if top.startswith(prefix)}
-    for top, qdev in tops.items():
-        if top in ours:
-            active = _child_of(monitor, top) or actives.get(ours[top])
-            if active is None:
-                raise MonitorError(
-                    f"the device {qdev} writes through the filter {top}, and the run's journal, which "
-                    "knew its own node, is lost; qom-set its drive property by hand"
-                )
-            _unless_gone(monitor, "blockdev-del", {"node-name": top.replace("-cbw", "-acc")})
-            drive = {"path": device_path(qdev), "property": "drive", "value": active}
-            monitor.execute("qom-set", drive)
-            told.append(f"took the filter {top} out again")
+        ours = {root: node_parts(root) for root in roots if namespace.owns(root)}
+    for root, parts in ours.items():
+        if parts is None or parts[0] is not NodeKind.FILTER:
+            continue
+        qdev = roots[root]
+        active = _child_of(monitor, root) or actives.get(parts[1])
+        if active is None:
+            raise MonitorError(
+                f"the device {qdev} writes through the filter {root}, and the run's journal, which "
+                "knew its own node, is lost; qom-set its drive property by hand"
+            )
+        _unless_gone(monitor, "blockdev-del", {"node-name": sibling(root, NodeKind.ACCESS)})
+        drive = {"path": device_path(qdev), "property": "drive", "value": active}
+        monitor.execute("qom-set", drive)
+        told.append(f"removed the filter {root} from {qdev}")
     return told
 
 
-def _child_of(monitor: Monitor, top: str) -> NodeName | None:
+def _kind(name: str) -> NodeKind | None:
+    parts = node_parts(name)
+    return parts[0] if parts else None
+
+
+def _child_of(monitor: Monitor, root: str) -> NodeName | None:
     """Return the node that a filter stands on now, None if this QEMU does not tell.
 
     Not always the one that it was put on: an external snapshot taken meanwhile has gone in between, and to
@@ -230,40 +238,40 @@ def _child_of(monitor: Monitor, top: str) -> NodeName | None:
         below = [
             NodeName(names[edge["child"]])
             for edge in graph["edges"]
-            if edge["name"] == "file" and names[edge["parent"]] == top
+            if edge["name"] == "file" and names[edge["parent"]] == root
         ]
     return below[0] if below else None
 
 
-def _remove_fdsets(monitor: Monitor, owner: Namespace) -> list[str]:
+def _remove_fdsets(monitor: Monitor, namespace: Namespace) -> list[str]:
     """Remove our descriptor sets.
 
     QEMU marks them and lets go at once while the guest runs, else (before 9.1) when they are removed again or
     the monitor's last client leaves while it runs (measured; its monitor/fds.c asks runstate_is_running).
     """
-    before = _fdsets(monitor, owner)
+    before = _fdsets(monitor, namespace)
     for each in before:
         _unless_gone(monitor, "remove-fd", {"fdset-id": each})
-    gone = before.keys() - _fdsets(monitor, owner).keys() if before else set()
+    gone = before.keys() - _fdsets(monitor, namespace).keys() if before else set()
     return [f"removed the descriptor set {each}" for each in sorted(gone)]
 
 
-def _fdsets(monitor: Monitor, owner: Namespace) -> dict[int, tuple[int, ...]]:
+def _fdsets(monitor: Monitor, namespace: Namespace) -> dict[int, tuple[int, ...]]:
     """Return our descriptor sets, each with QEMU's own numbers of its descriptors. Raises MonitorError."""
     fdsets = monitor.execute("query-fdsets")
     with understood("query-fdsets"):
         return {
             number(fdset["fdset-id"]): tuple(number(fd["fd"]) for fd in fdset["fds"])
             for fdset in fdsets
-            if any(owner.owns(fd.get("opaque", "")) for fd in fdset["fds"])
+            if any(namespace.owns(fd.get("opaque", "")) for fd in fdset["fds"])
         }
 
 
-def _ours(monitor: Monitor, owner: Namespace, query: str, key: str) -> list[str]:
+def _ours(monitor: Monitor, namespace: Namespace, query: str, key: str) -> list[str]:
     arguments = {"flat": True} if query == "query-named-block-nodes" else None
     entries = monitor.execute(query, arguments)
     with understood(query):
-        return [entry[key] for entry in entries if owner.owns(entry.get(key, ""))]
+        return [entry[key] for entry in entries if namespace.owns(entry.get(key, ""))]
 
 
 def _unless_gone(monitor: Monitor, command: str, arguments: dict[str, object] | None) -> None:

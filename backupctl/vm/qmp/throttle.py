@@ -47,18 +47,18 @@ def change(monitor: "Monitor", name: str, limits: dict[str, int]) -> None:
     monitor.execute("qom-set", {"path": f"/objects/{name}", "property": "limits", "value": limits})
 
 
-def relax(monitor: "Monitor", owner: Namespace) -> None:
+def relax(monitor: "Monitor", namespace: Namespace) -> None:
     """Let what waits in our groups get on. Raises MonitorError."""
-    for name in ours(monitor, owner):
+    for name in ours(monitor, namespace):
         change(monitor, name, rate_limits(SLOW_BYTES_PER_SECOND))
 
 
-def disable(monitor: "Monitor", owner: Namespace) -> None:
+def disable(monitor: "Monitor", namespace: Namespace) -> None:
     """Let everything pass, and wait for what is under way. Not while a client of ours has replies to read.
 
     Raises MonitorError.
     """
-    names = ours(monitor, owner)
+    names = ours(monitor, namespace)
     for name in names:
         change(monitor, name, rate_limits(UNLIMITED))
     if names:
@@ -66,15 +66,15 @@ def disable(monitor: "Monitor", owner: Namespace) -> None:
         monitor.execute("transaction", {"actions": []})
 
 
-def remove(monitor: "Monitor", owner: Namespace) -> list[str]:
+def remove(monitor: "Monitor", namespace: Namespace) -> list[str]:
     """Remove our groups, which no node uses any more; returns their names. Raises MonitorError."""
-    names = ours(monitor, owner)
+    names = ours(monitor, namespace)
     for name in names:
         monitor.execute("object-del", {"id": name})
     return names
 
 
-def ours(monitor: "Monitor", owner: Namespace) -> list[str]:
+def ours(monitor: "Monitor", namespace: Namespace) -> list[str]:
     """Name our groups. Raises MonitorError."""
     if "qom-list" not in monitor.commands:
         return []
@@ -83,4 +83,4 @@ def ours(monitor: "Monitor", owner: Namespace) -> list[str]:
     except CommandFailed:
         return []  # without any object there is no folder for them
     with understood("list of objects"):
-        return sorted(name for entry in found if owner.owns(name := text(entry["name"])))
+        return sorted(name for entry in found if namespace.owns(name := text(entry["name"])))

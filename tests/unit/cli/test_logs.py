@@ -71,8 +71,8 @@ def call(tmp_path, monkeypatch, capfd, qmp):
     monkeypatch.setattr(output, "_output", output._Output())
 
     def made(err, *options):
-        def run(vm, repository, options, reporter, stop):
-            reporter.event(VmSkipped("db", "for a test"))
+        def run(ctx):
+            ctx.reporter.event(VmSkipped("db", "for a test"))
             with Monitor.connect(Address(path=str(qmp)), 5.0) as monitor:
                 monitor.execute("object-add", {"qom-type": "secret", "id": "sec0", "data": SECRET})
                 monitor.execute("qom-get", {"path": "/objects/sec0"})
@@ -216,6 +216,23 @@ def test_a_log_that_can_not_be_written_is_no_error(tmp_path):
         os.close(full)
         logging.getLogger("backupctl.test").debug("lost")
         assert found.transcript[-1].endswith("lost")
+
+
+def test_verbose_waits_for_no_reader(monkeypatch):
+    """The guest may be frozen meanwhile. What did not fit comes later."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, logs.begin() as found:
+        monkeypatch.setattr(sys, "stderr", stream)
+        found.show()
+        for number in range(300):
+            logging.getLogger("backupctl.test").debug("%d %s", number, "x" * 1000)
+        first = os.read(reader, 1 << 20)
+        logging.getLogger("backupctl.test").debug("last")
+        then = os.read(reader, 1 << 20)
+    os.close(reader)
+    numbers = [int(line.split()[3]) for line in (first + then).decode().splitlines()]
+    assert numbers == list(range(len(numbers)))
+    assert 60 < len(numbers) < 300
 
 
 @pytest.mark.parametrize("journal", [True, False], ids=["journal", "elsewhere"])

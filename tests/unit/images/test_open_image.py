@@ -26,6 +26,7 @@ from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.restore import overlay as thin
 from backupctl.operations.verify import run as verify
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.repository.point import Point
@@ -206,7 +207,7 @@ def test_a_verify_proves_the_image_that_it_opened(two_points, at_start):
         other.write_bytes(real[:CLUSTER_BYTES] + bytes(len(real) - CLUSTER_BYTES))
         starts = at_start(number, lambda other=other: other.rename(image))
         report = verify.verify(
-            builder.repository, VmName("vm1"), None, verify.Depth(), Silent(), Cancellation()
+            builder.repository, VmName("vm1"), None, VerifyScope(), Silent(), Cancellation()
         )
         assert len(starts) == 4
         # The first two starts are of the first layer's proof. After them the exchange is there to be found.

@@ -7,7 +7,7 @@ from backupctl.names import VmName
 from backupctl.operations import status
 from backupctl.operations.doctor import run as doctor
 from backupctl.operations.doctor.run import Finding
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import RunOptions, ScratchOptions, VmConfig
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
 
@@ -61,7 +61,7 @@ def test_missing_tools_are_named_with_where_they_come_from(tmp_path, monkeypatch
 def test_a_run_under_way_is_what_doctor_and_status_tell_of(tmp_path):
     """Its monitor serves one client, so it looks dead to others; and its point looks left over."""
     repository = Repository.create(tmp_path / "r")
-    folder, options = repository.vm(WEB.name), RunOptions("incremental", scratch=tmp_path)
+    folder, options = repository.vm(WEB.name), RunOptions("incremental", scratch=ScratchOptions(tmp_path))
     with folder.lock():
         (folder.path / "20260101T000000Z.partial").mkdir()
         (monitor,) = found(tmp_path / "r", "monitor")

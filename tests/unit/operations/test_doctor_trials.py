@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from backupctl.errors import Failed, RepositoryError
+from backupctl.finding import Finding
 from backupctl.images import nbd_server
 from backupctl.names import VmName
 from backupctl.operations.doctor import trials
-from backupctl.operations.doctor.finding import Finding
 from backupctl.repository.repository import Repository
 from backupctl.system import durable, private_dir
 from backupctl.targets import output
-from backupctl.vm.qmp import scratch
+from backupctl.vm import scratch_folder
 
 
 def refuse(number: int):
@@ -135,7 +135,7 @@ def test_a_path_that_is_no_utf_8_is_refused_before_anything_is_begun(tmp_path):
 
 def test_a_scratch_folder_that_can_not_be_looked_at_is_no_bug_of_ours(tmp_path, monkeypatch):
     owner = Repository.create(tmp_path / "r").owner
-    assert scratch.sweep(owner, VmName("web"), tmp_path / "none") == []
+    assert scratch_folder.sweep(owner, VmName("web"), tmp_path / "none") == []
     monkeypatch.setattr(os, "scandir", refuse(errno.EACCES))
-    with pytest.raises(Failed, match="can't be looked at: Permission denied"):
-        scratch.sweep(owner, VmName("web"), tmp_path)
+    with pytest.raises(Failed, match=r"cannot read the scratch folder .*: Permission denied"):
+        scratch_folder.sweep(owner, VmName("web"), tmp_path)

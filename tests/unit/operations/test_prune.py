@@ -188,7 +188,7 @@ def test_the_maps_below_a_new_image_are_opened_a_few_times_and_not_for_each_part
         "open",
         classmethod(lambda cls, path, *more: (opened.append(path), real(cls, path, *more))[1]),
     )
-    monkeypatch.setattr(merge, "_WINDOW_CLUSTERS", 1)
+    monkeypatch.setattr(merge, "WINDOW_CLUSTERS", 1)
     assert len(pruned(builder).merged) == 1
     assert sum(P1 in path.parts for path in opened) <= 6
     history.check()

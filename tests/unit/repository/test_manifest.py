@@ -3,13 +3,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from backupctl.errors import BackupctlError, DamageFound, UnknownFormat
 from backupctl.names import DiskName, NodeName, PointId, RepositoryId, VmName
-from backupctl.repository import manifest as manifests
 from backupctl.repository import strict_json
+from backupctl.repository.history import Entry
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from tests.unit.points import P1, P2, P3, disk_entry
@@ -45,7 +46,7 @@ JOURNAL = Journal(
 def signed(**changes: object) -> bytes:
     """A manifest that says whatever it is told to, with the right checksum."""
     document = {**GOOD.to_dict(), **changes}
-    document["checksum"] = manifests._checksum(document)
+    document["checksum"] = strict_json.checksum(document)
     return json.dumps(document).encode()
 
 
@@ -55,6 +56,18 @@ def disk(**changes: object) -> dict[str, object]:
 
 def test_a_manifest_comes_back_as_it_was():
     assert Manifest.from_json(GOOD.to_json()) == GOOD
+
+
+def test_what_is_written_stays_the_same_byte_for_byte():
+    """Other programs read these files, and older versions of this one."""
+    entry = Entry("committed", P1, "0" * 32, "2026-01-01T00:00:00Z", "")
+    written = [GOOD.to_json(), JOURNAL.to_json(), entry.to_line()]
+    assert [blake3(content).hexdigest(16) for content in written] == [
+        "3df4e6e511087a534090311b8918ed38",
+        "07a1971622a6d97ed3c62f5d08a40928",
+        "a33c4e73954e82de397b0ca35e98565a",
+    ]
+    assert Entry.from_line(entry.to_line()) == entry
 
 
 def test_any_flipped_bit_is_found_unless_it_changes_no_meaning():
@@ -122,6 +135,17 @@ def test_a_newer_format_is_told_from_damage():
         {"start": "yesterday"},
         {"repository": "0" * 31},
         {"qemu": "x" * 101},
+        {"qemu": "x\0"},
+        {"repository": "0" * 32 + "\n"},
+        {"vm": "vm1\n"},
+        {"disks": [disk(digests="0" * 32 + "\n")]},
+        {"disks": [disk(reason="\ud800")]},
+        {"disks": [disk(size=1.0)]},
+        {"disks": [{key: value for key, value in disk().items() if key != "merged"}]},
+        {"disks": [disk(merged={"parent": P2, "file_bytes": 1, "stored_bytes": 1, "digests": "0" * 32})]},
+        {"disks": [disk(merged={"parent": None, "file_bytes": 1, "stored_bytes": 1, "digests": ""})]},
+        {"freeze": {"asked": "auto", "got": "none", "milliseconds": None, "more": 1}},
+        {"freeze": {"asked": "sometimes", "got": "none", "milliseconds": None}},
     ],
 )
 def test_nonsense_is_refused_although_the_checksum_agrees(changes):
@@ -133,7 +157,7 @@ def test_a_missing_field_is_refused():
     document = GOOD.to_dict()
     for name in document:
         less = {key: value for key, value in document.items() if key != name}
-        less["checksum"] = manifests._checksum(less)
+        less["checksum"] = strict_json.checksum(less)
         with pytest.raises(DamageFound, match=name):
             Manifest.from_json(json.dumps(less).encode())
 
@@ -196,6 +220,7 @@ def test_a_journal_comes_back_as_it_was():
     "changes",
     [
         {"format": 2},
+        {"format": True},
         {"point": "../20260102T000000Z"},
         {"vm": "/etc"},
         {"pid": -1},
@@ -207,6 +232,8 @@ def test_a_journal_comes_back_as_it_was():
         {"disks": [{"name": "vda", "node": "n", "number": 1 << 40, "base": None}]},
         {"disks": [{"name": "vda", "node": "n", "number": 0, "base": "../x"}]},
         {"disks": [{"name": "vda", "node": "n", "number": 0}]},
+        {"disks": [{"name": "vda", "node": "n", "number": 0, "base": None, "more": 1}]},
+        {"node": "\ud800"},
         {"more": 1},
     ],
 )

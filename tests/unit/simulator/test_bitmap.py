@@ -10,15 +10,20 @@ BITS = 5000
 RANGES = st.tuples(st.integers(0, BITS - 1), st.integers(1, BITS)).map(
     lambda r: (r[0], min(r[1], BITS - r[0]))
 )
-STEPS = st.lists(st.tuples(st.booleans(), RANGES), max_size=12)
+STEPS = st.lists(st.one_of(RANGES, RANGES, st.just("clear")), max_size=12)
 
 
 def build(steps):
-    """Play set and reset on a bitmap and on a plain array."""
+    """Set and clear a bitmap and a plain array."""
     bitmap, model = HierarchicalBitmap(BITS), np.zeros(BITS, bool)
-    for setting, (start, length) in steps:
-        (bitmap.set if setting else bitmap.reset)(start, length)
-        model[start : start + length] = setting
+    for step in steps:
+        if step == "clear":
+            bitmap.clear()
+            model[:] = False
+        else:
+            start, length = step
+            bitmap.set(start, length)
+            model[start : start + length] = True
     return bitmap, model
 
 

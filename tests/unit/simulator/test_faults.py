@@ -3,12 +3,12 @@ import errno
 
 import pytest
 
-from backupctl.simulator.faults import DEEDS, BadFault, Faults, Stream, parse
+from backupctl.simulator.faults import ACTIONS, BadFault, Faults, Stream, parse
 
 
-def deeds(faults, command, calls, where="qmp"):
+def actions(faults, command, calls, where="qmp"):
     found = [faults.command(where, command) for _ in range(calls)]
-    return [fault.deed if fault else "" for fault in found]
+    return [fault.action if fault else "" for fault in found]
 
 
 @pytest.mark.parametrize(
@@ -18,35 +18,35 @@ def deeds(faults, command, calls, where="qmp"):
 def test_a_fault_meets_the_calls_that_it_names(when, met):
     faults = Faults()
     faults.add(f"qmp:transaction{when}=silent")
-    found = deeds(faults, "transaction", 4)
-    assert [number for number, deed in enumerate(found, 1) if deed] == met
+    found = actions(faults, "transaction", 4)
+    assert [number for number, action in enumerate(found, 1) if action] == met
 
 
 def test_calls_are_counted_by_command():
     faults = Faults()
     faults.add("qmp:transaction@2=lost")
-    assert deeds(faults, "query-block", 3) == ["", "", ""]
-    assert deeds(faults, "transaction", 2) == ["", "lost"]
+    assert actions(faults, "query-block", 3) == ["", "", ""]
+    assert actions(faults, "transaction", 2) == ["", "lost"]
 
 
 def test_a_pattern_counts_all_that_it_matches():
     faults = Faults()
     faults.add("qmp:query-*@2=hangup")
-    assert deeds(faults, "query-block", 1) == [""]
-    assert deeds(faults, "query-jobs", 1) == ["hangup"]
+    assert actions(faults, "query-block", 1) == [""]
+    assert actions(faults, "query-jobs", 1) == ["hangup"]
 
 
 def test_agent_and_monitor_are_apart():
     faults = Faults()
     faults.add("agent:*@*=silent")
-    assert deeds(faults, "guest-ping", 1, "qmp") == [""]
-    assert deeds(faults, "guest-ping", 1, "agent") == ["silent"]
+    assert actions(faults, "guest-ping", 1, "qmp") == [""]
+    assert actions(faults, "guest-ping", 1, "agent") == ["silent"]
 
 
-@pytest.mark.parametrize("deed", sorted(DEEDS))
-def test_every_deed_can_be_said(deed):
-    text = f"qmp:quit={deed}" + (":0.5" if deed in ("late", "answer") else "")
-    assert parse(text).deed == deed
+@pytest.mark.parametrize("action", sorted(ACTIONS))
+def test_every_action_can_be_parsed(action):
+    text = f"qmp:quit={action}" + (":0.5" if action in ("late", "answer") else "")
+    assert parse(text).action == action
 
 
 @pytest.mark.parametrize(
@@ -114,3 +114,16 @@ def test_capacity_is_by_node_and_pattern():
     assert faults.capacity("drive-vda") is None
     faults.clear()
     assert faults.capacity("backupctl-tmp0") is None
+
+
+def test_the_control_socket_shows_a_fault_under_the_names_that_its_clients_know():
+    assert parse("qmp:quit@2+=late:0.5").document() == {
+        "text": "qmp:quit@2+=late:0.5",
+        "where": "qmp",
+        "what": "quit",
+        "first": 2,
+        "last": None,
+        "deed": "late",
+        "argument": "0.5",
+        "calls": 0,
+    }

@@ -7,12 +7,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from backupctl.errors import Failed, Refused
+from backupctl.names import VmName
 from backupctl.operations.backup import prepare
+from backupctl.options import Timeouts, VmConfig
 from backupctl.system import private_dir
+from backupctl.system.address import Address
+from backupctl.vm.qmp.driver import QmpDriver
 
 ODD = os.fsdecode(b"o\xff")
 
@@ -87,9 +92,10 @@ def test_a_temporary_folder_that_takes_no_socket_is_told_before_a_run_begins(sho
 def test_a_name_that_qemu_can_not_be_told_is_refused_before_anything_is_touched(
     short, repository, scratch, descriptors, refused
 ):
-    monitor = SimpleNamespace(passes_descriptors=descriptors)
+    monitor: Any = SimpleNamespace(passes_descriptors=descriptors)
+    driver = QmpDriver(VmConfig(VmName("web"), Address(path="/nowhere")), Timeouts(), monitor)
     if not refused:
-        prepare.refuse_folders(short / repository, short / scratch, monitor)
+        prepare.refuse_folders(short / repository, short / scratch, driver)
         return
     with pytest.raises(Refused, match="is not UTF-8"):
-        prepare.refuse_folders(short / repository, short / scratch, monitor)
+        prepare.refuse_folders(short / repository, short / scratch, driver)

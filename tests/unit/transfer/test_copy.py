@@ -11,9 +11,8 @@ import pytest
 
 from backupctl.errors import Interrupted, ReadFailed, WriteFailed
 from backupctl.transfer import copy as copies
-from backupctl.transfer import extents
 from backupctl.transfer.copy import Copied, Copy, open_target
-from backupctl.transfer.extents import Extent
+from backupctl.transfer.extents import DIRTY, ZERO, Extent
 from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
@@ -53,6 +52,13 @@ def run(
         return Copy(source, connections, TokenBucket(limit), check, progress, stall_seconds).run(wanted)
 
 
+def data(source: Source) -> list[Extent]:
+    """Return all but what reads as zeroes."""
+    return [
+        Extent(one.offset, one.length, zero=False) for one in source.statuses() if not one.flags[0] & ZERO
+    ]
+
+
 @pytest.mark.parametrize("connections", [1, 2, 3])
 def test_a_full_of_an_odd_sized_disk_is_byte_equal(serve, tmp_path, connections):
     content = bytearray(5 * MIB + 3 * 512)
@@ -65,7 +71,7 @@ def test_a_full_of_an_odd_sized_disk_is_byte_equal(serve, tmp_path, connections)
     told: list[int] = []
     export, target = serve(raw_node(tmp_path / "sparse")), serve(qcow2_node(path), writable=True)
     with closing(source_of(export, connections=connections)) as source:
-        wanted = list(extents.data(source.statuses()))
+        wanted = data(source)
         copied = run(source, target, wanted, progress=told.append)
     assert copied == Copied(sum(extent.length for extent in wanted), 0)
     assert copied.copied_bytes < len(content)
@@ -105,9 +111,9 @@ def test_an_incremental_holds_changes_zeroes_and_discards_and_nothing_else(serve
     export, target = serve(qcow2_node(disk), ["b0"]), serve(node, writable=True)
     with closing(source_of(export, bitmap="b0", connections=2)) as source:
         wanted = [
-            Extent(status.offset, status.length, bool(status.flags[0] & extents.ZERO))
+            Extent(status.offset, status.length, bool(status.flags[0] & ZERO))
             for status in source.statuses()
-            if status.flags[1] & extents.DIRTY
+            if status.flags[1] & DIRTY
         ]
         copied = run(source, target, wanted)
     end(target)
@@ -135,7 +141,7 @@ def test_data_beyond_4_gib_arrives_where_it_belongs(serve, tmp_path):
     path = target_image(tmp_path, size)
     export, target = serve(raw_node(disk)), serve(qcow2_node(path), writable=True)
     with closing(source_of(export)) as source:
-        run(source, target, extents.data(source.statuses()))
+        run(source, target, data(source))
     end(target)
     tool("qemu-img", "compare", "-f", "raw", "-F", "qcow2", disk, path)
 
@@ -382,7 +388,7 @@ def test_a_size_that_is_no_multiple_of_anything(serve, tmp_path):
     export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
     with closing(source_of(export)) as source:
         assert source.size == 65536 + 1024
-        run(source, target, extents.data(source.statuses()))
+        run(source, target, data(source))
     end(target)
     assert content_of(path)[: 65536 + 513] == (tmp_path / "disk").read_bytes()
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupctl.transfer import extents
-from backupctl.transfer.extents import ZERO, BadReply, Extent, Status
+from backupctl.transfer.extents import BadReply, Extent, Status
 
 HOLE_AND_ZERO = 3
 
@@ -122,11 +122,6 @@ def test_however_a_server_cuts_its_replies_each_unit_comes_once_with_its_flags(d
     assert [status.offset for status in found] == [
         sum(status.length for status in found[:number]) for number in range(len(found))
     ]
-
-
-def test_a_full_takes_all_but_zeroes_and_holes_that_are_not_zero_too():
-    statuses = [Status(0, 10, (ZERO,)), Status(10, 10, (1,)), Status(20, 10, (0,)), Status(30, 1, (3,))]
-    assert list(extents.data(statuses)) == [Extent(10, 20, zero=False)]
 
 
 def test_pieces_are_cut_at_multiples_and_the_last_one_is_kept():

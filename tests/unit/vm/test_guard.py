@@ -104,7 +104,7 @@ def test_freeze_and_thaw_tell_how_long(agent, start):
     time.sleep(0.2)
     thawed = guard.thaw()
     assert 200 <= thawed.milliseconds < 2000
-    assert not thawed.ended_early
+    assert not thawed.doubt
     assert not guard.may_be_frozen()
     assert (len(agent.freezes), len(agent.thaws)) == (1, 1)
 
@@ -129,10 +129,10 @@ def test_a_freeze_that_somebody_in_the_guest_ended_is_told(agent, start):
     guard = start()
     guard.freeze(10)
     agent.frozen = False
-    assert guard.thaw().ended_early
+    assert guard.thaw().doubt
     assert not guard.may_be_frozen()
     guard.freeze(10)
-    assert not guard.thaw().ended_early
+    assert not guard.thaw().doubt
 
 
 def test_the_budget_ends_the_freeze_and_the_run_is_told(agent, start):
@@ -247,7 +247,7 @@ def test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed(agent,
 def test_signals_do_not_end_the_guard(agent, start):
     guard = start()
     guard.freeze(10)
-    for number in guard_process.DEAF_TO:
+    for number in guard_process.IGNORED_SIGNALS:
         os.kill(guard._process.pid, number)
     time.sleep(0.2)
     guard.check()
@@ -400,7 +400,7 @@ def test_a_thaw_that_is_refused_although_the_guest_is_thawed_is_no_error_and_no_
     guard = start()
     guard.freeze(10)
     thawed = guard.thaw()
-    assert thawed.ended_early
+    assert thawed.doubt
     assert VSS in thawed.doubt
     assert not guard.may_be_frozen()
 

@@ -8,16 +8,17 @@ import pytest
 
 from backupctl.errors import Failed, Refused
 from backupctl.names import Namespace, NodeName, VmName
-from backupctl.vm.qmp.scratch import Scratches, private_folder
+from backupctl.vm.qmp.scratch import ScratchFiles
+from backupctl.vm.scratch_folder import make_private
 
 MIB = 1 << 20
 NOBODY = 65534
-OWNER, VM, NODE = Namespace("0123456789abcdef0123456789abcdef"), VmName("web"), NodeName("tmp0")
+NAMESPACE, VM, NODE = Namespace("0123456789abcdef0123456789abcdef"), VmName("web"), NodeName("tmp0")
 
 
 @pytest.mark.parametrize("planted", ["link", "file"])
 def test_a_named_file_is_made_and_what_lies_there_is_not_taken(tmp_path, planted):
-    victim, scratches = tmp_path / "victim", Scratches(Mock(), tmp_path, tmp_path)
+    victim, scratches = tmp_path / "victim", ScratchFiles(Mock(), tmp_path, tmp_path)
     victim.write_bytes(b"precious")
     if planted == "link":
         (tmp_path / "tmp0.qcow2").symlink_to(victim)
@@ -35,10 +36,10 @@ def test_a_named_file_is_made_and_what_lies_there_is_not_taken(tmp_path, planted
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the rule is for root, and takes root to try")
 def test_root_makes_no_named_file_in_a_folder_that_somebody_else_could_turn(tmp_path):
-    made = private_folder(OWNER, VM, tmp_path)
+    made = make_private(NAMESPACE, VM, tmp_path)
     assert made.stat().st_mode & 0o777 == 0o700
     made.rmdir()
     os.chown(tmp_path, NOBODY, 0)
     with pytest.raises(Refused, match="belongs to user"):
-        private_folder(OWNER, VM, tmp_path)
+        make_private(NAMESPACE, VM, tmp_path)
     assert list(tmp_path.iterdir()) == []

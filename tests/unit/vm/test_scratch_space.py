@@ -19,13 +19,13 @@ def share(sizes, held, free, wish=None, *, limited=True):
 
 def test_a_small_disk_gets_room_that_can_not_be_used_up():
     (one,) = share([10 * MIB], [10 * MIB], GIB)
-    assert (one.size, one.abort_at, one.stop) == (scratch_space.whole(10 * MIB), None, None)
+    assert (one.size, one.abort_at, one.throttle_at) == (scratch_space.whole(10 * MIB), None, None)
 
 
 def test_a_large_empty_disk_gets_what_it_holds_and_a_reserve():
     (one,) = share([100 * GIB], [GIB], 100 * GIB)
     assert one.size == one.ideal_bytes == scratch_space.whole(GIB) + 512 * MIB
-    assert GIB < one.abort_at < one.stop < one.size
+    assert GIB < one.abort_at < one.throttle_at < one.size
 
 
 def test_half_of_what_is_free_is_shared_by_what_the_disks_hold():
@@ -47,7 +47,7 @@ def test_a_wish_that_is_not_free_is_refused():
 
 def test_without_a_limit_in_qemu_there_is_only_the_threshold():
     (one,) = share([100 * GIB], [GIB], 100 * GIB, limited=False)
-    assert one.stop is None
+    assert one.throttle_at is None
     assert one.abort_at is not None
 
 
@@ -63,4 +63,4 @@ def test_every_share_is_there_and_leaves_its_reserve(sizes, free, limited, full)
             assert one.size >= scratch_space.whole(size)
         else:
             assert 0 < one.abort_at <= one.size - 256 * MIB
-            assert one.stop is None or one.abort_at < one.stop <= one.size - 192 * MIB
+            assert one.throttle_at is None or one.abort_at < one.throttle_at <= one.size - 192 * MIB

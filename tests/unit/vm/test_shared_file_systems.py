@@ -11,8 +11,9 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, WriteFailed
 from backupctl.system import open_files
 from backupctl.system.open_files import OpenFile, Place
-from backupctl.vm.qmp import filling
-from backupctl.vm.qmp.filling import Filling
+from backupctl.vm import filling
+from backupctl.vm.filling import Filling
+from backupctl.vm.qmp import shared_files
 
 HERE, FREE = 7, 100 << 20
 
@@ -82,7 +83,7 @@ def test_a_name_says_that_a_file_is_there_or_that_nobody_can_tell(named, said, t
     class Monitor:
         process = None
 
-    found = Filling.of_run(tmp_path, Monitor(), [], {"n0": node(named)})  # type: ignore[arg-type, dict-item]
+    found = shared_files.filling(tmp_path, Monitor(), [], {"n0": node(named)})  # type: ignore[arg-type, dict-item]
     assert said in found.who() if said else found.who() == ""
     hidden = {"n0": node(named, ro=True), "n1": node(named, drv="nbd"), "backupctl-x": node(named)}
-    assert Filling.of_run(tmp_path, Monitor(), [], hidden).who() == ""  # type: ignore[arg-type]
+    assert shared_files.filling(tmp_path, Monitor(), [], hidden).who() == ""  # type: ignore[arg-type]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A monitor or an agent that lies: forwards all to an honest one, but for answers that it is told to replace.
+"""A monitor or an agent that lies: it forwards everything to an honest one, but replaces chosen answers.
 
 Both protocols are lines of JSON, answered in order.
 """
@@ -22,11 +22,11 @@ Lie = Callable[[bytes], Said]
 """Gets the honest line and returns what is sent in its place; an iterable may have no end."""
 
 
-class Liar:
+class LyingPeer:
     """Listens on `path` in front of `target`.
 
     lies: by command ("query-block"), by its nth call ("query-block@2"), or for "greeting", "event", "*".
-    nbd: takes the NBD server's place: it gets the listening socket that is meant for QEMU.
+    nbd: replaces the NBD server: it gets the listening socket that is meant for QEMU.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Liar:
         _hang_up(client, server)
 
     def _exchange(self, descriptors: list[int]) -> list[int]:
-        """Give the client's listening socket to the lying NBD server, and one of ours to QEMU."""
+        """Pass the client's listening socket to the lying NBD server, and another one to QEMU."""
         if self._nbd is None:
             return descriptors
         return [self._nbd.take(one) if _is_socket(one) else one for one in descriptors]
@@ -141,7 +141,7 @@ def refuses(description: Any, kind: Any = "GenericError") -> Lie:
 
 
 def raw(content: bytes) -> Lie:
-    """Say this, whatever it is; ID in it stands for the right id."""
+    """Answer with this text, whatever it is; ID in it stands for the right id."""
 
     def lie(line: bytes) -> bytes:
         identity = str(json.loads(line.lstrip(b"\xff")).get("id", "")).encode()
@@ -163,7 +163,7 @@ def answer(line: bytes, message: dict[str, Any]) -> bytes:
 
 
 def endless(part: bytes, before: bytes = b"") -> Lie:
-    """Send `part` again and again, for as long as somebody listens."""
+    """Send `part` again and again, until the client disconnects."""
 
     def parts(_line: bytes) -> Iterable[bytes]:
         yield before
@@ -174,7 +174,7 @@ def endless(part: bytes, before: bytes = b"") -> Lie:
 
 
 def _commands(said: bytes) -> tuple[list[str], bytes]:
-    """Return the names of the commands in what a client said, and what is no whole one yet."""
+    """Return the names of the commands in what a client sent, and the incomplete rest."""
     found, rest = [], said.decode(errors="replace").lstrip("\ufffd \r\n")
     while rest:
         try:

@@ -7,23 +7,16 @@ there is asked of the processes on this machine, and only then; of the VM that i
 well. What can't be told counts as there.
 """
 
-import stat
 import time
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, WriteFailed
-from backupctl.names import PREFIX, NodeName
 from backupctl.system import open_files
 from backupctl.system.files import free_bytes
 from backupctl.system.open_files import Place
-from backupctl.vm.disk import Disk
-from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.reply import flag, understood
-from backupctl.vm.qmp.scratch import LOW_BYTES
+from backupctl.vm.scratch_folder import LOW_BYTES
 
 _AGAIN_SECONDS = 2.0
 
@@ -40,28 +33,6 @@ class Filling:
         self._told = told
         self._process = process
         self._asked = -_AGAIN_SECONDS
-
-    @classmethod
-    def of_run(
-        cls,
-        folder: Path,
-        monitor: Monitor,
-        disks: Iterable[Disk],
-        nodes: Mapping[NodeName, Mapping[str, Any]],
-    ) -> "Filling":
-        """Look which disks of a VM lie on a folder's file system. nodes: of `disks.named_nodes`.
-
-        Raises MonitorError.
-        """
-        place = Place.of(folder)
-        # Somebody else may have made the socket, or stand between.
-        process = monitor.process if monitor.process and open_files.is_qemu(monitor.process) else None
-        if names := ", ".join(disk.name for disk in disks if _lies(disk.filename, place)):
-            return cls(folder, f"{names} lies on it too", process)
-        if process is not None and open_files.written(process) is not None:
-            return cls(folder, "", process)
-        with understood("description of its block nodes"):
-            return cls(folder, _named(nodes, place), process)
 
     def check(self, error: type[Failed] = Failed) -> None:
         """Raise `error` if room is becoming scarce that a virtual machine may need.
@@ -99,37 +70,12 @@ class Filling:
         return doubt
 
 
-def watching(stop: Cancellation, target: Path) -> Cancellation:
-    """Return a Stop that looks at the file system of a file that is being written, too.
+def watching(cancel: Cancellation, target: Path) -> Cancellation:
+    """Return a Cancellation that also looks at the file system of a file that is being written.
 
     A device or a pipe fills none.
     """
     if target.exists() and not target.is_file():
-        return stop
+        return cancel
     filling = Filling(next(folder for folder in target.absolute().parents if folder.is_dir()))
-    return stop.also(lambda: filling.check(WriteFailed))
-
-
-def _named(nodes: Mapping[NodeName, Mapping[str, Any]], place: Place) -> str:
-    """Say which file that the nodes name takes its room there, or which name tells us nothing."""
-    doubt = ""
-    for name, node in nodes.items():
-        if node["drv"] != "file" or flag(node.get("ro", False)) or name.startswith(PREFIX):
-            continue
-        filename = str(node["image"]["filename"])[:4096]
-        lies = _lies(filename, place)
-        if lies:
-            return f"{filename:.300} of the VM lies on it too"
-        if lies is None:
-            doubt = f"{filename:.300} of the VM may lie on it, which can't be told from here"
-    return doubt
-
-
-def _lies(filename: str, place: Place) -> bool | None:
-    """Whether a file takes its room there; None if it can't be seen by the name that QEMU has for it."""
-    if not filename.startswith("/") or filename.startswith("/dev/fdset/"):
-        return None
-    try:
-        return stat.S_ISREG(Path(filename).stat().st_mode) and Place.of(filename).shared_with(place)
-    except (OSError, ValueError):
-        return None
+    return cancel.also(lambda: filling.check(WriteFailed))

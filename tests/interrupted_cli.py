@@ -2,16 +2,17 @@
 """The command line, interrupted at its nth step: `Cli.call(…, entry=ENTRY, KILL_AT="5")`.
 
 A step is a monitor command, a request to the guard (it speaks to the agent), an agent command of the run
-itself, or a durable step of the repository. KILL_AT: which one (from 0); KILL_WHEN: before or after it.
-STEPS: a file to which each step's name is written. What happens there is SIGKILL of the run, or DEED:
+itself, or a durable step of the repository. KILL_AT: which one (from 0), or each monitor command of that
+name; KILL_WHEN: before or after it.
+STEPS: a file to which the name of each step is written. The interruption is SIGKILL of the run, or ACTION:
 
 - term: SIGTERM of the run;
 - eio, enospc: a durable step fails, once, or this one and all that follow;
-- hangup, lost: the connection is closed at the next monitor command, which is not done, or done;
+- hangup, lost: the monitor connection is closed at the next command, before or after QEMU runs it;
 - quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
 
-CONTROL is the simulator's control socket. Its guest then writes before each export is made, so that the new
-bitmap has something to lose.
+CONTROL is the simulator's control socket. Its guest then writes before each export is added, so that the new
+bitmap has dirty bits that a bug could lose.
 """
 
 import errno
@@ -33,7 +34,7 @@ from backupctl.vm.guest.agent import Agent
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp.monitor import Monitor
 
-ENTRY = "tests.killed:interrupted"
+ENTRY = "tests.interrupted_cli:interrupted"
 WATCHED = {
     Monitor: ("execute", "send_fd"),
     GuardClient: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
@@ -43,11 +44,11 @@ WATCHED = {
 }
 ERRORS = {"eio": errno.EIO, "enospc": errno.ENOSPC}
 BUG = re.compile(r"\b[A-Z]\w*(Error|Exception)\b|in backupctl itself")
-"""No error of ours is told by its class: that was none of those that were meant."""
+"""The name of an exception's class in a message shows a bug: our own errors never print theirs."""
 
 
 def interrupt(environment: Mapping[str, str]) -> None:
-    """Have it happen, once, in this process."""
+    """Set up the interruption in this process."""
     numbers = itertools.count()
     for owner, names in WATCHED.items():
         for name in names:
@@ -56,35 +57,37 @@ def interrupt(environment: Mapping[str, str]) -> None:
 
 def _watch(owner: object, name: str, numbers: "itertools.count[int]", environment: Mapping[str, str]) -> None:
     real = getattr(owner, name)
-    wanted, when = int(environment.get("KILL_AT", "-1")), environment.get("KILL_WHEN", "before")
+    at, when = environment.get("KILL_AT", "-1"), environment.get("KILL_WHEN", "before")
+    wanted = int(at) if at.isdecimal() else -1
     steps = environment.get("STEPS")
-    error = ERRORS.get(environment.get("DEED", ""), 0) if owner is durable else 0
+    error = ERRORS.get(environment.get("ACTION", ""), 0) if owner is durable else 0
 
     @wraps(real)
     def stepped(*arguments, **options):
         mine = next(numbers)
+        first = arguments[1] if owner is Monitor and name == "execute" else ""
+        hit = at in (str(mine), first)
         if steps:
             with open(steps, "a") as log:
-                first = arguments[1] if owner is Monitor and name == "execute" else ""
                 log.write(f"{name} {first}\n")
         if error and (mine == wanted or (mine > wanted >= 0 and error == errno.ENOSPC)):
             raise OSError(error, os.strerror(error))
         if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:
             with suppress(OSError):  # it may have ended
                 _order(environment, {"do": "step", "count": 2})
-        if mine == wanted and when == "before":
-            _happen(environment)
+        if hit and when == "before":
+            _interrupt_now(environment)
         try:
             return real(*arguments, **options)
         finally:
-            if mine == wanted and when == "after":
-                _happen(environment)
+            if hit and when == "after":
+                _interrupt_now(environment)
 
     setattr(owner, name, stepped)
 
 
-def _happen(environment: Mapping[str, str]) -> None:
-    how = environment.get("DEED", "")
+def _interrupt_now(environment: Mapping[str, str]) -> None:
+    how = environment.get("ACTION", "")
     if how in ERRORS:
         return
     if how in ("", "term"):
@@ -106,7 +109,7 @@ def _order(environment: Mapping[str, str], order: dict[str, object]) -> None:
 
 
 def _end(pid: int, number: signal.Signals) -> None:
-    """Have a QEMU end, and wait until it has."""
+    """End a QEMU with a signal, and wait until it has ended."""
     handle = os.pidfd_open(pid)
     signal.pidfd_send_signal(handle, number)
     assert select.select([handle], [], [], 20)[0], "QEMU did not end"
@@ -114,6 +117,6 @@ def _end(pid: int, number: signal.Signals) -> None:
 
 
 def interrupted() -> None:
-    """Be the command line, to which what the environment says happens."""
+    """Run the command line with the interruption that the environment describes."""
     interrupt(os.environ)
     main()

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What one run is given: VM, repository and options; how it reports, is stopped, and tells the time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+
+from backupctl.cancel import Cancellation
+from backupctl.events import StepStarted
+from backupctl.options import RunOptions, VmConfig
+from backupctl.progress import Reporter
+from backupctl.repository.repository import Repository
+from backupctl.repository.vm_folder import VmFolder
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _nothing(_step: str) -> None:
+    pass
+
+
+@dataclass
+class RunContext:
+    """The surroundings of one run.
+
+    clock: tells the time after which the point is named. on_step: called with the name of each step as the
+    run enters it, before anything of it is done; for drills and tests. current: the step that the run is in.
+    """
+
+    vm: VmConfig
+    repository: Repository
+    options: RunOptions
+    reporter: Reporter
+    cancel: Cancellation
+    clock: Callable[[], datetime] = _now
+    on_step: Callable[[str], None] = _nothing
+    current: str = field(default="prepare", init=False)
+
+    @cached_property
+    def folder(self) -> VmFolder:
+        """The VM's folder in the repository."""
+        return self.repository.vm(self.vm.name)
+
+    def step(self, name: str) -> None:
+        """Enter a step, and report it."""
+        self.enter(name)
+        self.reporter.event(StepStarted(name))
+
+    def enter(self, name: str) -> None:
+        """Enter a step without reporting it: the guest is frozen, and nothing may wait for a terminal."""
+        self.current = name
+        self.on_step(name)

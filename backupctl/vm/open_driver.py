@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The one place that knows which driver a VM of the configuration needs."""
+
+from contextlib import AbstractContextManager
+
+from backupctl.cancel import Cancellation
+from backupctl.options import Timeouts, VmConfig
+from backupctl.vm.driver import Driver
+from backupctl.vm.guest import agent
+from backupctl.vm.qmp.driver import connect
+
+
+def open_driver(
+    vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None
+) -> AbstractContextManager[Driver]:
+    """Connect to a VM for as long as the block lasts. Raises MonitorUnreachable, Interrupted.
+
+    cancel: looked at while nobody answers.
+    """
+    return connect(vm, timeouts, cancel)
+
+
+def can_freeze(vm: VmConfig) -> bool:
+    """Whether a guest agent is configured."""
+    return vm.agent is not None
+
+
+def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
+    """Return "thawed" or "frozen", as the guest agent remembers it. Raises AgentError.
+
+    `can_freeze` must be true. Needs no open driver.
+    """
+    assert vm.agent is not None
+    with agent.Agent.connect(vm.agent, timeouts.agent_seconds) as connection:
+        return connection.freeze_status()
+
+
+def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
+    """Thaw a guest that is frozen; whether it was. Raises AgentError.
+
+    Needs no open driver: a guest must not wait for a monitor that somebody else holds.
+    """
+    return vm.agent is not None and agent.thaw_if_frozen(vm.agent, timeouts.agent_seconds)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The driver for a VM with a QEMU monitor of its own, or for a storage daemon: plain QMP."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from backupctl.cancel import Cancellation
+from backupctl.errors import CommandFailed, Refused
+from backupctl.finding import Finding
+from backupctl.names import BitmapName, NodeName
+from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
+from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.disk import Disk, Inventory
+from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
+from backupctl.vm.filling import Filling
+from backupctl.vm.guest.guard import GuardClient
+from backupctl.vm.qmp import (
+    diagnosis,
+    inventory,
+    preflight,
+    recovery,
+    scratch_space,
+    shared_files,
+    snapshot_access,
+)
+from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.qmp.session import QmpSession
+
+
+@contextmanager
+def connect(vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None) -> Iterator["QmpDriver"]:
+    """Connect to the monitor for as long as the block lasts. Raises MonitorUnreachable, Interrupted."""
+    with Monitor.connect(vm.qmp, timeouts.command_seconds, cancel) as monitor:
+        yield QmpDriver(vm, timeouts, monitor)
+
+
+class QmpDriver:
+    """See `vm.driver.Driver`."""
+
+    def __init__(self, vm: VmConfig, timeouts: Timeouts, monitor: Monitor) -> None:
+        self._vm = vm
+        self._timeouts = timeouts
+        self._monitor = monitor
+
+    @property
+    def version(self) -> str:
+        """QEMU's version."""
+        return str(self._monitor.version)
+
+    def preflight(self) -> None:
+        """See `preflight.refuse_qemu`."""
+        preflight.refuse_qemu(self._monitor)
+
+    def inventory(self) -> Inventory:
+        """Ask QEMU for the VM's disks."""
+        return inventory.inventory(self._monitor, self._vm.disk_names)
+
+    def bitmaps(self) -> tuple[Bitmap, ...]:
+        """Return the bitmaps of every node."""
+        return inventory.all_bitmaps(self._monitor)
+
+    def remove_bitmap(self, node: NodeName, name: BitmapName) -> str:
+        """Remove one bitmap; return QEMU's refusal, or ""."""
+        try:
+            self._monitor.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+        except CommandFailed as err:
+            return err.description
+        return ""
+
+    def view_error(self, view: ViewKind, disks: Sequence[Disk]) -> str:
+        """Fleecing is always there."""
+        return snapshot_access.view_error(self._monitor, disks) if view == "snapshot-access" else ""
+
+    def check_scratch(self, folder: Path) -> None:
+        """Where QEMU gets scratch files as descriptors, it need not be told the name of their folder."""
+        if self._monitor.passes_descriptors:
+            return
+        try:
+            str(folder.absolute()).encode()
+        except UnicodeEncodeError as err:
+            raise Refused(
+                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
+                state="nothing was touched",
+            ) from err
+
+    def plan_scratch(
+        self, disks: Sequence[Disk], options: ScratchOptions, guests: str = ""
+    ) -> tuple[ScratchBudget, ...]:
+        """See `scratch_space`."""
+        return scratch_space.plan_scratch(
+            self._monitor, disks, options.folder, options.size_bytes, guests=guests
+        )
+
+    def filling(self, folders: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
+        """See `shared_files`."""
+        nodes = inventory.named_nodes(self._monitor)
+        return tuple(shared_files.filling(folder, self._monitor, disks, nodes) for folder in folders)
+
+    def foresee(self, facts: PointFacts) -> Foreseen:
+        """See `recovery.foresee`."""
+        return recovery.foresee(self._monitor, facts, self._vm.disk_names)
+
+    def resolve(self, facts: PointFacts) -> list[str]:
+        """See `recovery.resolve`."""
+        return recovery.resolve(self._monitor, facts)
+
+    @contextmanager
+    def begin(self, lock: int) -> Iterator[Session]:
+        """Start the guard, and with it a session."""
+        vm, timeouts = self._vm, self._timeouts
+        with GuardClient.start(vm.qmp, vm.agent, timeouts.agent_seconds, lock) as guard:
+            session = QmpSession(vm, timeouts, self._monitor, guard)
+            try:
+                yield session
+            finally:
+                session.close()
+
+    def findings(self, options: RunOptions) -> Iterator[Finding]:
+        """See `diagnosis`."""
+        return diagnosis.findings(self._monitor, self._vm, options)

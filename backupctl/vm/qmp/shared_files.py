@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which disks of a VM are on the file system of a folder that a run fills, as far as QEMU tells."""
+
+import stat
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from backupctl.names import PREFIX, NodeName
+from backupctl.system import open_files
+from backupctl.system.open_files import Place
+from backupctl.vm.disk import Disk
+from backupctl.vm.filling import Filling
+from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.qmp.reply import flag, understood
+
+
+def filling(
+    folder: Path,
+    monitor: Monitor,
+    disks: Iterable[Disk],
+    nodes: Mapping[NodeName, Mapping[str, Any]],
+) -> Filling:
+    """Look which disks of a VM are on a folder's file system. nodes: of `inventory.named_nodes`.
+
+    Raises MonitorError.
+    """
+    place = Place.of(folder)
+    # Somebody else may have made the socket, or be in between.
+    process = monitor.process if monitor.process and open_files.is_qemu(monitor.process) else None
+    if names := ", ".join(disk.name for disk in disks if _is_there(disk.filename, place)):
+        return Filling(folder, f"{names} lies on it too", process)
+    if process is not None and open_files.written(process) is not None:
+        return Filling(folder, "", process)
+    with understood("description of its block nodes"):
+        return Filling(folder, _named(nodes, place), process)
+
+
+def _named(nodes: Mapping[NodeName, Mapping[str, Any]], place: Place) -> str:
+    """Say which file that the nodes name takes its space there, or which name tells us nothing."""
+    doubt = ""
+    for name, node in nodes.items():
+        if node["drv"] != "file" or flag(node.get("ro", False)) or name.startswith(PREFIX):
+            continue
+        filename = str(node["image"]["filename"])[:4096]
+        there = _is_there(filename, place)
+        if there:
+            return f"{filename:.300} of the VM lies on it too"
+        if there is None:
+            doubt = f"{filename:.300} of the VM may lie on it, which can't be told from here"
+    return doubt
+
+
+def _is_there(filename: str, place: Place) -> bool | None:
+    """Whether a file takes its space there; None if it cannot be seen by the name that QEMU has for it."""
+    if not filename.startswith("/") or filename.startswith("/dev/fdset/"):
+        return None
+    try:
+        return stat.S_ISREG(Path(filename).stat().st_mode) and Place.of(filename).shared_with(place)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The folder for scratch files, and the private folder in it of a run whose scratch files need names.
+
+Whatever opens a scratch file by its name (QEMU where no descriptor can be passed, libvirt) finds it in a
+folder of the run's own. Recovery knows that folder by its name, so it needs no VM to clean up.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from backupctl.errors import Failed, Refused, UsageError
+from backupctl.names import Namespace, VmName
+from backupctl.system import safe_folder
+
+LOW_BYTES = 256 * 1024 * 1024
+"""What is left of a file system, at the least, where guests or scratch files may need it."""
+
+
+def check(folder: Path) -> None:
+    """Refuse a scratch folder that is missing or not writable. Raises Refused."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise Refused(
+            f"the scratch folder {folder} is not a folder we can write to", state="nothing was touched"
+        )
+
+
+def make_private(namespace: Namespace, vm: VmName, folder: Path) -> Path:
+    """Make the run's folder for named files. Its name tells recovery whose it is.
+
+    QEMU opens them by name, so root makes none where others could exchange the folder. Raises Refused.
+    """
+    try:
+        safe_folder.resolve(folder)
+    except UsageError as err:
+        raise Refused(f"the scratch folder {err.message}") from err
+    return Path(tempfile.mkdtemp(prefix=_private_prefix(namespace, vm), dir=folder))
+
+
+def sweep(namespace: Namespace, vm: VmName, folder: Path) -> list[str]:
+    """Remove the private folders that dead runs of this VM left; return what was done, in words.
+
+    The caller holds the VM's lock. Raises Failed if the scratch folder cannot be read.
+    """
+    done = []
+    for path in left_folders(namespace, vm, folder):
+        shutil.rmtree(path, ignore_errors=True)
+        done.append(f"removed the scratch folder {path}")
+    return done
+
+
+def left_folders(namespace: Namespace, vm: VmName, folder: Path) -> list[str]:
+    """Name the private folders that `sweep` would remove. Raises Failed if `folder` cannot be read."""
+    prefix = _private_prefix(namespace, vm)
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.path
+                for entry in entries
+                if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
+            )
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as err:
+        raise Failed(f"cannot read the scratch folder {folder}: {err.strerror}") from err
+
+
+def _private_prefix(namespace: Namespace, vm: VmName) -> str:
+    # '@' cannot be part of a VM's name, so no VM's prefix is the beginning of another's.
+    return f"{namespace.prefix}{vm}@"
