@@ -13,7 +13,7 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check --no-input
 LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras --no-annotate \
     --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
-.PHONY: help setup packages check test test-long explore planted screens drills fuzz demo bench lock clean
+.PHONY: help setup packages check test test-quick test-long explore planted screens drills fuzz demo bench lock clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -41,8 +41,11 @@ check: $(VENV)/.tools ## Format, lint, types (10 s)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2 and 10.0 and on a real guest (20 min on two cores)
+test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2, 10.0 and 11.1 and on real guests (20 min on two cores)
 	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow"
+
+test-quick: $(VENV)/.tools ## A part of them, for the working hour: unit tests and a sample of the others (3 min on two cores)
+	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow and not guest" $(QUICK)
 
 test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an hour or more)
 	$(VENV)/bin/pytest -n $(WORKERS) -m slow --ignore tests/exploration --ignore tests/planted

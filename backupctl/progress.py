@@ -8,7 +8,6 @@ or nothing at all.
 from typing import Protocol
 
 from backupctl.events import Event
-from backupctl.names import DiskName
 
 
 def counted(number: int, noun: str) -> str:
@@ -22,8 +21,8 @@ class Reporter(Protocol):
     def event(self, event: Event) -> None:
         """Something happened: a step began, or something that the user or a program should know."""
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
-        """So much of a disk's dirty extents is copied. Called at most a few times a second per disk."""
+    def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
+        """Bytes are done. label: of a disk, or of a VM. Called at most a few times a second for each."""
 
 
 class Silent:
@@ -32,5 +31,5 @@ class Silent:
     def event(self, event: Event) -> None:
         """Do nothing."""
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
         """Do nothing."""

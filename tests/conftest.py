@@ -29,26 +29,37 @@ MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def get_build(version: str) -> Build:
+def get_build(which: str) -> Build:
+    """Return a build as `builds.build` does; one that can't be had skips the test, or fails if required."""
     try:
-        return builds.build(version)
+        return builds.build(which)
     except CannotBeHad as err:
-        if version in builds.required():
-            pytest.fail(f"QEMU {version} is required here: {err}")
-        pytest.skip(f"QEMU {version} can't be had: {err}")
+        needed = builds.required()
+        if which in needed or (needed and which in builds.CHOICES):
+            pytest.fail(f"QEMU {which} is required here: {err}")
+        pytest.skip(f"QEMU {which} can't be had: {err}")
 
 
 SIMULATOR = "simulator"
-_VERSIONS = {"build": builds.VERSIONS, "build72": ("7.2",), "build10": ("10.0",)}
+_PLAYED_ON = {
+    "build": ("oldest", "newest"),
+    "each_build": builds.versions(),
+    "any_build": ("installed",),
+    "oldest_build": (builds.VERSIONS[0],),
+    "newest_build": ("newest",),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Play a test marked `simulator_too` on the simulator as well as on each QEMU, unless it `needs_qemu`."""
+    """Play a test on the QEMUs of its fixture, and on the simulator if it is marked `simulator_too`.
+
+    Not on the simulator what `needs_qemu`.
+    """
     marked = metafunc.definition.get_closest_marker
     too = [SIMULATOR] if marked("simulator_too") and not marked("needs_qemu") else []
-    for name, versions in _VERSIONS.items():
+    for name, choices in _PLAYED_ON.items():
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, [*versions, *too], indirect=True)
+            metafunc.parametrize(name, [*choices, *too], indirect=True)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -75,20 +86,35 @@ def _chosen(request: pytest.FixtureRequest, posing_as: str) -> Build:
 
 @pytest.fixture
 def build(request: pytest.FixtureRequest) -> Build:
-    """Each supported QEMU in turn; then, for tests marked `simulator_too`, the simulator as the newest."""
-    return _chosen(request, builds.VERSIONS[-1])
+    """The oldest QEMU and the newest, for what may depend on the version; then perhaps the simulator."""
+    made = _chosen(request, builds.NEWEST)
+    if request.param == "newest" and made == get_build("oldest"):
+        pytest.skip(f"QEMU {made.version} is the only one here")
+    return made
 
 
 @pytest.fixture
-def build72(request: pytest.FixtureRequest) -> Build:
-    """The distribution's QEMU, for what does not depend on the version; then perhaps the simulator."""
-    return _chosen(request, "7.2")
+def each_build(request: pytest.FixtureRequest) -> Build:
+    """Each QEMU in turn, for what shows how each version behaves; then perhaps the simulator."""
+    return _chosen(request, builds.NEWEST)
 
 
 @pytest.fixture
-def build10(request: pytest.FixtureRequest) -> Build:
-    """The newest QEMU, for what only that one can do; then perhaps the simulator."""
-    return _chosen(request, "10.0")
+def any_build(request: pytest.FixtureRequest) -> Build:
+    """The installed QEMU, for what does not depend on the version; then perhaps the simulator."""
+    return _chosen(request, builds.VERSIONS[0])
+
+
+@pytest.fixture
+def oldest_build(request: pytest.FixtureRequest) -> Build:
+    """QEMU 7.2, for what later ones do otherwise; then perhaps the simulator, posing as that one."""
+    return _chosen(request, builds.VERSIONS[0])
+
+
+@pytest.fixture
+def newest_build(request: pytest.FixtureRequest) -> Build:
+    """The newest QEMU, for what older ones cannot do; then perhaps the simulator, posing as that one."""
+    return _chosen(request, builds.NEWEST)
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from backupctl.errors import BackupctlError, Failed
-from backupctl.names import DiskName
 from backupctl.outcome import documents
 
 if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most errors need none
@@ -242,7 +241,7 @@ class LineReporter:
         """Write a line."""
         print_message(event.text, event.severity)
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
         now = time.monotonic()
         if now - self._told >= _LINE_SECONDS:
@@ -259,5 +258,5 @@ class WarningReporter:
         if event.severity == "warning":
             print_message(event.text, event.severity)
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Do nothing."""

@@ -22,7 +22,6 @@ from rich.text import Text
 from backupctl.cli import output, units
 from backupctl.cli.output import clean
 from backupctl.events import Event
-from backupctl.names import DiskName
 
 
 class _Unfailing:
@@ -71,7 +70,7 @@ class ProgressReporter:
         line = output.wrapped(head, clean(event.text), "    ", sys.stderr)
         self._display.console.print(Text(line, style=style), soft_wrap=True)
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
         if disk not in self._bars:
             self._bars[disk] = self._display.add_task(clean(disk), total=total_bytes)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from backupctl.cli import logs
 from backupctl.cli.output import LineReporter, WarningReporter
 from backupctl.events import Event
-from backupctl.names import DiskName
 from backupctl.progress import Reporter
 
 _log = logging.getLogger("backupctl.events")
@@ -30,9 +29,9 @@ class RecordingReporter:
         _log.log(level, "%s", event.text, extra={"event": event})
         self._shown_by.event(event)
 
-    def progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+    def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
         """Hand it on."""
-        self._shown_by.progress(disk, done_bytes, total_bytes)
+        self._shown_by.progress(label, done_bytes, total_bytes)
 
 
 @contextmanager

@@ -13,15 +13,13 @@ from backupctl.cli import common, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
 from backupctl.images.foreign_header import FEATURES
 from backupctl.names import vm_name
-from backupctl.operations.restore import in_place, overlay
-from backupctl.operations.restore import whole as core
+from backupctl.operations.restore import in_place, overlay, whole
 from backupctl.operations.restore.destination import STDOUT
 from backupctl.operations.restore.in_place import InPlaceReport
 from backupctl.operations.restore.overlay import OverlayReport
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import RestoreReport
 from backupctl.progress import Reporter
-from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
 
 
 @click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
@@ -37,8 +35,17 @@ from backupctl.repository.vm_folder import VmFolder
     help="Take disks that POINT does not hold from the newest point before it that does.",
 )
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), help="The image's format.")
-@click.option("--force", is_flag=True, help="Write over what is there, and let damaged data through.")
-@click.option("--thin", is_flag=True, help="An overlay on the point, which must stay: done at once.")
+@click.option("--force", is_flag=True, help="Overwrite an existing file or block device.")
+@click.option(
+    "--allow-damage",
+    is_flag=True,
+    help="Restore data even if it does not match its digest; what is damaged is reported (exit code 4).",
+)
+@click.option(
+    "--thin",
+    is_flag=True,
+    help="Create qcow2 overlays backed by the repository (instant; the point must not be pruned).",
+)
 @click.option(
     "--only-changed",
     is_flag=True,
@@ -61,66 +68,69 @@ def restore(context: click.Context, /, **options: Any) -> None:
     becomes DIR/<disk>.<format>. A name that ends in .qcow2, .raw or .img is a file of that format; a new file
     with another suffix needs --format. The folder above must exist.
 
-    With --only-changed the image is taken for what the disk was in the VM (a device: raw), unless --format
-    says otherwise. Names and contents are never asked what they are.
+    With --only-changed the format of the image is that of the disk in the VM (raw for a block device), unless
+    --format says otherwise; it is never guessed from a name or from content.
 
     The VM is not touched, and the repository is only read.
     """
     names = common.from_context(context, options)
     folder = names.repository().vm(vm_name(names.name or ""))
-    way = _way(options)
+    run = _way(options)
     stop = Cancellation()
     with stop.on_signals():
         with reporters.reporter() as reporter:
-            tell = way(folder, folder.point(options["point"]), options, reporter, stop)
+            request = RestoreRequest(
+                folder=folder,
+                point=folder.point(options["point"]).id,
+                to=options["to"],
+                disk=options["disk"],
+                all_disks=options["all_disks"],
+                image_format=options["image_format"],
+                overwrite=options["force"],
+                allow_damage=options["allow_damage"],
+                allowed=options["allowed"],
+            )
+            tell = run(request, options, reporter, stop)
         output.done(f"the restore to {options['to']} is complete")
         tell()
 
 
-def _whole(
-    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Cancellation
-) -> Callable[[], None]:
-    report = core.restore(
-        folder,
-        point,
-        to=options["to"],
-        disk=options["disk"],
-        image_format=options["image_format"],
-        force=options["force"],
-        reporter=reporter,
-        stop=stop,
-        all_disks=options["all_disks"],
-        allowed=options["allowed"],
-    )
-    return partial(_tell, report, options)
+Run = Callable[[RestoreRequest, dict[str, Any], Reporter, Cancellation], Callable[[], None]]
+"""Restores; what it returns prints the outcome."""
 
 
-def _way(options: dict[str, Any]) -> Callable[..., Callable[[], None]]:
-    """Return what does it; what that returns tells the outcome."""
-    if options["as_json"] and options["to"] == "-":
-        raise UsageError("standard output can't hold an image and the document of --json: one of them")
+def _way(options: dict[str, Any]) -> Run:
+    """Return what restores in the way that was asked for. Raises UsageError."""
+    if options["as_json"] and options["to"] == STDOUT:
+        raise UsageError("standard output cannot hold both an image and the document of --json")
     if options["thin"] and options["only_changed"]:
-        raise UsageError("--thin makes a new image, --only-changed changes one that is there: one of them")
+        raise UsageError("--thin and --only-changed are mutually exclusive")
     if options["only_changed"] and options["force"]:
-        raise UsageError("--only-changed changes what is there without --force, and lets no damage through")
+        raise UsageError("--only-changed needs no --force: it changes an existing target in place")
+    if options["only_changed"] and options["allow_damage"]:
+        raise UsageError("--only-changed never writes damaged data: it cannot be used with --allow-damage")
+    if options["thin"] and options["allow_damage"]:
+        raise UsageError("--thin reads no data: it cannot be used with --allow-damage")
     return _thin if options["thin"] else _only_changed if options["only_changed"] else _whole
 
 
-def _thin(
-    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, _stop: Cancellation
+def _whole(
+    request: RestoreRequest, options: dict[str, Any], reporter: Reporter, stop: Cancellation
 ) -> Callable[[], None]:
-    report = overlay.restore(
-        folder,
-        point,
-        to=options["to"],
-        disk=options["disk"],
-        image_format=options["image_format"],
-        force=options["force"],
-        reporter=reporter,
-        all_disks=options["all_disks"],
-        allowed=options["allowed"],
-    )
-    return partial(_tell_thin, report, as_json=options["as_json"])
+    return partial(_tell, whole.restore(request, reporter, stop), options)
+
+
+def _thin(
+    request: RestoreRequest, options: dict[str, Any], reporter: Reporter, _stop: Cancellation
+) -> Callable[[], None]:
+    return partial(_tell_thin, overlay.restore(request, reporter), as_json=options["as_json"])
+
+
+def _only_changed(
+    request: RestoreRequest, options: dict[str, Any], reporter: Reporter, stop: Cancellation
+) -> Callable[[], None]:
+    report = in_place.restore(request, reporter, stop)
+    return partial(_tell_only_changed, report, as_json=options["as_json"])
 
 
 def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
@@ -141,23 +151,6 @@ def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
         output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({units.size(one.size)}, on {one.backing})"
         )
-
-
-def _only_changed(
-    folder: VmFolder, point: Point, options: dict[str, Any], reporter: Reporter, stop: Cancellation
-) -> Callable[[], None]:
-    report = in_place.restore(
-        folder,
-        point,
-        to=options["to"],
-        disk=options["disk"],
-        image_format=options["image_format"],
-        reporter=reporter,
-        stop=stop,
-        all_disks=options["all_disks"],
-        allowed=options["allowed"],
-    )
-    return partial(_tell_only_changed, report, as_json=options["as_json"])
 
 
 def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
@@ -188,8 +181,8 @@ def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
 def _tell(report: RestoreReport, options: dict[str, Any]) -> None:
     if options["to"] != STDOUT:
         _tell_whole(report, as_json=options["as_json"])
-    if any(one.damaged or one.unproven for one in report.images):
-        # All that was asked for is there, and was told with its damage; who rests on it must know.
+    if any(one.damaged or one.unverified for one in report.images):
+        # Everything that was asked for is there, but a script that relies on it must learn of the damage.
         sys.exit(DamageFound.exit_code)
 
 
@@ -204,7 +197,7 @@ def _tell_whole(report: RestoreReport, *, as_json: bool) -> None:
                 "size": one.size,
                 "seconds": round(one.seconds, 3),
                 "damaged": [{"offset": offset, "length": length} for offset, length in one.damaged],
-                "unproven": one.unproven or None,
+                "unproven": one.unverified or None,
             }
             for one in report.images
         ]

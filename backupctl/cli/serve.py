@@ -21,23 +21,23 @@ from backupctl.operations.serve import Export
 @click.option(
     "--socket",
     metavar="PATH",
-    help="Serve on this unix socket, which only you and root can use (else one in a private folder).",
+    help="Serve on this unix socket, accessible to you and root only (default: one in a private folder).",
 )
 @click.option(
     "--tcp",
     metavar="[HOST:]PORT",
-    help="Serve on TCP, on this machine only, where every local user can read the disks; port 0 is any free "
-    "one. From elsewhere rather use ssh -L PORT:SOCKET.",
+    help="Serve on TCP on this machine, where every local user can read the disks; port 0 is any free port. "
+    "From another machine use ssh -L PORT:SOCKET instead.",
 )
 @click.option(
     "--writable-overlay",
     metavar="FILE",
-    help="Let one disk be written to: into this qcow2 file, a new one or one made so for the same point.",
+    help="Make one disk writable: writes go to this qcow2 file, new or made by an earlier serve of POINT.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, when all is served.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
 @click.pass_context
 def serve(context: click.Context, /, **options: Any) -> None:
-    """Show the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
+    """Serve the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
 
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.

@@ -71,7 +71,7 @@ def verify(context: click.Context, /, **options: Any) -> None:
             DamageFound(
                 f"damage found in {damaged}, {len(report.damage)} times",
                 state="nothing was changed; the points and ranges not named above are as they were read",
-                hint="after it a whole point exists again; damaged ones are restored with --force only",
+                hint="then a complete point exists again; damaged ones need restore --allow-damage",
                 next_command=f"backupctl full {report.damage[0].vm}",
             )
         )

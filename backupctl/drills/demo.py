@@ -20,6 +20,7 @@ from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.restore import whole
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.options import FreezeOptions, Kind, RunOptions, ScratchOptions
 from backupctl.progress import Reporter, Silent
 from backupctl.repository.point import Point
@@ -149,16 +150,8 @@ class Stage:
         vm_folder = self.repository.vm(self.machine.vm.name)
         target = self.folder / "restored"
         target.mkdir()
-        report = whole.restore(
-            vm_folder,
-            vm_folder.point(point),
-            to=str(target),
-            disk=None,
-            image_format="raw",
-            force=False,
-            reporter=Silent(),
-            stop=self.stop,
-        )
+        request = RestoreRequest(folder=vm_folder, point=point, to=str(target), image_format="raw")
+        report = whole.restore(request, Silent(), self.stop)
         for one in report.images:
             at = first_difference(Path(one.path), self.moments[point][one.name])
             yield Comparison(point, one.name, one.size, at)

@@ -47,7 +47,7 @@ class RestoredWithDamage(WarningEvent):
     ranges: str
 
     def _text(self) -> str:
-        return f"{self.disk}: restored with damage: {self.ranges}"
+        return f"{self.disk}: restored with damaged data: {self.ranges}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,10 @@ class PointMustStay(Event):
     point: PointId
 
     def _text(self) -> str:
-        return f"these images need {self.vm} {self.point} to stay: backupctl protect {self.vm} {self.point}"
+        return (
+            f"these overlays need the recovery point {self.point} to stay: "
+            f"backupctl protect {self.vm} {self.point}"
+        )
 
 
 @dataclass(frozen=True)
@@ -144,4 +147,4 @@ class OverlayKept(Event):
     path: str
 
     def _text(self) -> str:
-        return f"the writes are in {self.path}; remove it when it is not needed any more"
+        return f"written data is in {self.path}; delete it when it is no longer needed"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What changed between two points: told by their digest maps alone, so no data is read.
+"""What changed between two points, from their digest maps alone: no data is read.
 
 The points need not be of one chain.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Showing a point's disks over NBD, read-only or with a writable overlay, for as long as somebody looks."""
+"""Serving a point's disks over NBD, read-only or with a writable overlay, until asked to stop."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +22,12 @@ from backupctl.repository.vm_folder import VmFolder
 from backupctl.system import listen, private_dir
 from backupctl.targets import overlay
 
-_LOOK_SECONDS = 0.1
+_CHECK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Export:
-    """One disk that is shown. size: virtual, in bytes."""
+    """One disk that is served. size: virtual, in bytes."""
 
     disk: DiskName
     uri: str
@@ -46,12 +46,12 @@ def serve(
     ready: Callable[[tuple[Export, ...]], None],
     stop: Cancellation,
 ) -> None:
-    """Serve one disk of a point, or all, until `stop` is requested; that is the good end.
+    """Serve one disk of a point, or all, until `stop` is requested; then return.
 
     unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a private folder.
-    writable_overlay: what is written goes into this qcow2 file (one disk only), which stays. ready: told
-    what is served where. The repository is only read. Raises UsageError, NoSuchPoint, TargetExists, Locked,
-    DamageFound, RepositoryError, WriteFailed.
+    writable_overlay: what is written goes into this qcow2 file (one disk only), which stays. ready: called
+    once with what is served where. The repository is only read. Raises UsageError, NoSuchPoint, TargetExists,
+    Locked, DamageFound, RepositoryError, WriteFailed.
     """
     with read_locks.reading(folder, point.id) as held:
         _serve(folder, held, disk, unix, tcp, writable_overlay, ready, stop)
@@ -71,7 +71,7 @@ def _serve(
     chains = {entry.name: chain.layers(folder, point, entry.name) for entry in entries}
     if writable_overlay is not None and len(entries) > 1:
         names = ", ".join(entry.name for entry in entries)
-        raise UsageError(f"one overlay is for one disk: choose one of {names} with --disk")
+        raise UsageError(f"--writable-overlay is for one disk: choose one of {names} with --disk")
     with _listen(unix, tcp) as open_socket, ExitStack() as held:
         shown = [
             held.enter_context(_shown(folder, one, chains[one.name], writable_overlay)) for one in entries
@@ -86,7 +86,7 @@ def _serve(
             )
             while not stop.requested:
                 server.check()
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_CHECK_SECONDS)
 
 
 def _entries(point: Point, disk: str | None) -> tuple[DiskEntry, ...]:
@@ -101,7 +101,7 @@ def _entries(point: Point, disk: str | None) -> tuple[DiskEntry, ...]:
 @contextmanager
 def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
     if unix is not None and tcp is not None:
-        raise UsageError("a unix socket or TCP: one of them")
+        raise UsageError("--socket and --tcp are mutually exclusive")
     chosen: AbstractContextManager[socket]
     if tcp is not None:
         chosen = listen.tcp(*listen.tcp_address(tcp))
@@ -109,7 +109,8 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
         chosen = listen.unix(unix.absolute())
     else:
         with private_dir.folder() as locked:
-            folder = locked / "public"  # for itself: the other is locked, which `listening` would wait for
+            # A folder of its own: for the outer one `listen.unix` would wait, since we hold its lock.
+            folder = locked / "public"
             folder.mkdir(mode=0o700)
             with listen.unix(folder / "nbd.sock") as found:
                 yield found
@@ -122,7 +123,7 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
 def _shown(
     folder: VmFolder, entry: DiskEntry, layers: tuple[Layer, ...], writable_overlay: Path | None
 ) -> Iterator[ServedImage]:
-    """Open all that QEMU needs to show a disk."""
+    """Open everything that QEMU needs to serve a disk."""
     with ExitStack() as held:
         own = None
         if writable_overlay is not None:
@@ -143,6 +144,6 @@ def _overlay(
         try:
             image = held.enter_context(overlay.made_or_taken(folder.path.parent, target, entry.size, paths))
         except OSError as err:
-            why = f"{target} can't be made: {err.strerror}"
+            why = f"cannot make {target}: {err.strerror}"
             raise WriteFailed(why, state="nothing was touched") from err
         yield image

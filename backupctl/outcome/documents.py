@@ -38,7 +38,10 @@ def run(report: "RunReport", events: Sequence["Event"]) -> Document:
         "kind": report.kind,
         "parent": report.parent,
         "disks": [
-            {**{key: getattr(disk, key) for key in _DISK_KEYS}, "damaged": list(disk.damaged)}
+            {
+                **{key: getattr(disk, key) for key in _DISK_KEYS},
+                "damaged": list(report.damaged_points(disk.name)),
+            }
             for disk in report.disks
         ],
         "frozen_ms": report.frozen_ms,

@@ -111,6 +111,9 @@ class Actions:
         check_granularity(granularity)
         persistent = bool(data.get("persistent"))
         if persistent:
+            if node.read_only and self.version >= (11, 0, 0):
+                why = f"Cannot add a persistent bitmap to read-only or inactive node '{node.name}'"
+                raise CommandError(why)
             _check_can_persist(node, name)
         _check_new(node, name)
         recording = not data.get("disabled")
@@ -119,7 +122,11 @@ class Actions:
 
     def _remove(self, data: Data) -> Prepared:
         node, bitmap = self._graph.bitmap(data["node"], data["name"])
-        bitmap.check(inconsistent_too=True)
+        refused_by_node = bitmap.read_only and self.version >= (11, 0, 0)
+        bitmap.check(inconsistent_too=True, read_only_too=refused_by_node)
+        if refused_by_node:
+            why = f"Cannot remove persistent bitmap '{bitmap.name}': no write access to node '{node.name}'"
+            raise CommandError(why)
         bitmap.busy += 1  # it keeps its name until the commit, so that an undo restores it
 
         def undo() -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which clusters of a disk must be looked at: one byte for each, however fragmented the disk is.
+"""Which clusters of a disk are to be read, or are zeroes: one byte for each, however fragmented the disk is.
 
-Bitmap and allocation map speak in bytes; digests and layers know whole clusters. A cluster that is named,
-or zero, only in part is data: it is read.
+Dirty bitmap and allocation map are in bytes; digests and layers are in whole clusters. A cluster that is
+dirty, or zero, only in part is data: it is read.
 """
 
 from collections.abc import Iterator
@@ -19,15 +19,15 @@ _NOTHING, _DATA, _ZERO = 0, 1, 2
 
 
 def all_extents(source: Source) -> Iterator[Extent]:
-    """Return all of a source, in order: its data and its zeroes. Raises ReadFailed."""
-    marks = ClusterMap(source.size)
+    """Yield all of a source, in order: its data and its zeroes. Raises ReadFailed."""
+    found = ClusterMap(source.size)
     for status in source.statuses():
-        (marks.zero if status.flags[0] & ZERO else marks.data)(status.offset, status.length)
-    return marks.extents()
+        (found.zero if status.flags[0] & ZERO else found.data)(status.offset, status.length)
+    return found.extents()
 
 
 class ClusterMap:
-    """The marks of one disk of so many bytes."""
+    """The clusters of a disk: each not marked, marked as data, or marked as zeroes."""
 
     def __init__(self, size_bytes: int) -> None:
         self._size = size_bytes
@@ -50,24 +50,24 @@ class ClusterMap:
         inner[inner != _DATA] = _ZERO
 
     def drop_unneeded_zeroes(self, below: EffectiveContent) -> None:
-        """Take the mark off all zeroes but those where the layers below hold something else."""
+        """Unmark the zeroes where the layers below hold zeroes as well."""
         for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
             part = self._kinds[first : first + WINDOW_CLUSTERS]
             part[(part == _ZERO) & clusters.is_zero(below.window(first, len(part)))] = _NOTHING
 
     def mark_differences(self, before: EffectiveContent, after: EffectiveContent) -> None:
-        """Mark to be read what is not the same in both, and not marked yet."""
+        """Mark as data what differs between the two and is not marked yet."""
         for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
             part = self._kinds[first : first + WINDOW_CLUSTERS]
             differ = clusters.differ(before.window(first, len(part)), after.window(first, len(part)))
             part[(part == _NOTHING) & differ] = _DATA
 
     def marked_bytes(self) -> int:
-        """Return how much is marked."""
+        """Return how many bytes are marked."""
         return sum(extent.length for extent in self.extents())
 
     def extents(self) -> Iterator[Extent]:
-        """Yield what is marked, in order; longer runs in several pieces."""
+        """Yield what is marked, in order; a long run as several extents."""
         for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
             part = self._kinds[first : first + WINDOW_CLUSTERS]
             edges = np.flatnonzero(np.diff(part)) + 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Digests of what passes through the copy, and what need not be stored because of them."""
+"""The filter of a backup: computes digests, and leaves out what the layers below hold already."""
 
 import os
 import tempfile
@@ -19,22 +19,22 @@ from backupctl.transfer.extents import Extent
 
 
 class DedupFilter:
-    """A sieve (see `Copy`) that notes the digest of each cluster, and lets pass only what is new.
+    """A filter for `Copy` that records the digest of each cluster, and lets only new content pass.
 
-    below: what the layers below hold; a cluster that holds the same need not be stored again. The digests
-    wait in a nameless file in `folder` with a row for each cluster of the disk: in memory a full disk of
-    1 TiB would take 400 MB, and they come in the order in which QEMU answers.
+    below: what the layers below hold; a cluster with the same content need not be stored again. The digests
+    are collected in an unnamed file in `folder` with a row for each cluster of the disk: in memory those of a
+    full disk of 1 TiB would take 400 MB, and they arrive in the order in which QEMU replies.
     """
 
     def __init__(self, below: EffectiveContent, folder: Path | None = None) -> None:
         self._below = below
-        self._kept = np.zeros(clusters.count(below.size_bytes), np.bool_)
+        self._passed = np.zeros(clusters.count(below.size_bytes), np.bool_)
         self._table = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `close` closes it
         self._lock = threading.Lock()
         self.unchanged_bytes = 0
 
     def __call__(self, extent: Extent, content: memoryview | None) -> Sequence[Extent]:
-        """Return what of a piece is to be written; content: None if it is known to be zeroes.
+        """Return what of a chunk is to be written; content: None if it is known to be zeroes.
 
         Raises WriteFailed.
         """
@@ -50,30 +50,30 @@ class DedupFilter:
         return wanted
 
     def count(self) -> int:
-        """Return how many clusters were let pass."""
-        return int(np.count_nonzero(self._kept))
+        """Return how many clusters passed."""
+        return int(np.count_nonzero(self._passed))
 
     def parts(self) -> Iterator[Records]:
-        """Yield the records of all that was let pass, ascending. Raises WriteFailed."""
-        for first in range(0, len(self._kept), WINDOW_CLUSTERS):
-            kept = self._kept[first : first + WINDOW_CLUSTERS]
-            if np.any(kept):
-                length = len(kept) * RECORD.itemsize
+        """Yield the records of the clusters that passed, ascending. Raises OSError."""
+        for first in range(0, len(self._passed), WINDOW_CLUSTERS):
+            passed = self._passed[first : first + WINDOW_CLUSTERS]
+            if np.any(passed):
+                length = len(passed) * RECORD.itemsize
                 content = os.pread(self._table.fileno(), length, first * RECORD.itemsize)
-                yield np.frombuffer(content.ljust(length, b"\0"), RECORD)[kept]
+                yield np.frombuffer(content.ljust(length, b"\0"), RECORD)[passed]
 
     def close(self) -> None:
         """Free the file."""
         self._table.close()
 
     def _note(self, first: int, found: Records, new: NDArray[np.bool_]) -> None:
-        self._kept[first : first + len(found)] = new
+        self._passed[first : first + len(found)] = new
         try:
             written = os.pwrite(self._table.fileno(), found.tobytes(), first * RECORD.itemsize)
         except OSError as err:
-            raise WriteFailed(f"the digests can't be kept: {err.strerror}") from err
+            raise WriteFailed(f"cannot store the digests: {err.strerror}") from err
         if written != found.nbytes:
-            raise WriteFailed("the digests can't be kept: no space left on the device")
+            raise WriteFailed("cannot store the digests: no space left on device")
 
 
 def _extents(records: Records, end: int) -> list[Extent]:

@@ -10,13 +10,13 @@ A reply may be shaped in any of these ways; each is legal, in each context on it
     short      |====|===|               less than asked: ask again from there
     long       |====|===========|==|    the last extent reaches beyond: clip it
 
-What is known for sure is what ALL contexts cover. So: clip to what was asked, intersect the contexts,
-ask again for the rest. No progress, an empty extent, or one in front of a longer one that already
-reaches beyond, is a server that lies.
+Only what ALL contexts cover is known. So: clip to what was asked, intersect the contexts, and ask again
+for the rest. A reply without progress, an extent of length 0, and an extent after one that already reaches
+beyond what was asked violate the protocol.
 
-Extents may begin and end anywhere, also within a cluster. Here they are bytes; who wants clusters asks
-`marks` (what is to be copied) or `reading` (what a layer stores). Both keep one rule: a cluster is zero only
-if all of it is. Zero in part is data.
+Extents may begin and end anywhere, also within a cluster. Here they are bytes; `cluster_map` (what is to be
+copied) and `read_layer` (what a layer stores) turn them into clusters. Both keep one rule: a cluster is zero
+only if all of it is. Zero in part is data.
 
 Dirty and zero are two questions: a dirty extent that reads as zeroes must be stored as zeroes, or the
 old data would come back at restore.
@@ -32,13 +32,13 @@ MAX_QUESTION_BYTES = 1 << 30
 """Lengths are 32 bits on the wire (libnbd 1.14 has no block_status_64)."""
 
 
-MOST_CRUMBS = 10_000
-"""So many answers in a row may each tell of less than a cluster; after that they are no help but a trap."""
-_CRUMB_BYTES = 65536
+MAX_SHORT_REPLIES = 10_000
+"""This many replies in a row may each describe less than a cluster; a server that sends more never ends."""
+_SHORT_BYTES = 65536
 
 
 class BadReply(ValueError):
-    """The block status reply is not one that a server may give."""
+    """The block status reply violates the protocol."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Extent:
 
     @property
     def end(self) -> int:
-        """The first byte behind it."""
+        """The first byte after it."""
         return self.offset + self.length
 
 
@@ -69,22 +69,22 @@ Ask = Callable[[int, int], dict[str, list[int]]]
 
 
 def query_extents(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> Iterator[Status]:
-    """Ask for the whole range from `start` to `size`, as often as needed. Raises BadReply."""
+    """Yield the block status from `start` to `size`, asking as often as needed. Raises BadReply."""
     offset = start
-    crumbs = 0
+    short = 0
     while offset < size:
         begun = offset
         asked = min(size - offset, MAX_QUESTION_BYTES)
         reply = ask(offset, asked)
         missing = [context for context in contexts if context not in reply]
         if missing:
-            raise BadReply(f"no block status for {missing[0]}")
+            raise BadReply(f"no block status for the context {missing[0]}")
         for status in intersect(offset, asked, [reply[context] for context in contexts]):
             yield status
             offset = status.offset + status.length
-        crumbs = crumbs + 1 if offset - begun < min(asked, _CRUMB_BYTES) else 0
-        if crumbs > MOST_CRUMBS:
-            raise BadReply("crumbs without end")
+        short = short + 1 if offset - begun < min(asked, _SHORT_BYTES) else 0
+        if short > MAX_SHORT_REPLIES:
+            raise BadReply("too many short replies in a row")
 
 
 def intersect(offset: int, asked: int, replies: list[list[int]]) -> list[Status]:
@@ -115,16 +115,16 @@ def clip(asked: int, reply: list[int]) -> list[tuple[int, int]]:
     left = asked
     for length, flags in zip(reply[::2], reply[1::2], strict=True):
         if length <= 0:
-            raise BadReply("an extent of no length")
+            raise BadReply("an extent of length 0")
         if left <= 0:
-            raise BadReply("extents beyond what was asked")
+            raise BadReply("an extent beyond the range that was asked for")
         found.append((min(length, left), flags))
         left -= length
     return found
 
 
-def pieces(extent: Extent, most: int) -> Iterator[Extent]:
-    """Cut an extent at the multiples of `most` bytes, so that the pieces of a long one are whole clusters."""
+def split(extent: Extent, most: int) -> Iterator[Extent]:
+    """Cut an extent at the multiples of `most` bytes, so that all but the ends are whole clusters."""
     offset = extent.offset
     while offset < extent.end:
         length = min(extent.end, offset - offset % most + most) - offset

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One NBD client connection whose every wait is bounded in time (libnbd's own calls wait for ever).
+"""One NBD client connection that never waits without a time limit (libnbd's own calls wait for ever).
 
-Commands are sent with libnbd's ``aio_*`` calls and known by their cookie. An error reply is raised when
-the command is retired; nothing of its data may be used then: libnbd leaves zeroes where a read failed
-(CVE-2022-0485 was a client that took them for data).
+Commands are sent with libnbd's ``aio_*`` calls and identified by their cookies. An error reply is raised when
+the command is retired; the data of that command must not be used then: libnbd leaves zeroes where a read
+failed (in CVE-2022-0485 a client took them for data).
 """
 
 import errno
@@ -21,14 +21,15 @@ from typing import Any
 import nbd
 
 from backupctl.errors import TransferError
+from backupctl.transfer.polling import poll_once
 
 _log = logging.getLogger("backupctl.transfer")
 
 BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
-_HANDSHAKE_BYTES = 64 << 20  # of memory; it takes next to none
+_HANDSHAKE_BYTES = 64 << 20  # of memory; an honest handshake needs almost none
 _CHECK_SECONDS = 0.1
-_FAREWELL_SECONDS = 2.0  # a server that hangs must not hold up the roll back
+_DISCONNECT_SECONDS = 2.0  # a server that hangs must not delay the roll back
 
 Entries = dict[str, list[int]]
 """Block status by meta context: length, flags, length, flags, ..."""
@@ -51,7 +52,7 @@ class Connection:
         self.handle: Any = nbd.NBD()
         self.handle.set_export_name(export)
         self.handle.set_handshake_flags(nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES)
-        # libnbd has no name for a whole read that must not come in pieces (see `start_read`).
+        # By its strict checks libnbd allows CMD_FLAG_DF with pread_structured only, and not in `start_read`.
         self.handle.set_strict_mode(self.handle.get_strict_mode() & ~nbd.STRICT_FLAGS)
         self.failure = failure
         self._export = export
@@ -62,7 +63,7 @@ class Connection:
     def connect(self, address: socket.socket | Path, contexts: Sequence[str] = ()) -> None:
         """Shake hands on a connected socket (a duplicate of it) or a unix socket's path.
 
-        contexts: the meta contexts that the server must show. Raises `failure`.
+        contexts: the meta contexts that the server must offer. Raises `failure`.
         """
         where = address if isinstance(address, Path) else "a connected socket"
         _log.debug("NBD %s: connect to %s, contexts %s", self._export, where, list(contexts))
@@ -74,12 +75,12 @@ class Connection:
             else:
                 self.handle.aio_connect_socket(os.dup(address.fileno()))
             memory = _memory_bytes()
-            self.wait(lambda: self._greeted(memory))
+            self.wait(lambda: self._handshake_has_ended(memory))
             if not self.handle.aio_is_ready():
                 raise self.failure(f"the NBD server refused the export {self._export}")
             for context in contexts:
                 if not self.handle.can_meta_context(context):
-                    raise self.failure(f"the NBD server does not show {context}")
+                    raise self.failure(f"the NBD server does not offer the meta context {context}")
             _log.debug("NBD %s: ready, %d bytes, %s", self._export, self.size(), self.handle.get_protocol())
         except (nbd.Error, OSError) as err:
             raise self.explained(err) from err
@@ -104,10 +105,11 @@ class Connection:
         return found
 
     def start_read(self, buffer: "nbd.Buffer", offset: int) -> int:
-        """Ask for as many bytes as `buffer` has room for; returns the command's cookie. Raises `failure`.
+        """Start to read as many bytes as `buffer` holds; returns the command's cookie. Raises `failure`.
 
-        In one piece: QEMU's server ends the connection when a read in several pieces fails, and answers
-        with the error when it was asked for one.
+        NBD_CMD_FLAG_DF asks for one unfragmented reply. Without it QEMU's server replies in fragments, and
+        closes the connection when one of them fails, instead of replying with the error (measured:
+        test_a_cluster_that_cannot_be_read_is_zeroes_if_damage_is_allowed_and_no_other).
         """
         try:
             flags = nbd.CMD_FLAG_DF if self.handle.can_df() else 0
@@ -115,8 +117,22 @@ class Connection:
         except nbd.Error as err:
             raise self.explained(err) from err
 
+    def start_write(self, buffer: "nbd.Buffer", offset: int) -> int:
+        """Start to write all of `buffer`; returns the command's cookie. Raises `failure`."""
+        try:
+            return int(self.handle.aio_pwrite(buffer, offset))
+        except nbd.Error as err:
+            raise self.explained(err) from err
+
+    def start_zero(self, length: int, offset: int) -> int:
+        """Start to write zeroes; returns the command's cookie. Raises `failure`."""
+        try:
+            return int(self.handle.aio_zero(length, offset))
+        except nbd.Error as err:
+            raise self.explained(err) from err
+
     def flush(self, seconds: float) -> None:
-        """Have the server write out what it holds, within so long. Raises `failure`."""
+        """Have the server flush all completed writes to stable storage in `seconds`. Raises `failure`."""
         try:
             cookie = self.handle.aio_flush()
             self._await(lambda: self.completed(cookie), seconds, self._check)
@@ -124,14 +140,22 @@ class Connection:
             raise self.explained(err) from err
 
     def completed(self, cookie: int) -> bool:
-        """Whether a command has ended, retiring it. Raises `failure` if it failed."""
+        """Whether a command has ended; it is then retired. Raises `failure` if it failed."""
         try:
             return bool(self.handle.aio_command_completed(cookie))
         except nbd.Error as err:
             raise self.explained(err) from err
 
+    def has_ended(self, cookie: int) -> bool:
+        """Like `completed`, but also raises `failure` if the connection is lost and no answer can come."""
+        if self.completed(cookie):
+            return True
+        if not self.alive():
+            raise self.failure("the NBD connection was lost")
+        return False
+
     def wait(self, done: Callable[[], bool]) -> None:
-        """Run this connection until `done()`. Raises `failure` at a stall or when the connection is lost."""
+        """Serve this connection until `done()`. Raises `failure` at a stall and if the connection is lost."""
         self._await(done, self._stall_seconds, self._check)
 
     def _await(
@@ -149,11 +173,37 @@ class Connection:
                 raise self.failure("the NBD connection was lost")
             poll_once([self], _CHECK_SECONDS)
 
-    def _greeted(self, memory_before: int) -> bool:
-        # libnbd keeps every context that a server tells of, and does not mind how many there are.
+    def _handshake_has_ended(self, memory_before: int) -> bool:
+        # libnbd stores every context that a server lists, without a limit: a hostile server could fill our
+        # memory with them.
         if _memory_bytes() - memory_before > _HANDSHAKE_BYTES:
-            raise self.failure("the NBD server's greeting has no end")
+            raise self.failure("the NBD server's handshake does not end")
         return not self.handle.aio_is_connecting()
+
+    def events(self) -> int:
+        """Return the poll(2) events that the connection waits for now."""
+        direction = self.handle.aio_get_direction()
+        events = select.POLLIN if direction & nbd.AIO_DIRECTION_READ else 0
+        return events | (select.POLLOUT if direction & nbd.AIO_DIRECTION_WRITE else 0)
+
+    def fileno(self) -> int:
+        """Return the socket."""
+        return int(self.handle.aio_get_fd())
+
+    def on_events(self, events: int) -> None:
+        """Send and receive what is possible without blocking. Raises `failure`."""
+        try:
+            # A hang-up is noticed by reading, so that what arrived before it is not lost.
+            if events & (select.POLLIN | select.POLLHUP | select.POLLERR) and (
+                self.handle.aio_get_direction() & nbd.AIO_DIRECTION_READ
+            ):
+                self.handle.aio_notify_read()
+            elif events & select.POLLOUT:
+                self.handle.aio_notify_write()
+            elif events:
+                self.handle.aio_notify_read()
+        except nbd.Error as err:
+            raise self.explained(err) from err
 
     def alive(self) -> bool:
         """Whether the connection can still carry commands."""
@@ -162,19 +212,19 @@ class Connection:
     def close(self) -> None:
         """Close the connection. Never raises.
 
-        libnbd closes the socket when its handle is dropped. A server that still serves is told first, or
-        it would complain.
+        libnbd closes the socket when its handle is dropped. A server that still serves is told first;
+        otherwise it would log an error.
         """
         if self.handle is not None:
             _log.debug("NBD %s: close", self._export)
             with suppress(nbd.Error, TransferError):
                 if self.handle.aio_is_ready():
                     self.handle.aio_disconnect()
-                    self._await(lambda: not self.alive(), _FAREWELL_SECONDS)
+                    self._await(lambda: not self.alive(), _DISCONNECT_SECONDS)
             self.handle = None
 
     def explained(self, err: nbd.Error | OSError) -> TransferError:
-        """Return `failure` with what libnbd says."""
+        """Return `failure` with libnbd's reason."""
         _log.debug("NBD %s: %s", self._export, err)
         if isinstance(err, OSError):
             return self.failure(f"the NBD connection failed: {err.strerror}")
@@ -185,49 +235,5 @@ class Connection:
 
 
 def _memory_bytes() -> int:
-    """Return the memory that this process has. Not its peak: that begins with what its parent had."""
+    """Return the resident memory of this process. Not its peak, which starts at that of its parent."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def poll_once(connections: Sequence[Connection], seconds: float, bell: int | None = None) -> None:
-    """Let each connection send and receive what it can; wait at most `seconds` for the first to be able.
-
-    bell: an eventfd that ends the wait, and is reset.
-    """
-    waiting = select.poll()
-    if bell is not None:
-        waiting.register(bell, select.POLLIN)
-    by_descriptor: dict[int, Any] = {}
-    for connection in connections:
-        handle = connection.handle
-        direction = handle.aio_get_direction()
-        events = 0
-        if direction & nbd.AIO_DIRECTION_READ:
-            events |= select.POLLIN
-        if direction & nbd.AIO_DIRECTION_WRITE:
-            events |= select.POLLOUT
-        if events:
-            descriptor = handle.aio_get_fd()
-            by_descriptor[descriptor] = connection
-            waiting.register(descriptor, events)
-    for descriptor, events in waiting.poll(seconds * 1000):
-        if descriptor == bell:
-            os.eventfd_read(descriptor)
-        else:
-            _notify(by_descriptor[descriptor], events)
-
-
-def _notify(connection: Connection, events: int) -> None:
-    handle = connection.handle
-    try:
-        # A hang-up is found out by reading, so that what arrived before it is not lost.
-        if events & (select.POLLIN | select.POLLHUP | select.POLLERR) and (
-            handle.aio_get_direction() & nbd.AIO_DIRECTION_READ
-        ):
-            handle.aio_notify_read()
-        elif events & select.POLLOUT:
-            handle.aio_notify_write()
-        elif events:
-            handle.aio_notify_read()
-    except nbd.Error as err:
-        raise connection.explained(err) from err

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A rate limit: one token bucket for all the disks of a run."""
+"""A rate limit: one token bucket for all disks of a run."""
 
 import time
 from collections.abc import Callable
 
 
 class TokenBucket:
-    """Hands out bytes at a rate.
+    """Limits how many bytes are requested per second.
 
-    bytes_per_second: None for no limit. The bucket holds a quarter of a second's worth, so that a pause
-    is not made up for by a burst; one request may overdraw it, and the next ones wait for that.
+    bytes_per_second: None for no limit. The bucket holds what a quarter of a second allows, so that no burst
+    follows a pause; one request may overdraw it, and the next ones then wait.
     """
 
     def __init__(self, bytes_per_second: int | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -19,7 +19,7 @@ class TokenBucket:
         self._filled = clock()
 
     def wait_seconds(self) -> float:
-        """Return how long to wait before the next request may be sent; 0 for now."""
+        """Return the seconds to wait before the next request may be sent; 0 if it may be sent now."""
         if self._rate is None:
             return 0.0
         now = self._clock()
@@ -28,6 +28,6 @@ class TokenBucket:
         return max(0.0, -self._tokens / self._rate)
 
     def spend(self, length: int) -> None:
-        """Take the bytes of a request that is sent."""
+        """Account for a request that is sent. length: in bytes."""
         if self._rate is not None:
             self._tokens -= length

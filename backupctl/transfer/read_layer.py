@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reading a single layer back: what it stores, and the digest of every cluster of it.
+"""Reading a single layer back: what it stores, and the digest of each of its clusters.
 
-The layer is served without those below it. A read error doesn't end the reading: it becomes the names
-of the clusters that can't be read.
+The layer is served without those below it. A read error does not end the reading: the clusters that cannot be
+read are returned.
 
-QEMU's block status speaks in bytes, and looks through the image into the file that holds it. A copy of the
+QEMU's block status is in bytes, and looks through the image into the file that holds it. A copy of the
 repository may have holes where the original has zeroes (`cp --sparse=always`, `fallocate -d`), so that QEMU
-tells of zeroes in the middle of a cluster with data. The rule: a cluster is stored as zeroes only if all of
+reports zeroes in the middle of a cluster with data. The rule: a cluster is stored as zeroes only if all of
 it reads as zeroes; one that has any data is data, and is counted once.
 """
 
@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from backupctl.digests import clusters, hashing
 from backupctl.digests.clusters import CLUSTER_BYTES, Records
 from backupctl.transfer.copy import Copy
-from backupctl.transfer.extents import ZERO, Extent, pieces
-from backupctl.transfer.rate_limit import TokenBucket
+from backupctl.transfer.extents import ZERO, Extent, split
 from backupctl.transfer.source import Source
 
 Clusters = NDArray[np.uint64]
 """Numbers of clusters, ascending."""
 
-_OF_THE_TOP = 1  # qemu:allocation-depth, of what the served layer stores itself
+_TOP_LAYER = 1  # qemu:allocation-depth of what the served layer itself stores
 
 
 def stored(source: Source) -> tuple[Clusters, Clusters]:
@@ -35,7 +34,7 @@ def stored(source: Source) -> tuple[Clusters, Clusters]:
     """
     runs: tuple[list[int], list[int]] = ([], [])
     for status in source.statuses():
-        if status.flags[1] == _OF_THE_TOP:
+        if status.flags[1] == _TOP_LAYER:
             runs[bool(status.flags[0] & ZERO)].extend((status.offset, status.length))
     data = _numbers(runs[0])
     return data, np.setdiff1d(_numbers(runs[1]), data, assume_unique=True)
@@ -44,31 +43,38 @@ def stored(source: Source) -> tuple[Clusters, Clusters]:
 def read(
     source: Source,
     wanted: Clusters,
-    look: Callable[[Records], None],
+    on_records: Callable[[Records], None],
     *,
     check: Callable[[], None],
     progress: Callable[[int], None],
 ) -> Clusters:
-    """Read clusters and show their records to `look`; returns those that can't be read.
+    """Read clusters and pass their records to `on_records`; returns those that cannot be read.
 
-    look: called in another thread, with the records of some neighbours at a time. check: called at least
-    every 100 ms; what it raises ends the reading. progress: told the bytes done. Raises ReadFailed when the
-    server is lost.
+    on_records: called in another thread, with the records of some neighbours at a time. check: called at
+    least every 100 ms; what it raises ends the reading. progress: called with the bytes done. Raises
+    ReadFailed when the server is lost.
     """
 
-    def sieve(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
+    def pass_nothing(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
         assert content is not None
-        look(hashing.of_piece(extent.offset, content))
+        on_records(hashing.of_piece(extent.offset, content))
         return ()
 
-    def copy(extents: Iterable[Extent], told: Callable[[int], None]) -> list[Extent]:
+    def read_all(extents: Iterable[Extent], progress: Callable[[int], None]) -> list[Extent]:
         failed: list[Extent] = []
-        Copy(source, (), TokenBucket(None), check, told, sieve=sieve, unreadable=failed.append).run(extents)
+        Copy(
+            source,
+            None,
+            check=check,
+            progress=progress,
+            filter_chunk=pass_nothing,
+            on_unreadable=failed.append,
+        ).run(extents)
         return failed
 
-    doubtful = copy(_extents(wanted, source.size), progress)
-    # A request is a mebibyte; which of its clusters it was is found out one by one.
-    lost = copy((one for extent in doubtful for one in pieces(extent, CLUSTER_BYTES)), lambda _done: None)
+    failed = read_all(_extents(wanted, source.size), progress)
+    # A request is up to 1 MiB: which of its clusters cannot be read is found by reading them one by one.
+    lost = read_all((one for extent in failed for one in split(extent, CLUSTER_BYTES)), lambda _done: None)
     return np.sort(np.array([extent.offset // CLUSTER_BYTES for extent in lost], np.uint64))
 
 

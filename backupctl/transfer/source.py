@@ -24,11 +24,11 @@ class Source:
         connections: tuple[Connection, ...],
         questions: Sequence[tuple[str, ...]],
         *,
-        borne: bool = False,
+        tolerate_errors: bool = False,
     ) -> None:
         self.connections = connections
         self._questions = questions
-        self._ask = self._ask_bearing if borne else self._ask_all
+        self._ask = self._ask_tolerant if tolerate_errors else self._ask_all
         self.size = connections[0].size()
 
     @classmethod
@@ -41,17 +41,19 @@ class Source:
         check: Callable[[], None] = lambda: None,
         *,
         depth: bool = False,
-        borne: bool = False,
+        tolerate_errors: bool = False,
     ) -> Self:
-        """Shake hands on every address.
+        """Connect to an export, once for each address.
 
         bitmap: the dirty bitmap to ask for, None for all data. check: called at least every 100 ms while
-        `connect` and `statuses` wait for the server; what it raises ends them. depth: ask which layer stores
-        what, too; takes two addresses at least. borne: a cluster whose state can't be told is called data, so
-        that reading it fails, and it alone. Raises ReadFailed.
+        `connect` and `statuses` wait for the server; what it raises ends them. depth: also ask which layer
+        stores what; needs at least two addresses. tolerate_errors: a cluster without a block status counts
+        as data, so that a later read of it, and of it alone, fails. Raises ReadFailed.
         """
         questions = [(BASE_ALLOCATION, *((f"qemu:dirty-bitmap:{bitmap}",) if bitmap else ()))]
-        if depth:  # on a connection of its own: measured, QEMU hangs up when two answers to one are errors
+        # On a connection of its own: QEMU closes a connection when two contexts of one reply are errors
+        # (measured: test_an_entry_of_a_table_that_leads_nowhere_costs_its_cluster_and_no_other).
+        if depth:
             questions.append((ALLOCATION_DEPTH,))
         made: list[Connection] = []
         try:
@@ -59,14 +61,14 @@ class Source:
                 connection = Connection(export, ReadFailed, stall_seconds, check)
                 made.append(connection)
                 connection.connect(address, questions[min(number, len(questions) - 1)])
-            return cls(tuple(made), questions, borne=borne)
+            return cls(tuple(made), questions, tolerate_errors=tolerate_errors)
         except BaseException:
             for connection in made:
                 connection.close()
             raise
 
     def statuses(self) -> Iterator[Status]:
-        """Return the state of the whole disk: flags of base:allocation, then of the bitmap.
+        """Yield the block status of the whole disk: flags of base:allocation, then of the bitmap or depth.
 
         Raises ReadFailed.
         """
@@ -74,7 +76,7 @@ class Source:
             contexts = tuple(context for question in self._questions for context in question)
             yield from extents.query_extents(self._ask, self.size, contexts)
         except BadReply as err:
-            raise ReadFailed(f"the NBD server lies about its extents: {err}") from err
+            raise ReadFailed(f"the NBD server sent an invalid block status: {err}") from err
 
     def _ask_all(self, offset: int, length: int) -> Entries:
         found: Entries = {}
@@ -82,8 +84,8 @@ class Source:
             found |= connection.block_status(offset, length)
         return found
 
-    def _ask_bearing(self, offset: int, length: int) -> Entries:
-        """Ask for the state of a range, or of a shorter one that can be told."""
+    def _ask_tolerant(self, offset: int, length: int) -> Entries:
+        """Ask about a range, or about a shorter one whose status can be read."""
         while True:
             try:
                 return self._ask_all(offset, length)

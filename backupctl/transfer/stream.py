@@ -3,7 +3,7 @@
 
 ::
 
-    extents ─► pieces ─► [reads in flight, at most `DEPTH`] ─► written strictly in order
+    extents ─► chunks ─► [reads in flight, at most `DEPTH`] ─► written strictly in order
 """
 
 import errno
@@ -24,15 +24,15 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.source import Source
 
-PIECE_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 DEPTH = 8
-WATCH_SECONDS = 0.1
-_ZEROES = memoryview(bytes(PIECE_BYTES))
+CHECK_SECONDS = 0.1
+_ZEROES = memoryview(bytes(CHUNK_BYTES))
 
 
 @dataclass
-class _Piece:
-    """A range on its way; no buffer: it is zeroes."""
+class _Chunk:
+    """A range under way; buffer: None if it is zeroes."""
 
     extent: Extent
     connection: Connection
@@ -53,52 +53,53 @@ def stream(
     *,
     check: Callable[[], None],
     progress: Callable[[int], None],
-    look: Callable[[Extent, memoryview | None], object] = lambda _extent, _content: None,
+    on_chunk: Callable[[Extent, memoryview | None], object] = lambda _extent, _content: None,
 ) -> None:
     """Write all of `source` to a descriptor.
 
-    look: shown each piece before any byte of it is written (no content: zeroes); what it raises ends it.
-    check: called at least every 100 ms while nobody takes the bytes; what it raises ends the stream.
-    progress: told the bytes done. Raises ReadFailed, WriteFailed.
+    on_chunk: called with each chunk before any byte of it is written (no content: zeroes); what it raises
+    ends the stream. check: called at least every 100 ms while the reader takes no bytes; what it raises ends
+    the stream. progress: called with the bytes done. Raises ReadFailed, WriteFailed.
     """
-    pieces = _pieces(source)
-    flying: deque[_Piece] = deque()
+    chunks = _chunks(source)
+    in_flight: deque[_Chunk] = deque()
     done = 0
     with _outlet(descriptor) as write:
         while True:
-            while len(flying) < DEPTH and (extent := next(pieces, None)) is not None:
-                flying.append(_start(extent, source.connections[0]))
-            if not flying:
+            while len(in_flight) < DEPTH and (extent := next(chunks, None)) is not None:
+                in_flight.append(_start(extent, source.connections[0]))
+            if not in_flight:
                 return
-            piece = flying.popleft()
-            content = piece.content()
-            look(piece.extent, content if piece.buffer is not None else None)
+            chunk = in_flight.popleft()
+            content = chunk.content()
+            on_chunk(chunk.extent, content if chunk.buffer is not None else None)
             _write_all(write, content, check)
-            done += piece.extent.length
+            done += chunk.extent.length
             check()
             progress(done)
 
 
-def _start(extent: Extent, connection: Connection) -> _Piece:
-    piece = _Piece(extent, connection)
+def _start(extent: Extent, connection: Connection) -> _Chunk:
+    chunk = _Chunk(extent, connection)
     if not extent.zero:
-        piece.buffer = nbd.Buffer(extent.length)
-        piece.cookie = connection.start_read(piece.buffer, extent.offset)
-    return piece
+        chunk.buffer = nbd.Buffer(extent.length)
+        chunk.cookie = connection.start_read(chunk.buffer, extent.offset)
+    return chunk
 
 
-def _pieces(source: Source) -> Iterator[Extent]:
+def _chunks(source: Source) -> Iterator[Extent]:
     for extent in cluster_map.all_extents(source):
-        yield from extents.pieces(extent, PIECE_BYTES)
+        yield from extents.split(extent, CHUNK_BYTES)
 
 
 @contextmanager
 def _outlet(descriptor: int) -> Iterator[Callable[[memoryview], int]]:
-    """Give a function that writes what it can and never waits for long.
+    """Yield a function that writes what it can and returns within `CHECK_SECONDS`.
 
-    A pipe whose reader sleeps would hold us in `write`, deaf to a request to stop. So it is opened anew
-    without blocking: setting that on the descriptor itself would also change it for whoever shares it.
-    What is a file or a disk is brought to the disk at the end: a late error must not be lost.
+    A pipe whose reader sleeps would block us in `write`, so that we could not react to a request to stop. So
+    the pipe is opened once more with O_NONBLOCK: set on the descriptor itself, the flag would also change for
+    every process that shares it. A file or block device is fsynced at the end, or a late write error would be
+    lost.
     """
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISFIFO(mode):
@@ -117,7 +118,7 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as err:
-        raise WriteFailed(f"the output can't be brought to the disk: {err.strerror}") from err
+        raise WriteFailed(f"cannot sync the output: {err.strerror}") from err
 
 
 def _write_some(descriptor: int, content: memoryview) -> int:
@@ -126,7 +127,7 @@ def _write_some(descriptor: int, content: memoryview) -> int:
     except BlockingIOError:
         waiting = select.poll()
         waiting.register(descriptor, select.POLLOUT)
-        waiting.poll(WATCH_SECONDS * 1000)
+        waiting.poll(CHECK_SECONDS * 1000)
         return 0
 
 
@@ -135,8 +136,8 @@ def _write_all(write: Callable[[memoryview], int], content: memoryview, check: C
         try:
             written = write(content)
         except OSError as err:
-            why = "its reader went away" if err.errno == errno.EPIPE else err.strerror
-            raise WriteFailed(f"the image can't be written to the output: {why}") from err
+            why = "the reader closed it" if err.errno == errno.EPIPE else err.strerror
+            raise WriteFailed(f"cannot write the image to the output: {why}") from err
         content = content[written:]
         if not written:
             check()

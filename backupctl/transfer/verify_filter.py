@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Comparing with the digests what is read back, on its way to somewhere else."""
+"""The filter of a restore or merge: compares what is read back with its digests before it is written."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,21 +11,21 @@ from backupctl.transfer.extents import Extent
 
 
 class VerifyFilter:
-    """A sieve (see `Copy`) that compares each cluster with what the disk should hold.
+    """A filter for `Copy` that compares each cluster with what the disk should hold.
 
-    expected: None if nobody knows. zeroes: whether they are to be written; a new file holds them already.
-    spoilt: told of ranges that are not as they should be; what it raises ends the copy.
+    expected: None if that is not known. zeroes: whether zeroes are to be written; a new file holds them
+    already. on_mismatch: called with the ranges that differ; what it raises ends the copy.
     """
 
     def __init__(
-        self, expected: EffectiveContent | None, spoilt: Callable[[list[Range]], None], *, zeroes: bool
+        self, expected: EffectiveContent | None, on_mismatch: Callable[[list[Range]], None], *, zeroes: bool
     ) -> None:
         self._expected = expected
-        self._spoilt = spoilt
+        self._on_mismatch = on_mismatch
         self._zeroes = zeroes
 
     def __call__(self, extent: Extent, content: memoryview | None) -> Sequence[Extent]:
-        """Return what of a piece is to be written; content: None if it is known to be zeroes."""
+        """Return what of a chunk is to be written; content: None if it is known to be zeroes."""
         first = extent.offset // CLUSTER_BYTES
         found = clusters.blank(first, clusters.count(extent.length))
         if content is not None:
@@ -43,4 +43,4 @@ class VerifyFilter:
         should = self._expected.window(int(found["cluster"][0]), len(found))
         wrong = found["cluster"][clusters.differ(found, should)]
         if len(wrong):
-            self._spoilt(clusters.ranges(wrong, end))
+            self._on_mismatch(clusters.ranges(wrong, end))

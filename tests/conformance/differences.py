@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tests.conformance.compare import ABSENT, Difference
 
 VERSIONS = ("7.2", "10.0")
+NEWEST = ("10.0", "11.1")
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,66 @@ ALLOWED = [
         r".*\.version\.qemu\.(major|minor|micro)|.*\.return\.qemu\.(major|minor|micro)",
         r"\d+",
         r"\d+",
+    ),
+    Allowed(
+        "version-11",
+        NEWEST,
+        "The version number itself.",
+        "monitor:.*",
+        r".*\.version\.qemu\.(major|minor|micro)|.*\.return\.qemu\.(major|minor|micro)",
+        r"\d+",
+        r"\d+",
+    ),
+    Allowed(
+        "node-children-and-limits",
+        NEWEST,
+        "Block nodes tell of their children, and images of the limits of requests.",
+        "monitor:query_.*",
+        r".*\.(children|limits)",
+        ABSENT,
+    ),
+    Allowed(
+        "read-only-bitmap-add",
+        NEWEST,
+        "A persistent bitmap cannot be added to a read-only node any more.",
+        "bitmaps:bitmaps_of_a_read_only_disk|graph:what_a_snapshot_left_behind_is_read_only",
+        r"replies\[\d+ (block-dirty-bitmap-add|bitmaps of .*)\].*",
+    ),
+    Allowed(
+        "read-only-bitmap-remove-text",
+        NEWEST,
+        "Removing a persistent bitmap of a read-only node is refused by both, with another text.",
+        "graph:what_a_snapshot_left_behind_is_read_only|restarts:an_external_snapshot_.*",
+        r".*block-dirty-bitmap-remove\]\.error\.desc",
+        "Bitmap '.*' is readonly and cannot be modified",
+        "Cannot remove persistent bitmap .*: no write access to node .*",
+    ),
+    Allowed(
+        "group-in-use-text",
+        NEWEST,
+        "Deleting a throttle group that is in use is refused by both, with another text.",
+        "limits:a_job_into_a_scratch_behind_a_limit",
+        r".*object-del\]\.error\.desc",
+        "object 'lim0' is in use, can not be deleted",
+        "Cannot delete throttle group 'lim0' with active references",
+    ),
+    Allowed(
+        "json-error-places",
+        NEWEST,
+        "What is no JSON is refused with the line and column of the error, and in other words.",
+        "monitor:malformed_input",
+        r".*\.error\.desc",
+        "JSON parse error, .*",
+        r"\d+:\d+: JSON parse error, .*",
+    ),
+    Allowed(
+        "json-error-places-simulated",
+        ("simulator-11.1", "11.1"),
+        "The simulator does not count lines and columns.",
+        "monitor:malformed_input",
+        r".*\.error\.desc",
+        "JSON parse error, .*",
+        r"\d+:\d+: JSON parse error, .*",
     ),
     Allowed(
         "node-active",

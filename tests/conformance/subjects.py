@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -24,15 +25,16 @@ import pytest
 from backupctl.drills.fork_server import CallSpec
 from fixtures import builds, fork_server
 from fixtures.fork_server import ENVIRONMENT
+from fixtures.simulated import VERSIONS
 from tests.conformance.qmp import Monitor
 
 if TYPE_CHECKING:
     from backupctl.drills.fork_server import ForkedProcess
 
 SIZE = 4 << 20
-REAL = ("7.2", "10.0")
-SIMULATED = {"simulator-7.2": "7.2.22", "simulator-10.0": "10.0.2"}
-PAIRS = [("7.2", "10.0"), ("simulator-7.2", "7.2"), ("simulator-10.0", "10.0")]
+REAL = builds.VERSIONS
+SIMULATED = {f"simulator-{short}": whole for short, whole in VERSIONS.items()}
+PAIRS = [*pairwise(REAL), *((f"simulator-{version}", version) for version in REAL)]
 _START_SECONDS = 20.0
 
 

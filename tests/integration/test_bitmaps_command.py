@@ -58,8 +58,8 @@ def test_bitmaps_are_shown_and_removed_by_name_or_repository_but_the_live_one_ne
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_the_base_of_another_repository_is_live_if_the_configuration_names_it(build72, make_lab, tmp_path):
-    lab = begun(make_lab, build72)
+def test_the_base_of_another_repository_is_live_if_the_configuration_names_it(any_build, make_lab, tmp_path):
+    lab = begun(make_lab, any_build)
     (live,) = [name for name, use in uses(lab).items() if use == "live"]
     first, lab.cli.repository = lab.cli.repository, tmp_path / "second"
     found = lab.cli.json("bitmaps", "web")["bitmaps"]  # also where there is no repository yet
@@ -74,9 +74,9 @@ def test_the_base_of_another_repository_is_live_if_the_configuration_names_it(bu
     assert error["kind"] == "Refused"
 
 
-def test_a_bitmap_of_another_vms_point_is_told_and_left_alone(build72, make_lab):
+def test_a_bitmap_of_another_vms_point_is_told_and_left_alone(any_build, make_lab):
     """A disk that moves between VMs of one repository takes it along."""
-    lab = begun(make_lab, build72)
+    lab = begun(make_lab, any_build)
     names = set(lab.machine.bitmaps()["node-vda"])
     lab.writer.write(3)
     told = lab.cli.json("status", "other")
@@ -92,9 +92,9 @@ def test_a_bitmap_of_another_vms_point_is_told_and_left_alone(build72, make_lab)
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_of_two_bitmaps_of_one_name_the_one_that_tells_of_the_gap_goes_last(build72, make_lab):
+def test_of_two_bitmaps_of_one_name_the_one_that_tells_of_the_gap_goes_last(any_build, make_lab):
     """Without the one on the backing layer, the overlay's empty one would look sound."""
-    lab = begun(make_lab, build72)
+    lab = begun(make_lab, any_build)
     (live,) = [name for name, use in uses(lab).items() if use == "live"]
     lab.writer.write(3)
     snapshot(lab, live)

@@ -76,9 +76,9 @@ def serve(lab: Lab, point: str, *options: str) -> None:
 
 
 @pytest.mark.simulator_too
-def test_no_tool_of_qemu_is_given_the_name_of_an_image(build72, make_lab, tmp_path):
+def test_no_tool_of_qemu_is_given_the_name_of_an_image(any_build, make_lab, tmp_path):
     """Through a full, incrementals, all ways out, a verify, a diff, a merge in place and into a new image."""
-    lab = make_lab(build72, {"vda": 4 * MIB, "vdb": MIB}, formats={"vdb": "raw"})
+    lab = make_lab(any_build, {"vda": 4 * MIB, "vdb": MIB}, formats={"vdb": "raw"})
     log = recorded(lab, tmp_path / "tools")
     lab.writer.write(5)
     points = [lab.backup("full")["point"]]

@@ -90,8 +90,8 @@ def test_a_differential_that_ends_in_mid_copy_gives_all_bitmaps_back(build, make
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_checkpoints_live_on_through_a_full_and_a_recover(build72, make_lab):
-    lab = make_lab(build72)
+def test_checkpoints_live_on_through_a_full_and_a_recover(any_build, make_lab):
+    lab = make_lab(any_build)
     first, second, third = three_points(lab, "--keep-checkpoints", "9")
     full = lab.backup("full", "--keep-checkpoints", "9")["point"]
     lab.cli.run("recover", "web")
@@ -109,8 +109,8 @@ def test_checkpoints_live_on_through_a_full_and_a_recover(build72, make_lab):
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_a_missing_checkpoint_in_between_is_a_gap_and_not_used(build72, make_lab):
-    lab = make_lab(build72)
+def test_a_missing_checkpoint_in_between_is_a_gap_and_not_used(any_build, make_lab):
+    lab = make_lab(any_build)
     first, second, _ = three_points(lab, "--keep-checkpoints", "9")
     remove_bitmap(lab, "vda", second)
     report = lab.backup("incremental", "--since", first, "--keep-checkpoints", "9")
@@ -118,9 +118,9 @@ def test_a_missing_checkpoint_in_between_is_a_gap_and_not_used(build72, make_lab
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_a_checkpoint_that_was_removed_and_its_point_pruned_hides_no_change(build72, make_lab):
+def test_a_checkpoint_that_was_removed_and_its_point_pruned_hides_no_change(any_build, make_lab):
     """Nothing tells of this gap any more; what changed in it is told by the digests of the points."""
-    lab = make_lab(build72)
+    lab = make_lab(any_build)
     first, second, third = three_points(lab, "--keep-checkpoints", "9")
     for disk in ("vda", "vdb"):
         remove_bitmap(lab, disk, second)
@@ -132,20 +132,20 @@ def test_a_checkpoint_that_was_removed_and_its_point_pruned_hides_no_change(buil
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_an_unknown_point_to_differ_from_touches_nothing(build72, make_lab):
-    lab = make_lab(build72)
+def test_an_unknown_point_to_differ_from_touches_nothing(any_build, make_lab):
+    lab = make_lab(any_build)
     first = lab.backup("full")["point"]
     done = lab.cli.run("incremental", "web", "--since", "20200101T000000Z", code=2)
     assert "20200101T000000Z" in done.stderr
     assert bitmaps_of(lab) == [first]
 
 
-def test_shrunk_then_grown_over_two_points_shows_no_old_bytes(build72, make_lab):
+def test_shrunk_then_grown_over_two_points_shows_no_old_bytes(any_build, make_lab):
     """The layer of the small disk hides what lies below, also from the digests.
 
     QEMU itself shows the cut cluster whole again: a qcow2 keeps what it holds behind the end.
     """
-    lab = make_lab(build72, {"vda": 16 * MIB})
+    lab = make_lab(any_build, {"vda": 16 * MIB})
     lab.writer.do("vda", "data", 0, 16 * MIB, 0x55)
     lab.backup("full")
     for size, shown in ((6 * MIB + 512, 6 * MIB + 512), (16 * MIB, 6 * MIB + CLUSTER)):

@@ -160,9 +160,9 @@ def test_a_connection_dropped_in_mid_copy_is_a_failed_run(lab, dropped):
 @pytest.mark.parametrize(
     "command", ["blockdev-add", "transaction", "nbd-server-start", "block-export-add", "block-export-del"]
 )
-def test_a_monitor_closed_at_a_command_is_asked_again_what_is_the_case(build72, make_lab, command, verdict):
+def test_a_monitor_closed_at_a_command_is_asked_again_what_is_the_case(any_build, make_lab, command, verdict):
     """The command is lost, or only its answer is: nobody can know which, so QEMU is asked."""
-    lab = make_lab(build72)
+    lab = make_lab(any_build)
     lab.writer.write(40)
     lab.backup("full")
     lab.writer.write(20)
@@ -227,9 +227,9 @@ def test_an_agent_that_refuses_to_freeze_is_obeyed(lab):
     lab.next_is_right()
 
 
-def test_an_agent_that_refuses_to_freeze_is_obeyed_by_the_automatic_view_too(build10, make_lab):
+def test_an_agent_that_refuses_to_freeze_is_obeyed_by_the_automatic_view_too(newest_build, make_lab):
     """Two disks without a freeze are one moment only with fleecing."""
-    lab = make_lab(build10)
+    lab = make_lab(newest_build)
     lab.writer.write(20)
     lab.agent.behaviour["guest-fsfreeze-freeze"] = "refuse"
     lab.writer.remember()
@@ -305,8 +305,8 @@ def mounted(held):
 
 
 @needs_root
-def test_a_target_that_is_full_leaves_what_was_there(build72, make_lab, mounted):
-    lab = make_lab(build72)
+def test_a_target_that_is_full_leaves_what_was_there(any_build, make_lab, mounted):
+    lab = make_lab(any_build)
     lab.cli.repository.mkdir()
     mounted(lab.cli.repository, "size=22m")
     lab.writer.write(80)
@@ -325,11 +325,11 @@ def test_a_target_that_is_full_leaves_what_was_there(build72, make_lab, mounted)
 
 @needs_root
 def test_a_repository_beside_the_guests_disks_does_not_fill_their_file_system(
-    build72, make_lab, mounted, tmp_path
+    any_build, make_lab, mounted, tmp_path
 ):
     """Else the next write of the guest to a new place would fail."""
     mounted(tmp_path, "size=330m")
-    lab = make_lab(build72, {"vda": 32 << 20})
+    lab = make_lab(any_build, {"vda": 32 << 20})
     lab.writer.do("vda", "data", 0, 32 << 20, 0x33)
     told = lab.backup("full", code=1)["error"]
     assert "vda lies on it too" in told["message"]
@@ -340,8 +340,8 @@ def test_a_repository_beside_the_guests_disks_does_not_fill_their_file_system(
 
 
 @needs_root
-def test_a_target_that_is_not_writable_is_refused_before_anything_is_touched(build72, make_lab, mounted):
-    lab = make_lab(build72)
+def test_a_target_that_is_not_writable_is_refused_before_anything_is_touched(any_build, make_lab, mounted):
+    lab = make_lab(any_build)
     lab.cli.repository.mkdir()
     mounted(lab.cli.repository, "size=60m")
     lab.writer.write(20)
@@ -398,8 +398,8 @@ def test_a_second_run_is_told_that_the_first_one_works(lab):
 
 
 @pytest.mark.needs_qemu("it is about our own lock: one place is enough")
-def test_of_eight_runs_at_once_one_goes_on(build72, make_lab):
-    lab = make_lab(build72)
+def test_of_eight_runs_at_once_one_goes_on(any_build, make_lab):
+    lab = make_lab(any_build)
     lab.backup("full")
     lab.writer.do("vda", "data", 0, 16 << 20, 0x44)
     begun = time.monotonic()
@@ -426,9 +426,9 @@ def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
     lab.next_is_right()
 
 
-def test_the_nbd_server_of_somebody_else_outlives_the_recovery_of_a_run_that_had_none(build72, make_lab):
+def test_the_nbd_server_of_somebody_else_outlives_the_recovery_of_a_run_that_had_none(any_build, make_lab):
     """It has no export yet by which it could be told from ours, but the run's journal tells."""
-    lab = make_lab(build72, {"vda": 8 << 20})
+    lab = make_lab(any_build, {"vda": 8 << 20})
     lab.agent.behaviour["guest-fsfreeze-freeze"] = "late"
     with lab.cli.start("full", "web") as run:
         wait_for(lambda: list((lab.cli.repository / "web").glob("*.partial/run.json")))

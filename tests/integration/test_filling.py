@@ -89,9 +89,9 @@ def test_a_repository_beside_the_guests_disk_is_known_whatever_qemu_calls_it(
     assert set(lab.machine.leftovers()) <= {"fdset 7"}
 
 
-def test_the_data_file_of_a_disk_counts_and_a_repository_apart_does_not(build72, make_lab, mount, tmp_path):
+def test_the_data_file_of_a_disk_counts_and_a_repository_apart_does_not(any_build, make_lab, mount, tmp_path):
     data, repository = mount(tmp_path / "data-folder", 100), mount(tmp_path / "repository", 60)
-    lab = make_lab(build72, {"vda": 8 * MIB}, kind_of_machine=data_file(data))
+    lab = make_lab(any_build, {"vda": 8 * MIB}, kind_of_machine=data_file(data))
     lab.backup("full")  # 60 MiB of its own, and no guest needs them
     assert told_of(lab, repository) == []
     lab.cli.repository = data / "repository"
@@ -101,9 +101,9 @@ def test_the_data_file_of_a_disk_counts_and_a_repository_apart_does_not(build72,
     assert repository.is_mount()
 
 
-def test_a_name_that_nobody_can_look_up_counts_as_there(build72, make_lab, mount, tmp_path):
+def test_a_name_that_nobody_can_look_up_counts_as_there(any_build, make_lab, mount, tmp_path):
     """The socket's other end is no QEMU: it may be a tunnel, and its QEMU on another machine."""
-    lab = make_lab(build72, {"vda": 8 * MIB}, kind_of_machine=KINDS["relative"])
+    lab = make_lab(any_build, {"vda": 8 * MIB}, kind_of_machine=KINDS["relative"])
     mount(lab.cli.repository, 100)
     lab.backup("full")
     path = lab.machine.folder / "proxy"
@@ -113,8 +113,8 @@ def test_a_name_that_nobody_can_look_up_counts_as_there(build72, make_lab, mount
     assert "of the VM may lie on it, which can't be told from here" in message
 
 
-def test_a_scratch_folder_beside_a_disk_leaves_room_to_the_guest(build10, make_lab, mount, tmp_path):
-    lab = make_lab(build10, {"vda": 64 * MIB})
+def test_a_scratch_folder_beside_a_disk_leaves_room_to_the_guest(newest_build, make_lab, mount, tmp_path):
+    lab = make_lab(newest_build, {"vda": 64 * MIB})
     lab.cli.scratch = mount(tmp_path / "images", 300)
     lab.backup("full", "--scratch-size", "100M")
     other = make_other(lab, lab.cli.scratch)
@@ -132,8 +132,8 @@ def make_other(lab, folder: Path) -> Machine:
     return Machine(lab.machine.build, [disk])
 
 
-def test_a_restore_ends_before_it_takes_the_room_of_other_vms(build72, make_lab, mount, tmp_path):
-    lab = make_lab(build72, {"vda": 32 * MIB})
+def test_a_restore_ends_before_it_takes_the_room_of_other_vms(any_build, make_lab, mount, tmp_path):
+    lab = make_lab(any_build, {"vda": 32 * MIB})
     lab.writer.do("vda", "data", 0, 32 * MIB, 0x33)
     point = lab.backup("full")["point"]
     folder = mount(tmp_path / "images", 280)
@@ -147,8 +147,8 @@ def test_a_restore_ends_before_it_takes_the_room_of_other_vms(build72, make_lab,
     assert target.read_bytes() == lab.writer.moment["vda"]
 
 
-def test_a_merge_ends_before_it_takes_the_room_of_other_vms(build72, make_lab, mount, tmp_path):
-    lab = make_lab(build72, {"vda": 32 * MIB})
+def test_a_merge_ends_before_it_takes_the_room_of_other_vms(any_build, make_lab, mount, tmp_path):
+    lab = make_lab(any_build, {"vda": 32 * MIB})
     mount(lab.cli.repository, 500)
     points = []
     for kind, value in (("full", 0x11), ("incremental", 0x22), ("incremental", 0x33)):

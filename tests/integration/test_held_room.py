@@ -39,8 +39,8 @@ def test_runs_of_a_vm_that_stands_still_keep_no_room(state, build, make_lab):
     lab.next_is_right()
 
 
-def test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process(build72, make_lab):
-    lab = make_lab(build72, {"vda": 16 * MIB})
+def test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process(any_build, make_lab):
+    lab = make_lab(any_build, {"vda": 16 * MIB})
     lab.machine.qmp("stop")
     path = lab.machine.folder / "proxy"
     with Proxy(path, lab.machine.qmp_path):
@@ -51,8 +51,8 @@ def test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_p
     assert "room that can't be told from here" in told
 
 
-def test_the_room_of_a_dead_run_of_a_paused_vm_is_told_and_given_back(build72, make_lab):
-    lab = make_lab(build72, {"vda": 16 * MIB})
+def test_the_room_of_a_dead_run_of_a_paused_vm_is_told_and_given_back(any_build, make_lab):
+    lab = make_lab(any_build, {"vda": 16 * MIB})
     lab.writer.do("vda", "data", 0, 8 * MIB, 0x33)
     lab.machine.qmp("stop")
     with lab.cli.start("full", "web", "--limit", "1M") as run:

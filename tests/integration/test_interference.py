@@ -60,8 +60,8 @@ def test_images_that_were_exchanged_are_scanned(build, make_lab):
 
 
 @pytest.mark.needs_qemu("the simulator keeps bitmaps beside an image, not in it")
-def test_an_image_that_was_copied_over_another_is_scanned(build72, make_lab):
-    lab = make_lab(build72, {"vda": 8 * MIB, "vdb": 8 * MIB})
+def test_an_image_that_was_copied_over_another_is_scanned(any_build, make_lab):
+    lab = make_lab(any_build, {"vda": 8 * MIB, "vdb": 8 * MIB})
     lab.writer.write(60)
     lab.backup("full")
     lab.machine.quit()
@@ -75,8 +75,8 @@ def test_an_image_that_was_copied_over_another_is_scanned(build72, make_lab):
     lab.next_is_right()
 
 
-def test_names_that_were_exchanged_in_the_configuration_lead_to_a_scan(build72, make_lab, tmp_path):
-    lab = make_lab(build72, {"vda": 8 * MIB, "vdb": 8 * MIB})
+def test_names_that_were_exchanged_in_the_configuration_lead_to_a_scan(any_build, make_lab, tmp_path):
+    lab = make_lab(any_build, {"vda": 8 * MIB, "vdb": 8 * MIB})
     lab.writer.write(60)
     config = tmp_path / "backupctl.toml"
 
@@ -160,12 +160,12 @@ def test_a_job_of_a_dead_run_whose_guard_died_too_is_not_taken_for_that_of_the_n
 
 
 @pytest.mark.needs_qemu("the simulator takes no snapshot below a filter")
-def test_a_snapshot_below_our_filter_is_what_the_device_gets_back(build10, make_lab):
+def test_a_snapshot_below_our_filter_is_what_the_device_gets_back(newest_build, make_lab):
     """Of the node that it had before, it would lose what the guest wrote since."""
-    lab = make_lab(build10, {"vda": 16 * MIB})
+    lab = make_lab(newest_build, {"vda": 16 * MIB})
     lab.writer.do("vda", "data", 0, 16 * MIB, 0x11)
     overlay = lab.folder / "over.qcow2"
-    make = [build10.tool("qemu-img"), "create", "-q", "-f", "qcow2", overlay, "16M"]
+    make = [newest_build.tool("qemu-img"), "create", "-q", "-f", "qcow2", overlay, "16M"]
     subprocess.run(make, check=True, timeout=30)
     node = {"driver": "qcow2", "node-name": "over", "file": {"driver": "file", "filename": str(overlay)}}
     with lab.cli.start("full", "web", "--json", "--view", "snapshot-access", *SLOW) as run:
@@ -207,9 +207,9 @@ def test_a_base_that_somebody_enabled_before_the_recovery_gets_the_record_all_th
     lab.next_is_right()
 
 
-def test_a_copy_of_the_repository_and_a_clock_set_back_make_no_id_twice(build72, make_lab):
+def test_a_copy_of_the_repository_and_a_clock_set_back_make_no_id_twice(any_build, make_lab):
     """Else each repository would take the other's bitmap for its own."""
-    lab = make_lab(build72, {"vda": 16 * MIB})
+    lab = make_lab(any_build, {"vda": 16 * MIB})
     plain, clock = lab.cli.command, ["2026-11-23T12:00:00"]
 
     def command(*arguments: str, vm: bool = True) -> list[str]:

@@ -83,9 +83,9 @@ def test_sigkill_at_every_step(build, make_lab, shape, chunk, record_property):
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 @pytest.mark.parametrize("shape", FILTERED)
 def test_sigkill_at_every_step_with_a_filter_of_ours_under_the_guest(
-    build10, make_lab, shape, chunk, record_property
+    newest_build, make_lab, shape, chunk, record_property
 ):
-    check_every_step(build10, make_lab, shape, chunk, record_property)
+    check_every_step(newest_build, make_lab, shape, chunk, record_property)
 
 
 def check_every_step(build, make_lab, shape: str, chunk: int, record_property) -> None:

@@ -46,13 +46,12 @@ def converse(path, *commands):
         return replies
 
 
-def test_both_qemus_are_what_they_say(build):
-    """All programs of a build are there, and of one version."""
+def test_all_programs_of_a_build_are_what_they_say(each_build):
     for name in ("qemu-system-x86_64", "qemu-img", "qemu-storage-daemon", "qemu-io", "qemu-nbd"):
         said = subprocess.run(
-            [build.tool(name), "--version"], capture_output=True, text=True, timeout=30, check=True
+            [each_build.tool(name), "--version"], capture_output=True, text=True, timeout=30, check=True
         )
-        assert f" {build.version}." in said.stdout.splitlines()[0]
+        assert f" {each_build.version}." in said.stdout.splitlines()[0]
 
 
 def test_a_required_qemu_that_cannot_be_had_fails_and_any_other_is_skipped(monkeypatch):
@@ -112,25 +111,25 @@ def test_a_freeze_stops_the_writer_and_the_moment_is_what_qemu_copies_meanwhile(
     assert target.read_bytes() == lab.writer.moment["vda"]
 
 
-def test_one_seed_writes_the_same_bytes_again(build72, make_lab):
-    lab = make_lab(build72, {"vda": 4 * MIB}, seed=5)
+def test_one_seed_writes_the_same_bytes_again(any_build, make_lab):
+    lab = make_lab(any_build, {"vda": 4 * MIB}, seed=5)
     lab.writer.write(50)
     other = type(lab.writer)({"vda": 4 * MIB}, lambda _disk, _command: None, seed=5)
     other.write(50)
     assert other.model == lab.writer.model
 
 
-def test_a_write_that_fails_is_an_error_of_the_test(build72, make_lab):
-    lab = make_lab(build72, {"vda": MIB})
+def test_a_write_that_fails_is_an_error_of_the_test(any_build, make_lab):
+    lab = make_lab(any_build, {"vda": MIB})
     with pytest.raises(OSError, match="write"):
         lab.machine.io("vda", f"write -q -P 1 {MIB} 512")
 
 
 @KINDS
-def test_a_closed_machine_leaves_no_process_and_no_folder(build72, tmp_path, kind):
+def test_a_closed_machine_leaves_no_process_and_no_folder(any_build, tmp_path, kind):
     path = tmp_path / "vda.qcow2"
-    subprocess.run([build72.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "1M"], check=True)
-    with kind(build72, [Disk("vda", path)]) as machine:
+    subprocess.run([any_build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+    with kind(any_build, [Disk("vda", path)]) as machine:
         process, folder = machine.process, machine.folder
         assert machine.alive()
         assert len(str(machine.qmp_path)) < 60, "a unix socket's path has 107 bytes"
@@ -138,7 +137,7 @@ def test_a_closed_machine_leaves_no_process_and_no_folder(build72, tmp_path, kin
     assert not folder.exists()
 
 
-def test_a_machine_ends_with_a_test_that_is_killed(build72, tmp_path):
+def test_a_machine_ends_with_a_test_that_is_killed(any_build, tmp_path):
     program = (
         "from fixtures import builds, machine; import time\n"
         "m = machine.Machine(builds.build('7.2'), []); m.start()\n"
@@ -156,10 +155,10 @@ def test_a_machine_ends_with_a_test_that_is_killed(build72, tmp_path):
     shutil.rmtree(folder)
 
 
-def test_a_scsi_disk_is_written_through_its_backend_too(build72, tmp_path, held):
+def test_a_scsi_disk_is_written_through_its_backend_too(any_build, tmp_path, held):
     path = tmp_path / "sda.raw"
     path.write_bytes(bytes(MIB))
-    machine = Machine(build72, [Disk("sda", path, "raw", "scsi-hd")])
+    machine = Machine(any_build, [Disk("sda", path, "raw", "scsi-hd")])
     held.callback(machine.close)
     machine.start()
     machine.io("sda", "write -q -P 7 512 512")
@@ -327,8 +326,8 @@ def count_grows(guest, seconds=10.0):
 
 
 @pytest.mark.guest
-def test_a_damaged_file_and_a_damaged_file_system_are_noticed(build72, boot, tmp_path):
-    guest, _ = boot(build72, 64 * MIB, format="raw")
+def test_a_damaged_file_and_a_damaged_file_system_are_noticed(any_build, boot, tmp_path):
+    guest, _ = boot(any_build, 64 * MIB, format="raw")
     guest.tell("files 3")
     guest.tell("off")
     guest.process.wait(30)

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.simulator_too
 
 
 @pytest.fixture
-def lab(build72, make_lab):
-    return make_lab(build72, {"vda": 4 * MIB, "vdb": 2 * MIB + 512})
+def lab(any_build, make_lab):
+    return make_lab(any_build, {"vda": 4 * MIB, "vdb": 2 * MIB + 512})
 
 
 def take(lab, count: int) -> dict[str, dict[str, bytes]]:

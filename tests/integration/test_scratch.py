@@ -21,8 +21,13 @@ FLOOD = "flood 768"
 """Much more than a small scratch takes, at several hundred MiB a second."""
 SMALL = {False: "512M", True: "1024M"}
 """The least that is accepted for such a disk: without and with an iothread under 7.2."""
-QUICK = [("7.2", "fleecing", False), ("10.0", "fleecing", True), ("10.0", "snapshot-access", True)]
-VIEWS = [*QUICK, ("7.2", "fleecing", True), ("10.0", "fleecing", False), ("10.0", "snapshot-access", False)]
+QUICK = [("7.2", "fleecing", False), ("newest", "fleecing", True), ("newest", "snapshot-access", True)]
+VIEWS = [
+    *QUICK,
+    ("7.2", "fleecing", True),
+    ("newest", "fleecing", False),
+    ("newest", "snapshot-access", False),
+]
 
 
 def view_id(case: tuple[str, str, bool]) -> str:

@@ -5,8 +5,8 @@ from backupctl.repository.repository import Repository
 from fixtures.storage_daemon import StorageDaemon
 
 
-def test_the_disks_of_a_storage_daemon_are_backed_up_over_named_files(build72, make_lab):
-    lab = make_lab(build72, kind_of_machine=StorageDaemon, seed=3)
+def test_the_disks_of_a_storage_daemon_are_backed_up_over_named_files(oldest_build, make_lab):
+    lab = make_lab(oldest_build, kind_of_machine=StorageDaemon, seed=3)
     lab.writer.write(60)
     lab.writer.start()
     moments = {}
@@ -21,8 +21,8 @@ def test_the_disks_of_a_storage_daemon_are_backed_up_over_named_files(build72, m
     assert lab.cli.json("status", "web")["leftovers"] == []
 
 
-def test_without_an_agent_its_points_are_crash_consistent_and_hold_what_changed(build72, make_lab):
-    lab = make_lab(build72, {"vda": 16 << 20}, kind_of_machine=StorageDaemon)
+def test_without_an_agent_its_points_are_crash_consistent_and_hold_what_changed(oldest_build, make_lab):
+    lab = make_lab(oldest_build, {"vda": 16 << 20}, kind_of_machine=StorageDaemon)
     lab.agent.close()
     lab.writer.do("vda", "data", 0, 8 << 20)
     lab.backup("full")
@@ -35,8 +35,8 @@ def test_without_an_agent_its_points_are_crash_consistent_and_hold_what_changed(
     lab.assert_point(report["point"], {"node-vda": lab.writer.moment["vda"]})
 
 
-def test_a_fuse_export_is_refused_by_a_qemu_that_would_hang_with_it(build10, make_lab):
-    lab = make_lab(build10, kind_of_machine=StorageDaemon)
+def test_a_fuse_export_is_refused_by_a_qemu_that_would_hang_with_it(newest_build, make_lab):
+    lab = make_lab(newest_build, kind_of_machine=StorageDaemon)
     told = lab.cli.json("full", "web", code=1)["error"]
     assert told["kind"] == "Refused"
     assert "is exported by FUSE" in told["message"]

@@ -52,8 +52,8 @@ def snapshot(lab, *bitmaps: str) -> None:
     assert lab.machine.qmp("blockdev-snapshot", node="node-vda", overlay="over") == {}
 
 
-def test_the_first_incremental_is_a_full(build72, make_lab):
-    lab = make_lab(build72)
+def test_the_first_incremental_is_a_full(any_build, make_lab):
+    lab = make_lab(any_build)
     Repository.create(lab.cli.repository)  # of other VMs, say
     lab.writer.write(10)
     report = lab.backup("incremental")
@@ -74,8 +74,8 @@ def test_a_disk_whose_bitmap_was_removed_is_scanned_and_only_what_differs_is_sto
     lab.next_is_right()
 
 
-def test_a_broken_chain_is_begun_anew_with_a_full_if_that_is_wished(build72, make_lab):
-    lab = begun(make_lab, build72)
+def test_a_broken_chain_is_begun_anew_with_a_full_if_that_is_wished(any_build, make_lab):
+    lab = begun(make_lab, any_build)
     remove_bitmap(lab, "vda")
     report = lab.backup("incremental", "--on-broken-chain", "full")
     assert kinds(report) == {"vda": "full", "vdb": "incremental"}
@@ -83,8 +83,8 @@ def test_a_broken_chain_is_begun_anew_with_a_full_if_that_is_wished(build72, mak
     lab.next_is_right()
 
 
-def test_a_damaged_chain_is_not_built_on(build72, make_lab):
-    lab = begun(make_lab, build72)
+def test_a_damaged_chain_is_not_built_on(any_build, make_lab):
+    lab = begun(make_lab, any_build)
     (base,) = (lab.cli.repository / "web").glob("*Z")
     digests = base / "vda.digests"
     content = bytearray(digests.read_bytes())
@@ -96,8 +96,8 @@ def test_a_damaged_chain_is_not_built_on(build72, make_lab):
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_a_disabled_bitmap_is_never_used(build72, make_lab):
-    lab = begun(make_lab, build72)
+def test_a_disabled_bitmap_is_never_used(any_build, make_lab):
+    lab = begun(make_lab, any_build)
     name = lab.machine.bitmaps()["node-vda"][0]
     lab.machine.qmp("block-dirty-bitmap-disable", node="node-vda", name=name)
     lab.writer.write(10)
@@ -107,8 +107,8 @@ def test_a_disabled_bitmap_is_never_used(build72, make_lab):
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_on_broken_chain_fail_touches_nothing(build72, make_lab):
-    lab = begun(make_lab, build72)
+def test_on_broken_chain_fail_touches_nothing(any_build, make_lab):
+    lab = begun(make_lab, any_build)
     remove_bitmap(lab, "vdb")
     freezes = len(lab.agent.freezes)
     error = lab.backup("incremental", "--on-broken-chain", "fail", code=1)["error"]
@@ -251,8 +251,8 @@ def test_a_disk_added_in_mid_chain_is_full_and_then_incremental(build, make_lab)
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_a_run_for_one_disk_leaves_the_other_ones_chain_alone(build72, make_lab):
-    lab = begun(make_lab, build72)
+def test_a_run_for_one_disk_leaves_the_other_ones_chain_alone(any_build, make_lab):
+    lab = begun(make_lab, any_build)
     lab.backup("incremental", "--disk", "vda")
     lab.writer.write(10)
     report = lab.backup("incremental")
@@ -261,18 +261,18 @@ def test_a_run_for_one_disk_leaves_the_other_ones_chain_alone(build72, make_lab)
     lab.assert_at_rest()
 
 
-def test_an_unknown_disk_is_refused_with_those_there_are(build72, make_lab):
-    lab = make_lab(build72)
+def test_an_unknown_disk_is_refused_with_those_there_are(any_build, make_lab):
+    lab = make_lab(any_build)
     error = lab.backup("full", "--disk", "sda", code=2)["error"]
     assert "vda, vdb" in error["message"]
 
 
 @pytest.mark.needs_qemu("the simulator has no CD with a medium, and no disk without a format of its own")
-def test_read_only_media_and_empty_drives_are_left_out_and_named(build72, make_lab, tmp_path):
+def test_read_only_media_and_empty_drives_are_left_out_and_named(any_build, make_lab, tmp_path):
     iso = tmp_path / "disc.iso"
     iso.write_bytes(bytes(MIB))
     lab = make_lab(
-        build72,
+        any_build,
         extra=[
             *("-device", "ide-cd,id=empty,bus=ide.0"),
             *("-drive", f"if=none,id=disc,file={iso},format=raw,media=cdrom,readonly=on"),
@@ -309,8 +309,8 @@ def test_raw_disks_work_and_the_cost_of_a_restart_is_told(build, make_lab):
     lab.assert_point(report["point"], lab.writer.moment)
 
 
-def test_foreign_bitmaps_are_not_touched(build72, make_lab):
-    lab = make_lab(build72, {"vda": 16 * MIB})
+def test_foreign_bitmaps_are_not_touched(any_build, make_lab):
+    lab = make_lab(any_build, {"vda": 16 * MIB})
     lab.machine.qmp("block-dirty-bitmap-add", node="node-vda", name="libvirt-1", persistent=True)
     lab.writer.write(20)
     lab.backup("full")
@@ -340,8 +340,8 @@ def test_a_disk_on_which_somebody_elses_job_works_is_refused_and_the_job_left_al
     lab.next_is_right()
 
 
-def test_two_repositories_back_up_one_vm_each_with_its_own_chain(build72, make_lab, tmp_path):
-    lab = begun(make_lab, build72)
+def test_two_repositories_back_up_one_vm_each_with_its_own_chain(any_build, make_lab, tmp_path):
+    lab = begun(make_lab, any_build)
     first, lab.cli.repository = lab.cli.repository, tmp_path / "second"
     lab.backup("full")
     lab.writer.write(10)
@@ -374,8 +374,8 @@ def test_a_qemu_of_another_user_needs_no_rights_on_our_folders(build, make_lab):
         lab.assert_point(point, moment)
 
 
-def test_disks_can_be_stored_under_names_of_the_configuration(build72, make_lab, tmp_path):
-    lab = make_lab(build72, {"vda": 8 * MIB})
+def test_disks_can_be_stored_under_names_of_the_configuration(any_build, make_lab, tmp_path):
+    lab = make_lab(any_build, {"vda": 8 * MIB})
     lab.writer.write(10)
     path = tmp_path / "backupctl.toml"
     path.write_text(

@@ -82,7 +82,7 @@ def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
         )
         / MIB,
         "images left": sum(len(point.manifest.disks) for point in points),
-        "leaks": len([note for note in report.notes if "nothing uses" in note]),
+        "leaks": len([note for note in report.notes if "leaked clusters" in note]),
     }
 
 

@@ -85,7 +85,7 @@ BUGS = (
     ),
     Bug(
         "a dropped point is not written down",
-        "_Work.retire",
+        "_Steps.retire",
         '                history.record(self.folder.path, Deed("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
@@ -166,15 +166,15 @@ BUGS = (
     ),
     Bug(
         "the dirty bit is inverted",
-        "_look",
+        "_find_extents",
         "bool(status.flags[1] & DIRTY)",
         "not status.flags[1] & DIRTY",
         LAYER,
     ),
     Bug(
         "zeroes are skipped",
-        "_look",
-        "            marks.zero(status.offset, status.length)\n",
+        "_find_extents",
+        "            cluster_map.zero(status.offset, status.length)\n",
         "            pass\n",
         LAYER,
     ),
@@ -187,9 +187,9 @@ BUGS = (
     ),
     Bug(
         "offsets of 32 bits",
-        "Copy._start",
-        "nbd.Buffer.from_buffer(piece.content), extent.offset)",
-        "nbd.Buffer.from_buffer(piece.content), extent.offset & 0xFFFFFFFF)",
+        "_RunningCopy._start",
+        "nbd.Buffer.from_buffer(chunk.content), extent.offset)",
+        "nbd.Buffer.from_buffer(chunk.content), extent.offset & 0xFFFFFFFF)",
         COPY + "test_data_beyond_4_gib_arrives_where_it_belongs",
     ),
     Bug(

@@ -12,6 +12,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -187,11 +188,16 @@ def _contents(folder: VmFolder, held: Contents, kept: set[str]) -> str:
             content = qcow2.content([layer.path for layer in layers])
             if content != held[point.id, entry.name]:
                 return f"{entry.name} of {point.id} is not what it was"
-            found = of_piece(0, memoryview(content))
+            found = _digests(content)
             should = chain.effective_content(layers, entry.size).window(0, len(found))
             if clusters.differ(found, should).any():
                 return f"{entry.name} of {point.id} would be refused by a restore"
     return ""
+
+
+@lru_cache(maxsize=32)
+def _digests(content: bytes) -> Any:
+    return of_piece(0, memoryview(content))
 
 
 def _points(folder: VmFolder, before: Points, after: Points, due: str | None) -> str:

@@ -3,6 +3,8 @@
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 CLUSTER = 65536
@@ -30,7 +32,25 @@ def clusters(image: bytes) -> dict[int, bytes]:
 
 def content(chain: Sequence[Path]) -> bytes:
     """Return what a disk holds, read through a chain of images, newest first."""
-    images = [path.read_bytes() for path in chain]
+    return _content(tuple(_Image.of(path) for path in chain))
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A file by its identity: thousands of states are made of links to the same few. path: one of them."""
+
+    path: Path = field(compare=False)
+    identity: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> "_Image":
+        found = path.stat()
+        return cls(path, (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=32)
+def _content(chain: tuple[_Image, ...]) -> bytes:
+    images = [image.path.read_bytes() for image in chain]
     sizes = [struct.unpack_from(">Q", image, 24)[0] for image in images]
     found = bytearray(max(sizes))
     for image, size in zip(reversed(images), reversed(sizes), strict=True):

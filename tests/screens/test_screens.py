@@ -27,7 +27,7 @@ from backupctl.names import BitmapName, DiskName, NodeName, VmName
 from backupctl.operations import bitmaps, status
 from backupctl.operations import recover as recovery
 from backupctl.operations.backup import run as backup
-from backupctl.operations.backup.outcome import DiskReport, RunReport
+from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.backup.plan import MissingDisk
 from backupctl.operations.bitmaps import Removal, StoredBitmap
 from backupctl.operations.doctor import run as doctor
@@ -146,7 +146,13 @@ def test_wrong_use(show, tmp_path):
 
 def report(kind: str) -> RunReport:
     parent = P1 if kind == "incremental" else None
-    disk = DiskReport(DiskName("vda"), "full", 1 << 34, 1 << 33, 1 << 33, 1 << 20, 0, 1 << 33, scanned=False)
+    disk = replace(
+        disk_entry("vda", size=1 << 34),
+        dirty_bytes=1 << 33,
+        copied_bytes=1 << 33,
+        zero_bytes=1 << 20,
+        stored_bytes=1 << 33,
+    )
     second = replace(disk, name=DiskName("virtio-disk1"), kind="incremental", scanned=True)
     return RunReport(
         VmName("web"),

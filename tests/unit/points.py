@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nbd
 import numpy as np
 import pytest
 
@@ -26,7 +25,8 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
-from backupctl.transfer.copy import open_target
+from backupctl.transfer.extents import Extent
+from backupctl.transfer.sink import open_nbd_sink
 
 P1 = PointId("20260101T000000Z")
 P2 = PointId("20260102T000000Z")
@@ -141,15 +141,15 @@ def stored(image: Path, size: int) -> Records:
 def write_image(layers: tuple[Path, ...], writes: Writes) -> None:
     with (
         nbd_server.serve(layers, writable=True) as address,
-        open_target(address, nbd_server.EXPORT, 1) as (connection,),
+        open_nbd_sink(address, nbd_server.EXPORT, 1) as sink,
     ):
         for offset, content in writes:
-            if any(content):
-                buffer = nbd.Buffer.from_bytearray(bytearray(content))
-                cookie = connection.handle.aio_pwrite(buffer, offset)
+            extent = Extent(offset, len(content), zero=not any(content))
+            if extent.zero:
+                has_ended = sink.zero(extent)
             else:
-                cookie = connection.handle.aio_zero(len(content), offset)
-            connection.wait(lambda cookie=cookie: connection.completed(cookie))
+                has_ended = sink.write(extent, memoryview(bytearray(content)))
+            sink.connections[0].wait(has_ended)
 
 
 def in_memory(path: Path) -> bool:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Step 7 for one disk: from its point-in-time view to a layer of the point, with its digest map.
 
-Three ways to know what may have changed: a bitmap (incremental), nothing (scan), everything (full). All
-of it goes through the digests: what the layers below hold already is not stored again.
+What may have changed is known in one of three ways: from a dirty bitmap (incremental), not at all (scan), or
+everything is new (full). All of it passes through the digests: what the layers below hold already is not
+stored again.
 
 A differential has several bitmaps, and what changed between its base and the newest point is known twice:
-to the older ones of them, and to the digests of the two points. Both count. Of the bitmaps alone nobody
-could tell that one in between was removed by hand, whose point was pruned since.
+from the older bitmaps, and from the digests of the two points. Both count. The bitmaps alone could not show
+that one in between was removed by hand after its point had been pruned.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import ReadFailed, moving
-from backupctl.images import create, nbd_server
+from backupctl.images import create
+from backupctl.operations import endpoints
 from backupctl.operations.backup.plan import DiskPlan
 from backupctl.progress import Reporter
 from backupctl.repository import chain
@@ -24,7 +26,7 @@ from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.transfer.cluster_map import ClusterMap
-from backupctl.transfer.copy import Copy, open_target
+from backupctl.transfer.copy import Copy
 from backupctl.transfer.dedup_filter import DedupFilter
 from backupctl.transfer.extents import DIRTY, ZERO, Status
 from backupctl.transfer.rate_limit import TokenBucket
@@ -60,30 +62,29 @@ class LayerCopier:
         if one.newest is not None:
             newest = chain.effective_content(chain.below(self.folder, one.newest, disk.name), disk.size)
         known_bytes = min(below.described_bytes, newest.described_bytes)
-        marks, named_bytes = _look(one, source.statuses(), below, known_bytes)
+        cluster_map, dirty_bytes = _find_extents(one, source.statuses(), below, known_bytes)
         if newest is not below:
-            marks.mark_differences(below, newest)
-        total = marks.marked_bytes()
+            cluster_map.mark_differences(below, newest)
+        total = cluster_map.marked_bytes()
         link = f"../{one.base}/{disk.name}.qcow2" if one.base else None
         with create.new_layer(path, disk.size, link) as image:
             with (
                 moving(disk.name, f"{path.name} in {self.folder.path}"),
-                closing(DedupFilter(below, self.partial.path)) as recorder,
+                closing(DedupFilter(below, self.partial.path)) as dedup,
                 chain.opened(layers) as opened,
-                nbd_server.serve((image, *opened), writable=True) as address,
-                open_target(address, nbd_server.EXPORT, check=self.check) as target,
+                endpoints.write_images((image, *opened), self.check) as sink,
             ):
                 copied = Copy(
                     source,
-                    target,
-                    self.limiter,
+                    sink,
                     check=self.check,
                     progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
+                    limiter=self.limiter,
                     stall_seconds=self.stall_seconds,
-                    sieve=recorder,
-                ).run(marks.extents())
-                map_path, count = digest_map.path_of(path), recorder.count()
-                checksum = digest_map.write_parts(map_path, disk.size, count, recorder.parts)
+                    filter_chunk=dedup,
+                ).run(cluster_map.extents())
+                map_path, count = digest_map.path_of(path), dedup.count()
+                checksum = digest_map.write_parts(map_path, disk.size, count, dedup.parts)
             stored = image.stat()
         return DiskEntry(
             name=disk.name,
@@ -94,40 +95,42 @@ class LayerCopier:
             format=disk.driver,
             persistent=disk.persistent,
             reason=one.reason,
-            dirty_bytes=named_bytes,
+            dirty_bytes=dirty_bytes,
             copied_bytes=copied.copied_bytes,
             zero_bytes=copied.zero_bytes,
             stored_bytes=stored.st_blocks * 512,
             file_bytes=stored.st_size,
-            unchanged_bytes=recorder.unchanged_bytes if one.base else 0,
+            unchanged_bytes=dedup.unchanged_bytes if one.base else 0,
             scanned=one.scanned,
             digests=checksum,
         )
 
 
-def _look(
+def _find_extents(
     one: DiskPlan, statuses: Iterable[Status], below: EffectiveContent, known_bytes: int
 ) -> tuple[ClusterMap, int]:
-    """Return what must be looked at, and how many bytes bitmap or allocation map name.
+    """Return what must be read or zeroed, and how many bytes the dirty bitmap or the allocation map names.
 
-    known_bytes: up to where the earlier points tell of the disk. Behind it a disk has grown: its bitmap is
-    clean there (measured), and a raw disk on a volume that was extended has whatever lay there before.
-
-    Besides what is named these are zeroes where the layers below hold something else. They are there
-    when a disk was shrunk and grew again: its bitmap lost the bits of the end that went, and the old data
-    would come back (measured). Nor does it name the cluster that a new end cuts, whose rest was lost.
+    known_bytes: up to where the earlier points describe the disk; it has grown if it is larger.
     """
-    marks, named_bytes = ClusterMap(one.disk.size), 0
+    cluster_map, dirty_bytes = ClusterMap(one.disk.size), 0
     for status in statuses:
         zero, end = bool(status.flags[0] & ZERO), status.offset + status.length
         named = bool(status.flags[1] & DIRTY) if one.bitmaps else not zero
-        named_bytes += status.length if named else 0
+        dirty_bytes += status.length if named else 0
         if zero:
-            marks.zero(status.offset, status.length)
+            cluster_map.zero(status.offset, status.length)
+        # The bitmap is clean where a disk has grown (measured:
+        # test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes), while a raw disk on a volume that
+        # was extended has there whatever the volume held before.
         elif named or end > known_bytes:
             offset = status.offset if named else max(status.offset, known_bytes)
-            marks.data(offset, end - offset)
+            cluster_map.data(offset, end - offset)
+    # A disk that was shrunk: its bitmap does not name the cluster that the new end cuts, whose rest is lost.
     if one.bitmaps and one.disk.size % CLUSTER_BYTES:
-        marks.data(one.disk.size - 1, 1)
-    marks.drop_unneeded_zeroes(below)
-    return marks, named_bytes
+        cluster_map.data(one.disk.size - 1, 1)
+    # A disk that was shrunk and has grown again: its bitmap lost the bits of the old end (measured:
+    # test_shrunk_then_grown_over_two_points_shows_no_old_bytes).
+    # Zeroes stay marked where the layers below hold data, or that old data would come back at a restore.
+    cluster_map.drop_unneeded_zeroes(below)
+    return cluster_map, dirty_bytes

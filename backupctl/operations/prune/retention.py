@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which points stay and which go: pure, so that a dry run and the deed can't disagree.
+"""Which points stay and which are dropped: a pure function, so that a dry run and a prune always agree.
 
-Each rule looks from the newest point back. `last` holds so many points; `hourly`, `daily`, ... hold the
-newest point of each of the last so many periods in which there is one; `within` holds all that are not
-older than the newest by more than that. Periods are those of UTC, weeks are ISO's. A point stays if any
-rule holds it. Whatever the rules say, a protected point stays, and the newest, and the newest that holds
-each disk: the next incremental builds on it.
+Each rule counts back from the newest point. `last` holds that many points; `hourly`, `daily`, ... hold the
+newest point of each of that many periods, counting only periods that have one; `within` holds all points that
+are at most that much older than the newest. Periods are in UTC, weeks as in ISO 8601. A point stays if any
+rule holds it. Whatever the rules say, a protected point stays, and the newest, and for each disk the newest
+point that holds it, because the next incremental is based on it.
 
-Ids only ever grow, so after one run with the clock ahead those that follow lie in the future too. So what
-counts is what the clock showed at each run, and from a point in the future no age is counted.
+Ids only ever grow, so after one run with the clock ahead the ids that follow lie in the future too. Therefore
+a point's age is taken from what the clock showed at its run, and no age is counted from a time in the future.
 """
 
 import re
@@ -19,7 +19,7 @@ from datetime import datetime, timedelta
 from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, point_time
 
-_CLOCKS_DIFFER = timedelta(hours=1)  # by so much, where backups and prunes run on two machines
+_CLOCK_SKEW = timedelta(hours=1)  # tolerated between machines that back up and that prune
 _PART = re.compile(r"([0-9]{1,5})([hdwmy])", re.ASCII)
 _UNITS = {
     "h": timedelta(hours=1),
@@ -29,17 +29,17 @@ _UNITS = {
     "y": timedelta(days=366),
 }
 _PERIODS: tuple[tuple[str, Callable[[datetime], str]], ...] = (
-    ("hourly", lambda moment: moment.strftime("%Y-%m-%d %Hh")),
-    ("daily", lambda moment: moment.strftime("%Y-%m-%d")),
-    ("weekly", lambda moment: moment.strftime("%G-W%V")),
-    ("monthly", lambda moment: moment.strftime("%Y-%m")),
-    ("yearly", lambda moment: moment.strftime("%Y")),
+    ("hourly", lambda time: time.strftime("%Y-%m-%d %Hh")),
+    ("daily", lambda time: time.strftime("%Y-%m-%d")),
+    ("weekly", lambda time: time.strftime("%G-W%V")),
+    ("monthly", lambda time: time.strftime("%Y-%m")),
+    ("yearly", lambda time: time.strftime("%Y")),
 )
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is to be kept: numbers of points, or of periods. within: None for no such rule."""
+    """What to keep: numbers of points, or of periods. within: None for no such rule."""
 
     last: int = 0
     hourly: int = 0
@@ -56,7 +56,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class RetentionCandidate:
-    """What the rules need to know of a point. taken: what the clock showed when it was."""
+    """What the rules need to know about a point. taken: what the clock showed then."""
 
     id: PointId
     taken: datetime
@@ -66,7 +66,7 @@ class RetentionCandidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a point stays, and why: never without a reason."""
+    """Whether a point stays, and why; there is always a reason."""
 
     point: PointId
     keep: bool
@@ -77,7 +77,7 @@ def decide(points: Sequence[RetentionCandidate], rules: Rules, now: datetime) ->
     """Decide for each point. points: of one VM, oldest first. Raises UsageError if there is no rule."""
     if rules.hold_nothing():
         raise UsageError(
-            "no rule says what to keep: give at least one of --keep-last, --keep-hourly, --keep-daily, "
+            "no retention rule: give at least one of --keep-last, --keep-hourly, --keep-daily, "
             "--keep-weekly, --keep-monthly, --keep-yearly, --keep-within",
             state="nothing was touched",
         )
@@ -96,11 +96,11 @@ def duration(text: str) -> timedelta:
     """Read a duration like 36h, 7d, 2w, 6m (of 31 days), 1y (of 366), or 1y6m. Raises UsageError."""
     parts = _PART.findall(text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise UsageError(f"{text!r:.60} is no duration: one looks like 36h, 7d, 2w, 6m, 1y or 1y6m")
+        raise UsageError(f"invalid duration {text!r:.60}; examples: 36h, 7d, 2w, 6m, 1y, 1y6m")
     try:
         return sum((int(number) * _UNITS[unit] for number, unit in parts), timedelta())
     except OverflowError as err:
-        raise UsageError(f"{text!r:.60} is longer than can be counted") from err
+        raise UsageError(f"duration {text!r:.60} is too long") from err
 
 
 def _needed(points: Sequence[RetentionCandidate]) -> Mapping[PointId, str]:
@@ -126,9 +126,9 @@ def _by_last(ids: Sequence[PointId], rules: Rules) -> Mapping[PointId, str]:
 def _by_age(points: Sequence[RetentionCandidate], rules: Rules, now: datetime) -> Mapping[PointId, str]:
     if rules.within is None:
         return {}
-    past = (point.taken for point in points if point.taken <= now + _CLOCKS_DIFFER)
+    past = (point.taken for point in points if point.taken <= now + _CLOCK_SKEW)
     newest = max(past, default=now)
-    # By its id too: a clock that was far behind must not make a point of yesterday old.
+    # By its id as well: a clock that was far behind at its run must not make yesterday's point old.
     return {
         point.id: "within the time to keep"
         for point in points

@@ -4,31 +4,27 @@
 ::
 
     1 decide   which points go                                        (retention)
-    2 retire   each of them is marked: from here on it is no point
-    3 clear    nothing stands on a retired point: its folder goes
-               one layer stands on it: that one is merged into it     (merge)
-               several do (differentials): it waits until one is left
+    2 retire   each of them is marked: from here on it is no recovery point
+    3 clear    nothing is based on a retired point: its folder is removed
+               one layer is based on it: that one is merged into it   (merge, copy_layer)
+               several are (differentials): it waits until one is left
 
-Step 3 looks at what lies there and at nothing else, so after a death anywhere the next prune goes on
-where this one ended. The VM's lock is taken for each step of it: a backup need not wait for all.
+Step 3 depends only on what is in the repository, so after a crash at any point the next prune continues
+where this one ended. The VM's lock is taken for each step of it, so that a backup need not wait for all.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 
 from backupctl.cancel import Cancellation
-from backupctl.digests import clusters
-from backupctl.digests.clusters import Records
-from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed, moving
+from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
 from backupctl.events import StepStarted
 from backupctl.events.prune import LeftForNextPrune, PointDropped
-from backupctl.images import nbd_server
-from backupctl.images.open_image import OpenImage
 from backupctl.names import DiskName, PointId
-from backupctl.operations.prune import retention
+from backupctl.operations.prune import copy_layer, retention
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain, history, markers, merge
@@ -39,24 +35,15 @@ from backupctl.repository.merge import Merge
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
-from backupctl.sizes import Range
-from backupctl.system import locks, safe_open
-from backupctl.transfer import copy
-from backupctl.transfer.copy import Copy, open_target
-from backupctl.transfer.extents import Extent
-from backupctl.transfer.rate_limit import TokenBucket
-from backupctl.transfer.source import Source
-from backupctl.transfer.verify_filter import VerifyFilter
+from backupctl.system import locks
 from backupctl.vm.filling import Filling
 
-_PATIENCE_SECONDS = 1.0
-_CONNECTIONS = 2
-_WINDOW_RECORDS = 1 << 16
+_LOCK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """A layer that took in the one below. point: whose layer it is. written_bytes: what that cost."""
+    """A layer that was merged with the one below. point: whose layer it is. written_bytes: by the merge."""
 
     point: PointId
     disk: DiskName
@@ -66,11 +53,11 @@ class MergedLayer:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What a prune came to.
+    """The result of a prune.
 
-    decisions: for each point that there was. dropped: points that are none any more. removed: those whose
-    folders are gone too. left: what the next prune has to do, and why. long_chains: disks of kept points
-    that stand on more layers than was asked for.
+    decisions: for each point that there was. dropped: points that are no longer recovery points. removed:
+    those whose folders are removed too. left: what the next prune has to do, and why. long_chains: disks of
+    kept points with more layers than was asked for. damage: why layers could not be merged.
     """
 
     decisions: tuple[Decision, ...]
@@ -102,45 +89,47 @@ def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
 def prune(
     folder: VmFolder, rules: Rules, reporter: Reporter, stop: Cancellation, max_chain: int | None = None
 ) -> PruneReport:
-    """Drop what no rule holds, and finish what an earlier prune began.
+    """Drop the points that no rule holds, and finish what an earlier prune began.
 
-    What can't be done now (a point is being read, a layer to be merged is damaged) is left, and told in
-    the report. Raises UsageError, NoSuchPoint, Locked, DamageFound if a manifest is damaged: then nobody
-    can tell what stands on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
+    What cannot be done now (a point is being read, a layer to be merged is damaged) is left for the next
+    prune, and reported. Raises UsageError, NoSuchPoint, Locked, DamageFound if a manifest is damaged: then it
+    is not known what is based on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
     _refuse_unknown(folder)
-    work = _Work(folder, reporter, stop, Filling(folder.path))
+    outcome = _Outcome()
+    steps = _Steps(folder, reporter, stop, Filling(folder.path), outcome)
     try:
         with folder.lock():
             audit.reconcile(folder)
             decisions = plan(folder, rules)
-            work.sweep()
+            steps.remove_leftovers()
             for point in retention.dropped(decisions):
-                work.retire(point)
-        work.clear()
+                steps.retire(point)
+        steps.clear()
     except Failed as err:
         raise err.add(
-            state="every point that stays is whole; a point that was dropped stays dropped",
-            hint="the same prune again goes on where it ended",
+            state="every remaining point is complete; a point that was dropped stays dropped",
+            hint="the same prune again continues where this one ended",
             next_command=f"backupctl prune {folder.name}",
         ) from err
     return PruneReport(
         decisions,
-        tuple(work.dropped),
-        tuple(work.removed),
-        tuple(work.merged),
-        tuple(work.left),
+        tuple(outcome.dropped),
+        tuple(outcome.removed),
+        tuple(outcome.merged),
+        tuple(outcome.left),
         long_chains(folder, max_chain),
-        tuple(work.damage),
+        tuple(outcome.damage),
     )
 
 
 def protect(folder: VmFolder, wanted: str) -> PointId:
-    """Have prune never drop a point, until `unprotect`. Raises NoSuchPoint, Locked, RepositoryError."""
+    """Keep prune from dropping a point, until `unprotect`. Raises NoSuchPoint, Locked, RepositoryError."""
     point = folder.point(wanted)
     try:
-        # Prune wants the folder for itself to retire the point, so it can't do that in between.
-        with locks.folder(point.path, _PATIENCE_SECONDS, shared=True):
+        # To retire a point prune needs this lock exclusively. Without it prune could retire the point between
+        # the look at it and the marker, and a point that the user believes protected would go.
+        with locks.folder(point.path, _LOCK_SECONDS, shared=True):
             markers.put(folder.point(point.id).path, markers.PROTECTED)
     except FileNotFoundError as err:
         raise NoSuchPoint(f"a prune has just removed {point.id} of {folder.name}") from err
@@ -148,14 +137,14 @@ def protect(folder: VmFolder, wanted: str) -> PointId:
 
 
 def unprotect(folder: VmFolder, wanted: str) -> PointId:
-    """Take a point's protection away. Raises NoSuchPoint, RepositoryError."""
+    """Remove a point's protection. Raises NoSuchPoint, RepositoryError."""
     point = folder.point(wanted)
     markers.take_away(point.path, markers.PROTECTED)
     return point.id
 
 
 def long_chains(folder: VmFolder, most: int | None) -> tuple[str, ...]:
-    """Name the disks of points that stand on more than so many layers."""
+    """Name the disks of points whose chains have more than `most` layers."""
     if most is None:
         return ()
     found = []
@@ -168,41 +157,51 @@ def long_chains(folder: VmFolder, most: int | None) -> tuple[str, ...]:
 
 
 @dataclass
-class _Work:
-    """Steps 2 and 3, and what they came to.
+class _Outcome:
+    """What the steps of a prune have done so far, and what they left; see `PruneReport`.
 
-    skipped: merges that can't be done now, by the upper point and disk. read: points that can't go now.
+    skipped: merges that cannot be done now, by the upper point and disk. in_use: points whose folders cannot
+    be removed now.
     """
 
-    folder: VmFolder
-    reporter: Reporter
-    stop: Cancellation
-    filling: Filling
     dropped: list[PointId] = field(default_factory=list)
     removed: list[PointId] = field(default_factory=list)
     merged: list[MergedLayer] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
     skipped: set[tuple[PointId, str]] = field(default_factory=set)
-    read: set[PointId] = field(default_factory=set)
+    in_use: set[PointId] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Steps 2 and 3."""
+
+    folder: VmFolder
+    reporter: Reporter
+    stop: Cancellation
+    filling: Filling
+    outcome: _Outcome
 
     def retire(self, point: PointId) -> None:
         """Do step 2, unless somebody reads the point or has just protected it."""
         path = self.folder.path / point
         try:
-            with locks.folder(path, _PATIENCE_SECONDS):
+            with locks.folder(path, _LOCK_SECONDS):
                 if markers.has(path, markers.PROTECTED):
                     return
                 markers.put(path, markers.RETIRED)
                 history.record(self.folder.path, Deed("dropped", point))
         except Locked:
-            self._leave(f"{point} is being read, or stands below a point that is: it is not dropped now")
+            self._leave(
+                f"{point} is in use, by itself or as the base of a point that is: it is not dropped now"
+            )
             return
-        self.dropped.append(point)
+        self.outcome.dropped.append(point)
         self.reporter.event(PointDropped(point))
 
-    def sweep(self) -> None:
-        """Remove folders in whose removal a prune died; a dead run's are for `recover` to look at first."""
+    def remove_leftovers(self) -> None:
+        """Remove folders that a prune was removing when it crashed; those of backups are for `recover`."""
         for leftover in self.folder.pending_points():
             if markers.has(leftover.path, markers.RETIRED):
                 leftover.drop()
@@ -218,76 +217,80 @@ class _Work:
                         return
                     step()
             except Locked as err:
-                self._leave(f"{err.message}; the next prune goes on")
+                self._leave(f"{err.message}; the next prune continues")
                 return
 
     def _next(self) -> Callable[[], None] | None:
-        """Return what to do next. The oldest first: each layer is then written once."""
+        """Return what to do next, None if nothing is left that can be done now."""
         points = _all(self.folder)
+        # The oldest first: in any other order a layer would be written once for each merge.
         for point in points:
             for entry in point.manifest.disks:
-                if entry.merged and (point.id, entry.name) not in self.skipped:
+                if entry.merged and (point.id, entry.name) not in self.outcome.skipped:
                     return partial(self._switch, point, entry)
-        standing = _standing(points)
+        children = _children(points)
         retired = [point for point in points if markers.has(point.path, markers.RETIRED)]
         for point in retired:
-            needed = any((point.id, entry.name) in standing for entry in point.manifest.disks)
-            if not needed and point.id not in self.read:
+            needed = any((point.id, entry.name) in children for entry in point.manifest.disks)
+            if not needed and point.id not in self.outcome.in_use:
                 return partial(self._remove, points, point)
         for point in retired:
             for entry in point.manifest.disks:
-                upper = standing.get((point.id, entry.name), [])
-                if len(upper) != 1 or (upper[0].id, entry.name) in self.skipped:
+                upper = children.get((point.id, entry.name), [])
+                if len(upper) != 1 or (upper[0].id, entry.name) in self.outcome.skipped:
                     continue
-                above = standing.get((upper[0].id, entry.name), [])
+                above = children.get((upper[0].id, entry.name), [])
                 if not merge.unfinished(point, upper[0], above, entry.name):
                     return partial(self._merge, point, upper[0], entry.name)
         return None
 
     def _remove(self, points: Sequence[Point], point: Point) -> None:
         try:
-            with locks.folder(point.path, _PATIENCE_SECONDS):
+            with locks.folder(point.path, _LOCK_SECONDS):
                 merge.detach_from(points, point)
                 leftover = PendingPoint(self.folder.path, self.folder.name, point.id)
                 leftover.uncommit()
         except Locked as err:
-            self.read.add(point.id)
+            self.outcome.in_use.add(point.id)
             self._leave(f"{point.id} is dropped, but its folder stays for now: {err.message}")
             return
-        leftover.drop()  # a death in the middle of it leaves what every run's recovery removes
-        self.removed.append(point.id)
+        leftover.drop()  # what a crash leaves of it the recovery of the next run removes
+        self.outcome.removed.append(point.id)
 
     def _merge(self, lower: Point, upper: Point, disk: DiskName) -> None:
-        """Do steps 1 to 3 of a merge; the switch comes next."""
+        """Do steps 1 to 3 of a merge; `_next` then finds step 4, the exchange of the images."""
         self.reporter.event(StepStarted(f"merge {disk} of {upper.id} into {lower.id}"))
         try:
             one = Merge.of(upper, chain.layers(self.folder, upper, disk))
             with ExitStack() as held:
-                with locks.folder(lower.path, _PATIENCE_SECONDS):
-                    # Nobody reads it now, and it is no point any more: who comes from here on reads it
-                    # through the layer on it, which masks all that is going to be written.
+                with locks.folder(lower.path, _LOCK_SECONDS):
+                    # The exclusive lock shows that nobody reads the lower layer itself, and it is no longer a
+                    # point. Whoever comes after the marker reads it through the upper layer, which masks
+                    # all that will be written. Without the lock an earlier reader would see it change.
                     image = held.enter_context(one.mark())
                 try:
-                    written_bytes = self._pour(one, image)
+                    written_bytes = copy_layer.copy_layer(
+                        one, image, check=self._check, progress=partial(self._progress, disk)
+                    )
                 except BackupctlError:
-                    one.abandon()  # or a want of room would last until the next prune, and keep backups out
+                    one.abandon()  # otherwise a full store would stay full until the next prune
                     raise
                 one.describe(image)
         except Locked as err:
             self._skip(upper, disk, f"{disk} of {upper.id} is not merged: {err.message}")
         except DamageFound as err:
-            self.damage.append(err.message)
+            self.outcome.damage.append(err.message)
             self._skip(upper, disk, f"{disk} of {upper.id} is not merged: {err.message}")
         else:
-            self.merged.append(MergedLayer(upper.id, disk, lower.id, written_bytes))
+            self.outcome.merged.append(MergedLayer(upper.id, disk, lower.id, written_bytes))
 
     def _switch(self, point: Point, entry: DiskEntry) -> None:
         try:
             with ExitStack() as held:
-                held.enter_context(locks.folder(point.path, _PATIENCE_SECONDS))
-                with suppress(FileNotFoundError):  # gone already: a death came after the image's move
+                held.enter_context(locks.folder(point.path, _LOCK_SECONDS))
+                with suppress(FileNotFoundError):  # removed already: a crash came after the rename
                     below = self.folder.path / str(entry.parent)
-                    held.enter_context(locks.folder(below, _PATIENCE_SECONDS))
+                    held.enter_context(locks.folder(below, _LOCK_SECONDS))
                 done = merge.swap_images(point, entry)
         except Locked as err:
             self._skip(point, entry.name, f"{entry.name} of {point.id} is not exchanged: {err.message}")
@@ -296,105 +299,51 @@ class _Work:
         assert after is not None
         Layer.of(done, after).check()
 
-    def _pour(self, one: Merge, image: OpenImage) -> int:
-        """Write what the merged image lacks, each cluster compared with its digest; returns how much."""
-        read = one.layers[:1] if one.in_place else one.layers
-        prover = VerifyFilter(
-            chain.effective_content(read, one.size), partial(_refuse_damaged, one), zeroes=True
-        )
-        total = sum(len(part) for part in one.written()) * clusters.CLUSTER_BYTES
-        with (
-            moving(str(one.upper.path), str(one.image)),
-            chain.opened(read) as opened,
-            nbd_server.serve(opened) as served,
-            closing(Source.connect([served] * _CONNECTIONS, nbd_server.EXPORT)) as source,
-            nbd_server.serve((image,), writable=True, in_use=one.in_place) as address,
-            open_target(
-                address, nbd_server.EXPORT, check=self._look, flush_seconds=copy.DISK_SECONDS
-            ) as target,
-        ):
-            copied = Copy(
-                source,
-                target,
-                TokenBucket(None),
-                check=self._look,
-                progress=lambda done: self.reporter.progress(one.upper.entry.name, done, total),
-                sieve=prover,
-                unreadable=lambda extent: self._refuse_lost(read, one, extent),
-            ).run(extent for part in one.written() for extent in _extents(part, one.size))
-            cut = one.cut_cluster(image) if one.in_place else None
-            if cut is not None:
-                blank = Extent(*cut, zero=True)
-                Copy(source, target, TokenBucket(None), self.stop.check, lambda _done: None).run([blank])
-        return copied.copied_bytes + copied.zero_bytes
+    def _progress(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        self.reporter.progress(disk, done_bytes, total_bytes)
 
-    def _look(self) -> None:
-        """Raise what must end a merge. What is removed, and not merged, takes no room."""
+    def _check(self) -> None:
+        """Raise what must end a merge; a removal takes no space and is not ended by a full store."""
         self.stop.check()
         self.filling.check(WriteFailed)
 
-    def _refuse_lost(self, read: Sequence[Layer], one: Merge, extent: Extent) -> None:
-        for layer in read:
-            safe_open.prove_readable(layer.path, self.stop.check)
-        _refuse_damaged(one, [(extent.offset, extent.length)])
-
     def _skip(self, upper: Point, disk: str, why: str) -> None:
-        self.skipped.add((upper.id, disk))
+        self.outcome.skipped.add((upper.id, disk))
         self._leave(why)
 
     def _leave(self, why: str) -> None:
-        self.left.append(why)
+        self.outcome.left.append(why)
         self.reporter.event(LeftForNextPrune(why))
 
 
 def _refuse_unknown(folder: VmFolder) -> None:
-    if not folder.exists():  # its lock would make it
+    if not folder.exists():  # taking its lock would make it
         raise NoSuchPoint(
-            f"nothing of the VM {folder.name} is in {folder.path.parent}",
+            f"{folder.path.parent} has no backup of the VM {folder.name}",
             state="nothing was touched",
             next_command="backupctl list",
         )
 
 
 def _all(folder: VmFolder) -> list[Point]:
-    """Return all points, retired or not, oldest first. Raises DamageFound if one can't be read."""
+    """Return all points, retired or not, oldest first. Raises DamageFound if one cannot be read."""
     survey, retired = folder.survey(), folder.retired()
     for path, err in (*survey.damaged, *retired.damaged):
         raise DamageFound(
-            f"{err.message}; nothing is pruned while it is unknown what {path.name} stands on",
+            f"{err.message}; nothing is pruned while it is not known what {path.name} is based on",
             state="nothing was touched",
             next_command=f"backupctl verify {folder.name}",
         ) from err
     return sorted((*survey.points, *retired.points), key=lambda point: point.id)
 
 
-def _standing(points: Sequence[Point]) -> dict[tuple[PointId | None, str], list[Point]]:
-    """Return for each layer the points whose layers stand on it.
-
-    Also where only the manifest still says so: readers follow it to all that they must hold.
-    """
+def _children(points: Sequence[Point]) -> dict[tuple[PointId | None, str], list[Point]]:
+    """Return for each layer the points whose layers are based on it."""
     found: dict[tuple[PointId | None, str], list[Point]] = {}
     for point in points:
         for entry in point.manifest.disks:
+            # Also where only the manifest still says so: a reader locks every point that its manifest leads
+            # to, and would miss one that was removed.
             for parent in {entry.parent, Layer.of(point, entry).entry.parent}:
                 found.setdefault((parent, entry.name), []).append(point)
     return found
-
-
-def _refuse_damaged(one: Merge, ranges: Sequence[Range]) -> None:
-    damaged = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:4])
-    layers = " or ".join(str(layer.path) for layer in one.layers[: 1 if one.in_place else 2])
-    raise DamageFound(
-        f"the layer {layers} is damaged (bytes {damaged} are not what was read from the VM), "
-        "and is not merged"
-    )
-
-
-def _extents(records: Records, size: int) -> Iterator[Extent]:
-    """Yield what records name: data to be read, and zeroes."""
-    for first in range(0, len(records), _WINDOW_RECORDS):
-        part = records[first : first + _WINDOW_RECORDS]
-        zero = clusters.is_zero(part)
-        for flag in (False, True):
-            for offset, length in clusters.ranges(part["cluster"][zero == flag], size):
-                yield Extent(offset, length, zero=flag)

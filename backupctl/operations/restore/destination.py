@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What `restore --to` names: where each disk goes, and as what kind of image.
 
-One rule. What exists is what it is. Of what does not exist, a name that ends in "/" or has no suffix is a new
-folder, which gets DIR/<disk>.<format>; .qcow2, .raw and .img name a file of that format; any other suffix
-names a file only together with `--format`. The folder above must be there.
+One rule. What exists is taken for what it is. Of what does not exist, a name that ends in "/" or has no
+suffix is a new folder, which gets DIR/<disk>.<format>; .qcow2, .raw and .img name a file of that format; any
+other suffix names a file only together with `--format`. The parent folder must exist.
 
-A suffix chooses what is WRITTEN into a new image. What an image that is there holds is told by `--format` or
-by the manifest, and never by its name or its bytes.
+A suffix chooses the format that is WRITTEN. The format of an existing image is taken from `--format` or from
+the manifest, and never from its name or its content: a guest could make a raw disk look like a qcow2 image
+that leads QEMU to a file of the host.
 """
 
 import os
@@ -27,10 +28,10 @@ _IN_THE_VM: dict[str, ImageFormat] = {"qcow2": "qcow2", "raw": "raw", "file": "r
 
 
 def of_new(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
-    """Return where a new image of a disk goes, and as what. wanted: what `--format` names.
+    """Return where a new image of a disk goes, and its format. wanted: what `--format` names.
 
-    A file that is there and whose suffix tells nothing is replaced by what the disk was in the VM. Raises
-    UsageError.
+    An existing file whose suffix names no format is replaced by an image of the format that the disk had in
+    the VM. Raises UsageError.
     """
     if to == STDOUT or Path(to).is_block_device():
         return to, wanted or "raw"
@@ -41,7 +42,7 @@ def of_new(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[str, 
 
 
 def of_existing(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
-    """Return which image of a disk is to be changed, and what it is. Raises UsageError."""
+    """Return which existing image of a disk is to be changed, and its format. Raises UsageError."""
     if to == STDOUT:
         raise UsageError("--only-changed needs an existing image, not standard output", state=_UNTOUCHED)
     if Path(to).is_block_device():
@@ -51,20 +52,20 @@ def of_existing(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[
 
 
 def is_folder(to: str) -> bool:
-    """Whether a name is that of a folder, one that is there or one that is to be made."""
+    """Whether a name is that of a folder, which exists or is to be made."""
     path = Path(to)
     return path.is_dir() or to.endswith("/") or not (os.path.lexists(path) or path.suffix)
 
 
 def in_the_vm(entry: DiskEntry) -> ImageFormat:
-    """Return the format of the disk's image in the VM, as the manifest tells. Raises UsageError."""
+    """Return the format of the disk's image in the VM, from the manifest. Raises UsageError."""
     try:
         return _IN_THE_VM[entry.format]
     except KeyError as err:
         raise UsageError(
-            f"{entry.name} was a {entry.format!r:.60} disk in the VM: its image's format is not known",
+            f"the format of {entry.name} is not known: in the VM it was a {entry.format!r:.60} disk",
             state=_UNTOUCHED,
-            hint="name the image's format: --format qcow2 or --format raw",
+            hint="specify the format of the image: --format qcow2 or --format raw",
         ) from err
 
 
@@ -75,25 +76,26 @@ def _suffixed(entry: DiskEntry, path: Path) -> ImageFormat:
     if os.path.lexists(path) and suffix not in _FOREIGN:
         return in_the_vm(entry)
     raise UsageError(
-        f"{path}: {path.suffix!r:.60} is no image format that backupctl writes (qcow2, raw)",
+        f"{path}: {path.suffix!r:.60} names no image format that backupctl writes (qcow2, raw)",
         state=_UNTOUCHED,
         hint=f"use --to {path.with_suffix('.qcow2')} or .raw or .img; --to {path}/ for a folder",
     )
 
 
 def refuse_one_for_all(targets: Sequence[str], disks: Sequence[str]) -> None:
-    """Refuse several disks with one target. Raises UsageError."""
+    """Refuse one target for several disks. Raises UsageError."""
     if len(set(targets)) < len(targets):
         raise UsageError(
-            f"there are several disks ({', '.join(disks)}): choose one with --disk, or name a folder",
+            f"one target, but there are several disks ({', '.join(disks)}): use --disk, or name a folder",
             state=_UNTOUCHED,
         )
 
 
 def refuse_unplaceable(to: str, target: Path) -> None:
-    """Refuse a file that can't be made there, or in whose place something else is. Raises UsageError.
+    """Refuse a file that cannot be made, or in whose place something else is.
 
-    to: what the user named; target: the file that comes of it.
+    to: what the user named; target: the file that results from it. Raises UsageError,
+    TargetExists.
     """
     above = (
         Path(to).absolute().parent if is_folder(to) and not Path(to).is_dir() else target.absolute().parent
@@ -101,30 +103,30 @@ def refuse_unplaceable(to: str, target: Path) -> None:
     if not above.is_dir():
         what = "is not a folder" if os.path.lexists(above) else "does not exist"
         raise UsageError(
-            f"{target} can't be made: the folder {above} {what}",
+            f"cannot make {target}: the folder {above} {what}",
             state=_UNTOUCHED,
-            hint="make it, then restore again",
+            hint="create the folder, then restore again",
             next_command=f"mkdir -p {shlex.quote(str(above))}",
         )
     if os.path.lexists(target):
-        _refuse_no_plain_file(target)
+        _require_plain_file(target)
 
 
-def _refuse_no_plain_file(target: Path) -> None:
+def _require_plain_file(target: Path) -> None:
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
-        raise TargetExists(f"{target} is a symbolic link that leads nowhere", state=_UNTOUCHED) from None
+        raise TargetExists(f"{target} is a dangling symbolic link", state=_UNTOUCHED) from None
     except OSError as err:
-        raise UsageError(f"{target} can't be looked at: {err.strerror}", state=_UNTOUCHED) from err
+        raise UsageError(f"cannot stat {target}: {err.strerror}", state=_UNTOUCHED) from err
     if not stat.S_ISREG(mode):
         raise TargetExists(
-            f"{target} is {_called(mode)}, not a file: it is not replaced, even with --force",
+            f"{target} is {_kind_of(mode)}, not a file: it is not replaced, even with --force",
             state=_UNTOUCHED,
         )
 
 
-def _called(mode: int) -> str:
+def _kind_of(mode: int) -> str:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFCHR: "a character device",

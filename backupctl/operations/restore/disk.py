@@ -1,61 +1,64 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One disk of a point out of the repository, each cluster compared with its digest on its way.
+"""Reading one disk of a point from the repository; each cluster is compared with its digest on the way.
 
 ::
 
     chain of layers ─► QEMU's server ─► compared ─► QEMU's server ─► an image, a raw file or a device
                                             └─────────────────────► a stream of bytes
 
-What does not agree with its digest is refused; with `force` it is let through, and named.
+What does not match its digest is refused; with `allow_damage` it is written, and reported.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from backupctl.cancel import Cancellation
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import DamageFound, ReadFailed, RepositoryUnreadable
-from backupctl.images import create, nbd_server
+from backupctl.images import create
 from backupctl.images.create import ImageFormat
 from backupctl.images.open_image import OpenImage
 from backupctl.names import PointId, VmName
+from backupctl.operations import endpoints
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.sizes import Range
 from backupctl.system import safe_open
 from backupctl.transfer import cluster_map, extents
-from backupctl.transfer.copy import Copy, open_target
+from backupctl.transfer.copy import Copy, Filter, pass_all
 from backupctl.transfer.extents import Extent
-from backupctl.transfer.nbd_client import Connection
-from backupctl.transfer.rate_limit import TokenBucket
+from backupctl.transfer.sink import Sink
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
 from backupctl.transfer.verify_filter import VerifyFilter
 
-_CONNECTIONS = 2
 _HEAD_BYTES = 1 << 20
-_FORCE = "verify names all that is damaged; restore --force lets it through"
-_DEVICE_ZERO_BYTES = 8 << 20  # at a time: a device that can't make zeroes by itself has them written
+_ALLOW_DAMAGE = (
+    "verify lists everything that is damaged; restore --allow-damage writes damaged data as well "
+    "(--force only overwrites an existing target)"
+)
+_GIVEN_UP = "the restore was given up; what it wrote is gone, or not complete"
+_DEVICE_ZERO_BYTES = 8 << 20  # per request: on a device without a zero command they are written as data
 _SHOWN = 4
 
 
 @dataclass
 class DiskReader:
-    """The reading of one disk. layers: newest first. progress: told the bytes done, of `size`.
+    """The reading of one disk. layers: newest first. progress: called with the bytes done, of `size`.
 
-    damaged: ranges of the disk that were let through. unproven: why nothing could be compared, "" if all
-    was.
+    damaged: ranges that were written although they do not match their digests. unverified: why nothing could
+    be compared, "" if everything was.
     """
 
     vm: VmName
     point: PointId
     layers: tuple[Layer, ...]
-    force: bool
     stop: Cancellation
     progress: Callable[[int], None]
-    damaged: list[Range] = field(default_factory=list)
-    unproven: str = ""
+    allow_damage: bool = False
+    damaged: list[Range] = field(default_factory=list, init=False)
+    unverified: str = field(default="", init=False)
 
     @property
     def size(self) -> int:
@@ -65,90 +68,88 @@ class DiskReader:
     def into_image(self, target: OpenImage, image_format: ImageFormat, *, onto_device: bool) -> None:
         """Write into an empty file, sparsely, or over all of a device.
 
-        A device begins with zeroes until all else is there, so that what is refused halfway does not look
-        complete. Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
+        Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
         """
-        prover = VerifyFilter(self._expected(), self._spoilt, zeroes=onto_device)
+        verify = VerifyFilter(self._expected(), self._on_mismatch, zeroes=onto_device)
         create.create_target(target, image_format, self.size, onto_device=onto_device)
         with (
-            self._served() as source,
-            nbd_server.serve_target(target, image_format, onto_device=onto_device) as address,
-            open_target(address, nbd_server.EXPORT, _CONNECTIONS) as sinks,
+            self._source() as source,
+            endpoints.write_target(target, image_format, self.stop.check, onto_device=onto_device) as sink,
         ):
             head = min(_HEAD_BYTES, self.size) if onto_device else 0
-            pour = _Pipeline(self, source, sinks, prover, _DEVICE_ZERO_BYTES if onto_device else self.size)
-            pour.blank(Extent(0, head, zero=True))
-            pour.part(head, self.size)
-            pour.part(0, head)
+            pipeline = _Pipeline(self, source, sink, verify, _DEVICE_ZERO_BYTES if onto_device else self.size)
+            # The start of a device, with its partition table, stays zeroes until everything else is written:
+            # otherwise a device whose restore was given up halfway would look complete.
+            pipeline.write_zeroes(Extent(0, head, zero=True))
+            pipeline.copy(head, self.size)
+            pipeline.copy(0, head)
         self.damaged.sort()
 
     def into_stream(self, descriptor: int) -> None:
         """Write all bytes in order to a descriptor. Raises as `into_image`."""
-        prover = VerifyFilter(self._expected(), self._spoilt, zeroes=True)
-        with self._served() as source:
-            stream(source, descriptor, check=self.stop.check, progress=self.progress, look=prover)
+        verify = VerifyFilter(self._expected(), self._on_mismatch, zeroes=True)
+        with self._source() as source:
+            stream(source, descriptor, check=self.stop.check, progress=self.progress, on_chunk=verify)
 
     @contextmanager
-    def _served(self) -> Iterator[Source]:
-        with (
-            chain.opened(self.layers) as opened,
-            nbd_server.serve(opened) as address,
-            closing(Source.connect([address] * _CONNECTIONS, nbd_server.EXPORT, borne=True)) as source,
-        ):
+    def _source(self) -> Iterator[Source]:
+        with endpoints.read_chain(self.layers, tolerate_errors=True) as source:
             try:
                 yield source
             except ReadFailed as err:
                 if not all(connection.alive() for connection in source.connections):
-                    raise  # the server is lost: that tells nothing of what is stored
-                self._prove_readable()
+                    raise  # a lost server says nothing about what is stored
+                self._require_readable_files()
                 raise DamageFound(
-                    f"{self.layers[0].entry.name} of {self.vm} at {self.point} can't be read: {err.message}",
-                    state="the restore was given up; what it wrote is gone, or not complete",
-                    hint=_FORCE,
-                    next_command=self._next(),
+                    f"cannot read {self.layers[0].entry.name} of {self.vm} at {self.point}: {err.message}",
+                    state=_GIVEN_UP,
+                    hint=_ALLOW_DAMAGE,
+                    next_command=self._verify_command(),
                 ) from err
 
     def _expected(self) -> EffectiveContent | None:
         try:
             return chain.effective_content(self.layers, self.size)
         except (DamageFound, RepositoryUnreadable) as err:
-            if not self.force:
-                raise err.add(state="nothing was written", hint=_FORCE, next_command=self._next()) from err
-            self.unproven = err.message
+            if not self.allow_damage:
+                raise err.add(
+                    state="nothing was written", hint=_ALLOW_DAMAGE, next_command=self._verify_command()
+                ) from err
+            self.unverified = err.message
             return None
 
-    def _spoilt(self, ranges: Sequence[Range]) -> None:
-        if not self.force:
-            raise self.refused(ranges)
+    def _on_mismatch(self, ranges: Sequence[Range]) -> None:
+        if not self.allow_damage:
+            raise self._damage(ranges)
         self.damaged += ranges
 
-    def lost(self, ranges: Sequence[Range]) -> DamageFound:
-        """Return the error that names what QEMU can't read. Raises RepositoryUnreadable if nobody can."""
-        self._prove_readable()
-        return self.refused(ranges)
+    def on_unreadable(self, extent: Extent) -> None:
+        """Refuse what QEMU cannot read, unless damage is allowed.
 
-    def _prove_readable(self) -> None:
+        Raises DamageFound, RepositoryUnreadable.
+        """
+        if not self.allow_damage:
+            self._require_readable_files()
+            raise self._damage([(extent.offset, extent.length)])
+
+    def _require_readable_files(self) -> None:
+        """Raise RepositoryUnreadable if the operating system cannot read an image either: not damage then."""
         try:
             for layer in self.layers:
                 safe_open.prove_readable(layer.path, self.stop.check)
         except RepositoryUnreadable as err:
-            raise err.add(
-                state="the restore was given up; what it wrote is gone, or not complete",
-                hint=_FORCE,
-                next_command=self._next(),
-            ) from err
+            raise err.add(state=_GIVEN_UP, hint=_ALLOW_DAMAGE, next_command=self._verify_command()) from err
 
-    def refused(self, ranges: Sequence[Range]) -> DamageFound:
-        """Return the error that names what is damaged."""
+    def _damage(self, ranges: Sequence[Range]) -> DamageFound:
         return DamageFound(
-            f"{self.layers[0].entry.name} of {self.vm} at {self.point} is damaged: {said(ranges)} are not "
-            "what was read from the VM",
-            state="the restore was given up; what it wrote is gone, or not complete",
-            hint=_FORCE,
-            next_command=self._next(),
+            f"{self.layers[0].entry.name} of {self.vm} at {self.point} is damaged: {format_ranges(ranges)} "
+            "are not what was read from the VM",
+            state=_GIVEN_UP,
+            hint=_ALLOW_DAMAGE,
+            next_command=self._verify_command(),
         )
 
-    def _next(self) -> str:
+    def _verify_command(self) -> str:
         return f"backupctl verify {self.vm} {self.point}"
 
 
@@ -156,62 +157,59 @@ class DiskReader:
 class _Pipeline:
     """What is copied from where to where. most: the longest extent, in bytes."""
 
-    readout: DiskReader
+    reader: DiskReader
     source: Source
-    sinks: tuple[Connection, ...]
-    prover: VerifyFilter
+    sink: Sink
+    verify: VerifyFilter
     most: int
 
-    def part(self, begin: int, end: int) -> None:
-        """Copy a part of the disk. With `force` what can't be read becomes zeroes."""
-        self.readout.stop.check()
-        failed = self._copy(_part(self.source, begin, end, self.most), self.prover, self.readout.progress)
-        # A request is a mebibyte; which of its clusters can't be read is found out one by one.
-        single = [one for extent in failed for one in extents.pieces(extent, CLUSTER_BYTES)]
-        for extent in self._copy(single, self.prover):
-            self.blank(extent)
-            self.readout.damaged.append((extent.offset, extent.length))
+    def copy(self, start: int, end: int) -> None:
+        """Copy a part of the disk. With `allow_damage` what cannot be read becomes zeroes."""
+        self.reader.stop.check()
+        failed = self._copy(_part(self.source, start, end, self.most), self.verify, self.reader.progress)
+        # A request is up to 1 MiB: which of its clusters cannot be read is found by reading them one by one.
+        clusters = [one for extent in failed for one in extents.split(extent, CLUSTER_BYTES)]
+        for extent in self._copy(clusters, self.verify):
+            self.write_zeroes(extent)
+            self.reader.damaged.append((extent.offset, extent.length))
 
-    def blank(self, extent: Extent) -> None:
+    def write_zeroes(self, extent: Extent) -> None:
         """Write zeroes."""
-        self._copy([Extent(extent.offset, extent.length, zero=True)] if extent.length else [], None)
+        self._copy([Extent(extent.offset, extent.length, zero=True)] if extent.length else [], pass_all)
 
     def _copy(
         self,
         wanted: Iterable[Extent],
-        prover: VerifyFilter | None,
+        filter_chunk: Filter,
         progress: Callable[[int], None] = lambda _done_bytes: None,
     ) -> list[Extent]:
-        """Copy extents; returns the pieces that can't be read, if that is borne with."""
+        """Copy extents; returns the chunks that cannot be read, if damage is allowed."""
         failed: list[Extent] = []
 
-        def unreadable(extent: Extent) -> None:
-            if not self.readout.force:
-                raise self.readout.lost([(extent.offset, extent.length)])
+        def on_unreadable(extent: Extent) -> None:
+            self.reader.on_unreadable(extent)
             failed.append(extent)
 
-        check = self.readout.stop.check
         Copy(
             self.source,
-            self.sinks,
-            TokenBucket(None),
-            check,
-            progress,
-            sieve=prover,
-            unreadable=unreadable,
+            self.sink,
+            check=self.reader.stop.check,
+            progress=progress,
+            filter_chunk=filter_chunk,
+            on_unreadable=on_unreadable,
         ).run(wanted)
         return failed
 
 
-def said(ranges: Sequence[Range]) -> str:
-    """Say which bytes, the first few at least."""
+def format_ranges(ranges: Sequence[Range]) -> str:
+    """Return which bytes these are; of many ranges only the first few."""
     shown = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:_SHOWN])
-    return f"bytes {shown}" + (f" and {len(ranges) - _SHOWN} ranges more" if len(ranges) > _SHOWN else "")
+    return f"bytes {shown}" + (f" and {len(ranges) - _SHOWN} more ranges" if len(ranges) > _SHOWN else "")
 
 
-def _part(source: Source, begin: int, end: int, most: int) -> Iterator[Extent]:
+def _part(source: Source, start: int, end: int, most: int) -> Iterator[Extent]:
     """Yield a part of the disk in whole clusters, no extent longer than `most` bytes."""
     for extent in cluster_map.all_extents(source):
-        first, last = max(extent.offset, begin), min(extent.end, end)
+        first, last = max(extent.offset, start), min(extent.end, end)
         if first < last:
-            yield from extents.pieces(Extent(first, last - first, extent.zero), most)
+            yield from extents.split(Extent(first, last - first, extent.zero), most)

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bringing an image or a block device that is there to the state of a point: only what differs is written.
+"""Bringing an existing image or block device to the state of a point: only what differs is written.
 
 ::
 
     target ─► read ─► digests ─► compared with the point's digest maps ─► clusters that differ
     point  ─► those clusters, each compared with its digest ─► written in place
 
-A death in the middle leaves a target that is neither the old nor the new one; the same again finishes it.
+A crash in the middle leaves a target that is neither the old nor the new one; the same command again
+finishes it.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,38 +25,33 @@ from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.events import StepStarted
 from backupctl.events.restore import TargetLarger, TargetResized
-from backupctl.images import nbd_server
 from backupctl.images.create import ImageFormat
-from backupctl.images.foreign_header import ImageFeature
 from backupctl.names import DiskName, PointId, VmName
-from backupctl.operations.restore import destination, selection
-from backupctl.operations.restore.selection import MissingDisk, Part
+from backupctl.operations import endpoints
+from backupctl.operations.restore import destination, request
+from backupctl.operations.restore.disk import format_ranges
+from backupctl.operations.restore.request import DiskTask, RestoreRequest
+from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Reporter
 from backupctl.repository import chain
-from backupctl.repository.chain import Layer
-from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
 from backupctl.sizes import WINDOW_CLUSTERS, Range
 from backupctl.system import safe_open
-from backupctl.targets import in_place, output
+from backupctl.targets import in_place
 from backupctl.targets.in_place import Target
-from backupctl.transfer import cluster_map, copy, extents
-from backupctl.transfer.copy import Copy, Filter, open_target
+from backupctl.transfer import cluster_map, extents, sink
+from backupctl.transfer.copy import Copy
 from backupctl.transfer.extents import Extent
-from backupctl.transfer.nbd_client import Connection
-from backupctl.transfer.rate_limit import TokenBucket
-from backupctl.transfer.source import Source
 from backupctl.transfer.verify_filter import VerifyFilter
 from backupctl.vm import filling
 
-_CONNECTIONS = 2
-_MOST_BYTES = 8 << 20  # at a time: a device that can't make zeroes by itself has them written
+_UNTOUCHED = "nothing was touched"
+_MOST_BYTES = 8 << 20  # per request: on a device without a zero command they are written as data
 _HALF_DONE = "the target is partly changed; the same command again finishes it"
 
 
 @dataclass(frozen=True)
 class InPlaceDisk:
-    """One target that is now as the point. Sizes in bytes; written_bytes: in whole clusters.
+    """One target, now in the state of the point. Sizes in bytes; written_bytes: in whole clusters.
 
     point: the one that it was taken from.
     """
@@ -72,7 +68,7 @@ class InPlaceDisk:
 
 @dataclass(frozen=True)
 class InPlaceReport:
-    """What was brought to the state of a point. missing: disks that the point does not hold, left out."""
+    """The targets that were updated. missing: disks that the point does not hold, left out."""
 
     vm: VmName
     point: PointId
@@ -81,203 +77,181 @@ class InPlaceReport:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """One disk. layers: newest first. expected: what the target shall hold. room: what it has, in bytes."""
+class _Target:
+    """The target of one disk. expected: what it shall hold. size: what it has now, in bytes."""
 
     vm: VmName
-    name: DiskName
-    point: PointId
-    layers: tuple[Layer, ...]
+    task: DiskTask
     target: Target
     expected: EffectiveContent
-    room: int
+    size: int
     reporter: Reporter
     stop: Cancellation
 
     @property
-    def size(self) -> int:
-        return self.expected.size_bytes
+    def name(self) -> DiskName:
+        return self.task.entry.name
 
 
-def restore(
-    folder: VmFolder,
-    point: Point,
-    *,
-    to: str,
-    disk: str | None,
-    image_format: ImageFormat | None,
-    reporter: Reporter,
-    stop: Cancellation,
-    all_disks: bool = False,
-    allowed: Collection[ImageFeature] = (),
-) -> InPlaceReport:
-    """Bring what stands at `to` (as in a whole restore) to the state of a point.
+def restore(wanted: RestoreRequest, reporter: Reporter, stop: Cancellation) -> InPlaceReport:
+    """Bring what exists at the target of each disk to the state of a point. Damaged data is never written.
 
-    image_format: None takes what the disk was in the VM, and raw for a block device. A file gets the disk's
-    size; a block device may be larger, and keeps what is behind the disk. all_disks: take those that the
-    point does not hold from their own newest points. allowed: what an image may lead to. All that can be
-    refused is refused before anything is changed. Raises UsageError, NoSuchPoint, DamageFound, ReadFailed,
-    WriteFailed, RepositoryError, Interrupted.
+    A file gets the disk's size; a block device may be larger, and keeps what is after the disk. Everything
+    that can be refused is refused before anything is changed. Raises UsageError, NoSuchPoint, DamageFound,
+    ReadFailed, WriteFailed, RepositoryError, Interrupted.
     """
-    with (
-        selection.chosen(folder, point.id, disk, all_disks=all_disks, reporter=reporter) as chosen,
-        ExitStack() as held,
-    ):
-        layers = [chain.layers(folder, part.point, part.entry.name) for part in chosen.parts]
-        wanted = [destination.of_existing(part.entry, to, image_format) for part in chosen.parts]
-        destination.refuse_one_for_all([path for path, _ in wanted], chosen.names)
-        targets = [held.enter_context(_target(folder, *one, allowed)) for one in wanted]
-        destination.refuse_one_for_all([str(target.identity) for target in targets], chosen.names)
-        works = [
-            _work(folder.name, part, below, target, reporter, stop)
-            for part, below, target in zip(chosen.parts, layers, targets, strict=True)
+    with request.tasks(wanted, destination.of_existing, reporter) as tasks, ExitStack() as held:
+        opened = [held.enter_context(_open(wanted, task)) for task in tasks.disks]
+        destination.refuse_one_for_all(
+            [str(target.identity) for target in opened], [task.entry.name for task in tasks.disks]
+        )
+        targets = [
+            _target(wanted, task, target, reporter, stop)
+            for task, target in zip(tasks.disks, opened, strict=True)
         ]
-        done = tuple(_reconcile(work) for work in works)
-    return InPlaceReport(folder.name, point.id, done, chosen.missing)
-
-
-def _work(
-    vm: VmName, part: Part, layers: tuple[Layer, ...], target: Target, reporter: Reporter, stop: Cancellation
-) -> _Work:
-    entry = part.entry
-    expected = chain.effective_content(layers, entry.size)
-    both = filling.watching(stop, target.path)
-    return _Work(
-        vm, entry.name, part.point.id, layers, target, expected, _room(target, entry.size), reporter, both
-    )
+        done = tuple(_update(one) for one in targets)
+    return InPlaceReport(wanted.folder.name, wanted.point, done, tasks.missing)
 
 
 @contextmanager
-def _target(
-    folder: VmFolder, path: str, kind: ImageFormat, allowed: Collection[ImageFeature]
-) -> Iterator[Target]:
-    output.refuse_inside(folder.path.parent, Path(path))
+def _open(wanted: RestoreRequest, task: DiskTask) -> Iterator[Target]:
+    path = Path(task.target)
+    request.refuse_inside_repository(wanted, path)
     with ExitStack() as held:
         try:
-            found = held.enter_context(in_place.opened(Path(path), kind, allowed))
+            found = held.enter_context(in_place.opened(path, task.format, wanted.allowed))
         except OSError as err:
-            raise UsageError(f"{path} can't be opened: {err.strerror}", state="nothing was touched") from err
+            raise UsageError(f"cannot open {path}: {err.strerror}", state=_UNTOUCHED) from err
         yield found
 
 
-def _room(target: Target, size: int) -> int:
-    try:
-        room = target.size()
-    except OSError as err:
-        raise UsageError(f"{target.path} can't be read: {err.strerror}", state="nothing was touched") from err
-    if target.device and room < size:
-        raise UsageError(
-            f"{target.path} has {room} bytes; the disk needs {size}", state="nothing was touched"
-        )
-    return room
-
-
-def _reconcile(work: _Work) -> InPlaceDisk:
-    begun = time.monotonic()
-    work.stop.check()
-    _fit(work)
-    try:
-        with moving(work.name, str(work.target.path)), work.target.served() as address:
-            differing = _differing(work, address)
-            written = _write(work, address, differing)
-    except OSError as err:
-        raise WriteFailed(f"{work.target.path} can't be written: {err.strerror}", state=_HALF_DONE) from err
-    return InPlaceDisk(
-        work.name,
-        work.target.path,
-        work.target.format,
-        work.size,
-        written,
-        work.size - written,
-        time.monotonic() - begun,
-        work.point,
+def _target(
+    wanted: RestoreRequest, task: DiskTask, target: Target, reporter: Reporter, stop: Cancellation
+) -> _Target:
+    return _Target(
+        wanted.folder.name,
+        task,
+        target,
+        chain.effective_content(task.layers, task.entry.size),
+        _size(target, task.entry.size),
+        reporter,
+        filling.watching(stop, target.path),
     )
 
 
-def _fit(work: _Work) -> None:
-    if work.room == work.size:
-        return
-    if work.target.device:
-        work.reporter.event(TargetLarger(work.target.path, work.name, work.room - work.size))
-        return
-    work.reporter.event(TargetResized(work.target.path, work.room, work.size))
-    work.target.resize(work.size)
+def _size(target: Target, needed: int) -> int:
+    try:
+        size = target.size()
+    except OSError as err:
+        raise UsageError(f"cannot read {target.path}: {err.strerror}", state=_UNTOUCHED) from err
+    if target.device and size < needed:
+        raise UsageError(f"{target.path} has {size} bytes; the disk needs {needed}", state=_UNTOUCHED)
+    return size
 
 
-def _differing(work: _Work, address: Path) -> NDArray[np.bool_]:
+def _update(one: _Target) -> InPlaceDisk:
+    started = time.monotonic()
+    one.stop.check()
+    _resize(one)
+    try:
+        with moving(one.name, str(one.target.path)), one.target.served() as address:
+            differing = _differing(one, address)
+            written = _write(one, address, differing)
+    except OSError as err:
+        raise WriteFailed(f"cannot write {one.target.path}: {err.strerror}", state=_HALF_DONE) from err
+    return InPlaceDisk(
+        name=one.name,
+        path=one.target.path,
+        format=one.target.format,
+        size=one.expected.size_bytes,
+        written_bytes=written,
+        same_bytes=one.expected.size_bytes - written,
+        seconds=time.monotonic() - started,
+        point=one.task.point,
+    )
+
+
+def _resize(one: _Target) -> None:
+    wanted = one.expected.size_bytes
+    if one.size == wanted:
+        return
+    if one.target.device:
+        one.reporter.event(TargetLarger(one.target.path, one.name, one.size - wanted))
+        return
+    one.reporter.event(TargetResized(one.target.path, one.size, wanted))
+    one.target.resize(wanted)
+
+
+def _differing(one: _Target, address: Path) -> NDArray[np.bool_]:
     """Read the target; return one flag for each cluster of the disk."""
-    found = np.zeros(clusters.count(work.size), np.bool_)
+    size = one.expected.size_bytes
+    found = np.zeros(clusters.count(size), np.bool_)
 
-    def look(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
+    def compare(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
         first, count = extent.offset // CLUSTER_BYTES, clusters.count(extent.length)
         held = clusters.blank(first, count) if content is None else hashing.of_piece(extent.offset, content)
-        found[first : first + count] = clusters.differ(held, work.expected.window(first, count))
+        found[first : first + count] = clusters.differ(held, one.expected.window(first, count))
         return ()
 
-    def unreadable(extent: Extent) -> None:
+    def rewrite(extent: Extent) -> None:
         first = extent.offset // CLUSTER_BYTES
         found[first : first + clusters.count(extent.length)] = True
 
-    work.reporter.event(StepStarted(f"compare {work.target.path} with {work.name}"))
-    with closing(Source.connect([address] * _CONNECTIONS, nbd_server.EXPORT)) as source:
-        _copy(work, source, (), work.size, look, unreadable).run(
-            _until(cluster_map.all_extents(source), work.size)
-        )
+    one.reporter.event(StepStarted(f"compare {one.target.path} with {one.name}"))
+    with endpoints.read_server(address) as source:
+        Copy(
+            source,
+            None,
+            check=one.stop.check,
+            progress=_progress(one, size),
+            filter_chunk=compare,
+            on_unreadable=rewrite,
+        ).run(_until(cluster_map.all_extents(source), size))
     return found
 
 
-def _write(work: _Work, address: Path, differing: NDArray[np.bool_]) -> int:
+def _write(one: _Target, address: Path, differing: NDArray[np.bool_]) -> int:
     """Write what differs from the point into the target; returns how many bytes."""
 
-    def spoilt(ranges: list[Range]) -> None:
+    def on_mismatch(ranges: Sequence[Range]) -> None:
         raise DamageFound(
-            f"{work.name} is damaged in the repository: bytes {ranges[0][0]}-{sum(ranges[0]) - 1} are not "
-            "what was read from the VM",
-            state="nothing of the damaged data was written, but the target is partly changed",
-            hint="verify names all that is damaged",
-            next_command=f"backupctl verify {work.vm}",
+            f"{one.name} is damaged in the repository: {format_ranges(ranges)} are not what was read from "
+            "the VM",
+            state="no damaged data was written, but the target is partly changed",
+            hint="verify lists everything that is damaged",
+            next_command=f"backupctl verify {one.vm}",
         )
 
-    def unreadable(extent: Extent) -> None:
-        for layer in work.layers:
-            safe_open.prove_readable(layer.path, work.stop.check)
-        spoilt([(extent.offset, extent.length)])
+    def on_unreadable(extent: Extent) -> None:
+        for layer in one.task.layers:
+            safe_open.prove_readable(layer.path, one.stop.check)
+        on_mismatch([(extent.offset, extent.length)])
 
-    total = sum(extent.length for extent in _wanted(differing, work.expected))
+    total = sum(extent.length for extent in _wanted(differing, one.expected))
     if not total:
         return 0
-    work.reporter.event(StepStarted(f"write what differs: {total} of {work.size} bytes"))
-    prover = VerifyFilter(work.expected, spoilt, zeroes=True)
+    one.reporter.event(StepStarted(f"write what differs: {total} of {one.expected.size_bytes} bytes"))
     with (
-        chain.opened(work.layers) as opened,
-        nbd_server.serve(opened) as point,
-        closing(Source.connect([point] * _CONNECTIONS, nbd_server.EXPORT)) as source,
-        open_target(
-            address, nbd_server.EXPORT, _CONNECTIONS, work.stop.check, flush_seconds=copy.DISK_SECONDS
-        ) as sinks,
+        endpoints.read_chain(one.task.layers) as source,
+        endpoints.write_server(address, one.stop.check, flush_seconds=sink.DISK_SECONDS) as target,
     ):
         try:
-            _copy(work, source, sinks, total, prover, unreadable).run(_wanted(differing, work.expected))
+            Copy(
+                source,
+                target,
+                check=one.stop.check,
+                progress=_progress(one, total),
+                filter_chunk=VerifyFilter(one.expected, on_mismatch, zeroes=True),
+                on_unreadable=on_unreadable,
+            ).run(_wanted(differing, one.expected))
         except BackupctlError as err:
             err.add(state=_HALF_DONE)
             raise
     return total
 
 
-def _copy(
-    work: _Work,
-    source: Source,
-    sinks: tuple[Connection, ...],
-    total: int,
-    sieve: Filter,
-    unreadable: Callable[[Extent], None],
-) -> Copy:
-    def progress(done_bytes: int) -> None:
-        work.reporter.progress(work.name, done_bytes, total)
-
-    return Copy(
-        source, sinks, TokenBucket(None), work.stop.check, progress, sieve=sieve, unreadable=unreadable
-    )
+def _progress(one: _Target, total: int) -> Callable[[int], None]:
+    return lambda done_bytes: one.reporter.progress(one.name, done_bytes, total)
 
 
 def _until(found: Iterator[Extent], size: int) -> Iterator[Extent]:
@@ -295,4 +269,4 @@ def _wanted(differing: NDArray[np.bool_], expected: EffectiveContent) -> Iterato
         zero = clusters.is_zero(records)
         for kind in (False, True):
             for offset, length in clusters.ranges(records["cluster"][zero == kind], expected.size_bytes):
-                yield from extents.pieces(Extent(offset, length, kind), _MOST_BYTES)
+                yield from extents.split(Extent(offset, length, kind), _MOST_BYTES)

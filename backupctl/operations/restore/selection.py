@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which disks of a VM a restore of a point is about, and which it leaves out.
+"""Which disks a restore of a point restores, and which it leaves out.
 
-A point holds the disks that its run was told to back up. Those that earlier points hold as well, and this one
-does not, are missing: they are named with their newest point up to this one, or taken from there.
+A point holds the disks that its run was told to back up. A disk that only earlier points hold is missing: it
+is reported with its newest point before this one, or restored from there.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is to be restored, held for reading. missing: what is left out, unasked."""
+    """What is to be restored, locked for reading. missing: what is left out."""
 
     parts: tuple[Part, ...]
     missing: tuple[MissingDisk, ...]
@@ -52,9 +52,9 @@ class Selection:
 def chosen(
     folder: VmFolder, wanted: PointId, disk: str | None, *, all_disks: bool, reporter: Reporter
 ) -> Iterator[Selection]:
-    """Hold one disk of a point, or all, and with `all_disks` the missing ones at their own newest points.
+    """Lock one disk of a point, or all; with `all_disks` also the missing ones at their own newest points.
 
-    What is left out is told as a warning. Raises UsageError, NoSuchPoint, DamageFound, Locked,
+    What is left out is reported as a warning. Raises UsageError, NoSuchPoint, DamageFound, Locked,
     RepositoryError.
     """
     if all_disks and disk is not None:

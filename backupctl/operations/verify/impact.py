@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which points read a damaged range: all that stand on its layer, where no newer layer masks it.
+"""Which points read a damaged range: all that are based on its layer, where no newer layer masks it.
 
 ::
 
@@ -26,7 +26,7 @@ from backupctl.sizes import Range
 
 @dataclass(frozen=True)
 class Affected:
-    """The part of a point's disk that a damage touches."""
+    """The part of a point's disk that reads damaged data."""
 
     point: PointId
     disk: DiskName
@@ -34,10 +34,10 @@ class Affected:
 
 
 class Impact:
-    """The layers of a VM, and who stands on whom.
+    """The layers of a VM, and which is based on which.
 
-    records: gives the records of a layer, None if they can't be had; then it masks nothing. retired: those
-    of `points` that are recovery points no more; only what stands on them is touched.
+    records: returns the records of a layer, None if they cannot be read; then it counts as masking nothing.
+    retired: those of `points` that are no longer recovery points; only what is based on them is affected.
     """
 
     def __init__(
@@ -49,27 +49,28 @@ class Impact:
         self._records = records
         self._retired = retired
         self._layers: dict[tuple[PointId, str], tuple[Point, DiskEntry]] = {}
-        self._above: dict[tuple[PointId, str], list[PointId]] = defaultdict(list)
+        self._children: dict[tuple[PointId, str], list[PointId]] = defaultdict(list)
         for point in points:
             for entry in point.manifest.disks:
                 self._layers[point.id, entry.name] = point, entry
                 if entry.parent is not None:
-                    self._above[entry.parent, entry.name].append(point.id)
+                    self._children[entry.parent, entry.name].append(point.id)
 
-    def standing_on(self, point: PointId) -> tuple[Affected, ...]:
-        """Return what stands on a point that can't be read at all."""
-        found = []
-        for below, disk in list(self._above):
-            if below == point:
-                found += [one for above in self._above[below, disk] for one in self.whole(above, disk)]
+    def based_on(self, point: PointId) -> tuple[Affected, ...]:
+        """Return what is based on a point whose manifest cannot be used."""
+        found: list[Affected] = []
+        for parent, disk in list(self._children):
+            if parent == point:
+                for child in self._children[parent, disk]:
+                    found += self.affected_by_layer(child, disk)
         return tuple(sorted(found, key=lambda one: (one.point, one.disk)))
 
-    def whole(self, point: PointId, disk: str) -> tuple[Affected, ...]:
-        """Return what is touched when a layer can't be opened: all of each disk that needs it."""
+    def affected_by_layer(self, point: PointId, disk: str) -> tuple[Affected, ...]:
+        """Return what is affected when a layer cannot be opened: all of each disk that needs it."""
         return self._walk(point, disk, None)
 
-    def part(self, point: PointId, disk: str, damaged: NDArray[Any]) -> tuple[Affected, ...]:
-        """Return what is touched when some clusters of a layer are damaged."""
+    def affected_by_clusters(self, point: PointId, disk: str, damaged: NDArray[Any]) -> tuple[Affected, ...]:
+        """Return what is affected when some clusters of a layer are damaged."""
         return self._walk(point, disk, damaged)
 
     def _walk(self, point: PointId, disk: str, damaged: NDArray[Any] | None) -> tuple[Affected, ...]:
@@ -84,11 +85,11 @@ class Impact:
             if shown:
                 if layer.id not in self._retired:
                     found.append(Affected(layer.id, entry.name, tuple(shown)))
-                waiting += [(above, seen) for above in self._above[at, disk]]
+                waiting += [(child, seen) for child in self._children[at, disk]]
         return tuple(sorted(found, key=lambda one: one.point))
 
     def _through(self, point: Point, entry: DiskEntry, below: NDArray[Any]) -> NDArray[Any]:
-        """Return what of the clusters below a layer can be seen through it."""
+        """Return which of the clusters below a layer it does not mask."""
         records = self._records(point, entry)
         seen = below[below < clusters.count(entry.size)]
         return seen if records is None else np.setdiff1d(seen, records["cluster"], assume_unique=True)

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The proof of one layer: its image, its digest map, and whether they tell of the same bytes.
+"""The check of one layer: its image, its digest map, and whether both describe the same bytes.
 
-The layer is read without those below it. What is found wrong becomes a `Flaw`; nothing is raised for it.
-What the operating system lets nobody read is no flaw, for it may be whole: it is `unchecked`. QEMU has one
-error for both, so where it can't read something the file is read through, without QEMU.
+The layer is read without those below it. What is found wrong becomes a `Problem`; it is not raised. What the
+operating system cannot read is not a problem of the layer, which may be sound: it is `unchecked`. QEMU
+reports the same error for both, so where it cannot read something the file is read without QEMU.
 """
 
 import secrets
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,8 +19,9 @@ from backupctl.digests import clusters, digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, ReadFailed, RepositoryError, RepositoryUnreadable
-from backupctl.images import create, nbd_server
+from backupctl.images import create
 from backupctl.images.open_image import OpenImage
+from backupctl.operations import endpoints
 from backupctl.repository.chain import Layer
 from backupctl.system import safe_open
 from backupctl.transfer import read_layer
@@ -30,14 +30,13 @@ from backupctl.transfer.source import Source
 
 Kind = Literal["manifest", "history", "chain", "image", "digests", "data"]
 
-_BLOCK = 16  # clusters: a sample is taken in mebibytes, since a disk seeks as long as it reads one
-_CONNECTIONS = 2
+_BLOCK = 16  # clusters: a sample consists of whole MiB, since a disk seeks for as long as it reads one
 _NONE: Clusters = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
 class VerifyScope:
-    """How deep to look. data: read it at all. percent: of it, a sample if below 100. seed: of the sample."""
+    """How much to verify. data: read it. percent: of the data; a sample if below 100. seed: of the sample."""
 
     data: bool = True
     percent: float = 100.0
@@ -48,8 +47,8 @@ class VerifyScope:
 class Problem:
     """One thing wrong with a layer.
 
-    clusters: the damaged ones, ascending; none if its data can still be read right; None if nothing of it
-    can be trusted.
+    clusters: the damaged ones, ascending; none if all its data can still be read correctly; None if nothing
+    of it can be trusted.
     """
 
     kind: Kind
@@ -58,148 +57,142 @@ class Problem:
     clusters: Clusters | None
 
 
-class LayerCheck:
-    """The proof of a layer; `run` does it.
+@dataclass
+class LayerReport:
+    """What the check of a layer found. notes: harmless. unchecked: what could not be read."""
 
-    held: its digest map, or why it can't be had. merging: a prune was overwriting the image. chance: chooses
-    the sample.
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    read_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The check of a layer; `run` does it.
+
+    digests: its digest map, or why that cannot be read. merging: a prune was overwriting the image.
+    rng: chooses the sample.
     """
 
-    def __init__(
-        self,
-        layer: Layer,
-        held: DigestMap | DamageFound | RepositoryUnreadable,
-        depth: VerifyScope,
-        chance: np.random.Generator,
-        stop: Cancellation,
-        *,
-        merging: bool,
-    ) -> None:
-        self.flaws: list[Problem] = []
-        self.notes: list[str] = []
-        self.unchecked: list[str] = []
-        self.read_bytes = 0
-        self._layer = layer
-        self._held = held
-        self._depth = depth
-        self._chance = chance
-        self._stop = stop
-        self._merging = merging
+    layer: Layer
+    digests: DigestMap | DamageFound | RepositoryUnreadable
+    scope: VerifyScope
+    rng: np.random.Generator
+    stop: Cancellation
+    merging: bool
+    report: LayerReport = field(default_factory=LayerReport, init=False)
 
-    def run(self, progress: Callable[[int], None]) -> None:
-        """Look at everything. progress: told the bytes of data read. Raises Interrupted."""
+    def run(self, progress: Callable[[int], None]) -> LayerReport:
+        """Check everything. progress: called with the bytes of data read. Raises Interrupted."""
         try:
             self._run(progress)
         except RepositoryUnreadable as err:
-            self.unchecked.append(err.message)
+            self.report.unchecked.append(err.message)
+        return self.report
 
     def _run(self, progress: Callable[[int], None]) -> None:
         try:
-            image = self._layer.open_unchecked()
+            image = self.layer.open_unchecked()
         except DamageFound as err:
-            self._flaw("image", err.message, None)
+            self._add("image", err.message, None)
             return
         with image:
-            if self._opens(image):
-                self._prove(image, progress)
+            if self._can_be_opened(image):
+                self._check(image, progress)
 
-    def _prove(self, image: OpenImage, progress: Callable[[int], None]) -> None:
+    def _check(self, image: OpenImage, progress: Callable[[int], None]) -> None:
         self._check_tables(image)
-        if isinstance(self._held, DamageFound):
-            self._flaw("digests", self._held.message, None, digest_map.path_of(self._layer.path))
+        if isinstance(self.digests, DamageFound):
+            self._add("digests", self.digests.message, None, digest_map.path_of(self.layer.path))
             return
-        if isinstance(self._held, RepositoryUnreadable):
-            raise self._held
+        if isinstance(self.digests, RepositoryUnreadable):
+            raise self.digests
         try:
-            self._compare(image, self._held.records, progress)
+            self._compare(image, self.digests.records, progress)
         except RepositoryUnreadable:
             raise
         except (ReadFailed, RepositoryError) as err:
-            self._prove_readable()
-            self._flaw("image", f"{self._layer.path} can't be read: {err.message}", None)
+            self._require_readable_file()
+            self._add("image", f"cannot read {self.layer.path}: {err.message}", None)
 
-    def _opens(self, image: OpenImage) -> bool:
-        """Check the image's header; whether QEMU can open it without harm.
+    def _can_be_opened(self, image: OpenImage) -> bool:
+        """Check the image's header; returns whether QEMU can open the image safely.
 
-        One that was cut off can be: its data tells what is lost.
+        A truncated image can be opened: reading its data shows what is lost.
         """
         try:
-            if self._merging:
-                self.notes.append(f"{image.path}: a prune has not ended yet; the next one goes on with it")
+            if self.merging:
+                self.report.notes.append(f"{image.path}: an unfinished prune; the next prune continues it")
                 image.header()
             else:
-                self._layer.check_open(image)
+                self.layer.check_open(image)
             return True
         except DamageFound as err:
-            self._flaw("image", err.message, None)
+            self._add("image", err.message, None)
         try:
-            return image.header().size == self._layer.entry.size
+            return image.header().size == self.layer.entry.size
         except DamageFound:
             return False
 
     def _check_tables(self, image: OpenImage) -> None:
-        path = self._layer.path
+        path = self.layer.path
         tables = create.check(image)
         if tables.leaks:
-            self.notes.append(f"{path}: {tables.leaks} clusters that nothing uses: no harm")
+            self.report.notes.append(f"{path}: {tables.leaks} leaked clusters (harmless)")
         if tables.errors:
-            self._prove_readable()
-            self._flaw("image", f"{path}: qemu-img check: {tables.said}", _NONE)
+            self._require_readable_file()
+            self._add("image", f"{path}: qemu-img check: {tables.said}", _NONE)
 
     def _compare(self, image: OpenImage, records: Records, progress: Callable[[int], None]) -> None:
         """Compare what the layer stores with its digest map."""
         named = records["cluster"]
-        with (
-            nbd_server.serve((image,)) as address,
-            closing(
-                Source.connect([address] * _CONNECTIONS, nbd_server.EXPORT, depth=True, borne=True)
-            ) as source,
-        ):
+        with endpoints.read_images((image,), depth=True, tolerate_errors=True) as source:
             data, zero = read_layer.stored(source)
             stored = np.concatenate([data, zero])
-            blank = np.intersect1d(zero, named[~clusters.is_zero(records)], assume_unique=True)
-            self._spoilt("missing from the image", np.setdiff1d(named, stored))
-            self._spoilt("stored, but not by us", np.setdiff1d(stored, named))
-            self._spoilt("stored as zeroes, which they were not", blank)
-            if self._depth.data:
+            zeroed = np.intersect1d(zero, named[~clusters.is_zero(records)], assume_unique=True)
+            self._add_damage("missing from the image", np.setdiff1d(named, stored))
+            self._add_damage("stored, but not in the digest map", np.setdiff1d(stored, named))
+            self._add_damage("read as zeroes but should contain data", zeroed)
+            if self.scope.data:
                 wanted = self._sample(np.intersect1d(data, named, assume_unique=True))
                 self._compare_data(records, source, wanted, progress)
 
     def _compare_data(
         self, records: Records, source: Source, wanted: Clusters, progress: Callable[[int], None]
     ) -> None:
-        size = self._layer.entry.size
+        size = self.layer.entry.size
         expected = EffectiveContent([(records, size)], size)
         differing = [_NONE]
 
-        def look(found: Records) -> None:
+        def compare(found: Records) -> None:
             should = expected.window(int(found["cluster"][0]), len(found))
             differing.append(found["cluster"][clusters.differ(found, should)])
 
-        lost = read_layer.read(source, wanted, look, check=self._stop.check, progress=progress)
-        self.read_bytes += len(wanted) * CLUSTER_BYTES
-        self._spoilt("not what was read from the VM", np.sort(np.concatenate(differing)))
+        lost = read_layer.read(source, wanted, compare, check=self.stop.check, progress=progress)
+        self.report.read_bytes += len(wanted) * CLUSTER_BYTES
+        self._add_damage("not what was read from the VM", np.sort(np.concatenate(differing)))
         if len(lost):
-            self._prove_readable()
-        self._spoilt("can't be read", lost)
+            self._require_readable_file()
+        self._add_damage("unreadable", lost)
 
-    def _prove_readable(self) -> None:
-        """Raise RepositoryUnreadable if the operating system can't read the image either."""
-        safe_open.prove_readable(self._layer.path, self._stop.check)
+    def _require_readable_file(self) -> None:
+        """Raise RepositoryUnreadable if the operating system cannot read the image either."""
+        safe_open.prove_readable(self.layer.path, self.stop.check)
 
     def _sample(self, stored: Clusters) -> Clusters:
-        """Choose a sample by mebibytes, at least one."""
-        if self._depth.percent >= 100 or not len(stored):
+        """Choose a sample of whole MiB, at least one."""
+        if self.scope.percent >= 100 or not len(stored):
             return stored
         blocks = np.unique(stored // _BLOCK)
-        count = max(1, round(len(blocks) * self._depth.percent / 100))
-        chosen = self._chance.choice(blocks, count, replace=False)
+        count = max(1, round(len(blocks) * self.scope.percent / 100))
+        chosen = self.rng.choice(blocks, count, replace=False)
         return stored[np.isin(stored // _BLOCK, chosen)]
 
-    def _spoilt(self, what: str, damaged: Clusters) -> None:
+    def _add_damage(self, what: str, damaged: Clusters) -> None:
         if len(damaged):
             number = f"{len(damaged)} {'cluster' if len(damaged) == 1 else 'clusters'}"
-            self._flaw("data", f"{self._layer.path}: {number} {what}", damaged)
+            self._add("data", f"{self.layer.path}: {number} {what}", damaged)
 
-    def _flaw(self, kind: Kind, message: str, damaged: Clusters | None, path: Path | None = None) -> None:
-        self.flaws.append(Problem(kind, path or self._layer.path, message, damaged))
+    def _add(self, kind: Kind, message: str, damaged: Clusters | None, path: Path | None = None) -> None:
+        self.report.problems.append(Problem(kind, path or self.layer.path, message, damaged))

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Proving what is stored: each layer is read back once and compared with its digest map.
+"""Verification of what is stored: each layer is read back once and compared with its digest map.
 
 ::
 
-    for every VM     manifests, leftovers
+    for every VM     manifests, history, leftovers
     for every layer  its links, its size, its digest map, its own tables          ─┐ `fast` ends here
                      what it stores and what its digest map names: the same         ─┘
                      every cluster that it stores: the bytes that were read from the VM
 
-Damage is what bytes say, and a file that is missing. What the operating system lets nobody read (no rights,
-an error of the disk or the network) is told as not checked.
+Damage is content that is wrong, and a file that is missing. What the operating system cannot read (no
+permission, an I/O error of the disk or the network) is reported as not checked.
 
-A layer is read without those below it, so each byte is read once however many points stand on it. What is
-found damaged is then told as the user sees it: which bytes of which disks at which points.
+A layer is read without those below it, so each byte is read once however many points depend on it. What is
+found damaged is then reported as the user sees it: which bytes of which disks at which points.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,8 @@ from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 from backupctl.sizes import Range
 from backupctl.system import locks, qemu_tools, safe_open
 
-_PATIENCE_SECONDS = 30.0
-_LOOKS = 5
+_LOCK_SECONDS = 30.0
+_MAX_SCANS = 5
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Damage:
     """One thing found wrong.
 
     kind: what it is in (data: the stored bytes). path: the file or folder. disk: "" if it is not of one.
-    ranges: of the disk, damaged in this layer. touches: what of which points that spoils.
+    ranges: of the disk, damaged in this layer. touches: the parts of points that read it.
     """
 
     vm: VmName
@@ -66,7 +66,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Unchecked:
-    """Something that can't be read, so that nobody knows whether it is damaged. disk: "" if not of one."""
+    """Something that cannot be read, so that it may be damaged or not. disk: "" if it is not of one."""
 
     vm: VmName
     path: Path
@@ -76,7 +76,7 @@ class Unchecked:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What a verification came to. read_bytes: of data, compared. notes: to know, but no damage."""
+    """The result of a verification. read_bytes: of data, compared. notes: worth knowing, but no damage."""
 
     vms: tuple[VmName, ...]
     points: int
@@ -92,44 +92,45 @@ def verify(
     repository: Repository,
     vm: VmName | None,
     point: str | None,
-    depth: VerifyScope,
+    scope: VerifyScope,
     reporter: Reporter,
     stop: Cancellation,
 ) -> VerifyReport:
     """Check the whole repository, one VM (`vm`), or what one point of it needs. Changes nothing.
 
-    Damage is in the report, and what can't be read. Raises NoSuchPoint, DamageFound or RepositoryUnreadable
-    if the point asked for has no manifest to start from, RepositoryError, Interrupted.
+    Damage is in the report, and so is what cannot be read. Raises NoSuchPoint, DamageFound or
+    RepositoryUnreadable if the point asked for has no manifest to start from, RepositoryError, Interrupted.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     qemu_tools.require_tools()
     folders = [repository.vm(name) for name in (repository.vms() if vm is None else [vm])]
     if vm is not None and not folders[0].exists():
         raise NoSuchPoint(
-            f"nothing of the VM {vm} is in {repository.path}",
+            f"{repository.path} has no backup of the VM {vm}",
             state="nothing was touched",
             next_command="backupctl list",
         )
-    works = [_Work(folder, depth, reporter, stop) for folder in folders]
-    for work in works:
+    found = _Findings(reporter)
+    for folder in folders:
+        rng = np.random.default_rng(scope.seed)
         try:
-            work.run(point)
+            _VmCheck(folder, scope, rng, reporter, stop, found).run(point)
         except RepositoryUnreadable as err:
             if vm is not None:
                 raise
-            work.cannot_check(work.folder.path, "", err)
-    if not any(work.points or work.damage for work in works):
+            found.add_unchecked(folder, folder.path, "", err)
+    if not found.points and not found.damage:
         _refuse_empty(repository, vm)
         reporter.event(NothingToVerify(repository.path))
     return VerifyReport(
-        vms=tuple(work.folder.name for work in works),
-        points=sum(work.points for work in works),
-        layers=sum(work.layers for work in works),
-        read_bytes=sum(work.read_bytes for work in works),
-        damage=tuple(found for work in works for found in work.damage),
-        notes=tuple(note for work in works for note in work.notes),
-        seconds=time.monotonic() - begun,
-        unchecked=tuple(found for work in works for found in work.unchecked),
+        vms=tuple(folder.name for folder in folders),
+        points=found.points,
+        layers=found.layers,
+        read_bytes=found.read_bytes,
+        damage=tuple(found.damage),
+        notes=tuple(found.notes),
+        seconds=time.monotonic() - started,
+        unchecked=tuple(found.unchecked),
     )
 
 
@@ -143,49 +144,141 @@ def _refuse_empty(repository: Repository, vm: VmName | None) -> None:
         )
 
 
-class _Work:
-    """The verification of one VM."""
+@dataclass
+class _Findings:
+    """What a verification has found so far, over all VMs. Damage is also shown at once, as a warning."""
 
-    def __init__(self, folder: VmFolder, depth: VerifyScope, reporter: Reporter, stop: Cancellation) -> None:
-        self.folder = folder
-        self.damage: list[Damage] = []
-        self.notes: list[str] = []
-        self.unchecked: list[Unchecked] = []
-        self.points = self.layers = self.read_bytes = 0
-        self._depth = depth
-        self._reporter = reporter
+    reporter: Reporter
+    points: int = 0
+    layers: int = 0
+    read_bytes: int = 0
+    damage: list[Damage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unchecked: list[Unchecked] = field(default_factory=list)
+
+    def add_damage(self, one: Damage) -> None:
+        self.damage.append(one)
+        self.reporter.event(DamageDetected(one.vm, one.kind, one.path, one.disk, one.message))
+
+    def add_unchecked(self, folder: VmFolder, path: Path, disk: str, err: RepositoryUnreadable) -> None:
+        """Add what cannot be read, once."""
+        one = Unchecked(folder.name, path, disk, err.message)
+        if one not in self.unchecked:
+            self.unchecked.append(one)
+            self.reporter.event(NotChecked(folder.name, path, disk, err.message))
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """All points of a VM, the retired ones too. unreadable: those whose manifests cannot be read."""
+
+    current: ScannedPoints
+    retired: ScannedPoints
+    points: Mapping[PointId, Point]
+    unreadable: Mapping[PointId, RepositoryUnreadable]
+
+    @classmethod
+    def scan(cls, folder: VmFolder) -> "_Contents":
+        """Scan a VM's folder, again if a prune seems to have changed it meanwhile."""
+        found = folder.survey(bear=True), folder.retired(bear=True)
+        for _ in range(_MAX_SCANS):
+            again = folder.survey(bear=True), folder.retired(bear=True)
+            if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
+                (each.points, [path for path, _ in each.damaged]) for each in found
+            ]:
+                break
+            found = again
+        current, retired = found
+        return cls(
+            current,
+            retired,
+            {point.id: _with_valid_entries(point) for point in (*current.points, *retired.points)},
+            {PointId(path.name): err for path, err in (*current.unreadable, *retired.unreadable)},
+        )
+
+    def all_layers(self) -> list[tuple[Point, DiskEntry]]:
+        """Return every layer that a point needs. What a retired one no longer holds up is left to prune."""
+        retired, parents = {point.id for point in self.retired.points}, self.parents()
+        return [
+            (point, entry)
+            for point in self.points.values()
+            for entry in point.manifest.disks
+            if point.id not in retired or (point.id, entry.name) in parents
+        ]
+
+    def layers_of(self, point: Point) -> list[tuple[Point, DiskEntry]]:
+        """Return the layers that a point needs, as far as they exist."""
+        return [layer for entry in point.manifest.disks for layer in self._chain(point, entry)]
+
+    def _chain(self, point: Point, entry: DiskEntry) -> Iterator[tuple[Point, DiskEntry]]:
+        at: Point | None = point
+        held: DiskEntry | None = entry
+        while at is not None and held is not None:
+            yield at, held
+            at = self.points.get(held.parent) if held.parent else None
+            held = at.manifest.disk(entry.name) if at else None
+
+    def parents(self) -> set[tuple[PointId | None, DiskName]]:
+        """Return the layers, by point and disk, that another layer is based on."""
+        return {
+            (entry.parent, entry.name) for point in self.points.values() for entry in point.manifest.disks
+        }
+
+
+class _DigestMaps:
+    """The digest maps of a VM, each opened once: that checks every byte of it."""
+
+    def __init__(self, stop: Cancellation) -> None:
         self._stop = stop
-        self._random = np.random.default_rng(depth.seed)
-        self._maps: dict[tuple[PointId, str, str], DigestMap | DamageFound | RepositoryUnreadable] = {}
+        self._opened: dict[tuple[PointId, str, str], DigestMap | DamageFound | RepositoryUnreadable] = {}
+
+    def open(self, point: Point, entry: DiskEntry) -> DigestMap | DamageFound | RepositoryUnreadable:
+        """Return the digest map of a layer, or why it cannot be read."""
+        key = point.id, entry.name, entry.digests
+        if key not in self._opened:
+            try:
+                self._opened[key] = _layer(point, entry).digests(self._stop.check)
+            except (DamageFound, RepositoryUnreadable) as err:
+                self._opened[key] = err
+        return self._opened[key]
+
+    def records(self, point: Point, entry: DiskEntry) -> Records | None:
+        """Return the records of a layer, None if they cannot be read."""
+        found = self.open(point, entry)
+        return found.records if isinstance(found, DigestMap) else None
+
+    def data_bytes(self, point: Point, entry: DiskEntry) -> int:
+        """Return how much data a layer stores, in whole clusters."""
+        records = self.records(point, entry)
+        data = 0 if records is None else int(np.count_nonzero(~clusters.is_zero(records)))
+        return data * clusters.CLUSTER_BYTES
+
+
+@dataclass(frozen=True)
+class _VmCheck:
+    """The verification of one VM; `run` does it. rng: chooses the sample."""
+
+    folder: VmFolder
+    scope: VerifyScope
+    rng: np.random.Generator
+    reporter: Reporter
+    stop: Cancellation
+    found: _Findings
 
     def run(self, wanted: str | None) -> None:
-        """Check all of the VM's points, or what one needs."""
-        self._reporter.event(StepStarted(f"verify {self.folder.name}"))
-        chosen = None if wanted is None else _as_it_is(self._point(wanted))
-        survey, retired = self._survey()
-        self._known = {point.id: _as_it_is(point) for point in (*survey.points, *retired.points)}
-        self._dark = {PointId(path.name): err for path, err in (*survey.unreadable, *retired.unreadable)}
-        hidden = {point.id for point in retired.points}
-        standing = _standing(self._known.values())
-        self._needless = {
-            (point.id, entry.name)
-            for point in retired.points
-            for entry in point.manifest.disks
-            if (point.id, entry.name) not in standing
-        }
-        self._reach = Impact(self._known.values(), self._records, hidden)
-        layers = self._chosen(chosen)
-        self.points = len(survey.points) if chosen is None else 1
-        self.layers = len(layers)
+        """Check all of the VM's points, or what one needs. Raises as `verify`."""
+        self.reporter.event(StepStarted(f"verify {self.folder.name}"))
+        chosen = None if wanted is None else _with_valid_entries(self._point(wanted))
+        contents, maps = _Contents.scan(self.folder), _DigestMaps(self.stop)
+        retired = {point.id for point in contents.retired.points}
+        impact = Impact(contents.points.values(), maps.records, retired)
+        layers = contents.all_layers() if chosen is None else contents.layers_of(chosen)
+        self.found.points += len(contents.current.points) if chosen is None else 1
+        self.found.layers += len(layers)
         if chosen is None:
-            for path, err in (*survey.damaged, *retired.damaged):
-                self._found("manifest", path, "", err.message, self._reach.standing_on(PointId(path.name)))
-            self._compare_with_history()
-            for name, unread in self._dark.items():
-                self.cannot_check(self.folder.path / name, "", unread)
-            self.notes += [f"{partial.path}: an unfinished point" for partial in self.folder.pending_points()]
-        self._missing_parents(layers)
-        self._prove_all(layers)
+            self._check_folder(contents, impact)
+        self._check_parents(contents, impact, layers)
+        self._check_layers(maps, impact, layers)
 
     def _point(self, wanted: str) -> Point:
         try:
@@ -194,182 +287,136 @@ class _Work:
             audit.refuse_missing(self.folder, wanted)
             raise
 
-    def _compare_with_history(self) -> None:
+    def _check_folder(self, contents: _Contents, impact: Impact) -> None:
+        """Report manifests, the history and unfinished points."""
+        for path, err in (*contents.current.damaged, *contents.retired.damaged):
+            affected = impact.based_on(PointId(path.name))
+            self._add_damage("manifest", path, "", err.message, affected)
         for problem in audit.problems(self.folder):
             path = self.folder.path / (problem.point or history.FILE_NAME)
-            self._found("history", path, "", problem.message, ())
+            self._add_damage("history", path, "", problem.message, ())
+        for name, unread in contents.unreadable.items():
+            self._add_unchecked(self.folder.path / name, "", unread)
+        self.found.notes += [
+            f"{pending.path}: an unfinished point" for pending in self.folder.pending_points()
+        ]
 
-    def _survey(self) -> tuple[ScannedPoints, ScannedPoints]:
-        """Look at all points, the retired ones too, again if a prune seems to have been at work meanwhile."""
-        found = self.folder.survey(bear=True), self.folder.retired(bear=True)
-        for _ in range(_LOOKS):
-            again = self.folder.survey(bear=True), self.folder.retired(bear=True)
-            if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
-                (each.points, [path for path, _ in each.damaged]) for each in found
-            ]:
-                break
-            found = again
-        return found
-
-    def _chosen(self, point: Point | None) -> list[tuple[Point, DiskEntry]]:
-        if point is None:
-            return [
-                (one, entry)
-                for one in self._known.values()
-                for entry in one.manifest.disks
-                if (one.id, entry.name) not in self._needless  # merged already; the next prune drops it
-            ]
-        return [layer for entry in point.manifest.disks for layer in self._below(point, entry)]
-
-    def _below(self, point: Point, entry: DiskEntry) -> Iterator[tuple[Point, DiskEntry]]:
-        """Yield a layer and all below it, as far as there are any."""
-        at: Point | None = point
-        held: DiskEntry | None = entry
-        while at is not None and held is not None:
-            yield at, held
-            at = self._known.get(held.parent) if held.parent else None
-            held = at.manifest.disk(entry.name) if at else None
-
-    def _missing_parents(self, layers: Iterable[tuple[Point, DiskEntry]]) -> None:
+    def _check_parents(
+        self, contents: _Contents, impact: Impact, layers: Iterable[tuple[Point, DiskEntry]]
+    ) -> None:
         for point, entry in layers:
-            below = self._known.get(entry.parent) if entry.parent else None
-            if entry.parent is None or (below is not None and below.manifest.disk(entry.name)):
+            parent = contents.points.get(entry.parent) if entry.parent else None
+            if entry.parent is None or (parent is not None and parent.manifest.disk(entry.name)):
                 continue
             path = self.folder.path / entry.parent
-            if unread := self._dark.get(entry.parent):
-                self.cannot_check(path, "", unread)
+            if unread := contents.unreadable.get(entry.parent):
+                self._add_unchecked(path, "", unread)
                 continue
-            if below is not None:
+            if parent is not None:
                 why = "does not hold that disk"
             elif safe_open.there(path):
                 why = "is damaged"
             else:
                 why = "is missing"
-            text = f"{point.path / entry.name} stands on the point {entry.parent}, which {why}"
-            self._found("chain", path, entry.name, text, self._reach.whole(point.id, entry.name))
+            text = f"{point.path / entry.name} is based on the point {entry.parent}, which {why}"
+            affected = impact.affected_by_layer(point.id, entry.name)
+            self._add_damage("chain", path, entry.name, text, affected)
 
-    def _prove_all(self, layers: list[tuple[Point, DiskEntry]]) -> None:
-        total = sum(self._data_bytes(point, entry) for point, entry in layers)
-        bar = DiskName(self.folder.name)  # one for all layers: there may be thousands
+    def _check_layers(self, maps: _DigestMaps, impact: Impact, layers: list[tuple[Point, DiskEntry]]) -> None:
+        total = sum(maps.data_bytes(point, entry) for point, entry in layers)
         done = 0
         for point, entry in layers:
-            self._stop.check()
-            before = done
-
-            def progress(done_bytes: int, before: int = before) -> None:
-                self._reporter.progress(bar, before + done_bytes, total)
-
+            self.stop.check()
             try:
-                with self._held(point) as now:
+                with self._locked(point) as now:
                     held = now.manifest.disk(entry.name) if now else None
-                    if now and held and not self._merged_meanwhile(now, held):
-                        self._prove(now, held, progress)
+                    if now and held and not self._was_merged(now, held):
+                        self._check_layer(maps, impact, now, held, self._progress(done, total))
             except RepositoryUnreadable as err:
-                self.cannot_check(point.path, entry.name, err)
-            done += self._data_bytes(point, entry)
+                self._add_unchecked(point.path, entry.name, err)
+            done += maps.data_bytes(point, entry)
 
-    def _merged_meanwhile(self, point: Point, entry: DiskEntry) -> bool:
-        """Whether a layer's image has gone into the one that stood on it: that one is the layer now."""
+    def _progress(self, before: int, total: int) -> Callable[[int], None]:
+        # One for all layers of a VM, of which there may be thousands.
+        return lambda done_bytes: self.reporter.progress(self.folder.name, before + done_bytes, total)
+
+    def _was_merged(self, point: Point, entry: DiskEntry) -> bool:
+        """Whether a prune has merged a layer's image into that of its child, which is the layer now."""
         if safe_open.there(_layer(point, entry).path) or not markers.has(point.path, markers.RETIRED):
             return False
-        survey, retired = self._survey()
-        return (point.id, entry.name) not in _standing(map(_as_it_is, (*survey.points, *retired.points)))
+        return (point.id, entry.name) not in _Contents.scan(self.folder).parents()
 
-    def _prove(self, point: Point, entry: DiskEntry, progress: Callable[[int], None]) -> None:
+    def _check_layer(
+        self,
+        maps: _DigestMaps,
+        impact: Impact,
+        point: Point,
+        entry: DiskEntry,
+        progress: Callable[[int], None],
+    ) -> None:
+        layer = _layer(point, entry)
         merging = markers.has(point.path, markers.merging(entry.name))
-        proof = LayerCheck(
-            _layer(point, entry),
-            self._map(point, entry),
-            self._depth,
-            self._random,
-            self._stop,
-            merging=merging,
-        )
-        proof.run(progress)
-        self.notes += proof.notes
-        self.read_bytes += proof.read_bytes
-        for flaw in proof.flaws:
-            self._tell(point, entry, flaw, merging=merging)
-        for why in proof.unchecked:
-            self.cannot_check(_layer(point, entry).path, entry.name, RepositoryUnreadable(why))
+        check = LayerCheck(layer, maps.open(point, entry), self.scope, self.rng, self.stop, merging)
+        report = check.run(progress)
+        self.found.notes += report.notes
+        self.found.read_bytes += report.read_bytes
+        for problem in report.problems:
+            self._add_problem(impact, point, entry, problem, merging=merging)
+        for why in report.unchecked:
+            self._add_unchecked(layer.path, entry.name, RepositoryUnreadable(why))
 
-    def _tell(self, point: Point, entry: DiskEntry, flaw: Problem, *, merging: bool) -> None:
-        """Say of a layer's flaw whom it touches."""
-        if flaw.clusters is None:
-            whole = self._reach.whole(point.id, entry.name)
-            self._found(flaw.kind, flaw.path, entry.name, flaw.message, whole)
-            return
-        touches = self._reach.part(point.id, entry.name, flaw.clusters)
-        if merging and flaw.kind == "data" and not touches:
-            return  # it is being overwritten, below the very layer that it gets this from
-        ranges = tuple(clusters.ranges(flaw.clusters, entry.size))
-        self._found(flaw.kind, flaw.path, entry.name, flaw.message, touches, ranges)
+    def _add_problem(
+        self, impact: Impact, point: Point, entry: DiskEntry, problem: Problem, *, merging: bool
+    ) -> None:
+        """Add a problem of a layer, with the points that it affects."""
+        ranges: tuple[Range, ...] = ()
+        if problem.clusters is None:
+            affected = impact.affected_by_layer(point.id, entry.name)
+        else:
+            affected = impact.affected_by_clusters(point.id, entry.name, problem.clusters)
+            ranges = tuple(clusters.ranges(problem.clusters, entry.size))
+            # A merge was overwriting this image with what its only child masks: no point reads the damage,
+            # and the next prune writes those clusters again.
+            if merging and problem.kind == "data" and not affected:
+                return
+        self._add_damage(problem.kind, problem.path, entry.name, problem.message, affected, ranges)
 
     @contextmanager
-    def _held(self, point: Point) -> Iterator[Point | None]:
-        """Keep prune off a point's layers; gives the point as it is now, None if it has been pruned."""
+    def _locked(self, point: Point) -> Iterator[Point | None]:
+        """Keep prune from changing a point's layers; yields the point as it is now, None if it is gone."""
         now = None
         with ExitStack() as held:
             try:
-                held.enter_context(locks.folder(point.path, _PATIENCE_SECONDS, shared=True))
-                now = _as_it_is(self.folder.point_or_retired(point.id))
+                held.enter_context(locks.folder(point.path, _LOCK_SECONDS, shared=True))
+                now = _with_valid_entries(self.folder.point_or_retired(point.id))
             except (FileNotFoundError, NoSuchPoint):
-                self.notes.append(f"{point.path}: pruned meanwhile")
+                self.found.notes.append(f"{point.path}: pruned meanwhile")
             except Locked:
-                self.notes.append(f"{point.path}: not verified, since a prune is changing it")
+                self.found.notes.append(f"{point.path}: not verified, because a prune is changing it")
             yield now
 
-    def _data_bytes(self, point: Point, entry: DiskEntry) -> int:
-        records = self._records(point, entry)
-        data = 0 if records is None else int(np.count_nonzero(~clusters.is_zero(records)))
-        return data * clusters.CLUSTER_BYTES
+    def _add_unchecked(self, path: Path, disk: str, err: RepositoryUnreadable) -> None:
+        self.found.add_unchecked(self.folder, path, disk, err)
 
-    def _map(self, point: Point, entry: DiskEntry) -> DigestMap | DamageFound | RepositoryUnreadable:
-        """Open a digest map once: every byte of it is checked by that."""
-        key = point.id, entry.name, entry.digests
-        if key not in self._maps:
-            try:
-                self._maps[key] = _layer(point, entry).digests(self._stop.check)
-            except (DamageFound, RepositoryUnreadable) as err:
-                self._maps[key] = err
-        return self._maps[key]
-
-    def _records(self, point: Point, entry: DiskEntry) -> Records | None:
-        found = self._map(point, entry)
-        return found.records if isinstance(found, DigestMap) else None
-
-    def cannot_check(self, path: Path, disk: str, err: RepositoryUnreadable) -> None:
-        """Note once what can't be read."""
-        one = Unchecked(self.folder.name, path, disk, err.message)
-        if one not in self.unchecked:
-            self.unchecked.append(one)
-            self._reporter.event(NotChecked(self.folder.name, path, disk, err.message))
-
-    def _found(
+    def _add_damage(
         self,
         kind: Kind,
         path: Path,
         disk: str,
         message: str,
-        touches: tuple[Affected, ...],
+        affected: tuple[Affected, ...],
         ranges: tuple[Range, ...] = (),
     ) -> None:
-        self.damage.append(Damage(self.folder.name, kind, path, disk, message, ranges, touches))
-        self._reporter.event(DamageDetected(self.folder.name, kind, path, disk, message))
+        self.found.add_damage(Damage(self.folder.name, kind, path, disk, message, ranges, affected))
 
 
-def _as_it_is(point: Point) -> Point:
-    """Return a point with, of two descriptions that a prune left of a disk, the one that holds."""
+def _with_valid_entries(point: Point) -> Point:
+    """Return a point in which, of two descriptions that a prune left of a disk, the valid one is chosen."""
     manifest = point.manifest
     for entry in manifest.disks:
-        with suppress(DamageFound, RepositoryUnreadable):  # told when the layer itself is looked at
+        with suppress(DamageFound, RepositoryUnreadable):  # reported when the layer itself is checked
             manifest = manifest.with_disk(Layer.of(point, entry).entry)
     return replace(point, manifest=manifest)
-
-
-def _standing(points: Iterable[Point]) -> set[tuple[PointId | None, DiskName]]:
-    """Return the layers, by point and disk, on which another one stands."""
-    return {(entry.parent, entry.name) for point in points for entry in point.manifest.disks}
 
 
 def _layer(point: Point, entry: DiskEntry) -> Layer:

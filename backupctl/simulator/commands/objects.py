@@ -48,6 +48,8 @@ def object_del(vm: Machine, given: Arguments) -> dict[str, Any]:
     if name not in vm.opener.groups:
         raise CommandError(f"object '{name}' not found")
     if any(isinstance(node, ThrottleNode) and node.group == name for node in vm.graph.nodes.values()):
+        if vm.settings.version >= (11, 0, 0):
+            raise CommandError(f"Cannot delete throttle group '{name}' with active references")
         raise CommandError(f"object '{name}' is in use, can not be deleted")
     del vm.opener.groups[name]
     return {}

@@ -25,6 +25,7 @@ from backupctl.operations import serve
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.restore import overlay as thin
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.verify import run as verify
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.progress import Silent
@@ -88,8 +89,7 @@ def turn(path: Path, victim: Path) -> None:
 
 def thinly(builder: Builder, point: Point, target: Path) -> None:
     """Make an overlay of a point's only disk."""
-    options = {"disk": None, "image_format": None, "force": False, "reporter": Silent()}
-    thin.restore(builder.folder, point, to=str(target), **options)
+    thin.restore(RestoreRequest(folder=builder.folder, point=point.id, to=str(target)), Silent())
 
 
 @pytest.mark.parametrize("number", range(3))

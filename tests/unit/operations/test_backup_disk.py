@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.names import BitmapName, DiskName, NodeName, PointId
-from backupctl.operations.backup.disk import _look
+from backupctl.operations.backup.disk import _find_extents
 from backupctl.operations.backup.plan import DiskPlan
 from backupctl.transfer.extents import DIRTY, ZERO, Status
 from backupctl.vm.disk import Disk
@@ -51,7 +51,7 @@ def test_nothing_that_may_differ_from_the_parent_is_left_out(how, places, held, 
         Status(at * UNIT, UNIT, (ZERO * zero, DIRTY * dirty) if how == "bitmap" else (ZERO * zero,))
         for at, (dirty, zero) in enumerate(places)
     ]
-    marks, named_bytes = _look(plan_of(how, size), statuses, below, known * UNIT)
+    marks, named_bytes = _find_extents(plan_of(how, size), statuses, below, known * UNIT)
     found = list(marks.extents())
     assert named_bytes == UNIT * sum(dirty if how == "bitmap" else not zero for dirty, zero in places)
     looked_at = {

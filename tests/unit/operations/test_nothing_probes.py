@@ -21,6 +21,7 @@ from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import prune
 from backupctl.operations.restore import in_place, whole
 from backupctl.operations.restore import overlay as thin
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
 from backupctl.progress import Silent
@@ -51,10 +52,9 @@ class Attack:
         return self.victim.read_bytes() == PRECIOUS and self.victim.stat().st_mtime == 1
 
     def run(self, way: Callable[..., object], to: object, **options: object) -> object:
-        wanted = {"disk": None, "image_format": None, "reporter": Silent(), **options}
-        if way is not thin.restore:
-            wanted["stop"] = Cancellation()
-        return way(self.builder.folder, self.builder.folder.point("latest"), to=str(to), **wanted)
+        folder = self.builder.folder
+        request = RestoreRequest(folder=folder, point=folder.point("latest").id, to=str(to), **options)  # type: ignore[arg-type]
+        return way(request, Silent()) if way is thin.restore else way(request, Silent(), Cancellation())
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def test_a_raw_disk_that_begins_as_a_qcow2_is_replaced_without_being_opened(atta
     disk = attack.disk(name)
     if name == "disk.qcow2":
         with pytest.raises(UsageError, match=r"external file .*victim"):
-            attack.run(whole.restore, disk, force=True)
+            attack.run(whole.restore, disk, overwrite=True)
         assert disk.read_bytes() == attack.hostile
-    attack.run(whole.restore, disk, force=True, allowed=["data-file"])
+    attack.run(whole.restore, disk, overwrite=True, allowed=["data-file"])
     assert attack.unharmed()
     assert (as_raw(disk) if name == "disk.qcow2" else disk.read_bytes()) == attack.content
 
@@ -124,7 +124,7 @@ def test_no_overlay_is_made_of_a_raw_disk_that_begins_as_a_qcow2(attack, name):
             stop=Cancellation(),
         )
     assert disk.read_bytes() == attack.hostile
-    attack.run(thin.restore, disk, force=True, allowed=["data-file"])
+    attack.run(thin.restore, disk, overwrite=True, allowed=["data-file"])
     assert attack.unharmed()
     assert as_raw(disk) == attack.content
 
@@ -237,14 +237,14 @@ def test_whoever_calls_qemus_tools_names_every_format(builder: Builder, tmp_path
     builder.point(P1, (disk_entry(size=SIZE), [(0, b"a" * 100_000)]))
     point = builder.point(P2, (disk_entry(size=SIZE, parent=P1), [(65536, b"b" * 100_000)]))
     folder, stop = builder.folder, Cancellation()
-    ways = {"disk": None, "image_format": None, "reporter": Silent()}
-    for name in ("x.qcow2", "x.raw"):
-        whole.restore(folder, point, to=str(tmp_path / name), force=False, stop=stop, **ways)
-        kind = {**ways, "image_format": name.removeprefix("x.")}
-        if name == "x.raw":
-            os.truncate(tmp_path / name, SIZE // 2)
-        in_place.restore(folder, folder.point(P1), to=str(tmp_path / name), stop=stop, **kind)
-    thin.restore(folder, point, to=str(tmp_path / "thin.qcow2"), force=False, **ways)
+    for kind in ("qcow2", "raw"):
+        to = str(tmp_path / f"x.{kind}")
+        whole.restore(RestoreRequest(folder=folder, point=P2, to=to), Silent(), stop)
+        if kind == "raw":
+            os.truncate(to, SIZE // 2)
+        earlier = RestoreRequest(folder=folder, point=P1, to=to, image_format=kind)
+        in_place.restore(earlier, Silent(), stop)
+    thin.restore(RestoreRequest(folder=folder, point=P2, to=str(tmp_path / "thin.qcow2")), Silent())
     for overlay in (None, tmp_path / "over.qcow2", tmp_path / "over.qcow2"):
         ended = Cancellation()
         serve.serve(

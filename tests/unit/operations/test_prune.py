@@ -20,13 +20,14 @@ from backupctl.names import PointId, next_point_id, point_time
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import run as verify
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.progress import Silent
 from backupctl.repository import chain, markers, merge, read_locks
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.system import locks
-from backupctl.transfer.copy import Copy
+from backupctl.transfer.copy import _RunningCopy
 from tests.unit.points import P1, Builder, changing_step, die_at, disk_entry
 
 LAST = Rules(last=1)
@@ -83,7 +84,7 @@ class History:
                 want = self.held[point.id][entry.name]
                 assert converted(point, entry.name) == want, f"{entry.name} of {point.id}"
         report = verify.verify(
-            self.builder.repository, vm.name, None, verify.Depth(), Silent(), Cancellation()
+            self.builder.repository, vm.name, None, VerifyScope(), Silent(), Cancellation()
         )
         assert report.damage == ()
 
@@ -254,7 +255,7 @@ def test_a_point_that_is_read_is_left_for_the_next_prune(builder):
     with read_locks.reading(builder.folder, old):
         report = pruned(builder)
         assert report.removed == ()
-        assert "being read" in report.left[0]
+        assert "in use" in report.left[0]
         assert builder.folder.point(old).id == old
     assert pruned(builder).removed == (old,)
     history.check()
@@ -276,7 +277,7 @@ def test_a_reader_that_comes_during_the_merge_sees_the_same_bytes(builder, monke
         return described
 
     monkeypatch.setattr(merge.Merge, "describe", read_meanwhile)
-    monkeypatch.setattr(prune, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(prune, "_LOCK_SECONDS", 0.1)
     with ExitStack() as reader:
         report = pruned(builder)
         assert "not exchanged" in report.left[0]
@@ -426,16 +427,16 @@ def test_a_death_while_bytes_are_written_loses_nothing(builder, size_mib):
     for writes in range(1, 9, 2):
 
         def work(left: int = writes) -> None:
-            real = Copy._write
+            real = _RunningCopy._write
 
-            def write(copy: Copy, *arguments: object) -> None:
+            def write(copy: _RunningCopy, *arguments: object) -> None:
                 nonlocal left
                 left -= 1
                 if left == 0:
                     os._exit(9)
                 real(copy, *arguments)
 
-            Copy._write = write
+            _RunningCopy._write = write
             pruned(builder)
 
         assert not die_at(sys.maxsize, work)

@@ -21,6 +21,7 @@ from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import layer
 from backupctl.operations.verify import run as verify
+from backupctl.operations.verify.layer import VerifyScope
 from backupctl.progress import Silent
 from backupctl.repository import chain, markers, merge, read_locks
 from backupctl.repository.repository import Repository
@@ -51,7 +52,7 @@ def three(builder: Builder, clusters: tuple[int, int] = (1, 3), size: int = SIZE
 
 def damage(builder: Builder, **options) -> tuple[verify.Damage, ...]:
     return verify.verify(
-        builder.repository, None, None, verify.Depth(), Silent(), Cancellation(), **options
+        builder.repository, None, None, VerifyScope(), Silent(), Cancellation(), **options
     ).damage
 
 
@@ -64,7 +65,7 @@ def read(builder: Builder, point):
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(prune, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(prune, "_LOCK_SECONDS", 0.05)
 
 
 SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed > 3 else ()) for seed in range(12)]
@@ -105,7 +106,7 @@ def test_readers_and_deaths_at_any_moment_lose_nothing(builder, monkeypatch, see
 def test_a_layer_takes_nothing_in_before_it_was_exchanged_itself(builder, monkeypatch):
     """P2 is in P1's image and waits for a reader of P2; P3, merged now, would be thrown away with it."""
     content = three(builder)
-    real, skip = merge.Merge.describe, prune._Work._skip
+    real, skip = merge.Merge.describe, prune._Steps._skip
     reader = ExitStack()
 
     def describe(one, image):
@@ -118,7 +119,7 @@ def test_a_layer_takes_nothing_in_before_it_was_exchanged_itself(builder, monkey
         reader.close()
 
     monkeypatch.setattr(merge.Merge, "describe", describe)
-    monkeypatch.setattr(prune._Work, "_skip", skipped)
+    monkeypatch.setattr(prune._Steps, "_skip", skipped)
     assert [line for line in pruned(builder).left if "not exchanged" in line]
     monkeypatch.undo()
     assert pruned(builder).left == ()
@@ -190,7 +191,7 @@ def test_an_image_that_is_not_the_merged_one_is_not_moved(builder, monkeypatch):
     prune.protect(builder.folder, P1)
     with monkeypatch.context() as patched:
         patched.setattr(
-            prune._Work, "_switch", lambda work, point, entry: work._skip(point, entry.name, "later")
+            prune._Steps, "_switch", lambda work, point, entry: work._skip(point, entry.name, "later")
         )
         pruned(builder)
     image = builder.folder.path / P2 / "vda.qcow2"
@@ -321,7 +322,7 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
     with read(builder, third):
         assert len(pruned(builder).left) == 2
     shutil.copytree(builder.repository.path, tmp_path / "kept")
-    real_held, real_tables = verify._Work._held, layer.LayerCheck._check_tables
+    real_held, real_tables = verify._VmCheck._locked, layer.LayerCheck._check_tables
 
     def held(work, point):
         if point.id == second and place == "before a layer":
@@ -329,11 +330,11 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
         return real_held(work, point)
 
     def tables(one, image):
-        if second in str(one._layer.path) and place == "within it":
+        if second in str(one.layer.path) and place == "within it":
             steps.append(die_at(deaths, lambda: pruned(builder), changing_step))
         real_tables(one, image)
 
-    monkeypatch.setattr(verify._Work, "_held", held)
+    monkeypatch.setattr(verify._VmCheck, "_locked", held)
     monkeypatch.setattr(layer.LayerCheck, "_check_tables", tables)
     for deaths in range(0, 150, 5):
         shutil.rmtree(builder.repository.path)

@@ -65,15 +65,15 @@ def test_damaged_data_is_refused_by_range_and_nothing_is_left(builder, spoilt, t
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_force_lets_damage_through_and_names_it(builder, spoilt, tmp_path, image_format):
-    report = run(builder.folder.point(P1), tmp_path / "out.img", image_format=image_format, force=True)
+def test_damage_is_restored_if_that_is_allowed_and_is_named(builder, spoilt, tmp_path, image_format):
+    report = run(builder.folder.point(P1), tmp_path / "out.img", image_format=image_format, allow_damage=True)
     found = tmp_path / "out.img"
     assert (found.read_bytes() if image_format == "raw" else as_raw(found)) == with_ruin()
     assert report.images[0].damaged == ((SPOILT * CLUSTER, CLUSTER),)
-    assert report.images[0].unproven == ""
+    assert report.images[0].unverified == ""
 
 
-def test_a_cluster_that_cannot_be_read_is_zeroes_by_force_and_no_other(builder, image, tmp_path):
+def test_a_cluster_that_cannot_be_read_is_zeroes_if_damage_is_allowed_and_no_other(builder, image, tmp_path):
     content = image.read_bytes()
     (first,) = struct.unpack_from(">Q", content, 40)
     second = struct.unpack_from(">Q", content, first)[0] & (1 << 56) - 512
@@ -83,7 +83,7 @@ def test_a_cluster_that_cannot_be_read_is_zeroes_by_force_and_no_other(builder, 
     with pytest.raises(DamageFound, match="is damaged"):
         run(builder.folder.point(P1), tmp_path / "out.raw")
     assert not (tmp_path / "out.raw").exists()
-    report = run(builder.folder.point(P1), tmp_path / "out.raw", force=True)
+    report = run(builder.folder.point(P1), tmp_path / "out.raw", allow_damage=True)
     hole = slice(20 * CLUSTER, 21 * CLUSTER)
     expected = bytearray(CONTENT)
     expected[hole] = bytes(CLUSTER)
@@ -91,14 +91,14 @@ def test_a_cluster_that_cannot_be_read_is_zeroes_by_force_and_no_other(builder, 
     assert report.images[0].damaged == ((20 * CLUSTER, CLUSTER),)
 
 
-def test_without_its_digests_nothing_is_restored_but_by_force_and_told(builder, image, tmp_path):
+def test_without_its_digests_nothing_is_restored_unless_damage_is_allowed(builder, image, tmp_path):
     image.with_suffix(".digests").unlink()
     with pytest.raises(DamageFound, match="digest"):
         run(builder.folder.point(P1), tmp_path / "out.raw")
     assert not (tmp_path / "out.raw").exists()
-    report = run(builder.folder.point(P1), tmp_path / "out.raw", force=True)
+    report = run(builder.folder.point(P1), tmp_path / "out.raw", allow_damage=True)
     assert (tmp_path / "out.raw").read_bytes() == CONTENT
-    assert "digest" in report.images[0].unproven
+    assert "digest" in report.images[0].unverified
 
 
 def test_a_cluster_that_went_from_the_image_is_no_hole(builder, image, tmp_path):
@@ -131,7 +131,7 @@ from backupctl.repository.repository import Repository
 folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
 point = folder.point("latest")
 layers = chain.layers(folder, point, "vda")
-reading = DiskReader(folder.name, point.id, layers, False, Cancellation(), lambda _done: None)
+reading = DiskReader(folder.name, point.id, layers, Cancellation(), lambda _done: None)
 try:
     with output.device(Path(sys.argv[2]), reading.size) as target:
         reading.into_image(target, "raw", onto_device=True)
@@ -141,7 +141,7 @@ except DamageFound as err:
 
 
 def run_onto_device(point, device: Path) -> "subprocess.CompletedProcess[str]":
-    """Restore onto a device, which needs --force, without letting damage through, which --force does."""
+    """Restore onto a device as `restore --force` does."""
     command = [sys.executable, "-c", ONTO_DEVICE, str(point.path.parent.parent), str(device)]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
@@ -172,11 +172,43 @@ def test_the_command_line_tells_of_damage_by_its_exit_code(builder, spoilt, tmp_
     done = command(builder, "restore", "vm1", "--to", to)
     assert (done.returncode, Path(to).exists()) == (4, False)
     assert "next:  backupctl verify vm1" in done.stderr
-    done = command(builder, "restore", "vm1", "--to", to, "--force", "--json")
+    done = command(builder, "restore", "vm1", "--to", to, "--allow-damage", "--json")
     assert (done.returncode, Path(to).exists()) == (4, True)
     (disk,) = json.loads(done.stdout)["disks"]
     assert disk["damaged"] == [{"offset": SPOILT * CLUSTER, "length": CLUSTER}]
-    assert "restored with damage" in done.stderr
+    assert "restored with damaged data" in done.stderr
+
+
+@pytest.mark.parametrize("old", [None, b"old"], ids=["a new file", "over an old one"])
+@pytest.mark.parametrize("digests", [True, False], ids=["damaged data", "no digests"])
+def test_force_overwrites_and_lets_no_damage_through(builder, spoilt, tmp_path, old, digests):
+    """What it let through before is refused, and the error names the option that does."""
+    to = tmp_path / "out.raw"
+    if old is not None:
+        to.write_bytes(old)
+    if not digests:
+        spoilt.with_suffix(".digests").unlink()
+    done = command(builder, "restore", "vm1", "--to", str(to), "--force")
+    assert done.returncode == 4
+    assert "restore --allow-damage" in done.stderr
+    assert (to.read_bytes() if to.exists() else None) == old
+
+
+def test_damage_that_is_allowed_overwrites_nothing(builder, spoilt, tmp_path):
+    to = tmp_path / "out.raw"
+    to.write_bytes(b"old")
+    done = command(builder, "restore", "vm1", "--to", str(to), "--allow-damage")
+    assert (done.returncode, to.read_bytes()) == (2, b"old")
+    assert (
+        "--allow-damage --force" in done.stderr.replace("\n", " ") or "--force --allow-damage" in done.stderr
+    )
+    done = command(builder, "restore", "vm1", "--to", str(to), "--allow-damage", "--force")
+    assert (done.returncode, to.read_bytes()) == (4, with_ruin())
+
+
+def test_a_thin_restore_reads_no_data_and_can_allow_no_damage(builder, image, tmp_path):
+    done = command(builder, "restore", "vm1", "--to", str(tmp_path / "t"), "--thin", "--allow-damage")
+    assert (done.returncode, (tmp_path / "t").exists()) == (2, False)
 
 
 def test_verify_on_the_command_line(builder, image):

@@ -95,7 +95,7 @@ def test_a_folder_whose_own_folder_is_there_is_none(to):
 @pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "link"])
 def test_what_is_no_plain_file_is_named_as_what_it_is(tmp_path, kind):
     path = tmp_path / "vda.raw"
-    words = {"device": "a character device", "link": "leads nowhere"}.get(kind, f"a {kind}")
+    words = {"device": "a character device", "link": "dangling"}.get(kind, f"a {kind}")
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":

@@ -17,7 +17,8 @@ from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, Interrupted, UsageError
 from backupctl.operations.restore import in_place
 from backupctl.operations.restore.in_place import restore
-from backupctl.progress import Silent
+from backupctl.operations.restore.request import RestoreRequest
+from backupctl.progress import Reporter, Silent
 from backupctl.system import durable
 from fixtures.machine import Disk, Machine
 from tests.unit.operations.test_restore_whole import as_raw, tree
@@ -26,13 +27,21 @@ from tests.unit.points import P1, P2, Builder, disk_entry, in_memory
 SIZE = 40 * CLUSTER_BYTES + 512
 
 
-def run(builder: Builder, to: object, *, point: str = "latest", stop: Cancellation | None = None, **options):
+def run(
+    builder: Builder,
+    to: object,
+    *,
+    point: str = "latest",
+    stop: Cancellation | None = None,
+    reporter: Reporter | None = None,
+    **options,
+):
     """By the manifest the disk was qcow2; who has it raw must say so."""
     kind = "raw" if str(to).endswith(".raw") else None
-    wanted = {"disk": None, "image_format": kind, "reporter": Silent(), **options}
-    return restore(
-        builder.folder, builder.folder.point(point), to=str(to), stop=stop or Cancellation(), **wanted
-    )
+    wanted = {"image_format": kind, **options}
+    chosen = builder.folder.point(point).id
+    request = RestoreRequest(folder=builder.folder, point=chosen, to=str(to), **wanted)
+    return restore(request, reporter or Silent(), stop or Cancellation())
 
 
 @pytest.fixture
@@ -253,24 +262,26 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from backupctl.operations.restore import in_place
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.names import VmName
 from backupctl.cancel import Cancellation
-from backupctl.progress import Silent
+from backupctl.progress import Reporter, Silent
 from backupctl.repository.repository import Repository
 from backupctl.transfer import copy
 repository, target, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-write = copy.Copy._write
-def counted(self, piece, wanted):
+write = copy._RunningCopy._write
+def counted(self, chunk, wanted):
     # Die before one more write than `number` is begun: those that fly are ended, or not.
     global number
     if wanted and number == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     number -= bool(wanted)
-    write(self, piece, wanted)
-copy.Copy._write = counted
+    write(self, chunk, wanted)
+copy._RunningCopy._write = counted
 folder = Repository.open(Path(repository)).vm(VmName("vm1"))
-in_place.restore(folder, folder.point("latest"), to=target, disk=None, image_format=sys.argv[4],
-                  reporter=Silent(), stop=Cancellation())
+point = folder.point("latest").id
+request = RestoreRequest(folder=folder, point=point, to=target, image_format=sys.argv[4])
+in_place.restore(request, Silent(), Cancellation())
 """
 
 
@@ -418,5 +429,6 @@ def test_the_command_tells_what_was_written(disk, tmp_path):
     done = subprocess.run([*base, "--json"], capture_output=True, text=True, timeout=60, check=False)
     assert json.loads(done.stdout)["disks"][0]["written_bytes"] == 0
     assert target.read_bytes() == content
-    done = subprocess.run([*base, "--force"], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
+    for option in ("--force", "--allow-damage"):
+        done = subprocess.run([*base, option], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, option in done.stderr) == (2, True)

@@ -14,6 +14,7 @@ from backupctl.images import create
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import prune
 from backupctl.operations.restore.overlay import restore
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.progress import Silent
 from backupctl.targets import overlay
 from fixtures.machine import Disk, Machine
@@ -24,8 +25,8 @@ MIB = 1 << 20
 
 
 def run(builder: Builder, to: object, *, point: str = "latest", **options):
-    wanted = {"disk": None, "image_format": None, "force": False, "reporter": Silent(), **options}
-    return restore(builder.folder, builder.folder.point(point), to=str(to), **wanted)
+    chosen = builder.folder.point(point).id
+    return restore(RestoreRequest(folder=builder.folder, point=chosen, to=str(to), **options), Silent())
 
 
 def command(builder: Builder, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -126,10 +127,10 @@ def test_what_exists_is_replaced_only_by_force_and_the_repository_never(two_poin
     with pytest.raises(TargetExists):
         run(builder, target)
     assert target.read_bytes() == b"precious"
-    run(builder, target, force=True)
+    run(builder, target, overwrite=True)
     assert as_raw(target) == content
     with pytest.raises(UsageError, match="repository"):
-        run(builder, builder.folder.path / P1 / "vda.qcow2", force=True)
+        run(builder, builder.folder.path / P1 / "vda.qcow2", overwrite=True)
 
 
 def test_a_broken_chain_is_told_and_nothing_is_made(two_points, tmp_path):

@@ -11,6 +11,7 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import Locked, NoSuchPoint, UsageError
 from backupctl.events.restore import DiskFromEarlierPoint, DisksNotRestored
 from backupctl.operations.restore import in_place, overlay, selection, whole
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Silent
 from backupctl.system import locks
@@ -30,12 +31,11 @@ def parted(builder: Builder) -> Builder:
 
 def run(way, builder, to, *, point="latest", **options):
     told = Recording()
-    wanted = {"disk": None, "image_format": None, "reporter": told, **options}
-    if way is not overlay.restore:
-        wanted["stop"] = Cancellation()
-    if way is whole.restore or way is overlay.restore:
-        wanted["force"] = True
-    return way(builder.folder, builder.folder.point(point), to=str(to), **wanted), told
+    chosen = builder.folder.point(point).id
+    request = RestoreRequest(folder=builder.folder, point=chosen, to=str(to), overwrite=True, **options)
+    if way is overlay.restore:
+        return way(request, told), told
+    return way(request, told, Cancellation()), told
 
 
 WAYS = pytest.mark.parametrize(

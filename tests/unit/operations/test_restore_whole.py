@@ -18,6 +18,7 @@ from backupctl.errors import Interrupted, Locked, TargetExists, UsageError, Writ
 from backupctl.events.restore import AttributesNotKept
 from backupctl.images import nbd_server
 from backupctl.operations.restore import overlay
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 from backupctl.progress import Silent
 from backupctl.repository.vm_folder import VmFolder
@@ -25,25 +26,17 @@ from backupctl.targets import output
 from tests.unit.points import P1, P2, Builder, die_at, disk_entry
 
 
-def run(point, to, *, disk=None, image_format=None, force=False, stop=None, **options):
+def request(point, to, **options) -> RestoreRequest:
     folder = VmFolder(point.path.parent, point.manifest.vm, point.manifest.repository)
-    return restore(
-        folder,
-        point,
-        to=str(to),
-        disk=disk,
-        image_format=image_format,
-        force=force,
-        reporter=Silent(),
-        stop=stop or Cancellation(),
-        **options,
-    )
+    return RestoreRequest(folder=folder, point=point.id, to=str(to), **options)
 
 
-def run_thin(point, to, *, force):
-    folder = VmFolder(point.path.parent, point.manifest.vm, point.manifest.repository)
-    wanted = {"disk": None, "image_format": None, "reporter": Silent()}
-    return overlay.restore(folder, point, to=str(to), force=force, **wanted)
+def run(point, to, *, stop=None, **options):
+    return restore(request(point, to, **options), Silent(), stop or Cancellation())
+
+
+def run_thin(point, to, **options):
+    return overlay.restore(request(point, to, **options), Silent())
 
 
 def as_raw(path: Path) -> bytes:
@@ -111,7 +104,7 @@ def test_what_exists_is_replaced_only_by_force(two_points, tmp_path):
     with pytest.raises(TargetExists):
         run(builder.folder.point(P2), tmp_path / "out.raw")
     assert (tmp_path / "out.raw").read_bytes() == b"precious"
-    run(builder.folder.point(P2), tmp_path / "out.raw", force=True)
+    run(builder.folder.point(P2), tmp_path / "out.raw", overwrite=True)
     assert (tmp_path / "out.raw").read_bytes() == content
 
 
@@ -123,22 +116,14 @@ def test_a_file_that_qemu_writes_to_is_not_replaced_even_by_force(two_points, tm
     before = target.stat().st_ino
     with nbd_server.serve((target,), writable=True):
         with pytest.raises(UsageError, match="in use"):
-            run(point, target, force=True)
+            run(point, target, overwrite=True)
         with pytest.raises(UsageError, match="in use"):
-            overlay.restore(
-                builder.folder,
-                point,
-                to=str(target),
-                disk=None,
-                image_format=None,
-                force=True,
-                reporter=Silent(),
-            )
+            run_thin(point, target, overwrite=True)
         with pytest.raises(UsageError, match="in use"), output.file(target, force=True) as temporary:
             temporary.path.write_bytes(b"restored before it was in use")
         assert target.stat().st_ino == before
     assert [path.name for path in tmp_path.glob(".*")] == []
-    run(point, target, force=True)
+    run(point, target, overwrite=True)
     assert as_raw(target) == content
     assert target.stat().st_ino != before
 
@@ -235,10 +220,10 @@ def test_an_image_that_is_more_than_its_bytes_is_not_replaced_unasked(
     subprocess.run(command, check=True, timeout=60, cwd=tmp_path)
     before = target.read_bytes()
     with pytest.raises(UsageError, match=words) as caught:
-        run(point, target, force=True)
+        run(point, target, overwrite=True)
     assert f"--allow-image-feature {feature}" in caught.value.next_command
     assert target.read_bytes() == before
-    run(point, target, force=True, allowed=[feature])
+    run(point, target, overwrite=True, allowed=[feature])
     assert as_raw(target) == content
 
 
@@ -263,7 +248,7 @@ def test_what_is_no_plain_file_is_refused_before_anything_is_read(two_points, tm
     monkeypatch.setattr(nbd_server, "served", served)
     for way in (run, run_thin):
         with pytest.raises(TargetExists, match="not replaced, even with --force"):
-            way(builder.folder.point(P2), target.parent if kind == "folder" else target, force=True)
+            way(builder.folder.point(P2), target.parent if kind == "folder" else target, overwrite=True)
 
 
 def test_a_file_that_can_not_be_looked_at_is_not_taken_for_unused(two_points, tmp_path, monkeypatch):
@@ -278,7 +263,7 @@ def test_a_file_that_can_not_be_looked_at_is_not_taken_for_unused(two_points, tm
 
     monkeypatch.setattr(os, "open", opened)
     with pytest.raises(UsageError, match="whether it is in use: Permission denied"):
-        run(builder.folder.point(P2), target, force=True)
+        run(builder.folder.point(P2), target, overwrite=True)
     assert target.read_bytes() == b"old"
 
 
@@ -294,7 +279,7 @@ def test_the_repository_is_never_a_target_even_by_force(two_points):
     builder, _ = two_points
     point = builder.folder.point(P2)
     with pytest.raises(UsageError, match="repository"):
-        run(point, point.path / "vda.qcow2", force=True)
+        run(point, point.path / "vda.qcow2", overwrite=True)
 
 
 def test_a_restored_file_is_sparse(builder: Builder, tmp_path):
@@ -332,7 +317,7 @@ def test_what_a_dead_restore_left_is_cleared_but_never_written_to(two_points, tm
     os.link(target, leftover)  # died between link and unlink
     held = target.open("rb")
     with held:
-        run(builder.folder.point(P2), target, force=True)
+        run(builder.folder.point(P2), target, overwrite=True)
         assert held.read() == b"complete"
     assert target.read_bytes() == content
     assert not leftover.exists()
@@ -447,6 +432,7 @@ from backupctl.names import VmName
 from backupctl.cancel import Cancellation
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 class Dies(Cancellation):
     calls = 0
@@ -455,8 +441,7 @@ class Dies(Cancellation):
         if self.calls == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
-restore(folder, folder.point("latest"), to=sys.argv[2], disk=None, image_format=None, force=False,
-        reporter=Silent(), stop=Dies())
+restore(RestoreRequest(folder=folder, point=folder.point("latest").id, to=sys.argv[2]), Silent(), Dies())
 """
 
 
@@ -503,12 +488,12 @@ from backupctl.names import VmName
 from backupctl.cancel import Cancellation
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
 stop = Cancellation()
 with stop.on_signals():
-    restore(folder, folder.point("latest"), to="-", disk=None, image_format=None, force=False,
-            reporter=Silent(), stop=stop)
+    restore(RestoreRequest(folder=folder, point=folder.point("latest").id, to="-"), Silent(), stop)
 """
 
 
@@ -543,7 +528,7 @@ def test_a_reader_that_goes_away_is_an_error(builder: Builder):
     said = child.stderr.read()
     child.stderr.close()
     assert child.wait(30) == 1
-    assert b"its reader went away" in said
+    assert b"the reader closed it" in said
 
 
 def test_a_reader_that_sleeps_does_not_make_a_restore_deaf_to_sigterm(builder: Builder):
@@ -569,7 +554,7 @@ def test_a_block_device_gets_exactly_the_disk(two_points, loop_device):
     device = loop_device(1 << 20, filled=b"\xff")
     with pytest.raises(TargetExists, match="block device"):
         run(builder.folder.point(P2), device)
-    run(builder.folder.point(P2), device, force=True)
+    run(builder.folder.point(P2), device, overwrite=True)
     found = Path(device).read_bytes()
     assert found[: len(content)] == content
     assert set(found[len(content) :]) == {0xFF}
@@ -581,7 +566,7 @@ def test_a_block_device_in_use_is_refused_even_by_force(two_points, loop_device)
     held = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         with pytest.raises(UsageError, match="in use"):
-            run(builder.folder.point(P2), device, force=True)
+            run(builder.folder.point(P2), device, overwrite=True)
     finally:
         os.close(held)
 
@@ -590,7 +575,7 @@ def test_a_block_device_that_is_too_small_is_refused_untouched(two_points, loop_
     builder, content = two_points
     device = loop_device(len(content) - 512)
     with pytest.raises(UsageError, match="bytes"):
-        run(builder.folder.point(P2), device, force=True)
+        run(builder.folder.point(P2), device, overwrite=True)
     assert not any(Path(device).read_bytes())
 
 

@@ -272,7 +272,7 @@ def test_what_is_not_there_is_named(two_points):
     builder, _ = two_points
     assert "no disk 'vdx'" in refused(builder, P2, "--disk", "vdx")
     assert "no recovery point" in refused(builder, "20250101T000000Z")
-    assert "one of them" in refused(builder, P2, "--socket", "s", "--tcp", "0")
+    assert "mutually exclusive" in refused(builder, P2, "--socket", "s", "--tcp", "0")
     assert "--socket: no home folder is known" in refused(builder, P2, "--socket", "~no-such-user/s")
 
 

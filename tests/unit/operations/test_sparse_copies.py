@@ -21,6 +21,7 @@ from backupctl.operations.diff import diff
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.restore import in_place
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
@@ -98,16 +99,10 @@ def proven(builder: Builder, depth: VerifyScope | None = None) -> VerifyReport:
 
 def content(builder: Builder, point: PointId, into: Path) -> bytes:
     """Restore a point; it is proven by its digests."""
-    restore(
-        builder.folder,
-        builder.folder.point(point),
-        to=str(into),
-        disk=None,
-        image_format="raw",
-        force=True,
-        reporter=Silent(),
-        stop=Cancellation(),
+    request = RestoreRequest(
+        folder=builder.folder, point=point, to=str(into), image_format="raw", overwrite=True
     )
+    restore(request, Silent(), Cancellation())
     return into.read_bytes()
 
 
@@ -131,15 +126,8 @@ def test_a_copy_with_holes_is_restored_compared_and_brought_back(original, copie
     with target.open("r+b") as file:
         file.seek(7 * CLUSTER_BYTES)
         file.write(b"other")
-    (report,) = in_place.restore(
-        copied.folder,
-        copied.folder.point(P3),
-        to=str(target),
-        disk=None,
-        image_format="raw",
-        reporter=Silent(),
-        stop=Cancellation(),
-    ).images
+    request = RestoreRequest(folder=copied.folder, point=P3, to=str(target), image_format="raw")
+    (report,) = in_place.restore(request, Silent(), Cancellation()).images
     assert (report.written_bytes, target.read_bytes()) == (CLUSTER_BYTES, held[P3])
 
 

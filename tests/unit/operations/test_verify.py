@@ -210,7 +210,7 @@ def test_a_cluster_that_was_written_behind_our_back_is_found(stock):
     image = stock.image(P3)
     _qemu_io(image, f"discard {6 * CLUSTER} {CLUSTER}", f"write -q -P 5 {7 * CLUSTER} {CLUSTER}")
     found = {damage.message.split(": ", 1)[1]: damage.ranges for damage in stock.verify(data=False).damage}
-    assert found["1 cluster stored, but not by us"] == ((7 * CLUSTER, CLUSTER),)
+    assert found["1 cluster stored, but not in the digest map"] == ((7 * CLUSTER, CLUSTER),)
 
 
 def _qemu_io(image: Path, *commands: str) -> None:
@@ -374,14 +374,14 @@ def test_an_unfinished_merge_is_damage_only_where_nothing_masks_it(stock):
     _qemu_io(image, f"write -q -P 9 {4 * CLUSTER} {2 * CLUSTER}", f"write -q -P 9 {30 * CLUSTER} {CLUSTER}")
     report = stock.verify()
     assert report.damage == ()
-    assert "a prune has not ended yet" in report.notes[0]
+    assert "an unfinished prune" in report.notes[0]
     _qemu_io(image, f"write -q -P 9 {3 * CLUSTER} {CLUSTER}")
     (damage,) = stock.verify().damage
     assert [one.ranges for one in damage.touches] == [((3 * CLUSTER, CLUSTER),)] * 2
 
 
 def test_a_prune_at_work_is_not_waited_for_for_ever(stock, monkeypatch):
-    monkeypatch.setattr("backupctl.operations.verify.run._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("backupctl.operations.verify.run._LOCK_SECONDS", 0.05)
     with locks.folder(stock.image(P2).parent, 0):
         report = stock.verify(data=False)
     assert report.damage == ()

@@ -17,6 +17,7 @@ import pytest
 from backupctl.cancel import Cancellation
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.names import PointId, VmName
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
@@ -186,16 +187,9 @@ def failure(path: Path, point: PointId, disk: str, target: Path) -> BackupctlErr
     """Restore a disk; returns the error, if it was refused."""
     try:
         folder = Repository.open(path).vm(VM)
-        restore(
-            folder,
-            folder.point(point),
-            to=str(target),
-            disk=disk,
-            image_format="raw",
-            force=False,
-            reporter=Silent(),
-            stop=Cancellation(),
-        )
+        held = folder.point(point).id
+        request = RestoreRequest(folder=folder, point=held, to=str(target), disk=disk, image_format="raw")
+        restore(request, Silent(), Cancellation())
     except BackupctlError as err:
         return err
     return None

@@ -21,6 +21,7 @@ from backupctl.digests.digest_map import DigestMap, Named
 from backupctl.errors import DamageFound, Interrupted, NeedsRecovery, RepositoryUnreadable
 from backupctl.names import DiskName
 from backupctl.operations.recover import recover
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
@@ -57,17 +58,11 @@ def verified(builder: Builder, **depth: object) -> VerifyReport:
     return verify(builder.repository, None, None, VerifyScope(**depth), Silent(), Cancellation())  # type: ignore[arg-type]
 
 
-def restored(builder: Builder, to: Path, *, force: bool = False) -> None:
-    restore(
-        builder.folder,
-        builder.folder.point(P2),
-        to=str(to),
-        disk=None,
-        image_format="raw",
-        force=force,
-        reporter=Silent(),
-        stop=Cancellation(),
+def restored(builder: Builder, to: Path, *, allow_damage: bool = False) -> None:
+    request = RestoreRequest(
+        folder=builder.folder, point=P2, to=str(to), image_format="raw", allow_damage=allow_damage
     )
+    restore(request, Silent(), Cancellation())
 
 
 @pytest.mark.parametrize("name", ["vda.digests", "vda.qcow2", "manifest.json"])
@@ -174,7 +169,7 @@ def test_a_restore_is_refused_by_an_unreadable_map_and_let_through_by_force(two_
     with pytest.raises(RepositoryUnreadable, match="Input/output"):
         restored(builder, tmp_path / "out.raw")
     assert list(tmp_path.glob("*.raw")) == []
-    restored(builder, tmp_path / "out.raw", force=True)
+    restored(builder, tmp_path / "out.raw", allow_damage=True)
     assert (tmp_path / "out.raw").read_bytes() == content
 
 

@@ -6,15 +6,18 @@ import socket
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Self
 
 import pytest
 
 from backupctl.errors import Interrupted, ReadFailed, WriteFailed
 from backupctl.transfer import copy as copies
-from backupctl.transfer.copy import Copied, Copy, open_target
+from backupctl.transfer.copy import Copied, Copy
 from backupctl.transfer.extents import DIRTY, ZERO, Extent
 from backupctl.transfer.nbd_client import Connection
+from backupctl.transfer.polling import Wakeup
 from backupctl.transfer.rate_limit import TokenBucket
+from backupctl.transfer.sink import open_nbd_sink
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
 from tests.unit.transfer.conftest import noise, qcow2_node, qemu_io, raw_node, tool
@@ -48,8 +51,15 @@ def run(
     progress=lambda _done: None,
     stall_seconds=20.0,
 ) -> Copied:
-    with open_target(target.address, target.name) as connections:
-        return Copy(source, connections, TokenBucket(limit), check, progress, stall_seconds).run(wanted)
+    with open_nbd_sink(target.address, target.name) as sink:
+        return Copy(
+            source,
+            sink,
+            check=check,
+            progress=progress,
+            limiter=TokenBucket(limit),
+            stall_seconds=stall_seconds,
+        ).run(wanted)
 
 
 def data(source: Source) -> list[Extent]:
@@ -299,18 +309,16 @@ def test_memory_is_bounded_by_the_requests_in_flight(serve, tmp_path, monkeypatc
     path = target_image(tmp_path, 32 * MIB)
     export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
     most = 0
-    real_poll = copies.poll_once
 
-    with closing(source_of(export)) as source, open_target(target.address, target.name) as connections:
-        copy = Copy(source, connections, TokenBucket(None), lambda: None, lambda _done: None)
-
-        def turn(*arguments):
+    class Watched(copies._RunningCopy):
+        def _advance(self) -> bool:
             nonlocal most
-            most = max(most, sum(piece.extent.length for piece in copy._flying))
-            real_poll(*arguments)
+            most = max(most, sum(chunk.extent.length for chunk in self._in_flight))
+            return super()._advance()
 
-        monkeypatch.setattr(copies, "poll_once", turn)
-        copy.run([Extent(0, 32 * MIB, zero=False)])
+    monkeypatch.setattr(copies, "_RunningCopy", Watched)
+    with closing(source_of(export)) as source:
+        run(source, target, [Extent(0, 32 * MIB, zero=False)])
     assert MIB < most <= copies.DEPTH * MIB
 
 
@@ -338,7 +346,7 @@ def test_an_export_that_is_not_there_is_a_read_error(serve, tmp_path):
 def test_a_server_without_the_bitmap_is_a_read_error(serve, tmp_path):
     (tmp_path / "disk").write_bytes(bytes(512))
     export = serve(raw_node(tmp_path / "disk"))
-    with pytest.raises(ReadFailed, match="does not show qemu:dirty-bitmap:b0"):
+    with pytest.raises(ReadFailed, match=r"does not offer .*qemu:dirty-bitmap:b0"):
         Source.connect([export.address], export.name, "b0")
 
 
@@ -413,7 +421,109 @@ def test_what_was_written_is_flushed_if_all_went_well_and_a_failed_flush_is_told
         raise connection.failure("No space left on device")
 
     monkeypatch.setattr(Connection, "flush", broken)
-    with pytest.raises(WriteFailed, match="No space"), open_target(target.address, target.name):
+    with pytest.raises(WriteFailed, match="No space"), open_nbd_sink(target.address, target.name):
         pass
-    with pytest.raises(KeyError), open_target(target.address, target.name):
+    with pytest.raises(KeyError), open_nbd_sink(target.address, target.name):
         raise KeyError
+
+
+class Memory:
+    """A sink that is no NBD server: a write ends only when it is polled, and five end before the first."""
+
+    def __init__(self, size: int) -> None:
+        self.content = bytearray(b"\xff" * size)
+        self.waiting: list[tuple[Extent, memoryview | None]] = []
+        self.ended: list[Extent] = []
+        self._wakeup = Wakeup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._wakeup.__exit__(*raised)
+
+    @property
+    def pollables(self):
+        return (self,)
+
+    def events(self) -> int:
+        return self._wakeup.events()
+
+    def fileno(self) -> int:
+        return self._wakeup.fileno()
+
+    def on_events(self, events: int) -> None:
+        self._wakeup.on_events(events)
+        if len(self.waiting) == 1 and len(self.ended) < 5:
+            return
+        extent, content = self.waiting.pop()
+        self.content[extent.offset : extent.end] = bytes(extent.length) if content is None else content
+        self.ended.append(extent)
+        if self.waiting:
+            self._wakeup.set()
+
+    def write(self, extent: Extent, content: memoryview):
+        return self._start(extent, content)
+
+    def zero(self, extent: Extent):
+        return self._start(extent, None)
+
+    def _start(self, extent: Extent, content: memoryview | None):
+        self.waiting.append((extent, content))
+        self._wakeup.set()
+        return lambda: extent in self.ended
+
+    def flush(self, seconds: float) -> None:
+        raise AssertionError("whoever opened the sink flushes it")
+
+
+def test_any_sink_can_be_written_to_in_any_order(serve, tmp_path):
+    """The seam holds: a copy asks nothing of NBD, and reuses no buffer of a write that has not ended."""
+    content = noise(24 * MIB)
+    (tmp_path / "disk").write_bytes(content)
+    export = serve(raw_node(tmp_path / "disk"))
+    wanted = [Extent(0, 20 * MIB, zero=False), Extent(20 * MIB, MIB, zero=True), Extent(22 * MIB, MIB, False)]
+    with Memory(len(content)) as sink, closing(source_of(export, connections=2)) as source:
+        copied = Copy(source, sink, check=lambda: None).run(wanted)
+    expected = bytearray(b"\xff" * len(content))
+    expected[: 20 * MIB] = content[: 20 * MIB]
+    expected[20 * MIB : 21 * MIB] = bytes(MIB)
+    expected[22 * MIB : 23 * MIB] = content[22 * MIB : 23 * MIB]
+    assert sink.content == expected
+    assert copied == Copied(21 * MIB, MIB)
+    assert sink.ended.index(Extent(0, MIB, zero=False)) >= 5
+
+
+def test_a_write_that_any_sink_fails_ends_the_copy(serve, tmp_path):
+    (tmp_path / "disk").write_bytes(noise(8 * MIB))
+    export = serve(raw_node(tmp_path / "disk"))
+
+    class Full(Memory):
+        def _start(self, extent: Extent, content: memoryview | None):
+            def has_ended() -> bool:
+                raise WriteFailed("no space left on device")
+
+            return has_ended
+
+    with (
+        Full(8 * MIB) as sink,
+        closing(source_of(export)) as source,
+        pytest.raises(WriteFailed, match="space"),
+    ):
+        Copy(source, sink, check=lambda: None).run([Extent(0, 8 * MIB, zero=False)])
+
+
+def test_a_sink_that_stalls_is_a_write_error(serve, tmp_path):
+    (tmp_path / "disk").write_bytes(noise(2 * MIB))
+    export = serve(raw_node(tmp_path / "disk"))
+
+    class Stalled(Memory):
+        def on_events(self, events: int) -> None:
+            self._wakeup.on_events(events)
+
+    with (
+        Stalled(2 * MIB) as sink,
+        closing(source_of(export)) as source,
+        pytest.raises(WriteFailed, match=r"no byte moved for 0\.5 s"),
+    ):
+        Copy(source, sink, check=lambda: None, stall_seconds=0.5).run([Extent(0, 2 * MIB, zero=False)])

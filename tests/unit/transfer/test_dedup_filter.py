@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.digests.hashing import of_piece
 from backupctl.transfer.cluster_map import ClusterMap
-from backupctl.transfer.copy import Copied, Copy, open_target
+from backupctl.transfer.copy import Copied, Copy
 from backupctl.transfer.dedup_filter import DedupFilter
 from backupctl.transfer.extents import Extent
-from backupctl.transfer.rate_limit import TokenBucket
+from backupctl.transfer.sink import open_nbd_sink
 from backupctl.transfer.source import Source
 from tests.unit.transfer.conftest import qcow2_node, raw_node, tool
 
@@ -84,12 +84,12 @@ def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
     source_export = serve(raw_node(tmp_path / "disk.raw"))
     target = serve({**qcow2_node(layer), "backing": raw_node(parent)}, writable=True)
     recorder = DedupFilter(EffectiveContent([(of_piece(0, memoryview(before)), len(before))], len(now)))
-    wanted, bucket = [Extent(0, len(now), zero=False)], TokenBucket(None)
+    wanted = [Extent(0, len(now), zero=False)]
     with (
         closing(Source.connect([source_export.address] * 2, source_export.name)) as source,
-        open_target(target.address, target.name) as sinks,
+        open_nbd_sink(target.address, target.name) as sink,
     ):
-        copied = Copy(source, sinks, bucket, lambda: None, lambda _done: None, sieve=recorder).run(wanted)
+        copied = Copy(source, sink, check=lambda: None, filter_chunk=recorder).run(wanted)
     target.process.terminate()
     assert target.process.wait(20) == 0
     assert copied == Copied(len(now), 0)

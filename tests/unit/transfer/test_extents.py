@@ -125,7 +125,7 @@ def test_however_a_server_cuts_its_replies_each_unit_comes_once_with_its_flags(d
 
 
 def test_pieces_are_cut_at_multiples_and_the_last_one_is_kept():
-    assert list(extents.pieces(Extent(3, 20, zero=False), 8)) == [
+    assert list(extents.split(Extent(3, 20, zero=False), 8)) == [
         Extent(3, 5, zero=False),
         Extent(8, 8, zero=False),
         Extent(16, 7, zero=False),
@@ -137,7 +137,8 @@ def test_crumbs_without_end_are_an_error_and_a_few_are_not():
         return {"c": [1, 0]}
 
     assert (
-        sum(status.length for status in extents.query_extents(crumb, extents.MOST_CRUMBS, ("c",))) == 10_000
+        sum(status.length for status in extents.query_extents(crumb, extents.MAX_SHORT_REPLIES, ("c",)))
+        == 10_000
     )
-    with pytest.raises(extents.BadReply, match="crumbs"):
+    with pytest.raises(extents.BadReply, match="too many short replies"):
         list(extents.query_extents(crumb, 1 << 40, ("c",)))

@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from backupctl.errors import WriteFailed
-from backupctl.transfer.copy import open_target
 from backupctl.transfer.nbd_client import _memory_bytes
+from backupctl.transfer.sink import open_nbd_sink
 from tests.unit.transfer.conftest import raw_node
 
 MIB = 1 << 20
@@ -30,7 +30,7 @@ def test_a_flush_is_waited_for_as_long_as_a_slow_disk_may_take(serve, tmp_path):
         woken = threading.Timer(1.0, export.process.send_signal, [signal.SIGCONT])
 
         def flushed(seconds: float = seconds, woken: threading.Timer = woken) -> None:
-            with open_target(export.address, export.name, 1, flush_seconds=seconds):
+            with open_nbd_sink(export.address, export.name, 1, flush_seconds=seconds):
                 export.freeze()
                 woken.start()
 
