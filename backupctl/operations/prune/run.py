@@ -21,13 +21,15 @@ from functools import partial
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
+from backupctl.events import StepStarted
+from backupctl.events.prune import LeftForNextPrune, PointDropped
 from backupctl.names import DiskName, PointId
 from backupctl.operations.prune import copy_layer, retention
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain, history, markers, merge
 from backupctl.repository.chain import Layer
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
 from backupctl.repository.pending_point import PendingPoint
@@ -137,7 +139,7 @@ def protect(folder: VmFolder, wanted: str) -> PointId:
 def unprotect(folder: VmFolder, wanted: str) -> PointId:
     """Remove a point's protection. Raises NoSuchPoint, RepositoryError."""
     point = folder.point(wanted)
-    markers.take_away(point.path, markers.PROTECTED)
+    markers.remove(point.path, markers.PROTECTED)
     return point.id
 
 
@@ -189,14 +191,14 @@ class _Steps:
                 if markers.has(path, markers.PROTECTED):
                     return
                 markers.put(path, markers.RETIRED)
-                history.record(self.folder.path, Deed("dropped", point))
+                history.record(self.folder.path, PointEvent("dropped", point))
         except Locked:
             self._leave(
                 f"{point} is in use, by itself or as the base of a point that is: it is not dropped now"
             )
             return
         self.outcome.dropped.append(point)
-        self.reporter.note(f"dropped {point}")
+        self.reporter.event(PointDropped(point))
 
     def remove_leftovers(self) -> None:
         """Remove folders that a prune was removing when it crashed; those of backups are for `recover`."""
@@ -257,7 +259,7 @@ class _Steps:
 
     def _merge(self, lower: Point, upper: Point, disk: DiskName) -> None:
         """Do steps 1 to 3 of a merge; `_next` then finds step 4, the exchange of the images."""
-        self.reporter.step(f"merge {disk} of {upper.id} into {lower.id}")
+        self.reporter.event(StepStarted(f"merge {disk} of {upper.id} into {lower.id}"))
         try:
             one = Merge.of(upper, chain.layers(self.folder, upper, disk))
             with ExitStack() as held:
@@ -311,7 +313,7 @@ class _Steps:
 
     def _leave(self, why: str) -> None:
         self.outcome.left.append(why)
-        self.reporter.warn(why)
+        self.reporter.event(LeftForNextPrune(why))
 
 
 def _refuse_unknown(folder: VmFolder) -> None:
@@ -325,7 +327,7 @@ def _refuse_unknown(folder: VmFolder) -> None:
 
 def _all(folder: VmFolder) -> list[Point]:
     """Return all points, retired or not, oldest first. Raises DamageFound if one cannot be read."""
-    survey, retired = folder.survey(), folder.retired()
+    survey, retired = folder.scan_points(), folder.retired()
     for path, err in (*survey.damaged, *retired.damaged):
         raise DamageFound(
             f"{err.message}; nothing is pruned while it is not known what {path.name} is based on",
