@@ -11,8 +11,8 @@ from tests.conftest import get_build
 pytestmark = pytest.mark.simulator_too
 
 
-def test_full_and_five_incrementals_under_writes_equal_their_moments(build, make_lab):
-    lab = make_lab(build)
+def test_full_and_five_incrementals_under_writes_equal_their_moments(each_build, make_lab):
+    lab = make_lab(each_build)
     lab.writer.write(60)
     lab.writer.start()
     moments = {}
