@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command line, interrupted at its nth step: `Cli.call(…, entry=ENTRY, KILL_AT="5")`.
 
-A step is a monitor command, a request to the guard (it speaks to the agent), an agent command of the run
-itself, or a durable step of the repository. KILL_AT: which one (from 0), or each monitor command of that
-name; KILL_WHEN: before or after it.
-STEPS: a file to which the name of each step is written. The interruption is SIGKILL of the run, or ACTION:
+A step is a monitor command, a request to the guard (which speaks to the agent), an agent command of the run
+itself, or a durable step of the repository. KILL_AT: its number, from 0, or the name of a monitor command,
+for each call of it. KILL_WHEN: before or after it. STEPS: a file to which the name of each step is written.
+The interruption is SIGKILL of the run, or ACTION:
 
 - term: SIGTERM of the run;
 - eio, enospc: a durable step fails, once, or this one and all that follow;

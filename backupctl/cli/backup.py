@@ -1,26 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl full` and `backupctl incremental`."""
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import get_args
 
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, config, output, reporters, units
-from backupctl.errors import DamageFound, UsageError
+from backupctl.cli import common, completion, output, param_types, reporters, settings, units
+from backupctl.cli.common import Declared, Target
+from backupctl.errors import DamageFound
 from backupctl.events.backup import RepositoryCreated
+from backupctl.names import PointId
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.options import (
     ChainOptions,
+    FreezeMode,
     FreezeOptions,
     Kind,
+    OnBrokenChain,
     RunOptions,
     ScratchOptions,
+    ViewKind,
     VmConfig,
 )
 from backupctl.outcome import documents
@@ -29,104 +34,193 @@ from backupctl.repository.repository import Repository
 from backupctl.sizes import MAX_CHAIN
 
 
-def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        common.quiet,
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-        click.option("--limit", metavar="RATE", help="Read no faster than this, e.g. 50M (bytes a second)."),
-        click.option(
-            "--view",
-            type=click.Choice(["fleecing", "snapshot-access", "auto"]),
-            help="How the moment is held; snapshot-access (QEMU 10.0+) spares the guest a full scratch.",
-        ),
-        click.option(
-            "--scratch-size",
-            metavar="SIZE",
-            help="Set aside so much in the scratch folder, or refuse. Without it: what the disks hold, "
-            "but half of what is free at most.",
-        ),
-        click.option("--freeze-budget", type=float, metavar="SECONDS", help="The longest freeze (10)."),
-        click.option(
-            "--freeze",
-            type=click.Choice(["auto", "require", "never"]),
-            help="Freeze the guest's file systems for the moment (auto).",
-        ),
-        click.option(
-            "--keep-checkpoints",
-            type=click.IntRange(0, 1000),
-            metavar="N",
-            help="Keep the bitmaps of N older points in the VM, for --since without reading all (0).",
-        ),
-        click.option("--disk", "disks", multiple=True, metavar="D", help="Only this disk; may be repeated."),
-        common.named(),
-    ):
-        command = option(command)
-    return command
+@dataclass(frozen=True)
+class RunArguments:
+    """What command line and configuration ask of a run. Sizes are in bytes, `limit` in bytes a second."""
+
+    freeze: FreezeMode
+    freeze_budget: float
+    view: ViewKind
+    limit: int | None
+    scratch_size: int | None
+    keep_checkpoints: int
+    disks: tuple[str, ...] = ()
+    on_broken_chain: OnBrokenChain = common.DEFAULTS.chain.on_broken
+    max_chain: int = common.DEFAULTS.chain.max_layers
+    since: PointId | None = None
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 3, 4, 75))
-@_options
-@click.pass_context
-def full(context: click.Context, /, **options: Any) -> None:
+_FOR_EVERY_RUN = (
+    click.option(
+        "--disk", "disks", multiple=True, default=(), metavar="D", help="Only this disk; may be repeated."
+    ),
+    click.option(
+        "--keep-checkpoints",
+        type=click.IntRange(0, settings.MAX_COUNT),
+        metavar="N",
+        default=common.DEFAULTS.chain.checkpoints,
+        show_default=True,
+        help="Keep the bitmaps of N older points in the VM, so that --since need not read whole disks.",
+    ),
+    click.option(
+        "--freeze",
+        type=click.Choice(get_args(FreezeMode)),
+        default=common.DEFAULTS.freeze.mode,
+        show_default=True,
+        help="Freeze the guest's file systems for the point in time.",
+    ),
+    click.option(
+        "--freeze-budget",
+        type=param_types.SECONDS,
+        metavar="SECONDS",
+        default=common.DEFAULTS.freeze.budget_seconds,
+        show_default=True,
+        help="The longest that the guest may stay frozen.",
+    ),
+    click.option(
+        "--scratch-size",
+        type=param_types.SIZE,
+        metavar="SIZE",
+        default=None,
+        help="Reserve SIZE in the scratch directory, or refuse to start. Default: what the disks hold, but "
+        "at most half of the free space.",
+    ),
+    click.option(
+        "--view",
+        type=click.Choice(get_args(ViewKind)),
+        default=common.DEFAULTS.view,
+        show_default=True,
+        help="How the point-in-time view is provided; with snapshot-access (QEMU 10.0+) a full scratch "
+        "directory does not affect the guest.",
+    ),
+    click.option(
+        "--limit",
+        type=param_types.SIZE,
+        metavar="RATE",
+        default=None,
+        help="Read at most RATE bytes a second, e.g. 50M.",
+    ),
+)
+_FOR_INCREMENTALS = (
+    click.option(
+        "--max-chain",
+        type=click.IntRange(1, MAX_CHAIN),
+        metavar="N",
+        default=common.DEFAULTS.chain.max_layers,
+        show_default=True,
+        help=f"Take a disk full once its chain has N layers (QEMU's tools open at most {MAX_CHAIN}).",
+    ),
+    click.option(
+        "--on-broken-chain",
+        type=click.Choice(get_args(OnBrokenChain)),
+        default=common.DEFAULTS.chain.on_broken,
+        show_default=True,
+        help="What to do with a disk whose bitmap cannot be used: scan (read all of it and store what "
+        "differs), full (take it full), or fail.",
+    ),
+)
+
+
+def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
+    """Give a command the options of a run that the configuration can set, and --disk."""
+
+    def declare(command: Declared) -> Declared:
+        for option in (*_FOR_EVERY_RUN, *(_FOR_INCREMENTALS if incremental else ())):
+            command = option(command)
+        return command
+
+    return declare
+
+
+@common.command("full", 0, 1, 2, 3, 4, 75)
+@common.named()
+@run_options(incremental=False)
+@common.json_option
+@common.quiet
+@common.gathered(RunArguments)
+def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> None:
     """Take a full recovery point of a running VM: all data of all its writable disks.
 
-    Where there is no repository yet it makes one, once the VM has answered.
+    If there is no repository yet, it creates one, once the VM has answered.
     """
-    _run(context, "full", options)
+    _run(target, options_of(target, "full", asked), as_json=as_json, quiet=quiet)
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 3, 4, 75))
-@_options
+@common.command("incremental", 0, 1, 2, 3, 4, 75)
+@common.named()
 @click.option(
-    "--on-broken-chain",
-    type=click.Choice(["scan", "full", "fail"]),
-    help="What to do with a disk whose bitmap can't be used: read it whole and store what differs (scan, the "
-    "default), take it full, or fail.",
+    "--since",
+    type=param_types.POINT,
+    metavar="POINT",
+    default=None,
+    shell_complete=completion.points,
+    help="Store what changed since this point, instead of since the newest.",
 )
-@click.option(
-    "--max-chain",
-    type=click.IntRange(min=1, max=MAX_CHAIN),
-    metavar="N",
-    help=f"Take a disk full whose newest chain has N layers already "
-    f"({common.DEFAULTS.chain.max_layers}; at most {MAX_CHAIN}, more than which QEMU's tools don't follow).",
-)
-@click.option("--since", metavar="POINT", help="Store what changed since this point, not the newest.")
-@click.pass_context
-def incremental(context: click.Context, /, **options: Any) -> None:
+@run_options(incremental=True)
+@common.json_option
+@common.quiet
+@common.gathered(RunArguments)
+def incremental(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> None:
     """Take an incremental recovery point: what changed since the newest one, or since --since (differential).
 
-    With no point to build on it takes a full; without a repository it is refused.
+    With no point to build on it takes a full one; without a repository it fails.
     """
-    _run(context, "incremental", options)
+    _run(target, options_of(target, "incremental", asked), as_json=as_json, quiet=quiet)
 
 
-def _run(context: click.Context, kind: Kind, options: dict[str, Any]) -> None:
-    names = common.from_context(context, options)
-    vm, wanted = names.vm(), wishes(names, kind, options)
+def _run(target: Target, options: RunOptions, *, as_json: bool, quiet: bool) -> None:
+    vm = target.vm()
     stop = Cancellation()
     with stop.on_signals():
-        with reporters.reporter(quiet=options["quiet"]) as reporter:
-            repository = _repository(names, vm, wanted, reporter, stop)
-            report = backup.run(RunContext(vm, repository, wanted, reporter, stop))
+        with reporters.reporter(quiet=quiet) as reporter:
+            repository = _repository(target, vm, options, reporter, stop)
+            report = backup.run(RunContext(vm, repository, options, reporter, stop))
         output.done(f"the recovery point {report.point} of {report.vm} is committed")
-        if options["as_json"]:
+        if as_json:
             output.print_json(documents.run(report, reporter.events))
-        elif not options["quiet"]:
+        elif not quiet:
             _print(report)
         _tell_damage(report)
 
 
-def _repository(
-    names: common.Target, vm: VmConfig, wanted: RunOptions, reporter: Reporter, stop: Cancellation
-) -> Repository:
-    """Open the repository. A full makes one that is missing, once its VM was found fit for a backup.
+def configured(context: click.Context) -> RunArguments:
+    """Return what `incremental` does if nothing is typed. context: of a command that has a NAME."""
+    names = {field.name for field in fields(RunArguments)}
+    return RunArguments(
+        **{
+            option.name: option.type_cast_value(context, option.get_default(context))
+            for option in incremental.params
+            if option.name in names
+        }
+    )
 
-    An incremental makes none: a file system that is not mounted looks just like a repository that is missing.
+
+def options_of(target: Target, kind: Kind, asked: RunArguments) -> RunOptions:
+    """Return what a run is asked to do, as the core takes it."""
+    return RunOptions(
+        kind=kind,
+        disks=asked.disks,
+        since=asked.since,
+        limit_bytes_per_second=asked.limit,
+        view=asked.view,
+        freeze=FreezeOptions(asked.freeze, asked.freeze_budget),
+        scratch=ScratchOptions(target.scratch, asked.scratch_size),
+        chain=ChainOptions(asked.on_broken_chain, asked.max_chain, asked.keep_checkpoints),
+        timeouts=target.timeouts,
+    )
+
+
+def _repository(
+    target: Target, vm: VmConfig, options: RunOptions, reporter: Reporter, stop: Cancellation
+) -> Repository:
+    """Open the repository. A full creates a missing one, once it is known that its VM can be backed up.
+
+    An incremental never does: if a file system is not mounted, that looks just like a missing repository.
     """
-    if wanted.kind != "full" or names.has_repository():
-        return names.repository()
-    prepare.rehearse(vm, wanted, stop)
-    made = names.new_repository()
+    if options.kind != "full" or target.has_repository():
+        return target.repository()
+    prepare.rehearse(vm, options, stop)
+    made = target.new_repository()
     reporter.event(RepositoryCreated(made.path))
     return made
 
@@ -137,44 +231,10 @@ def _tell_damage(report: RunReport) -> None:
         return
     said = ", ".join(f"{disk or 'all'} of {point}" for point, disk in report.damaged)
     raise DamageFound(
-        f"the new point {report.point} of {report.vm} is committed and whole, but these older points "
-        f"can't be restored any more: {said}",
-        state="the backup itself was not hindered: what comes next builds on the new point",
+        f"the new point {report.point} of {report.vm} is committed and complete, but these older points "
+        f"cannot be restored any more: {said}",
+        state="the backup itself is not affected: later points build on the new one",
         next_command=f"backupctl verify {report.vm}",
-    )
-
-
-def wishes(names: common.Target, kind: Kind, given: Mapping[str, Any]) -> RunOptions:
-    """Return what a run is asked to do: as given, else as configured, else by default. Raises UsageError."""
-    asked = {name: value for name, value in given.items() if value is not None}
-
-    def setting(name: str, default: Any) -> Any:
-        found = asked.get(name, names.config.setting(names.name, name))
-        return default if found is None else found
-
-    default = common.DEFAULTS
-    limit, scratch_size = setting("limit", None), setting("scratch_size", None)
-    budget = float(setting("freeze_budget", default.freeze.budget_seconds))
-    if not 0 < budget <= config.MAX_FREEZE_SECONDS:  # nor is "nan"
-        raise UsageError(
-            f"a freeze budget of {budget:g} s can't be had: above 0, {config.MAX_FREEZE_SECONDS} at the most"
-        )
-    return RunOptions(
-        kind=kind,
-        disks=tuple(given.get("disks", ())),
-        freeze=FreezeOptions(setting("freeze", default.freeze.mode), budget),
-        scratch=ScratchOptions(
-            Path(names.scratch()), units.parse_size(scratch_size) if scratch_size else None
-        ),
-        limit_bytes_per_second=units.parse_size(limit) if limit else None,
-        view=setting("view", default.view),
-        chain=ChainOptions(
-            on_broken=setting("on_broken_chain", default.chain.on_broken),
-            max_layers=int(setting("max_chain", 0)) or default.chain.max_layers,
-            checkpoints=int(setting("keep_checkpoints", default.chain.checkpoints)),
-        ),
-        timeouts=names.timeouts(),
-        since=given.get("since"),
     )
 
 

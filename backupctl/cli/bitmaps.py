@@ -3,52 +3,46 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import click
 
 from backupctl.cli import common, output, units
+from backupctl.cli.common import Target
 from backupctl.errors import Failed, UsageError
 from backupctl.operations import bitmaps as core
 from backupctl.operations.bitmaps import Removal, StoredBitmap
 from backupctl.progress import counted
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 75))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.command("bitmaps", 0, 1, 2, 75)
 @common.named()
 @click.option("--remove", "names", multiple=True, metavar="BITMAP", help="Remove this one; may be repeated.")
 @click.option("--remove-repository", "tag", metavar="TAG", help="Remove all bitmaps of this repository tag.")
 @click.option("--dry-run", is_flag=True, help="Only show which bitmaps would be removed.")
-@click.pass_context
-def bitmaps(context: click.Context, /, **options: Any) -> None:
-    """List the dirty bitmaps that backupctl made in a VM, or remove those that nothing needs.
+@common.json_option
+def bitmaps(target: Target, *, names: tuple[str, ...], tag: str | None, dry_run: bool, as_json: bool) -> None:
+    """List the dirty bitmaps that backupctl created in a VM, or remove those that are not needed.
 
-    A bitmap that the next incremental is based on is never removed, nor one that backupctl did not make.
+    It never removes a bitmap that the next incremental is based on, nor one that backupctl did not create.
     """
-    names = common.from_context(context, options)
-    vm = names.vm()
-    repository = names.repository() if names.has_repository() else None
-    wanted, tag = tuple(options["names"]), options["tag"]
-    if options["dry_run"] and not (wanted or tag):
+    vm = target.vm()
+    repository = target.repository() if target.has_repository() else None
+    if dry_run and not (names or tag):
         raise UsageError("--dry-run needs --remove or --remove-repository")
-    if not (wanted or tag):
-        _show(
-            vm.name,
-            core.look(vm, repository, names.other_repositories, names.timeouts()),
-            as_json=options["as_json"],
-        )
+    if not (names or tag):
+        _show(vm.name, core.look(vm, repository, target.other_repositories, target.timeouts), as_json=as_json)
         return
-    known = names.other_repositories
-    done = core.remove(vm, repository, known, wanted, tag, names.timeouts(), dry_run=options["dry_run"])
-    if not options["dry_run"]:
+    done = core.remove(
+        vm, repository, target.other_repositories, names, tag, target.timeouts, dry_run=dry_run
+    )
+    if not dry_run:
         output.done(f"removed {counted(len(done.removed), 'bitmap')} from {vm.name}")
-    _tell(done, as_json=options["as_json"], dry_run=options["dry_run"])
+    _tell(done, as_json=as_json, dry_run=dry_run)
     if done.left:
         raise Failed(
             f"QEMU did not remove {counted(len(done.left), 'bitmap')}: "
             + "; ".join(f"{one.name} on {one.node}: {why}" for one, why in done.left),
-            state="these bitmaps are as they were; the others were removed",
+            state="these bitmaps are unchanged; the others were removed",
             next_command=f"backupctl bitmaps {vm.name}",
         )
 
@@ -77,7 +71,7 @@ def _show(vm: str, found: Sequence[StoredBitmap], *, as_json: bool) -> None:
         output.print_json({"vm": vm, "bitmaps": [asdict(one) for one in found]})
         return
     if not found:
-        output.print_line(f"{vm} has no dirty bitmap of backupctl.")
+        output.print_line(f"{vm} has no dirty bitmaps made by backupctl.")
         return
     print_table(found)
     output.print_line("")

@@ -1,48 +1,127 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the commands share: the VM's options, exit codes in the help, and acquiring what is named."""
+"""What the commands share: NAME and the options that say where VM and repository are, and exit codes.
+
+What an option's value is, click decides: typed on the command line, or else configured for the VM (its
+`default_map`), or else the option's default.
+"""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import click
+import msgspec
+from click.core import ParameterSource
 
-from backupctl.cli import config, next_command
+from backupctl.cli import completion, configuration, next_command, param_types, settings
+from backupctl.cli.configuration import Config
+from backupctl.cli.invocation import Invocation
 from backupctl.errors import (
     BackupctlError,
     DamageFound,
     Failed,
+    InvalidName,
     Locked,
     NeedsRecovery,
     NotARepository,
     RepositoryError,
     UsageError,
 )
-from backupctl.options import RunOptions, Timeouts, VmConfig
+from backupctl.names import VmName, vm_name
+from backupctl.options import DEFAULT_TIMEOUTS, RunOptions, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
+from backupctl.repository.vm_folder import VmFolder
+from backupctl.system.address import Address
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Declared = TypeVar("Declared", bound=Callable[..., Any])
+P = ParamSpec("P")
 
 DEFAULTS = RunOptions(kind="incremental")
+CONFIG_HELP = (
+    "The configuration file; must belong to you or to root. Default: the first that exists of "
+    f"${configuration.ENVIRONMENT}, ~/.config/backupctl/{configuration.FILE_NAME}, "
+    f"{configuration.SYSTEM_FILE}."
+)
+_NOT_OPTIONS = ("disks",)
+"""Settings that are no option of that name: --disk, whose parameter is called so, chooses disks."""
+
+
+class Command(click.Command):
+    """A command whose errors name the next one with all the options that it needs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse. Options stay known as they were typed, and NAME finds --config wherever that was typed."""
+        if ctx.resilient_parsing and args and args[-1].startswith("-"):
+            args = args[:-1]  # its value is to be completed; without one, click would parse nothing
+        typed, _, _ = self.make_parser(ctx).parse_args(list(args))
+        Invocation.of(ctx).note_typed(typed)
+        with next_command.added(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command."""
+        with next_command.added(ctx):
+            return super().invoke(ctx)
+
+
+def command(name: str, *codes: int) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function, whose docstring is its help. codes: its exit codes."""
+    return click.command(name, cls=Command, epilog=exit_help(*codes))
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a command line names."""
+    """Which VM and which repository a command line means.
 
-    config: config.Config
-    name: str | None
-    qmp: str | None
-    agent: str | None
-    repository_path: str | None
-    scratch_path: str | None
+    repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
+    """
+
+    config: Config
+    name: VmName | None
+    repository_path: Path | None
+    typed_repository: bool
+    qmp: Address | None = None
+    agent: Address | None = None
+    scratch: Path = DEFAULTS.scratch.folder
+    timeouts: Timeouts = DEFAULT_TIMEOUTS
+
+    @property
+    def vm_name(self) -> VmName:
+        """Return the NAME, of a command that cannot be called without one."""
+        assert self.name is not None
+        return self.name
 
     def vm(self) -> VmConfig:
         """Return the VM. Raises UsageError."""
-        return self.config.vm(self.name or "", self.qmp, self.agent)
+        if self.qmp is None:
+            raise self._unconfigured()
+        return VmConfig(self.vm_name, self.qmp, self.agent, dict(self.config.of(self.name).disks))
+
+    def _unconfigured(self) -> UsageError:
+        place = self.config.path or configuration.SYSTEM_FILE
+        if self.vm_name in self.config.vms:
+            why = f"VM {self.vm_name!r} has no monitor: qmp is not set in [vm.{self.vm_name}] of {place}"
+        elif self.config.path is None:
+            why = f"VM {self.vm_name!r} is not configured: no configuration file found"
+        else:
+            listed = ", ".join(sorted(self.config.vms)) or "none"
+            close = settings.closest(self.vm_name, self.config.vms)
+            meant = f"; did you mean {close!r}?" if close else ""
+            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant}"
+        return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
+
+    def of(self, vm: str) -> "Target":
+        """Return the same for one VM of the configuration."""
+        configured = self.config.of(vm).repository
+        path = (
+            self.repository_path
+            if self.typed_repository or not configured
+            else param_types.absolute(configured)
+        )
+        return replace(self, name=vm_name(vm), repository_path=path)
 
     def has_repository(self) -> bool:
         """Whether there is one. Raises UsageError, RepositoryError."""
@@ -58,16 +137,26 @@ class Target:
         """Open the repository. Raises UsageError, RepositoryError."""
         return self.open(self.folder())
 
+    def vm_folder(self) -> VmFolder:
+        """Open the repository; return the VM's part of it. Raises UsageError, RepositoryError."""
+        return self.repository().vm(self.vm_name)
+
     def folder(self) -> Path:
-        """Return the repository's folder, which need not be there. Raises UsageError."""
-        return self.config.repository(self.name, self.repository_path)
+        """Return the repository's directory, which need not exist. Raises UsageError."""
+        if self.repository_path is None:
+            raise UsageError(
+                "no repository is configured for this command",
+                hint=f"use --repository DIR, or set repository in "
+                f"{self.config.path or configuration.SYSTEM_FILE}",
+            )
+        return self.repository_path
 
     def folders(self) -> tuple[Path, ...]:
-        """Return the folders that are meant: the one that is named, the VM's, or all of the configuration.
+        """Return the directories that are meant: the one typed, the VM's, or all of the configuration.
 
         Raises UsageError.
         """
-        everything = () if self.name or self.repository_path else self.config.repositories()
+        everything = () if self.name or self.typed_repository else self.config.repositories()
         return everything or (self.folder(),)
 
     def open(self, path: Path) -> Repository:
@@ -78,7 +167,7 @@ class Target:
             raise UsageError(
                 err.message,
                 state="nothing was touched",
-                hint="if there should be one: is its file system mounted? The first full makes one",
+                hint="if there should be one: is its file system mounted? The first full creates one",
                 next_command=f"backupctl full {owner}" if (owner := self._owner(path)) else "",
             ) from err
         except RepositoryError as err:
@@ -86,9 +175,8 @@ class Target:
 
     def _owner(self, path: Path) -> str:
         """Name a VM that is backed up to a repository, for a first full; "" if none is known."""
-        given = self.repository_path
-        named = (vm for vm in self.config.vms if given or self.config.setting(vm, "repository"))
-        return self.name or next((vm for vm in named if self.config.repository(vm, given) == path), "")
+        vms = (vm for vm in self.config.vms if self.of(vm).repository_path == path)
+        return self.name or next(vms, "")
 
     def new_repository(self) -> Repository:
         """Make the repository, or open the one that another run has just made. Raises RepositoryError."""
@@ -101,26 +189,14 @@ class Target:
 
     def other_repositories(self) -> list[Repository]:
         """Return the repositories that the configuration names besides this one, as far as they open."""
-        own = self.config.repository(self.name, self.repository_path)
-        settings = [self.config.defaults, *self.config.vms.values()]
-        paths = {Path(found["repository"]).expanduser() for found in settings if found.get("repository")}
         opened: dict[str, Repository] = {}
-        for path in sorted(paths - {own}):
+        for path in sorted(set(self.config.repositories()) - {self.folder()}):
             with suppress(BackupctlError, OSError):
                 found = Repository.open(path)
                 opened[found.id] = found
         with suppress(BackupctlError, OSError):
-            opened.pop(Repository.open(own).id, None)
+            opened.pop(Repository.open(self.folder()).id, None)
         return list(opened.values())
-
-    def scratch(self) -> Path:
-        """Return the folder for scratch files."""
-        found = self.scratch_path or self.config.setting(self.name, "scratch")
-        return config.absolute(found, "the scratch folder") if found else DEFAULTS.scratch.folder
-
-    def timeouts(self) -> Timeouts:
-        """Return how long to wait for the VM."""
-        return Timeouts()
 
 
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
@@ -129,69 +205,164 @@ def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
     return found.reworded("; ".join(dict.fromkeys(one.message for one in (found, *failures))))
 
 
-def config_option(command: Command) -> Command:
+def config_option(command: Declared) -> Declared:
     """Give a command `--config`; the group has it too, so that it may stand on either side of the command."""
-    places = f"$BACKUPCTL_CONFIG, ~/.config/backupctl/{config.FILE_NAME}, {config.SYSTEM_FILE}"
-    said = f"The configuration file; else, whichever is there first: {places}. It must be yours or root's."
-    return click.option("--config", metavar="FILE", help=said)(command)
+    return click.option("--config", metavar="FILE", help=CONFIG_HELP)(command)
 
 
-def named(*, needs_vm: bool = True, optional: bool = False) -> Callable[[Command], Command]:
-    """Give a command NAME and the options that say where VM and repository are.
+def json_option(command: Declared) -> Declared:
+    """Give a command `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)
+
+
+def quiet(command: Declared) -> Declared:
+    """Give a command that timers run `--quiet`."""
+    said = "Print only warnings and errors (and the document of --json)."
+    return click.option("--quiet", is_flag=True, help=said)(command)
+
+
+def point(
+    name: str = "point", *, default: str | None = None, optional: bool = False
+) -> Callable[[Declared], Declared]:
+    """Give a command a POINT."""
+    return click.argument(
+        name,
+        type=param_types.POINT,
+        default=default,
+        required=not (optional or default),
+        shell_complete=completion.points,
+    )
+
+
+def named(
+    *, needs_vm: bool = True, optional: bool = False, defaults_for_all: bool = False
+) -> Callable[[Callable[Concatenate[Target, P], Any]], Callable[..., Any]]:
+    """Give a command NAME and the options that say where VM and repository are; it is called with a Target.
 
     needs_vm: whether the VM itself is spoken to. optional: whether NAME may be left out.
+    defaults_for_all: without NAME, take what the configuration says for all VMs.
     """
 
-    def decorate(command: Command) -> Command:
-        command = config_option(command)
-        command = click.option("--repository", metavar="DIR", help="The repository's folder.")(command)
-        if needs_vm:
-            command = click.option("--scratch", metavar="DIR", help="Folder for scratch files.")(command)
-            command = click.option("--agent", metavar="unix:PATH", help="The guest agent's socket.")(command)
-            command = click.option("--qmp", metavar="unix:PATH|tcp:HOST:PORT", help="QEMU's monitor.")(
-                command
-            )
-        return click.argument("name", required=not optional)(_with_next_command(command))
+    def use_name(context: click.Context, _parameter: click.Parameter, value: str | None) -> VmName | None:
+        """Check NAME, and let the configuration say what the other options are by default."""
+        _refuse_missing_directory()
+        try:
+            name = vm_name(value) if value is not None else None
+        except InvalidName as err:
+            if needs_vm:
+                raise UsageError(err.message) from err
+            raise
+        said = Invocation.of(context).config.of(name)
+        if name or defaults_for_all:
+            context.default_map = {**(context.default_map or {}), **option_defaults(said)}
+        return name
+
+    def decorate(function: Callable[Concatenate[Target, P], Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **given: Any) -> Any:
+            context = click.get_current_context()
+            target = _target(context, given)
+            return function(target, *arguments, **given)
+
+        declared: Callable[..., Any] = config_option(call)
+        for option in reversed((*(_VM_OPTIONS if needs_vm else ()), *_REPOSITORY_OPTIONS)):
+            declared = option(declared)
+        return click.argument(
+            "name",
+            required=not optional,
+            is_eager=True,
+            callback=use_name,
+            shell_complete=completion.vms,
+        )(declared)
 
     return decorate
 
 
-def _with_next_command(command: Command) -> Command:
-    """Have the errors of a command name the next one with all the options that it needs."""
-
-    @functools.wraps(command)
-    def call(*arguments: Any, **options: Any) -> Any:
-        try:
-            return command(*arguments, **options)
-        except BackupctlError as err:
-            next_command.add_to(err, click.get_current_context())
-            raise
-
-    return cast("Command", call)
-
-
-def quiet(command: Command) -> Command:
-    """Give a command that timers run `--quiet`."""
-    said = "Say nothing but warnings and errors (and the document of --json)."
-    return click.option("--quiet", is_flag=True, help=said)(command)
-
-
-def from_context(context: click.Context, options: dict[str, Any]) -> Target:
-    """Take what `named` added out of a command's options."""
-    _refuse_no_folder()
-    given = options.pop("config", None) or context.find_root().params.get("config")
-    return Target(
-        config=config.load(given),
-        name=options.pop("name", None),
-        qmp=options.pop("qmp", None),
-        agent=options.pop("agent", None),
-        repository_path=options.pop("repository", None),
-        scratch_path=options.pop("scratch", None),
+def _timeout(name: str, what: str, default: float) -> Callable[[Declared], Declared]:
+    return click.option(
+        name,
+        type=param_types.SECONDS,
+        metavar="SECONDS",
+        default=default,
+        show_default=True,
+        help=f"The longest that {what}.",
     )
 
 
-def _refuse_no_folder() -> None:
-    """Raise UsageError if the current folder is gone: a relative path would mean nothing."""
+_REPOSITORY_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--repository", type=param_types.PATH, metavar="DIR", help="The repository's directory."),
+)
+_VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option(
+        "--qmp",
+        type=param_types.SOCKET,
+        default=None,
+        metavar="unix:PATH|tcp:HOST:PORT",
+        help="The socket of QEMU's monitor.",
+    ),
+    click.option(
+        "--agent", type=param_types.SOCKET, metavar="unix:PATH", help="The socket of the guest agent."
+    ),
+    click.option(
+        "--scratch",
+        type=param_types.PATH,
+        metavar="DIR",
+        default=DEFAULTS.scratch.folder,
+        show_default=True,
+        help="Directory for scratch files.",
+    ),
+    _timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
+    _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),
+    _timeout("--stall-timeout", "a copy may go without receiving data", DEFAULT_TIMEOUTS.stall_seconds),
+)
+
+
+def _target(context: click.Context, given: dict[str, Any]) -> Target:
+    """Take what `named` added out of a command's parameters."""
+    given.pop("config")
+    of_vm = {name: given.pop(name) for name in ("qmp", "agent", "scratch") if name in given}
+    waits = {
+        f"{name}_seconds": given.pop(f"{name}_timeout")
+        for name in ("command", "agent", "stall")
+        if f"{name}_timeout" in given
+    }
+    return Target(
+        config=Invocation.of(context).config,
+        name=given.pop("name"),
+        repository_path=given.pop("repository"),
+        typed_repository=context.get_parameter_source("repository") is ParameterSource.COMMANDLINE,
+        timeouts=Timeouts(**waits),
+        **of_vm,
+    )
+
+
+def option_defaults(said: settings.VmSettings) -> Mapping[str, Any]:
+    """Return what the configuration says as defaults of options; max_chain = 0 means the default, too."""
+    found: dict[str, Any] = msgspec.to_builtins(said)
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in _NOT_OPTIONS and (name, value) != ("max_chain", 0)
+    }
+
+
+def gathered(kind: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command a dataclass of its options that are called as the fields are, as a further argument."""
+    names = [one.name for one in fields(kind)]
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **given: Any) -> Any:
+            mine = kind(**{name: given.pop(name) for name in names if name in given})
+            return function(*arguments, mine, **given)
+
+        return call
+
+    return decorate
+
+
+def _refuse_missing_directory() -> None:
+    """Raise UsageError if the current directory is gone: a relative path would mean nothing."""
     try:
         Path.cwd()
     except OSError as err:

@@ -2,7 +2,6 @@
 """`backupctl diff`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import click
 from rich.console import Console
@@ -10,8 +9,8 @@ from rich.text import Text
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import block_map, common, output, units
+from backupctl.cli.common import Target
 from backupctl.digests.clusters import CLUSTER_BYTES
-from backupctl.names import vm_name
 from backupctl.operations import diff as core
 from backupctl.operations.diff import DiffReport, DiskDiff
 from backupctl.outcome import documents
@@ -21,30 +20,22 @@ _LABEL = 12
 _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
+@common.command("diff", 0, 1, 2, 4, 75)
 @common.named(needs_vm=False)
-@click.argument("before")
-@click.argument("after")
+@common.point("before")
+@common.point("after")
 @click.option("--disk", metavar="D", help="Only this disk.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@click.pass_context
-def diff(context: click.Context, /, **options: Any) -> None:
+@common.json_option
+def diff(target: Target, *, before: str, after: str, disk: str | None, as_json: bool) -> None:
     """Show which ranges of the disks changed from point BEFORE to point AFTER (ids, or `latest`).
 
-    The points may be of different chains. Only digests are compared: no data is read.
+    The points may belong to different chains. Only digests are compared; no data is read.
     """
-    names = common.from_context(context, options)
-    folder = names.repository().vm(vm_name(names.name or ""))
+    folder = target.vm_folder()
     stop = Cancellation()
     with stop.on_signals():
-        report = core.diff(
-            folder,
-            folder.point(options["before"]),
-            folder.point(options["after"]),
-            disk=options["disk"],
-            stop=stop,
-        )
-        if options["as_json"]:
+        report = core.diff(folder, folder.point(before), folder.point(after), disk=disk, stop=stop)
+        if as_json:
             output.print_json(documents.diff(report))
         else:
             _show(report)

@@ -2,43 +2,43 @@
 """`backupctl doctor`."""
 
 from dataclasses import replace
-from typing import Any
 
 import click
 
 from backupctl.cli import backup, common, exposure, output
+from backupctl.cli.common import Target
 from backupctl.errors import Failed
 from backupctl.operations.doctor import run as core
 from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
 
 
-@click.command(epilog=common.exit_help(0, 1, 2))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@common.named()
+@common.command("doctor", 0, 1, 2)
 @click.pass_context
-def doctor(context: click.Context, /, **options: Any) -> None:
-    """Look for what would make a backup of a VM fail, or may surprise. Changes nothing.
+@common.named()
+@common.json_option
+def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
+    """Check that a VM can be backed up. Changes nothing.
 
-    Looked at are the configuration file and who else could write it, QEMU's tools, the repository's rights
-    and room, QEMU's version and monitor, iothreads, disks, the scratch folder's room, the guest agent, and
-    what earlier runs have left. What a run will do in the repository, the scratch and the temporary folder is
-    tried there, and removed again.
+    It checks the configuration file and who else could write it, QEMU's tools, the repository's permissions
+    and free space, QEMU's version and monitor, iothreads, disks, the scratch directory's free space, the
+    guest agent, and what earlier runs have left behind. What a run will do in the repository, in the scratch
+    directory and in the temporary directory is tried there, and removed again.
     """
-    names = common.from_context(context, options)
-    vm, path = names.vm(), names.folder()
-    found = core.examine(vm, path, backup.wishes(names, "incremental", {}), names.other_repositories)
-    around = (*exposure.configuration(names.config), *exposure.repository(path, vm.name))
+    vm, path = target.vm(), target.folder()
+    options = backup.options_of(target, "incremental", backup.configured(context))
+    found = core.examine(vm, path, options, target.other_repositories)
+    around = (*exposure.configuration(target.config), *exposure.repository(path, vm.name))
     found = replace(found, findings=(*around, *found.findings))
-    if options["as_json"]:
-        output.print_json(documents.doctor(found, names.config.file))
+    if as_json:
+        output.print_json(documents.doctor(found, target.config.file))
     else:
         _tell(found)
     if found.bad:
         raise Failed(
-            f"a backup of {found.vm} would fail: {len(found.bad)} of {len(found.findings)} findings are bad",
+            f"a backup of {found.vm} would fail: {len(found.bad)} of {len(found.findings)} checks failed",
             state="nothing was touched",
-            hint="mend what is called bad, then look again",
+            hint="fix what is marked bad, then check again",
             next_command=f"backupctl doctor {found.vm}",
         )
 

@@ -22,7 +22,7 @@ _WIDE = 130  # columns; a narrower table shows the fault and the message below t
 _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@common.command("drill", 0, 1, 2, 4)
 @click.argument("names", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="List the drills instead of running them.")
 @click.option(
@@ -65,7 +65,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
         raise DamageFound(
             f"{len(failed)} of {len(outcomes)} drills failed: {', '.join(failed)}",
             state="only throw-away VMs were changed",
-            next_command=f"backupctl drill --on {place} {failed[0]}",
+            next_command=f"backupctl drill {failed[0]} --on {place}",
         )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who else could have a say in what we do, or read what we store: findings for `doctor`."""
+"""Who else could influence what backupctl does, or read what it stores: findings for `doctor`."""
 
 import os
 import shlex
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from backupctl.cli.config import Config
+from backupctl.cli.configuration import Config
 from backupctl.errors import UsageError
 from backupctl.finding import Finding
 from backupctl.names import VmName
@@ -20,7 +20,7 @@ _READ, _WRITE = stat.S_IRGRP | stat.S_IROTH, stat.S_IWGRP | stat.S_IWOTH
 
 
 def configuration(config: Config) -> Iterator[Finding]:
-    """Tell which file is in use, and what the environment has us do."""
+    """Report which file is in use, and which programs the environment names."""
     if config.file:
         by = " (named by BACKUPCTL_CONFIG)" if os.environ.get("BACKUPCTL_CONFIG") == config.file else ""
         yield Finding("configuration", "ok", f"{config.file}{by}")
@@ -32,7 +32,7 @@ def configuration(config: Config) -> Iterator[Finding]:
 
 
 def _program(name: str, program: str) -> Finding:
-    """Tell of a program that the environment names, and whether others could exchange it."""
+    """Report a program that the environment names, and whether others could replace it."""
     said = f"{name} is set: {program} runs as {'root' if os.geteuid() == 0 else f'user {os.geteuid()}'}"
     why = _objection(Path(shutil.which(program) or program))
     if why:
@@ -41,7 +41,7 @@ def _program(name: str, program: str) -> Finding:
 
 
 def _objection(path: Path) -> UsageError | None:
-    with suppress(OSError):  # what is not there, or can't be read, is told of elsewhere
+    with suppress(OSError):  # a missing or unreadable file is reported elsewhere
         return trusted.objection(path)
     return None
 
@@ -51,7 +51,7 @@ def repository(path: Path, vm: VmName) -> Iterator[Finding]:
     for folder in (path, path / vm):
         try:
             found = folder.lstat()
-        except OSError:  # a repository that can't be read is told of elsewhere
+        except OSError:  # an unreadable repository is reported elsewhere
             return
         if not stat.S_ISDIR(found.st_mode):
             continue

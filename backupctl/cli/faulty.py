@@ -12,12 +12,13 @@ import sys
 from functools import partial
 from typing import Any
 
-from backupctl.cli import backup, common
-from backupctl.cli.main import main
-from backupctl.operations.backup.context import RunContext
-from backupctl.options import Timeouts
+import click
 
-_SHORT = Timeouts(command_seconds=3.0, agent_seconds=3.0, stall_seconds=3.0)
+from backupctl.cli import backup
+from backupctl.cli.main import cli, main
+from backupctl.operations.backup.context import RunContext
+
+_SHORT_SECONDS = 3.0
 _MOST_BYTES = 300 << 10
 
 
@@ -32,10 +33,13 @@ def kill_at_step(step: str) -> None:
     command.RunContext = partial(RunContext, on_step=on_step)
 
 
-def short_timeouts() -> None:
-    """Shorten all time-outs."""
-    target: Any = common.Target
-    target.timeouts = lambda _target: _SHORT
+def short_timeouts(seconds: float = _SHORT_SECONDS) -> None:
+    """Shorten all time-outs, as a configuration would."""
+    short = dict.fromkeys(("command_timeout", "agent_timeout", "stall_timeout"), seconds)
+    commands = set(cli.list_commands(click.Context(cli))) - {
+        "config"
+    }  # as the option --config is called, too
+    cli.context_settings["default_map"] = dict.fromkeys(commands, short)
 
 
 def faulty_cli() -> None:

@@ -2,14 +2,12 @@
 """`backupctl list` and `backupctl show`."""
 
 from pathlib import Path
-from typing import Any
-
-import click
 
 from backupctl.cli import common, output, reporters, units
+from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.events.repository import HistoryMismatch
-from backupctl.names import VmName, vm_name
+from backupctl.names import VmName
 from backupctl.outcome import documents
 from backupctl.repository import audit
 from backupctl.repository.point import Point
@@ -17,20 +15,18 @@ from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 
 
-@click.command("list", epilog=common.exit_help(0, 2, 4))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.command("list", 0, 2, 4)
 @common.named(needs_vm=False, optional=True)
-@click.pass_context
-def list_points(context: click.Context, /, **options: Any) -> None:
-    """List the recovery points of a VM, or of all VMs of every repository that is configured, newest last."""
-    names = common.from_context(context, options)
+@common.json_option
+def list_points(target: Target, *, as_json: bool) -> None:
+    """List the recovery points of a VM, or of all VMs in every configured repository, newest last."""
     found: dict[Path, list[ScannedPoints]] = {}
     failures: list[BackupctlError] = []
     problems: list[HistoryMismatch] = []
-    for path in names.folders():
+    for path in target.folders():
         try:
-            folders = _folders(names.open(path), names.name)
-            found[path] = [folder.survey(bear=True) for folder in folders]
+            folders = _folders(target.open(path), target.name)
+            found[path] = [folder.scan_points(tolerant=True) for folder in folders]
             problems += [
                 HistoryMismatch(folder.name, one.point, one.message)
                 for folder in folders
@@ -41,7 +37,7 @@ def list_points(context: click.Context, /, **options: Any) -> None:
     if not found:
         raise common.worst(failures)
     surveys = [survey for each in found.values() for survey in each]
-    if options["as_json"]:
+    if as_json:
         output.print_json([documents.point(point) for survey in surveys for point in survey.points])
     else:
         for path, each in found.items():
@@ -66,8 +62,8 @@ def list_points(context: click.Context, /, **options: Any) -> None:
         raise common.worst(failures)
 
 
-def _folders(repository: Repository, name: str | None) -> list[VmFolder]:
-    return [repository.vm(vm) for vm in ([vm_name(name)] if name else repository.vms())]
+def _folders(repository: Repository, name: VmName | None) -> list[VmFolder]:
+    return [repository.vm(vm) for vm in ([name] if name else repository.vms())]
 
 
 def _tell(path: Path, surveys: list[ScannedPoints], *, alone: bool) -> None:
@@ -106,19 +102,20 @@ def _kind(point: Point) -> str:
     return f"incremental ({full} full)" if kind == "mixed" else kind
 
 
-@click.command(epilog=common.exit_help(0, 2, 4))
+@common.command("show", 0, 2, 4)
 @common.named(needs_vm=False)
-@click.argument("point")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@click.pass_context
-def show(context: click.Context, /, **options: Any) -> None:
+@common.point()
+@common.json_option
+def show(target: Target, *, point: str, as_json: bool) -> None:
     """Show one recovery point: POINT is an id, or `latest`."""
-    names = common.from_context(context, options)
-    repository = names.repository()
-    point = _folder_point(repository, vm_name(names.name or ""), options["point"])
-    if options["as_json"]:
-        output.print_json(documents.point(point))
-        return
+    found = target.vm_folder().point(point)
+    if as_json:
+        output.print_json(documents.point(found))
+    else:
+        _show(found)
+
+
+def _show(point: Point) -> None:
     manifest = point.manifest
     freeze = manifest.freeze
     frozen = f"{freeze.milliseconds} ms" if freeze.milliseconds is not None else "no"
@@ -131,7 +128,7 @@ def show(context: click.Context, /, **options: Any) -> None:
         ("consistency", manifest.consistency),
         ("frozen", f"{frozen} (asked: {freeze.asked})"),
         ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
-        ("protected", "yes, no prune drops it" if point.protected else "no"),
+        ("protected", "yes, prune never drops it" if point.protected else "no"),
         ("folder", point.path),
     ):
         output.print_line(f"{name:<12} {value}")
@@ -155,9 +152,5 @@ def show(context: click.Context, /, **options: Any) -> None:
     )
     for entry in manifest.disks:
         if entry.reason:
-            how = "read whole and compared" if entry.scanned else "taken full"
+            how = "read in full and compared" if entry.scanned else "taken full"
             output.print_line(f"{entry.name} was {how}: {entry.reason}")
-
-
-def _folder_point(repository: Repository, vm: VmName, wanted: str) -> Point:
-    return repository.vm(vm).point(wanted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command `backupctl`: its commands, and what becomes of errors."""
+"""The command `backupctl`: its subcommands, and what becomes of errors."""
 
 import importlib
 import io
@@ -9,16 +9,17 @@ import sys
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, crash_log, logs, output
+from backupctl.cli import common, configuration, crash_log, logs, output, requirements
+from backupctl.cli.invocation import Invocation
 from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, NeedsRecovery, UsageError
 
 PRIVATE = 0o077
-"""The umask of all that we make, whatever we were started with: disks are in it."""
+"""The umask of every file we create, whatever the caller's is: the files hold the guests' disks."""
 _MANY_FILES = 1 << 16
 _WORTH_A_LOG = (Failed.exit_code, NeedsRecovery.exit_code)
 _COMMANDS = {
@@ -37,6 +38,7 @@ _COMMANDS = {
     "recover": "status_recover.recover",
     "bitmaps": "bitmaps.bitmaps",
     "doctor": "doctor.doctor",
+    "config": "config.config",
     "simulate": "simulate.simulate",
     "demo": "demo.demo",
     "drill": "drill.drill",
@@ -46,7 +48,7 @@ _COMMANDS = {
 class _Formatter(click.HelpFormatter):
     """Help that is wrapped between words, and at no hyphen: `--only-changed` stays in one piece."""
 
-    _HYPHEN = "\u2011"  # does not break, and is written as what it stands for
+    _HYPHEN = "\u2011"  # a line is not broken there; written as an ordinary hyphen
 
     def write(self, string: str) -> None:
         """Write what was wrapped."""
@@ -66,7 +68,14 @@ click.Context.formatter_class = _Formatter
 
 
 class _Commands(click.Group):
-    """The commands, each loaded when it is asked for: together they take three times as long as most."""
+    """The commands, each loaded only when it is needed: loading all takes three times as long as one."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """Make the root context, which carries the state of this call."""
+        extra.setdefault("obj", Invocation(args))
+        return super().make_context(info_name, args, parent, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Name them all."""
@@ -87,11 +96,25 @@ class _Commands(click.Group):
         return logs.add_options(found, hidden=True)
 
 
+def _use_config(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    source = context.get_parameter_source(parameter.name or "")
+    if value and source:
+        invocation = Invocation.of(context)
+        invocation.config_path, invocation.config_source = value, source
+    return value
+
+
 @click.group(cls=_Commands, epilog=common.exit_help())
-@common.config_option
+@click.option(
+    "--config",
+    metavar="FILE",
+    envvar=configuration.ENVIRONMENT,
+    callback=_use_config,
+    help=common.CONFIG_HELP,
+)
 @click.version_option(__version__, prog_name="backupctl")
 def cli(config: str | None) -> None:
-    """Incremental backups of running QEMU virtual machines, over QEMU's own monitor.
+    """Incremental backups of running QEMU virtual machines, through QEMU's own monitor.
 
     NAME is a VM of the configuration file, or any name together with --qmp and --repository.
     """
@@ -105,51 +128,53 @@ def main() -> NoReturn:
     os.umask(PRIVATE)
     prepare_streams()
     _allow_many_files()
+    output.start()
     with logs.begin():
-        code = _call(as_json="--json" in sys.argv)
+        code = _call(Invocation(sys.argv[1:]))
     sys.exit(output.finish(code))
 
 
-def _call(*, as_json: bool) -> int:
-    """Call the command; return its exit code, after what there was to say of an error was said."""
+def _call(invocation: Invocation) -> int:
+    """Call the command; return its exit code, after any error was printed."""
     try:
-        cli.main(prog_name="backupctl", standalone_mode=False)
+        requirements.check()
+        cli.main(args=list(invocation.words), prog_name="backupctl", standalone_mode=False, obj=invocation)
     except SystemExit as err:
         return err.code if isinstance(err.code, int) else int(err.code is not None)
     except click.exceptions.Exit as err:
         return err.exit_code
     except click.ClickException as err:
-        if not as_json:
+        if not invocation.as_json:
             with suppress(OSError):
                 err.show()
-        return _failed(UsageError(err.format_message()), as_json=as_json, say=as_json)
+        return _failed(UsageError(err.format_message()), invocation, say=invocation.as_json)
     except (click.Abort, KeyboardInterrupt):
         # What is done stays done: only its report was cut off.
-        return 0 if output.is_done() else _failed(Interrupted("interrupted"), as_json=as_json)
+        return 0 if output.is_done() else _failed(Interrupted("interrupted"), invocation)
     except BackupctlError as err:
-        return _failed(err, as_json=as_json)
+        return _failed(err, invocation)
     except BrokenPipeError:
-        return 0 if output.is_done() else 1  # who read our output has gone
+        return 0 if output.is_done() else 1  # whoever read our output has gone
     except Exception:  # noqa: BLE001 - the one place: a bug must not greet anybody with a traceback
-        return _failed(_bug(), as_json=as_json, bug=True)
+        return _failed(_bug(), invocation, bug=True)
     return 0
 
 
 def _allow_many_files() -> None:
-    """Ask for more than the usual 1024: what a verify or a restore reads of each layer is held open.
+    """Raise the limit of open files, usually 1024: verify and restore keep the files of every layer open.
 
-    A sandbox may refuse it (systemd's `SystemCallFilter=~@resources`); few have so many that they need it.
+    A sandbox may refuse it (systemd's `SystemCallFilter=~@resources`); only long chains need it.
     """
     with suppress(OSError, ValueError):
         few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, _MANY_FILES)), most))
 
 
-def _failed(err: BackupctlError, *, as_json: bool, say: bool = True, bug: bool = False) -> int:
+def _failed(err: BackupctlError, invocation: Invocation, *, say: bool = True, bug: bool = False) -> int:
     if isinstance(err, UsageError | InvalidName):
         err.add(state="nothing was touched")
     if say:
-        output.print_error(err, as_json=as_json, log=_log_of(err, bug=bug))
+        output.print_error(err, as_json=invocation.as_json, log=_log_of(err, bug=bug))
     return err.exit_code
 
 
@@ -164,11 +189,10 @@ def _log_of(err: BackupctlError, *, bug: bool) -> str:
 
 
 def prepare_streams() -> None:
-    """Have all that is said go somewhere, whatever the streams are that we were started with.
+    """Make every standard stream usable, even if it was closed when we were started.
 
-    Where a standard stream is closed something is opened: else the next file to be opened has its number.
-
-    An image that is to go to a closed stdout must be an error, so nothing can be written there.
+    A closed one is opened on /dev/null: else the next file to be opened would get its number, and our output.
+    It is opened for reading only: a restore to a closed stdout must fail.
     """
     for descriptor in range(3):
         try:
@@ -178,7 +202,7 @@ def prepare_streams() -> None:
     nowhere = Path(os.devnull)
     sys.stdout = sys.stdout or nowhere.open("w", encoding="utf-8")
     sys.stderr = sys.stderr or nowhere.open("w", encoding="utf-8")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name must not fail what is done
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a directory must not make a command fail
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -186,7 +210,7 @@ def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
-        state="whatever was begun was rolled back where that was possible",
+        state="what had been started was rolled back where that was possible",
         hint="please report it, with the log",
     )
 

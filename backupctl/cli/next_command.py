@@ -8,10 +8,13 @@ what the core wants to be different: ``backupctl incremental web --view fleecing
 """
 
 import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import click
 from click.core import ParameterSource
 
+from backupctl.cli.invocation import Invocation
 from backupctl.errors import (
     BackupctlError,
     DamageFound,
@@ -21,9 +24,11 @@ from backupctl.errors import (
     RepositoryUnreadable,
 )
 
-_WHERE = frozenset({"config", "repository", "qmp", "agent", "scratch"})
+_WHERE = frozenset(
+    {"config", "repository", "qmp", "agent", "scratch", "command_timeout", "agent_timeout", "stall_timeout"}
+)
 """Options that say where VM and repository are: they mean the same in every command."""
-_SAYING = frozenset({"as_json", "quiet"})
+_PRINTING = frozenset({"as_json", "quiet"})
 _BY_CLASS: dict[type[BackupctlError], str] = {
     NeedsRecovery: "recover",
     Locked: "status",
@@ -31,11 +36,21 @@ _BY_CLASS: dict[type[BackupctlError], str] = {
     RepositoryUnreadable: "verify",
     NoSuchPoint: "list",
 }
-"""What gets on after an error whose raiser named nothing, on the same VM."""
+"""The command that helps after an error whose raiser named none, on the same VM."""
+
+
+@contextmanager
+def added(context: click.Context) -> Iterator[None]:
+    """Let the errors of the block name the next command as it is to be typed."""
+    try:
+        yield
+    except BackupctlError as err:
+        add_to(err, context)
+        raise
 
 
 def add_to(err: BackupctlError, context: click.Context) -> None:
-    """Have an error name the next command as it is to be typed."""
+    """Complete the next command of an error, or name one by the error's class."""
     name = context.params.get("name")
     verb = next((verb for kind, verb in _BY_CLASS.items() if isinstance(err, kind)), "")
     if verb and isinstance(name, str) and not err.hint:
@@ -45,39 +60,46 @@ def add_to(err: BackupctlError, context: click.Context) -> None:
 
 def complete(context: click.Context, text: str) -> str:
     """Add to a command what it needs of the command line in this context; other texts stay as they are."""
-    root = context.find_root()
-    if not text.startswith("backupctl ") or not isinstance(root.command, click.Group):
-        return text
-    words = shlex.split(text)
-    command = root.command.get_command(root, words[1])
+    words = shlex.split(text) if text.startswith("backupctl ") else []
+    command, length = _command(context.find_root(), words)
     if command is None:
         return text
-    again = command.name == context.command.name
-    given = _given(context, root)
+    again = command is context.command
+    given = _given(context)
     for parameter in command.params:
         name = parameter.name or ""
-        if isinstance(parameter, click.Argument) or not (again or name in _WHERE) or name in _SAYING:
+        if isinstance(parameter, click.Argument) or not (again or name in _WHERE) or name in _PRINTING:
             continue
         flag = max(parameter.opts, key=len)
         if name in given and not set(parameter.opts) & set(words):
             words += _spelt(flag, given[name])
-    return shlex.join([*words[:2], *_missing_arguments(context, words[2:], again=again), *words[2:]])
+    verbs, rest = words[:length], words[length:]
+    return shlex.join([*verbs, *_missing_arguments(context, rest, again=again), *rest])
 
 
-def _given(context: click.Context, root: click.Context) -> dict[str, object]:
-    """Return the options that were typed, by their names."""
-    return {
-        name: value
-        for one in (root, context)
-        for name, value in one.params.items()
-        if one.get_parameter_source(name) is ParameterSource.COMMANDLINE and value is not None
-    }
+def _command(root: click.Context, words: Sequence[str]) -> tuple[click.Command | None, int]:
+    """Return the command that the words name, None if there is none, and how many words name it."""
+    found: click.Command | None = root.command
+    length = 1
+    while isinstance(found, click.Group) and length < len(words):
+        found = found.get_command(root, words[length])
+        length += 1
+    return (None if isinstance(found, click.Group) else found), length
+
+
+def _given(context: click.Context) -> dict[str, object]:
+    """Return the parameters that were typed, as they were typed, by their names."""
+    invocation = Invocation.of(context)
+    given = dict(invocation.typed)
+    if invocation.config_source is ParameterSource.COMMANDLINE:
+        given["config"] = invocation.config_path
+    return given
 
 
 def _spelt(flag: str, value: object) -> list[str]:
     if value is True:
         return [flag]
-    if isinstance(value, tuple):
+    if isinstance(value, list | tuple):
         return [word for one in value for word in (flag, str(one))]
     return [] if value is False else [flag, str(value)]
 
@@ -88,4 +110,5 @@ def _missing_arguments(context: click.Context, words: list[str], *, again: bool)
         return []
     arguments = [one for one in context.command.params if isinstance(one, click.Argument)]
     values = [context.params.get(one.name or "") for one in arguments]
-    return [str(value) for value in values if value is not None]
+    flat = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    return [str(value) for value in flat if value is not None]

@@ -70,6 +70,11 @@ class _Output:
 _output = _Output()
 
 
+def start() -> None:
+    """Forget what an earlier call in this process wrote: its document must not pass for one of this call."""
+    _output.document, _output.lost, _output.done = False, None, ""
+
+
 def done(what: str) -> None:
     """Note what the command has done for good: from now on nothing about its output makes it a failure."""
     _output.done = what

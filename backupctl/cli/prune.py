@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl prune`, `backupctl protect` and `backupctl unprotect`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
+import msgspec
+from click.core import ParameterSource
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, reporters, units
-from backupctl.cli.common import Target
+from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli.common import Declared, Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
-from backupctl.names import vm_name
+from backupctl.names import PointId
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
 from backupctl.operations.prune.retention import Rules
@@ -26,92 +27,126 @@ _NO_RULE = "no retention rule is configured (keep_last, keep_daily, ...)"
 _HELP = {"last": "Keep the N newest points."}
 
 
-def _rules(command: Callable[..., Any]) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class PruneArguments:
+    """What else is asked of a prune. longest: report chains with more layers; None for no report."""
+
+    dry_run: bool
+    longest: int | None
+    as_json: bool
+    quiet: bool
+
+
+@dataclass(frozen=True)
+class RuleArguments:
+    """The rules of the options, None for one that nobody set; keep_within as it is written."""
+
+    keep_last: int | None
+    keep_hourly: int | None
+    keep_daily: int | None
+    keep_weekly: int | None
+    keep_monthly: int | None
+    keep_yearly: int | None
+    keep_within: str | None
+
+    def typed(self, context: click.Context) -> dict[str, Any]:
+        """Return those of the command line, by their keys in the configuration file."""
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if context.get_parameter_source(key) is ParameterSource.COMMANDLINE
+        }
+
+
+def rule_options(command: Declared) -> Declared:
+    """Give a command the options that say what a prune keeps."""
     command = click.option(
         "--keep-within",
+        type=param_types.DURATION,
         metavar="DURATION",
-        help="Keep what is no older than this before the newest: 36h, 7d, 1y6m.",
+        default=None,
+        help="Keep every point not older than this before the newest: 36h, 7d, 1y6m.",
     )(command)
     for name in reversed(_COUNTED):
         text = _HELP.get(
             name, f"Keep the newest point of each of the last N {name} periods that have one (UTC)."
         )
-        option = click.option(f"--keep-{name}", type=click.IntRange(min=0), metavar="N", help=text)
+        option = click.option(
+            f"--keep-{name}", type=click.IntRange(min=0), metavar="N", default=None, help=text
+        )
         command = option(command)
     return command
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
+@common.command("prune", 0, 1, 2, 4, 75)
+@click.pass_context
 @common.named(needs_vm=False, optional=True)
-@_rules
-@click.option("--dry-run", is_flag=True, help="Only show which points would stay or go, and why.")
+@rule_options
+@click.option("--dry-run", is_flag=True, help="Only show which points would be kept or dropped, and why.")
 @click.option(
     "--max-chain",
+    "longest",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Tell which disks of the points that stay still need more than N layers.",
+    help="Report disks of kept points whose chain is longer than N layers.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.json_option
 @common.quiet
-@click.pass_context
-def prune(context: click.Context, /, **options: Any) -> None:
-    """Drop the points of a VM, or of every configured one, that no rule holds; all others stay whole.
+@common.gathered(RuleArguments)
+@common.gathered(PruneArguments)
+def prune(target: Target, context: click.Context, rules: RuleArguments, asked: PruneArguments) -> None:
+    """Drop the recovery points of a VM, or of every configured VM, that no retention rule keeps.
 
-    The rules are those of the command line, if it names any, or else the configuration's: never both.
+    The rules are those of the command line, if it names any, or else those of the configuration, never both.
 
-    A point stays if any rule holds it. The newest always stays, the newest that holds each disk, and
-    protected ones. The VM is not touched. What a prune could not finish the next one does.
+    A point is kept if any rule keeps it. The newest point, the newest one that holds each disk, and protected
+    points are always kept. The VM is not touched. The next prune finishes what an interrupted one could not.
     """
-    names = common.from_context(context, options)
     stop = Cancellation()
-    with stop.on_signals(), reporters.reporter(quiet=options["quiet"]) as reporter:
-        work = _Work(options, reporter, stop)
-        if names.name is None:
-            work.all(names)
+    with stop.on_signals(), reporters.reporter(quiet=asked.quiet) as reporter:
+        work = _Work(asked, rules.typed(context), reporter, stop)
+        if target.name is None:
+            work.all(target)
         else:
-            work.one(names)
-    if not options["dry_run"]:
-        output.done("the prune has ended: what it dropped is dropped")
-    if options["as_json"]:
-        output.print_json(work.document(alone=names.name is not None))
-    elif not options["quiet"]:
+            work.one(target)
+    if not asked.dry_run:
+        output.done("the prune is complete: the dropped points are gone")
+    if asked.as_json:
+        output.print_json(work.document(alone=target.name is not None))
+    elif not asked.quiet:
         for vm, done in work.done.items():
-            if names.name is None:
+            if target.name is None:
                 output.print_line(f"{vm}:")
-            _print(done.report, dry_run=options["dry_run"])
+            _print(done.report, dry_run=asked.dry_run)
     if work.failed:
         raise common.worst(list(work.failed.values()))
 
 
 @dataclass(frozen=True)
 class _Policy:
-    """Which points stay. named: whether the command line says so. said: its rules, by their keys in the file.
+    """Which points are kept. typed: whether the command line says so. said: the rules, by their keys.
 
-    unused: rules of the configuration that don't count, because the command line named some.
+    unused: rules of the configuration that do not count, because the command line has some.
     """
 
     rules: Rules
-    named: bool
+    typed: bool
     said: dict[str, Any]
     unused: dict[str, Any]
 
     @classmethod
-    def of(cls, names: Target, options: dict[str, Any]) -> "_Policy":
-        """Take the command line's rules, if it names any, or else those of the configuration, never both.
-
-        Raises UsageError.
-        """
-        given = {key: options[key] for key in _KEYS if options[key] is not None}
-        found = {key: names.config.setting(names.name, key) for key in _KEYS}
-        configured = {key: value for key, value in found.items() if value}
-        said = given or configured
+    def of(cls, target: Target, typed: dict[str, Any]) -> "_Policy":
+        """Take the command line's rules, if it has any, or else those of the configuration, never both."""
+        found = msgspec.to_builtins(target.config.of(target.name))
+        configured = {key: found[key] for key in _KEYS if found.get(key)}
+        said = typed or configured
         within = said.get("keep_within")
         rules = Rules(
             **{name: int(said.get(f"keep_{name}", 0)) for name in _COUNTED},
-            within=retention.duration(str(within)) if within else None,
+            within=retention.duration(within) if within else None,
         )
-        unused = {key: value for key, value in configured.items() if given and given.get(key) != value}
-        return cls(rules, bool(given), said, unused)
+        unused = {key: value for key, value in configured.items() if typed and typed.get(key) != value}
+        return cls(rules, bool(typed), said, unused)
 
 
 @dataclass(frozen=True)
@@ -124,25 +159,29 @@ class _Done:
 
 @dataclass
 class _Work:
-    """The prune of one VM, or of all. skipped: why nothing was to be done. failed: with what error."""
+    """The prune of one VM, or of all. skipped: why there was nothing to do. failed: with what error.
 
-    options: dict[str, Any]
+    typed: the rules of the command line.
+    """
+
+    asked: PruneArguments
+    typed: dict[str, Any]
     reporter: Reporter
     stop: Cancellation
     done: dict[str, _Done] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, BackupctlError] = field(default_factory=dict)
 
-    def all(self, names: Target) -> None:
-        """Prune each configured VM, or each that is in the repository that was named. Raises Interrupted."""
-        vms = names.repository().vms() if names.repository_path else list(names.config.vms)
+    def all(self, target: Target) -> None:
+        """Prune each configured VM, or each that is in the repository that was typed. Raises Interrupted."""
+        vms = target.repository().vms() if target.typed_repository else target.config.vms
         if not vms:
             raise UsageError(
                 "no VM is configured or named, so there is nothing to prune", next_command="backupctl list"
             )
         for vm in vms:
             try:
-                self._one_of_all(replace(names, name=vm))
+                self._one_of_all(target.of(vm))
             except Interrupted:
                 raise
             except BackupctlError as err:
@@ -151,32 +190,32 @@ class _Work:
         if not (self.done or self.failed) and set(self.skipped.values()) == {_NO_RULE}:
             raise UsageError(f"nothing was dropped: {_NO_RULE}")
 
-    def _one_of_all(self, names: Target) -> None:
-        policy = _Policy.of(names, self.options)
-        name = vm_name(names.name or "")
-        if not policy.named and name not in names.config.vms:
+    def _one_of_all(self, target: Target) -> None:
+        policy = _Policy.of(target, self.typed)
+        name = target.vm_name
+        if not policy.typed and name not in target.config.vms:
             self._skip(name, "it is not configured")
         elif policy.rules.hold_nothing():
             self._skip(name, _NO_RULE)
-        elif not names.repository().vm(name).exists():
+        elif not target.vm_folder().exists():
             self._skip(name, "it has no recovery points yet")
         else:
-            self._prune(names, policy)
+            self._prune(target, policy)
 
     def _skip(self, vm: str, why: str) -> None:
         self.skipped[vm] = why
         self.reporter.event(VmSkipped(vm, why))
 
-    def one(self, names: Target) -> None:
+    def one(self, target: Target) -> None:
         """Prune one VM."""
-        self._prune(names, _Policy.of(names, self.options))
+        self._prune(target, _Policy.of(target, self.typed))
 
-    def _prune(self, names: Target, policy: _Policy) -> None:
-        folder = names.repository().vm(vm_name(names.name or ""))
+    def _prune(self, target: Target, policy: _Policy) -> None:
+        folder = target.vm_folder()
         if policy.unused:
             self.reporter.event(ConfiguredRulesNotUsed(folder.name, policy.unused))
-        most = self.options["max_chain"]
-        if self.options["dry_run"]:
+        most = self.asked.longest
+        if self.asked.dry_run:
             report = PruneReport(core.plan(folder, policy.rules), long_chains=core.long_chains(folder, most))
         else:
             report = core.prune(folder, policy.rules, self.reporter, self.stop, most)
@@ -184,13 +223,13 @@ class _Work:
         if report.damage:
             self.failed[folder.name] = DamageFound(
                 "; ".join(report.damage),
-                state="the points that stay are as they were; what is damaged is not merged",
+                state="the kept points are unchanged; damaged layers are not merged",
                 next_command=f"backupctl verify {folder.name}",
             )
 
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""
-        dry_run = self.options["dry_run"]
+        dry_run = self.asked.dry_run
         vms = [
             documents.prune(vm, one.report, one.policy.said, one.policy.unused, dry_run=dry_run)
             for vm, one in self.done.items()
@@ -204,7 +243,7 @@ def _print(report: PruneReport, *, dry_run: bool) -> None:
     for text in report.long_chains:
         output.print_line(f"longer than --max-chain: {text}")
     if dry_run:
-        output.print_line(f"{len(retention.dropped(report.decisions))} would go; nothing was touched")
+        output.print_line(f"{len(retention.dropped(report.decisions))} would be dropped; nothing was changed")
         return
     written = units.size(sum(one.written_bytes for one in report.merged))
     output.print_line(
@@ -213,34 +252,30 @@ def _print(report: PruneReport, *, dry_run: bool) -> None:
     )
 
 
-def _switch(change: Callable[..., Any], said: str) -> Callable[..., None]:
-    def run(context: click.Context, /, **options: Any) -> None:
-        names = common.from_context(context, options)
-        point = change(names.repository().vm(vm_name(names.name or "")), options["point"])
-        output.done(f"{names.name} {point}: {said}")
-        if options["as_json"]:
-            output.print_json(documents.protection(names.name or "", point, protected=change is core.protect))
-        else:
-            output.print_line(f"{names.name} {point}: {said}")
-
-    return run
+@common.command("protect", 0, 1, 2, 4, 75)
+@common.named(needs_vm=False)
+@common.point()
+@common.json_option
+def protect(target: Target, *, point: str, as_json: bool) -> None:
+    """Protect POINT (an id, or `latest`): prune never drops it, until `unprotect`."""
+    found = core.protect(target.vm_folder(), point)
+    _print_protection(target, found, protected=True, as_json=as_json)
 
 
-def _command(name: str, run: Callable[..., None], text: str) -> click.Command:
-    made = click.pass_context(run)
-    made = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")(made)
-    made = click.argument("point")(made)
-    made = common.named(needs_vm=False)(made)
-    return click.command(name, help=text, epilog=common.exit_help(0, 1, 2, 4, 75))(made)
+@common.command("unprotect", 0, 1, 2, 4, 75)
+@common.named(needs_vm=False)
+@common.point()
+@common.json_option
+def unprotect(target: Target, *, point: str, as_json: bool) -> None:
+    """Let prune drop POINT (an id, or `latest`) again, if no rule keeps it."""
+    found = core.unprotect(target.vm_folder(), point)
+    _print_protection(target, found, protected=False, as_json=as_json)
 
 
-protect = _command(
-    "protect",
-    _switch(core.protect, "protected; no prune drops it"),
-    "Have prune never drop POINT (an id, or `latest`), until `unprotect`.",
-)
-unprotect = _command(
-    "unprotect",
-    _switch(core.unprotect, "not protected any more"),
-    "Let prune drop POINT again, if no rule holds it.",
-)
+def _print_protection(target: Target, point: PointId, *, protected: bool, as_json: bool) -> None:
+    said = "protected; prune never drops it" if protected else "not protected any more"
+    output.done(f"{target.name} {point}: {said}")
+    if as_json:
+        output.print_json(documents.protection(target.vm_name, point, protected=protected))
+    else:
+        output.print_line(f"{target.name} {point}: {said}")

@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl serve`."""
 
-from typing import Any
+from pathlib import Path
 
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, config, output, reporters, units
+from backupctl.cli import common, output, param_types, reporters, units
 from backupctl.events import StepStarted
 from backupctl.events.restore import OverlayKept, ServedToLocalUsers
-from backupctl.names import vm_name
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4, 75))
+@common.command("serve", 0, 1, 2, 4, 75)
 @common.named(needs_vm=False)
-@click.argument("point")
+@common.point()
 @click.option("--disk", metavar="D", help="Only this disk.")
 @click.option(
     "--socket",
+    type=param_types.PATH,
     metavar="PATH",
     help="Serve on this unix socket, accessible to you and root only (default: one in a private folder).",
 )
@@ -31,27 +31,35 @@ from backupctl.operations.serve import Export
 )
 @click.option(
     "--writable-overlay",
+    type=param_types.PATH,
     metavar="FILE",
     help="Make one disk writable: writes go to this qcow2 file, new or made by an earlier serve of POINT.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
-@click.pass_context
-def serve(context: click.Context, /, **options: Any) -> None:
+def serve(
+    target: common.Target,
+    *,
+    point: str,
+    disk: str | None,
+    socket: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    as_json: bool,
+) -> None:
     """Serve the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
 
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
     """
-    names = common.from_context(context, options)
-    folder = names.repository().vm(vm_name(names.name or ""))
-    point = folder.point(options["point"])
+    folder = target.vm_folder()
+    found = folder.point(point)
 
     def ready(exports: tuple[Export, ...]) -> None:
-        if options["as_json"]:
+        if as_json:
             output.print_json(
                 {
                     "vm": folder.name,
-                    "point": point.id,
+                    "point": found.id,
                     "exports": [
                         {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable}
                         for one in exports
@@ -68,20 +76,19 @@ def serve(context: click.Context, /, **options: Any) -> None:
         )
 
     stop = Cancellation()
-    overlay = options["writable_overlay"]
     with stop.on_signals(), reporters.reporter() as reporter:
-        reporter.event(StepStarted(f"serving {folder.name} {point.id}, until Ctrl-C"))
-        if options["tcp"]:
-            reporter.event(ServedToLocalUsers(options["disk"], overlay))
+        reporter.event(StepStarted(f"serving {folder.name} {found.id}, until Ctrl-C"))
+        if tcp:
+            reporter.event(ServedToLocalUsers(disk, writable_overlay))
         core.serve(
             folder,
-            point,
-            disk=options["disk"],
-            unix=config.absolute(options["socket"], "--socket") if options["socket"] else None,
-            tcp=options["tcp"],
-            writable_overlay=config.absolute(overlay, "--writable-overlay") if overlay else None,
+            found,
+            disk=disk,
+            unix=socket,
+            tcp=tcp,
+            writable_overlay=writable_overlay,
             ready=ready,
             stop=stop,
         )
-        if overlay:
-            reporter.event(OverlayKept(overlay))
+        if writable_overlay:
+            reporter.event(OverlayKept(writable_overlay))

@@ -1,37 +1,35 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl status` and `backupctl recover`."""
 
-from typing import Any
-
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import bitmaps, common, output, reporters, units
+from backupctl.cli import backup, bitmaps, common, output, reporters, units
+from backupctl.cli.common import Target
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
-from backupctl.options import ChainOptions, RunOptions, ScratchOptions
+from backupctl.operations.status import Status
 from backupctl.outcome import documents
 
 
-@click.command(epilog=common.exit_help(0, 1, 2))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-@common.named()
+@common.command("status", 0, 1, 2)
 @click.pass_context
-def status(context: click.Context, /, **options: Any) -> None:
+@common.named()
+@common.json_option
+def status(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing."""
-    names = common.from_context(context, options)
-    wanted = {"on_broken": "on_broken_chain", "max_layers": "max_chain"}
-    settings = {name: names.config.setting(names.name, key) for name, key in wanted.items()}
-    chain = ChainOptions(**{name: value for name, value in settings.items() if value})
-    scratch = ScratchOptions(names.scratch())
-    run = RunOptions("incremental", scratch=scratch, chain=chain, timeouts=names.timeouts())
-    found = core.look(names.vm(), names.repository(), run, names.other_repositories)
-    if options["as_json"]:
-        output.print_json(documents.status(found, names.config.file))
-        return
+    options = backup.options_of(target, "incremental", backup.configured(context))
+    found = core.look(target.vm(), target.repository(), options, target.other_repositories)
+    if as_json:
+        output.print_json(documents.status(found, target.config.file))
+    else:
+        _show(found, target.config.file)
+
+
+def _show(found: Status, configuration: str | None) -> None:
     points = f"{len(found.points)}, newest {found.points[-1]}" if found.points else "none"
     output.print_wrapped(f"{'vm':<12} ", f"{found.vm}")
-    output.print_wrapped(f"{'config':<12} ", f"{names.config.file or 'none (command line only)'}")
+    output.print_wrapped(f"{'config':<12} ", f"{configuration or 'none (command line only)'}")
     output.print_wrapped(f"{'qemu':<12} ", f"{found.qemu or found.problem}")
     output.print_wrapped(f"{'points':<12} ", f"{points}")
     for path in found.damaged:
@@ -61,18 +59,16 @@ def status(context: click.Context, /, **options: Any) -> None:
                 output.print_line(f"{one.name} on {one.node}: {one.why}")
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 3, 75))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.command("recover", 0, 1, 2, 3, 75)
 @common.named()
-@click.pass_context
-def recover(context: click.Context, /, **options: Any) -> None:
-    """Finish or undo what an earlier run left in the VM. Doing it again does nothing more."""
-    names = common.from_context(context, options)
-    vm, cancel = names.vm(), Cancellation()
+@common.json_option
+def recover(target: Target, *, as_json: bool) -> None:
+    """Finish or undo what an earlier run left in the VM. Running it again changes nothing more."""
+    vm, cancel = target.vm(), Cancellation()
     with cancel.on_signals(), reporters.reporter() as reporter:
-        done = recovery.recover(vm, names.repository(), reporter, cancel, names.scratch(), names.timeouts())
+        done = recovery.recover(vm, target.repository(), reporter, cancel, target.scratch, target.timeouts)
     output.done(f"nothing of an earlier run is left in {vm.name}")
-    if options["as_json"]:
+    if as_json:
         output.print_json(documents.recover(vm.name, done, reporter.events))
     else:
         output.print_line("recovered" if done.actions else "Nothing to recover.")

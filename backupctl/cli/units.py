@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sizes and rates as people write and read them. All units are powers of 1024."""
+"""Sizes, rates and durations as people write and read them. All units of size are powers of 1024."""
 
 import re
 
@@ -10,15 +10,15 @@ _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,6})?)\s*([KMGT]?)(?:i?B)?(?:/s)?",
 
 
 def parse_size(text: str) -> int:
-    """Read "100M", "1.5G", "50MiB/s" or plain bytes; returns bytes. Raises UsageError."""
+    """Parse "100M", "1.5G", "50MiB/s" or plain bytes; return bytes. Raises UsageError."""
     match = _SIZE.fullmatch(text.strip())
     if not match or float(match[1]) == 0:
-        raise UsageError(f"{text!r:.60} is no size or rate; 100M, 1.5G or 50MiB/s is meant")
+        raise UsageError(f"{text!r:.60} is not a size or rate; examples: 100M, 1.5G, 50MiB/s")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def size(count: int) -> str:
-    """Write a number of bytes for people: "1.5 GiB"."""
+    """Return a number of bytes as text for people: "1.5 GiB"."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024:
@@ -28,7 +28,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration for people: "0.4 s", "3 min 20 s", "2 h 5 min"."""
+    """Return a duration as text for people: "0.4 s", "3 min 20 s", "2 h 5 min"."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

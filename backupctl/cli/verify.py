@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl verify`."""
 
-from collections.abc import Iterable
-from dataclasses import fields, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 
 import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
+from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
 from backupctl.events.repository import SampleChosen
-from backupctl.names import vm_name
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
@@ -22,38 +21,53 @@ from backupctl.sizes import Range
 _SHOWN = 8
 
 
-@click.command(epilog=common.exit_help(0, 1, 2, 4))
+@dataclass(frozen=True)
+class Scope:
+    """How much to read, as it was typed. sample: percent."""
+
+    fast: bool
+    sample: float | None
+    seed: int | None
+
+    def checked(self) -> VerifyScope:
+        """Return the same as the core takes it. Raises UsageError for options that contradict each other."""
+        if self.fast and self.sample is not None:
+            raise UsageError("--fast reads no data, so there is nothing to --sample")
+        if self.seed is not None and self.sample is None:
+            raise UsageError("--seed needs --sample")
+        chosen = {"seed": self.seed} if self.seed is not None else {}
+        return VerifyScope(data=not self.fast, percent=self.sample or 100.0, **chosen)
+
+
+@common.command("verify", 0, 1, 2, 4)
 @common.named(needs_vm=False, optional=True)
-@click.argument("point", required=False)
-@click.option("--fast", is_flag=True, help="Check all but the stored data.")
+@common.point(optional=True)
+@click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(
     "--sample",
     type=click.FloatRange(0, 100, min_open=True),
     metavar="PERCENT",
-    help="Read only so much of the data, chosen by chance: another part every night.",
+    help="Read only PERCENT of the data, chosen at random: a different part each time.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@common.json_option
 @common.quiet
-@click.pass_context
-def verify(context: click.Context, /, **options: Any) -> None:
-    """Prove what is stored: all VMs of every configured repository, one VM, or one POINT (or `latest`).
+@common.gathered(Scope)
+def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, quiet: bool) -> None:
+    """Check the integrity of the repository: all VMs of every configured repository, one VM, or one POINT.
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
-    names = common.from_context(context, options)
-    depth = _depth(options)
+    depth = scope.checked()
     reports: dict[str, VerifyReport] = {}
     failures: list[BackupctlError] = []
     stop = Cancellation()
-    with stop.on_signals(), reporters.reporter(quiet=options["quiet"]) as reporter:
+    with stop.on_signals(), reporters.reporter(quiet=quiet) as reporter:
         if depth.percent < 100:
             reporter.event(_sample(depth))
-        vm = vm_name(names.name) if names.name else None
-        for path in names.folders():
+        for path in target.folders():
             try:
-                repository = names.open(path)
-                reports[str(path)] = core.verify(repository, vm, options["point"], depth, reporter, stop)
+                reports[str(path)] = core.verify(target.open(path), target.name, point, depth, reporter, stop)
             except Interrupted:
                 raise
             except BackupctlError as err:
@@ -61,32 +75,35 @@ def verify(context: click.Context, /, **options: Any) -> None:
     if not reports:
         raise common.worst(failures)
     report = _together(reports.values())
-    if options["as_json"]:
+    if as_json:
         output.print_json(documents.verify(report, depth))
-    elif report.damage or report.unchecked or not options["quiet"]:
+    elif report.damage or report.unchecked or not quiet:
         _tell(report, depth)
+    failures += _findings(reports, report, target)
+    if failures:
+        raise common.worst(failures)
+
+
+def _findings(
+    reports: Mapping[str, VerifyReport], report: VerifyReport, target: Target
+) -> Iterator[BackupctlError]:
+    """Yield an error for damage, and one for what could not be read. report: all of them as one."""
     if report.damage:
         damaged = ", ".join(path for path, one in reports.items() if one.damage)
-        failures.append(
-            DamageFound(
-                f"damage found in {damaged}, {len(report.damage)} times",
-                state="nothing was changed; the points and ranges not named above are as they were read",
-                hint="then a complete point exists again; damaged ones need restore --allow-damage",
-                next_command=f"backupctl full {report.damage[0].vm}",
-            )
+        yield DamageFound(
+            f"damage found in {damaged}, {len(report.damage)} times",
+            state="nothing was changed; all other points and ranges were verified",
+            hint="a new full creates a complete point; damaged points need restore --allow-damage",
+            next_command=f"backupctl full {report.damage[0].vm}",
         )
     if report.unchecked:
         unread = ", ".join(path for path, one in reports.items() if one.unchecked)
-        failures.append(
-            RepositoryUnreadable(
-                f"{counted(len(report.unchecked), 'part')} of {unread} could not be checked",
-                state="nothing was changed; no damage was found in what could be read",
-                hint="run it as root; look for errors of the disk in `dmesg`",
-                next_command=f"backupctl verify {names.name or ''}".strip(),
-            )
+        yield RepositoryUnreadable(
+            f"{counted(len(report.unchecked), 'part')} of {unread} could not be checked",
+            state="nothing was changed; no damage was found in what could be read",
+            hint="run it as root; look for disk errors in `dmesg`",
+            next_command=f"backupctl verify {target.name or ''}".strip(),
         )
-    if failures:
-        raise common.worst(failures)
 
 
 def _together(reports: Iterable[VerifyReport]) -> VerifyReport:
@@ -98,15 +115,6 @@ def _together(reports: Iterable[VerifyReport]) -> VerifyReport:
         }
         whole = replace(whole, **added)
     return whole
-
-
-def _depth(options: dict[str, Any]) -> VerifyScope:
-    if options["fast"] and options["sample"] is not None:
-        raise UsageError("--fast reads no data, so there is nothing to --sample")
-    if options["seed"] is not None and options["sample"] is None:
-        raise UsageError("--seed chooses a --sample")
-    chosen = {"seed": options["seed"]} if options["seed"] is not None else {}
-    return VerifyScope(data=not options["fast"], percent=options["sample"] or 100.0, **chosen)
 
 
 def _sample(depth: VerifyScope) -> SampleChosen:

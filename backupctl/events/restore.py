@@ -72,8 +72,8 @@ class AttributesNotKept(WarningEvent):
 
     def _text(self) -> str:
         return (
-            f"{self.path} replaces a file, of which could not be kept: {', '.join(self.attributes)}. "
-            "Check that the VM may open it"
+            f"{self.path} replaced a file, but could not be given its {', '.join(self.attributes)}. "
+            "Check that the VM can open it"
         )
 
 
@@ -127,7 +127,7 @@ class ServedToLocalUsers(WarningEvent):
 
     code = "served-to-local-users"
     disk: str | None
-    overlay: str | None
+    overlay: Path | None
 
     def _text(self) -> str:
         what = self.disk or "these disks"
@@ -144,7 +144,7 @@ class OverlayKept(Event):
     """The writable overlay of a serve stays when the server ends."""
 
     code = "overlay-kept"
-    path: str
+    path: Path
 
     def _text(self) -> str:
         return f"written data is in {self.path}; delete it when it is no longer needed"

@@ -154,12 +154,12 @@ class _Judge:
     def of(cls, driver: Driver, vm: VmConfig, repository: Repository) -> "_Judge":
         namespace, folder = repository.owner, repository.vm(vm.name)
         inventory = driver.foresee(recover.FolderFacts(folder, namespace)).inventory
-        points = folder.survey().points
+        points = folder.scan_points().points
         live, unusable = set(), {}
         for disk in inventory.disks:
             if newest := plan.newest_with(disk.name, points):
                 name = namespace.bitmap(newest.id, disk.name)
-                if why := plan.why_unusable(namespace, newest.id, disk, inventory.foreign_node_bitmaps):
+                if why := plan.bitmap_error(namespace, newest.id, disk, inventory.foreign_node_bitmaps):
                     unusable[name] = why
                 else:
                     live.add((disk.node, name))

@@ -100,14 +100,14 @@ class Victim:
     ) -> Done:
         """Run a backup through lying peers, after some writes, so that there is something to lose."""
         self.vm.control("step", count=20)
-        with ExitStack() as liars:
+        with ExitStack() as peers:
             monitor, guest = self.vm.qmp_path, self.vm.agent_path
             if qmp is not None or nbd is not None:
                 monitor = self.folder / "lying-peer.qmp"
-                liars.enter_context(LyingPeer(monitor, self.vm.qmp_path, qmp or {}, nbd))
+                peers.enter_context(LyingPeer(monitor, self.vm.qmp_path, qmp or {}, nbd))
             if agent is not None:
                 guest = self.folder / "lying-peer.agent"
-                liars.enter_context(LyingPeer(guest, self.vm.agent_path, agent))
+                peers.enter_context(LyingPeer(guest, self.vm.agent_path, agent))
             done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
             self._settled()
             self.code = done.code

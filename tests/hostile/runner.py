@@ -9,14 +9,11 @@ import os
 import resource
 from pathlib import Path
 
-from backupctl.cli import common
+from backupctl.cli import faulty
 from backupctl.cli.main import main
-from backupctl.options import Timeouts
 from backupctl.vm.qmp import teardown
 
-SHORT = Timeouts(command_seconds=1.0, agent_seconds=1.0, stall_seconds=1.0)
-
-common.Target.timeouts = lambda _target: SHORT
+faulty.short_timeouts(1.0)
 assert teardown.teardown.__kwdefaults__
 teardown.teardown.__kwdefaults__["patience_seconds"] = 1.0
 

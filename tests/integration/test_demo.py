@@ -131,7 +131,7 @@ def test_a_missing_libnbd_is_named_with_what_to_install(options):
     program = (
         "import importlib.util as u, sys; real = u.find_spec; sys.modules['nbd'] = None\n"
         "u.find_spec = lambda name, *more: None if name == 'nbd' else real(name, *more)\n"
-        "import backupctl.cli.main"
+        "from backupctl.cli.main import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, "list", *options],

@@ -9,7 +9,7 @@ import pytest
 from backupctl.repository.repository import Repository
 from fixtures import builds
 from fixtures.debian import CannotBeHad
-from tests import killed
+from tests import interrupted_cli
 from tests.conftest import MIB
 
 
@@ -54,7 +54,7 @@ def test_a_first_full_that_dies_anywhere_can_be_repeated(lab):
     made = set()
     for step in (0, 5, 12, 17):
         lab.cli.repository = lab.folder / f"r{step}"
-        died = lab.cli.call("full", "web", entry=killed.ENTRY, KILL_AT=str(step))
+        died = lab.cli.call("full", "web", entry=interrupted_cli.ENTRY, KILL_AT=str(step))
         assert died.returncode == -signal.SIGKILL, died.stderr
         made.add((lab.cli.repository / "repository.json").exists())
         lab.writer.write(1)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fixtures import builds
-from tests import killed
+from tests import interrupted_cli
 from tests.conftest import MIB, Lab
 
 pytestmark = pytest.mark.timeout(600)
@@ -19,7 +19,7 @@ def call(lab: Lab, *arguments: str, **environment: str) -> tuple[int, list[str]]
     log = lab.folder / "steps"
     log.unlink(missing_ok=True)
     told = {"STEPS": str(log), "CONTROL": str(lab.machine.folder / "control"), **environment}
-    done = lab.cli.call(*arguments, entry=killed.ENTRY, **told)
+    done = lab.cli.call(*arguments, entry=interrupted_cli.ENTRY, **told)
     return done.returncode, log.read_text().splitlines()
 
 

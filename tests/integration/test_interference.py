@@ -136,7 +136,7 @@ def test_a_job_that_somebody_ends_in_mid_copy_fails_the_run(build, make_lab, kin
         lab.writer.do("vda", "data", 14 * MIB, 2 * MIB, 0x22)
         told, _ = run.communicate(timeout=60)
     assert run.returncode == 1
-    assert "ended by somebody else" in json.loads(told)["error"]["message"]
+    assert "somebody else ended the job" in json.loads(told)["error"]["message"]
     assert [each["point"] for each in lab.cli.json("list", "web", vm=False)] == [first]
     lab.assert_point(first, moment)
     lab.next_is_right()

@@ -60,7 +60,7 @@ def test_a_dry_run_tells_the_same_and_touches_nothing(lab):
     assert prune(lab, "--keep-last", "1")["points"] == said["points"]
     text = lab.cli.run("prune", "web", "--keep-daily", "3", "--dry-run", vm=False).stdout
     assert "daily 1 of 3" in text
-    assert "nothing was touched" in text
+    assert "would be dropped; nothing was changed" in text
 
 
 def test_no_rule_is_wrong_use(lab):
@@ -75,7 +75,7 @@ def test_protection_is_shown_and_taken_away(lab):
     lab.cli.run("protect", "web", old, vm=False)
     shown = lab.cli.json("list", "web", vm=False)
     assert [point["protected"] for point in shown] == [True, False]
-    assert "no prune drops it" in lab.cli.run("show", "web", old, vm=False).stdout
+    assert "prune never drops it" in lab.cli.run("show", "web", old, vm=False).stdout
     assert prune(lab, "--keep-last", "1")["dropped"] == []
     lab.cli.run("unprotect", "web", old, vm=False)
     assert prune(lab, "--keep-last", "1")["dropped"] == [old]

@@ -79,14 +79,14 @@ BUGS = (
     Bug(
         "a point is committed before the history has it",
         "PendingPoint.commit",
-        '            history.record(self.folder, Deed("committed", self.point, manifest.checksum))\n',
+        '            history.record(self.folder, PointEvent("committed", self.point, manifest.checksum))\n',
         "",
         HISTORY + "test_points_that_were_removed_are_named[newest]",
     ),
     Bug(
         "a dropped point is not written down",
         "_Steps.retire",
-        '                history.record(self.folder.path, Deed("dropped", point))\n',
+        '                history.record(self.folder.path, PointEvent("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
     ),
@@ -313,7 +313,7 @@ BUGS = (
     ),
     Bug(
         "an inconsistent bitmap is taken for an empty one",
-        "why_unusable",
+        "bitmap_error",
         '        return "its bitmap is inconsistent (QEMU did not end cleanly)"\n',
         '        return ""\n',
         "integration/test_topology.py::test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than"
@@ -384,15 +384,15 @@ BUGS = (
     Bug(
         "an incremental makes a repository",
         "_repository",
-        '    if wanted.kind != "full" or names.has_repository():\n',
-        "    if names.has_repository():\n",
+        '    if options.kind != "full" or target.has_repository():\n',
+        "    if target.has_repository():\n",
         "integration/test_first_full.py::test_an_incremental_makes_none_and_names_the_command_that_does",
     ),
     Bug(
         "configured rules are added to those of the command line",
         "_Policy.of",
-        "        said = given or configured\n",
-        "        said = configured | given\n",
+        "        said = typed or configured\n",
+        "        said = configured | typed\n",
         "unit/cli/test_all_vms.py"
         "::test_the_command_lines_rules_are_the_whole_policy_and_the_unused_ones_are_told",
     ),

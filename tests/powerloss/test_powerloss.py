@@ -16,7 +16,7 @@ from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.progress import Silent
 from fixtures import builds
-from tests import killed
+from tests import interrupted_cli
 from tests.powerloss import disk
 from tests.powerloss.explore import Judge, Recorded, after_backup, after_prune, explore
 
@@ -87,7 +87,7 @@ def test_every_state_after_a_power_failure_keeps_what_was_committed(
     lab.writer.write(5)
     states += look_at_all(record(lab, tmp_path / "more", "incremental"), work, most)
     lab.writer.write(5)
-    died = lab.cli.call("incremental", "web", entry=killed.ENTRY, KILL_AT=last_step(lab))
+    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=last_step(lab))
     assert died.returncode == -signal.SIGKILL
     assert list(lab.cli.repository.glob("web/*.partial/manifest.json"))
     after_death = record(lab, tmp_path / "again", "incremental")
@@ -99,7 +99,7 @@ def test_every_state_after_a_power_failure_keeps_what_was_committed(
 def last_step(lab) -> str:
     """Return the number of the commit's rename among the steps of an incremental."""
     log = lab.folder / "steps"
-    assert lab.cli.call("incremental", "web", entry=killed.ENTRY, STEPS=str(log)).returncode == 0
+    assert lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, STEPS=str(log)).returncode == 0
     names = [line.strip() for line in log.read_text().splitlines()]
     return str(len(names) - 1 - names[::-1].index("rename"))
 

@@ -144,6 +144,20 @@ def test_wrong_use(show, tmp_path):
     show("wrong-rate", "full", "web", "--limit", "fast", *VM)
 
 
+def test_configuration(show, tmp_path):
+    (tmp_path / "right.toml").write_text(
+        '[defaults]\nrepository = "/backup"\n[vm.web]\nqmp = "unix:/run/web.qmp"\nlimit = "200M"\n'
+    )
+    (tmp_path / "wrong.toml").write_text('[defaults]\nlimt = "200M"\n[vm.web]\nkeep_daily = "14"\n')
+    show("config-show", "config", "show", "web", "--view", "auto", "--config", "right.toml")
+    show("config-check", "config", "check", "--config", "right.toml")
+    show("config-check-wrong", "config", "check", "--config", "wrong.toml")
+    show("wrong-configuration", "list", "--config", "wrong.toml")
+    show("vm-not-configured", "full", "wbe", "--config", "right.toml")
+    show("help-config-check", "config", "check", "--help")
+    show("help-config-show", "config", "show", "--help")
+
+
 def report(kind: str) -> RunReport:
     parent = P1 if kind == "incremental" else None
     disk = replace(

@@ -124,7 +124,7 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
 
 def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
     folder, options = ctx.folder, ctx.options
-    scanned = folder.survey()
+    scanned = folder.scan_points()
     for path, err in scanned.damaged:
         ctx.reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
@@ -183,7 +183,7 @@ def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk,
 
 
 def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
-    """Refuse what would fail only after the freeze: a path that QEMU cannot be told, no place for a socket.
+    """Refuse what would fail only after the freeze: a path that QEMU cannot open, no place for a socket.
 
     folder: for scratch files. Raises Refused, Failed.
     """
@@ -191,7 +191,7 @@ def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
         str(repository.absolute()).encode()
     except UnicodeEncodeError as err:
         raise Refused(
-            f"the path {repository} is not UTF-8, so QEMU can't be told of it; use another name",
+            f"the path {repository} is not UTF-8, so it cannot be passed to QEMU; use another name",
             state="nothing was touched",
         ) from err
     driver.check_scratch(folder)

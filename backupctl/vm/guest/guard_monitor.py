@@ -47,7 +47,7 @@ def take_down(monitor: Address, left: Leftovers, drain: Callable[[], object]) ->
                 break
         _set(execute, left.groups, throttle.UNLIMITED)
         if left.groups:
-            execute("transaction", actions=[])  # see `limit.lift`
+            execute("transaction", actions=[])  # see `throttle.disable`
         for job in left.jobs:
             execute("block-job-cancel", device=job, force=True)
         for _ in _until_too_late():

@@ -228,7 +228,7 @@ def _doubt(before: str, thaw: Thaw, frozen: int) -> str:
     if thaw.refusal:
         return f"{thaw.refusal}; the guest is thawed, but since when is not known"
     if before == "thawed" or thaw.count < frozen:
-        return "somebody in the guest thawed its file systems before the moment was taken"
+        return "somebody in the guest thawed its file systems before the point in time was taken"
     return ""
 
 

@@ -71,7 +71,7 @@ def handover_actions(
 ) -> list[Action]:
     """Actions of the run's transaction for one disk: record into `new`, stop recording into `bases`.
 
-    gapped: bitmaps of ours that go at the same moment (see `gapped`).
+    gapped: bitmaps of ours that are removed in the same transaction (see `broken_chain_bitmaps`).
     """
     arguments = {"node": node, "name": new, "granularity": GRANULARITY_BYTES, "persistent": persistent}
     return [
@@ -94,7 +94,7 @@ def broken_chain_bitmaps(
 
     Then there is a gap, and neither it nor the checkpoints before it can be used any more. They must not
     stand beside the bitmap of a run either: were that run to fail, the newest would look like a base that
-    the run itself had disabled, and be enabled again, gap and all. theirs: as for `settle`.
+    the run itself had disabled, and be enabled again, gap and all. theirs: as for `plan_bitmap_recovery`.
     """
     ours = _ours(bitmaps, namespace, theirs)
     if not ours or ours[-1][1].recording:
@@ -104,14 +104,14 @@ def broken_chain_bitmaps(
 
 @dataclass(frozen=True)
 class BitmapPlan:
-    """What brings the bitmaps of one repository to rest.
+    """What finishes or undoes the bitmaps of one repository.
 
-    told: in words what was done, once it is. ahead: the same before it is done.
+    done: in words what was done, to be reported afterwards. planned: the same, before it is done.
     """
 
     actions: tuple[Action, ...]
-    told: tuple[str, ...]
-    ahead: tuple[str, ...] = ()
+    done: tuple[str, ...]
+    planned: tuple[str, ...] = ()
 
 
 def plan_bitmap_recovery(
@@ -124,36 +124,36 @@ def plan_bitmap_recovery(
 ) -> BitmapPlan:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
-    bitmaps: all of one node. committed: whether a point's folder stands under its final name.
-    checkpoints: how many bitmaps of older points stay. lost: points that were committed and are gone; their
-    bitmaps are treated as those of unfinished ones, but not called so. The answer is one list of actions
-    for one transaction, empty when all is at rest. theirs: bitmaps that came along with a disk of another VM
+    bitmaps: all of one node. committed: whether a point's folder stands under its final name. checkpoints:
+    how many bitmaps of older points stay. lost: points that were committed and are gone; their bitmaps are
+    treated as those of unfinished ones, but not called so. The answer is one list of actions for one
+    transaction, empty when there is nothing to do. theirs: bitmaps that came along with a disk of another VM
     are left to that VM.
     """
     bitmaps = tuple(bitmaps)
     ours = _ours(bitmaps, namespace, theirs)
-    done = [one for point, one in ours if committed(point)]
-    newest = done[-1] if done else None
+    valid = [one for point, one in ours if committed(point)]
+    newest = valid[-1] if valid else None
     gone = [one for point, one in ours if not committed(point)]
     unfinished = [one for one in gone if newest is None or one.name > newest.name]
     pruned = [one for one in gone if one not in unfinished]
-    kept = _usable_checkpoints(done[:-1], gone)[-checkpoints:] if checkpoints else []
+    kept = _usable_checkpoints(valid[:-1], gone)[-checkpoints:] if checkpoints else []
     actions = [
         _on(one.node, one.name, "remove") for one in bitmaps if one.name == namespace.differential_bitmap
     ]
     actions += _roll_back(unfinished, newest) + _retain_checkpoints(kept, pruned)
-    told = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
-    ahead = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
-    for old in done[:-1]:
+    done = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
+    planned = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
+    for old in valid[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
-            told.append(f"removed the bitmap {old.name} from {old.node}: {newest.name} replaces it")
-            ahead.append(f"to clean up: bitmap {old.name} on {old.node}, which {newest.name} replaces")
-    return BitmapPlan(tuple(actions), tuple(told), tuple(ahead))
+            done.append(f"removed the bitmap {old.name} from {old.node}: {newest.name} replaces it")
+            planned.append(f"to clean up: bitmap {old.name} on {old.node}, which {newest.name} replaces")
+    return BitmapPlan(tuple(actions), tuple(done), tuple(planned))
 
 
 def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool) -> tuple[Bitmap, ...]:
-    """Return the bitmaps of one node as they will be after a settlement's actions.
+    """Return the bitmaps of one node as they will be after the actions of a `BitmapPlan`.
 
     freed: whether our exports end before that, which keep bitmaps busy. A merge adds the counts up: what
     they have in common is not known.
@@ -214,7 +214,8 @@ def _roll_back(unfinished: list[Bitmap], base: Bitmap | None) -> list[Action]:
     if any(bitmap.inconsistent for bitmap in unfinished) or not unfinished[-1].recording:
         return [*removals, _on(base.node, base.name, "remove")] if base.recording else removals
     # Merge first: it refuses when a bitmap has vanished meanwhile, where `enable` in a transaction makes
-    # QEMU itself crash (measured on 7.2.22 and 10.0.2). Within one transaction the order is one moment.
+    # QEMU itself crash (tests/conformance/test_dangers.py, `enable_an_absent_bitmap`). Within one
+    # transaction all actions take effect at once, whatever their order.
     merge = _merge(base.node, base.name, [new.name for new in unfinished])
     return [merge, *(() if base.recording else (_on(base.node, base.name, "enable"),)), *removals]
 

@@ -77,11 +77,11 @@ class _Client(QMPClient):
             raise ProtocolError("it sends an answer to nothing that was asked")
         await super()._on_message(msg)
 
-    def _note(self, event: object, told: object) -> None:
-        if not isinstance(event, str) or event not in _HEARD or not isinstance(told, dict):
+    def _note(self, event: object, data: object) -> None:
+        if not isinstance(event, str) or event not in _HEARD or not isinstance(data, dict):
             return
         key = _HEARD[event]
-        kept, name = (self.thresholds if key == "node-name" else self.ended), told.get(key)
+        kept, name = (self.thresholds if key == "node-name" else self.ended), data.get(key)
         if isinstance(name, str) and len(name) <= _MOST_NAME and len(kept) < _MOST_NODES:
             kept.add(name)
 
@@ -106,7 +106,7 @@ class Monitor:
     """A connection to one QEMU's monitor; `connect` makes one.
 
     address: where it is. timeout_seconds: the longest that any one command may take. process: who listens
-    there (QEMU, or who made the socket for it), None if that can't be told.
+    there (QEMU, or who made the socket for it), None if that is not known.
     """
 
     def __init__(self, address: Address, timeout_seconds: float) -> None:
@@ -125,7 +125,8 @@ class Monitor:
         """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable, Interrupted.
 
         cancel: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
-        says nothing (measured), so a missing greeting most often means a second client.
+        says nothing (conformance script `second_client_waits_for_the_first`), so a missing greeting most
+        often means a second client.
         """
         self = cls(address, timeout_seconds)
         _log.debug("connect to %s", address)
@@ -165,9 +166,9 @@ class Monitor:
             _log.debug("<- %s (%.3f s)", log.Shown(answer), time.monotonic() - begun)
             return answer
         except ExecuteError as err:
-            told = err.error.error
-            _log.debug("<- refused: %s: %s", told.class_[:100], told.desc[:1000])
-            raise CommandFailed(command, told.class_[:100], told.desc[:1000]) from err
+            error = err.error.error
+            _log.debug("<- refused: %s: %s", error.class_[:100], error.desc[:1000])
+            raise CommandFailed(command, error.class_[:100], error.desc[:1000]) from err
         except TimeoutError as err:
             raise self._lost(command, f"silent for {time.monotonic() - begun:.0f} s") from err
         except (ExecInterruptedError, StateError) as err:
@@ -178,13 +179,13 @@ class Monitor:
             raise self._lost(command, f"{_root(err):.300}") from err
 
     def transaction(self, actions: list[dict[str, object]]) -> None:
-        """Do all of `actions` at one moment, or none of them. Raises as `execute` does."""
+        """Do all of `actions` at once, or none of them. Raises as `execute` does."""
         if actions:
             self.execute("transaction", {"actions": actions})
 
     @contextmanager
     def within(self, until: float | None) -> Iterator[None]:
-        """Let no command of the block take longer than to that moment, as `time.monotonic` tells it."""
+        """Let no command of the block take longer than until then, in the seconds of `time.monotonic`."""
         self._until = until
         try:
             yield
@@ -284,8 +285,8 @@ def _how_to_reach(address: Address, err: Exception) -> str:
     return "is the VM running? Nothing that speaks QMP listens there"
 
 
-def _version(told: Any) -> Version:
-    major, minor, micro = (reply.number(told["qemu"][part], 9999) for part in ("major", "minor", "micro"))
+def _version(answer: Any) -> Version:
+    major, minor, micro = (reply.number(answer["qemu"][part], 9999) for part in ("major", "minor", "micro"))
     return Version(major, minor, micro)
 
 

@@ -50,7 +50,8 @@ def start_exports(
         for name, one in zip(names, specs, strict=True):
             monitor.execute("block-export-add", _arguments(monitor, name, one))
         # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
-        # guest and all (measured on 7.2.22). From here on nothing stands between connect and handshake.
+        # guest and all (7.2.22; docs/protocol.md, "What QEMU does"). From here on nothing stands between
+        # connect and handshake.
         groups = [tuple(_connected(guard, name, path) for _ in range(connections)) for name in names]
     return tuple(
         Export(name, one.bitmap, group) for name, one, group in zip(names, specs, groups, strict=True)
@@ -89,7 +90,8 @@ def _served(monitor: Monitor, namespace: Namespace, clients: int) -> Iterator[st
 
 
 def _start(monitor: Monitor, address: dict[str, object], clients: int) -> None:
-    # Unless told, QEMU takes a hundred at most, and lets the others wait (measured).
+    # Unless told, QEMU takes a hundred at most, and lets the others wait (conformance script
+    # `of_more_clients_than_allowed_the_last_one_waits`).
     monitor.execute("nbd-server-start", {"addr": address, "max-connections": clients})
 
 

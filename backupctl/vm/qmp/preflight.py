@@ -27,7 +27,7 @@ def _refuse_migrating(monitor: Monitor) -> None:
 
     Another may be writing to its disks: what this one has kept of an image's tables is of earlier, and would
     make a point of old and new bytes (10.0.2 refuses that itself, 7.2.22 does not). And a migration that
-    comes to its end while we have a job or filter over a disk fails (measured).
+    ends while we have a job or filter over a disk fails (docs/protocol.md, "What QEMU does").
     """
     if "query-migrate" not in monitor.commands:  # no VM, but a storage daemon
         return
@@ -45,7 +45,7 @@ def _refuse_fuse(monitor: Monitor) -> None:
 
     From 8.1 on a FUSE export is busy until the request at hand is done, and waits for it in an event loop
     within QEMU's own. An export of ours that is taken down in there waits for the request, which waits for
-    it (upstream's issue 2179; measured under load: about one run in three on 10.0.2, none of 120 on 7.2.22).
+    it (upstream's issue 2179; seen under load in about one run in three on 10.0.2, in none of 120 on 7.2.22).
     """
     exports = monitor.execute("query-block-exports")
     with understood("query-block-exports"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Scratch files: where QEMU keeps the old content of what the guest overwrites during a run.
 
-An empty qcow2 without a name: the kernel frees it whatever dies, and QEMU, which gets it as a
-descriptor, needs no rights on the folder. Where descriptors can't be passed (a monitor over TCP,
+An empty qcow2 without a name: the kernel frees it when the last process has ended, and QEMU, which gets it
+as a descriptor, needs no rights on the folder. Where descriptors can't be passed (a monitor over TCP,
 qemu-storage-daemon) it is a named file in a private folder, which recovery finds by its name.
 """
 
@@ -31,7 +31,7 @@ class Scratch:
     """One disk's scratch file.
 
     filename: what QEMU opens. descriptor: ours, by which others see how much of it is used.
-    reserved: whether its room is set aside, so that nobody else can take it.
+    reserved: whether its space is allocated, so that nobody else can take it.
     """
 
     filename: str
@@ -52,8 +52,8 @@ class ScratchFiles:
         self._monitor = monitor
         self._private = private
 
-    def make(self, node: NodeName, size: int, room_bytes: int) -> Scratch:
-        """Make an empty qcow2 of `size` bytes, set room aside for it, and have QEMU know it.
+    def make(self, node: NodeName, size: int, reserve_bytes: int) -> Scratch:
+        """Make an empty qcow2 of `size` bytes, reserve space for it, and pass it to QEMU.
 
         node: its name becomes the descriptor set's label, by which recovery knows it. Raises Failed,
         MonitorError.
@@ -65,7 +65,7 @@ class ScratchFiles:
             descriptor = _nameless(self.folder)
         try:
             _format(descriptor, size)
-            reserved = _reserve(descriptor, room_bytes, self.folder)
+            reserved = _reserve(descriptor, reserve_bytes, self.folder)
             filename = str(path) if self._private is not None else self._hand_over(descriptor, node)
         except BaseException:
             os.close(descriptor)
@@ -74,14 +74,14 @@ class ScratchFiles:
         return self.made[-1]
 
     def check(self) -> None:
-        """Raise Failed when room that could not be set aside becomes scarce."""
+        """Raise Failed when space that could not be reserved becomes scarce."""
         if not all(one.reserved for one in self.made):
             _check_left(self.folder)
 
     def empty(self) -> None:
-        """Free the files' room; no node may stand on them any more. Never raises.
+        """Free the space of the files; no node may use them any more. Never raises.
 
-        A paused VM keeps its descriptors, whatever it is told (before QEMU 9.1), and with them the room.
+        A paused VM keeps its descriptors, whatever it is told (before QEMU 9.1), and with them the space.
         """
         for one in self.made:
             with suppress(OSError):
@@ -110,17 +110,19 @@ def _check_left(folder: Path) -> None:
         )
 
 
-def _reserve(descriptor: int, room_bytes: int, folder: Path) -> bool:
-    """Allocate room behind the end of a file; whether its file system can. Raises Failed."""
+def _reserve(descriptor: int, reserve_bytes: int, folder: Path) -> bool:
+    """Allocate space behind the end of a file; whether its file system can. Raises Failed."""
     library = ctypes.CDLL(None, use_errno=True)
     library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
-    while library.fallocate(descriptor, _KEEP_SIZE, 0, room_bytes):
+    while library.fallocate(descriptor, _KEEP_SIZE, 0, reserve_bytes):
         number = ctypes.get_errno()
         if number in (errno.EOPNOTSUPP, errno.ENOSYS):
             return False
         if number != errno.EINTR:
             why = os.strerror(number)
-            raise Failed(f"{room_bytes >> 20} MiB can't be set aside in the scratch folder {folder}: {why}")
+            raise Failed(
+                f"{reserve_bytes >> 20} MiB cannot be reserved in the scratch folder {folder}: {why}"
+            )
     return True
 
 
@@ -128,7 +130,7 @@ def _named(path: Path) -> int:
     try:
         return os.open(path, _NEW, 0o600)
     except OSError as err:
-        raise Failed(f"the scratch file {path} can't be made: {err.strerror}") from err
+        raise Failed(f"cannot create the scratch file {path}: {err.strerror}") from err
 
 
 def _nameless(folder: Path) -> int:
@@ -136,13 +138,13 @@ def _nameless(folder: Path) -> int:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as err:
         if err.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise Failed(f"no scratch file can be made in {folder}: {err.strerror}") from err
+            raise Failed(f"cannot create a scratch file in {folder}: {err.strerror}") from err
     try:  # a file system without O_TMPFILE: the name lives for an instant only
         descriptor, name = tempfile.mkstemp(prefix="backupctl-", dir=folder)
         Path(name).unlink()
         return descriptor
     except OSError as err:
-        raise Failed(f"no scratch file can be made in {folder}: {err.strerror}") from err
+        raise Failed(f"cannot create a scratch file in {folder}: {err.strerror}") from err
 
 
 def _format(descriptor: int, size: int) -> None:
@@ -156,4 +158,4 @@ def _format(descriptor: int, size: int) -> None:
         check=False,
     )
     if done.returncode:
-        raise Failed(f"qemu-img can't make a scratch file: {done.stderr.strip():.500}")
+        raise Failed(f"qemu-img cannot create a scratch file: {done.stderr.strip():.500}")

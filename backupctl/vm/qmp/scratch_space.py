@@ -2,7 +2,7 @@
 """How much room a run sets aside for its scratch files, decided before anything is touched.
 
 With the fleecing view a scratch file that cannot grow makes the GUEST's writes fail
-(``test_a_guest_with_an_iothread_that_overwrites_more_than_the_scratch_holds_is_left_alone``). So each
+(``test_a_full_scratch_fails_the_guests_write_under_fleecing``). So each
 disk's scratch file has space of its own, allocated before the point in time, and is never used up::
 
     0            abort_at                         throttle_at           size
@@ -35,8 +35,8 @@ RESERVE_UNLIMITED_BYTES = 512 * MIB
 def limits(monitor: Monitor) -> bool:
     """Whether this QEMU can limit what goes into a scratch file.
 
-    Before 9.0 a throttle node that joins a disk on an iothread crashes it (measured on 7.2.22:
-    qemu_mutex_unlock_impl: Operation not permitted).
+    Before 9.0 a throttle node that joins a disk on an iothread crashes it (7.2.22; docs/protocol.md, "What
+    QEMU does": qemu_mutex_unlock_impl: Operation not permitted).
     """
     if not monitor.version.at_least(6, 0) or "query-iothreads" not in monitor.commands:
         return False

@@ -8,19 +8,20 @@
        old content ▼                    └── [acc: snapshot-access] ◄── NBD export
               [tmp: empty qcow2]
 
-What it is for: a scratch file that can't grow breaks the SNAPSHOT here, and with it our run; with
-fleecing it fails the guest's own write (measured). Needs devices whose ``drive`` property can be set while
-they run, and QEMU 10.0: the drivers are older (7.1), but on 7.2.22 whole clusters that the guest overwrites
-with zeroes read as zeroes in the snapshot, although their old data are copied (measured each time; never on
-10.0.2; a test of the known moment has the smallest case). A backup that is silently wrong is worse than none.
+What it is for: a scratch file that can't grow breaks the SNAPSHOT here, and with it our run; with fleecing
+it fails the guest's own write (``test_a_full_scratch_fails_the_guests_write_under_fleecing``). Needs devices
+whose ``drive`` property can be set while they run, and QEMU 10.0: the drivers are older (7.1), but on 7.2.22
+whole clusters that the guest overwrites with zeroes read as zeroes in the snapshot, although their old data
+are copied; never on 10.0.2 (``test_what_zeroes_overwrite_is_lost_from_snapshot_access_before_10_0``). A
+backup that is silently wrong is worse than none.
 
-Putting the filter in can't be part of a transaction, so the order carries the safety (measured with a
-live guest): first the new bitmap records, then the filter goes in, then the base bitmap stops. In
-between both bitmaps record, so each holds at least what it must; any other order loses writes. The filter
-is not limited to the base bitmap: it is made before the base stops, so writes in between would be
-missing from its limit, and could then not be read.
+Putting the filter in can't be part of a transaction, so the order carries the safety
+(`test_known_moment.py`, with a guest that writes): first the new bitmap records, then the filter goes in,
+then the base bitmap stops. In between both bitmaps record, so each holds at least what it must; any other
+order loses writes. The filter is not limited to the base bitmap: it is made before the base stops, so writes
+in between would be missing from its limit, and could then not be read.
 
-Several disks are filtered one after the other. That is one moment only while the guest is frozen, so
+Several disks are filtered one after the other. That is one point in time only while the guest is frozen, so
 without a freeze this view takes one disk only (`atomic`).
 """
 
@@ -72,7 +73,7 @@ class SnapshotAccess:
     def prepare(self) -> None:
         """Add scratch nodes and filters; no device uses them yet. Raises Refused, MonitorError."""
         if reason := view_error(self._monitor, [one.disk for one in self._disks]):
-            raise ViewUnavailable(f"--view snapshot-access can't be had: {reason}")
+            raise ViewUnavailable(f"--view snapshot-access is not available: {reason}")
         for number, (one, budget) in enumerate(zip(self._disks, self._budgets, strict=True)):
             node = self._namespace.node(NodeKind.SCRATCH, number)
             made = self._scratch.make(node, one.disk.size, budget.size)

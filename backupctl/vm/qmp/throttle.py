@@ -7,7 +7,8 @@ so the run sets it anew while it looks.
 
 To take the view down the limit is lifted in two steps: to a speed at which what waits gets on, so that
 reads that wait for it end, and with them their export; then, when no client of ours is left, altogether,
-since a job that ends while a write waits in a throttle node stops QEMU's main loop until then (measured).
+since a job that ends while a write waits in a throttle node stops QEMU's main loop until then
+(``test_no_scratch_size_fails_a_write_under_a_flood_that_never_ends``).
 """
 
 from typing import TYPE_CHECKING

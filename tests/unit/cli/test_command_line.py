@@ -71,7 +71,7 @@ def test_every_option_has_a_help_text(name):
 def test_a_missing_repository_is_a_usage_error_with_the_next_step():
     done = backupctl("full", "web", "--qmp", "unix:/nowhere")
     assert done.returncode == 2
-    assert "no repository is known" in done.stderr
+    assert "no repository is configured" in done.stderr
     assert "--repository" in done.stderr
     assert "Traceback" not in done.stderr
 

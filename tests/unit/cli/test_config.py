@@ -1,40 +1,152 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The configuration file: what is known is read, what is not is an error that names it."""
 
+import json
 import os
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
-from backupctl.cli import config
+from backupctl.cli import configuration, settings
 from backupctl.cli.main import cli
+from backupctl.cli.toml_lines import key_lines
 from backupctl.errors import UsageError
 from backupctl.system.address import Address
+from tests.unit.cli.test_command_line import command
 
 EXAMPLE = Path(__file__).parents[3] / "fixtures" / "backupctl.example.toml"
 
 
-def load(tmp_path, text: str) -> config.Config:
+def load(tmp_path, text: str) -> configuration.Config:
     path = tmp_path / "backupctl.toml"
     path.write_text(text)
-    return config.load(str(path))
+    return configuration.load(str(path))
+
+
+def shown(*arguments: str) -> dict[str, tuple[object, str]]:
+    """Return the settings that are in force for a command line, each with its value and its source."""
+    done = CliRunner().invoke(cli, ["config", "show", *arguments, "--json"], catch_exceptions=False)
+    return {one["name"]: (one["value"], one["source"]) for one in json.loads(done.stdout)["settings"]}
 
 
 def test_the_sample_configuration_loads(tmp_path):
     found = load(tmp_path, EXAMPLE.read_text())
-    vm = found.vm("web", None, None)
-    assert vm.qmp == Address(path="/run/qemu/web.qmp")
-    assert vm.disk_names == {"virtio0": "system"}
-    assert found.repository("web", None) == Path("/backup")
-    assert found.repository("db", None) == Path("/backup-db")
-    assert found.setting("db", "freeze") == "require"
-    assert found.setting("web", "freeze") == "auto"
+    assert found.of("web").qmp == "unix:/run/qemu/web.qmp"
+    assert found.of("web").disks == {"virtio0": "system"}
+    assert (found.of("web").repository, found.of("db").repository) == ("/backup", "/backup-db")
+    assert (found.of("web").freeze, found.of("db").freeze) == ("auto", "require")
 
 
-def test_the_command_line_wins(tmp_path):
-    found = load(tmp_path, '[vm.web]\nqmp = "unix:/a"\nrepository = "/r"\n')
-    assert found.vm("web", "tcp:localhost:4444", None).qmp == Address(host="localhost", port=4444)
-    assert found.repository("web", "/other") == Path("/other")
+def test_the_command_line_wins_over_the_vms_settings_and_these_over_those_for_all(tmp_path):
+    path = tmp_path / "backupctl.toml"
+    path.write_text(
+        '[defaults]\nlimit = "1M"\nview = "auto"\nscratch = "/s"\nmax_chain = 0\n'
+        '[vm.web]\nqmp = "unix:/a"\nlimit = "2M"\nview = "fleecing"\n'
+    )
+    found = shown("web", "--config", str(path), "--limit", "3M")
+    assert found["configuration"] == (str(path), "command line")
+    assert found["limit"] == ("3M", "command line")
+    assert found["view"] == ("fleecing", "file")
+    assert found["scratch"] == ("/s", "file")
+    assert found["max_chain"] == (150, "default")
+    assert found["keep_daily"] == (None, "default")
+    for_any = shown("--config", str(path))
+    assert for_any["limit"] == ("1M", "file")
+    assert [for_any[name] for name in ("qmp", "agent", "disks")] == [(None, "default")] * 3
+
+
+def test_show_names_the_line_of_each_setting(tmp_path, monkeypatch):
+    path = tmp_path / "backupctl.toml"
+    path.write_text('[defaults]\n# a comment\nlimit = "1M"\n\n[vm.web]\nqmp = "unix:/a"\n')
+    monkeypatch.setenv("BACKUPCTL_CONFIG", str(path))
+    monkeypatch.setenv("QEMU_IMG", "/opt/qemu-img")
+    done = CliRunner().invoke(cli, ["config", "show", "web"])
+    rows = {line.split()[0]: line.split(None, 2)[1:] for line in done.stdout.splitlines()}
+    assert rows["limit"] == ["1M", f"{path}:3"]
+    assert rows["qmp"] == ["unix:/a", f"{path}:6"]
+    assert rows["configuration"] == [str(path), "environment"]
+    assert rows["QEMU_IMG"] == ["/opt/qemu-img", "environment"]
+    assert rows["freeze"] == ["auto", "default"]
+
+
+def test_show_of_a_vm_that_is_not_configured_asks_what_was_meant(tmp_path):
+    path = tmp_path / "backupctl.toml"
+    path.write_text('[vm.webserver]\nqmp = "unix:/a"\n')
+    command = ["--config", str(path), "config", "show", "websever"]
+    with pytest.raises(UsageError, match="did you mean 'webserver'"):
+        cli.main(command, standalone_mode=False)
+    assert cli.main([*command, "--qmp", "/q"], standalone_mode=False) is None
+
+
+def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path):
+    path = tmp_path / "backupctl.toml"
+    path.write_text(
+        '[defaults]\nreposotory = "/r"\nfreeze = "sometimes"\nqmp = "/q"\n\n'
+        '[vm.web]\nlimit = "fast"\nkeep_daily = """\n7"""\nkeep_within = "2 weeks"\n'
+        'disks = { vda = "a", vdb = "a" }\n[vm."db".disks]\nvda = "../x"\n[vms]\n'
+    )
+    done = CliRunner().invoke(cli, ["--config", str(path), "config", "check", "--json"])
+    found = json.loads(done.stdout)
+    assert isinstance(done.exception, UsageError)
+    assert [one["line"] for one in found["mistakes"]] == [2, 3, 4, 7, 8, 10, 11, 13, 14]
+    said = "\n".join(one["message"] for one in found["mistakes"])
+    for part in (
+        *("did you mean 'repository'?", "one of: auto, require, never", "it belongs in [vm.NAME]"),
+        *("limit in [vm.web]", "a whole number", "keep_within in [vm.web]", "vda and vdb", "disk name"),
+        "did you mean 'vm'?",
+    ):
+        assert part in said
+    with pytest.raises(UsageError) as caught:
+        configuration.load(str(path))
+    assert all(f"line {one['line']}: {one['message']}" in caught.value.message for one in found["mistakes"])
+    assert caught.value.next_command == "backupctl config check"
+
+
+def test_a_right_configuration_is_said_to_be_so(tmp_path):
+    path = tmp_path / "backupctl.toml"
+    path.write_text(EXAMPLE.read_text())
+    done = CliRunner().invoke(cli, ["config", "check", "--config", str(path)])
+    assert (done.exit_code, done.stdout) == (0, f"{path}: no mistakes, 2 VMs\n")
+    done = CliRunner().invoke(cli, ["config", "check", "--config", str(path), "--json"])
+    found = json.loads(done.stdout)
+    assert found == {"configuration": str(path), "ok": True, "vms": ["web", "db"], "mistakes": []}
+
+
+def test_every_key_says_what_it_must_be(tmp_path):
+    """A table is nothing that any of them may be."""
+    keys = [key for key in settings.settable() if key != "disks"]
+    text = "".join(f"{key} = {{}}\n" for key in keys)
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, f"[vm.web]\n{text}")
+    assert [key for key in keys if f"{key} in [vm.web] must be " not in caught.value.message] == []
+
+
+def test_every_key_but_disks_is_an_option_of_the_same_name():
+    options = {option.name: option for option in command("incremental").params}
+    rules = {option.name: option for option in command("prune").params}
+    for key in settings.settable():
+        if key != "disks":
+            assert (options.get(key) or rules[key]).opts == [f"--{key.replace('_', '-')}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("a = 1\n\n[b]\nc = 2\n", {("a",): 1, ("b",): 3, ("b", "c"): 4}),
+        (
+            "[b.'c d']\ne.f = 1\r\n",
+            {("b",): 1, ("b", "c d"): 1, ("b", "c d", "e"): 2, ("b", "c d", "e", "f"): 2},
+        ),
+        ("a = '''\n[x]\nb = 2\n'''\nc = [\n1,\n]\nd = 1", {("a",): 1, ("c",): 5, ("d",): 8}),
+        ("'a=b' = 1 # c = 2\n", {("a=b",): 1}),
+        ("a = [\n" + "1,\n" * 300 + "]\nb = 1\n", {("b",): 303}),
+        ("", {}),
+    ],
+)
+def test_the_lines_of_keys_are_found_however_they_are_written(text, lines):
+    assert key_lines(text) == lines
 
 
 @pytest.mark.parametrize(
@@ -51,7 +163,7 @@ def test_the_command_line_wins(tmp_path):
         ('[default]\nlimit = "1M"\n', "default"),
         ('[vm.web]\n[vm.web.disks]\nvda = "../../etc"\n', "disk name"),
         ('[vm."../x"]\nqmp = "unix:/a"\n', "VM name"),
-        ("[vm\n", "can't be read"),
+        ("[vm\n", "cannot read"),
         ("[defaults]\nfreeze_budget = nan\n", "freeze_budget"),
         ("[defaults]\nfreeze_budget = inf\n", "freeze_budget"),
         ("[defaults]\nfreeze_budget = 1e300\n", "freeze_budget"),
@@ -59,9 +171,9 @@ def test_the_command_line_wins(tmp_path):
         ('[vm.web]\nview = "x"\n', "fleecing"),
         ('[vm.web]\non_broken_chain = "x"\n', "scan"),
         ("[vm.web.disks]\nvda = 5\n", "disk name"),
-        ("a = " + "[" * 100_000, "can't be read"),
-        ("a = " + "9" * 5000, "can't be read"),
-        ("a = '\0'\n", "can't be read"),
+        ("a = " + "[" * 100_000, "cannot read"),
+        ("a = " + "9" * 5000, "cannot read"),
+        ("a = '\0'\n", "cannot read"),
         ('[defaults]\nrepository = "backup"\n', "repository in [defaults] must be an absolute path"),
         ('[vm.web]\nscratch = "./s"\n', "scratch in [vm.web] must be an absolute path"),
         ('[vm.web]\nqmp = "unix:web.qmp"\n', "qmp in [vm.web] must be an absolute path"),
@@ -86,12 +198,6 @@ def test_what_is_wrong_is_named(tmp_path, text, said):
     assert said in caught.value.message
 
 
-def test_an_unknown_vm_is_told_with_those_there_are(tmp_path):
-    found = load(tmp_path, '[vm.web]\nqmp = "unix:/a"\n')
-    with pytest.raises(UsageError, match="web"):
-        found.vm("db", None, None)
-
-
 @pytest.mark.parametrize(
     "text", ["tcp:host", "tcp:host:0", "tcp:h:" + "1" * 5000, "tcp:host:99999", "tcp::1", "unix:", ""]
 )
@@ -107,7 +213,7 @@ def test_one_vm_may_be_backed_up_to_two_repositories(tmp_path):
 
 def test_a_home_may_begin_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert load(tmp_path, '[defaults]\nrepository = "~/r"\n').repository(None, None) == Path("/home/me/r")
+    assert load(tmp_path, '[defaults]\nrepository = "~/r"\n').repositories() == (Path("/home/me/r"),)
 
 
 def test_nothing_is_read_from_the_current_folder(tmp_path, monkeypatch):
@@ -120,7 +226,7 @@ def test_nothing_is_read_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for folder in ("", ".", "./"):
         monkeypatch.setenv("XDG_CONFIG_HOME", folder)
-        assert "web" not in config.load(None).vms
+        assert "web" not in configuration.load(None).vms
 
 
 @pytest.mark.parametrize("given", ["--config", "BACKUPCTL_CONFIG", "XDG_CONFIG_HOME"])
@@ -132,8 +238,9 @@ def test_a_file_that_others_may_write_is_refused_wherever_it_was_named(tmp_path,
     monkeypatch.delenv("BACKUPCTL_CONFIG", raising=False)
     if given != "--config":
         monkeypatch.setenv(given, str(path if given == "BACKUPCTL_CONFIG" else tmp_path))
+    command = ["config", "check", *(["--config", str(path)] if given == "--config" else [])]
     with pytest.raises(UsageError, match=r"backupctl.toml is not trusted: .* \(mode 0666\)"):
-        config.load(str(path) if given == "--config" else None)
+        cli.main(command, standalone_mode=False)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
@@ -147,20 +254,21 @@ def test_a_home_of_somebody_else_is_passed_over_if_there_is_nothing_in_it(tmp_pa
     for name in ("BACKUPCTL_CONFIG", "XDG_CONFIG_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setattr(config, "SYSTEM_FILE", system)
-    assert list(config.load(None).vms) == ["web"]
+    monkeypatch.setattr(configuration, "SYSTEM_FILE", system)
+    assert list(configuration.load(None).vms) == ["web"]
     (folder / "backupctl.toml").write_text("")
     with pytest.raises(UsageError, match="home is not trusted: it belongs to user 12345"):
-        config.load(None)
+        configuration.load(None)
 
 
 def test_a_named_file_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(UsageError, match="can't be read: No such file"):
-        config.load(str(tmp_path / "none"))
+    with pytest.raises(UsageError, match=r"cannot read .*: No such file"):
+        configuration.load(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("budget", ["nan", "inf", "-1", "0", "1e300"])
 def test_a_freeze_budget_that_can_not_be_is_wrong_use(tmp_path, budget):
     command = ["full", "web", "--qmp", "unix:/x", "--repository", str(tmp_path / "r")]
-    with pytest.raises(UsageError, match="freeze budget"):
+    with pytest.raises(click.BadParameter) as caught:
         cli.main([*command, f"--freeze-budget={budget}"], standalone_mode=False)
+    assert "--freeze-budget" in caught.value.format_message()

@@ -75,9 +75,30 @@ def test_a_command_that_does_not_talk_to_the_vm_gets_no_monitor():
     ]
 
 
-def test_the_configuration_is_repeated_on_whichever_side_it_stood():
-    for arguments in (["--config", "/c.toml", "full", "web"], ["full", "--config", "/c.toml", "web"]):
-        assert complete(typed(*arguments), "backupctl status web") == "backupctl status web --config /c.toml"
+def test_the_configuration_is_repeated_on_whichever_side_it_stood(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("")
+    for arguments in (
+        ["--config", str(path), "full", "web"],
+        ["full", "--config", str(path), "web"],
+        ["full", "web", "--config", str(path)],
+    ):
+        for command in ("status web", "config check"):
+            assert (
+                complete(typed(*arguments), f"backupctl {command}") == f"backupctl {command} --config {path}"
+            )
+
+
+def test_what_the_configuration_says_is_not_repeated_and_what_was_typed_is_as_it_was_typed(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text('[vm.web]\nqmp = "/q"\nrepository = "/r"\nlimit = "1M"\n')
+    context = typed("--config", str(path), "full", "web", "--scratch-size", "1.5G", "--freeze-budget", "3")
+    assert context.params["limit"] == 1 << 20
+    words = shlex.split(complete(context, "backupctl full web"))
+    assert words == [
+        *("backupctl", "full", "web", "--config", str(path)),
+        *("--scratch-size", "1.5G", "--freeze-budget", "3"),
+    ]
 
 
 def test_the_same_command_again_has_all_options_and_what_is_to_be_different():
@@ -87,7 +108,7 @@ def test_the_same_command_again_has_all_options_and_what_is_to_be_different():
     assert words.count("--view") == 1
     assert words[words.index("--view") + 1] == "fleecing"
     assert [words[at + 1] for at, word in enumerate(words) if word == "--disk"] == ["a", "b"]
-    assert typed(*words[1:]).params["repository"] == "/my backup"
+    assert str(typed(*words[1:]).params["repository"]) == "/my backup"
 
 
 def test_a_restore_again_has_its_point_and_target():

@@ -38,7 +38,7 @@ def call(*arguments: str, cwd=None, shell: str = 'exec "$@"', **environment: str
 @pytest.mark.parametrize("option", ["--repository", "--scratch"])
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("~no-such-user/r", "no home folder is known"), (os.fsdecode(b"/tmp/\xff"), "not UTF-8")],
+    [("~no-such-user/r", "cannot find the home directory"), (os.fsdecode(b"/tmp/\xff"), "not UTF-8")],
 )
 def test_a_path_that_can_not_be_is_wrong_use(tmp_path, option, path, said):
     """QEMU takes names as JSON; a path that is no UTF-8 would fail when the guest is frozen already."""
@@ -76,7 +76,7 @@ def test_a_home_without_a_configuration_is_no_error_and_a_strange_one_is_named(t
         path.symlink_to(path)
     Repository.create(tmp_path / "r")
     error = call("list", "web", "--repository", str(tmp_path / "none"), HOME=str(path), XDG_CONFIG_HOME="")
-    assert ("can't be read" in error["message"]) == (home == "a loop")
+    assert ("cannot read" in error["message"]) == (home == "a loop")
     assert error["kind"] == "UsageError"
 
 
@@ -89,7 +89,11 @@ def test_a_home_that_can_not_be_read_is_wrong_use(tmp_path):
     for folder in before:
         folder.chmod(modes[folder] | 0o011)
     try:
-        command = [sys.executable, "-c", "import os; from backupctl.cli import config; config.load(None)"]
+        command = [
+            sys.executable,
+            "-c",
+            "import os; from backupctl.cli import configuration as config; config.load(None)",
+        ]
         around = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": str(home)}
         done = subprocess.run(
             command, env=around, user=SOMEBODY, capture_output=True, text=True, timeout=60, check=False
@@ -97,7 +101,7 @@ def test_a_home_that_can_not_be_read_is_wrong_use(tmp_path):
     finally:
         for folder, mode in modes.items():
             folder.chmod(mode)
-    assert f"the configuration {home}/.config/backupctl/backupctl.toml can't be read: Perm" in done.stderr
+    assert f"cannot read the configuration {home}/.config/backupctl/backupctl.toml: Perm" in done.stderr
     assert "UsageError" in done.stderr
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from backupctl.errors import CommandFailed, MonitorError
 from backupctl.names import Namespace
-from backupctl.operations.backup.plan import why_unusable
+from backupctl.operations.backup.plan import bitmap_error
 from backupctl.vm.qmp import graph, inventory
 
 OWNER = Namespace("a1b2c3d4")
@@ -65,10 +65,10 @@ def test_of_a_disk_with_a_data_file_only_a_bitmap_of_this_qemus_life_is_used(dat
     for persistent, why in ((True, "in another file"), (False, "")):
         (disk,) = inventory.inventory(Monitor(node("top", data=data, **stored(persistent=persistent)))).disks
         assert not disk.persistent
-        found = why_unusable(OWNER, POINT, disk, ())
+        found = bitmap_error(OWNER, POINT, disk, ())
         assert why in found if why else found == ""
     (disk,) = inventory.inventory(Monitor(node("top", **stored(persistent=True)))).disks
-    assert (disk.persistent, why_unusable(OWNER, POINT, disk, ())) == (True, "")
+    assert (disk.persistent, bitmap_error(OWNER, POINT, disk, ())) == (True, "")
 
 
 CBW = node("top", "copy-before-write"), node("below")

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the shell offers for completion: VMs of the configuration, points of the repository.
+
+A shell in which something is wrong completes nothing, and shows no error: that is left to the command.
+"""
+
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from backupctl.cli import param_types
+from backupctl.cli.invocation import Invocation
+from backupctl.errors import BackupctlError
+from backupctl.names import vm_name
+from backupctl.repository.repository import Repository
+
+
+def vms(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the VMs of the configuration whose names begin so."""
+    with suppress(BackupctlError, OSError):
+        return _beginning(incomplete, Invocation.of(context).config.vms)
+    return []
+
+
+def points(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the points of the VM that was typed whose ids begin so, newest first, and `latest`."""
+    name = context.params.get("name")
+    with suppress(BackupctlError, OSError):
+        if name:
+            typed = context.params.get("repository")
+            configured = Invocation.of(context).config.of(name).repository
+            place = typed or (param_types.absolute(configured) if configured else None)
+            ids = _ids(place, name) if place else ()
+            return _beginning(incomplete, (param_types.LATEST, *ids))
+    return []
+
+
+def _ids(place: Path, name: str) -> list[str]:
+    folder = Repository.open(place).vm(vm_name(name))
+    return [point.id for point in reversed(folder.scan_points(tolerant=True).points)]
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Types of option values, of the command line and of the configuration: sizes, sockets, paths, points."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from backupctl.cli import units
+from backupctl.errors import InvalidName, UsageError
+from backupctl.names import point_id
+from backupctl.operations.prune import retention
+from backupctl.system.address import Address
+
+LATEST = "latest"
+
+
+class _Size(click.ParamType[int]):
+    """Bytes, or bytes a second, as an `int`: 100M, 1.5G, 50MiB/s."""
+
+    name = "size"
+
+    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return units.parse_size(value)
+        except UsageError as err:
+            self.fail(err.message, param, ctx)
+
+
+class _Seconds(click.FloatRange):
+    """Seconds, above 0 and no more than `most`."""
+
+    name = "seconds"
+
+    def __init__(self, most: float) -> None:
+        super().__init__(min=0, max=most, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = super().convert(value, param, ctx)
+        if math.isnan(found):  # which no comparison finds out of range
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return found
+
+
+class _Duration(click.ParamType[str]):
+    """A retention period such as 36h or 1y6m; stays as it is written, so that reports can repeat it."""
+
+    name = "duration"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            retention.duration(value)
+        except UsageError as err:
+            self.fail(err.message, param, ctx)
+        return value
+
+
+class _Socket(click.ParamType[Address]):
+    """A unix or TCP socket to connect to: unix:PATH, tcp:HOST:PORT, or a path."""
+
+    name = "address"
+
+    def convert(
+        self, value: str | Address, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Address:
+        if isinstance(value, Address):
+            return value
+        try:
+            return Address.parse(value)
+        except UsageError as err:
+            self.fail(err.message, param, ctx)
+
+
+class _AbsolutePath(click.ParamType[Path]):
+    """A path; a relative one starts at the current directory, `~` is the home directory."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if isinstance(value, Path):
+            return value
+        try:
+            return absolute(value)
+        except UsageError as err:
+            self.fail(err.message, param, ctx)
+
+
+class _PointType(click.ParamType[str]):
+    """The id of a recovery point, or `latest`."""
+
+    name = "point"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002 - click's signature
+        if value == LATEST:
+            return value
+        try:
+            return point_id(value)
+        except InvalidName as err:
+            vm = ctx.params.get("name") if ctx else None
+            raise err.add(next_command=f"backupctl list {vm or ''}".strip()) from err
+
+
+def absolute(text: str) -> Path:
+    """Return a path as an absolute one. Raises UsageError.
+
+    QEMU is told paths in JSON, so a path that is not UTF-8 would fail in the middle of a run.
+    """
+    try:
+        found = Path(text).expanduser().absolute()
+        str(found).encode()
+    except RuntimeError as err:
+        raise UsageError(f"cannot find the home directory in {text!r:.200}") from err
+    except UnicodeEncodeError as err:
+        raise UsageError(f"{text!r:.200} is not UTF-8") from err
+    except OSError as err:
+        raise UsageError(
+            f"{text!r:.200} is relative, and the current directory cannot be found: {err.strerror}",
+            next_command="cd /",
+        ) from err
+    if "\0" in text:
+        raise UsageError(f"{text!r:.200} is not a path: it holds a null byte")
+    return found
+
+
+SIZE = _Size()
+SECONDS = _Seconds(most=3600)
+DURATION = _Duration()
+SOCKET = _Socket()
+PATH = _AbsolutePath()
+POINT = _PointType()

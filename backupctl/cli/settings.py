@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What may stand in the configuration file: the keys, their types, and every mistake in a file at once.
+
+A key that is not known is an error: a misspelt `limit` must not silently mean no limit. So is a path that
+depends on where backupctl is started, and what would lead two VMs, or two disks, into one directory.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import click
+import msgspec
+from msgspec import Meta
+
+from backupctl.cli import param_types
+from backupctl.cli.toml_lines import Key, key_lines
+from backupctl.errors import InvalidName
+from backupctl.names import disk_name, vm_name
+from backupctl.options import FreezeMode, OnBrokenChain, ViewKind
+from backupctl.sizes import MAX_CHAIN
+from backupctl.system.address import Address
+
+MAX_SECONDS = 3600
+MAX_COUNT = 1000
+
+Text = Annotated[str, Meta(description="a quoted string")]
+Rate = Annotated[str, Meta(description='a quoted string such as "200M"')]
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT, description=f"a whole number, 0 to {MAX_COUNT}")]
+Layers = Annotated[int, Meta(ge=0, le=MAX_CHAIN, description=f"a whole number, 0 to {MAX_CHAIN}")]
+Seconds = Annotated[
+    float, Meta(gt=0, le=MAX_SECONDS, description=f"a number of seconds, above 0, at most {MAX_SECONDS}")
+]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of [defaults], and of [vm.NAME], which wins. None: not set. Texts stay as they are written."""
+
+    repository: Text | None = None
+    scratch: Text | None = None
+    scratch_size: Rate | None = None
+    freeze: FreezeMode | None = None
+    freeze_budget: Seconds | None = None
+    limit: Rate | None = None
+    view: ViewKind | None = None
+    on_broken_chain: OnBrokenChain | None = None
+    max_chain: Layers | None = None
+    keep_checkpoints: Count | None = None
+    command_timeout: Seconds | None = None
+    agent_timeout: Seconds | None = None
+    stall_timeout: Seconds | None = None
+    keep_last: Count | None = None
+    keep_hourly: Count | None = None
+    keep_daily: Count | None = None
+    keep_weekly: Count | None = None
+    keep_monthly: Count | None = None
+    keep_yearly: Count | None = None
+    keep_within: Text | None = None
+
+
+class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under."""
+
+    qmp: Text | None = None
+    agent: Text | None = None
+    disks: dict[str, str] = {}
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A whole file."""
+
+    defaults: Settings = Settings()
+    vm: dict[str, VmSettings] = {}
+
+
+_PATHS = ("repository", "scratch")
+_SOCKETS = ("qmp", "agent")
+_TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
+    "repository": param_types.PATH,
+    "scratch": param_types.PATH,
+    "scratch_size": param_types.SIZE,
+    "limit": param_types.SIZE,
+    "keep_within": param_types.DURATION,
+    "qmp": param_types.SOCKET,
+    "agent": param_types.SOCKET,
+}
+"""What the text of a key must say: the type of the option of that name."""
+
+
+@dataclass(frozen=True, order=True)
+class Mistake:
+    """One mistake in a file. line: from 1; 0 where there is no line to name."""
+
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.message}" if self.line else self.message
+
+
+class _Check:
+    """A walk through a file's content that gathers what is wrong, each with the key where it stands."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Key, str]] = []
+
+    def file(self, content: dict[str, Any]) -> File:
+        """Return what is right of a file's content."""
+        self._known(content, (), _fields(File), "at the top level")
+        defaults = self._table(content.get("defaults", {}), ("defaults",))
+        vms = self._table(content.get("vm", {}), ("vm",))
+        kept = {name: self._vm(name, self._table(value, ("vm", name))) for name, value in vms.items()}
+        whole = File(defaults=Settings(**self._values(defaults, ("defaults",), Settings)), vm=kept)
+        self._shared(whole)
+        return whole
+
+    def _vm(self, name: str, table: dict[str, Any]) -> VmSettings:
+        key = ("vm", name)
+        try:
+            vm_name(name)
+        except InvalidName as err:
+            self._add(key, f"{_where(key)}: {err.message}")
+        found = VmSettings(
+            **self._values({one: value for one, value in table.items() if one != "disks"}, key, VmSettings),
+            disks=self._disks(self._table(table.get("disks", {}), (*key, "disks")), (*key, "disks")),
+        )
+        for socket in _SOCKETS:
+            address = getattr(found, socket)
+            path = Address.parse(address).path if address else None
+            if path and not Path(path).is_absolute():
+                self._add(
+                    (*key, socket), f"{socket} in {_where(key)} must be an absolute path, not {path!r:.120}"
+                )
+        return found
+
+    def _disks(self, disks: dict[str, Any], key: Key) -> dict[str, str]:
+        kept: dict[str, str] = {}
+        for disk, stored in disks.items():
+            try:
+                name = disk_name(stored if isinstance(stored, str) else "")
+            except InvalidName as err:
+                self._add((*key, disk), f"{disk} in {_where(key)}: {err.message}")
+                continue
+            if other := next((one for one in kept if kept[one] == name), None):
+                self._add(
+                    (*key, disk), f"{other} and {disk} in {_where(key)} cannot both be stored as {name!r}"
+                )
+            kept[disk] = name
+        return kept
+
+    def _values(self, table: dict[str, Any], key: Key, model: type[Settings]) -> dict[str, Any]:
+        """Return the right values of a table."""
+        fields = _fields(model)
+        self._known(table, key, fields, f"in {_where(key)}")
+        return {
+            name: value
+            for name, value in table.items()
+            if name in fields and self._is_right(name, value, key, fields[name])
+        }
+
+    def _is_right(self, name: str, value: Any, key: Key, kind: Any) -> bool:
+        try:
+            msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            self._add((*key, name), f"{name} in {_where(key)} must be {_expected(kind)}")
+            return False
+        if name in _PATHS and not Path(value).is_absolute() and not value.startswith("~"):
+            self._add(
+                (*key, name),
+                f"{name} in {_where(key)} must be an absolute path, not {value!r:.120}: "
+                "it must not depend on where backupctl is started",
+            )
+            return False
+        try:
+            _TEXT_TYPES[name].convert(value, None, None) if name in _TEXT_TYPES else None
+        except click.BadParameter as err:
+            self._add((*key, name), f"{name} in {_where(key)}: {err.message}")
+            return False
+        return True
+
+    def _known(self, table: dict[str, Any], key: Key, known: Iterable[str], where: str) -> None:
+        for name in table:
+            if name not in known:
+                self._add((*key, name), f"unknown key {name!r:.60} {where}{_suggestion(name, key, known)}")
+
+    def _table(self, value: object, key: Key) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return value
+        self._add(key, f"{_where(key)} must be a table")
+        return {}
+
+    def _shared(self, whole: File) -> None:
+        """Refuse two VMs of one repository with the same monitor, or the same agent.
+
+        One VM that is backed up to two repositories is two VMs of the file, with one monitor.
+        """
+        seen: dict[tuple[str, str, str], str] = {}
+        for name, vm in whole.vm.items():
+            repository = vm.repository or whole.defaults.repository or ""
+            for socket in _SOCKETS:
+                if address := getattr(vm, socket):
+                    spelt = str(Address.parse(address))
+                    place = (socket, os.path.normpath(spelt), os.path.normpath(repository))
+                    if (other := seen.setdefault(place, name)) != name:
+                        said = f"[vm.{other}] and [vm.{name}] have the same {socket}, {spelt:.200}"
+                        self._add(("vm", name, socket), said)
+
+    def _add(self, key: Key, message: str) -> None:
+        self.found.append((key, message))
+
+
+def check(content: dict[str, Any], text: str) -> tuple[File, list[Mistake]]:
+    """Return what is right of a file's content, and all mistakes by their lines. text: the file's."""
+    walk = _Check()
+    found = walk.file(content)
+    lines = key_lines(text) if walk.found else {}
+    return found, sorted(Mistake(_line(lines, key), message) for key, message in walk.found)
+
+
+def settable() -> tuple[str, ...]:
+    """Return the keys of [vm.NAME], in order."""
+    return VmSettings.__struct_fields__
+
+
+def _line(lines: Mapping[Key, int], key: Key) -> int:
+    """Return the line of a key, or of the nearest table around it."""
+    return next((lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in lines), 0)
+
+
+def _fields(model: type[msgspec.Struct]) -> dict[str, Any]:
+    return {one.name: one.type for one in msgspec.structs.fields(model)}
+
+
+def _where(key: Key) -> str:
+    return f"[{'.'.join(key):.200}]"
+
+
+def _expected(kind: Any) -> str:
+    """Say what a field must be: one of its choices, or what its type's description says."""
+    for part in _parts(kind):
+        if get_origin(part) is Literal:
+            return f"one of: {', '.join(get_args(part))}"
+        if isinstance(part, Meta) and part.description:
+            return part.description
+    raise AssertionError(kind)  # a test asks every field
+
+
+def _parts(kind: Any) -> Iterator[Any]:
+    yield kind
+    for part in (*get_args(kind), *getattr(kind, "__metadata__", ())):
+        yield from _parts(part)
+
+
+def _suggestion(name: str, key: Key, known: Iterable[str]) -> str:
+    if key == ("defaults",) and name in settable():
+        return "; it belongs in [vm.NAME]"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return what might have been meant by a name, or ""."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
