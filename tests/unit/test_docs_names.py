@@ -73,7 +73,7 @@ def unknown_files(text: str) -> list[str]:
             if not name.startswith("/")
         }
         named |= set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]+", span))
-        for module in re.findall(r"\b(?:backupctl|fixtures|tests)(?:\.[a-z_]+)+\b", span):
+        for module in re.findall(r"(?<![\w/])(?:backupctl|fixtures|tests)(?:\.[a-z_]+)+\b", span):
             path = module.replace(".", "/")
             if not module.endswith((".toml", ".service", ".timer", ".md")):
                 named.add(path if is_there(path) else f"{path}.py")
@@ -227,7 +227,11 @@ def test_every_key_of_the_configuration_page_is_in_the_example_and_the_other_way
         (unknown_files, "[a page](no-such-page.md)", ["no-such-page.md"]),
         (unknown_files, "in `tests/no_such_folder/`", ["tests/no_such_folder/"]),
         (unknown_files, "`python -m fixtures.no_such_bench`", ["fixtures/no_such_bench.py"]),
-        (unknown_files, "`/etc/backupctl/a.py`, `recorder.py`, [page](docs/protocol.md#7-copy)", []),
+        (
+            unknown_files,
+            "`/etc/backupctl/a.py`, `/var/log/backupctl.log`, `recorder.py`, [page](docs/protocol.md#7-copy)",
+            [],
+        ),
         (
             unknown_tests,
             "shown by `test_no_such_test`, in `tests/unit/test_floors.py`",
