@@ -92,7 +92,7 @@ def _findings(
         yield DamageFound(
             f"damage found in {damaged}, {len(report.damage)} times",
             state="nothing was changed; all other points and ranges were verified",
-            hint="then a complete point exists again; damaged ones need restore --allow-damage",
+            hint="a new full creates a complete point; damaged points need restore --allow-damage",
             next_command=f"backupctl full {report.damage[0].vm}",
         )
     if report.unchecked:
