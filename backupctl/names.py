@@ -48,14 +48,14 @@ def point_id(text: str) -> PointId:
             return PointId(text)
     except ValueError:
         pass
-    raise InvalidName(f"{text!r:.120} is not a recovery point's id; one looks like 20261123T041500Z")
+    raise InvalidName(f"{text!r:.120} is not the id of a recovery point; ids look like 20261123T041500Z")
 
 
 def next_point_id(now: datetime, newest: PointId | None) -> PointId:
     """Return an id for a point made at `now` that sorts after `newest`.
 
     Ids order the chain, so a clock that was set back must not sort a new point before its parent:
-    then the id is one second past the newest; the manifest's times tell the clock's own reading.
+    then the id is one second past the newest; the manifest has the clock's own times.
     Raises RepositoryError.
     """
     moment = now.astimezone(UTC).replace(microsecond=0)
@@ -63,12 +63,12 @@ def next_point_id(now: datetime, newest: PointId | None) -> PointId:
         try:
             moment = max(moment, point_time(newest) + timedelta(seconds=1))
         except OverflowError as err:
-            raise RepositoryError(f"no point can follow {newest}: it is at the end of time") from err
+            raise RepositoryError(f"no point can follow {newest}: the year would be 10000") from err
     return PointId(moment.strftime(_POINT_FORMAT))
 
 
 def point_time(point: PointId) -> datetime:
-    """Return the moment in a point's id, in UTC."""
+    """Return the time in a point's id, in UTC."""
     return datetime.strptime(point, _POINT_FORMAT).replace(tzinfo=UTC)
 
 
@@ -82,7 +82,7 @@ class BitmapParts:
 
 
 def bitmap_parts(text: str) -> BitmapParts | None:
-    """Read the name of a bitmap of any repository; None if backupctl does not name one so."""
+    """Parse the name of a bitmap of any repository; None if it is not one of backupctl's names."""
     if match := _UNION.fullmatch(text):
         return BitmapParts(match[1], None, "")
     match = _BITMAP.fullmatch(text)
@@ -150,13 +150,13 @@ class Namespace:
     def bitmap(self, point: PointId, disk: DiskName) -> BitmapName:
         """Name the bitmap that records what changed on a disk since `point`.
 
-        The disk is in it because a bitmap goes with its image: were two images exchanged, or renumbered as
-        one is taken out, each would be taken for what the other had held.
+        The disk is part of the name because a bitmap moves with its image: if two images changed places, each
+        bitmap would otherwise be used for the other disk.
         """
         return BitmapName(f"{self.prefix}{point}-{disk}")
 
     def point_of(self, bitmap: str) -> PointId | None:
-        """Return the point that a bitmap of ours records from, of whatever disk; None for anybody else's."""
+        """Return the point since which a bitmap of ours records; None for a bitmap of anybody else."""
         match = _BITMAP.fullmatch(bitmap)
         return PointId(match[2]) if match and match[1] == self.tag else None
 
@@ -176,12 +176,10 @@ class Namespace:
 
 def _checked(text: str, what: str) -> str:
     if text in _TAKEN:
-        raise InvalidName(
-            f"{text!r} can't be a {what}: a repository or its file system has this name already"
-        )
+        raise InvalidName(f"invalid {what} {text!r}: a repository or its file system uses this name already")
     if not _SAFE.fullmatch(text) or text.endswith(".partial"):
         raise InvalidName(
-            f"{text!r:.120} can't be a {what}: letters, digits and ._+- only, "
-            "the first a letter or digit, 100 characters at the most"
+            f"invalid {what} {text!r:.120}: letters, digits and ._+- only, "
+            "the first a letter or digit, at most 100 characters"
         )
     return text

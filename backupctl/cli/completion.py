@@ -40,7 +40,7 @@ def points(context: click.Context, _parameter: click.Parameter, incomplete: str)
 
 def _ids(place: Path, name: str) -> list[str]:
     folder = Repository.open(place).vm(vm_name(name))
-    return [point.id for point in reversed(folder.survey(bear=True).points)]
+    return [point.id for point in reversed(folder.scan_points(tolerant=True).points)]
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:

@@ -25,7 +25,7 @@ def list_points(target: Target, *, as_json: bool) -> None:
     for path in target.folders():
         try:
             folders = _folders(target.open(path), target.name)
-            found[path] = [folder.survey(bear=True) for folder in folders]
+            found[path] = [folder.scan_points(tolerant=True) for folder in folders]
             problems += [problem for folder in folders for problem in audit.problems(folder)]
         except BackupctlError as err:
             failures.append(err)

@@ -2,7 +2,6 @@
 """`backupctl serve`."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -35,21 +34,30 @@ from backupctl.operations.serve import Export
     help="Make one disk writable: writes go to this qcow2 file, new or made by an earlier serve of POINT.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
-def serve(target: common.Target, /, **options: Any) -> None:
+def serve(
+    target: common.Target,
+    *,
+    point: str,
+    disk: str | None,
+    socket: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    as_json: bool,
+) -> None:
     """Serve the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
 
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
     """
     folder = target.vm_folder()
-    point = folder.point(options["point"])
+    found = folder.point(point)
 
     def ready(exports: tuple[Export, ...]) -> None:
-        if options["as_json"]:
+        if as_json:
             output.print_json(
                 {
                     "vm": folder.name,
-                    "point": point.id,
+                    "point": found.id,
                     "exports": [
                         {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable}
                         for one in exports
@@ -66,23 +74,22 @@ def serve(target: common.Target, /, **options: Any) -> None:
         )
 
     stop = Cancellation()
-    overlay = options["writable_overlay"]
     with stop.on_signals(), reporters.reporter() as reporter:
-        reporter.step(f"serving {folder.name} {point.id}, until Ctrl-C")
-        if options["tcp"]:
-            reporter.warn(_open_to_all(options["disk"], overlay))
+        reporter.step(f"serving {folder.name} {found.id}, until Ctrl-C")
+        if tcp:
+            reporter.warn(_open_to_all(disk, writable_overlay))
         core.serve(
             folder,
-            point,
-            disk=options["disk"],
-            unix=options["socket"],
-            tcp=options["tcp"],
-            writable_overlay=overlay,
+            found,
+            disk=disk,
+            unix=socket,
+            tcp=tcp,
+            writable_overlay=writable_overlay,
             ready=ready,
             stop=stop,
         )
-        if overlay:
-            reporter.note(f"written data is in {overlay}; delete it when it is no longer needed")
+        if writable_overlay:
+            reporter.note(f"written data is in {writable_overlay}; delete it when it is no longer needed")
 
 
 def _open_to_all(disk: str | None, overlay: Path | None) -> str:

@@ -2,7 +2,7 @@
 """What a disk holds, cluster by cluster, as digests: the vocabulary of copy, repository and verify.
 
 A record is a cluster's number and the digest of its content. A layer has records for the clusters that
-it stores; laid over each other, the layers of a chain tell the content of a whole disk. They are numpy
+it stores; laid over each other, the layers of a chain give the content of a whole disk. They are numpy
 arrays (mapped files, mostly): a disk of 1 TiB has 16 million clusters.
 """
 
@@ -19,7 +19,7 @@ from backupctl.sizes import Range
 
 CLUSTER_BYTES = sizes.CLUSTER_BYTES
 
-# A chain may have hundreds of layers to ask, and a piece of the copy has only 16 clusters.
+# Looked up together: a chain may have hundreds of layers, and a chunk of the copy has only 16 clusters.
 _BLOCK_CLUSTERS = 1024
 _BLOCKS = 4
 
@@ -35,7 +35,7 @@ class EffectiveContent:
 
     layers: records and disk's size in bytes of each, newest first. size_bytes: of the disk now. Beyond its
     own end a layer hides those below it: a disk that was shrunk and grew again has zeroes there. What no
-    layer stores is zeroes. known_bytes: up to where every layer tells of the disk.
+    layer stores reads as zeroes. described_bytes: the size up to which every layer describes the disk.
     """
 
     def __init__(self, layers: Sequence[tuple[Records, int]], size_bytes: int) -> None:
@@ -46,11 +46,12 @@ class EffectiveContent:
             shown = min(shown, size)
             self._layers.append((records, count(shown)))
         self.described_bytes = shown
-        # Of the layers and not of this object: a circle would keep each map's file open until it is noticed.
+        # Bound to the layers, not to this object: a reference cycle would keep each map's file open until a
+        # garbage collection.
         self._block = lru_cache(_BLOCKS)(partial(_look_up, self._layers))
 
     def window(self, first: int, clusters: int) -> Records:
-        """Return one record for each of so many clusters, from number `first` on."""
+        """Return one record for each of `clusters` clusters, from number `first` on."""
         begin = first % _BLOCK_CLUSTERS
         if begin + clusters > _BLOCK_CLUSTERS:
             return _look_up(self._layers, first, clusters)
@@ -61,11 +62,11 @@ def _look_up(layers: Sequence[tuple[Records, int]], first: int, clusters: int) -
     found = blank(first, clusters)
     for records, shown in reversed(layers):
         numbers = records["cluster"]
-        # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
+        # Not numpy's searchsorted: it would copy a column of the mapped file first.
         begin = bisect_left(numbers, first)
         part = records[begin : bisect_left(numbers, min(first + clusters, shown), lo=begin)]
         found[part["cluster"] - first] = part
-    found.setflags(write=False)  # the same ones are handed out again
+    found.setflags(write=False)  # the cache returns the same array again
     return found
 
 
@@ -82,12 +83,12 @@ def blank(first: int, clusters: int) -> Records:
 
 
 def is_zero(records: Records) -> NDArray[np.bool_]:
-    """Tell of each record whether its cluster holds zeroes."""
+    """Return for each record whether its cluster holds zeroes."""
     return np.asarray((records["low"] == 0) & (records["high"] == 0))
 
 
 def differ(these: Records, those: Records) -> NDArray[np.bool_]:
-    """Tell of each pair of records of one cluster whether the content differs."""
+    """Return for each pair of records of one cluster whether the content differs."""
     return np.asarray((these["low"] != those["low"]) | (these["high"] != those["high"]))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The digest map: what a layer stores, cluster by cluster, as it was when it was READ from the VM.
+"""The digest map: what a layer stores, cluster by cluster, as it was when it was read from the VM.
 
 ``POINT/<disk>.digests``, little endian::
 
@@ -8,16 +8,17 @@
     12   4  bytes in a cluster, 65536
     16   8  virtual size of the disk in bytes
     24   8  count of records
-    32  16  BLAKE3 cut to 16 bytes, of bytes 0 to 31 and all the records
+    32  16  BLAKE3 truncated to 16 bytes, of bytes 0 to 31 and all the records
     48  16  zero
     64      records, 24 bytes each: cluster (8), digest (16), ascending by cluster
 
-A cluster's digest is BLAKE3 cut to 16 bytes, of its 65536 bytes; a short last one is filled up with
+A cluster's digest is BLAKE3 truncated to 16 bytes, of its 65536 bytes; a short last cluster is padded with
 zeroes. 16 zero bytes stand for a cluster that is stored as zeroes.
 
-Before anything is read its header must fit the disk that the manifest tells of, and its length the header:
-then it is no longer than that disk allows. All of it is read once, in pieces, and checked; only then is it
-mapped. What can't be mapped (FUSE without shared mappings, no memory to promise) is held in memory.
+First the header must match the disk in the manifest, and the file's length the header: so a file that is
+longer than the disk allows is refused before it is read. Then all of it is read once, in pieces, and checked;
+only then is it mapped. Where mmap fails (FUSE without shared mappings, no memory to commit) it is read into
+memory.
 """
 
 import mmap
@@ -75,7 +76,7 @@ class DigestMap:
     def open(cls, path: Path, named: Named | None = None, check: Callable[[], None] = lambda: None) -> Self:
         """Open a map, after every byte of it was checked.
 
-        named: what it must be. check: called between pieces; what it raises ends it. Raises DamageFound,
+        named: what it must be. check: called between pieces, may raise to cancel. Raises DamageFound,
         RepositoryUnreadable.
         """
         try:
@@ -84,12 +85,12 @@ class DigestMap:
                 _check_records(path, file, header, check)
                 records = _records(file, header.records)
         except safe_open.NotThere as err:
-            raise DamageFound(f"the digest map {path} can't be read: {err}") from err
+            raise DamageFound(f"cannot read the digest map {path}: {err}") from err
         return cls(header.size_bytes, records, header.checksum.hex())
 
 
 def write(path: Path, size_bytes: int, records: Records) -> str:
-    """Write a new map, and bring its content (not yet its name) to the disk; returns its checksum.
+    """Write a new map and fsync it (not yet the folder that names it); returns its checksum.
 
     records: ascending by cluster. Raises WriteFailed.
     """
@@ -97,7 +98,7 @@ def write(path: Path, size_bytes: int, records: Records) -> str:
 
 
 def write_parts(path: Path, size_bytes: int, records: int, parts: Callable[[], Iterable[Records]]) -> str:
-    """Do the same as `write` for so many records that come in parts, which are gone through twice."""
+    """Write `records` records, as `write` does, which come in parts; `parts` is called twice."""
     head = _HEAD.pack(MAGIC, VERSION, CLUSTER_BYTES, size_bytes, records)
     hasher = blake3(head)
     try:
@@ -107,7 +108,7 @@ def write_parts(path: Path, size_bytes: int, records: int, parts: Callable[[], I
         header = (head + checksum).ljust(_HEADER_BYTES, b"\0")
         durable.write_new(path, header, map(_bytes, parts()))
     except OSError as err:
-        raise WriteFailed(f"{path} can't be written: {err.strerror}") from err
+        raise WriteFailed(str(err.strerror), subject=f"cannot write {path}") from err
     return checksum.hex()
 
 
@@ -124,10 +125,10 @@ def _header(path: Path, file: BufferedReader, named: Named | None) -> _Header:
     """Read the header, and refuse a file that is longer than the disk allows. Raises DamageFound, OSError."""
     content = file.read(_HEADER_BYTES)
     if len(content) != _HEADER_BYTES:
-        raise DamageFound(f"{path} is cut off")
+        raise DamageFound(f"the digest map {path} is truncated")
     magic, version, cluster_bytes, size_bytes, records = _HEAD.unpack_from(content)
     if (magic, version, cluster_bytes) != (MAGIC, VERSION, CLUSTER_BYTES):
-        raise DamageFound(f"{path} is no digest map of a kind that this backupctl knows")
+        raise DamageFound(f"{path} is not a digest map of version {VERSION}")
     checksum = content[_CHECKSUM]
     if named is not None and named != (size_bytes, checksum.hex()):
         raise DamageFound(f"{path} is not the digest map that the manifest names")
@@ -135,14 +136,17 @@ def _header(path: Path, file: BufferedReader, named: Named | None) -> _Header:
         raise DamageFound(f"the digest map {path} has more records than the disk has clusters")
     length = _HEADER_BYTES + records * RECORD.itemsize
     if (found := os.fstat(file.fileno()).st_size) != length:
-        raise DamageFound(f"the digest map {path} has {found} bytes; by its header it should have {length}")
+        raise DamageFound(f"the digest map {path} has {found} bytes; its header says {length}")
     if any(content[_CHECKSUM.stop :]):
         raise _disagrees(path)
     return _Header(content[: _HEAD.size], size_bytes, records, checksum)
 
 
 def _check_records(path: Path, file: BufferedReader, header: _Header, check: Callable[[], None]) -> None:
-    """Read all records, a piece at a time: not through a mapping, where an error of the disk is a signal."""
+    """Read and check all records, a piece at a time.
+
+    Not through a mapping: there a disk error would be a SIGBUS.
+    """
     hasher = blake3(header.head)
     before, ordered = -1, True
     for first in range(0, header.records, _PIECE_RECORDS):
@@ -150,7 +154,7 @@ def _check_records(path: Path, file: BufferedReader, header: _Header, check: Cal
         wanted = min(_PIECE_RECORDS, header.records - first)
         content = file.read(wanted * RECORD.itemsize)
         if len(content) != wanted * RECORD.itemsize:
-            raise DamageFound(f"{path} is cut off")
+            raise DamageFound(f"the digest map {path} is truncated")
         hasher.update(content)
         numbers = np.frombuffer(content, RECORD)["cluster"]
         ordered = ordered and int(numbers[0]) > before and bool(np.all(numbers[1:] > numbers[:-1]))
@@ -162,16 +166,16 @@ def _check_records(path: Path, file: BufferedReader, header: _Header, check: Cal
 
 
 def _disagrees(path: Path) -> DamageFound:
-    return DamageFound(f"the digest map {path} does not agree with its checksum")
+    return DamageFound(f"the digest map {path} does not match its checksum")
 
 
 def _records(file: BufferedReader, records: int) -> Records:
-    """Map the records, or read them where a file can't be mapped. Raises OSError, MemoryError."""
-    if not records:  # nothing can't be mapped
+    """Map the records, or read them where the file cannot be mapped. Raises OSError, MemoryError."""
+    if not records:  # mmap refuses a length of 0
         return np.empty(0, RECORD)
     length = _HEADER_BYTES + records * RECORD.itemsize
     found: Any = None
-    # Shared first: what is mapped privately is counted as memory that might be wanted.
+    # Shared first: a private mapping counts as committed memory.
     for access in (mmap.ACCESS_READ, mmap.ACCESS_COPY):
         with suppress(OSError):
             found = mmap.mmap(file.fileno(), length, access=access)

@@ -12,7 +12,7 @@ _ZEROES = bytes(CLUSTER_BYTES)
 
 
 def of_piece(offset: int, content: memoryview) -> Records:
-    """Return the records of the clusters in a buffer that begins at a cluster's begin.
+    """Return the records of the clusters in a buffer that starts at a cluster boundary.
 
     Only the disk's last cluster may be short.
     """
@@ -27,7 +27,7 @@ def of_piece(offset: int, content: memoryview) -> Records:
 
 def _digest(cluster: memoryview) -> bytes:
     missing = CLUSTER_BYTES - len(cluster)
-    # As bytes: a memoryview is compared item by item, which for zeroes takes seven times as long as a digest.
+    # As bytes: a memoryview is compared item by item, which for zeroes takes seven times as long as hashing.
     if cluster[0] == 0 and cluster.tobytes() == _ZEROES[missing:]:
         return bytes(DIGEST_BYTES)
     hasher = blake3(cluster)

@@ -96,7 +96,7 @@ class SimulatedVm:
             self.folder / "qmp"
         ).exists():  # the last socket to appear; it listens as soon as it has its name
             if process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"the simulator did not start: {qemu_tools.said(complaints)}")
+                raise Failed(f"the simulator did not start: {qemu_tools.last_message(complaints)}")
             time.sleep(0.01)
 
 

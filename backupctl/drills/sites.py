@@ -199,7 +199,7 @@ class QemuSite(Site):
         deadline = time.monotonic() + _START_SECONDS
         while not _listens(self.folder / "look"):
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"QEMU did not start: {qemu_tools.said(complaints)}")
+                raise Failed(f"QEMU did not start: {qemu_tools.last_message(complaints)}")
             time.sleep(0.02)
 
     def end(self, how: str) -> None:

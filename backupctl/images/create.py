@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The images of the repository: plain qcow2, made by qemu-img, written and read through QEMU's own server.
 
-The seam: `create_layer` makes an image, `serve` gives the address of an NBD server for it, on a private
-unix socket, for as long as the block lasts. Whoever writes speaks NBD and nothing else, so the server
-behind it can be exchanged.
+`create_layer` makes an image; `nbd_server.serve` serves it over NBD, on a private unix socket, for as long as
+a block lasts. Readers and writers use NBD only, so the server can be replaced by another.
 
-No name that is stored in an image is ever opened, and QEMU's tools get no name at all: each file is opened
-once (`open_image.py`), checked on its descriptor, and handed over as that. The chain is checked against the
-manifests by `chain.py` and given to QEMU link by link.
+No file name that is stored in an image is ever opened, and QEMU's tools get no names at all: each file is
+opened once (`open_image.py`), checked by its descriptor, and handed over as that descriptor. The repository
+checks the chain against the manifests (`chain.py`) and gives it to QEMU link by link.
 """
 
 import json
@@ -28,7 +27,7 @@ ImageFormat = Literal["qcow2", "raw"]
 
 
 def create_layer(image: Path | OpenImage, size_bytes: int, backing: str | None) -> None:
-    """Make an empty qcow2 (version 3, 64 KiB clusters): of an empty file that is open, or a new one.
+    """Make an empty qcow2 image (version 3, 64 KiB clusters), in an open empty file or in a new one.
 
     backing: the parent's image, relative to the new one, e.g. ``../20261123T041500Z/vda.qcow2``; it is
     written down, not opened. Raises WriteFailed, RepositoryError.
@@ -41,16 +40,16 @@ def create_layer(image: Path | OpenImage, size_bytes: int, backing: str | None) 
         command += ["-u", "-b", backing, "-F", "qcow2"]
     done = qemu_tools.img([*command, image.name, str(size_bytes)], [image.descriptor])
     if done.returncode:
-        raise WriteFailed(f"{image.path} can't be made: {_why(done.stderr, [image])}")
+        raise WriteFailed(_why(done.stderr, [image]), subject=f"cannot create {image.path}")
 
 
 @contextmanager
 def new_layer(path: Path, size_bytes: int, backing: str | None) -> Iterator[OpenImage]:
-    """Give what `create_layer` made of a new file, open until the block ends. Raises as it does."""
+    """Create a file with an empty layer, open until the block ends. Raises as `create_layer`."""
     try:
         made = OpenImage.create(path)
     except OSError as err:
-        raise WriteFailed(f"{path} can't be made: {err.strerror}") from err
+        raise WriteFailed(str(err.strerror), subject=f"cannot create {path}") from err
     with made:
         create_layer(made, size_bytes, backing)
         yield made
@@ -59,10 +58,9 @@ def new_layer(path: Path, size_bytes: int, backing: str | None) -> Iterator[Open
 def blockdev(chain: Sequence[OpenImage], *, writable: bool = False, in_use: bool = False) -> dict[str, Any]:
     """Return QEMU's options for an image with its whole chain, newest first, link by link.
 
-    They mean these files in a child that inherits their descriptors. Only the newest may be writable. An
-    unfinished image may be lost at any time, so flushes to it cost for nothing; it is fsynced once, when it
-    is complete. in_use: others read it, so whatever dies it must stay a sound image, and QEMU's flushes are
-    real.
+    They are valid in a child that inherits the descriptors. Only the newest may be writable. Flushes of an
+    unfinished image are skipped, because a crash drops it anyway; it is fsynced once, when it is complete.
+    in_use: others read the image, so it must be consistent after any crash, and QEMU's flushes are real.
     """
     options: dict[str, Any] | None = None
     for image in reversed(chain):
@@ -82,7 +80,7 @@ def blockdev(chain: Sequence[OpenImage], *, writable: bool = False, in_use: bool
 def create_target(
     target: OpenImage, image_format: ImageFormat, size_bytes: int, *, onto_device: bool
 ) -> None:
-    """Prepare what a restore writes to: an image, or a raw file that is one hole.
+    """Prepare what a restore writes to: a qcow2 image, or a sparse raw file.
 
     Raises WriteFailed, OSError.
     """
@@ -95,7 +93,7 @@ def create_target(
 
 
 def resize(image: OpenImage, size_bytes: int) -> None:
-    """Give an image another virtual size, durably; those below it are not looked at.
+    """Change the virtual size of an image, durably, without opening those below it.
 
     Raises Locked, WriteFailed.
     """
@@ -103,25 +101,26 @@ def resize(image: OpenImage, size_bytes: int) -> None:
     command = ["resize", "-q", "--shrink", f"json:{json.dumps(options)}", str(size_bytes)]
     done = qemu_tools.img(command, [image.descriptor])
     if qemu_tools.in_use(done.stderr):
-        raise Locked(f"{image.path} is in use, by a VM perhaps")
+        raise Locked(f"{image.path} is in use, perhaps by a VM")
     if done.returncode:
-        raise WriteFailed(f"{image.path} can't be resized: {_why(done.stderr, [image])}")
+        raise WriteFailed(_why(done.stderr, [image]), subject=f"cannot resize {image.path}")
     complete(image)
 
 
 @dataclass(frozen=True)
 class Soundness:
-    """What `qemu-img check` says of an image's own tables. leaks: clusters that nothing uses, no harm."""
+    """What `qemu-img check` reports of an image's own tables. leaks: unused clusters, which are harmless."""
 
     errors: int
     leaks: int
-    said: str
+    message: str
 
 
 def check(image: OpenImage) -> Soundness:
     """Check a single image's tables, without those below it.
 
-    Raises RepositoryError if qemu-img can't, RepositoryUnreadable if the operating system kept it from that.
+    Raises RepositoryError if qemu-img was killed, RepositoryUnreadable if the operating system refused it
+    the image.
     """
     command = ["check", "--output=json", f"json:{json.dumps(blockdev((image,)))}"]
     done = qemu_tools.img(command, [image.descriptor])
@@ -134,10 +133,10 @@ def check(image: OpenImage) -> Soundness:
             raise RepositoryError(
                 f"qemu-img check of {image.path} was killed by signal {-done.returncode}"
             ) from None
-        if qemu_tools.hindered(done.stderr):
-            raise RepositoryUnreadable(f"{image.path} can't be read: {_why(done.stderr, [image])}") from None
+        if qemu_tools.is_os_error(done.stderr):
+            raise RepositoryUnreadable(f"cannot read {image.path}: {_why(done.stderr, [image])}") from None
         words = open_image.named(done.stderr, [image]).strip().splitlines()
-        return Soundness(1, 0, words[-1][:500] if words else "it said nothing")
+        return Soundness(1, 0, words[-1][:500] if words else "qemu-img printed no reason")
 
 
 def complete(image: OpenImage) -> None:
@@ -145,7 +144,7 @@ def complete(image: OpenImage) -> None:
     try:
         image.sync()
     except OSError as err:
-        raise WriteFailed(f"{image.path} can't be brought to the disk: {err.strerror}") from err
+        raise WriteFailed(str(err.strerror), subject=f"cannot sync {image.path}") from err
 
 
 def _why(complaint: str, images: Sequence[OpenImage]) -> str:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-r"""The header of a qcow2 image of somebody else's, read without QEMU from a descriptor.
+r"""The header of a qcow2 image that backupctl did not make, read from a descriptor without QEMU.
 
-QEMU opens what a header names, with the rights of whoever runs it. So before an image that was not made here
-is handed to QEMU, and before one is replaced, this reads what its header leads to. Nothing here decides that
-a file IS a qcow2: that must be known already, because a guest writes the first bytes of a raw disk.
+QEMU opens the files that a header names, with the rights of the user who runs it. So before such an image is
+handed to QEMU, and before one is replaced, this reads what its header refers to. Nothing here decides whether
+a file is a qcow2 image: that must be known already, because a guest writes the first bytes of a raw disk.
 
 ::
 
@@ -21,7 +21,7 @@ from typing import Literal
 
 ImageFeature = Literal["backing", "data-file", "encryption"]
 FEATURES: tuple[ImageFeature, ...] = ("backing", "data-file", "encryption")
-"""What makes an image more than one file that anybody can read."""
+"""What makes an image more than one plain file."""
 
 _MAGIC = 0x514649FB
 _FIRST = struct.Struct(">IIQIIQI")  # up to the kind of encryption
@@ -35,9 +35,9 @@ _KNOWN_BITS = 0b11111  # not closed, corrupt, data file, kind of compression, su
 
 @dataclass(frozen=True)
 class ForeignHeader:
-    """What an image leads to. size: virtual, in bytes. backing, data_file: names as stored, "" for none.
+    """What an image refers to. size: virtual, in bytes. backing, data_file: names as stored, "" for none.
 
-    corrupt: QEMU marked it so, and opens it for reading only.
+    corrupt: QEMU marked it so, and opens it read-only.
     """
 
     size: int
@@ -47,7 +47,7 @@ class ForeignHeader:
     features: frozenset[ImageFeature]
 
     def describe(self, feature: ImageFeature) -> str:
-        """Say that the image has a feature, in words that follow its name."""
+        """Describe a feature of the image, in words that follow its name."""
         if feature == "backing":
             return f"is an overlay on the backing file {self.backing!r:.200}"
         if feature == "data-file":
@@ -56,7 +56,7 @@ class ForeignHeader:
 
 
 def read(descriptor: int) -> ForeignHeader:
-    """Read the header of an open file. Raises ValueError if it is no qcow2 that QEMU would open, OSError."""
+    """Read the header of an open file. Raises ValueError if QEMU would not open it as a qcow2, OSError."""
     return parse(os.pread(descriptor, _MOST_CLUSTER_BYTES, 0))
 
 
@@ -65,16 +65,16 @@ def parse(content: bytes) -> ForeignHeader:
     try:
         return _parse(content)
     except struct.error as err:
-        raise ValueError("it ends within its header") from err
+        raise ValueError("truncated header") from err
 
 
 def _parse(content: bytes) -> ForeignHeader:
     magic, version, backing_at, backing_length, bits, size, encryption = _FIRST.unpack_from(content)
     if magic != _MAGIC:
-        raise ValueError("it does not begin as a qcow2 image does")
+        raise ValueError("no qcow2 magic number")
     incompatible, begin = _version(version, content)
     if not 9 <= bits <= 21 or begin > 1 << bits:
-        raise ValueError("its header or its clusters have no size that a qcow2 has")
+        raise ValueError("invalid size of header or clusters")
     first = content[: 1 << bits]
     backing = _backing(first, backing_at, backing_length)
     found = dict(_extensions(first, begin, backing_at or 1 << bits))
@@ -97,15 +97,13 @@ def _version(version: int, content: bytes) -> tuple[int, int]:
     if version == 2:
         return 0, _VERSION_2_BYTES
     if version != 3:
-        raise ValueError(f"it is of version {version}; QEMU knows 2 and 3")
+        raise ValueError(f"version {version}; QEMU knows 2 and 3")
     (incompatible,) = struct.unpack_from(">Q", content, 72)
     (length,) = struct.unpack_from(">I", content, 100)
     if incompatible & ~_KNOWN_BITS:
-        raise ValueError(
-            f"it has incompatible features that are not known: 0x{incompatible & ~_KNOWN_BITS:x}"
-        )
+        raise ValueError(f"unknown incompatible features 0x{incompatible & ~_KNOWN_BITS:x}")
     if length < _VERSION_3_BYTES:
-        raise ValueError(f"its header has only {length} bytes")
+        raise ValueError(f"a header of only {length} bytes")
     return incompatible, length
 
 
@@ -113,7 +111,7 @@ def _backing(first: bytes, offset: int, length: int) -> str:
     if not offset:
         return ""
     if length > _NAME_BYTES or offset + length > len(first):
-        raise ValueError("the name of its backing file lies outside the first cluster")
+        raise ValueError("the backing file's name lies outside the first cluster")
     return first[offset : offset + length].decode(errors="replace")
 
 
@@ -124,6 +122,6 @@ def _extensions(first: bytes, at: int, end: int) -> Iterator[tuple[int, bytes]]:
         if kind == 0:
             return
         if at + 8 + length > min(end, len(first)):
-            raise ValueError("an extension of its header is longer than the header")
+            raise ValueError("a header extension is longer than the header")
         yield kind, first[at + 8 : at + 8 + length]
         at += 8 + (length + 7) // 8 * 8

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A storage daemon that serves an image to ourselves, on a private unix socket.
 
-Whoever reads or writes speaks NBD and nothing else, so the server behind it can be exchanged.
+Readers and writers use NBD only, so the server can be replaced by another.
 """
 
 import json
@@ -23,7 +23,8 @@ _START_SECONDS, _LAYER_SECONDS = 30.0, 0.5
 EXPORT = "image"
 _SOCKET = "nbd.sock"
 _READY = "ready"
-# Measured: without these QEMU's server spends most of its time in page faults of its allocator.
+# mallopt(3): without these glibc returns each freed buffer to the kernel, and QEMU's server takes a page
+# fault for every page of the next one.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "67108864",
     "MALLOC_TRIM_THRESHOLD_": "268435456",
@@ -33,7 +34,7 @@ ALLOCATOR = {
 
 @contextmanager
 def serve_target(target: OpenImage, image_format: ImageFormat, *, onto_device: bool) -> Iterator[Path]:
-    """Serve for writing what `create_target` prepared; otherwise as `serve`."""
+    """Serve what `create_target` prepared, for writing; otherwise like `serve`."""
     options = blockdev((target,), writable=True)
     if image_format == "raw":
         options["driver"] = "raw"
@@ -50,10 +51,10 @@ def serve(
 ) -> Iterator[Path]:
     """Serve an image (with its chain, newest first) over NBD; yields the socket's path.
 
-    A path is opened here, once; what is to be checked first is opened by who checks it. The export is called
-    `EXPORT`. When a writable one ends well, the image is complete and on the disk; when the block raises, it
-    is not, and must be thrown away. in_use: as for `blockdev`; then it is a sound image all the time. Raises
-    RepositoryError, WriteFailed.
+    A path is opened here, once; a caller that must check an image first opens it itself. The export is
+    called `EXPORT`. When the block of a writable image ends, the image is complete and durable; when the
+    block raises, it is neither, and must be deleted. in_use: as for `blockdev`; then the image is consistent
+    all the time. Raises RepositoryError, WriteFailed.
     """
     with ExitStack() as held:
         opened = [
@@ -71,9 +72,9 @@ def serve(
 
 @contextmanager
 def served(options: dict[str, Any], *, writable: bool, images: Sequence[OpenImage] = ()) -> Iterator[Path]:
-    """Serve what QEMU's options name, as `serve`; bringing it to the disk is left to the caller.
+    """Serve what QEMU's options name, like `serve`; the caller makes it durable.
 
-    images: all that the options name by descriptors.
+    images: all images that the options name by descriptors.
     """
     with private_dir.folder() as folder, _complaints() as complaints:
         server = _start(options, folder, complaints, writable=writable, images=images)
@@ -86,17 +87,19 @@ def served(options: dict[str, Any], *, writable: bool, images: Sequence[OpenImag
             raise
         if status is None:
             _kill(server)
-            raise WriteFailed(f"QEMU did not complete the image within {qemu_tools.END_SECONDS:g} s")
+            raise WriteFailed(
+                f"qemu-storage-daemon did not close the image within {qemu_tools.END_SECONDS:g} s"
+            )
         if status != 0 and writable:
-            raise WriteFailed(f"QEMU could not complete the image: {_said(complaints, images)}")
+            raise WriteFailed(f"qemu-storage-daemon could not close the image: {_reason(complaints, images)}")
 
 
 def process_of(address: Path) -> int:
     """Return the process that serves at an address of `served`. Raises Failed, OSError."""
     deadline = time.monotonic() + _START_SECONDS
     while not (number := address.with_name(_READY).read_text(encoding="ascii")).endswith("\n"):
-        if time.monotonic() > deadline:  # the file is there a moment before its content is
-            raise Failed("QEMU's server did not say which process it is")
+        if time.monotonic() > deadline:  # the file is created an instant before it is written
+            raise Failed("qemu-storage-daemon did not write its process id in time")
         time.sleep(0.005)
     return int(number)
 
@@ -105,11 +108,11 @@ def _complaints() -> IO[bytes]:
     try:
         return tempfile.TemporaryFile()
     except OSError as err:
-        raise Failed(f"no temporary file can be made: {err.strerror}") from err
+        raise Failed(f"cannot create a temporary file: {err.strerror}") from err
 
 
-def _said(complaints: IO[bytes], images: Sequence[OpenImage]) -> str:
-    return open_image.named(qemu_tools.said(complaints), images)
+def _reason(complaints: IO[bytes], images: Sequence[OpenImage]) -> str:
+    return open_image.named(qemu_tools.last_message(complaints), images)
 
 
 def _start(
@@ -134,22 +137,22 @@ def _start(
 def await_ready(
     server: qemu_tools.Child, ready: Path, complaints: IO[bytes], images: Sequence[OpenImage]
 ) -> None:
-    """Wait for the process file, written when all is set up: a socket's name is there before it listens.
+    """Wait for the pid file, which is written when all is set up; a socket's name exists before it listens.
 
-    images: those that it has to open; 300 in one chain take 15 s. Raises Locked if QEMU finds an image
-    in use, RepositoryError if it can't open one (RepositoryUnreadable if the operating system refused that),
-    Failed if that can't be told.
+    images: those that the server has to open; 300 in one chain take 15 s. Raises Locked if QEMU finds an
+    image in use, RepositoryError if it cannot open one (RepositoryUnreadable if the operating system refused
+    it), Failed if the server did not start.
     """
     deadline = time.monotonic() + _START_SECONDS + len(images) * _LAYER_SECONDS
     while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:
-            why = _said(complaints, images)
+            why = _reason(complaints, images)
             if qemu_tools.in_use(why):
-                raise Locked(f"an image is in use, by a VM perhaps. QEMU asks: {why}")
-            if server.returncode in (None, -signal.SIGKILL):  # too slow, or in the way of something else
-                raise Failed(f"QEMU did not come to open the image: {why}")
-            said = f"QEMU can't open the image: {why}"
-            raise (RepositoryUnreadable if qemu_tools.hindered(why) else RepositoryError)(said)
+                raise Locked(f"an image is in use, perhaps by a VM: {why}")
+            if server.returncode in (None, -signal.SIGKILL):  # too slow, or killed by the OOM killer
+                raise Failed(f"qemu-storage-daemon did not start in time: {why}")
+            message = f"QEMU cannot open the image: {why}"
+            raise (RepositoryUnreadable if qemu_tools.is_os_error(why) else RepositoryError)(message)
         time.sleep(0.005)
 
 
@@ -162,4 +165,4 @@ def _opened(path: Path, *, writable: bool) -> OpenImage:
     try:
         return OpenImage.open(path, writable=writable)
     except safe_open.NotThere as err:
-        raise RepositoryError(f"{path} can't be opened: {err}") from err
+        raise RepositoryError(f"cannot open {path}: {err}") from err

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A file that is opened once, checked on its descriptor, and handed to QEMU's tools as that descriptor.
 
-A name can be exchanged between our look at it and QEMU's: for a link, which root would follow, or for an
-image that keeps its data in another file. So QEMU never gets the name. The child inherits the descriptor
-and opens ``/proc/self/fd/N``, which leads to the same file whatever has become of its name. QEMU opens it
-anew, with flags and locks of its own.
+Between our check of a name and QEMU's open, somebody could put another file in its place: a link, which root
+would follow, or an image that keeps its data in another file. So QEMU never gets the name. The child inherits
+the descriptor and opens ``/proc/self/fd/N``, which is the same file whatever has happened to its name. QEMU
+opens it again, with its own flags and locks.
 """
 
 import os
@@ -23,7 +23,7 @@ _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 class OpenImage:
     """An open file and the name that it was opened by; the name is for messages only.
 
-    `name` is what QEMU is told, and means the file in a child that inherits `descriptor`.
+    `name` is the file name that QEMU gets; it is valid in a child that inherits `descriptor`.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -32,12 +32,12 @@ class OpenImage:
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> Self:
-        """Open a plain file that is there, and no link. Raises NotThere, RepositoryUnreadable."""
+        """Open an existing regular file, not a link. Raises NotThere, RepositoryUnreadable."""
         return cls(path, safe_open.open_descriptor(path, os.O_RDWR if writable else os.O_RDONLY))
 
     @classmethod
     def create(cls, path: Path) -> Self:
-        """Make an empty file that only its owner may read. Raises FileExistsError, OSError."""
+        """Create an empty file that only its owner may read. Raises FileExistsError, OSError."""
         return cls(path, os.open(path, _NEW, 0o600))
 
     def __enter__(self) -> Self:
@@ -47,7 +47,7 @@ class OpenImage:
         self.close()
 
     def close(self) -> None:
-        """Close it; a child that inherited it goes on."""
+        """Close it; a child that inherited the descriptor keeps it."""
         os.close(self.descriptor)
 
     @property
@@ -56,15 +56,15 @@ class OpenImage:
         return f"/proc/self/fd/{self.descriptor}"
 
     def header(self) -> Header:
-        """Read its header. Raises DamageFound if it is not one that we would write."""
+        """Read its header. Raises DamageFound if backupctl would not have written it."""
         return qcow2_header.read_open(self.descriptor, self.path)
 
     def stat(self) -> os.stat_result:
-        """Look at the file, whatever its name is now. Raises OSError."""
+        """Return its status, whatever its name is now. Raises OSError."""
         return os.fstat(self.descriptor)
 
     def sync(self) -> None:
-        """Bring its content to the disk. Raises OSError."""
+        """Flush its content to stable storage. Raises OSError."""
         durable.sync_file(self.descriptor)
 
     def still_named(self) -> bool:
@@ -80,7 +80,7 @@ def descriptors(images: Iterable[OpenImage]) -> list[int]:
     return [image.descriptor for image in images]
 
 
-def named(said: str, images: Iterable[OpenImage]) -> str:
-    """Return what QEMU said of its descriptors with the names that a person knows."""
+def named(message: str, images: Iterable[OpenImage]) -> str:
+    """Replace the descriptors in a message of QEMU by the names that a user knows."""
     paths = {image.name: str(image.path) for image in images}
-    return re.sub(r"/proc/self/fd/\d+", lambda found: paths.get(found[0], found[0]), said)
+    return re.sub(r"/proc/self/fd/\d+", lambda found: paths.get(found[0], found[0]), message)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A point's disks for others to look into: QEMU's own NBD server, on a socket that we listen on.
+"""A point's disks for other programs to read: QEMU's NBD server, on a socket that we listen on.
 
-QEMU would remove whatever stands where it is told to make a unix socket, and can't say which free port it
-took. So the socket is made here (`listening.py`) and inherited.
+QEMU would remove whatever is at the path of a unix socket that it is to create, and cannot report which free
+port it took. So the socket is made by `system/listen.py` and inherited.
 """
 
 import json
@@ -24,7 +24,7 @@ _READY = "ready"
 
 @dataclass(frozen=True)
 class ServedImage:
-    """One export. options: QEMU's own, of the image with its chain. images: all that they name."""
+    """One export. options: QEMU's options of the image with its chain. images: all that they name."""
 
     name: str
     options: dict[str, Any]
@@ -33,14 +33,14 @@ class ServedImage:
 
     @classmethod
     def read_only(cls, name: str, chain: Sequence[OpenImage]) -> Self:
-        """Show a chain (newest first)."""
+        """Export a chain (newest first)."""
         return cls(name, create.blockdev(chain), chain, writable=False)
 
     @classmethod
     def layered(cls, name: str, overlay: OpenImage, chain: Sequence[OpenImage]) -> Self:
-        """Show a writable image of somebody's own on top of a chain (newest first).
+        """Export a writable image of the user on top of a chain (newest first).
 
-        QEMU locks it, so that no VM uses it meanwhile.
+        QEMU locks it, so no VM can use it at the same time.
         """
         options = {
             "driver": "qcow2",
@@ -53,7 +53,7 @@ class ServedImage:
 
 @dataclass(frozen=True)
 class Server:
-    """A server that works."""
+    """A running server."""
 
     child: qemu_tools.Child
     complaints: IO[bytes]
@@ -61,7 +61,7 @@ class Server:
     def check(self) -> None:
         """Raise RepositoryError if it has ended."""
         if self.child.poll() is not None:
-            raise RepositoryError(f"QEMU's NBD server ended: {qemu_tools.said(self.complaints)}")
+            raise RepositoryError(f"qemu-storage-daemon ended: {qemu_tools.last_message(self.complaints)}")
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def serve(shown: Sequence[ServedImage], listening: socket.socket) -> Iterator[Se
             nbd_server.await_ready(child, folder / _READY, complaints, every)
             yield Server(child, complaints)
             if qemu_tools.end(child) is None:
-                raise RepositoryError(f"QEMU's NBD server did not end within {qemu_tools.END_SECONDS:g} s")
+                raise RepositoryError(f"qemu-storage-daemon did not end within {qemu_tools.END_SECONDS:g} s")
         finally:
             child.kill()
             child.wait()
@@ -90,7 +90,7 @@ def _command(shown: Sequence[ServedImage], listening: int, ready: Path) -> list[
     command = [qemu_tools.server_program()]
     command += ["--nbd-server", json.dumps(address), "--pidfile", str(ready)]
     for number, one in enumerate(shown):
-        node = f"disk{number}"  # a disk's own name may be too long, or none that QEMU takes for a node
+        node = f"disk{number}"  # a disk's own name may be too long for a node, or invalid
         export = {"type": "nbd", "id": node, "name": one.name, "node-name": node, "writable": one.writable}
         command += ["--blockdev", json.dumps({**one.options, "node-name": node})]
         command += ["--export", json.dumps(export)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 r"""The header of a qcow2 image, read without QEMU.
 
-QEMU can't be asked what a suspicious image says: already by opening one that keeps its data in another
-file it opens that file, whatever its name. So the few fields that could lead elsewhere are read here.
+QEMU cannot be asked about a suspicious image: merely by opening one that keeps its data in another file it
+would open that file, whatever its name. So the few fields that refer to other files are read here.
 
 ::
 
@@ -15,6 +15,7 @@ file it opens that file, whatever its name. So the few fields that could lead el
 
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ _NAME_BYTES = 1023
 
 @dataclass(frozen=True)
 class Header:
-    """What an image says of itself.
+    """What the header of an image says.
 
     size: virtual, in bytes. file_bytes: the file's length. cluster: in bytes. backing, backing_format: ""
     for none.
@@ -47,7 +48,7 @@ class Header:
 
 
 def read(path: Path) -> Header:
-    """Read an image's header. Raises DamageFound if it is none that we would write, RepositoryUnreadable."""
+    """Read an image's header. Raises DamageFound if backupctl would not write it, RepositoryUnreadable."""
     try:
         with safe_open.open_file(path) as file:
             return read_open(file.fileno(), path)
@@ -56,8 +57,8 @@ def read(path: Path) -> Header:
 
 
 def missing(path: Path, err: safe_open.NotThere) -> DamageFound:
-    """Return the error for an image that is not there."""
-    return DamageFound(f"the image {path} can't be read: {err}")
+    """Return the error for an image that is missing."""
+    return DamageFound(f"cannot open the image {path}: {err}")
 
 
 def read_open(descriptor: int, path: Path) -> Header:
@@ -68,7 +69,7 @@ def read_open(descriptor: int, path: Path) -> Header:
     try:
         return parse(content, file_bytes)
     except (ValueError, struct.error) as err:
-        raise DamageFound(f"{path} is no qcow2 image of ours: {err}") from err
+        raise DamageFound(f"{path} is not a qcow2 image that backupctl made: {err}") from err
 
 
 def parse(content: bytes, file_bytes: int) -> Header:
@@ -78,20 +79,29 @@ def parse(content: bytes, file_bytes: int) -> Header:
     )
     *features, reference_bits, header_bytes = rest
     if (magic, version) != (_MAGIC, 3):
-        raise ValueError("it does not begin as one of version 3 does")
+        raise ValueError("no magic number of qcow2 version 3")
     if encryption or any(features) or any(content[_FIXED_BYTES:header_bytes]):
-        # Encrypted, marked corrupt, not closed, data in another file, snapshots, ...: none that we make.
-        raise ValueError("it has features that none of ours has")
+        # Marked corrupt, not closed, data in another file, snapshots, …: none that we make, and some of them
+        # would make QEMU open other files.
+        raise ValueError(f"unsupported qcow2 features: {_features(encryption, features)}")
     if not 9 <= bits <= 21 or reference_bits != _SIXTEEN_BITS or header_bytes not in _HEADER_BYTES:
-        raise ValueError("its clusters, reference counts or header have no size that we make")
+        raise ValueError("unexpected size of clusters, reference counts or header")
     if entries << (2 * bits - 3) < size:
-        raise ValueError("its first table is too short for its size")
+        raise ValueError("the L1 table is too short for the virtual size")
     backing = ""
     if backing_at:
         if backing_length > _NAME_BYTES or backing_at + backing_length > len(content):
-            raise ValueError("its backing name lies elsewhere")
+            raise ValueError("the backing file's name lies outside the first cluster")
         backing = content[backing_at : backing_at + backing_length].decode()
     return Header(size, file_bytes, 1 << bits, backing, _extension(content, _BACKING_FORMAT))
+
+
+def _features(encryption: int, features: Sequence[int]) -> str:
+    snapshots, _, incompatible, compatible, autoclear = features
+    return (
+        f"encryption {encryption}, {snapshots} snapshots, incompatible 0x{incompatible:x}, "
+        f"compatible 0x{compatible:x}, autoclear 0x{autoclear:x}"
+    )
 
 
 def _extension(content: bytes, wanted: int) -> str:
@@ -106,4 +116,4 @@ def _extension(content: bytes, wanted: int) -> str:
         if kind == wanted:
             return content[at + 8 : at + 8 + length].decode()
         at += 8 + (length + 7) // 8 * 8
-    raise ValueError("its header's extensions have no end")
+    raise ValueError("unterminated header extensions")

@@ -154,7 +154,7 @@ class _Judge:
     def of(cls, driver: Driver, vm: VmConfig, repository: Repository) -> "_Judge":
         namespace, folder = repository.owner, repository.vm(vm.name)
         inventory = driver.foresee(recover.FolderFacts(folder, namespace)).inventory
-        points = folder.survey().points
+        points = folder.scan_points().points
         live, unusable = set(), {}
         for disk in inventory.disks:
             if newest := plan.newest_with(disk.name, points):

@@ -66,7 +66,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     """
     folder, namespace = repository.vm(vm.name), repository.owner
     facts = recover.FolderFacts(folder, namespace)
-    survey = folder.survey()
+    survey = folder.scan_points()
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
     left = [_unfinished(one) for one in folder.pending_points()]
@@ -100,7 +100,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             (*(() if worker else left), *unmerged),
             "it waits for a few seconds, then leaves with exit code 75"
             if worker
-            else "the VM can't be reached, so the next run would fail",
+            else "cannot reach the VM, so the next run would fail",
         )
     plan, broken = _plan(inventory, facts, points, options, gone)
     refusal = refusal or broken

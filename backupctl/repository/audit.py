@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a VM's history says, held against its folder: which points are missing, or were exchanged.
+"""What a VM's history says, compared with its folder: which points are missing, or were replaced.
 
-A repository that has no history yet, or into which somebody else put a point, is no problem: the next run
-or prune writes down what is there. So does a death between any two steps leave none: see history.py.
+A repository that has no history yet, or into which somebody copied a point, is not a problem: the next run or
+prune records what is there. Nor does a crash between any two steps leave a problem: see history.py.
 """
 
 import stat
@@ -13,7 +13,7 @@ from pathlib import Path
 from backupctl.errors import DamageFound, RepositoryError
 from backupctl.names import PointId
 from backupctl.repository import history
-from backupctl.repository.history import Deed, History, Known
+from backupctl.repository.history import History, Known, PointEvent
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
@@ -23,7 +23,7 @@ _LOOKS = 5
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is not as the history says. point: whose, None if the history itself was changed.
+    """One difference from the history. point: whose, None if the history itself was changed.
 
     missing: whether the point is gone.
     """
@@ -36,7 +36,7 @@ class Problem:
 def problems(folder: VmFolder) -> tuple[Problem, ...]:
     """Compare a VM's folder with its history. Changes and locks nothing. Raises RepositoryError.
 
-    A run or a prune may be at work: what was seen counts only if the history is the same afterwards.
+    A run or a prune may be running: a difference counts only if the history is still the same afterwards.
     """
     found: tuple[Problem, ...] = ()
     for _ in range(_LOOKS):
@@ -56,14 +56,14 @@ def missing(folder: VmFolder) -> tuple[PointId, ...]:
 
 
 def is_unfinished(folder: VmFolder, point: PointId) -> bool:
-    """Whether nobody ever committed a point that isn't there: its folder, or the history, says so."""
+    """Whether a point that is not there was never committed, by its folder or by the history."""
     known = history.read(folder.path)
     undone = known is not None and point in known.points and not known.points[point].there
     return undone or any(partial.point == point for partial in folder.pending_points())
 
 
 def refuse_missing(folder: VmFolder, wanted: str) -> None:
-    """Raise DamageFound if the history says that a point must be there, and it isn't.
+    """Raise DamageFound if the history says that a point must be there, and it is missing.
 
     wanted: its id, or "latest" where there is none at all.
     """
@@ -75,34 +75,34 @@ def refuse_missing(folder: VmFolder, wanted: str) -> None:
 
 
 def reconcile(folder: VmFolder) -> None:
-    """Write down what a death, or somebody who keeps no history, left to be written. Raises RepositoryError.
+    """Record what a crash, or somebody who copied points, left unrecorded. Raises RepositoryError.
 
-    The caller holds the VM's lock. Nothing that `problems` tells is made good by it.
+    The caller holds the VM's lock. What `problems` reports stays reported.
     """
     found = history.read(folder.path)
     known = {} if found is None else found.points
-    survey, retired = folder.survey(), folder.retired()
-    deeds = [deed for point in survey.points for deed in _owed(point, known.get(point.id, Known()))]
+    scanned, retired = folder.scan_points(), folder.retired()
+    events = [event for point in scanned.points for event in _owed(point, known.get(point.id, Known()))]
     dropped = [*(point.path for point in retired.points), *(path for path, _ in retired.damaged)]
     ids = [PointId(path.name) for path in dropped]
-    deeds += [Deed("dropped", point) for point in ids if known.get(point, Known()).there]
-    if deeds or found is None:
-        history.record(folder.path, *deeds)
+    events += [PointEvent("dropped", point) for point in ids if known.get(point, Known()).there]
+    if events or found is None:
+        history.record(folder.path, *events)
 
 
-def _owed(point: Point, known: Known) -> Iterator[Deed]:
-    """Yield what the history lacks of a point that stands."""
+def _owed(point: Point, known: Known) -> Iterator[PointEvent]:
+    """Yield what the history lacks of a point that is there."""
     checksum = point.manifest.checksum
     if not known.there and not known.dropped:
-        yield Deed("found", point.id, checksum)
+        yield PointEvent("found", point.id, checksum)
     elif len(known.manifests) > 1 and checksum in known.manifests:
-        yield Deed("changed", point.id, checksum)
+        yield PointEvent("changed", point.id, checksum)
 
 
 def _flaws(folder: VmFolder, known: History) -> Iterator[Problem]:
     for flaw in known.flaws:
         path = folder.path / history.FILE_NAME
-        yield Problem(None, f"{path}: {flaw}, so points may be missing that it does not tell of")
+        yield Problem(None, f"{path}: {flaw}, so points may be missing without a record")
 
 
 def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
@@ -114,31 +114,33 @@ def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
                 f"no prune dropped it, and {folder.path / point} is gone",
                 missing=True,
             )
-    for found in folder.survey(bear=True).points:  # what can't be read is told as that
+    for found in folder.scan_points(tolerant=True).points:  # what cannot be read is reported as that
         one = known.points.get(found.id, Known())
         checksum = found.manifest.checksum
         if one.dropped:
-            text = "was dropped by a prune and is there again: somebody put an older copy back"
+            text = "was dropped by a prune and is there again: an older copy was put back"
         elif not one.there or checksum in one.manifests:
             continue
         elif checksum in one.older:
-            text = "was exchanged: an older copy of it is there, of before a prune"
+            text = "was replaced by an older copy, from before a prune"
         else:
-            text = "was exchanged: its manifest is not the one that was committed"
+            text = "was replaced: its manifest is not the one that was committed"
         yield Problem(found.id, f"the recovery point {found.id} of {folder.name} {text}; see {found.path}")
 
 
 def _is_there(folder: VmFolder, point: PointId) -> bool:
-    """Whether a point stands, unfinished or not; in the order in which a commit renames it."""
+    """Whether a point is there, unfinished or not."""
+    # In the order of the commit's rename: the other way round, a commit between the looks would hide the
+    # point.
     return any(
-        _stands(path) for path in (PendingPoint(folder.path, folder.name, point).path, folder.path / point)
+        _is_folder(path) for path in (PendingPoint(folder.path, folder.name, point).path, folder.path / point)
     )
 
 
-def _stands(path: Path) -> bool:
+def _is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as err:
-        raise RepositoryError(f"{path} can't be looked at: {err.strerror}") from err
+        raise RepositoryError(f"cannot access {path}: {err.strerror}") from err

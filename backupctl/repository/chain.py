@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The chain of a disk at a point: its image, the parent's, and so on down to a full one.
 
-It is made from the manifests, and each image must agree with them: format, size, and the one backing
-link that the manifest's parent gives. A link that names anything else could make QEMU open a file or a
-network address of somebody else's choosing, so it is damage. The check that counts is made on the very
-descriptor that QEMU then gets (`opened`): an image that was exchanged after an earlier look is not opened.
+It is made from the manifests, and each image must match them: format, size, and the one backing file that the
+manifest's parent gives. Any other backing file could make QEMU open a file or a network address that an
+attacker chose, so it is damage. The check that counts is made on the very descriptor that QEMU then gets
+(`opened`): an image that was replaced after an earlier check is not opened.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,9 +37,9 @@ class Layer:
 
     @classmethod
     def of(cls, point: Point, entry: DiskEntry) -> "Layer":
-        """Return a disk's layer at a point; of two descriptions the one that its image agrees with.
+        """Return a disk's layer at a point; of two descriptions, the one that its image matches.
 
-        Raises DamageFound if there are two and the image's header can't be read.
+        Raises DamageFound if there are two and the image's header is damaged.
         """
         path = point.path / f"{entry.name}.qcow2"
         after = entry.after_merge()
@@ -49,7 +49,7 @@ class Layer:
 
     @property
     def merging(self) -> bool:
-        """Whether it is being overwritten with what the layer on it stores, and so masks."""
+        """Whether the layer above it, which hides what changes, is being merged into it."""
         return markers.has(self.path.parent, markers.merging(self.entry.name))
 
     def open(self, *, writable: bool = False) -> OpenImage:
@@ -66,7 +66,7 @@ class Layer:
         return image
 
     def open_unchecked(self, *, writable: bool = False) -> OpenImage:
-        """Open the image without a look at what it says. Raises DamageFound, RepositoryUnreadable."""
+        """Open the image without a check of its header. Raises DamageFound, RepositoryUnreadable."""
         try:
             return OpenImage.open(self.path, writable=writable)
         except safe_open.NotThere as err:
@@ -78,46 +78,45 @@ class Layer:
             pass
 
     def check_open(self, image: OpenImage) -> None:
-        """Compare as `check` does, for the image as it is open. Raises DamageFound, RepositoryError."""
+        """Compare as `check` does, an image that is open. Raises DamageFound, RepositoryError."""
         if self.merging:
             self._check_link(image.header())
         else:
             self._check_as_stored(image.header())
 
     def check_as_stored(self) -> None:
-        """Compare as `check` does, size and length too, whatever is going on. Raises DamageFound."""
+        """Compare as `check` does, with size and length even during a merge. Raises DamageFound."""
         self._check_as_stored(qcow2_header.read(self.path))
 
     def _check_as_stored(self, found: Header) -> None:
         path, entry = self.path, self.entry
         if found.size != entry.size:
-            raise DamageFound(f"{path} is an image of {found.size} bytes; its manifest says {entry.size}")
+            raise DamageFound(f"{path}: virtual size is {found.size} bytes, manifest says {entry.size}")
         if found.file_bytes != entry.file_bytes:
-            raise DamageFound(
-                f"{path} has {found.file_bytes} bytes; when it was made it had {entry.file_bytes}"
-            )
+            raise DamageFound(f"{path}: length is {found.file_bytes} bytes, manifest says {entry.file_bytes}")
         self._check_link(found)
 
     def _check_link(self, found: Header) -> None:
         wanted = backing_of(self.entry)
         if found.backing != wanted:
             raise DamageFound(
-                f"{self.path} stands on {found.backing!r:.200}; by its manifest it should be on {wanted!r}"
+                f"{self.path}: backing file is {found.backing!r:.200}, manifest says {wanted!r}"
             )
         if found.backing_format != ("qcow2" if wanted else ""):
-            raise DamageFound(f"{self.path} takes what it stands on for {found.backing_format!r:.60}")
+            raise DamageFound(f"{self.path}: backing format is {found.backing_format!r:.60}, not qcow2")
 
     def digests(self, check: Callable[[], None] = lambda: None) -> DigestMap:
-        """Open its digest map. check: called while it is read; what it raises ends that.
+        """Open its digest map. check: called between pieces, may raise to cancel.
 
-        Raises DamageFound, also if it is not the one that the manifest names, RepositoryUnreadable.
+        Raises DamageFound, also if it is not the map that the manifest names, RepositoryUnreadable.
         """
         path = digest_map.path_of(self.path)
         named = Named(self.entry.size, self.entry.digests)
         try:
             return DigestMap.open(path, named, check)
         except DamageFound:
-            # The image was exchanged and the map not yet: then the right one lies ready beside it.
+            # A crash between the two renames of a merge: the image was replaced, and its map is still
+            # waiting.
             ready = digest_map.merged_path_of(self.path)
             if not safe_open.there(ready):
                 raise
@@ -125,12 +124,12 @@ class Layer:
 
 
 def backing_of(entry: DiskEntry) -> str:
-    """Return the backing link that an image must have, "" for none."""
+    """Return the backing file that an image must name, "" for none."""
     return f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else ""
 
 
 def effective_content(layers: Sequence[Layer], size: int) -> EffectiveContent:
-    """Return what a disk of so many bytes holds, as the layers' digest maps tell. Raises DamageFound."""
+    """Return what a disk of `size` bytes holds, from the layers' digest maps. Raises DamageFound."""
     return EffectiveContent([(layer.digests().records, layer.entry.size) for layer in layers], size)
 
 
@@ -152,7 +151,7 @@ def layers(folder: VmFolder, point: Point, disk: str) -> tuple[Layer, ...]:
 
 @contextmanager
 def opened(layers: Iterable[Layer]) -> Iterator[tuple[OpenImage, ...]]:
-    """Give the images of layers open, each checked as it is open, until the block ends.
+    """Yield the images of layers, open until the block ends, each checked by its descriptor.
 
     Raises DamageFound, RepositoryError.
     """
@@ -170,41 +169,42 @@ def no_such_disk(point: Point, disk: str, newest: PointId | None = None) -> NoSu
 
 
 def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, ...]:
-    """Return the chain that a new layer on `parent` would stand on; empty for a full."""
+    """Return the chain that would be below a new layer on `parent`; empty for a full."""
     return () if parent is None else layers(folder, _parent(folder, parent), disk)
 
 
-def chain_error(folder: VmFolder, point: PointId, disk: str) -> str:
-    """Say what is damaged in a disk's chain at a point, so that nothing can be built on it; "" if nothing is.
+def chain_error(folder: VmFolder, point: PointId, disk: str) -> str | None:
+    """Return the damage of a disk's chain at a point, on which nothing can be built; None if there is none.
 
-    Raises RepositoryUnreadable: a chain that can't be looked at is not taken for damaged, or a full would be
-    taken each time that a disk or a network fails.
+    Raises RepositoryUnreadable.
     """
+    # RepositoryUnreadable passes: as damage it would cost a full backup each time that a disk or network
+    # fails.
     try:
         found = below(folder, point, disk)
         effective_content(found, found[0].entry.size)
     except DamageFound as err:
         return err.message
-    return ""
+    return None
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A disk that can't be restored from a point. why: what is wrong with its chain."""
+    """A disk that cannot be restored from a point. why: what is wrong with its chain."""
 
     point: PointId
     disk: DiskName
     why: str
 
     def __str__(self) -> str:
-        return f"{self.disk} of {self.point} can't be restored: {self.why}"
+        return f"cannot restore {self.disk} of {self.point}: {self.why}"
 
 
 def damaged(folder: VmFolder) -> tuple[Broken, ...]:
-    """Look at the chain of each disk at each point: headers, links, digest maps; not at the data.
+    """Check the chain of each disk at each point: headers, backing files, digest maps; not the data.
 
-    Of points whose manifest is damaged see `VmFolder.survey`. Locks nothing: what a prune changes
-    meanwhile is looked at again. Raises RepositoryError.
+    Points with a damaged manifest are in `VmFolder.scan_points`. Locks nothing: what a prune may have
+    changed is checked again. Raises RepositoryError.
     """
     found = _look(folder)
     if not found:
@@ -214,19 +214,19 @@ def damaged(folder: VmFolder) -> tuple[Broken, ...]:
 
 
 def _look(folder: VmFolder) -> list[Broken]:
-    survey, retired = folder.survey(), folder.retired()
-    there = {point.id for point in survey.points}
-    known: dict[tuple[PointId, DiskName], str] = {}
-    for point in sorted((*survey.points, *retired.points), key=lambda one: one.id):  # parents come first
+    scanned, retired = folder.scan_points(), folder.retired()
+    there = {point.id for point in scanned.points}
+    known: dict[tuple[PointId, DiskName], str | None] = {}
+    for point in sorted((*scanned.points, *retired.points), key=lambda one: one.id):  # parents come first
         for entry in point.manifest.disks:
             known[point.id, entry.name] = _why_broken(folder, point, entry, known)
     return [Broken(*key, why) for key, why in known.items() if why and key[0] in there]
 
 
 def _why_broken(
-    folder: VmFolder, point: Point, entry: DiskEntry, known: dict[tuple[PointId, DiskName], str]
-) -> str:
-    """Say what is wrong with a layer, or else with those below it; "" if nothing is to be seen."""
+    folder: VmFolder, point: Point, entry: DiskEntry, known: dict[tuple[PointId, DiskName], str | None]
+) -> str | None:
+    """Return what is wrong with a layer, or else with those below it; None if nothing is found."""
     try:
         layer = Layer.of(point, entry)
         layer.check()
@@ -234,25 +234,27 @@ def _why_broken(
     except DamageFound as err:
         return err.message
     parent = layer.entry.parent
-    return known.get((parent, entry.name), f"{folder.path / parent} is missing or damaged") if parent else ""
+    return (
+        known.get((parent, entry.name), f"{folder.path / parent} is missing or damaged") if parent else None
+    )
 
 
-def chain_too_long(folder: VmFolder, most: int, point: PointId, disk: str) -> str:
-    """Say why a disk's chain at a point is to get no more layers; "" if it may. Raises DamageFound."""
+def chain_too_long(folder: VmFolder, most: int, point: PointId, disk: str) -> str | None:
+    """Return why a disk's chain at a point may get no more layers; None if it may. Raises DamageFound."""
     layers_there = len(below(folder, point, disk))
     if layers_there < most:
-        return ""
+        return None
     return f"its chain has {layers_there} layers, as many as --max-chain allows"
 
 
 def length(folder: VmFolder, point: Point, entry: DiskEntry) -> int:
-    """Count the layers of a disk at a point, without looking into them. Raises DamageFound."""
+    """Count the layers of a disk at a point, without checking them. Raises DamageFound."""
     found, entry = 1, Layer.of(point, entry).entry
     while entry.parent is not None:
         point = _parent(folder, entry.parent)
         held = point.manifest.disk(entry.name)
         if held is None:
-            raise DamageFound(f"{point.path} does not hold {entry.name}, and newer points stand on it")
+            raise DamageFound(f"{point.path} has no disk {entry.name}, and newer points depend on it")
         entry, found = Layer.of(point, held).entry, found + 1
     return found
 
@@ -270,11 +272,11 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
         point = _parent(folder, entry.parent)
         below_it = point.manifest.disk(entry.name)
         if below_it is None:
-            raise DamageFound(f"{layer.path} stands on {point.id}, which does not hold {entry.name}")
+            raise DamageFound(f"{layer.path} depends on {point.id}, which has no disk {entry.name}")
         entry = below_it
     raise DamageFound(
-        f"{found[0].path} stands on more than {MOST_LAYERS} layers, more than QEMU opens",
-        hint="take a full, or prune, before a chain gets so long",
+        f"{found[0].path} has more than {MOST_LAYERS} layers below it, more than QEMU opens",
+        hint="take a full backup, or prune, before a chain gets that long",
     )
 
 
@@ -282,4 +284,4 @@ def _parent(folder: VmFolder, parent: PointId) -> Point:
     try:
         return folder.point_or_retired(parent)
     except NoSuchPoint as err:
-        raise DamageFound(f"{folder.path / parent} is missing, and newer points stand on it") from err
+        raise DamageFound(f"{folder.path / parent} is missing, and newer points depend on it") from err

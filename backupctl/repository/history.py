@@ -6,16 +6,16 @@
 ::
 
     begun       the first line
-    found       the point was there already when the history was begun, or was put there by somebody else
-    committed   the point is about to be committed: written before the rename, the one commit point
+    found       the point was there already when the history was begun, or somebody copied it there
+    committed   the point is about to be committed: written before the rename, which is the commit
     undone      it was not committed after all
-    changing    a prune is about to replace its manifest: until `changed` the old or the new one
-    changed     it has
+    changing    a prune is about to replace its manifest: until `changed` it is the old or the new one
+    changed     the manifest was replaced
     dropped     a prune has retired the point
 
-Each line has its own checksum and that of the line before it. Whoever writes holds the VM's lock, and each
-line is on the disk before what it tells of happens, or before what it tells of can't be seen any more. A
-last line that is torn is what a crash leaves: nothing that it tells of has happened yet.
+Each line has its own checksum and that of the line before it. A writer holds the VM's lock. Each line is
+durable before the event that it records happens, or before the traces of that event are removed. A torn last
+line is what a crash leaves: the event that it would have recorded has not happened.
 """
 
 import json
@@ -37,16 +37,16 @@ from backupctl.system import durable, safe_open
 FORMAT = 1
 FILE_NAME = "history"
 MAX_BYTES = 1 << 28
-"""A million entries or more; a larger file isn't read."""
+"""A million entries or more; a larger file is not read."""
 
-Event = Literal["begun", "found", "committed", "undone", "changing", "changed", "dropped"]
+EventKind = Literal["begun", "found", "committed", "undone", "changing", "changed", "dropped"]
 
 
 @dataclass(frozen=True)
-class Deed:
-    """What happened to a point. manifest: the checksum of the manifest that it has by it."""
+class PointEvent:
+    """What happened to a point. manifest: the checksum of the manifest that it then has."""
 
-    event: Event
+    kind: EventKind
     point: PointId | None = None
     manifest: str | None = None
 
@@ -58,7 +58,7 @@ Checksum = Annotated[str, Meta(pattern=r"\A[^\x00]{0,32}\Z")]
 class Entry(Document):
     """One line. time: UTC. before: the checksum of the line before, "" in the first."""
 
-    event: Event
+    event: EventKind
     point: PointId | None
     manifest: Checksum | None
     time: ShortText
@@ -80,7 +80,7 @@ class Entry(Document):
 
     @classmethod
     def from_line(cls, line: bytes) -> "Entry | None":
-        """Read a line without its end; None if it is no entry, or does not agree with its checksum."""
+        """Read a line without its end; None if it is not an entry, or does not match its checksum."""
         try:
             return strict_json.read(line, cls, FILE_NAME, FORMAT, signed=True)
         except Malformed:
@@ -94,8 +94,8 @@ class Entry(Document):
 class Known:
     """What the history knows of one point.
 
-    there: it must stand under its final name. dropped: a prune retired it. manifests: the checksums of which
-    its manifest must have one. older: those that it had before.
+    there: it must be there, under its final name. dropped: a prune retired it. manifests: its manifest must
+    have one of these checksums. older: those that it had before.
     """
 
     there: bool = False
@@ -118,7 +118,7 @@ class Known:
 
 @dataclass(frozen=True)
 class History:
-    """A history as it was read. flaws: what shows that somebody changed it, in words."""
+    """A history as it was read. flaws: messages about what shows that somebody changed it."""
 
     content: bytes
     points: dict[PointId, Known]
@@ -133,7 +133,7 @@ def read(folder: Path) -> History | None:
 
 @lru_cache(4)
 def parse(content: bytes) -> History:
-    """Read a history, whatever it is: what can't be read is a flaw, but for a last line that is torn."""
+    """Read a history, however damaged: what cannot be read is a flaw, except a torn last line."""
     points: dict[PointId, Known] = {}
     flaws: list[str] = []
     before, unreadable = "", 0
@@ -143,18 +143,18 @@ def parse(content: bytes) -> History:
             unreadable = unreadable or number
             continue
         if unreadable:
-            flaws.append(f"line {unreadable} can't be read")
+            flaws.append(f"line {unreadable} is damaged")
         elif entry.before != before or (not before and entry.event != "begun"):
             flaws.append(f"line {number} does not follow the one before it: lines were changed or removed")
         before, unreadable = entry.checksum, 0
         if entry.point is not None:
             points[entry.point] = points.get(entry.point, Known()).after(entry)
     if not before:
-        flaws.append("no line of it can be read")
+        flaws.append("no line is readable")
     return History(content, points, tuple(flaws))
 
 
-def record(folder: Path, *deeds: Deed) -> None:
+def record(folder: Path, *events: PointEvent) -> None:
     """Append to the history of a VM's folder, durably; begin it if there is none. Raises RepositoryError.
 
     The caller holds the VM's lock.
@@ -163,25 +163,25 @@ def record(folder: Path, *deeds: Deed) -> None:
     content = _content(folder)
     try:
         if content is None:
-            durable.replace(path, _lines("", (Deed("begun"), *deeds)))
+            durable.replace(path, _lines("", (PointEvent("begun"), *events)))
             return
         end, before = _end(content)
-        # A line that is cut off here was never on the disk as a whole, so nobody went on after it.
-        durable.append(path, content[:end], _lines(before, deeds))
+        # A line that is cut off here was never durable, so what it records was never begun.
+        durable.append(path, content[:end], _lines(before, events))
     except OSError as err:
-        raise RepositoryError(f"{path} can't be written: {err.strerror}") from err
+        raise RepositoryError(f"cannot write {path}: {err.strerror}") from err
 
 
 def undo(folder: Path, point: PointId) -> None:
-    """Record that a point was not committed, if its commit was about to happen. Raises RepositoryError.
+    """Record that a point was not committed, if its commit was recorded already. Raises RepositoryError.
 
-    To be called before nothing tells any more that the point was unfinished.
+    To be called before the folder is removed: else a crash in between would leave a missing point.
     """
     content = _content(folder)
     if content is not None and point.encode() in content:
         known = parse(content).points.get(point)
         if known and known.there:
-            record(folder, Deed("undone", point))
+            record(folder, PointEvent("undone", point))
 
 
 def _content(folder: Path) -> bytes | None:
@@ -190,15 +190,15 @@ def _content(folder: Path) -> bytes | None:
         with safe_open.open_file(path) as file:
             return file.read(MAX_BYTES)
     except safe_open.NotPlain as err:
-        raise RepositoryError(f"{path} can't be read: {err}") from err
+        raise RepositoryError(f"cannot read {path}: {err}") from err
     except safe_open.NotThere:
         return None
 
 
 def _end(content: bytes) -> tuple[int, str]:
-    """Return where the last line that can be read ends, and its checksum.
+    """Return where the last readable line ends, and its checksum.
 
-    Where none can be read nothing is cut off: that is no crash's doing, and is to be seen.
+    If no line is readable nothing is cut off: no crash does that, and it must stay visible.
     """
     at = content.rfind(b"\n") + 1
     while at:
@@ -210,11 +210,11 @@ def _end(content: bytes) -> tuple[int, str]:
     return len(content), ""
 
 
-def _lines(before: str, deeds: Iterable[Deed]) -> bytes:
+def _lines(before: str, events: Iterable[PointEvent]) -> bytes:
     time = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
     lines = []
-    for deed in deeds:
-        entry = Entry(deed.event, deed.point, deed.manifest, time, before)
+    for event in events:
+        entry = Entry(event.kind, event.point, event.manifest, time, before)
         lines.append(entry.to_line())
         before = entry.checksum
     return b"".join(lines)

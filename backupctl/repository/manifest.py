@@ -35,8 +35,8 @@ PointKind = Literal["full", "incremental"]
 class Merged:
     """What a layer is once the one below has been merged into it; sizes in bytes.
 
-    While a prune exchanges image and digest map a disk's entry has both descriptions; the image's own
-    backing link tells which of them holds.
+    While a prune replaces image and digest map, a disk's entry has both descriptions; the backing file that
+    the image names decides which of them is valid.
     """
 
     parent: PointId | None
@@ -61,8 +61,8 @@ class DiskEntry:
     kind: full, or incremental on `parent`'s image of this disk. size: virtual size. node, format: where
     it was read. persistent: whether its bitmap survives a restart of QEMU. reason: why it is full inside
     an incremental point, "" otherwise. file_bytes: the length of its image, which QEMU would read as
-    zeroes behind an end that was cut off. unchanged_bytes: named dirty, but the content was as before, so
-    not stored. scanned: no bitmap told what changed; the whole disk was read and compared with the parent.
+    zeroes beyond an end that was cut off. unchanged_bytes: marked dirty, but with the same content as before,
+    so not stored. scanned: there was no bitmap; the whole disk was read and compared with the parent.
     digests: the checksum of its digest map, which binds map and layer to this point. merged: what it is
     about to become, None but in the middle of a prune.
     """
@@ -140,7 +140,7 @@ class Manifest(Document):
 
     @property
     def started(self) -> datetime:
-        """What the clock showed when the run began."""
+        """The time when the run began, by its clock."""
         return _moment(self.start)
 
     def disk(self, name: str) -> DiskEntry | None:

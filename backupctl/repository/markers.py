@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Markers: empty files in a point's folder, each of which says one thing by being there.
+"""Markers: empty files in a point's folder; each is a flag that is set if the file exists.
 
 ::
 
-    protected        prune never drops this point
-    retired          this is no recovery point any more; only younger points still need its layers
-    <disk>.merging   the disk's image is being overwritten with the content of the one layer that stands
-                     on it: its length, size and digests need not be what the manifest says
+    protected        prune never drops this point retired          this is not a recovery point any more;
+    only younger points still need its layers <disk>.merging   the one layer above the disk's image is being
+    merged into it: its length, size and digests
+                     need not match the manifest
 """
 
 from contextlib import suppress
@@ -25,23 +25,23 @@ def merging(disk: str) -> str:
 
 
 def has(folder: Path, marker: str) -> bool:
-    """Whether a point's folder has a marker. Raises RepositoryUnreadable if that can't be told."""
+    """Whether a point's folder has a marker. Raises RepositoryUnreadable if that cannot be found out."""
     return safe_open.there(folder / marker)
 
 
 def put(folder: Path, marker: str) -> None:
-    """Set a marker, durably; one that is there stays. Raises RepositoryError."""
+    """Set a marker, durably, if it is not set. Raises RepositoryError."""
     try:
         with suppress(FileExistsError):
             durable.write_new(folder / marker, b"")
         durable.sync_folder(folder)
     except OSError as err:
-        raise RepositoryError(f"{folder / marker} can't be made: {err.strerror}") from err
+        raise RepositoryError(f"cannot create {folder / marker}: {err.strerror}") from err
 
 
-def take_away(folder: Path, marker: str) -> None:
-    """Remove a marker, durably; none is no error. Raises RepositoryError."""
+def remove(folder: Path, marker: str) -> None:
+    """Remove a marker, durably, if it is set. Raises RepositoryError."""
     try:
         durable.remove(folder / marker)
     except OSError as err:
-        raise RepositoryError(f"{folder / marker} can't be removed: {err.strerror}") from err
+        raise RepositoryError(f"cannot remove {folder / marker}: {err.strerror}") from err

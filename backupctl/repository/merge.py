@@ -3,24 +3,26 @@
 
 ::
 
-    before   N ──► D ──► P      D is retired, N the only layer that stands on it
-    after    N ───────► P       N's image is D's with what N stored written over it
+    before   upper ──► lower ──► base      lower is retired, and upper is the only layer above it
+    after    upper ────────────► base      upper's image is lower's, overwritten with what upper stored
 
-    1 mark      D/<disk>.merging is put: D's manifest need no longer be true
-    2 write     what N stores goes into D's image, in place; N masks each cluster meanwhile
-    3 describe  the merged digest map is laid ready, and N's manifest gets a second description, `merged`
-    4 switch    the image is renamed over N's, then the map, then the manifest says only what is
+    1 mark      lower's marker <disk>.merging is set: its image need no longer match its manifest
+    2 write     what upper stores is written into lower's image, in place; upper hides each of these clusters
+    3 describe  the merged digest map is written beside upper's, and upper's manifest gets a second
+                description, `merged`
+    4 swap      lower's image is renamed over upper's, then the map, then the manifest keeps only the new
+                description
 
-After each step, and after a death within one, every reader of N sees the same bytes: up to the rename
-through N's old image, from then on in the new one, and the image's backing link tells which it is. Steps
-1 and 2 may be done again and again, and then begin with what is on the disk of D's image; once 3 is done
-only 4 is left. Step 2 is the caller's (bytes are moved by another room).
+After each step, and after a crash within one, every reader of upper sees the same bytes: until the rename
+through upper's old image, after it in the new one; the backing file that the image names says which one it
+is. Steps 1 and 2 can be repeated, and then start from what is on the disk of lower's image; after step 3 only
+step 4 is left. Step 2 is done by the caller: transfer moves the bytes.
 
-A disk that grew from D to N while P holds something where D had ended already can't be written in place:
-the moment D's image grows, P would show through. Nor can an image that has a second name: whoever made
-that hard link (`cp -al`, `rsync --link-dest`) means to have a copy. Nor one whose own tables are damaged:
-where they call a cluster free that is not, QEMU would write over it. Then the merged image is a new file in
-N's folder, made of both layers, and takes the place of D's in step 4.
+Three cases cannot be written in place. If the disk grew from lower to upper, and base has data beyond
+lower's end, that data would become visible as soon as lower's image grows. If the image has a second hard
+link (`cp -al`, `rsync --link-dest`), that copy would change. If its own tables are damaged, and call a used
+cluster free, QEMU would overwrite that cluster. Then the merged image is a new file in upper's folder, made
+of both layers, and step 4 renames that one over upper's.
 """
 
 from bisect import bisect_left
@@ -40,19 +42,18 @@ from backupctl.images.open_image import OpenImage
 from backupctl.repository import chain, history, markers
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer, backing_of
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
 from backupctl.repository.point import Point
-from backupctl.sizes import WINDOW_CLUSTERS
+from backupctl.sizes import WINDOW_CLUSTERS, Range
 from backupctl.system import durable, safe_open
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge; `of` decides how. layers: N, D, and what is below, newest first. point: N's.
+    """One merge; `of` decides how. layers: upper, lower, and those below, newest first. point: upper's.
 
-    in_place: D's own image takes N's clusters; otherwise `image` is a new one. Decided once: a hard link
-    that somebody makes meanwhile must not change it half-way.
+    in_place: upper's clusters are written into lower's image; otherwise `image` is a new file.
     """
 
     point: Point
@@ -61,27 +62,28 @@ class Merge:
 
     @classmethod
     def of(cls, point: Point, layers: tuple[Layer, ...]) -> Self:
-        """Look at what is to be merged. Raises DamageFound, WriteFailed, RepositoryError."""
+        """Decide how to merge. Raises DamageFound, WriteFailed, RepositoryError."""
+        # Decided once, here: a hard link that somebody makes later must not change it half-way.
         upper, lower, *below = layers
         with safe_open.unreadable(lower.path):
             try:
                 names = lower.path.lstat().st_nlink
             except FileNotFoundError as err:
-                raise DamageFound(f"{lower.path} can't be looked at: {err.strerror}") from err
+                raise DamageFound(f"cannot access {lower.path}: {err.strerror}") from err
         fits = names == 1 and (not below or upper.entry.size <= lower.entry.size)
         with lower.open() as image:
             if lower.merging:
-                _forget(lower.path)
+                _drop_cache(lower.path)
             return cls(point, layers, fits and not create.check(image).errors)
 
     @property
     def upper(self) -> Layer:
-        """The layer that is merged."""
+        """The layer that is merged into the one below."""
         return self.layers[0]
 
     @property
     def lower(self) -> Layer:
-        """The layer that takes it in."""
+        """The layer that it is merged into."""
         return self.layers[1]
 
     @property
@@ -96,33 +98,34 @@ class Merge:
 
     @property
     def backing(self) -> str:
-        """The backing link of the merged image, "" for none."""
+        """The backing file of the merged image, "" for none."""
         return backing_of(self.lower.entry)
 
     @contextmanager
     def mark(self) -> Iterator[OpenImage]:
-        """Do step 1, and give an image to write to. Raises WriteFailed, DamageFound, RepositoryError."""
+        """Do step 1, and yield the image to write to. Raises WriteFailed, DamageFound, RepositoryError."""
         _remove(_new_image(self.upper.path))
         if not self.in_place:
             with create.new_layer(self.image, self.size, self.backing or None) as image:
                 yield image
             return
         with self.lower.open(writable=True) as image:
+            # Durable before the first byte is written: without the marker, lower would be called damaged.
             markers.put(self.lower.path.parent, markers.merging(self.lower.entry.name))
             if image.header().size < self.size:
                 create.resize(image, self.size)
             yield image
 
     def abandon(self) -> None:
-        """Give step 2 up: of a new image nothing stays. What D's own has got, it gets again next time."""
+        """Give up step 2: a new image is removed. What was written in place is written again next time."""
         if not self.in_place:
             with suppress(OSError):
                 self.image.unlink()
 
-    def cut_cluster(self, image: OpenImage) -> tuple[int, int] | None:
-        """Return the rest of a cluster that D's larger image would keep behind the new end: offset, length.
+    def cut_cluster(self, image: OpenImage) -> Range | None:
+        """Return the part of upper's last cluster beyond its end, in lower's larger image: offset, length.
 
-        It must be zeroes before the image is cut: it would come back when the disk grows again.
+        It must be zeroed before the image is cut: it would come back when the disk grows again.
         """
         rest = -self.size % CLUSTER_BYTES
         records = self.upper.digests().records
@@ -133,7 +136,7 @@ class Merge:
         return (self.size, min(rest, room)) if room > 0 else None
 
     def describe(self, image: OpenImage) -> Point:
-        """Do step 3, when all bytes are written and flushed; returns N with both descriptions.
+        """Do step 3, after all bytes are written and flushed; returns upper's point with both descriptions.
 
         Raises WriteFailed, DamageFound, RepositoryError.
         """
@@ -143,6 +146,8 @@ class Merge:
         _remove(ready)
         count = sum(len(part) for part in self.records())
         checksum = digest_map.write_parts(ready, self.size, count, self.records)
+        # The map is durable before the manifest names it: from then on a crash leads to step 4, which needs
+        # it.
         _sync_folder(ready.parent)
         with safe_open.unreadable(self.image):
             stored = image.stat()
@@ -151,7 +156,7 @@ class Merge:
         return rewrite(self.point, self.point.manifest.with_disk(entry))
 
     def written(self) -> Iterator[Records]:
-        """Yield the records of what step 2 writes: N's, or into a new image both. Raises DamageFound."""
+        """Yield the records of what step 2 writes: upper's, or both for a new image. Raises DamageFound."""
         if self.in_place:
             yield self.upper.digests().records
         else:
@@ -170,7 +175,7 @@ class Merge:
                 yield found
 
     def _hidden(self, below: EffectiveContent, first: int) -> Records:
-        """Return zeroes for what D ended before, and P has: the merged layer must hide it."""
+        """Return zeroes for what base has beyond lower's end: the merged layer must hide it."""
         shown = below.window(first, min(WINDOW_CLUSTERS, clusters.count(self.size) - first))
         ended = shown["cluster"] >= clusters.count(self.lower.entry.size)
         found = np.array(shown[ended & ~clusters.is_zero(shown)])
@@ -179,39 +184,42 @@ class Merge:
 
 
 def unfinished(lower: Point, upper: Point, above: Sequence[Point], disk: str) -> bool:
-    """Whether a merge of `upper` into `lower` must wait for another one that is not at its end.
+    """Whether a merge of `upper` into `lower` must wait for the end of another one.
 
-    above: the points that stand on `upper`. A merge that was described holds the only copy of N's content
-    in D's image, and that image's name in N's manifest; one that was begun has made D's content something
-    else. So neither may D take part in a second merge before, nor N.
+    above: the points that depend on `upper`.
     """
+    # After step 3 lower's image has the only copy of upper's content, and only upper's manifest says so.
+    # After step 1 lower's image does not match its manifest. So neither layer may take part in a second merge
+    # until the first one has ended.
     entries = [point.manifest.disk(disk) for point in (lower, upper, *above)]
     return any(entry and entry.merged for entry in entries) or markers.has(upper.path, markers.merging(disk))
 
 
 def swap_images(point: Point, entry: DiskEntry) -> Point:
-    """Do step 4 for a disk whose manifest has both descriptions, or what is left of it; returns N.
+    """Do step 4, or the rest of it, for a disk whose manifest has both descriptions; returns the point.
 
-    The caller keeps readers away from N, and from D. Raises RepositoryError; DamageFound if what lies in
-    D's place is not the merged image: then nothing is moved.
+    The caller holds exclusive locks on both points. Raises RepositoryError; DamageFound if the image that is
+    to be moved is not the merged one: then nothing is moved.
     """
     image = point.path / f"{entry.name}.qcow2"
     after = entry.after_merge()
     try:
         if qcow2_header.read(image).backing != backing_of(after):
             made = _made(point, entry)
+            # Upper's old image is gone after the rename: nothing but the merged image may take its place.
             Layer(made, after).check_as_stored()
             _move(made, image)
         ready = digest_map.merged_path_of(image)
         if ready.exists():
+            # After the image: the other way round, a crash would leave a map that no image matches.
             _move(ready, digest_map.path_of(image))
     except OSError as err:
-        raise RepositoryError(f"{image} can't be exchanged: {err.strerror}") from err
+        raise RepositoryError(f"cannot replace {image}: {err.strerror}") from err
     return rewrite(point, point.manifest.with_disk(after))
 
 
 def detach_from(points: Iterable[Point], gone: Point) -> None:
-    """Have no point named as built on one whose layers nobody needs any more. Raises RepositoryError."""
+    """Update the parent of points that were built on a point without layers. Raises RepositoryError."""
     for point in points:
         if point.manifest.parent == gone.id:
             parents = [entry.parent for entry in point.manifest.disks if entry.parent]
@@ -221,18 +229,19 @@ def detach_from(points: Iterable[Point], gone: Point) -> None:
 
 
 def rewrite(point: Point, manifest: Manifest) -> Point:
-    """Replace a point's manifest, at once and durably. Raises RepositoryError."""
-    history.record(point.path.parent, Deed("changing", point.id, manifest.checksum))
+    """Replace a point's manifest, atomically and durably. Raises RepositoryError."""
+    # The history allows both manifests before one replaces the other: after a crash neither is reported.
+    history.record(point.path.parent, PointEvent("changing", point.id, manifest.checksum))
     try:
         durable.replace(point.path / manifests.FILE_NAME, manifest.to_json())
     except OSError as err:
-        raise RepositoryError(f"{point.path} can't be written: {err.strerror}") from err
-    history.record(point.path.parent, Deed("changed", point.id, manifest.checksum))
+        raise RepositoryError(f"cannot write to {point.path}: {err.strerror}") from err
+    history.record(point.path.parent, PointEvent("changed", point.id, manifest.checksum))
     return replace(point, manifest=manifest)
 
 
 def _made(point: Point, entry: DiskEntry) -> Path:
-    """Return the merged image that waits to take its place."""
+    """Return the merged image that is to take upper's place."""
     new = _new_image(point.path / f"{entry.name}.qcow2")
     return new if new.exists() else point.path.parent / str(entry.parent) / f"{entry.name}.qcow2"
 
@@ -245,41 +254,40 @@ def _within(records: Records, first: int, size_bytes: int) -> Records:
     """Return the records of one window."""
     last = min(first + WINDOW_CLUSTERS, clusters.count(size_bytes))
     numbers = records["cluster"]
-    # Not numpy's searchsorted: it copies a column of a mapped file before it looks.
+    # Not numpy's searchsorted: it would copy a column of the mapped file first.
     begin = bisect_left(numbers, first)
     return np.array(records[begin : bisect_left(numbers, last, lo=begin)])
 
 
 def _move(source: Path, target: Path) -> None:
-    """Rename over a file, durably: first where it is now, then where it was."""
+    """Rename over a file, durably."""
     source.rename(target)
+    # Its new folder first: after a power failure it may have two names, but not none.
     durable.sync_folder(target.parent)
     if source.parent != target.parent:
         durable.sync_folder(source.parent)
 
 
 def _remove(path: Path) -> None:
-    """Remove what a dead prune left. Raises WriteFailed."""
+    """Remove what a killed prune left. Raises WriteFailed."""
     try:
         durable.remove(path)
     except OSError as err:
-        raise WriteFailed(f"{path} can't be removed: {err.strerror}") from err
+        raise WriteFailed(str(err.strerror), subject=f"cannot remove {path}") from err
 
 
-def _forget(path: Path) -> None:
-    """Have an image read from the disk.
-
-    The merge that did not end may have met a sync that failed. Then its tables lie in memory as if they had
-    been written: QEMU would leave them so, and the next sync succeed without them.
-    """
+def _drop_cache(path: Path) -> None:
+    """Drop an image from the page cache. Raises WriteFailed."""
+    # The fsync of the unfinished merge may have failed. Then the cache has its tables as if they were
+    # written: QEMU would not write them again, and the next fsync would succeed without them.
     try:
         durable.sync_and_forget(path)
     except OSError as err:
-        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
+        raise WriteFailed(str(err.strerror), subject=f"cannot sync {path}") from err
 
 
 def _sync_folder(path: Path) -> None:
     try:
         durable.sync_folder(path)
     except OSError as err:
-        raise WriteFailed(f"{path} can't be brought to the disk: {err.strerror}") from err
+        raise WriteFailed(str(err.strerror), subject=f"cannot sync {path}") from err

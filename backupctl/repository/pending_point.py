@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A point under way: its journal, THE commit, and how it is dropped."""
+"""A point that a run is making: its journal, the commit, and how it is dropped."""
 
 import errno
 import shutil
@@ -12,7 +12,7 @@ from backupctl.names import PointId, VmName
 from backupctl.repository import history, strict_json
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 from backupctl.repository.point import Point
@@ -35,9 +35,9 @@ class PendingPoint:
         return self.folder / f"{self.point}{PARTIAL}"
 
     def journal(self) -> Journal | None:
-        """Return what the run noted, None if there is no such thing or it is of another run.
+        """Return the run's journal; None if it is missing, damaged, or of another run.
 
-        Raises RepositoryUnreadable: it alone tells of a freeze that is ours to end.
+        Raises RepositoryUnreadable: only the journal says whether the guest's freeze is ours to end.
         """
         try:
             journal = Journal.from_json(safe_open.read(self.path / journals.FILE_NAME, strict_json.MAX_BYTES))
@@ -46,40 +46,44 @@ class PendingPoint:
         return journal if (journal.point, journal.vm) == (self.point, self.vm) else None
 
     def note(self, step: str, *, froze: bool) -> None:
-        """Note durably how far the run is. Raises RepositoryError."""
+        """Record durably how far the run is. Raises RepositoryError."""
         journal = self.journal()
         if journal is None:
-            raise RepositoryError(f"the journal of {self.path} is gone")
+            raise RepositoryError(f"the journal of {self.path} is missing")
         try:
             changed = replace(journal, step=step, froze=froze)
             durable.replace(self.path / journals.FILE_NAME, changed.to_json())
         except OSError as err:
-            raise RepositoryError(f"{self.path} can't be written: {err.strerror}") from err
+            raise RepositoryError(f"cannot write to {self.path}: {err.strerror}") from err
 
     def commit(self, manifest: Manifest) -> Point:
-        """Make this a point: THE commit point of the whole system is the rename in here.
+        """Make this a recovery point. The rename in here is the commit of the whole system.
 
         The images must be complete. Raises RepositoryError; the point is then not committed.
         """
         try:
+            # A manifest has names and texts from QEMU. A point that cannot be read again would be lost, with
+            # the VM's bitmaps cleared for it.
             readable = Manifest.from_json(manifest.to_json()) == manifest
         except BackupctlError as err:
-            raise RepositoryError(f"{self.path} is not committed: nobody could read it: {err}") from err
+            raise RepositoryError(f"{self.path} was not committed: its manifest is invalid: {err}") from err
         if not readable:
-            raise RepositoryError(f"{self.path} is not committed: it would be read as something else")
+            raise RepositoryError(f"{self.path} was not committed: its manifest would be read differently")
         try:
+            # All that the manifest names is durable before the manifest, and that before the rename: after a
+            # power failure a point under its final name is complete.
             for entry in manifest.disks:
                 durable.sync_file(self.path / f"{entry.name}.qcow2")
                 durable.sync_file(self.path / f"{entry.name}.digests")
             durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
             (self.path / journals.FILE_NAME).unlink()
             durable.sync_folder(self.path)
-            history.record(self.folder, Deed("committed", self.point, manifest.checksum))
-            # All that the manifest names is on disk. A death before the next line leaves a folder that
-            # recovery drops; one after it, a whole point.
+            # Before the rename: a point that is removed later is missed only if the history knows of it.
+            history.record(self.folder, PointEvent("committed", self.point, manifest.checksum))
+            # A crash before the next line leaves a folder that recovery drops; after it, a complete point.
             durable.rename(self.path, self.folder / self.point)
         except OSError as err:
-            raise RepositoryError(f"{self.path} can't be committed: {err.strerror}") from err
+            raise RepositoryError(f"cannot commit {self.path}: {err.strerror}") from err
         return Point(self.folder / self.point, manifest)
 
     def uncommit(self) -> None:
@@ -87,20 +91,22 @@ class PendingPoint:
         try:
             durable.rename(self.folder / self.point, self.path)
         except OSError as err:
-            raise RepositoryError(f"{self.path} can't be made: {err.strerror}") from err
+            raise RepositoryError(f"cannot rename {self.folder / self.point}: {err.strerror}") from err
 
     def drop(self) -> None:
-        """Remove the folder and all in it; a death in the middle leaves one to drop again.
+        """Remove the folder and all in it; after a crash in between it can be dropped again.
 
         Raises RepositoryError.
         """
         try:
             with suppress(FileNotFoundError):
-                _empty(self.path)  # first of all: a full disk has room then for what follows
+                _empty(self.path)  # first: on a full disk this frees the space for the history's line
+                # Before the folder goes: a crash in between would leave a point that the history calls
+                # committed, and nothing else of it: it would be reported as missing.
                 history.undo(self.folder, self.point)
                 shutil.rmtree(self.path)  # follows no symbolic link
         except OSError as err:
-            raise RepositoryError(f"{self.path} can't be removed: {err.strerror}") from err
+            raise RepositoryError(f"cannot remove {self.path}: {err.strerror}") from err
 
 
 def _empty(folder: Path) -> None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Holding a point for reading, so that a prune meanwhile leaves all that it stands on as it is.
+"""Locks for reading a point, which keep a prune from changing the layers that it depends on.
 
-A reader has a shared lock on the folder of its point and of each one below. Prune wants them for itself
-before it changes what a reader could see, and leaves a point that is being read for another time.
+A reader has a shared lock on the folder of its point and of each point below. A prune takes them exclusively
+before it changes what a reader could see, and leaves a point that is being read for the next prune.
 """
 
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from backupctl.repository.point import Point
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.system import locks
 
-_PATIENCE_SECONDS = 30.0  # a switch from an old image to a merged one takes a few fsyncs
+_PATIENCE_SECONDS = 30.0  # to replace an image by a merged one takes a few fsyncs
 _TRIES = 5
 
 
 @contextmanager
 def reading(folder: VmFolder, wanted: str) -> Iterator[Point]:
-    """Hold a point (an id, or "latest") and all below it for as long as the block lasts.
+    """Lock a point (an id, or "latest") and all below it for as long as the block lasts.
 
-    Yields the point as it is while it is held: a prune may just have put it on another parent. Raises
+    Yields the point as it is while it is locked: a prune may just have given it another parent. Raises
     NoSuchPoint, DamageFound, Locked, RepositoryError.
     """
     for _ in range(_TRIES):
@@ -33,7 +33,8 @@ def reading(folder: VmFolder, wanted: str) -> Iterator[Point]:
                 for path in needed:
                     held.enter_context(locks.folder(path, _PATIENCE_SECONDS, shared=True))
             except FileNotFoundError:
-                continue  # pruned between the look and the lock
+                continue  # pruned before it was locked
+            # Before the locks were held a prune may have merged layers: what was read may be gone.
             again = folder.point(point.id)
             if again == point and _needed(folder, again) == needed:
                 yield again
@@ -42,7 +43,7 @@ def reading(folder: VmFolder, wanted: str) -> Iterator[Point]:
 
 
 def _needed(folder: VmFolder, point: Point) -> list[Path]:
-    """Return the folders of all layers of a point, as far as they are there and can be read."""
+    """Return the folders of all layers of a point, as far as they exist and are readable."""
     waiting = [(point, entry) for entry in point.manifest.disks]
     found = {point.path}
     while waiting:
@@ -52,7 +53,7 @@ def _needed(folder: VmFolder, point: Point) -> list[Path]:
         try:
             below = folder.point_or_retired(entry.parent)
         except BackupctlError:
-            continue  # who needs it finds the damage; who only wants another disk must not
+            continue  # a reader of this disk finds the damage; a reader of another one is not stopped
         found.add(below.path)
         held = below.manifest.disk(entry.name)
         if held is not None:

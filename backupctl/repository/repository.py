@@ -4,12 +4,12 @@
 ::
 
     REPOSITORY/repository.json            format version, id
-    REPOSITORY/VM/lock                    held (flock) by the one run at a time
+    REPOSITORY/VM/lock                    locked (flock) by the one run at a time
     REPOSITORY/VM/history                 what became of each point (history.py)
     REPOSITORY/VM/POINT/                  a committed recovery point
-    REPOSITORY/VM/POINT.partial/          a run under way, or one that died
+    REPOSITORY/VM/POINT.partial/          a run in progress, or one that was killed
 
-What is in a VM's folder is told in vm_folder.py.
+vm_folder.py says what is in a VM's folder.
 """
 
 import json
@@ -38,7 +38,7 @@ from backupctl.system import durable, locks, safe_open
 FORMAT = 1
 _FILE_NAME = "repository.json"
 IN_THE_MAKING = f".{_FILE_NAME}."
-"""How names begin that are there for an instant only, in a repository or where one is being made."""
+"""How the names of temporary files begin while repository.json is written."""
 _NAMING_SECONDS = 10.0
 _LOST_AND_FOUND = "lost+found"  # in every new ext4 file system
 
@@ -63,19 +63,19 @@ class Repository:
         try:
             return cls._make(path)
         except FileExistsError as err:
-            raise RepositoryError(f"{path} can't be made a repository: it is there already") from err
+            raise RepositoryError(f"cannot create a repository in {path}: it exists already") from err
 
     @classmethod
     def open(cls, path: Path) -> "Repository":
         """Open a repository. Raises NotARepository, UnknownFormat, DamageFound, RepositoryError."""
-        if unnamed := unspeakable(path):
-            raise RepositoryError(unnamed, state=UNTOUCHED)
+        if why := path_error(path):
+            raise RepositoryError(why, state=UNTOUCHED)
         try:
             content = safe_open.read(path / _FILE_NAME, strict_json.MAX_BYTES)
         except safe_open.NotPlain as err:
-            raise RepositoryError(f"{path / _FILE_NAME} can't be read: {err}") from err
+            raise RepositoryError(f"cannot read {path / _FILE_NAME}: {err}") from err
         except safe_open.NotThere as err:
-            raise NotARepository(f"{path} is no repository: there is no {_FILE_NAME} in it") from err
+            raise NotARepository(f"{path} is not a backupctl repository ({_FILE_NAME} not found)") from err
         try:
             return cls(path, strict_json.read(content, _Identity, _FILE_NAME, FORMAT).id)
         except strict_json.NewerFormat as err:
@@ -91,7 +91,7 @@ class Repository:
         except NotARepository:
             try:
                 return cls._make(path)
-            except FileExistsError:  # another run was faster; two ids would be two owners
+            except FileExistsError:  # another run was faster; with two ids, bitmaps of one would be foreign
                 return cls.open(path)
 
     @classmethod
@@ -107,25 +107,23 @@ class Repository:
         except FileExistsError:
             raise
         except OSError as err:
-            raise RepositoryError(f"{path} can't be made a repository: {err.strerror}") from err
+            raise RepositoryError(f"cannot create a repository in {path}: {err.strerror}") from err
         return cls(path, made)
 
     @staticmethod
     def refuse_foreign(path: Path) -> None:
-        """Raise NotARepository if a folder is somebody else's; OSError if it is none."""
+        """Raise NotARepository if a folder holds other files; OSError if it is not a folder."""
         present = {entry.name for entry in path.iterdir()}
         if _FILE_NAME not in present and any(map(_is_foreign, present)):
-            raise NotARepository(
-                f"{path} is not empty and holds no repository; name a new or an empty folder"
-            )
+            raise NotARepository(f"{path} is not empty and is not a repository; use a new or an empty folder")
 
     @property
     def owner(self) -> Namespace:
-        """Whose the things are that our runs make in QEMU."""
+        """The names of what our runs make in QEMU."""
         return Namespace.of(self.id)
 
     def vms(self) -> list[VmName]:
-        """Name the VMs that have a folder here."""
+        """Return the VMs that have a folder here."""
         found = []
         for name in safe_open.folders(self.path):
             with suppress(InvalidName):
@@ -134,9 +132,9 @@ class Repository:
 
     def vm(self, name: VmName) -> VmFolder:
         """Return a VM's folder, which need not exist yet. Raises RepositoryError."""
-        if os.path.islink(self.path / vm_name(name)):  # noqa: PTH114 - who opens it tells of other errors
+        if os.path.islink(self.path / vm_name(name)):  # noqa: PTH114 - other errors are reported by the open
             raise RepositoryError(
-                f"{self.path / name} is a symbolic link; a VM's points lie in the repository itself",
+                f"{self.path / name} is a symbolic link; a VM's points must be in the repository itself",
                 state=UNTOUCHED,
             )
         return VmFolder(self.path / vm_name(name), name, self.id)
@@ -145,22 +143,21 @@ class Repository:
     def next_point(
         self, folder: VmFolder, now: datetime, recorded: PointId | None = None
     ) -> Iterator[PointId]:
-        """Choose the id of a VM's next point, which no other VM here uses; its folder is made in the block.
+        """Choose the id of a VM's next point; its folder is made in the block.
 
-        recorded: the newest id that was met in QEMU.
-
-        A disk that moves to another VM takes its bitmaps along. Were they named after a point of that VM
-        too, they would be taken for its own, and what the disk held before would be missing for ever.
-        Raises Locked, RepositoryError.
+        recorded: the newest id that was found in QEMU. Raises Locked, RepositoryError.
         """
+        # No two VMs have one id. A disk that moves to another VM takes its bitmaps along: with an id that
+        # both have, they would be used for the other VM's point, and what the disk held before would never
+        # be read.
         path = self.path / _FILE_NAME
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as err:
-            raise RepositoryError(f"{path} can't be opened: {err.strerror}") from err
+            raise RepositoryError(f"cannot open {path}: {err.strerror}") from err
         try:
             if not locks.take(descriptor, _NAMING_SECONDS):
-                raise Locked(f"another run keeps {path} locked for longer than it takes to choose a name")
+                raise Locked(f"another run keeps {path} locked for longer than {_NAMING_SECONDS:g} s")
             used = [known for known in (folder.newest(), recorded) if known]
             point = next_point_id(now, max(used, default=None))
             others = [other for name in self.vms() if (other := self.vm(name)).path != folder.path]
@@ -171,16 +168,16 @@ class Repository:
             os.close(descriptor)
 
 
-def unspeakable(path: Path) -> str:
-    """Say that a path can't be told to QEMU, which takes JSON; "" if it can."""
+def path_error(path: Path) -> str | None:
+    """Return why QEMU, which takes file names in JSON, cannot open files below a path; None if it can."""
     try:
         os.fsencode(path.absolute()).decode()
     except UnicodeDecodeError:
-        return f"the path {os.fsencode(path)!r} is no UTF-8: QEMU can't open anything in it"
-    return ""
+        return f"the path {os.fsencode(path)!r} is not UTF-8, so QEMU cannot open files in it"
+    return None
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a file of that name shows that a folder is somebody else's."""
-    # A death while a repository was being made leaves its temporary file: that is ours.
+    """Whether a file of that name shows that a folder is used for something else."""
+    # A crash while a repository was being created leaves its temporary file: that is ours.
     return name != _LOST_AND_FOUND and not name.startswith(IN_THE_MAKING)

@@ -53,9 +53,9 @@ def read(content: bytes, kind: type[D], where: str, version: int, *, signed: boo
     """Read a document of that format version. signed: with a checksum. Raises NewerFormat, Malformed."""
     try:
         document = parse(content)
-        _check_version(document.pop("format", None), version)
+        _check_version(_take(document, "format"), version)
         if signed:  # before anything else: no field is believed of a document in which a byte was changed
-            _check_checksum(document.pop("checksum", None), {"format": version, **document})
+            _check_checksum(_take(document, "checksum"), {"format": version, **document})
         found = msgspec.json.decode(content, type=kind)
         found.check()
         _check_fields(document, asdict(found))
@@ -82,6 +82,12 @@ def parse(content: bytes) -> dict[str, Any]:
 def checksum(document: dict[str, Any]) -> str:
     """Return the BLAKE3 checksum (16 bytes, in hex) of a document, whatever the order of its fields."""
     return str(blake3(_canonical(document)).hexdigest(16))
+
+
+def _take(document: dict[str, Any], name: str) -> object:
+    if name not in document:
+        raise Malformed(f"{name} is missing")
+    return document.pop(name)
 
 
 def _check_version(found: object, known: int) -> None:

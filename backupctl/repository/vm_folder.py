@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A VM's folder in a repository: its recovery points, and what is to become one.
 
-A point is committed when its folder stands under its final name, and by nothing else. A prune may have
-retired it since (see markers.py): then it is no point any more, but younger ones may stand on it.
+A point is committed if its folder has its final name; nothing else decides it. A prune may have retired it
+since (see markers.py): then it is not a point any more, but younger ones may depend on it.
 """
 
 import os
@@ -36,10 +36,10 @@ from backupctl.system import durable, locks, safe_open
 
 @dataclass(frozen=True)
 class ScannedPoints:
-    """All that stands under a point's final name.
+    """All folders that have a point's final name.
 
-    damaged: folders whose manifest can't be believed. unreadable: those of which the operating system lets
-    nobody tell, so they may be whole.
+    damaged: those with a damaged manifest. unreadable: those that the operating system refused to read, which
+    may be undamaged.
     """
 
     points: tuple[Point, ...]
@@ -56,7 +56,7 @@ class VmFolder:
     repository: RepositoryId
 
     def exists(self) -> bool:
-        """Whether there ever was a run of this VM. Raises RepositoryUnreadable."""
+        """Whether there was any run of this VM. Raises RepositoryUnreadable."""
         with safe_open.unreadable(self.path):
             return self.path.is_dir()
 
@@ -64,9 +64,9 @@ class VmFolder:
     def lock(self, patience_seconds: float = 4.0) -> Iterator[int]:
         """Keep other runs out; yields the lock's descriptor. Raises Locked, RepositoryError.
 
-        Whoever inherits the descriptor holds the lock too: a run's guard does, so that nobody begins
-        while the guard of a dead run still works for the guest. It is mostly done in an instant, hence
-        the patience.
+        A process that inherits the descriptor holds the lock too. A run's guard does, so no run begins while
+        the guard of a killed run is still thawing the guest. That mostly takes an instant, hence the
+        patience.
         """
         try:
             if not self.path.is_dir():
@@ -77,30 +77,30 @@ class VmFolder:
             )
         except OSError as err:
             raise RepositoryError(
-                f"the repository's folder {self.path} can't be written: {err.strerror}",
+                f"cannot write to the repository's folder {self.path}: {err.strerror}",
                 state=UNTOUCHED,
             ) from err
         try:
-            self._take(descriptor, patience_seconds)
+            self._acquire(descriptor, patience_seconds)
             self._sync_names()
             yield descriptor
         finally:
             os.close(descriptor)
 
-    def lock_holder(self) -> str:
-        """Say who holds the lock, "" if nobody does or there is none yet. Changes nothing."""
+    def lock_holder(self) -> str | None:
+        """Describe who holds the lock; None if nobody does or there is no lock yet. Changes nothing."""
         try:
             descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
-            return ""
+            return None
         try:
-            return "" if locks.take(descriptor, 0, shared=True) else self._holder(descriptor)
-        except RepositoryError:  # no locks there: a run can't hold one either
-            return ""
+            return None if locks.take(descriptor, 0, shared=True) else self._holder(descriptor)
+        except RepositoryError:  # the file system has no locks: a run cannot hold one either
+            return None
         finally:
             os.close(descriptor)
 
-    def _take(self, descriptor: int, patience_seconds: float) -> None:
+    def _acquire(self, descriptor: int, patience_seconds: float) -> None:
         if not locks.take(descriptor, patience_seconds):
             raise Locked(
                 self._holder(descriptor),
@@ -108,7 +108,7 @@ class VmFolder:
                 hint="try again when that run has ended",
                 next_command=f"backupctl status {self.name}",
             )
-        with suppress(OSError):  # only a help for people; a full disk must not matter here
+        with suppress(OSError):  # for messages only; a full disk must not stop the run here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
@@ -118,39 +118,40 @@ class VmFolder:
             number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
         if number.isdigit() and not Path("/proc", number).exists():
             return (
-                f"the guard of a run that died (process {number}) still works for {self.name}: "
+                f"the guard of a killed run (process {number}) is still working on {self.name}: "
                 "it thaws the guest or waits for QEMU's monitor; it gives up thawing after 5 minutes"
             )
-        return f"another run (process {number or '?'}) works on {self.name} in this repository"
+        return f"another run (process {number or '?'}) is working on {self.name} in this repository"
 
     def _sync_names(self) -> None:
-        """Make durable what a dead run renamed: recovery is about to rest on it."""
+        """Make durable what a killed run renamed."""
+        # Recovery decides by the names: it must not clear bitmaps for a commit that a power failure undoes.
         try:
             durable.sync_folder(self.path)
         except OSError as err:
-            raise RepositoryError(f"{self.path} can't be brought to the disk: {err.strerror}") from err
+            raise RepositoryError(f"cannot sync {self.path}: {err.strerror}") from err
 
     def points(self) -> tuple[Point, ...]:
         """Return the committed points, oldest first. Raises DamageFound for the first that is damaged."""
-        survey = self.survey()
-        if survey.damaged:
-            raise survey.damaged[0][1]
-        return survey.points
+        found = self.scan_points()
+        if found.damaged:
+            raise found.damaged[0][1]
+        return found.points
 
-    def survey(self, *, bear: bool = False) -> ScannedPoints:
-        """Return the committed points, oldest first, and what stands in their place but is damaged.
+    def scan_points(self, *, tolerant: bool = False) -> ScannedPoints:
+        """Return the committed points, oldest first, and the damaged ones.
 
-        bear: go on where something can't be read, and tell of it. Raises RepositoryUnreadable otherwise.
+        tolerant: list what cannot be read, too, instead of raising RepositoryUnreadable.
         """
-        return self._survey(retired=False, bear=bear)
+        return self._scan(retired=False, tolerant=tolerant)
 
-    def retired(self, *, bear: bool = False) -> ScannedPoints:
-        """Return, as `survey`, the points that were dropped, but whose layers younger ones may still need."""
-        return self._survey(retired=True, bear=bear)
+    def retired(self, *, tolerant: bool = False) -> ScannedPoints:
+        """Return, like `scan_points`, the points that were dropped but whose layers younger ones may need."""
+        return self._scan(retired=True, tolerant=tolerant)
 
     def point_or_retired(self, point: PointId) -> Point:
-        """Return a point that others stand on, retired or not. Raises NoSuchPoint, DamageFound."""
-        if not self._stands(point):
+        """Return a point that others depend on, retired or not. Raises NoSuchPoint, DamageFound."""
+        if not self._exists(point):
             raise self._nothing_of(point)
         return self._open(point)
 
@@ -159,19 +160,19 @@ class VmFolder:
         if wanted == "latest":
             ids = self._committed()
             if not ids:
-                raise self._missing(f"there is no recovery point of {self.name} in this repository")
+                raise self._missing(f"{self.name} has no recovery points in this repository")
             return self._open(ids[-1])
         try:
             found = point_id(wanted)
         except InvalidName as err:
             raise err.add(next_command=f"backupctl list {self.name}") from err
         if not self.is_committed(found):
-            raise self._missing(f"there is no recovery point {found} of {self.name} in this repository")
+            raise self._missing(f"{self.name} has no recovery point {found} in this repository")
         return self._open(found)
 
     def newest(self) -> PointId | None:
-        """Return the newest id in use, of a committed point, a retired or an unfinished one."""
-        ids = [*self._standing(), *(partial.point for partial in self.pending_points())]
+        """Return the newest id of the committed, retired and unfinished points."""
+        ids = [*self._ids_there(), *(partial.point for partial in self.pending_points())]
         return max(ids, default=None)
 
     def uses(self, point: PointId) -> bool:
@@ -194,87 +195,87 @@ class VmFolder:
         return None
 
     def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder stands under its final name, and is not retired.
+        """Whether the point's folder has its final name, and is not retired.
 
-        Raises RepositoryError if that can't be told: "no" would roll back what may be committed.
+        Raises RepositoryError if that cannot be found out: "no" would roll back what may be committed.
         """
-        return self._stands(point) and not self._is_retired(point)
+        return self._exists(point) and not self._is_retired(point)
 
     def pending_points(self) -> list["PendingPoint"]:
-        """Return what runs under way, or dead ones, have left."""
+        """Return the unfinished points, of a run in progress or of killed ones."""
         names = [
             name.removesuffix(PARTIAL) for name in safe_open.folders(self.path) if name.endswith(PARTIAL)
         ]
         return [PendingPoint(self.path, self.name, found) for found in _ids(names)]
 
     def begin(self, point: PointId, journal: Journal) -> "PendingPoint":
-        """Make the folder of a new point, with its journal. Raises RepositoryError."""
+        """Create the folder of a new point, with its journal. Raises RepositoryError."""
         partial = PendingPoint(self.path, self.name, point)
         try:
             durable.make_folder(partial.path)
             durable.replace(partial.path / journals.FILE_NAME, journal.to_json())
         except OSError as err:
-            raise RepositoryError(f"{partial.path} can't be written: {err.strerror}") from err
+            raise RepositoryError(f"cannot write to {partial.path}: {err.strerror}") from err
         return partial
 
     def _missing(self, message: str) -> NoSuchPoint:
         return NoSuchPoint(message, state=UNTOUCHED, next_command=f"backupctl list {self.name}")
 
-    def _stands(self, point: PointId) -> bool:
+    def _exists(self, point: PointId) -> bool:
         try:
             return stat.S_ISDIR((self.path / point).lstat().st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as err:
-            raise RepositoryUnreadable(f"{self.path / point} can't be looked at: {err.strerror}") from err
+            raise RepositoryUnreadable(f"cannot access {self.path / point}: {err.strerror}") from err
 
-    def _standing(self) -> list[PointId]:
+    def _ids_there(self) -> list[PointId]:
         return _ids(safe_open.folders(self.path))
 
     def _committed(self) -> list[PointId]:
-        return [found for found in self._standing() if not self._is_retired(found)]
+        return [found for found in self._ids_there() if not self._is_retired(found)]
 
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _survey(self, *, retired: bool, bear: bool) -> ScannedPoints:
+    def _scan(self, *, retired: bool, tolerant: bool) -> ScannedPoints:
         good, damaged, unreadable = [], [], []
-        for found in self._standing():
+        for found in self._ids_there():
             try:
                 if self._is_retired(found) == retired:
                     good.append(self._open(found))
             except NoSuchPoint:
                 continue  # a prune has just removed it
             except (DamageFound, UnknownFormat) as err:
-                # Its frames hold what was read of the manifest: many that are damaged would fill the memory.
+                # The traceback keeps what was read of the manifest: many damaged ones would fill the memory.
                 err.__cause__ = err.__context__ = None
                 damaged.append((self.path / found, err.with_traceback(None)))
             except RepositoryUnreadable as err:
-                if not bear:
+                if not tolerant:
                     raise
                 unreadable.append((self.path / found, err))
         return ScannedPoints(tuple(good), tuple(damaged), tuple(unreadable))
 
     def _nothing_of(self, point: PointId) -> NoSuchPoint:
-        return self._missing(f"there is nothing of the point {point} of {self.name} in this repository")
+        return self._missing(f"{self.name} has no point {point} in this repository, not even a retired one")
 
     def _open(self, point: PointId) -> Point:
         path = self.path / point
         try:
             content = safe_open.read(path / manifests.FILE_NAME, strict_json.MAX_BYTES)
         except (safe_open.NotThere, RepositoryUnreadable) as err:
-            if not self._stands(point):
+            if not self._exists(point):
                 raise self._nothing_of(point) from err
             if isinstance(err, RepositoryUnreadable):
                 raise
-            raise DamageFound(f"the manifest of {path} can't be read: {err}") from err
+            raise DamageFound(f"cannot read the manifest of {path}: {err}") from err
         try:
             manifest = Manifest.from_json(content)
         except BackupctlError as err:
             err.add(subject=str(path))
             raise
         if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
-            raise DamageFound(f"{path}: the manifest is of another point, VM or repository")
+            raise DamageFound(f"{path}: the manifest belongs to another point, VM or repository")
         return Point(path, manifest)
 
 

@@ -26,11 +26,11 @@ class Address:
         if scheme == "tcp":
             host, _, port = rest.rpartition(":")
             if not host or not _PORT.fullmatch(port) or not 0 < int(port) < 65536:
-                raise UsageError(f"{text!r:.200} is not an address: tcp:HOST:PORT is meant")
+                raise UsageError(f"invalid address {text!r:.200}: use tcp:HOST:PORT")
             return cls(host=host.strip("[]"), port=int(port))
         path = rest if scheme == "unix" else text
         if not path or "\0" in path:
-            raise UsageError(f"{text!r:.200} is not an address: unix:PATH or tcp:HOST:PORT is meant")
+            raise UsageError(f"invalid address {text!r:.200}: use unix:PATH or tcp:HOST:PORT")
         return cls(path=path)
 
     def absolute(self) -> "Address":

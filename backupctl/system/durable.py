@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The few steps by which anything in a repository becomes durable. All writes go through here.
+"""The few steps that make a change of a repository durable. All writes go through here.
 
-A file is on disk after its own fsync AND the fsync of the folder that names it. A failed fsync is an
-error for good: the kernel may have dropped the data and call a second fsync a success.
+A file is durable after its own fsync and the fsync of the folder that names it. A failed fsync is never tried
+again: the kernel may have dropped the data, and a second fsync may then succeed without it.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def sync_file(file: Path | int) -> None:
-    """Bring the content of a file to the disk, by its name or its descriptor. Raises OSError."""
+    """Flush the content of a file to stable storage, by its name or its descriptor. Raises OSError."""
     if isinstance(file, int):
         os.fsync(file)
     else:
@@ -29,7 +29,7 @@ def sync_file(file: Path | int) -> None:
 
 
 def sync_and_forget(path: Path) -> None:
-    """Bring a file's content to the disk, and keep none in memory: what is read next is what is there.
+    """Flush a file's content, and drop it from the page cache: the next read is from the disk.
 
     Raises OSError.
     """
@@ -37,22 +37,22 @@ def sync_and_forget(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Bring a folder's entries to the disk.
+    """Flush a folder's entries to stable storage.
 
-    Some file systems (FUSE, network) can't: then nothing in them is sure to be there after a power failure,
-    and a point is not committed. Raises OSError.
+    Some file systems (FUSE, network) do not support it. Nothing in them is sure to survive a power failure,
+    so no point is committed there. Raises OSError.
     """
     try:
         _sync(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as err:
         if err.errno in _NO_SYNC:
-            why = "its file system can't bring a folder to the disk (fsync), so no point would be safe in it"
+            why = "its file system does not support fsync of folders, so no point would be durable in it"
             raise OSError(err.errno, why, str(path)) from err
         raise
 
 
 def sync_folder_if_it_can(path: Path) -> None:
-    """Bring a folder's entries to the disk, if its file system can do that at all. Raises OSError."""
+    """Flush a folder's entries, if its file system supports that. Raises OSError."""
     try:
         sync_folder(path)
     except OSError as err:
@@ -61,13 +61,13 @@ def sync_folder_if_it_can(path: Path) -> None:
 
 
 def make_folder(path: Path, mode: int = 0o700) -> None:
-    """Make a folder that is not there yet, and make its name durable. Raises OSError."""
+    """Create a folder, durably. Raises FileExistsError, OSError."""
     path.mkdir(mode=mode)
     sync_folder(path.parent)
 
 
 def make_folders(path: Path) -> None:
-    """Make a folder and those above it that are missing, durably, for us alone. Raises OSError."""
+    """Create a folder and the missing ones above it, durably, accessible to us only. Raises OSError."""
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -75,7 +75,7 @@ def make_folders(path: Path) -> None:
 
 
 def write_new(path: Path, content: bytes, more: Iterable[memoryview] = ()) -> None:
-    """Write a new file, and its content (not yet its name) to the disk. Raises OSError."""
+    """Write and fsync a new file (not yet the folder that names it). Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -86,20 +86,22 @@ def write_new(path: Path, content: bytes, more: Iterable[memoryview] = ()) -> No
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Give a file new content: after whatever death it has the old or the new. Raises OSError."""
+    """Replace the content of a file; after any crash it has the old or the new one. Raises OSError."""
     temporary = path.with_name(f".{path.name}.new")
     with suppress(FileNotFoundError):
         temporary.unlink()
+    # The content is durable before the rename: the other way round, a power failure could leave an empty
+    # file.
     write_new(temporary, content)
     temporary.rename(path)
     sync_folder(path.parent)
 
 
 def append(path: Path, kept: bytes, content: bytes) -> None:
-    """Append to a file, of whose content `kept` is kept; after a death `kept` is there in any case.
+    """Cut a file to `kept`, which it begins with, and append `content`; `kept` survives any crash.
 
-    Behind it there may be part of the new content then, or anything else. A file that has a second name gets
-    new content as by `replace`: that name is a copy to whoever made it. Raises OSError.
+    After a crash, part of the new content or anything else may follow it. A file with a second hard link is
+    replaced instead: whoever made that link wants a copy that does not change. Raises OSError.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
@@ -110,7 +112,7 @@ def append(path: Path, kept: bytes, content: bytes) -> None:
 
 
 def publish(path: Path, content: bytes) -> None:
-    """Write a file that nobody else makes first: it is absent or whole. Raises FileExistsError, OSError."""
+    """Create a file with this content: it is absent or complete. Raises FileExistsError, OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
         write_new(temporary, content)
@@ -123,10 +125,10 @@ def publish(path: Path, content: bytes) -> None:
 def place(temporary: Path, target: Path) -> None:
     """Give a complete file its name, replacing nothing; not durable before the folder is synced.
 
-    A rename would replace what came into being meanwhile. Raises FileExistsError, OSError.
+    Raises FileExistsError, OSError.
     """
     try:
-        os.link(temporary, target)
+        os.link(temporary, target)  # a rename would replace a file that another process has just created
     except OSError as err:
         if err.errno not in _NO_LINKS:
             raise
@@ -140,7 +142,7 @@ def _rename_to_new(source: Path, target: Path) -> None:
     names = os.fsencode(source), os.fsencode(target)
     done = _LIBC.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE)
     number = ctypes.get_errno() if done else 0
-    if number in (errno.EINVAL, errno.ENOSYS):  # the file system knows no such rename: the best there is
+    if number in (errno.EINVAL, errno.ENOSYS):  # not supported: check, then rename, is the best we can do
         number = errno.EEXIST if os.path.lexists(target) else 0
         if not number:
             source.rename(target)
@@ -151,19 +153,20 @@ def _rename_to_new(source: Path, target: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """Rename a folder or file within its parent, durably.
 
-    When the parent can't be synced the name is put back, so that what isn't durable doesn't look
-    committed. Raises OSError.
+    If the parent cannot be synced, the rename is undone. Raises OSError.
     """
     source.rename(target)
     try:
         sync_folder(target.parent)
     except OSError:
+        # The rename is the commit of a point. One that is not durable must not look committed: the VM's
+        # bitmaps would be cleared for a point that a power failure takes away.
         target.rename(source)
         raise
 
 
 def remove(path: Path) -> None:
-    """Remove a file's name, durably; none is no error. Raises OSError."""
+    """Remove a file, if it exists, durably. Raises OSError."""
     path.unlink(missing_ok=True)
     sync_folder(path.parent)
 
@@ -177,7 +180,7 @@ def _append(file: FileIO, end: int, content: bytes) -> None:
         os.fsync(file.fileno())
     except OSError:
         with suppress(OSError):
-            file.truncate(end)  # what isn't durable must not be taken for it, nor be appended to
+            file.truncate(end)  # else the next call would append to a line that may not be on the disk
         raise
 
 

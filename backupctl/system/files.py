@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How much room files take, and how much there is."""
+"""How much space files take, and how much is free."""
 
 import os
 from contextlib import suppress
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def used_bytes(descriptor: int) -> int:
-    """Return how much of a file holds data; room that was only set aside counts as none."""
+    """Return how many bytes of a file hold data; space that is only preallocated does not count."""
     used = end = 0
     with suppress(OSError):  # no data any more
         while True:
@@ -18,6 +18,6 @@ def used_bytes(descriptor: int) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the room that an ordinary user has on the folder's file system."""
+    """Return the bytes that an ordinary user can still write to the folder's file system."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize

@@ -21,19 +21,19 @@ _TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):)?(?P<port>[0-9]{1
 
 
 def tcp_address(text: str) -> tuple[str, int]:
-    """Read ``[HOST:]PORT``; only this machine is a host. Port 0: any that is free. Raises UsageError."""
+    """Parse ``[HOST:]PORT``; only loopback hosts are allowed. Port 0: any free port. Raises UsageError."""
     match = _TCP.fullmatch(text)
     if not match or int(match["port"]) > 65535:
-        raise UsageError(f"{text!r:.80} is no address; 10809 or 127.0.0.1:10809 is meant")
+        raise UsageError(f"invalid address {text!r:.80}. Examples: 10809, 127.0.0.1:10809")
     host = (match["host"] or "127.0.0.1").strip("[]")
     host = "127.0.0.1" if host == "localhost" else host
     with suppress(ValueError):
         if ipaddress.ip_address(host).is_loopback:
             return host, int(match["port"])
     raise UsageError(
-        f"{host!r:.80} is not this machine: a disk is shown to nobody else, for NBD asks for no password",
+        f"refusing to listen on {host!r:.80}: NBD has no authentication",
         state=UNTOUCHED,
-        hint="serve on a unix socket (--socket PATH), and reach it through ssh -L 10809:PATH HOST",
+        hint="listen on a unix socket (--socket PATH), and connect with ssh -L 10809:PATH HOST",
     )
 
 
@@ -47,15 +47,15 @@ def tcp(host: str, port: int) -> Iterator[socket.socket]:
             listening.bind((host, port))
             listening.listen(_BACKLOG)
         except OSError as err:
-            raise UsageError(f"{host}:{port} can't be served on: {err.strerror}", state=UNTOUCHED) from err
+            raise UsageError(f"cannot listen on {host}:{port}: {err.strerror}", state=UNTOUCHED) from err
         yield listening
 
 
 @contextmanager
 def unix(path: Path) -> Iterator[socket.socket]:
-    """Listen on a unix socket that only we may connect to; its file goes when the block ends.
+    """Listen on a unix socket that only our user may connect to; its file is removed when the block ends.
 
-    A file that a dead server left is replaced, anything else is not. Raises UsageError.
+    A socket that a killed server left is replaced, anything else is not. Raises UsageError.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         made = _bind(listening, path)
@@ -88,8 +88,8 @@ def _bind(listening: socket.socket, path: Path) -> os.stat_result:
             listening.listen(_BACKLOG)
             return path.lstat()
     except OSError as err:
-        why = err.strerror or str(err)  # a path that is too long has no number
-        raise UsageError(f"the socket {path} can't be made: {why}", state=UNTOUCHED) from err
+        why = err.strerror or str(err)  # a path that is too long has no errno
+        raise UsageError(f"cannot create the socket {path}: {why}", state=UNTOUCHED) from err
 
 
 @contextmanager
@@ -105,13 +105,13 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket on which nobody listens. Raises OSError if anything else stands there."""
+    """Remove a socket on which nobody listens. Raises OSError if anything else has that name."""
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(found.st_mode):
-        raise FileExistsError(errno.EEXIST, "something else has that name")
+        raise FileExistsError(errno.EEXIST, "it exists and is not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1)
         try:
@@ -119,4 +119,4 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise OSError(errno.EADDRINUSE, "somebody serves on it")
+    raise OSError(errno.EADDRINUSE, "another process listens on it")

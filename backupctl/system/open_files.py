@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which files QEMU's processes on this machine have open: what /proc tells, if we may look.
+"""Which files QEMU's processes on this machine have open, from /proc, where we have the rights to read it.
 
-What QEMU calls a disk may be a relative path, JSON, or a descriptor that it was handed; it may see other
-mounts than we do. The descriptors that it holds are the files themselves.
+The file name that QEMU reports may be a relative path, JSON, or a descriptor that was passed to it, and QEMU
+may see other mounts than we do. Its open descriptors are the files themselves.
 """
 
 import os
@@ -22,27 +22,27 @@ _LOOP_MAJOR = 7
 _STANDARD = frozenset({"0", "1", "2"})
 _DELETED = " (deleted)"
 _NAMELESS = re.compile(r"#[0-9]+ \(deleted\)")
-"""How the kernel calls a file of O_TMPFILE."""
+"""What the kernel calls a file made with O_TMPFILE."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file takes its room from. device: the file system's number. free_bytes: what is left there."""
+    """Where a file takes its space from. device: the file system's number. free_bytes: what is free there."""
 
     device: int
     free_bytes: int
 
     @classmethod
     def of(cls, path: str | Path) -> "Place":
-        """Look at a file or folder. Raises OSError, ValueError."""
-        told = os.statvfs(path)
-        return cls(os.stat(path).st_dev, told.f_bavail * told.f_frsize)  # noqa: PTH116 - any text
+        """Return the place of a file or folder. Raises OSError, ValueError."""
+        found = os.statvfs(path)
+        return cls(os.stat(path).st_dev, found.f_bavail * found.f_frsize)  # noqa: PTH116 - any text
 
     def shared_with(self, other: "Place") -> bool:
-        """Whether two files take their room from one place.
+        """Whether two files take their space from one place.
 
-        Parts of one pool (subvolumes of btrfs, data sets of ZFS) have numbers of their own; that they have
-        the same left, to the byte, tells them.
+        Parts of one pool (btrfs subvolumes, ZFS datasets) have device numbers of their own; they are
+        recognised by the same free space, to the byte.
         """
         return self.device == other.device or 0 < self.free_bytes == other.free_bytes
 
@@ -56,17 +56,17 @@ class OpenFile:
 
 
 def peer(connection: socket.socket) -> int | None:
-    """Return the process at the other end of a unix socket, as far as it can be told."""
+    """Return the process at the other end of a unix socket; None if the kernel does not say."""
     if connection.family != socket.AF_UNIX:
         return None
     with suppress(OSError, struct.error):
-        told = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        return int(struct.unpack("3i", told)[0]) or None
+        found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return int(struct.unpack("3i", found)[0]) or None
     return None
 
 
 def is_qemu(process: int) -> bool:
-    """Whether a process is QEMU's, be it an emulator or a storage daemon."""
+    """Whether a process is one of QEMU's, an emulator or a storage daemon."""
     return _is_emulator(process) or _program(process).startswith("qemu-")
 
 
@@ -78,9 +78,9 @@ def emulators() -> Iterator[int]:
 
 
 def written(process: int) -> tuple[OpenFile, ...] | None:
-    """Return the files that a process may write to; None if we may not look.
+    """Return the files that a process may write to; None if we have no right to look.
 
-    Scratch files are left out, and what it says (its standard descriptors).
+    Scratch files and its standard descriptors are left out.
     """
     try:
         with os.scandir(f"/proc/{process}/fd") as entries:
@@ -94,14 +94,14 @@ def written(process: int) -> tuple[OpenFile, ...] | None:
 
 
 def descriptor(process: int, number: int) -> int:
-    """Open the scratch file anew that a process has as this descriptor, and may write to.
+    """Open a scratch file again that a process has open for writing as this descriptor.
 
-    Any other file is refused: QEMU's memory may be one without a name, too. The caller closes it. Raises
-    OSError.
+    Any other file is refused: QEMU's memory may be a file without a name, too. The caller closes the
+    descriptor. Raises OSError.
     """
     path = f"/proc/{process}/fd/{number}"
     if not _may_write(process, str(number)) or not _is_scratch(os.readlink(path)):  # noqa: PTH115
-        raise PermissionError(f"the descriptor {number} of the process {process} is no scratch file")
+        raise PermissionError(f"the descriptor {number} of the process {process} is not a scratch file")
     opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     found = os.fstat(opened)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink:
@@ -119,17 +119,17 @@ def _program(process: int) -> str:
     folder = Path("/proc", str(process))
     try:
         return (folder / "exe").readlink().name.removesuffix(_DELETED)
-    except PermissionError:  # of somebody else
+    except PermissionError:  # another user's process
         with suppress(OSError):
             return (folder / "comm").read_text(errors="replace").strip()
-    except OSError:  # of the kernel, or gone
+    except OSError:  # a kernel thread, or the process has ended
         pass
     return ""
 
 
 def _written(process: int, name: str) -> OpenFile | None:
     path = f"/proc/{process}/fd/{name}"
-    with suppress(OSError):  # closed meanwhile
+    with suppress(OSError):  # it may have been closed since
         place, link = _place(path), os.readlink(path)  # noqa: PTH115
         if place is not None and not _is_scratch(link) and _may_write(process, name):
             return OpenFile(place, link)
@@ -137,7 +137,7 @@ def _written(process: int, name: str) -> OpenFile | None:
 
 
 def _place(path: str) -> Place | None:
-    """Return where a write to a file takes room; None if nowhere. Raises OSError."""
+    """Return where a write to a file takes space; None if nowhere. Raises OSError."""
     found = os.stat(path)  # noqa: PTH116
     if stat.S_ISREG(found.st_mode):
         return Place.of(path)
@@ -154,6 +154,6 @@ def _may_write(process: int, name: str) -> bool:
 
 
 def _is_scratch(link: str) -> bool:
-    """Whether a file is a run's scratch, whose room is set aside: its growth takes none."""
+    """Whether a file is a run's scratch file. Its space is preallocated, so its growth takes none."""
     name = link.rpartition("/")[2]
     return bool(_NAMELESS.fullmatch(name)) or name.startswith(PREFIX)

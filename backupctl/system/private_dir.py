@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Folders for sockets, which nobody else may enter and no death leaves behind for long."""
+"""Folders for sockets, which no other user may enter; those of killed processes are removed later."""
 
 import fcntl
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from backupctl.errors import Failed
 from backupctl.system import locks
 
-_PREFIX = "bctl-"  # short: the path of a unix socket has 107 bytes
+_PREFIX = "bctl-"  # short: the path of a unix socket has at most 107 bytes
 _SOCKET_BYTES = 107
 _LONGEST = f"/{_PREFIX}xxxxxxxx/public/nbd.sock"
 _ELSEWHERE = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of our own is made in it
@@ -23,10 +23,10 @@ _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 
 @contextmanager
 def folder() -> Iterator[Path]:
-    """Make a folder of our own for a socket, locked while we live; those of the dead are removed.
+    """Create a folder for a socket, locked until the block ends; remove those of killed processes.
 
-    It lies in the user's temporary folder, or in the system's if that one's path is no good for a socket.
-    Raises Failed.
+    It is in the user's temporary folder, or in the system's if that path is too long for a socket or not
+    UTF-8. Raises Failed.
     """
     with ExitStack() as made:
         try:
@@ -42,7 +42,7 @@ def folder() -> Iterator[Path]:
 
 
 def check() -> None:
-    """Try what a run will need of `folder`: a socket in it. Raises Failed, naming the folder."""
+    """Check that `folder` works, by making a socket in one. Raises Failed, naming the folder."""
     with folder() as made, socket.socket(socket.AF_UNIX) as trial:
         try:
             trial.bind(str(made / "trial"))
@@ -52,14 +52,14 @@ def check() -> None:
 
 
 def _base() -> Path:
-    """Return the first folder whose path QEMU can be told of, and a socket can have. Raises Failed."""
+    """Return the first folder whose path is valid for QEMU and for a socket. Raises Failed."""
     wanted = tempfile.gettempdir()
     for each in (wanted, *_ELSEWHERE):
         if _fits(each) and os.access(each, os.W_OK | os.X_OK):
             return Path(each)
     raise Failed(
-        f"the temporary folder {wanted} is no place for a socket: its path must be UTF-8 and have "
-        f"{_SOCKET_BYTES - len(_LONGEST)} bytes at most; set TMPDIR to another"
+        f"cannot use the temporary folder {wanted} for a socket: its path must be UTF-8 and have "
+        f"{_SOCKET_BYTES - len(_LONGEST)} bytes at most; set TMPDIR to another folder"
     )
 
 
@@ -71,7 +71,7 @@ def _fits(path: str) -> bool:
 
 
 def _sweep(temporary: Path) -> None:
-    """Remove the folders of runs that were killed: those that nobody holds any more."""
+    """Remove the folders of killed processes: those that nobody keeps locked."""
     for path in temporary.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             found = path.lstat()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU's tools as child processes of ours: they die with us, and what they complain of is kept."""
+"""QEMU's tools as child processes: they are killed when we end, and their error messages are kept."""
 
 import ctypes
 import errno
@@ -22,7 +22,7 @@ _AGAIN_SECONDS = 1.0
 _IMG_SECONDS = 300.0
 _NO_LOCK = re.compile(r'Failed to get (shared )?"[a-z ]+" lock')
 _PR_SET_PDEATHSIG = 1
-# Not EIO: with that QEMU tells of tables that lead nowhere, too.
+# Not EIO: QEMU reports invalid tables with it, too.
 _HINDRANCES = (
     *(errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
     *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK),
@@ -35,7 +35,7 @@ def img(
     descriptors: Sequence[int] = (),
     rights: tuple[int, int] | None = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a `qemu-img` command that takes no time worth telling. Raises RepositoryError.
+    """Run a `qemu-img` command that takes a short time. Raises RepositoryError.
 
     descriptors: those that it inherits, under the same numbers. rights: the user and group that it runs as,
     for root only.
@@ -55,24 +55,24 @@ def img(
             extra_groups=[] if rights else None,
         )
     except (OSError, subprocess.TimeoutExpired) as err:
-        raise RepositoryError(f"{command[0]} can't be run: {err}") from err
+        raise RepositoryError(f"cannot run {command[0]}: {err}") from err
 
 
 def img_program() -> str:
-    """Name the qemu-img to use."""
+    """Return the qemu-img to use."""
     return os.environ.get("QEMU_IMG", "qemu-img")
 
 
 def server_program() -> str:
-    """Name the qemu-storage-daemon to use."""
+    """Return the qemu-storage-daemon to use."""
     return os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")
 
 
 def require_tools() -> None:
-    """Raise RepositoryError if one of QEMU's tools is not there: then nothing could be told of an image."""
+    """Raise RepositoryError if one of QEMU's tools is missing: no image could be checked without them."""
     for program in (img_program(), server_program()):
         if shutil.which(program) is None:
-            raise RepositoryError(f"{program} is needed, and not found", state=UNTOUCHED)
+            raise RepositoryError(f"{program} not found", state=UNTOUCHED)
 
 
 def start(
@@ -83,7 +83,7 @@ def start(
     environment: Mapping[str, str] | None = None,
     descriptors: Sequence[int] = (),
 ) -> Child:
-    """Start a child that dies with us. Raises Failed.
+    """Start a child that the kernel kills when we end. Raises Failed.
 
     complaints: gets its stderr. descriptors: those that it inherits, under the same numbers.
     """
@@ -99,15 +99,15 @@ def start(
             preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock can be held in it
         )
     except OSError as err:
-        raise Failed(f"{command[0]} can't be started: {err.strerror}") from err
+        raise Failed(f"cannot start {command[0]}: {err.strerror}") from err
 
 
 def end(server: Child) -> int | None:
-    """End a qemu-storage-daemon with SIGTERM, on which it closes its images properly; returns its status.
+    """Stop a qemu-storage-daemon with SIGTERM, on which it closes its images cleanly; returns its status.
 
-    None if it has not ended after `END_SECONDS`. The signal is sent again and again: its handler sets a
-    flag and wakes nobody, so one that comes between the main loop's look at the flag and its wait for
-    events is not noticed (QEMU 7.2.22, once in some 30,000 ends).
+    None if it has not ended after `END_SECONDS`. The signal is sent repeatedly: its handler only sets a flag
+    (`qemu_system_killed` in storage-daemon/qemu-storage-daemon.c), so a signal between the main loop's check
+    of the flag and its wait for events is lost (QEMU 7.2.22, once in some 30,000 ends).
     """
     deadline = time.monotonic() + END_SECONDS
     while time.monotonic() < deadline:
@@ -117,21 +117,21 @@ def end(server: Child) -> int | None:
     return None
 
 
-def said(complaints: IO[bytes]) -> str:
-    """Return the last line of what a child complained of."""
+def last_message(complaints: IO[bytes]) -> str:
+    """Return the last line of a child's error messages."""
     complaints.seek(0)
     text = complaints.read(20_000).decode(errors="replace").strip()
-    return text.splitlines()[-1][:500] if text else "it said nothing"
+    return text.splitlines()[-1][:500] if text else "no error message"
 
 
-def hindered(said_by_qemu: str) -> bool:
-    """Whether QEMU's complaint is one of the operating system's that tells nothing of the image's bytes."""
-    return any(os.strerror(number) in said_by_qemu for number in _HINDRANCES)
+def is_os_error(message: str) -> bool:
+    """Whether QEMU's message is an error of the operating system, which says nothing of the image's bytes."""
+    return any(os.strerror(number) in message for number in _HINDRANCES)
 
 
-def in_use(said_by_qemu: str) -> bool:
-    """Whether QEMU's complaint is that somebody else has an image open and locked."""
-    return "Is another process using the image" in said_by_qemu or bool(_NO_LOCK.search(said_by_qemu))
+def in_use(message: str) -> bool:
+    """Whether QEMU's message is that another process keeps an image locked."""
+    return "Is another process using the image" in message or bool(_NO_LOCK.search(message))
 
 
 def _die_with_parent() -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Opening and reading what lies in a repository, which somebody else may have put there.
+"""Opening and reading files of a repository, which somebody else may have put there.
 
-Two things that may keep a file from being read are kept apart. What the folder says of it (there is none of
-that name, or it is a symbolic link, a pipe, a device) tells of the repository: `NotThere`, and the caller
-knows whether that is damage. What the operating system says (no rights, no memory, an error of the disk or
-of the network) tells nothing of what is stored: RepositoryUnreadable, which is never taken for damage.
+Two reasons why a file cannot be read are kept apart. If it does not exist, or is a symbolic link, a pipe or a
+device, the repository is not as it should be: `NotThere`, and the caller knows whether that is damage. If the
+operating system refuses (no rights, no memory, a disk or network error), nobody knows what is stored:
+RepositoryUnreadable, which is never treated as damage.
 """
 
 import errno
@@ -22,25 +22,25 @@ _ANOTHER_KIND = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
 
 
 class NotThere(Exception):
-    """No plain file has that name. The text says why."""
+    """No regular file has that name. The text says why."""
 
 
 class NotPlain(NotThere):
-    """Something else has that name."""
+    """Something that is not a regular file has that name."""
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BufferedReader]:
-    """Open a plain file for reading: no symbolic link, no device, no pipe that we would wait at.
+    """Open a regular file for reading: not a link or a device, nor a pipe, at which an open would wait.
 
-    An OSError in the block is one of reading it. Raises NotThere, RepositoryUnreadable.
+    An OSError in the block is taken for one of reading the file. Raises NotThere, RepositoryUnreadable.
     """
     with unreadable(path), os.fdopen(open_descriptor(path), "rb") as file:
         yield file
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Do the same, for a descriptor. flags: for reading only, or for writing too.
+    """Open a regular file as `open_file` does, as a descriptor. flags: O_RDONLY or O_RDWR.
 
     Raises NotThere, RepositoryUnreadable.
     """
@@ -49,7 +49,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return descriptor
         os.close(descriptor)
-    raise NotPlain("it is no plain file")
+    raise NotPlain("not a regular file")
 
 
 def _opened(path: Path, flags: int) -> int:
@@ -59,13 +59,13 @@ def _opened(path: Path, flags: int) -> int:
         raise NotThere(err.strerror) from err
     except OSError as err:
         if err.errno in _ANOTHER_KIND:
-            raise NotPlain("it is no plain file") from err
+            raise NotPlain("not a regular file") from err
         raise
 
 
 @contextmanager
 def unreadable(path: Path) -> Iterator[None]:
-    """Have every error of the operating system in the block say that `path` can't be read.
+    """Turn errors of the operating system in the block into RepositoryUnreadable, naming `path`.
 
     Raises RepositoryUnreadable.
     """
@@ -73,11 +73,11 @@ def unreadable(path: Path) -> Iterator[None]:
         yield
     except (OSError, MemoryError) as err:
         why = (isinstance(err, OSError) and err.strerror) or "not enough memory"
-        raise RepositoryUnreadable(f"{path} can't be read: {why}") from err
+        raise RepositoryUnreadable(f"cannot read {path}: {why}") from err
 
 
 def read(path: Path, most_bytes: int) -> bytes:
-    """Read a file, and one byte more than `most_bytes` at most: so the caller sees that it is too large.
+    """Read a file, at most one byte more than `most_bytes`, so that the caller sees if it is too large.
 
     Raises NotThere, RepositoryUnreadable.
     """
@@ -86,10 +86,10 @@ def read(path: Path, most_bytes: int) -> bytes:
 
 
 def prove_readable(path: Path, check: Callable[[], None]) -> None:
-    """Read a file from its begin to its end; a missing one is none of our business here.
+    """Read a file from start to end; a missing one is ignored.
 
-    QEMU gives one error for a table that leads nowhere and for a disk that fails. What can be read from end
-    to end is all there, so QEMU's complaint is of its bytes. check: called between pieces. Raises
+    QEMU reports the same error for an invalid table and for a failing disk. If the whole file can be read,
+    the error is in its bytes. check: called between pieces, may raise to cancel. Raises
     RepositoryUnreadable.
     """
     try:
@@ -101,7 +101,7 @@ def prove_readable(path: Path, check: Callable[[], None]) -> None:
 
 
 def there(path: Path) -> bool:
-    """Whether something has that name. Raises RepositoryUnreadable if that can't be told."""
+    """Whether something has that name. Raises RepositoryUnreadable if that cannot be found out."""
     with unreadable(path):
         try:
             path.lstat()
@@ -111,7 +111,7 @@ def there(path: Path) -> bool:
 
 
 def folders(path: Path) -> list[str]:
-    """Name the folders in a folder, if there is one; symbolic links are none. Raises RepositoryUnreadable."""
+    """Return the names of the folders in a folder, links not followed. Raises RepositoryUnreadable."""
     with unreadable(path):
         try:
             with os.scandir(path) as entries:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An image or block device of the user's own that is changed where it stands, through QEMU.
+"""An image or block device of the user that is changed in place, through QEMU.
 
-QEMU locks it, so none that a VM uses is written; and it keeps the bitmaps in a qcow2, so that the VM's next
-incremental knows of what was changed here.
+QEMU locks it, so an image that a VM uses is never written; and QEMU keeps the bitmaps in a qcow2 up to date,
+so the VM's next incremental knows what was changed here.
 
-What a file is, is known before it is opened, and never looked for in its bytes: those of a raw disk are the
-guest's. It is opened once. The header of a qcow2 is read from that descriptor, and QEMU gets the descriptor.
+The format is known before the file is opened and never guessed from its bytes: those of a raw disk are the
+guest's. The file is opened once. The header of a qcow2 is read from that descriptor, and QEMU gets it.
 """
 
 import errno
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 class Target:
     """What is to be changed. path: resolved. device: a block device, not a file.
 
-    descriptor: the open file, for reading and writing. layered: a qcow2 whose backing file QEMU shall read.
-    alone: a qcow2 that has no other file beside it.
+    descriptor: the open file, for reading and writing. layered: a qcow2 whose backing file QEMU is to read.
+    alone: a qcow2 that consists of one file.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class Target:
 
     @property
     def identity(self) -> tuple[int, int]:
-        """What tells it from every other file or device, whatever its names are."""
+        """What identifies the file or device, whatever its names are."""
         found = os.fstat(self.descriptor)
         return (0, found.st_rdev) if self.device else (found.st_dev, found.st_ino)
 
@@ -59,24 +59,25 @@ class Target:
             return int(json.loads(done.stdout)["virtual-size"])
         try:
             with nbd_server.served(self._blockdev(), writable=True, images=[self._image]):
-                pass  # qemu-img looks at a raw file without asking for its lock
+                pass  # unlike qemu-img, the server takes the lock of a raw file
         except (Locked, RepositoryError) as err:
             raise self._unusable(err.message) from err
         return os.lseek(self.descriptor, 0, os.SEEK_END)
 
     def resize(self, size_bytes: int) -> None:
-        """Give a file another virtual size. Raises WriteFailed."""
+        """Change the virtual size of a file. Raises WriteFailed."""
         done = self._img("resize", "-q", "--shrink", self._argument(), str(size_bytes))
         if done.returncode:
-            raise WriteFailed(f"{self.path} can't be resized: {self._said(done.stderr)}")
+            raise WriteFailed(self._reason(done.stderr), subject=f"cannot resize {self.path}")
 
     @contextmanager
     def served(self) -> Iterator[Path]:
-        """Serve it for reading and writing; yields the socket. When the block ends well, it is on the disk.
+        """Serve it for reading and writing; yields the socket. When the block ends, all writes are durable.
 
-        What is read is what is on the disk, too: after a sync that failed the kernel would show what was
-        written, as if it had been. Raises RepositoryError, WriteFailed, OSError.
+        Raises RepositoryError, WriteFailed, OSError.
         """
+        # After a failed fsync the kernel may keep pages that are not on the disk and call them clean. Without
+        # this, such a page would be compared as if it were stored, and not be written again.
         os.fsync(self.descriptor)
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         with _closed_properly(self._blockdev(), self._image) as address:
@@ -89,18 +90,18 @@ class Target:
         driver = "host_device" if self.device else "file"
         file = {"driver": driver, "filename": self._image.name, "discard": "unmap"}
         options = {"driver": self.format, "discard": "unmap", "file": file}
-        # Without this QEMU would open whatever the header names, also what it names by now.
+        # Without "backing" QEMU would open the file that the header names, even one that was put there later.
         return options if self.format == "raw" or self.layered else {**options, "backing": None}
 
     def _img(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """Run qemu-img with no more rights than the owner of the image: its header may change at any time."""
+        """Run qemu-img with the rights of the image's owner only: its header may change at any time."""
         found = os.fstat(self.descriptor)
         lent = os.geteuid() == 0 and found.st_uid != 0
         rights = (found.st_uid, found.st_gid) if lent else None
         return qemu_tools.img(arguments, descriptors=[self.descriptor], rights=rights)
 
     def _refuse_other_files(self, address: Path) -> None:
-        """Refuse to go on if QEMU opened another file: the header was exchanged after the look at it."""
+        """Refuse to go on if QEMU opened another file: the header was changed after it was checked."""
         for entry in Path("/proc", str(nbd_server.process_of(address)), "fd").iterdir():
             with suppress(FileNotFoundError):
                 found, name = entry.stat(), entry.readlink()
@@ -109,7 +110,7 @@ class Target:
                 if image or own or not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
                     continue
                 raise UsageError(
-                    f"{self.path} was changed by somebody else meanwhile: QEMU opened {name} because of it",
+                    f"{self.path} was changed by another process; QEMU opened {name} because of that",
                     state="nothing was written to either",
                 )
 
@@ -122,21 +123,21 @@ class Target:
 
     def _unusable(self, complaint: str) -> UsageError:
         if qemu_tools.in_use(complaint):
-            return UsageError(f"{self.path} is in use by another process, a VM perhaps", state=UNTOUCHED)
-        return UsageError(f"{self.path} can't be used: {self._said(complaint)}", state=UNTOUCHED)
+            return UsageError(f"{self.path} is in use by another process, perhaps a VM", state=UNTOUCHED)
+        return UsageError(f"cannot use {self.path}: {self._reason(complaint)}", state=UNTOUCHED)
 
-    def _said(self, complaint: str) -> str:
-        """Return QEMU's reason, without the options that it repeats, and with the name that people know."""
-        lines = complaint.strip().splitlines() or ["qemu-img says nothing"]
+    def _reason(self, complaint: str) -> str:
+        """Return QEMU's reason, without the options that it repeats, and with the name that users know."""
+        lines = complaint.strip().splitlines() or ["qemu-img printed no reason"]
         reason = lines[0].replace(self._argument(), str(self.path))
         return open_image.named(reason, [self._image])[:500]
 
 
 @contextmanager
 def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeature]) -> Iterator[Target]:
-    """Open what stands there, once, as an image of that format.
+    """Open an existing file or device, once, as an image of that format.
 
-    allowed: what a qcow2 may lead to, because the user says so. Raises UsageError, OSError.
+    allowed: what a qcow2 may refer to, because the user says so. Raises UsageError, OSError.
     """
     if not path.exists():
         raise UsageError(
@@ -150,7 +151,7 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
         raise err.add(state=UNTOUCHED) from err
     device = found.is_block_device()
     if device and image_format != "raw":
-        raise UsageError(f"a block device takes raw bytes, not a {image_format} image", state=UNTOUCHED)
+        raise UsageError(f"a block device holds raw data, not a {image_format} image", state=UNTOUCHED)
     descriptor = _open(found, device=device)
     try:
         if image_format == "raw":
@@ -169,7 +170,9 @@ def _open(found: Path, *, device: bool) -> int:
         descriptor = os.open(found, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | claim)
     except OSError as err:
         if err.errno == errno.EBUSY:
-            raise UsageError(f"{found} is in use (mounted, or part of something)", state=UNTOUCHED) from err
+            raise UsageError(
+                f"{found} is in use (mounted, or part of a volume group)", state=UNTOUCHED
+            ) from err
         raise
     mode = os.fstat(descriptor).st_mode
     if not (stat.S_ISBLK(mode) if device else stat.S_ISREG(mode)):
@@ -179,12 +182,12 @@ def _open(found: Path, *, device: bool) -> int:
 
 
 def _features(path: Path, descriptor: int, allowed: Collection[ImageFeature]) -> frozenset[ImageFeature]:
-    """Return what a qcow2 leads to; what is not allowed is refused."""
+    """Return what a qcow2 refers to; refuse what is not allowed."""
     try:
         header = foreign_header.read(descriptor)
     except ValueError as err:
         raise UsageError(
-            f"{path} is no usable qcow2 image: {err}",
+            f"{path} is not a valid qcow2 image: {err}",
             state=UNTOUCHED,
             hint="if it is a raw image",
             next_command="backupctl restore --format raw",
@@ -204,12 +207,12 @@ def _leads_elsewhere(path: Path, header: ForeignHeader, feature: ImageFeature) -
     message = f"{path} {header.describe(feature)}"
     if feature == "encryption":
         return UsageError(
-            f"{message}: it can't be changed in place",
+            f"{message}: cannot change it in place",
             state=UNTOUCHED,
             hint="restore to a new file, without --only-changed",
         )
     return UsageError(
-        f"{message}: QEMU would open that as well",
+        f"{message}: QEMU would open that file, too",
         state=UNTOUCHED,
         hint="if that file is the image's own",
         next_command=f"backupctl restore --allow-image-feature {feature}",
@@ -218,7 +221,7 @@ def _leads_elsewhere(path: Path, header: ForeignHeader, feature: ImageFeature) -
 
 @contextmanager
 def _closed_properly(options: dict[str, Any], image: OpenImage) -> Iterator[Path]:
-    """Serve an image, and let QEMU close it also after an error of ours: it is not to be thrown away."""
+    """Serve an image, and let QEMU close it even after an error of ours: the user keeps this image."""
     failure: BackupctlError | None = None
     try:
         with nbd_server.served(options, writable=True, images=[image]) as address:

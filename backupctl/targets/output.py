@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Where a restored image lands: absent or complete, for a file; checked and fsynced, for a device."""
+"""Where a restored image goes: a new file, absent or complete; or a block device, checked and fsynced."""
 
 import errno
 import fcntl
@@ -20,22 +20,22 @@ from backupctl.images.open_image import OpenImage
 from backupctl.system import durable, locks, safe_folder
 from backupctl.targets import ownership
 
-_FLOCK = struct.Struct("hhqqi4x")  # struct flock: kind, whence, start, length, process
+_FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
 _TEMPORARY = ".backupctl-restore"
-_NAME_BYTES = 200  # of the target's name in that of the temporary file, which may have 255
+_NAME_BYTES = 200  # of the target's name, in the temporary file's name, which may have 255
 _WRITING = 101  # the byte of an image that QEMU keeps locked for as long as it may write to it
 
 
 def refuse_inside(repository: Path, target: Path) -> None:
     """Refuse a target within the repository. Raises UsageError."""
     if target.resolve().is_relative_to(repository.resolve()):
-        raise UsageError(f"{target} is in the repository, which is only read", state=UNTOUCHED)
+        raise UsageError(f"{target} is inside the repository", state=UNTOUCHED)
 
 
 def refuse_in_use(target: Path) -> None:
     """Refuse to replace a file that QEMU writes to. Raises UsageError.
 
-    Its VM would go on in a file that has no name any more, and all that it writes would be gone with its end.
+    Its VM would go on writing to a deleted file, and lose all of that when it stops.
     """
     with _looking_at(target) as found:
         if found is not None:
@@ -45,11 +45,11 @@ def refuse_in_use(target: Path) -> None:
 def refuse_more_than_bytes(
     target: Path, image_format: ImageFormat, allowed: Collection[ImageFeature]
 ) -> None:
-    """Refuse to put a plain image in the place of one that is more than that. Raises UsageError.
+    """Refuse to replace an image with features by a plain one. Raises UsageError.
 
-    A VM is configured for what its image is: with the key of an encrypted one, with the backing or data file
-    beside it. image_format: what the file is known to be; in a raw one nothing is looked for. allowed: what
-    the user knows of.
+    A VM is configured for what its image is: with the key of an encrypted one, with a backing or data file.
+    image_format: what the file is known to be; a raw file is not examined. allowed: the features that the
+    user has allowed to be lost.
     """
     with _looking_at(target) as found:
         if found is None or image_format != "qcow2":
@@ -57,13 +57,13 @@ def refuse_more_than_bytes(
         try:
             header = foreign_header.read(found)
         except ValueError:
-            return  # no image that QEMU would open
+            return  # QEMU would not open it, so no VM uses it
     for feature in sorted(header.features.difference(allowed)):
         raise UsageError(
-            f"{target} {header.describe(feature)}. The restored image would be plain, and a VM that is "
-            "configured for the present one could not use it",
+            f"{target} {header.describe(feature)}. The restored image would be a plain one, which a "
+            "VM that is configured for the present image could not use",
             state=UNTOUCHED,
-            hint="restore to a new file; or replace it all the same, and then adapt the VM's configuration",
+            hint="restore to a new file; or allow the feature to be lost, and then reconfigure the VM",
             next_command=f"backupctl restore --allow-image-feature {feature}",
         )
 
@@ -73,17 +73,17 @@ def _refuse_in_use(target: Path, descriptor: int) -> None:
     try:
         kind, *_ = _FLOCK.unpack(fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))
     except OSError:
-        return  # a file system without locks: QEMU has none either
+        return  # a file system without locks: QEMU could not lock the file either
     if kind != fcntl.F_UNLCK:
-        raise UsageError(f"{target} is in use, by a VM perhaps: it is not replaced")
+        raise UsageError(f"{target} is in use, perhaps by a VM; it was not replaced")
 
 
 @contextmanager
 def _looking_at(target: Path) -> Iterator[int | None]:
     """Open a file that may be replaced, for reading; None if nothing is there.
 
-    Raises TargetExists if it is no plain file, UsageError if it can't be opened: what can't be looked at is
-    not known to be unused.
+    Raises TargetExists if it is not a regular file, UsageError if it cannot be opened: then nobody knows
+    whether it is in use.
     """
     try:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -93,12 +93,12 @@ def _looking_at(target: Path) -> Iterator[int | None]:
         return
     except OSError as err:
         raise UsageError(
-            f"{target} is not replaced: it can't be opened to see whether it is in use: {err.strerror}",
+            f"cannot open {target} to see whether it is in use: {err.strerror}; it was not replaced",
             state=UNTOUCHED,
         ) from err
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise TargetExists(f"{target} is no plain file: it is not replaced")
+            raise TargetExists(f"{target} is not a regular file; it was not replaced")
         yield descriptor
     finally:
         os.close(descriptor)
@@ -108,14 +108,14 @@ def _looking_at(target: Path) -> Iterator[int | None]:
 def file(
     target: Path, *, force: bool, warn: Callable[[str], None] = lambda _text: None
 ) -> Iterator[OpenImage]:
-    """Give an empty file to write to, open; when the block ends well, it is on the disk as `target`.
+    """Yield an open, empty file to write to; when the block ends, it is `target`, durably.
 
-    What is written to its descriptor goes into it, whatever has become of its name. A missing folder is made.
-    What dead restores to the same target left is cleared, so nothing piles up. A file that is replaced hands
-    on its owner, mode, ACL and labels; warn: told what it could not.
+    What is written to its descriptor goes into it, whatever happens to its name. A missing folder is made.
+    Temporary files that killed restores to the same target left are removed. A file that is replaced passes
+    on its owner, mode, ACL and labels; warn: called with those that could not be set.
 
-    Raises TargetExists, Locked, WriteFailed, OSError; UsageError for one in use, and for a folder that others
-    could turn on root.
+    Raises TargetExists, Locked, WriteFailed, OSError; UsageError for a file in use, and, as root, for a
+    folder that others may write to.
     """
     target = place_of(target)
     if not target.parent.is_dir():
@@ -128,33 +128,33 @@ def file(
             _refuse_exchanged(image)
             _into_place(image.descriptor, temporary, target, force=force, warn=warn)
         except BaseException:
-            with suppress(OSError):  # the first error is the one to tell
+            with suppress(OSError):  # the first error is the one to report
                 temporary.unlink()
             raise
-        durable.sync_folder_if_it_can(target.parent)  # the image is complete, and can be made again
+        durable.sync_folder_if_it_can(target.parent)  # else a power failure costs the restore, no backup
 
 
 def place_of(target: Path, option: str = "--to") -> Path:
-    """Return where a target really is. Raises UsageError for one whose folder others could turn on root.
+    """Return where a target really is. As root, raises UsageError if others may write to its folder.
 
-    option: the one that named it, for the advice.
+    option: the one that named the target, for the hint.
     """
     try:
         return safe_folder.resolve(target)
     except UsageError as err:
         raise err.add(
             state=UNTOUCHED,
-            hint=f"use a folder that is root's own, such as {option} {safe_folder.SAFE}{target.name}",
+            hint=f"use a folder that only root can write to, e.g. {option} {safe_folder.SAFE}{target.name}",
         ) from err
 
 
 def _refuse_exchanged(image: OpenImage) -> None:
     if not image.still_named():
-        raise WriteFailed(f"{image.path} was exchanged by another process while it was being written")
+        raise WriteFailed(f"another process replaced {image.path} while it was being written")
 
 
 def _claim(target: Path) -> tuple[int, Path]:
-    """Make a file that only we write, under a name that nobody can take first. Raises Locked, OSError."""
+    """Create a locked temporary file under a name that nobody can guess. Raises Locked, OSError."""
     prefix = f".{os.fsdecode(os.fsencode(target.name)[:_NAME_BYTES])}{_TEMPORARY}"
     _sweep(target, re.compile(rf"{re.escape(prefix)}(\.[0-9a-f]{{16}})?"))
     temporary = target.with_name(f"{prefix}.{secrets.token_hex(8)}")
@@ -169,14 +169,14 @@ def _claim(target: Path) -> tuple[int, Path]:
 
 
 def _sweep(target: Path, ours: re.Pattern[str]) -> None:
-    """Clear what dead restores to the same target left, and nothing of anybody else's.
+    """Remove what killed restores to the same target left, and nothing that belongs to another user.
 
-    It is never written to: it may be the very file that stands as the target. Raises Locked if another
-    restore of ours is at work.
+    It is never written to: it may be a hard link to the target itself. Raises Locked if another restore to
+    the target is running.
     """
     owners = {os.geteuid()}
     with suppress(OSError):
-        owners.add(target.stat().st_uid)  # to whom a restore gives the file before it dies
+        owners.add(target.stat().st_uid)  # a killed restore may have given the file to this user already
     with os.scandir(target.parent) as entries:
         found = [Path(entry.path) for entry in entries if ours.fullmatch(entry.name)]
     for path in found:
@@ -193,7 +193,7 @@ def _clear(leftover: Path, owners: set[int]) -> None:
         try:
             _lock(descriptor, leftover)
         except Locked:
-            # A file that others may open, they may lock as well, and for ever: that tells nothing.
+            # Others can lock a file that they can open, and keep it locked: then the lock says nothing.
             if found.st_uid == os.geteuid() and not found.st_mode & 0o077:
                 raise
             return
@@ -204,7 +204,7 @@ def _clear(leftover: Path, owners: set[int]) -> None:
 
 def _lock(descriptor: int, path: Path) -> None:
     """Lock an open file that still has its name. Raises Locked."""
-    locked = Locked(f"another restore writes {path}")
+    locked = Locked(f"another restore is writing {path}")
     try:
         taken = locks.acquire(descriptor, 0) and os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError as err:
@@ -226,7 +226,7 @@ def _into_place(
     try:
         durable.place(temporary, target)
     except FileExistsError as err:
-        raise TargetExists(f"{target} has come into being meanwhile") from err
+        raise TargetExists(f"{target} was created by another process") from err
 
 
 def _take_after(replaced: int, descriptor: int, target: Path, warn: Callable[[str], None]) -> None:
@@ -234,27 +234,27 @@ def _take_after(replaced: int, descriptor: int, target: Path, warn: Callable[[st
     os.fsync(descriptor)
     if lost:
         warn(
-            f"{target} replaces a file, of which could not be kept: {', '.join(lost)}. "
-            "Check that the VM may open it"
+            f"{target} replaced a file, but could not be given its {', '.join(lost)}. "
+            "Check that the VM can open it"
         )
 
 
 @contextmanager
 def device(target: Path, size_bytes: int) -> Iterator[OpenImage]:
-    """Give a block device to write to; when the block ends well, it is fsynced.
+    """Yield an open block device to write to; when the block ends, it is fsynced.
 
-    A device in use (mounted, part of a volume group) is never written. When the block raises, it holds
+    A device in use (mounted, part of a volume group) is never written. If the block raises, the device holds
     part of the image. Raises UsageError, OSError.
     """
     try:
         claim = os.open(place_of(target), os.O_RDWR | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as err:
         if err.errno == errno.EBUSY:
-            raise UsageError(f"{target} is in use (mounted, or part of something)") from err
+            raise UsageError(f"{target} is in use (mounted, or part of a volume group)") from err
         raise
     try:
         if not stat.S_ISBLK(os.fstat(claim).st_mode):
-            raise UsageError(f"{target} is no block device any more")
+            raise UsageError(f"{target} is not a block device any more")
         room = os.lseek(claim, 0, os.SEEK_END)
         if room < size_bytes:
             raise UsageError(f"{target} has {room} bytes; the disk needs {size_bytes}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Images of the user's own that stand on a point's image, by its absolute path.
+"""Images of the user whose backing file is a point's image, by its absolute path.
 
-The point below is only read, by QEMU itself and under the name that the overlay stores. So it must stay
-where it is, and as it is, for as long as the overlay is used.
+QEMU reads the point under the name that the overlay stores. So the point must stay where it is, and as it is,
+for as long as the overlay is used.
 """
 
 import os
@@ -25,11 +25,10 @@ def make(
     force: bool,
     warn: Callable[[str], None] = lambda _text: None,
 ) -> None:
-    """Make an empty overlay, durably; after a death the target is absent (or as before), or complete.
+    """Make an empty overlay, durably; after a crash the target is absent (or as before), or complete.
 
-    chain: newest first. warn: told what of a replaced file could not be kept.
-    Raises UsageError if QEMU could not open it by the links that the images name,
-    TargetExists, Locked, WriteFailed, OSError.
+    chain: newest first. warn: as for `output.file`. Raises UsageError if QEMU could not open it by the
+    backing files that the images name, TargetExists, Locked, WriteFailed, OSError.
     """
     _refuse_too_deep(chain)
     with output.file(target, force=force, warn=warn) as temporary:
@@ -37,20 +36,20 @@ def make(
 
 
 def _refuse_too_deep(chain: Sequence[Path]) -> None:
-    """Refuse a chain whose oldest image QEMU could not name: it puts each relative link behind the last."""
+    """Refuse a chain whose oldest image QEMU could not open: it joins all relative links into one path."""
     name = str(chain[0].resolve())
     for path in chain[1:]:
         name = f"{name.rpartition('/')[0]}/../{path.parent.name}/{path.name}"
     if len(os.fsencode(name)) >= os.pathconf("/", "PC_PATH_MAX"):
         raise UsageError(
-            f"QEMU can't follow the links of {len(chain)} layers from {chain[0]}, so nothing stands on it: "
-            "take a whole restore",
+            f"QEMU cannot follow the backing files of {len(chain)} layers from {chain[0]}",
             state=UNTOUCHED,
+            hint="restore the whole disk instead",
         )
 
 
-def stands_on(image: OpenImage, size_bytes: int, chain: Sequence[Path]) -> bool:
-    """Whether an image is an overlay of just this chain's newest image (a relative name is none of ours)."""
+def is_overlay_of(image: OpenImage, size_bytes: int, chain: Sequence[Path]) -> bool:
+    """Whether an image is an overlay of this chain's newest image, by its absolute name as we store it."""
     try:
         found = image.header()
     except DamageFound:
@@ -63,9 +62,9 @@ def stands_on(image: OpenImage, size_bytes: int, chain: Sequence[Path]) -> bool:
 def made_or_taken(
     repository: Path, target: Path, size_bytes: int, chain: Sequence[Path]
 ) -> Iterator[OpenImage]:
-    """Make an overlay, or take one that was made here for the same point, with what was written to it.
+    """Make an overlay, or open one that was made for the same point, with what was written to it.
 
-    It is open until the block ends. Raises UsageError, TargetExists, Locked, WriteFailed, OSError.
+    It stays open until the block ends. Raises UsageError, TargetExists, Locked, WriteFailed, OSError.
     """
     output.refuse_inside(repository, target)
     place = output.place_of(target, "--writable-overlay")
@@ -76,14 +75,14 @@ def made_or_taken(
             image = held.enter_context(OpenImage.open(place, writable=True))
         except safe_open.NotThere as err:
             raise _other(target) from err
-        if not stands_on(image, size_bytes, chain):
+        if not is_overlay_of(image, size_bytes, chain):
             raise _other(target)
         yield image
 
 
 def _other(target: Path) -> TargetExists:
     return TargetExists(
-        f"{target} exists, and is no overlay of this point",
+        f"{target} exists and is not an overlay of this point",
         state=UNTOUCHED,
         hint="name a new file",
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Who may open an image: what a file has beyond its bytes, carried over from one that is replaced.
+"""Who may open an image: owner, mode, ACL and labels, copied from the file that is replaced.
 
-A VM's QEMU runs as a user of its own, confined by labels. The image that replaces another must be as open to
-it as that one was, and no more open to anybody else.
+A VM's QEMU runs as a user of its own, confined by labels. It must be able to open the image that replaces
+another, and nobody else may gain access.
 """
 
 import os
@@ -15,12 +15,12 @@ _OF_THE_CONTENT = ("security.capability", "security.evm", "security.ima")
 
 
 def keep(old: int, new: int) -> tuple[str, ...]:
-    """Give one open file another's owner, group, mode, ACL and labels; returns what could not be given."""
+    """Copy owner, group, mode, ACL and labels of an open file to another; returns what could not be set."""
     lost = _owner(old, new)
     mode = stat.S_IMODE(os.fstat(old).st_mode) & 0o777
     same_group = os.fstat(old).st_gid == os.fstat(new).st_gid
     if not same_group:
-        mode &= ~0o070  # what it may do is not for another one
+        mode &= ~0o070  # the old group's rights are not for another group
     lost += _attributes(old, new, _ACLS if same_group else ())
     try:
         os.fchmod(new, mode)

@@ -35,7 +35,7 @@ from backupctl.images import foreign_header, qcow2_header
 from backupctl.names import Namespace, NodeName, RepositoryId, disk_name, point_id, vm_name
 from backupctl.operations.prune import retention
 from backupctl.repository import history, strict_json
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.manifest import FreezeEntry, Manifest
 from backupctl.repository.repository import Repository
@@ -237,7 +237,9 @@ def names(text: str) -> None:
 TARGETS = {
     "strict": Target(strict_json.parse, (strict_json.Malformed,), (b'{"a": [1, "x"]}',)),
     "manifest": Target(Manifest.from_json, (DamageFound, UnknownFormat), (MANIFEST.to_json(),)),
-    "history": Target(history.parse, (), (history._lines("", [Deed("begun"), Deed("found", P1, "0" * 32)]),)),
+    "history": Target(
+        history.parse, (), (history._lines("", [PointEvent("begun"), PointEvent("found", P1, "0" * 32)]),)
+    ),
     "journal": Target(Journal.from_json, (strict_json.Malformed,), (JOURNAL.to_json(),)),
     "repository": Target(
         in_file("repository.json", lambda path: Repository.open(path.parent)),

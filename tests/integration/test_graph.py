@@ -42,7 +42,7 @@ def test_the_bitmap_of_a_disk_with_a_data_file_is_not_trusted_after_a_restart(bu
     lab = begun(make_lab, build, DATA_FILE)
     first = lab.backup("full")["point"]
     told = lab.cli.json("doctor", "web")["findings"]
-    assert any("vda can't store a bitmap" in one["said"] for one in told)
+    assert any("vda cannot store a dirty bitmap" in one["said"] for one in told)
     lab.writer.write(20)
     report = lab.backup("incremental")
     assert report["disks"][0]["scanned"] is False, "within one life of QEMU the bitmap serves"

@@ -79,14 +79,14 @@ BUGS = (
     Bug(
         "a point is committed before the history has it",
         "PendingPoint.commit",
-        '            history.record(self.folder, Deed("committed", self.point, manifest.checksum))\n',
+        '            history.record(self.folder, PointEvent("committed", self.point, manifest.checksum))\n',
         "",
         HISTORY + "test_points_that_were_removed_are_named[newest]",
     ),
     Bug(
         "a dropped point is not written down",
         "_Steps.retire",
-        '                history.record(self.folder.path, Deed("dropped", point))\n',
+        '                history.record(self.folder.path, PointEvent("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
     ),
@@ -270,7 +270,7 @@ BUGS = (
         "recovery leaves the job",
         "teardown",
         "        _end_job(monitor, name)\n"
-        '        told.append(f"ended the job {name}")\n'
+        '        done.append(f"ended the job {name}")\n'
         '    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
         "patience_seconds)\n",
         "        pass\n",

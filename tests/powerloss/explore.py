@@ -177,7 +177,7 @@ def _verified(repository: Repository) -> str:
 
 def _contents(folder: VmFolder, held: Contents, kept: set[str]) -> str:
     """Compare every point that there is, cluster by cluster with its digests too."""
-    survey = folder.survey()
+    survey = folder.scan_points()
     if survey.damaged:
         return f"damaged: {survey.damaged[0][1].message}"
     if not kept <= {point.id for point in survey.points}:
@@ -201,7 +201,7 @@ def _digests(content: bytes) -> Any:
 
 
 def _points(folder: VmFolder, before: Points, after: Points, due: str | None) -> str:
-    survey = folder.survey()
+    survey = folder.scan_points()
     if survey.damaged:
         return f"damaged: {survey.damaged[0][1].message}"
     there = {point.id for point in survey.points}

@@ -20,8 +20,8 @@ from backupctl.repository.point import Point
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 
-Objection = Callable[[PointId, DiskName], str]
-"""Says what is wrong with a disk's chain at a point; "" for nothing."""
+Objection = Callable[[PointId, DiskName], str | None]
+"""Says what is wrong with a disk's chain at a point; None for nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class ChainFacts:
     gone: points that were committed and do not exist any more.
     """
 
-    error: Objection = lambda _point, _disk: ""
-    too_long: Objection = lambda _point, _disk: ""
+    error: Objection = lambda _point, _disk: None
+    too_long: Objection = lambda _point, _disk: None
     gone: tuple[PointId, ...] = ()
 
 
@@ -99,7 +99,7 @@ def plan(
     broken = [one for one in plans if one.reason]
     if broken and on_broken_chain == "fail":
         raise Refused(
-            "; ".join(f"{one.disk.name} can't be taken incrementally: {one.reason}" for one in broken),
+            "; ".join(f"{one.disk.name} cannot be taken incrementally: {one.reason}" for one in broken),
             state="nothing was touched",
         )
     if on_broken_chain == "full":
@@ -208,9 +208,9 @@ def bitmap_error(
     if bitmap.inconsistent:
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
     if not disk.trusts(bitmap):
-        return "its data lie in another file than its bitmap, and may have been exchanged since it was stored"
+        return "its data are in another file than its bitmap, and may have been replaced since it was stored"
     if newest and not bitmap.recording:
-        return "its bitmap is not recording (it was disabled), so changes may be missing from it"
+        return "its dirty bitmap is disabled, so changes may be missing from it"
     if bitmap.busy:
         return "its bitmap is in use by another operation"
     return ""

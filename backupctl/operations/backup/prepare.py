@@ -112,7 +112,7 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
 
 def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
     folder, options = ctx.folder, ctx.options
-    scanned = folder.survey()
+    scanned = folder.scan_points()
     for _, err in scanned.damaged:
         ctx.reporter.warn(f"not building on a damaged point: {err.message}")
     plan = planning.plan(
@@ -151,7 +151,7 @@ def _damaged(
     try:
         broken = chain.damaged(folder)
     except BackupctlError as err:
-        reporter.warn(f"it can't be told which older points are damaged: {err.message}")
+        reporter.warn(f"cannot tell which older points are damaged: {err.message}")
         broken = ()
     for one in broken:
         reporter.warn(str(one))
@@ -171,7 +171,7 @@ def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk,
 
 
 def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
-    """Refuse what would fail only after the freeze: a path that QEMU cannot be told, no place for a socket.
+    """Refuse what would fail only after the freeze: a path that QEMU cannot open, no place for a socket.
 
     folder: for scratch files. Raises Refused, Failed.
     """
@@ -179,7 +179,7 @@ def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
         str(repository.absolute()).encode()
     except UnicodeEncodeError as err:
         raise Refused(
-            f"the path {repository} is not UTF-8, so QEMU can't be told of it; use another name",
+            f"the path {repository} is not UTF-8, so it cannot be passed to QEMU; use another name",
             state="nothing was touched",
         ) from err
     driver.check_scratch(folder)
@@ -195,9 +195,9 @@ def _budgets(
     if short := [disk.name for disk, one in zip(chosen, budgets, strict=True) if one.size < one.ideal_bytes]:
         has, wants = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
         reporter.warn(
-            f"the scratch file of {', '.join(short)} may not suffice: {has >> 20} MiB are set aside in "
-            f"{options.scratch.folder}, {wants >> 20} MiB would do for a guest that overwrites all it has; "
-            "if it is too little the run is given up, and the guest goes on"
+            f"the scratch file of {', '.join(short)} may be too small: {has >> 20} MiB are reserved in "
+            f"{options.scratch.folder}; {wants >> 20} MiB would be enough if the guest overwrote everything. "
+            "If it fills up, the run is given up, and the guest goes on"
         )
     return budgets
 

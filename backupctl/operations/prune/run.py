@@ -27,7 +27,7 @@ from backupctl.operations.prune.retention import Decision, RetentionCandidate, R
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain, history, markers, merge
 from backupctl.repository.chain import Layer
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
 from backupctl.repository.pending_point import PendingPoint
@@ -137,7 +137,7 @@ def protect(folder: VmFolder, wanted: str) -> PointId:
 def unprotect(folder: VmFolder, wanted: str) -> PointId:
     """Remove a point's protection. Raises NoSuchPoint, RepositoryError."""
     point = folder.point(wanted)
-    markers.take_away(point.path, markers.PROTECTED)
+    markers.remove(point.path, markers.PROTECTED)
     return point.id
 
 
@@ -189,7 +189,7 @@ class _Steps:
                 if markers.has(path, markers.PROTECTED):
                     return
                 markers.put(path, markers.RETIRED)
-                history.record(self.folder.path, Deed("dropped", point))
+                history.record(self.folder.path, PointEvent("dropped", point))
         except Locked:
             self._leave(
                 f"{point} is in use, by itself or as the base of a point that is: it is not dropped now"
@@ -325,7 +325,7 @@ def _refuse_unknown(folder: VmFolder) -> None:
 
 def _all(folder: VmFolder) -> list[Point]:
     """Return all points, retired or not, oldest first. Raises DamageFound if one cannot be read."""
-    survey, retired = folder.survey(), folder.retired()
+    survey, retired = folder.scan_points(), folder.retired()
     for path, err in (*survey.damaged, *retired.damaged):
         raise DamageFound(
             f"{err.message}; nothing is pruned while it is not known what {path.name} is based on",

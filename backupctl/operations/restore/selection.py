@@ -80,7 +80,7 @@ def missing(folder: VmFolder, point: Point) -> tuple[MissingDisk, ...]:
     """Return the disks that points before this one hold, and this one does not. Raises RepositoryError."""
     newest = {
         entry.name: other.id
-        for other in folder.survey().points
+        for other in folder.scan_points().points
         if other.id < point.id
         for entry in other.manifest.disks
     }

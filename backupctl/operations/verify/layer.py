@@ -142,7 +142,7 @@ class LayerCheck:
             self.report.notes.append(f"{path}: {tables.leaks} leaked clusters (harmless)")
         if tables.errors:
             self._require_readable_file()
-            self._add("image", f"{path}: qemu-img check: {tables.said}", _NONE)
+            self._add("image", f"{path}: qemu-img check: {tables.message}", _NONE)
 
     def _compare(self, image: OpenImage, records: Records, progress: Callable[[int], None]) -> None:
         """Compare what the layer stores with its digest map."""

@@ -178,9 +178,9 @@ class _Contents:
     @classmethod
     def scan(cls, folder: VmFolder) -> "_Contents":
         """Scan a VM's folder, again if a prune seems to have changed it meanwhile."""
-        found = folder.survey(bear=True), folder.retired(bear=True)
+        found = folder.scan_points(tolerant=True), folder.retired(tolerant=True)
         for _ in range(_MAX_SCANS):
-            again = folder.survey(bear=True), folder.retired(bear=True)
+            again = folder.scan_points(tolerant=True), folder.retired(tolerant=True)
             if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
                 (each.points, [path for path, _ in each.damaged]) for each in found
             ]:

@@ -74,7 +74,7 @@ class GuardClient:
                 process = _spawn(arguments, (its.fileno(), lock))
         except OSError as err:
             ours.close()
-            raise GuardLost(f"the guard process can't be started: {err.strerror}") from err
+            raise GuardLost(f"cannot start the guard process: {err.strerror}") from err
         guard = cls(process, ours, agent, agent_timeout_seconds)
         try:
             guard._receive(_START_SECONDS)
@@ -113,9 +113,9 @@ class GuardClient:
 
         Raises FreezeOverrun if the guard had to thaw it before, AgentError, GuardLost.
         """
-        told = self._ask({"do": "thaw"})
+        answer = self._ask({"do": "thaw"})
         self._due = None
-        return Thawed(float(told["milliseconds"]), str(told["doubt"]))
+        return Thawed(float(answer["milliseconds"]), str(answer["doubt"]))
 
     def may_be_frozen(self) -> bool:
         """Whether the guest is, or may be, still frozen by us. Raises GuardLost."""

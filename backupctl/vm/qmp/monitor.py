@@ -76,11 +76,11 @@ class _Client(QMPClient):
             raise ProtocolError("it sends an answer to nothing that was asked")
         await super()._on_message(msg)
 
-    def _note(self, event: object, told: object) -> None:
-        if not isinstance(event, str) or event not in _HEARD or not isinstance(told, dict):
+    def _note(self, event: object, data: object) -> None:
+        if not isinstance(event, str) or event not in _HEARD or not isinstance(data, dict):
             return
         key = _HEARD[event]
-        kept, name = (self.thresholds if key == "node-name" else self.ended), told.get(key)
+        kept, name = (self.thresholds if key == "node-name" else self.ended), data.get(key)
         if isinstance(name, str) and len(name) <= _MOST_NAME and len(kept) < _MOST_NODES:
             kept.add(name)
 
@@ -105,7 +105,7 @@ class Monitor:
     """A connection to one QEMU's monitor; `connect` makes one.
 
     address: where it is. timeout_seconds: the longest that any one command may take. process: who listens
-    there (QEMU, or who made the socket for it), None if that can't be told.
+    there (QEMU, or who made the socket for it), None if that is not known.
     """
 
     def __init__(self, address: Address, timeout_seconds: float) -> None:
@@ -161,8 +161,8 @@ class Monitor:
         try:
             return self._run(self._client.execute(command, dict(arguments) if arguments else None))
         except ExecuteError as err:
-            told = err.error.error
-            raise CommandFailed(command, told.class_[:100], told.desc[:1000]) from err
+            error = err.error.error
+            raise CommandFailed(command, error.class_[:100], error.desc[:1000]) from err
         except TimeoutError as err:
             raise self._lost(command, f"silent for {time.monotonic() - begun:.0f} s") from err
         except (ExecInterruptedError, StateError) as err:
@@ -277,8 +277,8 @@ def _how_to_reach(address: Address, err: Exception) -> str:
     return "is the VM running? Nothing that speaks QMP listens there"
 
 
-def _version(told: Any) -> Version:
-    major, minor, micro = (reply.number(told["qemu"][part], 9999) for part in ("major", "minor", "micro"))
+def _version(answer: Any) -> Version:
+    major, minor, micro = (reply.number(answer["qemu"][part], 9999) for part in ("major", "minor", "micro"))
     return Version(major, minor, micro)
 
 

@@ -77,7 +77,7 @@ def test_what_can_not_be_listed_hides_nothing_else(two):
     (two[0].path / "repository.json").unlink()
     told, _, err = call("list", error=UsageError)
     assert [one["vm"] for one in told] == ["db", "db"]
-    assert f"{two[0].path} is no repository" in err.message
+    assert f"{two[0].path} is not a backupctl repository" in err.message
     (two[1].path / "db" / P1 / "manifest.json").write_text("{")
     told, _, err = call("list", error=DamageFound)
     assert [one["point"] for one in told] == [P2]
@@ -105,7 +105,7 @@ def test_a_repository_that_is_missing_is_told_after_the_others_were_verified(tmp
     )
     told, _, err = call("verify", error=UsageError)
     assert (told["vms"], told["damage"]) == (["vm1"], [])
-    assert "gone is no repository" in err.message
+    assert "gone is not a backupctl repository" in err.message
     assert err.next_command == "backupctl full gone"
 
 

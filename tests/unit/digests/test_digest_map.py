@@ -71,5 +71,5 @@ def test_any_changed_byte_and_any_other_length_is_found(tmp_path, data):
 
 
 def test_a_missing_map_is_damage(tmp_path):
-    with pytest.raises(DamageFound, match="can't be read"):
+    with pytest.raises(DamageFound, match="cannot read"):
         DigestMap.open(tmp_path / "vda.digests")

@@ -57,16 +57,16 @@ def header(tmp_path: Path) -> bytearray:
 @pytest.mark.parametrize(
     ("at", "form", "value", "match"),
     [
-        (0, ">I", 0, "does not begin"),
+        (0, ">I", 0, "no qcow2 magic"),
         (4, ">I", 1, "version 1"),
         (4, ">I", 4, "version 4"),
-        (20, ">I", 8, "no size"),
-        (20, ">I", 22, "no size"),
+        (20, ">I", 8, "invalid size"),
+        (20, ">I", 22, "invalid size"),
         (8, ">Q", 1 << 40, "outside"),
         (72, ">Q", 1 << 5, "0x20"),
-        (72, ">Q", 1 << 63, "not known"),
+        (72, ">Q", 1 << 63, "unknown incompatible"),
         (100, ">I", 72, "only 72 bytes"),
-        (100, ">I", 1 << 20, "no size"),
+        (100, ">I", 1 << 20, "invalid size"),
         (116, ">I", 1 << 20, "longer than the header"),
     ],
 )
@@ -105,5 +105,5 @@ def test_an_image_that_qemu_marked_corrupt_is_told(tmp_path):
 
 def test_random_bytes_are_refused():
     for _ in range(200):
-        with pytest.raises(ValueError, match="it "):
+        with pytest.raises(ValueError, match=r"magic number|truncated"):
             foreign_header.parse(os.urandom(300))

@@ -73,7 +73,7 @@ def test_a_layer_is_a_qcow2_with_a_relative_link_that_need_not_lead_anywhere_yet
 
 def test_a_layer_that_can_not_be_made_is_told(tmp_path):
     (tmp_path / "vda.qcow2").mkdir()
-    with pytest.raises(WriteFailed, match="can't be made"):
+    with pytest.raises(WriteFailed, match="cannot create"):
         create.create_layer(tmp_path / "vda.qcow2", 512, None)
 
 
@@ -127,7 +127,7 @@ def test_a_temporary_folder_that_can_not_be_had_is_told(tmp_path, monkeypatch):
     create.create_layer(tmp_path / "vda.qcow2", 1 << 20, None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
     with (
-        pytest.raises(Failed, match="no temporary file"),
+        pytest.raises(Failed, match="create a temporary file"),
         nbd_server.serve([tmp_path / "vda.qcow2"]),
     ):
         pass
@@ -279,7 +279,7 @@ def test_a_foreign_backing_name_is_damage_and_nothing_is_opened(two_points, back
     builder, content = two_points
     path = builder.folder.point(P2).path / "vda.qcow2"
     remake(path, len(content), backing)
-    with pytest.raises(DamageFound, match="should be on"):
+    with pytest.raises(DamageFound, match="manifest says"):
         chain.paths(builder.folder, builder.folder.point(P2), "vda")
 
 
@@ -287,14 +287,14 @@ def test_a_lost_backing_link_is_damage(two_points):
     builder, content = two_points
     path = builder.folder.point(P2).path / "vda.qcow2"
     remake(path, len(content), None)
-    with pytest.raises(DamageFound, match="should be on"):
+    with pytest.raises(DamageFound, match="manifest says"):
         chain.paths(builder.folder, builder.folder.point(P2), "vda")
 
 
 def test_a_full_image_with_a_backing_link_is_damage(two_points):
     builder, content = two_points
     remake(builder.folder.point(P1).path / "vda.qcow2", len(content), "/etc/passwd")
-    with pytest.raises(DamageFound, match="should be on"):
+    with pytest.raises(DamageFound, match="manifest says"):
         chain.paths(builder.folder, builder.folder.point(P2), "vda")
 
 
@@ -351,7 +351,7 @@ def test_a_parent_without_the_disk_is_damage(builder: Builder):
     length = (partial.path / "vda.qcow2").stat().st_size
     (partial.path / "vda.digests").write_bytes(b"")
     point = partial.commit(builder.manifest(P2, replace(disk_entry("vda", P1), file_bytes=length)))
-    with pytest.raises(DamageFound, match="does not hold"):
+    with pytest.raises(DamageFound, match="has no disk"):
         chain.paths(builder.folder, point, "vda")
 
 

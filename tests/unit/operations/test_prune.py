@@ -206,7 +206,7 @@ def test_what_two_differentials_stand_on_waits_until_one_is_left(builder):
     with pytest.raises(NoSuchPoint):
         builder.folder.point(base)
     history.check()
-    markers.take_away(protected, markers.PROTECTED)
+    markers.remove(protected, markers.PROTECTED)
     assert set(pruned(builder).removed) == {base, first}
     history.check()
 
@@ -317,7 +317,7 @@ def test_nothing_is_pruned_while_a_manifest_is_damaged(builder):
     (builder.folder.path / history.point / "manifest.json").write_text("{}")
     with pytest.raises(DamageFound, match="nothing is pruned"):
         pruned(builder)
-    assert len(builder.folder.survey().points) == 2
+    assert len(builder.folder.scan_points().points) == 2
 
 
 def test_protect_and_unprotect(builder):

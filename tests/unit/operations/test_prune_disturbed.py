@@ -198,7 +198,7 @@ def test_an_image_that_is_not_the_merged_one_is_not_moved(builder, monkeypatch):
     shutil.copyfile(image, image.with_suffix(".kept"))
     with image.open("ab") as file:
         file.write(bytes(CLUSTER_BYTES))
-    with pytest.raises(DamageFound, match="when it was made it had"):
+    with pytest.raises(DamageFound, match="length is"):
         pruned(builder)
     assert image.exists()
     assert converted(builder.folder.point(P3), "vda") == content

@@ -392,7 +392,7 @@ def test_a_target_file_system_without_hard_links_will_do(tmp_path, monkeypatch, 
 
 def test_a_target_file_system_that_fills_up_leaves_nothing(builder: Builder, tmp_path, small_file_system):
     point = builder.point(P1, (disk_entry(size=16 << 20), [(0, os.urandom(8 << 20))]))
-    with pytest.raises(WriteFailed, match=r"out\.raw can't be written: .*No space left") as caught:
+    with pytest.raises(WriteFailed, match=r"cannot write .*out\.raw: .*No space left") as caught:
         run(point, small_file_system / "out.raw")
     assert "nothing of this run is left" in caught.value.state
     assert [path.name for path in small_file_system.iterdir() if path.name != "lost+found"] == []

@@ -22,7 +22,7 @@ from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
 from backupctl.progress import Silent
 from backupctl.repository import history, markers
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from backupctl.system import locks
 from tests.unit.points import P1, P2, P3, Builder, disk_entry, stored, write_image
 
@@ -303,7 +303,7 @@ def test_a_qemu_that_can_not_be_run_or_is_killed_calls_nothing_damaged(stock, mo
     program.write_text(script)
     program.chmod(0o755)
     monkeypatch.setenv("QEMU_STORAGE_DAEMON", str(program))
-    with pytest.raises(Failed, match=r"can't be started|did not come"):
+    with pytest.raises(Failed, match=r"cannot start|did not start"):
         stock.verify()
 
 
@@ -396,7 +396,7 @@ def test_a_point_that_is_pruned_meanwhile_is_no_damage(stock, monkeypatch):
 
     def prune(*arguments):
         real(*arguments)
-        history.record(stock.image(P3).parent.parent, Deed("dropped", P3))
+        history.record(stock.image(P3).parent.parent, PointEvent("dropped", P3))
         shutil.rmtree(stock.image(P3).parent)
 
     monkeypatch.setattr(Impact, "__init__", prune)

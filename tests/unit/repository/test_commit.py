@@ -193,6 +193,6 @@ def test_a_folder_that_can_not_be_looked_at_is_not_taken_for_uncommitted(builder
 def test_a_point_that_nobody_could_read_is_not_committed(builder: Builder, changes):
     """What comes from outside gets into the manifest; a point that no run could read again is no point."""
     partial, manifest = prepared(builder)
-    with pytest.raises(RepositoryError, match="nobody could read it"):
+    with pytest.raises(RepositoryError, match="its manifest is invalid"):
         partial.commit(replace(manifest, **changes))
     assert not builder.folder.is_committed(P2)

@@ -16,7 +16,7 @@ from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
 from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history, markers
-from backupctl.repository.history import Deed
+from backupctl.repository.history import PointEvent
 from tests.unit.points import P1, P2, P3, Builder, changing_step, die_at, disk_entry
 
 MIB = 1 << 20
@@ -123,7 +123,7 @@ def test_older_copies_that_are_put_back_are_found(pruned):
         shutil.copytree(before / "vm1" / point, builder.folder.path / point)
     texts = told(builder)
     assert any("was dropped by a prune and is there again" in text for text in texts)
-    assert any("an older copy of it is there" in text for text in texts)
+    assert any("replaced by an older copy" in text for text in texts)
     reconcile(builder)
     assert told(builder) == texts
 
@@ -249,7 +249,7 @@ def test_a_failed_sync_leaves_no_line_that_counts(builder: Builder, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", sync)
     with pytest.raises(Exception, match="Input/output error"):
-        history.record(builder.folder.path, Deed("dropped", P1))
+        history.record(builder.folder.path, PointEvent("dropped", P1))
     assert path(builder).read_bytes() == before
 
 

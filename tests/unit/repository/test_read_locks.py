@@ -60,7 +60,7 @@ def test_where_folders_cannot_be_locked_reading_goes_on_and_pruning_does_not(cha
     monkeypatch.setattr(fcntl, "flock", unable)
     with read_locks.reading(chained.folder, P2) as held:
         assert held.id == P2
-    with pytest.raises(RepositoryError, match="locked"), locks.folder(held.path, 0):
+    with pytest.raises(RepositoryError, match="cannot lock"), locks.folder(held.path, 0):
         pass
 
 
@@ -97,5 +97,5 @@ def test_a_marker_is_put_and_taken_away_any_number_of_times(chained: Builder):
         markers.put(path, markers.PROTECTED)
         assert markers.has(path, markers.PROTECTED)
     for _ in range(2):
-        markers.take_away(path, markers.PROTECTED)
+        markers.remove(path, markers.PROTECTED)
         assert not markers.has(path, markers.PROTECTED)

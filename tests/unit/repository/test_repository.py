@@ -122,7 +122,7 @@ def test_a_vm_name_can_not_leave_the_repository(tmp_path, name):
 @pytest.mark.parametrize("name", ["lost+found", "repository.json"])
 def test_names_that_a_repository_has_already_are_refused(name):
     for check in (vm_name, disk_name):
-        with pytest.raises(InvalidName, match="has this name already"):
+        with pytest.raises(InvalidName, match="uses this name already"):
             check(name)
 
 
@@ -156,7 +156,7 @@ def test_a_point_that_a_prune_removes_meanwhile_is_none_and_not_damaged(builder:
         return real(path, most_bytes)
 
     monkeypatch.setattr(safe_open, "read", too_late)
-    survey = builder.folder.survey()
+    survey = builder.folder.scan_points()
     assert ([point.id for point in survey.points], survey.damaged) == ([P2], ())
     PendingPoint(builder.folder.path, builder.folder.name, P1).path.rename(builder.folder.path / P1)
     with pytest.raises(NoSuchPoint):
@@ -176,7 +176,7 @@ def test_one_damaged_point_does_not_hide_the_others(builder: Builder):
     for point in (P1, P2, P3):
         plain_point(builder, point)
     (builder.folder.path / P2 / "manifest.json").write_text("{}")
-    survey = builder.folder.survey()
+    survey = builder.folder.scan_points()
     assert [point.id for point in survey.points] == [P1, P3]
     ((path, error),) = survey.damaged
     assert path == builder.folder.path / P2

@@ -27,7 +27,7 @@ from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.progress import Silent
 from backupctl.repository import markers
-from backupctl.repository.history import Entry, Event
+from backupctl.repository.history import Entry, EventKind
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.repository.repository import Repository
@@ -216,7 +216,7 @@ def test_the_page_names_every_field_of_the_journal():
 
 def test_the_page_names_every_field_and_event_of_the_history():
     own = {one.name for one in fields(Entry)} | {"format", "checksum"}
-    assert rows("`history`") == own | set(get_args(Event))
+    assert rows("`history`") == own | set(get_args(EventKind))
 
 
 def test_a_stranger_can_check_the_history(builder: Builder):

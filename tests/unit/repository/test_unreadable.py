@@ -98,7 +98,7 @@ def test_an_error_in_the_middle_of_a_file_is_none_of_its_bytes(two_points, monke
 
     monkeypatch.setattr(os, "fdopen", lambda *arguments: Failing(real(*arguments)))
     with pytest.raises(RepositoryUnreadable, match="Input/output error"):
-        builder.folder.survey()
+        builder.folder.scan_points()
     with pytest.raises(RepositoryUnreadable):
         DigestMap.open(builder.folder.path / P1 / "vda.digests")
 
@@ -181,7 +181,7 @@ def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, spoil,
     with pytest.raises(RepositoryUnreadable):
         partial.journal()
     monkeypatch.setattr(Monitor, "connect", lambda *_: nullcontext())
-    with pytest.raises(NeedsRecovery, match=r"run\.json can't be read"):
+    with pytest.raises(NeedsRecovery, match=r"cannot read .*run\.json"):
         recover(VmConfig(builder.folder.name, Address(path="/nowhere")), builder.repository, Silent())
     assert partial.path.exists()
 

@@ -61,7 +61,7 @@ def test_the_longest_temporary_folder_that_is_used_has_room_for_the_longest_sock
 def test_without_any_folder_for_a_socket_it_is_a_typed_error(short, monkeypatch, name):
     named(short, name, monkeypatch)
     monkeypatch.setattr(private_dir, "_ELSEWHERE", ("/nowhere",))
-    with pytest.raises(Failed, match=r"no place for a socket.*set TMPDIR"):
+    with pytest.raises(Failed, match=r"cannot use the temporary folder.*set TMPDIR"):
         private_dir.check()
 
 
