@@ -7,6 +7,8 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.events import StepStarted
+from backupctl.events.restore import OverlayKept, ServedToLocalUsers
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export
 
@@ -75,9 +77,9 @@ def serve(
 
     stop = Cancellation()
     with stop.on_signals(), reporters.reporter() as reporter:
-        reporter.step(f"serving {folder.name} {found.id}, until Ctrl-C")
+        reporter.event(StepStarted(f"serving {folder.name} {found.id}, until Ctrl-C"))
         if tcp:
-            reporter.warn(_open_to_all(disk, writable_overlay))
+            reporter.event(ServedToLocalUsers(disk, writable_overlay))
         core.serve(
             folder,
             found,
@@ -89,15 +91,4 @@ def serve(
             stop=stop,
         )
         if writable_overlay:
-            reporter.note(f"written data is in {writable_overlay}; delete it when it is no longer needed")
-
-
-def _open_to_all(disk: str | None, overlay: Path | None) -> str:
-    """Return a warning: NBD has no authentication, and any local user can connect to a TCP port."""
-    what = disk or "these disks"
-    may = f"read {what}, and write to the overlay {overlay}" if overlay else f"read {what}"
-    return (
-        f"NBD over TCP has no authentication: every local user of this machine can {may}. "
-        "--socket PATH serves on a unix socket that only you and root can use; from another machine: "
-        "ssh -L 10809:PATH HOST"
-    )
+            reporter.event(OverlayKept(writable_overlay))
