@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import click
 
 from backupctl.cli import common, output, units
-from backupctl.cli.common import Target
+from backupctl.cli.target import Target
 from backupctl.errors import Failed, UsageError
 from backupctl.operations import bitmaps as core
 from backupctl.operations.bitmaps import Removal, StoredBitmap

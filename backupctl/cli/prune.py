@@ -10,7 +10,8 @@ from click.core import ParameterSource
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
-from backupctl.cli.common import Declared, Target
+from backupctl.cli.common import Declared
+from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import PointId

@@ -10,6 +10,7 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
+from backupctl.cli.target import Target
 from backupctl.errors import DamageFound, UsageError
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import FEATURES, ImageFeature
@@ -79,7 +80,7 @@ class RestoreArguments:
 )
 @common.json_option
 @common.gathered(RestoreArguments)
-def restore(target: common.Target, asked: RestoreArguments) -> None:
+def restore(target: Target, asked: RestoreArguments) -> None:
     """Restore a VM's disks as they were at POINT (an id, or `latest`).
 
     --to: an existing folder, a name that ends in `/`, and a new name without a suffix are folders; each disk

@@ -7,6 +7,7 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli.target import Target
 from backupctl.events import StepStarted
 from backupctl.events.restore import OverlayKept, ServedToLocalUsers
 from backupctl.operations import serve as core
@@ -38,7 +39,7 @@ from backupctl.outcome import documents
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
 def serve(
-    target: common.Target,
+    target: Target,
     *,
     point: str,
     disk: str | None,
