@@ -13,6 +13,9 @@ PIP := $(VENV)/bin/pip install -q --disable-pip-version-check --no-input
 LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras --no-annotate \
     --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
+QUICK := $(addprefix tests/,unit screens drills/test_drill.py integration/test_known_moment.py \
+    integration/test_protocol_page.py integration/test_prune_command.py)
+
 .PHONY: help setup packages check test test-quick test-long explore planted screens drills fuzz demo bench lock clean
 
 help: ## Show this (at once)
@@ -44,7 +47,7 @@ check: $(VENV)/.tools ## Format, lint, types (10 s)
 test: $(VENV)/.tools ## All tests but the slow ones, on QEMU 7.2, 10.0 and 11.1 and on real guests (20 min on two cores)
 	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow"
 
-test-quick: $(VENV)/.tools ## A part of them, for the working hour: unit tests and a sample of the others (3 min on two cores)
+test-quick: $(VENV)/.tools ## Unit tests, screens, known points in time and some drills, for the working hour (3 min on two cores)
 	$(VENV)/bin/pytest -n $(WORKERS) -m "not slow and not guest" $(QUICK)
 
 test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an hour or more)

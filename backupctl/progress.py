@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the core tells whoever started it: while it works (Reporter) and at the end (RunReport).
+"""Whom the core tells what happens while it works.
 
 The core prints nothing. It calls a Reporter; the command line shows a progress display, plain lines
 or nothing at all.
 """
 
 from typing import Protocol
+
+from backupctl.events import Event
 
 
 def counted(number: int, noun: str) -> str:
@@ -16,30 +18,18 @@ def counted(number: int, noun: str) -> str:
 class Reporter(Protocol):
     """What the core calls while it works. None of these may raise or block for long."""
 
-    def step(self, text: str) -> None:
-        """A protocol step begins."""
-
-    def note(self, text: str) -> None:
-        """Something the user should know, e.g. why a disk is taken full."""
-
-    def warn(self, text: str) -> None:
-        """Something the user should act on some time."""
+    def event(self, event: Event) -> None:
+        """Something happened: a step began, or something that the user or a program should know."""
 
     def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
         """Bytes are done. label: of a disk, or of a VM. Called at most a few times a second for each."""
 
 
 class Silent:
-    """A Reporter that says nothing."""
+    """A Reporter that does nothing."""
 
-    def step(self, text: str) -> None:
-        """Say nothing."""
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
-
-    def warn(self, text: str) -> None:
-        """Say nothing."""
+    def event(self, event: Event) -> None:
+        """Do nothing."""
 
     def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
-        """Say nothing."""
+        """Do nothing."""

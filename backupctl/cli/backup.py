@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, get_args
+from typing import get_args
 
 import click
 
@@ -11,6 +11,7 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, completion, output, param_types, reporters, settings, units
 from backupctl.cli.common import Declared, Target
 from backupctl.errors import DamageFound
+from backupctl.events.backup import RepositoryCreated
 from backupctl.names import PointId
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
@@ -27,6 +28,7 @@ from backupctl.options import (
     ViewKind,
     VmConfig,
 )
+from backupctl.outcome import documents
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
 from backupctl.sizes import MAX_CHAIN
@@ -175,7 +177,7 @@ def _run(target: Target, options: RunOptions, *, as_json: bool, quiet: bool) -> 
             report = backup.run(RunContext(vm, repository, options, reporter, stop))
         output.done(f"the recovery point {report.point} of {report.vm} is committed")
         if as_json:
-            output.print_json(document(report))
+            output.print_json(documents.run(report, reporter.events))
         elif not quiet:
             _print(report)
         _tell_damage(report)
@@ -219,10 +221,7 @@ def _repository(
         return target.repository()
     prepare.rehearse(vm, options, stop)
     made = target.new_repository()
-    reporter.note(
-        f"created a new repository in {made.path}; "
-        "if you expected an existing one, check that its file system is mounted"
-    )
+    reporter.event(RepositoryCreated(made.path))
     return made
 
 
@@ -237,28 +236,6 @@ def _tell_damage(report: RunReport) -> None:
         state="the backup itself is not affected: later points build on the new one",
         next_command=f"backupctl verify {report.vm}",
     )
-
-
-def document(report: RunReport) -> dict[str, Any]:
-    """Return a run's report for programs; its keys are fixed."""
-    keys = (
-        *("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "unchanged_bytes"),
-        *("stored_bytes", "scanned", "reason"),
-    )
-    return {
-        "vm": report.vm,
-        "point": report.point,
-        "kind": report.kind,
-        "parent": report.parent,
-        "disks": [
-            {**{key: getattr(disk, key) for key in keys}, "damaged": list(report.damaged_points(disk.name))}
-            for disk in report.disks
-        ],
-        "frozen_ms": report.frozen_ms,
-        "consistency": report.consistency,
-        "seconds": round(report.seconds, 3),
-        "missing_disks": [{"name": name, "point": point} for name, point in report.missing_disks],
-    }
 
 
 def _print(report: RunReport) -> None:

@@ -1,23 +1,35 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Tracebacks of errors in backupctl itself: kept in the temporary folder for a report, and only a few."""
+"""What a failed run leaves for whoever looks into it: its last log lines, and the traceback of a bug.
+
+They are kept in the temporary folder, for us alone, and only a few.
+"""
 
 import os
 import stat
+import sys
 import tempfile
 import traceback
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+
+from backupctl import __version__
 
 MOST = 10
 _PREFIX, _SUFFIX = "backupctl-error-", ".log"
 
 
-def write() -> str:
-    """Write down the exception that is being handled; returns the file, "" if there is no room for it."""
+def write(transcript: Iterable[str] = ()) -> str:
+    """Write down log lines and the exception that is being handled.
+
+    Returns the path of the file, "" if it could not be written.
+    """
     with suppress(OSError):
         _make_room(Path(tempfile.gettempdir()))
         descriptor, path = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"backupctl {__version__}, Python {sys.version.split()[0]}\n")
+            log.writelines(f"{line}\n" for line in transcript)
             traceback.print_exc(file=log)
         return path
     return ""

@@ -19,6 +19,7 @@ from backupctl.cli.output import clean
 from backupctl.drills import demo as drill
 from backupctl.drills.demo import Stage
 from backupctl.errors import BackupctlError, DamageFound
+from backupctl.events import Event
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.options import Kind
 
@@ -98,19 +99,17 @@ class Screen:
         self._console.print()
         self._console.print(Text(text, style="bold"))
 
-    def step(self, text: str) -> None:
-        """Print a step of a run."""
+    def event(self, event: Event) -> None:
+        """Print a step of a run. The demo prints the rest from the report of the run."""
+        if event.severity == "step":
+            self._step(event.text)
+
+    def _step(self, text: str) -> None:
         arrow = " → " if self._under_way else "  "
         style = "yellow" if text == "roll back" else ""
         self._under_way = True
         line = Text.assemble((arrow, "dim"), (_STEPS.get(text, clean(text)), style))
         self._console.print(line, end="")
-
-    def note(self, text: str) -> None:
-        """Ignore it: the demo prints the report of the run."""
-
-    def warn(self, text: str) -> None:
-        """Ignore it: the demo prints the report of the run."""
 
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """Ignore it: a copy is done before it could be read."""

@@ -2,7 +2,6 @@
 """`backupctl diff`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import click
 from rich.console import Console
@@ -14,6 +13,7 @@ from backupctl.cli.common import Target
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.operations import diff as core
 from backupctl.operations.diff import DiffReport, DiskDiff
+from backupctl.outcome import documents
 
 _MOST_ROWS = 16
 _LABEL = 12
@@ -36,29 +36,9 @@ def diff(target: Target, *, before: str, after: str, disk: str | None, as_json: 
     with stop.on_signals():
         report = core.diff(folder, folder.point(before), folder.point(after), disk=disk, stop=stop)
         if as_json:
-            output.print_json(_document(report))
+            output.print_json(documents.diff(report))
         else:
             _show(report)
-
-
-def _document(report: DiffReport) -> dict[str, Any]:
-    return {
-        "vm": report.vm,
-        "before": report.before,
-        "after": report.after,
-        "disks": [
-            {
-                "name": one.name,
-                "size_before": one.size_before,
-                "size_after": one.size_after,
-                "changed_bytes": one.changed_bytes,
-                "ranges": [{"offset": offset, "length": length} for offset, length in one.ranges()],
-            }
-            for one in report.disks
-        ],
-        "only_before": list(report.only_before),
-        "only_after": list(report.only_after),
-    }
 
 
 def _show(report: DiffReport) -> None:

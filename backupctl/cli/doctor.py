@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl doctor`."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import click
 
@@ -10,6 +10,7 @@ from backupctl.cli.common import Target
 from backupctl.errors import Failed
 from backupctl.operations.doctor import run as core
 from backupctl.operations.doctor.run import Diagnosis
+from backupctl.outcome import documents
 
 
 @common.command("doctor", 0, 1, 2)
@@ -30,14 +31,7 @@ def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     around = (*exposure.configuration(target.config), *exposure.repository(path, vm.name))
     found = replace(found, findings=(*around, *found.findings))
     if as_json:
-        output.print_json(
-            {
-                "vm": found.vm,
-                "ok": not found.bad,
-                "configuration": target.config.file,
-                "findings": [asdict(one) for one in found.findings],
-            }
-        )
+        output.print_json(documents.doctor(found, target.config.file))
     else:
         _tell(found)
     if found.bad:

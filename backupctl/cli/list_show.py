@@ -2,12 +2,13 @@
 """`backupctl list` and `backupctl show`."""
 
 from pathlib import Path
-from typing import Any
 
 from backupctl.cli import common, output, reporters, units
 from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound
+from backupctl.events.repository import HistoryMismatch
 from backupctl.names import VmName
+from backupctl.outcome import documents
 from backupctl.repository import audit
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
@@ -21,25 +22,29 @@ def list_points(target: Target, *, as_json: bool) -> None:
     """List the recovery points of a VM, or of all VMs in every configured repository, newest last."""
     found: dict[Path, list[ScannedPoints]] = {}
     failures: list[BackupctlError] = []
-    problems: list[audit.Problem] = []
+    problems: list[HistoryMismatch] = []
     for path in target.folders():
         try:
             folders = _folders(target.open(path), target.name)
             found[path] = [folder.scan_points(tolerant=True) for folder in folders]
-            problems += [problem for folder in folders for problem in audit.problems(folder)]
+            problems += [
+                HistoryMismatch(folder.name, one.point, one.message)
+                for folder in folders
+                for one in audit.problems(folder)
+            ]
         except BackupctlError as err:
             failures.append(err)
     if not found:
         raise common.worst(failures)
     surveys = [survey for each in found.values() for survey in each]
     if as_json:
-        output.print_json([point_document(point) for survey in surveys for point in survey.points])
+        output.print_json([documents.point(point) for survey in surveys for point in survey.points])
     else:
         for path, each in found.items():
             _tell(path, each, alone=len(found) == 1)
     with reporters.reporter(quiet=True) as reporter:
         for problem in problems:
-            reporter.warn(problem.message)
+            reporter.event(problem)
     damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
     if damaged:
         failures.append(
@@ -93,36 +98,8 @@ def _rows(points: list[Point]) -> list[tuple[object, ...]]:
 def _kind(point: Point) -> str:
     """Say what a point is by what its disks are: a point that builds on another may hold full ones."""
     full = sum(entry.kind == "full" for entry in point.manifest.disks)
-    kind = disks_kind(point)
+    kind = documents.disks_kind(point)
     return f"incremental ({full} full)" if kind == "mixed" else kind
-
-
-def disks_kind(point: Point) -> str:
-    """Return "full", "incremental" or "mixed", by the kinds of its disks."""
-    kinds = {entry.kind for entry in point.manifest.disks}
-    return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
-
-
-def point_document(point: Point) -> dict[str, Any]:
-    """Return a point for programs: its manifest under the names of the reports."""
-    manifest = point.manifest.to_dict()
-    return {
-        "vm": manifest["vm"],
-        "point": manifest["point"],
-        "kind": manifest["kind"],
-        "disks_kind": disks_kind(point),
-        "parent": manifest["parent"],
-        "consistency": manifest["consistency"],
-        "frozen_ms": manifest["freeze"]["milliseconds"],
-        "start": manifest["start"],
-        "end": manifest["end"],
-        "qemu": manifest["qemu"],
-        "backupctl": manifest["backupctl"],
-        "freeze": manifest["freeze"],
-        "disks": manifest["disks"],
-        "protected": point.protected,
-        "path": str(point.path),
-    }
 
 
 @common.command("show", 0, 2, 4)
@@ -133,7 +110,7 @@ def show(target: Target, *, point: str, as_json: bool) -> None:
     """Show one recovery point: POINT is an id, or `latest`."""
     found = target.vm_folder().point(point)
     if as_json:
-        output.print_json(point_document(found))
+        output.print_json(documents.point(found))
     else:
         _show(found)
 

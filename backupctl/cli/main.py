@@ -14,13 +14,14 @@ from typing import Any, NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, configuration, crash_log, output, requirements
+from backupctl.cli import common, configuration, crash_log, logs, output, requirements
 from backupctl.cli.invocation import Invocation
-from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, UsageError
+from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, NeedsRecovery, UsageError
 
 PRIVATE = 0o077
 """The umask of every file we create, whatever the caller's is: the files hold the guests' disks."""
 _MANY_FILES = 1 << 16
+_WORTH_A_LOG = (Failed.exit_code, NeedsRecovery.exit_code)
 _COMMANDS = {
     "full": "backup.full",
     "incremental": "backup.incremental",
@@ -92,7 +93,7 @@ class _Commands(click.Group):
         if not module:
             return None
         found: click.Command = getattr(importlib.import_module(f"backupctl.cli.{module}"), function)
-        return found
+        return logs.add_options(found, hidden=True)
 
 
 def _use_config(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -119,13 +120,18 @@ def cli(config: str | None) -> None:
     """
 
 
+logs.add_options(cli)
+
+
 def main() -> NoReturn:
     """Run the command line; the one place where every error ends."""
     os.umask(PRIVATE)
     prepare_streams()
     _allow_many_files()
     output.start()
-    sys.exit(output.finish(_call(Invocation(sys.argv[1:]))))
+    with logs.begin():
+        code = _call(Invocation(sys.argv[1:]))
+    sys.exit(output.finish(code))
 
 
 def _call(invocation: Invocation) -> int:
@@ -150,7 +156,7 @@ def _call(invocation: Invocation) -> int:
     except BrokenPipeError:
         return 0 if output.is_done() else 1  # whoever read our output has gone
     except Exception:  # noqa: BLE001 - the one place: a bug must not greet anybody with a traceback
-        return _failed(_bug(), invocation)
+        return _failed(_bug(), invocation, bug=True)
     return 0
 
 
@@ -164,12 +170,22 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, _MANY_FILES)), most))
 
 
-def _failed(err: BackupctlError, invocation: Invocation, *, say: bool = True) -> int:
+def _failed(err: BackupctlError, invocation: Invocation, *, say: bool = True, bug: bool = False) -> int:
     if isinstance(err, UsageError | InvalidName):
         err.add(state="nothing was touched")
     if say:
-        output.print_error(err, as_json=invocation.as_json)
+        output.print_error(err, as_json=invocation.as_json, log=_log_of(err, bug=bug))
     return err.exit_code
+
+
+def _log_of(err: BackupctlError, *, bug: bool) -> str:
+    """Return the file that has the details of a failure; "" for errors that are wholly told by their text."""
+    found = logs.current()
+    if err.exit_code not in _WORTH_A_LOG or isinstance(err, Interrupted):
+        return ""
+    if found.file and not bug:  # it has all but a traceback
+        return str(found.file)
+    return crash_log.write(found.transcript) if found.transcript or bug else ""
 
 
 def prepare_streams() -> None:
@@ -192,12 +208,10 @@ def prepare_streams() -> None:
 
 def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
-    log = crash_log.write()
-    details = f"the details are in {log}" if log else "no log could be written"
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
         state="what had been started was rolled back where that was possible",
-        hint=f"{details}: please report it",
+        hint="please report it, with the log",
     )
 
 

@@ -17,9 +17,13 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from backupctl.errors import BackupctlError, Failed
+from backupctl.outcome import documents
+
+if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most errors need none
+    from backupctl.events import Event, Severity
 
 _LINE_SECONDS = 10.0
 
@@ -93,7 +97,7 @@ def finish(code: int) -> int:
         return code
     why = "its reader has left" if isinstance(lost, BrokenPipeError) else lost.strerror
     if _output.done:
-        LineReporter().warn(f"standard output takes no more ({why}), but {_output.done}")
+        print_message(f"standard output takes no more ({why}), but {_output.done}", "warning")
         return code
     if code or isinstance(lost, BrokenPipeError):
         return code
@@ -169,40 +173,67 @@ def columns(*, least: int, margin: int) -> int:
     return max(shutil.get_terminal_size().columns - margin, least)
 
 
-def print_error(err: BackupctlError, *, as_json: bool) -> None:
-    """Say what failed, at which step, what is the case now, and what to run next.
+def print_error(err: BackupctlError, *, as_json: bool, log: str = "") -> None:
+    """Say what failed, at which step, what is the case now, and what to run next. log: where details are.
 
     Programs get it as the one document, unless a command had its own: then exit code and stderr tell.
     """
     if as_json and not _output.document:
-        print_json({"error": error_document(err)})
+        print_json({"error": {**documents.error(err), "log": log or None}})
     lines = [wrapped("backupctl: ", clean(err.message), "  ", sys.stderr)]
     for name, text in (
         ("step", err.step),
         ("state", err.state),
         ("hint", err.hint),
         ("next", err.next_command),
+        ("log", log),
     ):
         if text:
             head = f"  {name + ':':<7}"
-            # A command stays in one line: it is to be copied.
-            whole = name == "next"
+            # A command or a path stays in one line: it is to be copied.
+            whole = name in ("next", "log")
             lines.append(head + clean(text) if whole else wrapped(head, clean(text), " " * 9, sys.stderr))
-    with suppress(OSError):
-        sys.stderr.write("\n".join(lines) + "\n")
+    head = _priority("error")
+    print_to_stderr([head + line for text in lines for line in text.split("\n")])
 
 
-def error_document(err: BackupctlError) -> dict[str, Any]:
-    """Return an error for programs."""
-    return {
-        "kind": err.code,
-        "message": err.message,
-        "step": err.step,
-        "state": err.state,
-        "hint": err.hint,
-        "next": err.next_command,
-        "exit_code": err.exit_code,
-    }
+Level: TypeAlias = "Severity | Literal['debug', 'error']"
+_LABELS: "dict[Level, str]" = {"debug": "debug: ", "step": "", "note": "note: ", "warning": "warning: "}
+_PRIORITIES: "dict[Level, int]" = {"debug": 7, "step": 6, "note": 6, "warning": 4, "error": 3}
+
+
+def print_message(text: str, level: "Level") -> None:
+    """Write a line to stderr. Never raises."""
+    print_to_stderr([message_line(clean(text), level)])
+
+
+def message_line(text: str, level: "Level") -> str:
+    """Return the line that tells a clean text."""
+    return f"{_priority(level)}backupctl: {_LABELS[level]}{text}"
+
+
+def print_to_stderr(lines: Sequence[str]) -> None:
+    """Write lines to stderr. Never raises."""
+    with suppress(OSError):  # whoever reads stderr may leave; the run, and its roll-back, must go on
+        sys.stderr.write("".join(f"{line}\n" for line in lines))
+        sys.stderr.flush()
+
+
+def _priority(level: "Level") -> str:
+    return f"<{_PRIORITIES[level]}>" if _is_journal(sys.stderr) else ""
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Whether a stream goes to systemd's journal, which takes a line's priority from `<N>` at its start.
+
+    systemd tells the device and inode of that stream (systemd.exec(5), JOURNAL_STREAM; sd-daemon(3)).
+    """
+    told = os.environ.get("JOURNAL_STREAM")
+    if told:
+        with suppress(OSError, ValueError):
+            found = os.fstat(stream.fileno())
+            return told == f"{found.st_dev}:{found.st_ino}"
+    return False
 
 
 class LineReporter:
@@ -211,17 +242,9 @@ class LineReporter:
     def __init__(self) -> None:
         self._told = 0.0
 
-    def step(self, text: str) -> None:
-        """A step begins."""
-        self._write(text)
-
-    def note(self, text: str) -> None:
-        """Something to know."""
-        self._write(f"note: {text}")
-
-    def warn(self, text: str) -> None:
-        """Something to act on some time."""
-        self._write(f"warning: {text}")
+    def event(self, event: "Event") -> None:
+        """Write a line."""
+        print_message(event.text, event.severity)
 
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
@@ -229,22 +252,16 @@ class LineReporter:
         if now - self._told >= _LINE_SECONDS:
             self._told = now
             share = 100 * done_bytes // total_bytes if total_bytes else 100
-            self._write(f"{disk}: {share} % of {total_bytes >> 20} MiB")
-
-    def _write(self, text: str) -> None:
-        with suppress(OSError):  # who reads our words may leave; the run, or its roll-back, must not
-            sys.stderr.write(f"backupctl: {clean(text)}\n")
-            sys.stderr.flush()
+            print_message(f"{disk}: {share} % of {total_bytes >> 20} MiB", "step")
 
 
-class WarningReporter(LineReporter):
-    """A Reporter for timers whose every word is a mail: warnings only."""
+class WarningReporter:
+    """A Reporter for timers whose output is mailed: warnings only."""
 
-    def step(self, text: str) -> None:
-        """Say nothing."""
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
+    def event(self, event: "Event") -> None:
+        """Write a warning; ignore anything else."""
+        if event.severity == "warning":
+            print_message(event.text, event.severity)
 
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
-        """Say nothing."""
+        """Do nothing."""

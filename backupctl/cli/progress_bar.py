@@ -21,6 +21,7 @@ from rich.text import Text
 
 from backupctl.cli import output, units
 from backupctl.cli.output import clean
+from backupctl.events import Event
 
 
 class _Unfailing:
@@ -60,20 +61,13 @@ class ProgressReporter:
         self._bars: dict[str, TaskID] = {}
         self._step = display.add_task("", total=None, start=False, visible=False)
 
-    def step(self, text: str) -> None:
-        """A step begins."""
-        self._write(output.printable("· ", "- ", sys.stderr), text, "dim")
-
-    def note(self, text: str) -> None:
-        """Something to know."""
-        self._write("  ", text)
-
-    def warn(self, text: str) -> None:
-        """Something to act on some time."""
-        self._write("! ", text, "yellow")
-
-    def _write(self, head: str, text: str, style: str = "") -> None:
-        line = output.wrapped(head, clean(text), "    ", sys.stderr)
+    def event(self, event: Event) -> None:
+        """Write a line above the bars."""
+        if event.severity == "step":
+            head, style = output.printable("· ", "- ", sys.stderr), "dim"
+        else:
+            head, style = ("! ", "yellow") if event.severity == "warning" else ("  ", "")
+        line = output.wrapped(head, clean(event.text), "    ", sys.stderr)
         self._display.console.print(Text(line, style=style), soft_wrap=True)
 
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:

@@ -12,11 +12,13 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
 from backupctl.cli.common import Declared, Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
+from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import PointId
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
-from backupctl.operations.prune.retention import Decision, Rules
+from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import PruneReport
+from backupctl.outcome import documents
 from backupctl.progress import Reporter
 
 _COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
@@ -184,7 +186,7 @@ class _Work:
                 raise
             except BackupctlError as err:
                 self.failed[vm] = err
-                self.reporter.warn(f"{vm}: {err.message}")
+                self.reporter.event(VmFailed(vm, err.message))
         if not (self.done or self.failed) and set(self.skipped.values()) == {_NO_RULE}:
             raise UsageError(f"nothing was dropped: {_NO_RULE}")
 
@@ -202,7 +204,7 @@ class _Work:
 
     def _skip(self, vm: str, why: str) -> None:
         self.skipped[vm] = why
-        self.reporter.note(f"skipped {vm}: {why}")
+        self.reporter.event(VmSkipped(vm, why))
 
     def one(self, target: Target) -> None:
         """Prune one VM."""
@@ -211,10 +213,7 @@ class _Work:
     def _prune(self, target: Target, policy: _Policy) -> None:
         folder = target.vm_folder()
         if policy.unused:
-            listed = ", ".join(f"{key} = {value}" for key, value in policy.unused.items())
-            self.reporter.note(
-                f"{folder.name}: only the command line's rules apply; configured rules not used: {listed}"
-            )
+            self.reporter.event(ConfiguredRulesNotUsed(folder.name, policy.unused))
         most = self.asked.longest
         if self.asked.dry_run:
             report = PruneReport(core.plan(folder, policy.rules), long_chains=core.long_chains(folder, most))
@@ -231,35 +230,11 @@ class _Work:
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""
         dry_run = self.asked.dry_run
-        documents = [_document(vm, one, dry_run=dry_run) for vm, one in self.done.items()]
-        if alone:
-            return documents[0]
-        return {
-            "dry_run": dry_run,
-            "vms": documents,
-            "skipped": [{"vm": vm, "reason": why} for vm, why in self.skipped.items()],
-            "failed": [{"vm": vm, "error": output.error_document(err)} for vm, err in self.failed.items()],
-        }
-
-
-def _document(vm: str, done: _Done, *, dry_run: bool) -> dict[str, Any]:
-    report = done.report
-    return {
-        "vm": vm,
-        "dry_run": dry_run,
-        "rules": done.policy.said,
-        "unused_rules": done.policy.unused,
-        "points": [_decision(one) for one in report.decisions],
-        "dropped": list(report.dropped),
-        "removed": list(report.removed),
-        "merged": [asdict(one) for one in report.merged],
-        "left": list(report.left),
-        "long_chains": list(report.long_chains),
-    }
-
-
-def _decision(one: Decision) -> dict[str, Any]:
-    return {"point": one.point, "keep": one.keep, "reasons": list(one.reasons)}
+        vms = [
+            documents.prune(vm, one.report, one.policy.said, one.policy.unused, dry_run=dry_run)
+            for vm, one in self.done.items()
+        ]
+        return vms[0] if alone else documents.prune_all(vms, self.skipped, self.failed, dry_run=dry_run)
 
 
 def _print(report: PruneReport, *, dry_run: bool) -> None:
@@ -301,6 +276,6 @@ def _print_protection(target: Target, point: PointId, *, protected: bool, as_jso
     said = "protected; prune never drops it" if protected else "not protected any more"
     output.done(f"{target.name} {point}: {said}")
     if as_json:
-        output.print_json({"vm": target.name, "point": point, "protected": protected})
+        output.print_json(documents.protection(target.name or "", point, protected=protected))
     else:
         output.print_line(f"{target.name} {point}: {said}")

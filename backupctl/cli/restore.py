@@ -3,6 +3,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ import click
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.errors import DamageFound, UsageError
-from backupctl.images.foreign_header import FEATURES
+from backupctl.images.create import ImageFormat
+from backupctl.images.foreign_header import FEATURES, ImageFeature
 from backupctl.operations.restore import in_place, overlay, whole
 from backupctl.operations.restore.destination import STDOUT
 from backupctl.operations.restore.in_place import InPlaceReport
@@ -19,6 +21,23 @@ from backupctl.operations.restore.overlay import OverlayReport
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import RestoreReport
 from backupctl.progress import Reporter
+
+
+@dataclass(frozen=True)
+class RestoreArguments:
+    """What is asked of a restore. allowed: features that an existing image may have."""
+
+    point: str
+    to: str
+    disk: str | None
+    all_disks: bool
+    image_format: ImageFormat | None
+    force: bool
+    allow_damage: bool
+    thin: bool
+    only_changed: bool
+    allowed: tuple[ImageFeature, ...]
+    as_json: bool
 
 
 @common.command("restore", 0, 1, 2, 4, 75)
@@ -59,7 +78,8 @@ from backupctl.progress import Reporter
     help="Accept that the existing qcow2 image has a backing file, an external data file, or is encrypted.",
 )
 @common.json_option
-def restore(target: common.Target, /, **options: Any) -> None:
+@common.gathered(RestoreArguments)
+def restore(target: common.Target, asked: RestoreArguments) -> None:
     """Restore a VM's disks as they were at POINT (an id, or `latest`).
 
     --to: an existing folder, a name that ends in `/`, and a new name without a suffix are folders; each disk
@@ -72,62 +92,62 @@ def restore(target: common.Target, /, **options: Any) -> None:
     The VM is not touched, and the repository is only read.
     """
     folder = target.vm_folder()
-    run = _way(options)
+    run = _way(asked)
     stop = Cancellation()
     with stop.on_signals():
         with reporters.reporter() as reporter:
             request = RestoreRequest(
                 folder=folder,
-                point=folder.point(options["point"]).id,
-                to=options["to"],
-                disk=options["disk"],
-                all_disks=options["all_disks"],
-                image_format=options["image_format"],
-                overwrite=options["force"],
-                allow_damage=options["allow_damage"],
-                allowed=options["allowed"],
+                point=folder.point(asked.point).id,
+                to=asked.to,
+                disk=asked.disk,
+                all_disks=asked.all_disks,
+                image_format=asked.image_format,
+                overwrite=asked.force,
+                allow_damage=asked.allow_damage,
+                allowed=asked.allowed,
             )
-            tell = run(request, options, reporter, stop)
-        output.done(f"the restore to {options['to']} is complete")
+            tell = run(request, asked, reporter, stop)
+        output.done(f"the restore to {asked.to} is complete")
         tell()
 
 
-Run = Callable[[RestoreRequest, dict[str, Any], Reporter, Cancellation], Callable[[], None]]
+Run = Callable[[RestoreRequest, RestoreArguments, Reporter, Cancellation], Callable[[], None]]
 """Restores; what it returns prints the outcome."""
 
 
-def _way(options: dict[str, Any]) -> Run:
+def _way(asked: RestoreArguments) -> Run:
     """Return what restores in the way that was asked for. Raises UsageError."""
-    if options["as_json"] and options["to"] == STDOUT:
+    if asked.as_json and asked.to == STDOUT:
         raise UsageError("standard output cannot hold both an image and the document of --json")
-    if options["thin"] and options["only_changed"]:
+    if asked.thin and asked.only_changed:
         raise UsageError("--thin and --only-changed are mutually exclusive")
-    if options["only_changed"] and options["force"]:
+    if asked.only_changed and asked.force:
         raise UsageError("--only-changed needs no --force: it changes an existing target in place")
-    if options["only_changed"] and options["allow_damage"]:
+    if asked.only_changed and asked.allow_damage:
         raise UsageError("--only-changed never writes damaged data: it cannot be used with --allow-damage")
-    if options["thin"] and options["allow_damage"]:
+    if asked.thin and asked.allow_damage:
         raise UsageError("--thin reads no data: it cannot be used with --allow-damage")
-    return _thin if options["thin"] else _only_changed if options["only_changed"] else _whole
+    return _thin if asked.thin else _only_changed if asked.only_changed else _whole
 
 
 def _whole(
-    request: RestoreRequest, options: dict[str, Any], reporter: Reporter, stop: Cancellation
+    request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, stop: Cancellation
 ) -> Callable[[], None]:
-    return partial(_tell, whole.restore(request, reporter, stop), options)
+    return partial(_tell, whole.restore(request, reporter, stop), asked)
 
 
 def _thin(
-    request: RestoreRequest, options: dict[str, Any], reporter: Reporter, _stop: Cancellation
+    request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, _stop: Cancellation
 ) -> Callable[[], None]:
-    return partial(_tell_thin, overlay.restore(request, reporter), as_json=options["as_json"])
+    return partial(_tell_thin, overlay.restore(request, reporter), as_json=asked.as_json)
 
 
 def _only_changed(
-    request: RestoreRequest, options: dict[str, Any], reporter: Reporter, stop: Cancellation
+    request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, stop: Cancellation
 ) -> Callable[[], None]:
     report = in_place.restore(request, reporter, stop)
-    return partial(_tell_only_changed, report, as_json=options["as_json"])
+    return partial(_tell_only_changed, report, as_json=asked.as_json)
 
 
 def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
@@ -175,9 +195,9 @@ def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
         )
 
 
-def _tell(report: RestoreReport, options: dict[str, Any]) -> None:
-    if options["to"] != STDOUT:
-        _tell_whole(report, as_json=options["as_json"])
+def _tell(report: RestoreReport, asked: RestoreArguments) -> None:
+    if asked.to != STDOUT:
+        _tell_whole(report, as_json=asked.as_json)
     if any(one.damaged or one.unverified for one in report.images):
         # Everything that was asked for is there, but a script that relies on it must learn of the damage.
         sys.exit(DamageFound.exit_code)

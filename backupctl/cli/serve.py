@@ -2,12 +2,13 @@
 """`backupctl serve`."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.events import StepStarted
+from backupctl.events.restore import OverlayKept, ServedToLocalUsers
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export
 
@@ -35,21 +36,30 @@ from backupctl.operations.serve import Export
     help="Make one disk writable: writes go to this qcow2 file, new or made by an earlier serve of POINT.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
-def serve(target: common.Target, /, **options: Any) -> None:
+def serve(
+    target: common.Target,
+    *,
+    point: str,
+    disk: str | None,
+    socket: Path | None,
+    tcp: str | None,
+    writable_overlay: Path | None,
+    as_json: bool,
+) -> None:
     """Serve the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
 
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
     """
     folder = target.vm_folder()
-    point = folder.point(options["point"])
+    found = folder.point(point)
 
     def ready(exports: tuple[Export, ...]) -> None:
-        if options["as_json"]:
+        if as_json:
             output.print_json(
                 {
                     "vm": folder.name,
-                    "point": point.id,
+                    "point": found.id,
                     "exports": [
                         {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable}
                         for one in exports
@@ -66,31 +76,19 @@ def serve(target: common.Target, /, **options: Any) -> None:
         )
 
     stop = Cancellation()
-    overlay = options["writable_overlay"]
     with stop.on_signals(), reporters.reporter() as reporter:
-        reporter.step(f"serving {folder.name} {point.id}, until Ctrl-C")
-        if options["tcp"]:
-            reporter.warn(_open_to_all(options["disk"], overlay))
+        reporter.event(StepStarted(f"serving {folder.name} {found.id}, until Ctrl-C"))
+        if tcp:
+            reporter.event(ServedToLocalUsers(disk, writable_overlay))
         core.serve(
             folder,
-            point,
-            disk=options["disk"],
-            unix=options["socket"],
-            tcp=options["tcp"],
-            writable_overlay=overlay,
+            found,
+            disk=disk,
+            unix=socket,
+            tcp=tcp,
+            writable_overlay=writable_overlay,
             ready=ready,
             stop=stop,
         )
-        if overlay:
-            reporter.note(f"written data is in {overlay}; delete it when it is no longer needed")
-
-
-def _open_to_all(disk: str | None, overlay: Path | None) -> str:
-    """Return a warning: NBD has no authentication, and any local user can connect to a TCP port."""
-    what = disk or "these disks"
-    may = f"read {what}, and write to the overlay {overlay}" if overlay else f"read {what}"
-    return (
-        f"NBD over TCP has no authentication: every local user of this machine can {may}. "
-        "--socket PATH serves on a unix socket that only you and root can use; from another machine: "
-        "ssh -L 10809:PATH HOST"
-    )
+        if writable_overlay:
+            reporter.event(OverlayKept(writable_overlay))

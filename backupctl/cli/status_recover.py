@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl status` and `backupctl recover`."""
 
-from dataclasses import asdict
-
 import click
 
 from backupctl.cancel import Cancellation
@@ -11,6 +9,7 @@ from backupctl.cli.common import Target
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
 from backupctl.operations.status import Status
+from backupctl.outcome import documents
 
 
 @common.command("status", 0, 1, 2)
@@ -22,7 +21,7 @@ def status(target: Target, context: click.Context, *, as_json: bool) -> None:
     options = backup.options_of(target, "incremental", backup.configured(context))
     found = core.look(target.vm(), target.repository(), options, target.other_repositories)
     if as_json:
-        output.print_json({**asdict(found), "configuration": target.config.file})
+        output.print_json(documents.status(found, target.config.file))
     else:
         _show(found, target.config.file)
 
@@ -70,6 +69,6 @@ def recover(target: Target, *, as_json: bool) -> None:
         done = recovery.recover(vm, target.repository(), reporter, cancel, target.scratch, target.timeouts)
     output.done(f"nothing of an earlier run is left in {vm.name}")
     if as_json:
-        output.print_json({"vm": vm.name, "actions": list(done.actions)})
+        output.print_json(documents.recover(vm.name, done, reporter.events))
     else:
         output.print_line("recovered" if done.actions else "Nothing to recover.")

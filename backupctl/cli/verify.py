@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import click
 
@@ -11,9 +10,11 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.cli.common import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
+from backupctl.events.repository import SampleChosen
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
+from backupctl.outcome import documents
 from backupctl.progress import counted
 from backupctl.sizes import Range
 
@@ -63,7 +64,7 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     stop = Cancellation()
     with stop.on_signals(), reporters.reporter(quiet=quiet) as reporter:
         if depth.percent < 100:
-            reporter.note(_sample(depth))
+            reporter.event(_sample(depth))
         for path in target.folders():
             try:
                 reports[str(path)] = core.verify(target.open(path), target.name, point, depth, reporter, stop)
@@ -75,7 +76,7 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
         raise common.worst(failures)
     report = _together(reports.values())
     if as_json:
-        output.print_json(_document(report, depth))
+        output.print_json(documents.verify(report, depth))
     elif report.damage or report.unchecked or not quiet:
         _tell(report, depth)
     failures += _findings(reports, report, target)
@@ -92,7 +93,7 @@ def _findings(
         yield DamageFound(
             f"damage found in {damaged}, {len(report.damage)} times",
             state="nothing was changed; all other points and ranges were verified",
-            hint="then a complete point exists again; damaged ones need restore --allow-damage",
+            hint="a new full creates a complete point; damaged points need restore --allow-damage",
             next_command=f"backupctl full {report.damage[0].vm}",
         )
     if report.unchecked:
@@ -116,13 +117,13 @@ def _together(reports: Iterable[VerifyReport]) -> VerifyReport:
     return whole
 
 
-def _sample(depth: VerifyScope) -> str:
-    return f"a sample of {depth.percent:g} %; the same again: --seed {depth.seed}"
+def _sample(depth: VerifyScope) -> SampleChosen:
+    return SampleChosen(depth.percent, depth.seed)
 
 
 def _tell(report: VerifyReport, depth: VerifyScope) -> None:
     if report.damage and depth.percent < 100:
-        output.print_line(_sample(depth))
+        output.print_line(_sample(depth).text)
     for note in report.notes:
         output.print_line(f"note: {note}")
     for damage in report.damage:
@@ -154,40 +155,3 @@ def _ranges(ranges: tuple[Range, ...]) -> str:
     shown = ", ".join(f"{offset}-{offset + length - 1}" for offset, length in ranges[:_SHOWN])
     more = f" and {len(ranges) - _SHOWN} more" if len(ranges) > _SHOWN else ""
     return f"{shown}{more}"
-
-
-def _document(report: VerifyReport, depth: VerifyScope) -> dict[str, Any]:
-    return {
-        "vms": list(report.vms),
-        "points": report.points,
-        "layers": report.layers,
-        "data": depth.data,
-        "percent": depth.percent if depth.data else 0,
-        "seed": depth.seed if depth.data and depth.percent < 100 else None,
-        "read_bytes": report.read_bytes,
-        "seconds": round(report.seconds, 3),
-        "notes": list(report.notes),
-        "unchecked": [
-            {"vm": one.vm, "path": str(one.path), "disk": one.disk or None, "message": one.message}
-            for one in report.unchecked
-        ],
-        "damage": [
-            {
-                "vm": damage.vm,
-                "kind": damage.kind,
-                "path": str(damage.path),
-                "disk": damage.disk or None,
-                "message": damage.message,
-                "ranges": _pairs(damage.ranges),
-                "touches": [
-                    {"point": one.point, "disk": one.disk, "ranges": _pairs(one.ranges)}
-                    for one in damage.touches
-                ],
-            }
-            for damage in report.damage
-        ],
-    }
-
-
-def _pairs(ranges: tuple[Range, ...]) -> list[dict[str, int]]:
-    return [{"offset": offset, "length": length} for offset, length in ranges]

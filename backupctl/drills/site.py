@@ -23,16 +23,16 @@ from typing import IO, Any
 from backupctl.drills.demo import first_difference
 from backupctl.drills.fork_server import CLI, CallSpec, ForkServer
 from backupctl.errors import Failed
+from backupctl.events.backup import DiskScanned, DiskTakenFull, RecoveredFromEarlierRun
 from backupctl.system import qemu_tools
 
 VM = "drilled"
 _RUN_SECONDS = 120.0
 _THAW_SECONDS = 5.0  # less than the freeze budget: it is the kill that the guard must answer to
 _OURS = "backupctl-"
-_CLEANED_UP = "from an earlier run: "
 _FAULTY_CLI = "backupctl.cli.faulty:faulty_cli"
 _ENDS_IN_TIME = f"backupctl ends within {_RUN_SECONDS:g} s"
-_NOTABLE = ("is read whole", "is taken full", "warning: ")
+_NOTABLE = (DiskScanned.code, DiskTakenFull.code)
 
 
 class ExpectationFailed(Exception):
@@ -59,8 +59,13 @@ class Result:
         error = self.document.get("error") if isinstance(self.document, dict) else None
         if error:
             return str(error["message"])
-        notes = [line for line in self.stderr.splitlines() if any(word in line for word in _NOTABLE)]
-        return notes[0].removeprefix("backupctl: ").removeprefix("note: ") if notes else ""
+        notable = [*self.events("warnings"), *self.events("notes", *_NOTABLE)]
+        return str(notable[0]["message"]) if notable else ""
+
+    def events(self, severity: str, *codes: str) -> list[dict[str, Any]]:
+        """Return its "warnings" or "notes"; codes: only those with one of these."""
+        found = self.document.get(severity, []) if isinstance(self.document, dict) else []
+        return [one for one in found if not codes or one["code"] in codes]
 
     @property
     def step(self) -> str:
@@ -154,7 +159,9 @@ class Site(ABC):
 
     def arguments(self, *arguments: str) -> list[str]:
         """Return the arguments of a call with JSON output, including those that every call needs."""
+        # Without --log-file each failure here would leave a log in the place of a real one's.
         found = [*arguments, "--repository", str(self.repository), "--json"]
+        found += ["--log-file", str(self.folder / "log")]
         if arguments[0] in ("full", "incremental", "recover", "status"):
             found += ["--qmp", self.qmp, "--scratch", str(self.scratch)]
             found += ["--agent", self.agent] if self.agent else []
@@ -218,9 +225,7 @@ class Site(ABC):
         if kind == "incremental" and self.last is None:
             self.last = result
         if kind == "incremental" and not self.next_run_notes:
-            undone = [
-                line.partition(_CLEANED_UP)[2] for line in result.stderr.splitlines() if _CLEANED_UP in line
-            ]
+            undone = [one["action"] for one in result.events("notes", RecoveredFromEarlierRun.code)]
             self.next_run_notes = f"next run: {'; '.join(undone)}" if undone else "next run: nothing to undo"
         point = str(result.document["point"])
         self.moments[point] = self._kept(point, self.moment())

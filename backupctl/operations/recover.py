@@ -27,6 +27,7 @@ from backupctl.errors import (
     RepositoryUnreadable,
     UnknownFormat,
 )
+from backupctl.events.backup import RecoveredFromEarlierRun
 from backupctl.names import Namespace, PointId, VmName
 from backupctl.options import DEFAULT_TIMEOUTS, Timeouts, VmConfig
 from backupctl.progress import Reporter
@@ -112,7 +113,7 @@ def recover(
     except RepositoryUnreadable as err:  # so nobody can tell what a dead run left
         raise needs_recovery(err, vm.name) from err
     for line in done:
-        reporter.note(line)
+        reporter.event(RecoveredFromEarlierRun(line))
     return Recovered((*thawed, *done))
 
 
@@ -229,7 +230,7 @@ def _thaw_first(vm: VmConfig, folder: VmFolder, timeouts: Timeouts, reporter: Re
     with suppress(AgentError):
         done = _thaw(vm, folder, timeouts)
     for line in done:
-        reporter.note(line)
+        reporter.event(RecoveredFromEarlierRun(line))
     return done
 
 

@@ -100,7 +100,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             (*(() if worker else left), *unmerged),
             "it waits for a few seconds, then leaves with exit code 75"
             if worker
-            else "the VM can't be reached, so the next run would fail",
+            else "cannot reach the VM, so the next run would fail",
         )
     plan, broken = _plan(inventory, facts, points, options, gone)
     refusal = refusal or broken

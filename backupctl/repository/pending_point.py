@@ -2,6 +2,7 @@
 """A point that a run is making: its journal, the commit, and how it is dropped."""
 
 import errno
+import logging
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 from backupctl.repository.point import Point
 from backupctl.system import durable, safe_open
+
+_log = logging.getLogger("backupctl.repository")
 
 PARTIAL = ".partial"
 
@@ -84,6 +87,7 @@ class PendingPoint:
             durable.rename(self.path, self.folder / self.point)
         except OSError as err:
             raise RepositoryError(f"cannot commit {self.path}: {err.strerror}") from err
+        _log.debug("%s is committed", self.folder / self.point)
         return Point(self.folder / self.point, manifest)
 
     def uncommit(self) -> None:
@@ -98,6 +102,7 @@ class PendingPoint:
 
         Raises RepositoryError.
         """
+        _log.debug("drop %s", self.path)
         try:
             with suppress(FileNotFoundError):
                 _empty(self.path)  # first: on a full disk this frees the space for the history's line

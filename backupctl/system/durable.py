@@ -7,12 +7,15 @@ again: the kernel may have dropped the data, and a second fsync may then succeed
 
 import ctypes
 import errno
+import logging
 import os
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+
+_log = logging.getLogger("backupctl.system.durable")
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK)
 _NO_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -23,6 +26,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 def sync_file(file: Path | int) -> None:
     """Flush the content of a file to stable storage, by its name or its descriptor. Raises OSError."""
     if isinstance(file, int):
+        _log.debug("fsync descriptor %d", file)
         os.fsync(file)
     else:
         _sync(file, os.O_RDONLY)
@@ -62,6 +66,7 @@ def sync_folder_if_it_can(path: Path) -> None:
 
 def make_folder(path: Path, mode: int = 0o700) -> None:
     """Create a folder, durably. Raises FileExistsError, OSError."""
+    _log.debug("mkdir %s", path)
     path.mkdir(mode=mode)
     sync_folder(path.parent)
 
@@ -70,12 +75,14 @@ def make_folders(path: Path) -> None:
     """Create a folder and the missing ones above it, durably, accessible to us only. Raises OSError."""
     for folder in reversed([path, *path.parents]):
         if not folder.is_dir():
+            _log.debug("mkdir %s", folder)
             folder.mkdir(mode=0o700, exist_ok=True)
             sync_folder(folder.parent)
 
 
 def write_new(path: Path, content: bytes, more: Iterable[memoryview] = ()) -> None:
     """Write and fsync a new file (not yet the folder that names it). Raises OSError."""
+    _log.debug("write %s, %d bytes", path, len(content))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -93,6 +100,7 @@ def replace(path: Path, content: bytes) -> None:
     # The content is durable before the rename: the other way round, a power failure could leave an empty
     # file.
     write_new(temporary, content)
+    _log.debug("rename %s to %s", temporary, path)
     temporary.rename(path)
     sync_folder(path.parent)
 
@@ -103,6 +111,7 @@ def append(path: Path, kept: bytes, content: bytes) -> None:
     After a crash, part of the new content or anything else may follow it. A file with a second hard link is
     replaced instead: whoever made that link wants a copy that does not change. Raises OSError.
     """
+    _log.debug("append to %s, %d bytes", path, len(content))
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
         if os.fstat(descriptor).st_nlink == 1:
@@ -127,6 +136,7 @@ def place(temporary: Path, target: Path) -> None:
 
     Raises FileExistsError, OSError.
     """
+    _log.debug("name %s %s", temporary, target)
     try:
         os.link(temporary, target)  # a rename would replace a file that another process has just created
     except OSError as err:
@@ -155,6 +165,7 @@ def rename(source: Path, target: Path) -> None:
 
     If the parent cannot be synced, the rename is undone. Raises OSError.
     """
+    _log.debug("rename %s to %s", source, target)
     source.rename(target)
     try:
         sync_folder(target.parent)
@@ -167,6 +178,7 @@ def rename(source: Path, target: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, if it exists, durably. Raises OSError."""
+    _log.debug("remove %s", path)
     path.unlink(missing_ok=True)
     sync_folder(path.parent)
 
@@ -185,6 +197,7 @@ def _append(file: FileIO, end: int, content: bytes) -> None:
 
 
 def _sync(path: Path, flags: int, *, forget: bool = False) -> None:
+    _log.debug("fsync %s", path)
     descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -3,6 +3,7 @@
 
 import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ from contextlib import suppress
 from typing import IO, TypeAlias
 
 from backupctl.errors import UNTOUCHED, Failed, RepositoryError
+from backupctl.system import log
+
+_log = logging.getLogger("backupctl.system.qemu_tools")
 
 Child: TypeAlias = "subprocess.Popen[bytes]"
 
@@ -42,6 +46,7 @@ def img(
     """
     user, group = rights or (None, None)
     command = [img_program(), *arguments]
+    _log.debug("run %s", log.Shown(command))
     try:
         return subprocess.run(
             command,
@@ -87,6 +92,7 @@ def start(
 
     complaints: gets its stderr. descriptors: those that it inherits, under the same numbers.
     """
+    _log.debug("start %s", log.Shown(list(command)))
     try:
         return subprocess.Popen(
             command,

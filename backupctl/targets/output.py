@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from backupctl.errors import UNTOUCHED, Locked, TargetExists, UsageError, WriteFailed
+from backupctl.events import Event
+from backupctl.events.restore import AttributesNotKept
 from backupctl.images import foreign_header
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
@@ -106,7 +108,7 @@ def _looking_at(target: Path) -> Iterator[int | None]:
 
 @contextmanager
 def file(
-    target: Path, *, force: bool, warn: Callable[[str], None] = lambda _text: None
+    target: Path, *, force: bool, warn: Callable[[Event], None] = lambda _event: None
 ) -> Iterator[OpenImage]:
     """Yield an open, empty file to write to; when the block ends, it is `target`, durably.
 
@@ -214,7 +216,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _into_place(
-    descriptor: int, temporary: Path, target: Path, *, force: bool, warn: Callable[[str], None]
+    descriptor: int, temporary: Path, target: Path, *, force: bool, warn: Callable[[Event], None]
 ) -> None:
     if force:
         with _looking_at(target) as replaced:
@@ -229,14 +231,11 @@ def _into_place(
         raise TargetExists(f"{target} was created by another process") from err
 
 
-def _take_after(replaced: int, descriptor: int, target: Path, warn: Callable[[str], None]) -> None:
+def _take_after(replaced: int, descriptor: int, target: Path, warn: Callable[[Event], None]) -> None:
     lost = ownership.keep(replaced, descriptor)
     os.fsync(descriptor)
     if lost:
-        warn(
-            f"{target} replaced a file, but could not be given its {', '.join(lost)}. "
-            "Check that the VM can open it"
-        )
+        warn(AttributesNotKept(target, tuple(lost)))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from backupctl.errors import UNTOUCHED, DamageFound, TargetExists, UsageError
+from backupctl.events import Event
 from backupctl.images import create
 from backupctl.images.open_image import OpenImage
 from backupctl.system import safe_open
@@ -23,7 +24,7 @@ def make(
     chain: Sequence[Path],
     *,
     force: bool,
-    warn: Callable[[str], None] = lambda _text: None,
+    warn: Callable[[Event], None] = lambda _event: None,
 ) -> None:
     """Make an empty overlay, durably; after a crash the target is absent (or as before), or complete.
 

@@ -7,6 +7,7 @@ failed (in CVE-2022-0485 a client took them for data).
 """
 
 import errno
+import logging
 import os
 import resource
 import select
@@ -21,6 +22,8 @@ import nbd
 
 from backupctl.errors import TransferError
 from backupctl.transfer.polling import poll_once
+
+_log = logging.getLogger("backupctl.transfer")
 
 BASE_ALLOCATION = "base:allocation"
 ALLOCATION_DEPTH = "qemu:allocation-depth"
@@ -62,6 +65,8 @@ class Connection:
 
         contexts: the meta contexts that the server must offer. Raises `failure`.
         """
+        where = address if isinstance(address, Path) else "a connected socket"
+        _log.debug("NBD %s: connect to %s, contexts %s", self._export, where, list(contexts))
         try:
             for context in contexts:
                 self.handle.add_meta_context(context)
@@ -76,6 +81,7 @@ class Connection:
             for context in contexts:
                 if not self.handle.can_meta_context(context):
                     raise self.failure(f"the NBD server does not offer the meta context {context}")
+            _log.debug("NBD %s: ready, %d bytes, %s", self._export, self.size(), self.handle.get_protocol())
         except (nbd.Error, OSError) as err:
             raise self.explained(err) from err
 
@@ -210,6 +216,7 @@ class Connection:
         otherwise it would log an error.
         """
         if self.handle is not None:
+            _log.debug("NBD %s: close", self._export)
             with suppress(nbd.Error, TransferError):
                 if self.handle.aio_is_ready():
                     self.handle.aio_disconnect()
@@ -218,6 +225,7 @@ class Connection:
 
     def explained(self, err: nbd.Error | OSError) -> TransferError:
         """Return `failure` with libnbd's reason."""
+        _log.debug("NBD %s: %s", self._export, err)
         if isinstance(err, OSError):
             return self.failure(f"the NBD connection failed: {err.strerror}")
         number = int(err.errnum or 0)

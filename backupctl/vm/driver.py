@@ -278,7 +278,7 @@ class Driver(Resolver, Protocol):
         """Say why these disks cannot have this view; "" if they can. Raises MonitorError."""
 
     def check_scratch(self, folder: Path) -> None:
-        """Refuse a scratch folder whose path cannot be told to the VM. Raises Refused."""
+        """Refuse a scratch folder whose path cannot be passed to the VM. Raises Refused."""
 
     def plan_scratch(
         self, disks: Sequence[Disk], options: ScratchOptions, guests: str = ""

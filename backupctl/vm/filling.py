@@ -4,7 +4,7 @@
 Were one full, the guests' own writes would fail: an image grows as its guest writes to new places. So
 whatever writes much ends while `LOW_BYTES` are left, if a virtual machine may need them. Whose images are
 there is asked of the processes on this machine, and only then; of the VM that is backed up its nodes tell as
-well. What can't be told counts as there.
+well. What is not known counts as there.
 """
 
 import time
@@ -24,13 +24,13 @@ _AGAIN_SECONDS = 2.0
 class Filling:
     """The file system of a folder that we fill.
 
-    told: what of the VM at hand lies on it, in words, "" if nothing is known to. process: that VM's QEMU,
-    None if it can't be told.
+    guests: what of the VM at hand lies on it, in words, "" if nothing is known to. process: that VM's QEMU,
+    None if that is not known.
     """
 
-    def __init__(self, folder: Path, told: str = "", process: int | None = None) -> None:
+    def __init__(self, folder: Path, guests: str = "", process: int | None = None) -> None:
         self.folder = folder
-        self._told = told
+        self._guests = guests
         self._process = process
         self._asked = -_AGAIN_SECONDS
 
@@ -55,18 +55,16 @@ class Filling:
 
         Raises OSError.
         """
-        if self._told:
-            return self._told
+        if self._guests:
+            return self._guests
         place, doubt = Place.of(self.folder), ""
         for process in sorted({*open_files.emulators(), *([self._process] if self._process else [])}):
             files = open_files.written(process)
             if files is None:
-                doubt = (
-                    f"a disk of another VM may lie on it (the files of process {process} can't be looked at)"
-                )
+                doubt = f"a disk of another VM may be on it (cannot look at the files of process {process})"
             for file in files or ():
                 if file.place.shared_with(place):
-                    return f"{file.path:.300} of the VM of process {process} lies on it too"
+                    return f"{file.path:.300} of the VM of process {process} is on it too"
         return doubt
 
 

@@ -332,7 +332,7 @@ def test_a_repository_beside_the_guests_disks_does_not_fill_their_file_system(
     lab = make_lab(any_build, {"vda": 32 << 20})
     lab.writer.do("vda", "data", 0, 32 << 20, 0x33)
     told = lab.backup("full", code=1)["error"]
-    assert "vda lies on it too" in told["message"]
+    assert "vda is on it too" in told["message"]
     assert "rolled back" in told["state"]
     lab.assert_at_rest(bitmaps_each=0)
     subprocess.run(["mount", "-o", "remount,size=600m", tmp_path], check=True)

@@ -110,7 +110,7 @@ def test_a_name_that_nobody_can_look_up_counts_as_there(any_build, make_lab, mou
     with Proxy(path, lab.machine.qmp_path):
         lab.cli.vm[1] = f"unix:{path}"
         message = lab.backup("incremental", code=1)["error"]["message"]
-    assert "of the VM may lie on it, which can't be told from here" in message
+    assert "of the VM may be on it; its path cannot be looked up from here" in message
 
 
 def test_a_scratch_folder_beside_a_disk_leaves_room_to_the_guest(newest_build, make_lab, mount, tmp_path):

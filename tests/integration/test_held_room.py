@@ -48,7 +48,7 @@ def test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_p
         lab.backup("full")
         assert kept_bytes(lab) == 0
         (told,) = lab.cli.json("status", "web")["leftovers"]
-    assert "room that can't be told from here" in told
+    assert "an amount that cannot be looked up from here" in told
 
 
 def test_the_room_of_a_dead_run_of_a_paused_vm_is_told_and_given_back(any_build, make_lab):

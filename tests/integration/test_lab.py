@@ -15,6 +15,7 @@ import pytest
 from fixtures import builds
 from fixtures import guest as guests
 from fixtures.agent import SENTINEL, PlayedAgent
+from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
 from fixtures.machine import Disk, Machine, line_socket
 from fixtures.simulated import Simulated
@@ -64,6 +65,58 @@ def test_a_required_qemu_that_cannot_be_had_fails_and_any_other_is_skipped(monke
         get_build("10.0")
     with pytest.raises(pytest.skip.Exception, match=r"no 7\.2 today"):
         get_build("7.2")
+
+
+@pytest.fixture
+def packaged(monkeypatch, tmp_path):
+    """Say what is installed and what Debian has: `packaged("8.2", {"7.2": "7.2", "11.1": "11.2"})`."""
+    monkeypatch.setattr(builds, "_found", {})
+    monkeypatch.delenv("BACKUPCTL_REQUIRE_QEMU", raising=False)
+
+    def make(installed: str, unpacked: dict[str, str]) -> None:
+        program = tmp_path / "qemu-system-x86_64"
+        program.write_text(f"#!/bin/sh\necho QEMU emulator version {installed}.1\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("QEMU", str(program) if installed else "no-such-qemu")
+
+        def unpack(version: str) -> Build:
+            if version not in unpacked:
+                raise CannotBeHad("no archive today")
+            return Build(unpacked[version], tmp_path / version)
+
+        monkeypatch.setattr(builds, "_unpacked", unpack)
+
+    return make
+
+
+def test_an_installed_qemu_of_any_version_is_tested(packaged):
+    packaged("8.2", {})
+    assert builds.versions() == ("7.2", "8.2", "10.0", "11.1")
+    assert {builds.build(which).version for which in ("installed", "oldest", "newest", "8.2")} == {"8.2"}
+    with pytest.raises(CannotBeHad, match="no archive today"):
+        builds.build("11.1")
+
+
+def test_versions_are_taken_in_the_order_of_their_numbers(packaged):
+    packaged("10.0", {"7.2": "7.2", "11.1": "11.1"})
+    found = [builds.build(which).version for which in ("oldest", "installed", "newest")]
+    assert found == ["7.2", "10.0", "11.1"]
+
+
+def test_what_replaces_the_newest_stands_in_its_place_and_nothing_older_does(packaged):
+    packaged("", {"7.2": "7.1", "10.0": "10.1", "11.1": "11.2"})
+    assert builds.build("11.1").version == builds.build("installed").version == "11.2"
+    for version in ("7.2", "10.0"):
+        with pytest.raises(CannotBeHad, match=f"QEMU {version} is wanted"):
+            builds.build(version)
+
+
+def test_a_required_newest_is_not_replaced_by_an_older_one(packaged, monkeypatch):
+    packaged("10.0", {})
+    monkeypatch.setenv("BACKUPCTL_REQUIRE_QEMU", "11.1")
+    with pytest.raises(pytest.fail.Exception, match="no archive today"):
+        get_build("newest")
+    assert get_build("installed").version == "10.0"
 
 
 @KINDS
@@ -140,7 +193,7 @@ def test_a_closed_machine_leaves_no_process_and_no_folder(any_build, tmp_path, k
 def test_a_machine_ends_with_a_test_that_is_killed(any_build, tmp_path):
     program = (
         "from fixtures import builds, machine; import time\n"
-        "m = machine.Machine(builds.build('7.2'), []); m.start()\n"
+        "m = machine.Machine(builds.build('installed'), []); m.start()\n"
         "print(m.process.pid, m.folder, flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
@@ -239,7 +292,7 @@ def test_the_simulated_moment_is_the_model_as_it_was_at_the_transaction(make_lab
 @pytest.mark.guest
 def test_the_played_agent_answers_as_the_real_one(boot, tmp_path):
     """Same keys, same types, same values where they mean something; also while frozen."""
-    guest, _ = boot(get_build("7.2"))
+    guest, _ = boot(get_build("installed"))
     commands = (
         *("guest-ping", "guest-fsfreeze-status", "guest-fsfreeze-freeze", "guest-fsfreeze-status"),
         *("guest-fsfreeze-freeze", "guest-fsfreeze-freeze-list", "guest-ping"),
@@ -252,7 +305,7 @@ def test_the_played_agent_answers_as_the_real_one(boot, tmp_path):
 
 @pytest.mark.guest
 def test_the_real_agent_puts_the_sentinel_before_the_answer_to_a_sync(boot, tmp_path):
-    guest, _ = boot(get_build("7.2"))
+    guest, _ = boot(get_build("installed"))
     sync = b'{"execute": "guest-sync-delimited", "arguments": {"id": 7}}\n'
     with PlayedAgent(tmp_path / "ga") as agent:
         for path in (agent.path, guest.agent_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Older points are gone, or can't be restored any more: all that is said says so, and no run is hindered."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -79,11 +80,12 @@ def test_a_run_that_meets_damage_commits_and_then_says_what_is_lost(lab):
     flip(lab.cli.repository / "web" / points[0] / "vda.digests")
     lab.writer.write(5)
     lab.writer.remember()
-    done = lab.cli.run("incremental", "web", "--quiet", code=4)
+    done = lab.cli.run("incremental", "web", "--quiet", "--json", code=4)
     (new,) = {path.name for path in (lab.cli.repository / "web").glob("2*Z")} - set(points)
     assert f"the new point {new} of web is committed and whole" in done.stderr
-    for point in points:
-        assert f"warning: vda of {point} can't be restored" in done.stderr
+    warned = [one for one in json.loads(done.stdout)["warnings"] if one["code"] == "point-damaged"]
+    assert [(one["point"], one["disk"]) for one in warned] == [(point, "vda") for point in points]
+    assert all(f"warning: {one['message']}" in done.stderr for one in warned)
     assert "next:  backupctl verify web" in done.stderr
     lab.assert_point(new, lab.writer.moment)
     lab.assert_at_rest()

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.simulator_too
 
 
 @pytest.fixture
-def lab(build72, make_lab):
-    made = make_lab(build72)
+def lab(any_build, make_lab):
+    made = make_lab(any_build)
     made.writer.write(20)
     made.backup("full")
     made.writer.write(5)

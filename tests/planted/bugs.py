@@ -270,7 +270,7 @@ BUGS = (
         "recovery leaves the job",
         "teardown",
         "        _end_job(monitor, name)\n"
-        '        told.append(f"ended the job {name}")\n'
+        '        done.append(f"ended the job {name}")\n'
         '    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
         "patience_seconds)\n",
         "        pass\n",

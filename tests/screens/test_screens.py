@@ -21,6 +21,8 @@ from backupctl.errors import (
     NeedsRecovery,
     WriteFailed,
 )
+from backupctl.events import StepStarted
+from backupctl.events.backup import CrashConsistent, DiskSkipped, RecoveredFromEarlierRun
 from backupctl.names import BitmapName, DiskName, NodeName, VmName
 from backupctl.operations import bitmaps, status
 from backupctl.operations import recover as recovery
@@ -182,9 +184,11 @@ def fake_run(ctx):
     """Tell what a run tells."""
     reporter, options = ctx.reporter, ctx.options
     for step in ("prepare", "attach", "freeze", "transaction", "export", "copy"):
-        reporter.step(step)
-    reporter.note("cdrom0 is left out: a read-only medium, which holds nothing that the guest could change")
-    reporter.warn(LONG)
+        reporter.event(StepStarted(step))
+    reporter.event(
+        DiskSkipped("cdrom0", "a read-only medium, which holds nothing that the guest could change")
+    )
+    reporter.event(CrashConsistent(LONG))
     reporter.progress(DiskName("vda"), 1 << 30, 1 << 30)
     return report(options.kind)
 
@@ -236,7 +240,7 @@ def test_recover(show, monkeypatch, tmp_path):
     Repository.create(tmp_path / "repository")
 
     def recover(_vm, _repository, reporter, *_more):
-        reporter.note("thawed the guest's file systems")
+        reporter.event(RecoveredFromEarlierRun("thawed the guest's file systems"))
         return Recovered(("thawed the guest's file systems",))
 
     monkeypatch.setattr(recovery, "recover", recover)

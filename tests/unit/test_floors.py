@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 FLOORS = (
     {"errors"},
     {"names", "cancel", "sizes"},
-    {"system"},
+    {"system", "events"},
     {"finding", "progress", "options", "digests", "images"},
     {"targets", "transfer"},
     {"vm", "repository"},

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 
 from backupctl.cancel import Cancellation
+from backupctl.events import StepStarted
 from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
@@ -46,7 +47,7 @@ class RunContext:
     def step(self, name: str) -> None:
         """Enter a step, and report it."""
         self.enter(name)
-        self.reporter.step(name)
+        self.reporter.event(StepStarted(name))
 
     def enter(self, name: str) -> None:
         """Enter a step without reporting it: the guest is frozen, and nothing may wait for a terminal."""

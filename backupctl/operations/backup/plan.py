@@ -99,7 +99,7 @@ def plan(
     broken = [one for one in plans if one.reason]
     if broken and on_broken_chain == "fail":
         raise Refused(
-            "; ".join(f"{one.disk.name} can't be taken incrementally: {one.reason}" for one in broken),
+            "; ".join(f"{one.disk.name} cannot be taken incrementally: {one.reason}" for one in broken),
             state="nothing was touched",
         )
     if on_broken_chain == "full":
@@ -208,9 +208,9 @@ def bitmap_error(
     if bitmap.inconsistent:
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
     if not disk.trusts(bitmap):
-        return "its data lie in another file than its bitmap, and may have been exchanged since it was stored"
+        return "its data are in another file than its bitmap, and may have been replaced since it was stored"
     if newest and not bitmap.recording:
-        return "its bitmap is not recording (it was disabled), so changes may be missing from it"
+        return "its dirty bitmap is disabled, so changes may be missing from it"
     if bitmap.busy:
         return "its bitmap is in use by another operation"
     return ""

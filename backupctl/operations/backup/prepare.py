@@ -20,6 +20,18 @@ from backupctl.errors import (
     Refused,
     ViewUnavailable,
 )
+from backupctl.events.backup import (
+    BitmapNotPersistent,
+    DiskEncrypted,
+    DiskMissing,
+    DiskScanned,
+    DiskSkipped,
+    DiskTakenFull,
+    NoPointToBuildOn,
+    RecoveredFromEarlierRun,
+    ScratchMayNotSuffice,
+)
+from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
@@ -91,14 +103,14 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     recorded = recover.newest_recorded(driver, facts.namespace)
     gone = recover.gone(driver, facts)
     for done in recover.recover_vm(vm, facts, driver, options.scratch.folder, options.timeouts):
-        reporter.note(f"from an earlier run: {done}")
+        reporter.event(RecoveredFromEarlierRun(done))
     audit.reconcile(folder)
     for problem in audit.problems(folder):
-        reporter.warn(f"{problem.message}; see `backupctl verify {vm.name}`")
+        reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
     refuse_folders(ctx.repository.path, options.scratch.folder, driver)
     inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:
-        reporter.note(f"{name} is left out: {why}")
+        reporter.event(DiskSkipped(name, why))
     plan = _plan(ctx, inventory, chosen, gone)
     _report(plan, options, reporter)
     scratch_folder.check(options.scratch.folder)
@@ -113,8 +125,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
 def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
     folder, options = ctx.folder, ctx.options
     scanned = folder.scan_points()
-    for _, err in scanned.damaged:
-        ctx.reporter.warn(f"not building on a damaged point: {err.message}")
+    for path, err in scanned.damaged:
+        ctx.reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
         options.kind,
         chosen,
@@ -151,10 +163,10 @@ def _damaged(
     try:
         broken = chain.damaged(folder)
     except BackupctlError as err:
-        reporter.warn(f"it can't be told which older points are damaged: {err.message}")
+        reporter.event(DamageUnknown(err.message))
         broken = ()
     for one in broken:
-        reporter.warn(str(one))
+        reporter.event(PointDamaged(one.point, one.disk, one.why))
     return tuple(sorted(found | {(one.point, one.disk) for one in broken}))
 
 
@@ -171,7 +183,7 @@ def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk,
 
 
 def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
-    """Refuse what would fail only after the freeze: a path that QEMU cannot be told, no place for a socket.
+    """Refuse what would fail only after the freeze: a path that QEMU cannot open, no place for a socket.
 
     folder: for scratch files. Raises Refused, Failed.
     """
@@ -179,7 +191,7 @@ def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
         str(repository.absolute()).encode()
     except UnicodeEncodeError as err:
         raise Refused(
-            f"the path {repository} is not UTF-8, so QEMU can't be told of it; use another name",
+            f"the path {repository} is not UTF-8, so it cannot be passed to QEMU; use another name",
             state="nothing was touched",
         ) from err
     driver.check_scratch(folder)
@@ -194,36 +206,24 @@ def _budgets(
     budgets = driver.plan_scratch(chosen, options.scratch, guests)
     if short := [disk.name for disk, one in zip(chosen, budgets, strict=True) if one.size < one.ideal_bytes]:
         has, wants = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
-        reporter.warn(
-            f"the scratch file of {', '.join(short)} may not suffice: {has >> 20} MiB are set aside in "
-            f"{options.scratch.folder}, {wants >> 20} MiB would do for a guest that overwrites all it has; "
-            "if it is too little the run is given up, and the guest goes on"
-        )
+        reporter.event(ScratchMayNotSuffice(tuple(short), options.scratch.folder, has, wants))
     return budgets
 
 
 def _report(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
     for gone in plan.missing:
-        reporter.warn(str(gone))
+        reporter.event(DiskMissing(gone.name, gone.point))
     if options.kind == "incremental" and plan.kind == "full":
-        reporter.note("there is no point to build on yet: this is a full")
+        reporter.event(NoPointToBuildOn())
     for one in plan.disks:
-        if one.reason:
-            how = f"is read whole and compared with {one.base}" if one.scanned else "is taken full"
-            say = reporter.warn if one.damaged else reporter.note
-            say(f"{one.disk.name} {how}: {one.reason}")
-        # Repeated each night these would hide what is new; `doctor` goes on showing them.
-        say = reporter.note if plan.parent else reporter.warn
+        if one.reason and one.base and one.scanned:
+            reporter.event(DiskScanned(one.disk.name, one.base, one.reason, one.damaged))
+        elif one.reason:
+            reporter.event(DiskTakenFull(one.disk.name, one.reason, one.damaged))
         if not one.disk.persistent:
-            say(
-                f"{one.disk.name} is {one.disk.driver}, so its dirty bitmap does not survive a QEMU restart; "
-                "the next incremental will then read the whole disk"
-            )
+            reporter.event(BitmapNotPersistent(one.disk.name, one.disk.driver, full=not plan.parent))
         if one.disk.encrypted:
-            say(
-                f"{one.disk.name} is encrypted in the VM, and is stored as the guest sees it, in plain text: "
-                "encrypt the repository's file system if that matters"
-            )
+            reporter.event(DiskEncrypted(one.disk.name, full=not plan.parent))
 
 
 def what_next(err: BaseException, kind: Kind, vm: VmName) -> str:

@@ -33,6 +33,7 @@ from backupctl.errors import (
     FreezeOverrun,
     Refused,
 )
+from backupctl.events.backup import CrashConsistent
 from backupctl.names import PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import outcome, prepare
@@ -160,7 +161,7 @@ class _Run:
             return FreezeEntry(mode, "frozen", round(thawed.milliseconds))
         if mode == "require":
             raise FreezeOverrun(thawed.doubt)
-        self.ctx.reporter.warn(f"this point is only crash-consistent: {thawed.doubt}")
+        self.ctx.reporter.event(CrashConsistent(thawed.doubt))
         return FreezeEntry(mode, "none", None)
 
     def _will_freeze(self) -> bool:
@@ -177,7 +178,7 @@ class _Run:
     def _go_on_without_freeze(self, err: AgentError) -> None:
         if self.ctx.options.freeze.mode == "require":
             raise err
-        self.ctx.reporter.warn(f"not frozen, so this point is only crash-consistent: {err}")
+        self.ctx.reporter.event(CrashConsistent(str(err)))
 
     def _request(self, point: PointId, *, freezes: bool) -> Request:
         options, name = self.ctx.options, self.facts.namespace.bitmap

@@ -124,7 +124,7 @@ def _locked(path: Path) -> str:
     there = _existing(path)
     if os.access(there, os.W_OK | os.X_OK):
         return ""
-    return f"{there} can't be written to: we lack the rights, or its file system is read-only"
+    return f"cannot write to {there}: permission denied, or a read-only file system"
 
 
 def _existing(path: Path) -> Path:
@@ -190,8 +190,8 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
         yield Finding(
             "disks",
             "warning",
-            f"{', '.join(transient)} can't store a bitmap: the first incremental after each restart of QEMU "
-            "must read all of it",
+            f"{', '.join(transient)} cannot store a dirty bitmap: the first incremental after each QEMU "
+            "restart reads the whole disk",
             "qcow2 of version 3 (compat=1.1) without a data file can",
         )
     if encrypted := [one.name for one in inventory.disks if one.encrypted]:
@@ -226,10 +226,10 @@ def _scratch(driver: Driver, inventory: Inventory, options: RunOptions) -> Itera
         yield Finding("scratch", "bad", err.message)
         return
     size, wanted = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
-    said = f"{folder}: {_mib(size)} would be set aside for a run"
+    said = f"{folder}: {_mib(size)} would be reserved for a run"
     if size < wanted:
-        said += f"; {_mib(wanted)} would do for a guest that overwrites all it has meanwhile"
-        yield Finding("scratch", "warning", said, "more room, or another folder: scratch, --scratch")
+        said += f"; {_mib(wanted)} would be enough if the guest overwrote everything meanwhile"
+        yield Finding("scratch", "warning", said, "more space, or another directory: scratch, --scratch")
     else:
         yield Finding("scratch", "ok", said)
 
@@ -253,7 +253,10 @@ def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
     costs = "the run is refused" if options.freeze.mode == "require" else "points are crash-consistent"
     if not can_freeze(vm):
         yield Finding(
-            "agent", without, f"none is named, so {costs}", "agent = in the configuration, or --agent"
+            "agent",
+            without,
+            f"no agent is configured, so {costs}",
+            "agent = in the configuration, or --agent",
         )
         return
     try:

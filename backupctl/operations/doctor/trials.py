@@ -185,9 +185,9 @@ _REPOSITORY = (
         "locking a file (flock)",
         _lock_file,
         "bad",
-        "two runs at once could not be told apart, so none begins",
+        "two runs at once could not be kept apart, so none starts",
     ),
-    _Trial("locking a folder (flock)", _lock_folder, "warning", "prune can't work there"),
+    _Trial("locking a folder (flock)", _lock_folder, "warning", "prune does not work there"),
     _Trial(
         "mapping a file (mmap)",
         _map,
@@ -203,7 +203,7 @@ _SCRATCH = (
         "setting room aside (fallocate)",
         _reserve,
         "warning",
-        "the run can't be sure of its room, and gives up when little is left",
+        "the space is not guaranteed: a run is given up when little is left",
         "another folder: scratch, --scratch",
     ),
 )
@@ -212,9 +212,9 @@ _TEMPORARY = (
         "a socket",
         _socket,
         "bad",
-        "QEMU's tools can't be reached",
+        "QEMU's tools cannot be reached",
         "set TMPDIR to a folder with a short path",
     ),
     _Trial("locking a folder (flock)", _lock_temporary, "bad", "no socket is made there", _TEMP),
-    _Trial("a file of 1 MiB", _room, "bad", "QEMU's tools can't tell of their errors", _TEMP),
+    _Trial("a file of 1 MiB", _room, "bad", "errors of QEMU's tools would be lost", _TEMP),
 )

@@ -21,6 +21,8 @@ from functools import partial
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
+from backupctl.events import StepStarted
+from backupctl.events.prune import LeftForNextPrune, PointDropped
 from backupctl.names import DiskName, PointId
 from backupctl.operations.prune import copy_layer, retention
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
@@ -196,7 +198,7 @@ class _Steps:
             )
             return
         self.outcome.dropped.append(point)
-        self.reporter.note(f"dropped {point}")
+        self.reporter.event(PointDropped(point))
 
     def remove_leftovers(self) -> None:
         """Remove folders that a prune was removing when it crashed; those of backups are for `recover`."""
@@ -257,7 +259,7 @@ class _Steps:
 
     def _merge(self, lower: Point, upper: Point, disk: DiskName) -> None:
         """Do steps 1 to 3 of a merge; `_next` then finds step 4, the exchange of the images."""
-        self.reporter.step(f"merge {disk} of {upper.id} into {lower.id}")
+        self.reporter.event(StepStarted(f"merge {disk} of {upper.id} into {lower.id}"))
         try:
             one = Merge.of(upper, chain.layers(self.folder, upper, disk))
             with ExitStack() as held:
@@ -311,7 +313,7 @@ class _Steps:
 
     def _leave(self, why: str) -> None:
         self.outcome.left.append(why)
-        self.reporter.warn(why)
+        self.reporter.event(LeftForNextPrune(why))
 
 
 def _refuse_unknown(folder: VmFolder) -> None:

@@ -23,6 +23,8 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, hashing
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
+from backupctl.events import StepStarted
+from backupctl.events.restore import TargetLarger, TargetResized
 from backupctl.images.create import ImageFormat
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations import endpoints
@@ -174,11 +176,9 @@ def _resize(one: _Target) -> None:
     if one.size == wanted:
         return
     if one.target.device:
-        one.reporter.note(
-            f"{one.target.path} is larger than {one.name}: its last {one.size - wanted} bytes stay unchanged"
-        )
+        one.reporter.event(TargetLarger(one.target.path, one.name, one.size - wanted))
         return
-    one.reporter.note(f"{one.target.path} has {one.size} bytes and is resized to the disk's {wanted}")
+    one.reporter.event(TargetResized(one.target.path, one.size, wanted))
     one.target.resize(wanted)
 
 
@@ -197,7 +197,7 @@ def _differing(one: _Target, address: Path) -> NDArray[np.bool_]:
         first = extent.offset // CLUSTER_BYTES
         found[first : first + clusters.count(extent.length)] = True
 
-    one.reporter.step(f"compare {one.target.path} with {one.name}")
+    one.reporter.event(StepStarted(f"compare {one.target.path} with {one.name}"))
     with endpoints.read_server(address) as source:
         Copy(
             source,
@@ -230,7 +230,7 @@ def _write(one: _Target, address: Path, differing: NDArray[np.bool_]) -> int:
     total = sum(extent.length for extent in _wanted(differing, one.expected))
     if not total:
         return 0
-    one.reporter.step(f"write what differs: {total} of {one.expected.size_bytes} bytes")
+    one.reporter.event(StepStarted(f"write what differs: {total} of {one.expected.size_bytes} bytes"))
     with (
         endpoints.read_chain(one.task.layers) as source,
         endpoints.write_server(address, one.stop.check, flush_seconds=sink.DISK_SECONDS) as target,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import UsageError, WriteFailed
+from backupctl.events.restore import PointMustStay
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.restore import destination, request
 from backupctl.operations.restore.destination import STDOUT
@@ -55,16 +56,14 @@ def restore(wanted: RestoreRequest, reporter: Reporter) -> OverlayReport:
         made = tuple(_make(wanted, task, reporter) for task in tasks.disks)
     vm = wanted.folder.name
     for needed in sorted({one.point for one in made}):
-        reporter.note(
-            f"these overlays need the recovery point {needed} to stay: backupctl protect {vm} {needed}"
-        )
+        reporter.event(PointMustStay(vm, needed))
     return OverlayReport(vm, wanted.point, made, tasks.missing)
 
 
 def _make(wanted: RestoreRequest, task: DiskTask, reporter: Reporter) -> OverlayDisk:
     path, images = Path(task.target), [layer.path for layer in task.layers]
     try:
-        overlay.make(path, task.entry.size, images, force=wanted.overwrite, warn=reporter.warn)
+        overlay.make(path, task.entry.size, images, force=wanted.overwrite, warn=reporter.event)
     except OSError as err:
         raise WriteFailed(f"cannot make {path}: {err.strerror}") from err
     return OverlayDisk(task.entry.name, path, task.entry.size, images[0].resolve(), task.point)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from backupctl.errors import UsageError
+from backupctl.events.restore import DiskFromEarlierPoint, DisksNotRestored
 from backupctl.names import DiskName, PointId
 from backupctl.progress import Reporter
 from backupctl.repository import chain, read_locks
@@ -72,7 +73,7 @@ def chosen(
         for one in absent:
             other = held.enter_context(read_locks.reading(folder, one.point))
             parts += [Part(other, entry) for entry in other.manifest.disks if entry.name == one.name]
-            reporter.note(f"{one.name} is not in {point.id}: it is restored as it was at {one.point}")
+            reporter.event(DiskFromEarlierPoint(one.name, point.id, one.point))
         yield Selection(tuple(parts), ())
 
 
@@ -98,8 +99,4 @@ def _one(folder: VmFolder, point: Point, disk: str, absent: tuple[MissingDisk, .
 
 def _warn(point: Point, absent: tuple[MissingDisk, ...], reporter: Reporter) -> None:
     if absent:
-        named = ", ".join(f"{one.name} (newest point {one.point})" for one in absent)
-        reporter.warn(
-            f"{point.id} does not hold every disk of the VM. Not restored: {named}. "
-            "--all-disks restores these from there."
-        )
+        reporter.event(DisksNotRestored(point.id, {one.name: one.point for one in absent}))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Interrupted, TransferError, UsageError, WriteFailed, moving
+from backupctl.events import StepStarted
+from backupctl.events.restore import RestoredUnverified, RestoredWithDamage
 from backupctl.images.create import ImageFormat
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.restore import destination, request
@@ -96,7 +98,7 @@ def _restore(wanted: RestoreRequest, task: DiskTask, reporter: Reporter, stop: C
     started = time.monotonic()
     entry = task.entry
     stop.check()
-    reporter.step(f"restore {entry.name}")
+    reporter.event(StepStarted(f"restore {entry.name}"))
 
     def progress(done_bytes: int) -> None:
         reporter.progress(entry.name, done_bytes, entry.size)
@@ -112,9 +114,9 @@ def _restore(wanted: RestoreRequest, task: DiskTask, reporter: Reporter, stop: C
         raise err.add(state=_left_behind(task.target), next_command="backupctl restore") from err
     progress(entry.size)
     if reader.damaged:
-        reporter.warn(f"{entry.name}: restored with damaged data: {format_ranges(reader.damaged)}")
+        reporter.event(RestoredWithDamage(entry.name, format_ranges(reader.damaged)))
     if reader.unverified:
-        reporter.warn(f"{entry.name}: restored without verification: {reader.unverified}")
+        reporter.event(RestoredUnverified(entry.name, reader.unverified))
     return RestoredDisk(
         name=entry.name,
         path=task.target,
@@ -136,7 +138,7 @@ def _write(reader: DiskReader, task: DiskTask, reporter: Reporter, *, overwrite:
                 with output.device(Path(task.target), task.entry.size) as target:
                     reader.into_image(target, task.format, onto_device=True)
             else:
-                with output.file(Path(task.target), force=overwrite, warn=reporter.warn) as target:
+                with output.file(Path(task.target), force=overwrite, warn=reporter.event) as target:
                     reader.into_image(target, task.format, onto_device=False)
     except OSError as err:
         raise WriteFailed(f"cannot write {_name_of(task.target)}: {err.strerror}") from err

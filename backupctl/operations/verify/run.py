@@ -28,6 +28,8 @@ from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
+from backupctl.events import StepStarted
+from backupctl.events.repository import DamageDetected, NotChecked, NothingToVerify
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.verify.impact import Affected, Impact
 from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope
@@ -119,7 +121,7 @@ def verify(
             found.add_unchecked(folder, folder.path, "", err)
     if not found.points and not found.damage:
         _refuse_empty(repository, vm)
-        reporter.warn(f"nothing to verify: there are no recovery points in {repository.path}")
+        reporter.event(NothingToVerify(repository.path))
     return VerifyReport(
         vms=tuple(folder.name for folder in folders),
         points=found.points,
@@ -156,14 +158,14 @@ class _Findings:
 
     def add_damage(self, one: Damage) -> None:
         self.damage.append(one)
-        self.reporter.warn(one.message)
+        self.reporter.event(DamageDetected(one.vm, one.kind, one.path, one.disk, one.message))
 
     def add_unchecked(self, folder: VmFolder, path: Path, disk: str, err: RepositoryUnreadable) -> None:
         """Add what cannot be read, once."""
         one = Unchecked(folder.name, path, disk, err.message)
         if one not in self.unchecked:
             self.unchecked.append(one)
-            self.reporter.warn(f"not checked: {err.message}")
+            self.reporter.event(NotChecked(folder.name, path, disk, err.message))
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ class _VmCheck:
 
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs. Raises as `verify`."""
-        self.reporter.step(f"verify {self.folder.name}")
+        self.reporter.event(StepStarted(f"verify {self.folder.name}"))
         chosen = None if wanted is None else _with_valid_entries(self._point(wanted))
         contents, maps = _Contents.scan(self.folder), _DigestMaps(self.stop)
         retired = {point.id for point in contents.retired.points}

@@ -10,14 +10,21 @@ import json
 import secrets
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from backupctl.errors import AgentRefused, AgentTimeout, AgentUnavailable
 from backupctl.system.address import Address
 
 MAX_REPLY_BYTES = 1 << 20
+
+
+def _no_log(_format: str, *_arguments: object) -> None:
+    pass
+
+
 _DELIMITER = b"\xff"
 
 
@@ -39,6 +46,10 @@ class Agent:
     it, at which every command has ended all the same; None for no such limit.
     """
 
+    log: ClassVar[Callable[..., None]] = staticmethod(_no_log)
+    """Gets a debug line for each command. The guard process, which starts anew for each run, imports this
+    module too: it must not wait for the import of `logging`, so whoever logs puts it here."""
+
     def __init__(self, connection: socket.socket, timeout_seconds: float) -> None:
         self._socket = connection
         self._timeout = timeout_seconds
@@ -49,6 +60,7 @@ class Agent:
     @classmethod
     def connect(cls, address: Address, timeout_seconds: float) -> Self:
         """Connect; nothing is said yet. Raises AgentUnavailable."""
+        cls.log("connect to %s", address)
         try:
             made = address.connect(timeout_seconds)
         except (OSError, UnicodeError) as err:  # UnicodeError: a host's name that can't be one
@@ -154,8 +166,11 @@ class Agent:
                 return
 
     def _exchange(self, message: dict[str, Any], deadline: float) -> dict[str, Any]:
+        self.log("-> %s", message["execute"])
         self._send(_line(message), deadline)
-        return self._reply(deadline)
+        reply = self._reply(deadline)
+        self.log("<- %.200s", reply)
+        return reply
 
     def _send(self, content: bytes, deadline: float) -> None:
         self._socket.settimeout(_left(deadline))

@@ -2,6 +2,7 @@
 """The run's handle on its guard (see `guard_process`)."""
 
 import json
+import logging
 import os
 import select
 import socket
@@ -24,7 +25,10 @@ from backupctl.errors import (
 )
 from backupctl.system.address import Address
 from backupctl.vm.driver import Thawed
-from backupctl.vm.guest.agent import thaw_if_frozen
+from backupctl.vm.guest.agent import Agent, thaw_if_frozen
+
+_log = logging.getLogger("backupctl.vm.guest")
+Agent.log = _log.debug
 
 _START_SECONDS = 20.0
 _ANSWER_SECONDS = 10.0
@@ -74,7 +78,7 @@ class GuardClient:
                 process = _spawn(arguments, (its.fileno(), lock))
         except OSError as err:
             ours.close()
-            raise GuardLost(f"the guard process can't be started: {err.strerror}") from err
+            raise GuardLost(f"cannot start the guard process: {err.strerror}") from err
         guard = cls(process, ours, agent, agent_timeout_seconds)
         try:
             guard._receive(_START_SECONDS)
@@ -113,9 +117,9 @@ class GuardClient:
 
         Raises FreezeOverrun if the guard had to thaw it before, AgentError, GuardLost.
         """
-        told = self._ask({"do": "thaw"})
+        answer = self._ask({"do": "thaw"})
         self._due = None
-        return Thawed(float(told["milliseconds"]), str(told["doubt"]))
+        return Thawed(float(answer["milliseconds"]), str(answer["doubt"]))
 
     def may_be_frozen(self) -> bool:
         """Whether the guest is, or may be, still frozen by us. Raises GuardLost."""
@@ -213,6 +217,7 @@ class GuardClient:
         return answer.get("value")
 
     def _send(self, request: dict[str, object], descriptors: tuple[int, ...]) -> None:
+        _log.debug("guard %d -> %s", self._process.pid, request)
         try:
             self._pair.settimeout(_OVERDUE_SECONDS)
             socket.send_fds(self._pair, [json.dumps(request).encode()], list(descriptors))
@@ -231,6 +236,7 @@ class GuardClient:
             raise self._lost("has died") from err
         if not content:
             raise self._lost("has died")
+        _log.debug("guard %d <- %.1000s", self._process.pid, content.decode(errors="replace"))
         return dict(json.loads(content))
 
     def _lost(self, why: str) -> GuardLost:
@@ -238,6 +244,7 @@ class GuardClient:
 
         It has the agent, whose channel serves one client at a time, until it is dead.
         """
+        _log.debug("guard %d %s", self._process.pid, why)
         self._process.kill()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_ANSWER_SECONDS)

@@ -106,12 +106,12 @@ def broken_chain_bitmaps(
 class BitmapPlan:
     """What finishes or undoes the bitmaps of one repository.
 
-    told: in words what was done, once it is. ahead: the same before it is done.
+    done: in words what was done, to be reported afterwards. planned: the same, before it is done.
     """
 
     actions: tuple[Action, ...]
-    told: tuple[str, ...]
-    ahead: tuple[str, ...] = ()
+    done: tuple[str, ...]
+    planned: tuple[str, ...] = ()
 
 
 def plan_bitmap_recovery(
@@ -132,24 +132,24 @@ def plan_bitmap_recovery(
     """
     bitmaps = tuple(bitmaps)
     ours = _ours(bitmaps, namespace, theirs)
-    done = [one for point, one in ours if committed(point)]
-    newest = done[-1] if done else None
+    valid = [one for point, one in ours if committed(point)]
+    newest = valid[-1] if valid else None
     gone = [one for point, one in ours if not committed(point)]
     unfinished = [one for one in gone if newest is None or one.name > newest.name]
     pruned = [one for one in gone if one not in unfinished]
-    kept = _usable_checkpoints(done[:-1], gone)[-checkpoints:] if checkpoints else []
+    kept = _usable_checkpoints(valid[:-1], gone)[-checkpoints:] if checkpoints else []
     actions = [
         _on(one.node, one.name, "remove") for one in bitmaps if one.name == namespace.differential_bitmap
     ]
     actions += _roll_back(unfinished, newest) + _retain_checkpoints(kept, pruned)
-    told = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
-    ahead = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
-    for old in done[:-1]:
+    done = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
+    planned = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
+    for old in valid[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
-            told.append(f"removed the bitmap {old.name} from {old.node}: {newest.name} replaces it")
-            ahead.append(f"to clean up: bitmap {old.name} on {old.node}, which {newest.name} replaces")
-    return BitmapPlan(tuple(actions), tuple(told), tuple(ahead))
+            done.append(f"removed the bitmap {old.name} from {old.node}: {newest.name} replaces it")
+            planned.append(f"to clean up: bitmap {old.name} on {old.node}, which {newest.name} replaces")
+    return BitmapPlan(tuple(actions), tuple(done), tuple(planned))
 
 
 def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool) -> tuple[Bitmap, ...]:

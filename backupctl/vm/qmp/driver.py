@@ -73,14 +73,14 @@ class QmpDriver:
         return snapshot_access.view_error(self._monitor, disks) if view == "snapshot-access" else ""
 
     def check_scratch(self, folder: Path) -> None:
-        """Where QEMU gets scratch files as descriptors, it need not be told the name of their folder."""
+        """Where QEMU gets scratch files as descriptors, it needs no name of their folder."""
         if self._monitor.passes_descriptors:
             return
         try:
             str(folder.absolute()).encode()
         except UnicodeEncodeError as err:
             raise Refused(
-                f"the path {folder} is not UTF-8, so QEMU can't be told of it; use another name",
+                f"the path {folder} is not UTF-8, so it cannot be passed to QEMU; use another name",
                 state="nothing was touched",
             ) from err
 

@@ -103,9 +103,9 @@ class Fleecing:
         for number, (one, budget) in enumerate(zip(self._disks, self._budgets, strict=True)):
             if self._namespace.node(NodeKind.FILE, number) in passed:
                 raise Failed(
-                    f"the guest overwrote so much of {one.disk.name} that its scratch file is filling up "
-                    f"({budget.size >> 20} MiB were set aside in {self._scratch.folder}, "
-                    f"{budget.ideal_bytes >> 20} MiB would do for all that the disk holds): "
+                    f"the guest overwrote much of {one.disk.name}, and its scratch file is filling up "
+                    f"({budget.size >> 20} MiB were reserved in {self._scratch.folder}, "
+                    f"{budget.ideal_bytes >> 20} MiB would be enough for all that the disk holds): "
                     "gave up before the guest's own writes could fail"
                 )
         if self._started:

@@ -27,7 +27,7 @@ from qemu.qmp.qmp_client import BadReplyError
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import CommandFailed, Interrupted, MonitorError, MonitorUnreachable, OutcomeUnknown
-from backupctl.system import open_files
+from backupctl.system import log, open_files
 from backupctl.system.address import Address
 from backupctl.vm.qmp import reply
 
@@ -35,6 +35,7 @@ T = TypeVar("T")
 _LOOK_SECONDS = 0.2
 _TURNS = 10  # of the event loop: a message passes through several tasks before it is heard
 
+_log = logging.getLogger("backupctl.vm.qmp")
 _logger = logging.getLogger("qemu.qmp")
 _logger.addHandler(logging.NullHandler())
 _logger.propagate = False  # its errors reach the user as ours; a second, raw line would only confuse
@@ -76,11 +77,11 @@ class _Client(QMPClient):
             raise ProtocolError("it sends an answer to nothing that was asked")
         await super()._on_message(msg)
 
-    def _note(self, event: object, told: object) -> None:
-        if not isinstance(event, str) or event not in _HEARD or not isinstance(told, dict):
+    def _note(self, event: object, data: object) -> None:
+        if not isinstance(event, str) or event not in _HEARD or not isinstance(data, dict):
             return
         key = _HEARD[event]
-        kept, name = (self.thresholds if key == "node-name" else self.ended), told.get(key)
+        kept, name = (self.thresholds if key == "node-name" else self.ended), data.get(key)
         if isinstance(name, str) and len(name) <= _MOST_NAME and len(kept) < _MOST_NODES:
             kept.add(name)
 
@@ -105,7 +106,7 @@ class Monitor:
     """A connection to one QEMU's monitor; `connect` makes one.
 
     address: where it is. timeout_seconds: the longest that any one command may take. process: who listens
-    there (QEMU, or who made the socket for it), None if that can't be told.
+    there (QEMU, or who made the socket for it), None if that is not known.
     """
 
     def __init__(self, address: Address, timeout_seconds: float) -> None:
@@ -128,6 +129,7 @@ class Monitor:
         often means a second client.
         """
         self = cls(address, timeout_seconds)
+        _log.debug("connect to %s", address)
         try:
             connection = address.connect(timeout_seconds)
             self.process = open_files.peer(connection)
@@ -158,11 +160,15 @@ class Monitor:
         if self._broken:
             raise OutcomeUnknown(command, self._broken)
         begun = time.monotonic()
+        _log.debug("-> %s %s", command, log.Shown(arguments or {}))
         try:
-            return self._run(self._client.execute(command, dict(arguments) if arguments else None))
+            answer = self._run(self._client.execute(command, dict(arguments) if arguments else None))
+            _log.debug("<- %s (%.3f s)", log.Shown(answer), time.monotonic() - begun)
+            return answer
         except ExecuteError as err:
-            told = err.error.error
-            raise CommandFailed(command, told.class_[:100], told.desc[:1000]) from err
+            error = err.error.error
+            _log.debug("<- refused: %s: %s", error.class_[:100], error.desc[:1000])
+            raise CommandFailed(command, error.class_[:100], error.desc[:1000]) from err
         except TimeoutError as err:
             raise self._lost(command, f"silent for {time.monotonic() - begun:.0f} s") from err
         except (ExecInterruptedError, StateError) as err:
@@ -188,6 +194,7 @@ class Monitor:
 
     def send_fd(self, descriptor: int) -> None:
         """Send a file descriptor along; the next `add-fd` or `getfd` takes it. Raises MonitorError."""
+        _log.debug("-> (file descriptor)")
         try:
             self._client.send_fd_scm(descriptor)
         except (QMPError, OSError, AssertionError) as err:
@@ -265,6 +272,7 @@ class Monitor:
     def _lost(self, command: str, why: str) -> OutcomeUnknown:
         # An answer that comes late must not be taken for the answer to a later question.
         self._broken = why
+        _log.debug("<- nothing: %s", why)
         return OutcomeUnknown(command, why)
 
 
@@ -277,8 +285,8 @@ def _how_to_reach(address: Address, err: Exception) -> str:
     return "is the VM running? Nothing that speaks QMP listens there"
 
 
-def _version(told: Any) -> Version:
-    major, minor, micro = (reply.number(told["qemu"][part], 9999) for part in ("major", "minor", "micro"))
+def _version(answer: Any) -> Version:
+    major, minor, micro = (reply.number(answer["qemu"][part], 9999) for part in ("major", "minor", "micro"))
     return Version(major, minor, micro)
 
 

@@ -46,7 +46,7 @@ def resolve_bitmaps(monitor: Monitor, facts: PointFacts) -> list[str]:
     for plan, reply in _bitmap_plans(monitor, facts):
         if not reply.get("ro"):
             actions += plan.actions
-            done += plan.told
+            done += plan.done
         elif plan.actions:
             done += _try_apart(monitor, plan)
     monitor.transaction(actions)
@@ -64,7 +64,7 @@ def foresee(monitor: Monitor, facts: PointFacts, stored_names: Mapping[str, str]
             node = NodeName(reply["node-name"])
             there = inventory.bitmaps_of(node, reply)
             after[node] = bitmaps.applied(there, plan.actions, freed=exported)
-            left += plan.ahead
+            left += plan.planned
     return Foreseen(inventory.with_bitmaps(found, after), tuple(left))
 
 
@@ -97,7 +97,7 @@ def _try_apart(monitor: Monitor, plan: bitmaps.BitmapPlan) -> list[str]:
         monitor.transaction(list(plan.actions))
     except CommandFailed:
         return []
-    return list(plan.told)
+    return list(plan.done)
 
 
 def _beneath_ours(facts: PointFacts, left: Iterable[str]) -> dict[DiskName, NodeName]:

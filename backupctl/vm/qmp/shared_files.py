@@ -29,7 +29,7 @@ def filling(
     # Somebody else may have made the socket, or be in between.
     process = monitor.process if monitor.process and open_files.is_qemu(monitor.process) else None
     if names := ", ".join(disk.name for disk in disks if _is_there(disk.filename, place)):
-        return Filling(folder, f"{names} lies on it too", process)
+        return Filling(folder, f"{names} is on it too", process)
     if process is not None and open_files.written(process) is not None:
         return Filling(folder, "", process)
     with understood("description of its block nodes"):
@@ -45,9 +45,9 @@ def _named(nodes: Mapping[NodeName, Mapping[str, Any]], place: Place) -> str:
         filename = str(node["image"]["filename"])[:4096]
         there = _is_there(filename, place)
         if there:
-            return f"{filename:.300} of the VM lies on it too"
+            return f"{filename:.300} of the VM is on it too"
         if there is None:
-            doubt = f"{filename:.300} of the VM may lie on it, which can't be told from here"
+            doubt = f"{filename:.300} of the VM may be on it; its path cannot be looked up from here"
     return doubt
 
 

@@ -73,7 +73,7 @@ class SnapshotAccess:
     def prepare(self) -> None:
         """Add scratch nodes and filters; no device uses them yet. Raises Refused, MonitorError."""
         if reason := view_error(self._monitor, [one.disk for one in self._disks]):
-            raise ViewUnavailable(f"--view snapshot-access can't be had: {reason}")
+            raise ViewUnavailable(f"--view snapshot-access is not available: {reason}")
         for number, (one, budget) in enumerate(zip(self._disks, self._budgets, strict=True)):
             node = self._namespace.node(NodeKind.SCRATCH, number)
             made = self._scratch.make(node, one.disk.size, budget.size)

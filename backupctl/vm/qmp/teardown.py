@@ -63,13 +63,13 @@ def teardown(
     server_is_ours: false if the run was told that someone else's NBD server runs.
     Returns what was done, in words. Raises MonitorError; what is left then is found again by the next call.
     """
-    told = []
+    done = []
     throttle.relax(monitor, namespace)
     ours = _ours(monitor, namespace, "query-block-exports", "id")
     nodes = _ours(monitor, namespace, "query-named-block-nodes", "node-name")
     for name in ours:
         _unless_gone(monitor, "block-export-del", {"id": name, "mode": "hard"})
-        told.append(f"removed the export {name}")
+        done.append(f"removed the export {name}")
 
     def gone() -> bool:
         clients.drain()
@@ -82,26 +82,26 @@ def teardown(
         _unless_gone(monitor, "nbd-server-stop", None)
     if "closefd" in monitor.commands:
         _unless_gone(monitor, "closefd", {"fdname": descriptor_name(namespace)})
-    told += _remove_filters(monitor, namespace, actives)
+    done += _remove_filters(monitor, namespace, actives)
     throttle.disable(monitor, namespace)
     for name in _ours(monitor, namespace, "query-jobs", "id"):
         _end_job(monitor, name)
-        told.append(f"ended the job {name}")
+        done.append(f"ended the job {name}")
     _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", patience_seconds)
     # A node before those that it is on top of: QEMU removes none that another uses.
     for name in sorted(nodes, key=removal_order):
         if _kind(name) is NodeKind.FILE:  # QEMU removes it with the scratch node
             continue
         _unless_gone(monitor, "blockdev-del", {"node-name": name})
-        told.append(f"removed the node {name}")
+        done.append(f"removed the node {name}")
     if left := _ours(monitor, namespace, "query-named-block-nodes", "node-name"):
-        raise MonitorError(f"QEMU did not let go of the node {left[0]}: somebody else uses it")
-    told += [f"removed the limit {name}" for name in throttle.remove(monitor, namespace)]
+        raise MonitorError(f"QEMU did not remove the node {left[0]}: something else uses it")
+    done += [f"removed the limit {name}" for name in throttle.remove(monitor, namespace)]
     clients.free_scratch()
     if "query-fdsets" in monitor.commands:
-        told += _remove_fdsets(monitor, namespace)
-        told += _empty_fdsets(monitor, namespace)
-    return told
+        done += _remove_fdsets(monitor, namespace)
+        done += _empty_fdsets(monitor, namespace)
+    return done
 
 
 def leftovers(monitor: Monitor, namespace: Namespace) -> list[str]:
@@ -125,13 +125,13 @@ def _held_by_paused(monitor: Monitor, namespace: Namespace) -> list[str]:
     for each, numbers in _fdsets(monitor, namespace).items():
         held = _held_bytes(monitor, numbers)
         if held != 0:
-            room = "room that can't be told from here" if held is None else f"{-(-held >> 20)} MiB"
+            room = "an amount that cannot be looked up from here" if held is None else f"{-(-held >> 20)} MiB"
             found.append(f"descriptor set {each}: the paused VM keeps a scratch file open ({room})")
     return found
 
 
 def _held_bytes(monitor: Monitor, numbers: Iterable[int]) -> int | None:
-    """Return what QEMU's descriptors of scratch files take on the disk; None if that can't be told."""
+    """Return what QEMU's descriptors of scratch files take on the disk; None if that is not known."""
     if monitor.process is None or not open_files.is_qemu(monitor.process):
         return None
     try:
@@ -147,19 +147,19 @@ def _held_bytes(monitor: Monitor, numbers: Iterable[int]) -> int | None:
 
 
 def _empty_fdsets(monitor: Monitor, namespace: Namespace) -> list[str]:
-    """Free the room of scratch files that QEMU keeps open although it was told to remove them.
+    """Free the space of scratch files that QEMU keeps open although it was told to remove them.
 
     No node stands on them any more. Returns what was done.
     """
-    told = []
+    done = []
     for each, numbers in _fdsets(monitor, namespace).items():
         if held := _held_bytes(monitor, numbers):
             for descriptor in numbers:
                 _empty(monitor, descriptor)
-            told.append(
+            done.append(
                 f"gave back {-(-held >> 20)} MiB of the descriptor set {each}, which the VM keeps open"
             )
-    return told
+    return done
 
 
 def _empty(monitor: Monitor, its: int) -> None:
@@ -195,7 +195,7 @@ def _end_job(monitor: Monitor, name: str) -> None:
 
 def _remove_filters(monitor: Monitor, namespace: Namespace, actives: Mapping[int, NodeName]) -> list[str]:
     """Give each device that writes through a filter of ours its active node back."""
-    told = []
+    done = []
     devices = monitor.execute("query-block")
     with understood("query-block"):
         roots = {
@@ -217,8 +217,8 @@ def _remove_filters(monitor: Monitor, namespace: Namespace, actives: Mapping[int
         _unless_gone(monitor, "blockdev-del", {"node-name": sibling(root, NodeKind.ACCESS)})
         drive = {"path": device_path(qdev), "property": "drive", "value": active}
         monitor.execute("qom-set", drive)
-        told.append(f"removed the filter {root} from {qdev}")
-    return told
+        done.append(f"removed the filter {root} from {qdev}")
+    return done
 
 
 def _kind(name: str) -> NodeKind | None:
@@ -293,5 +293,5 @@ def _until(gone: Callable[[], bool], what: str, patience_seconds: float) -> None
     deadline = time.monotonic() + patience_seconds
     while not gone():
         if time.monotonic() > deadline:
-            raise MonitorError(f"QEMU did not let go of {what} within {patience_seconds:g} s")
+            raise MonitorError(f"QEMU did not remove {what} within {patience_seconds:g} s")
         time.sleep(0.01)

@@ -13,6 +13,9 @@ from backupctl import errors
 from backupctl.cli import common, output, reporters, units
 from backupctl.cli.main import cli
 from backupctl.errors import BackupctlError, UsageError
+from backupctl.events import StepStarted
+from backupctl.events.backup import DiskSkipped
+from backupctl.events.prune import VmFailed
 from backupctl.names import DiskName, vm_name
 from backupctl.repository.repository import Repository
 
@@ -119,11 +122,11 @@ def test_an_empty_repository_lists_as_an_empty_json_list(tmp_path):
 
 def test_quiet_says_nothing_but_warnings(capsys):
     with reporters.reporter(quiet=True) as reporter:
-        reporter.step("copy")
-        reporter.note("vda is new")
+        reporter.event(StepStarted("copy"))
+        reporter.event(DiskSkipped("sr0", "a CD-ROM"))
         reporter.progress(DiskName("vda"), 1, 2)
-        reporter.warn("no agent")
-    assert tuple(capsys.readouterr()) == ("", "backupctl: warning: no agent\n")
+        reporter.event(VmFailed("web", "no agent"))
+    assert tuple(capsys.readouterr()) == ("", "backupctl: warning: web: no agent\n")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-"])

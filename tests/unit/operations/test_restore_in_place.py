@@ -242,8 +242,8 @@ def test_a_stop_in_the_middle_says_so_and_the_next_run_finishes(disk, tmp_path):
     make(target, bytes(SIZE), "qcow2")
 
     class StopsLate(Silent):
-        def step(self, text):
-            if text.startswith("write"):
+        def event(self, event):
+            if event.text.startswith("write"):
                 stop.request("SIGTERM")
 
     def till_stopped():

@@ -9,6 +9,7 @@ import pytest
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Locked, NoSuchPoint, UsageError
+from backupctl.events.restore import DiskFromEarlierPoint, DisksNotRestored
 from backupctl.operations.restore import in_place, overlay, selection, whole
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.selection import MissingDisk
@@ -16,17 +17,7 @@ from backupctl.progress import Silent
 from backupctl.system import locks
 from tests.unit.operations.test_restore_whole import as_raw
 from tests.unit.points import P1, P2, P3, Builder, disk_entry
-
-
-class Told(Silent):
-    def __init__(self):
-        self.warnings, self.notes = [], []
-
-    def warn(self, text):
-        self.warnings.append(text)
-
-    def note(self, text):
-        self.notes.append(text)
+from tests.unit.recording import Recording
 
 
 @pytest.fixture
@@ -39,7 +30,7 @@ def parted(builder: Builder) -> Builder:
 
 
 def run(way, builder, to, *, point="latest", **options):
-    told = Told()
+    told = Recording()
     chosen = builder.folder.point(point).id
     request = RestoreRequest(folder=builder.folder, point=chosen, to=str(to), overwrite=True, **options)
     if way is overlay.restore:
@@ -58,9 +49,7 @@ def test_what_a_point_does_not_hold_is_named_with_its_newest_point(parted, tmp_p
     report, told = run(way, parted, tmp_path / "to")
     assert report.missing == (MissingDisk("vdb", P2),)
     assert [one.name for one in report.images] == ["vda"]
-    (warning,) = told.warnings
-    assert f"vdb (newest point {P2})" in warning
-    assert "--all-disks" in warning
+    assert told.warnings == [DisksNotRestored(P3, {"vdb": P2})]
 
 
 @WAYS
@@ -72,7 +61,7 @@ def test_all_disks_come_each_from_its_newest_point_and_are_told_with_it(parted, 
     assert as_raw(tmp_path / "to/vda.qcow2")[:1] == b"a"
     assert as_raw(tmp_path / "to/vdb.qcow2")[:1] == b"b"
     assert told.warnings == []
-    assert any(f"vdb is not in {P3}: it is restored as it was at {P2}" in note for note in told.notes)
+    assert DiskFromEarlierPoint("vdb", P3, P2) in told.notes
 
 
 def test_nothing_comes_from_later_than_the_point(parted, tmp_path):

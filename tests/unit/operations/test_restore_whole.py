@@ -15,6 +15,7 @@ import pytest
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import Interrupted, Locked, TargetExists, UsageError, WriteFailed
+from backupctl.events.restore import AttributesNotKept
 from backupctl.images import nbd_server
 from backupctl.operations.restore import overlay
 from backupctl.operations.restore.request import RestoreRequest
@@ -184,8 +185,8 @@ def test_what_a_replaced_file_can_not_hand_on_is_told_and_no_other_group_gets_it
     if os.geteuid() != 0:
         return
     assert stat.S_IMODE(target.stat().st_mode) == 0o604
-    (warning,) = told
-    assert "group 4712 (Operation not permitted), owner 4711 (Operation not permitted)" in warning
+    lost = "group 4712 (Operation not permitted)", "owner 4711 (Operation not permitted)"
+    assert told == [AttributesNotKept(target, lost)]
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_an_overlay_is_for_its_own_point_and_never_in_the_repository(two_points,
     serve(builder, P2, "--writable-overlay", tmp_path / "o").end()
     assert "not an overlay of this point" in refused(builder, P1, "--writable-overlay", tmp_path / "o")
     (tmp_path / "precious").write_bytes(b"x" * 100)
-    assert "no overlay" in refused(builder, P2, "--writable-overlay", tmp_path / "precious")
+    assert "not an overlay" in refused(builder, P2, "--writable-overlay", tmp_path / "precious")
     inside = builder.folder.path / P2 / "o"
     assert "inside the repository" in refused(builder, P2, "--writable-overlay", inside)
     assert not inside.exists()
@@ -273,7 +273,7 @@ def test_what_is_not_there_is_named(two_points):
     assert "no disk 'vdx'" in refused(builder, P2, "--disk", "vdx")
     assert "no recovery point" in refused(builder, "20250101T000000Z")
     assert "mutually exclusive" in refused(builder, P2, "--socket", "s", "--tcp", "0")
-    assert "--socket: no home folder is known" in refused(builder, P2, "--socket", "~no-such-user/s")
+    assert "'--socket': cannot find the home directory" in refused(builder, P2, "--socket", "~no-such-user/s")
 
 
 def test_a_point_is_held_with_all_below_it_for_as_long_as_it_is_shown(two_points, serve):

@@ -10,6 +10,7 @@ import pytest
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import DamageFound, NoSuchPoint
+from backupctl.events.repository import NothingToVerify
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify.layer import VerifyScope
@@ -18,6 +19,7 @@ from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history, markers
 from backupctl.repository.history import PointEvent
 from tests.unit.points import P1, P2, P3, Builder, changing_step, die_at, disk_entry
+from tests.unit.recording import Recording
 
 MIB = 1 << 20
 
@@ -79,13 +81,9 @@ def test_a_verify_of_a_vm_without_any_point_is_an_error(builder: Builder):
 
 
 def test_a_verify_of_an_empty_repository_says_that_there_is_nothing(builder: Builder):
-    class Heard(Silent):
-        def warn(self, text: str) -> None:
-            warnings.append(text)
-
-    warnings: list[str] = []
-    verify(builder.repository, None, None, VerifyScope(), Heard(), Cancellation())
-    assert "nothing to verify" in warnings[0]
+    told = Recording()
+    verify(builder.repository, None, None, VerifyScope(), told, Cancellation())
+    assert told.warnings == [NothingToVerify(builder.repository.path)]
 
 
 def test_a_point_of_another_content_under_the_same_name_is_found(builder: Builder):

@@ -200,12 +200,12 @@ def test_when_the_newest_does_not_record_no_older_checkpoint_is_of_use():
     assert broken_chain_bitmaps([older[0], bitmap(P1, recording=False, busy=True)], OWNER) == (named(P0),)
 
 
-def test_what_a_settlement_will_leave_is_told_without_its_being_done():
+def test_what_a_recovery_will_do_is_reported_without_its_being_done():
     there = [bitmap(P0, recording=False, busy=True, dirty_bytes=65536), bitmap(P1, dirty_bytes=131072)]
     found = plan_bitmap_recovery(there, OWNER, committed(P0))
     (left,) = applied(there, found.actions, freed=True)
     assert (left.name, left.recording, left.busy, left.dirty_bytes) == (named(P0), True, False, 196608)
-    assert found.ahead == (f"to clean up: unfinished bitmap {named(P1)} on d0",)
+    assert found.planned == (f"to clean up: unfinished bitmap {named(P1)} on d0",)
     assert applied(there, (), freed=False) == tuple(there)
 
 

@@ -258,7 +258,7 @@ def test_signals_do_not_end_the_guard(agent, start):
 def test_a_guard_that_can_not_be_started_is_a_typed_error(agent, start, monkeypatch):
     """As where no more processes are allowed."""
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(GuardLost, match="can't be started: No such file"):
+    with pytest.raises(GuardLost, match="cannot start the guard process: No such file"):
         start()
 
 

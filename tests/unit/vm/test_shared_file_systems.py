@@ -48,7 +48,7 @@ def test_an_image_of_any_vm_counts(place, found, machine, tmp_path):
 
 def test_a_vm_that_nobody_may_look_at_counts(machine, tmp_path):
     machine[41] = None
-    with pytest.raises(WriteFailed, match="files of process 41 can't be looked at"):
+    with pytest.raises(WriteFailed, match="cannot look at the files of process 41"):
         filling.watching(Cancellation(), tmp_path / "new.raw").check()
 
 
@@ -71,11 +71,11 @@ def node(filename: str, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        ("/etc/hostname", "/etc/hostname of the VM lies on it too"),
-        ("/no/such/image", "may lie on it"),
-        ("disk.qcow2", "may lie on it"),
-        ('json:{"driver": "file"}', "may lie on it"),
-        ("/dev/fdset/3", "may lie on it"),
+        ("/etc/hostname", "/etc/hostname of the VM is on it too"),
+        ("/no/such/image", "may be on it"),
+        ("disk.qcow2", "may be on it"),
+        ('json:{"driver": "file"}', "may be on it"),
+        ("/dev/fdset/3", "may be on it"),
         ("/dev/null", ""),
     ],
 )

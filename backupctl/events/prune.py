@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Events of prune."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backupctl.events import Event, WarningEvent
+from backupctl.names import PointId, VmName
+
+
+@dataclass(frozen=True)
+class PointDropped(Event):
+    """A prune dropped a point; its data is merged or removed afterwards."""
+
+    code = "point-dropped"
+    point: PointId
+
+    def _text(self) -> str:
+        return f"dropped {self.point}"
+
+
+@dataclass(frozen=True)
+class LeftForNextPrune(WarningEvent):
+    """A prune could not do everything now; the next one goes on."""
+
+    code = "left-for-next-prune"
+    reason: str
+
+    def _text(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True)
+class VmSkipped(Event):
+    """A prune of all VMs had nothing to do for one."""
+
+    code = "vm-skipped"
+    vm: str
+    reason: str
+
+    def _text(self) -> str:
+        return f"skipped {self.vm}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class VmFailed(WarningEvent):
+    """A command for all VMs failed for one, and goes on with the others."""
+
+    code = "vm-failed"
+    vm: str
+    reason: str
+
+    def _text(self) -> str:
+        return f"{self.vm}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class ConfiguredRulesNotUsed(Event):
+    """The retention rules on the command line replace all rules of the configuration."""
+
+    code = "configured-rules-not-used"
+    vm: VmName
+    rules: Mapping[str, object]
+
+    def _text(self) -> str:
+        listed = ", ".join(f"{key} = {value}" for key, value in self.rules.items())
+        return (
+            f"{self.vm}: the rules on the command line are the whole policy; "
+            f"configured rules not used: {listed}"
+        )

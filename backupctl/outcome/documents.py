@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What `--json` prints: each report as one document. Keys are only ever added; tests pin them.
+
+The documents are made of dicts, lists, texts and numbers alone, ready for `json.dumps`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # each command imports only what it runs: all of it would double the start of most
+    from backupctl.errors import BackupctlError
+    from backupctl.events import Event
+    from backupctl.operations.backup.outcome import RunReport
+    from backupctl.operations.diff import DiffReport
+    from backupctl.operations.doctor.run import Diagnosis
+    from backupctl.operations.prune.run import PruneReport
+    from backupctl.operations.recover import Recovered
+    from backupctl.operations.status import Status
+    from backupctl.operations.verify.layer import VerifyScope
+    from backupctl.operations.verify.run import VerifyReport
+    from backupctl.repository.point import Point
+
+Document = dict[str, Any]
+
+_DISK_KEYS = (
+    *("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "unchanged_bytes"),
+    *("stored_bytes", "scanned", "reason"),
+)
+
+
+def run(report: "RunReport", events: Sequence["Event"]) -> Document:
+    """Return the report of a full or incremental. events: what happened during it."""
+    return {
+        "vm": report.vm,
+        "point": report.point,
+        "kind": report.kind,
+        "parent": report.parent,
+        "disks": [
+            {
+                **{key: getattr(disk, key) for key in _DISK_KEYS},
+                "damaged": list(report.damaged_points(disk.name)),
+            }
+            for disk in report.disks
+        ],
+        "frozen_ms": report.frozen_ms,
+        "consistency": report.consistency,
+        "seconds": round(report.seconds, 3),
+        "missing_disks": [{"name": name, "point": point} for name, point in report.missing_disks],
+        **_by_severity(events),
+    }
+
+
+def recover(vm: str, done: "Recovered", events: Sequence["Event"]) -> Document:
+    """Return what a recover did. events: what happened during it."""
+    return {"vm": vm, "actions": list(done.actions), **_by_severity(events)}
+
+
+def status(found: "Status", configuration: str | None) -> Document:
+    """Return the state of a VM. configuration: the path of the file in force."""
+    return {**asdict(found), "configuration": configuration}
+
+
+def doctor(found: "Diagnosis", configuration: str | None) -> Document:
+    """Return the findings of a doctor. configuration: the path of the file in force."""
+    return {
+        "vm": found.vm,
+        "ok": not found.bad,
+        "configuration": configuration,
+        "findings": [asdict(one) for one in found.findings],
+    }
+
+
+def verify(report: "VerifyReport", scope: "VerifyScope") -> Document:
+    """Return what a verify found. scope: how much was read."""
+    return {
+        "vms": list(report.vms),
+        "points": report.points,
+        "layers": report.layers,
+        "data": scope.data,
+        "percent": scope.percent if scope.data else 0,
+        "seed": scope.seed if scope.data and scope.percent < 100 else None,
+        "read_bytes": report.read_bytes,
+        "seconds": round(report.seconds, 3),
+        "notes": list(report.notes),
+        "unchecked": [
+            {"vm": one.vm, "path": str(one.path), "disk": one.disk or None, "message": one.message}
+            for one in report.unchecked
+        ],
+        "damage": [
+            {
+                "vm": damage.vm,
+                "kind": damage.kind,
+                "path": str(damage.path),
+                "disk": damage.disk or None,
+                "message": damage.message,
+                "ranges": _ranges(damage.ranges),
+                "touches": [
+                    {"point": one.point, "disk": one.disk, "ranges": _ranges(one.ranges)}
+                    for one in damage.touches
+                ],
+            }
+            for damage in report.damage
+        ],
+    }
+
+
+def prune(
+    vm: str, report: "PruneReport", rules: Mapping[str, Any], unused: Mapping[str, Any], *, dry_run: bool
+) -> Document:
+    """Return what a prune of one VM did. rules: those in force. unused: configured ones that were not."""
+    return {
+        "vm": vm,
+        "dry_run": dry_run,
+        "rules": dict(rules),
+        "unused_rules": dict(unused),
+        "points": [
+            {"point": one.point, "keep": one.keep, "reasons": list(one.reasons)} for one in report.decisions
+        ],
+        "dropped": list(report.dropped),
+        "removed": list(report.removed),
+        "merged": [asdict(one) for one in report.merged],
+        "left": list(report.left),
+        "long_chains": list(report.long_chains),
+    }
+
+
+def prune_all(
+    vms: Sequence[Document],
+    skipped: Mapping[str, str],
+    failed: Mapping[str, "BackupctlError"],
+    *,
+    dry_run: bool,
+) -> Document:
+    """Return what a prune of all VMs did. skipped: why nothing was done for a VM."""
+    return {
+        "dry_run": dry_run,
+        "vms": list(vms),
+        "skipped": [{"vm": vm, "reason": why} for vm, why in skipped.items()],
+        "failed": [{"vm": vm, "error": error(err)} for vm, err in failed.items()],
+    }
+
+
+def protection(vm: str, point: str, *, protected: bool) -> Document:
+    """Return the outcome of protect and unprotect."""
+    return {"vm": vm, "point": point, "protected": protected}
+
+
+def point(found: "Point") -> Document:
+    """Return a point: its manifest under the names of the reports."""
+    manifest = found.manifest.to_dict()
+    return {
+        "vm": manifest["vm"],
+        "point": manifest["point"],
+        "kind": manifest["kind"],
+        "disks_kind": disks_kind(found),
+        "parent": manifest["parent"],
+        "consistency": manifest["consistency"],
+        "frozen_ms": manifest["freeze"]["milliseconds"],
+        "start": manifest["start"],
+        "end": manifest["end"],
+        "qemu": manifest["qemu"],
+        "backupctl": manifest["backupctl"],
+        "freeze": manifest["freeze"],
+        "disks": manifest["disks"],
+        "protected": found.protected,
+        "path": str(found.path),
+    }
+
+
+def disks_kind(found: "Point") -> str:
+    """Return "full", "incremental" or "mixed", by the kinds of a point's disks."""
+    kinds = {entry.kind for entry in found.manifest.disks}
+    return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
+
+
+def diff(report: "DiffReport") -> Document:
+    """Return what changed between two points."""
+    return {
+        "vm": report.vm,
+        "before": report.before,
+        "after": report.after,
+        "disks": [
+            {
+                "name": one.name,
+                "size_before": one.size_before,
+                "size_after": one.size_after,
+                "changed_bytes": one.changed_bytes,
+                "ranges": _ranges(one.ranges()),
+            }
+            for one in report.disks
+        ],
+        "only_before": list(report.only_before),
+        "only_after": list(report.only_after),
+    }
+
+
+def error(err: "BackupctlError") -> Document:
+    """Return an error."""
+    return {
+        "kind": err.code,
+        "message": err.message,
+        "step": err.step,
+        "state": err.state,
+        "hint": err.hint,
+        "next": err.next_command,
+        "exit_code": err.exit_code,
+    }
+
+
+def event(happened: "Event") -> Document:
+    """Return an event: its code, its text as `message`, and its fields."""
+    found = {one.name: _plain(getattr(happened, one.name)) for one in fields(happened)}
+    return {"code": happened.code, "message": happened.text, **found}
+
+
+def _by_severity(events: Iterable["Event"]) -> Document:
+    found: dict[str, list[Document]] = {"warnings": [], "notes": []}
+    for one in events:
+        if one.severity != "step":
+            found[f"{one.severity}s"].append(event(one))
+    return found
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _ranges(ranges: Iterable[tuple[int, int]]) -> list[dict[str, int]]:
+    return [{"offset": offset, "length": length} for offset, length in ranges]

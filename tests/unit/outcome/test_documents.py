@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The documents of --json: their keys are an interface. One may be added, and none may be renamed or go."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from backupctl.errors import DamageFound
+from backupctl.events import StepStarted
+from backupctl.events.backup import CrashConsistent, DiskSkipped
+from backupctl.finding import Finding
+from backupctl.names import DiskName, VmName
+from backupctl.operations.backup.outcome import RunReport
+from backupctl.operations.diff import DiffReport, DiskDiff
+from backupctl.operations.doctor.run import Diagnosis
+from backupctl.operations.prune.retention import Decision
+from backupctl.operations.prune.run import MergedLayer, PruneReport
+from backupctl.operations.recover import Recovered
+from backupctl.operations.status import DiskStatus, Status
+from backupctl.operations.verify.impact import Affected
+from backupctl.operations.verify.layer import VerifyScope
+from backupctl.operations.verify.run import Damage, Unchecked, VerifyReport
+from backupctl.outcome import documents
+from tests.unit.points import P1, P2, disk_entry
+
+WEB, VDA = VmName("web"), DiskName("vda")
+EVENTS = (StepStarted("copy"), DiskSkipped("sr0", "a CD-ROM"), CrashConsistent("no agent"))
+DISK_KEYS = (
+    "name kind size dirty_bytes copied_bytes zero_bytes unchanged_bytes stored_bytes scanned reason damaged"
+)
+VERIFY_KEYS = "vms points layers data percent seed read_bytes seconds notes unchecked damage"
+PRUNE_KEYS = "vm dry_run rules unused_rules points dropped removed merged left long_chains"
+
+
+def keys(document: object) -> str:
+    assert isinstance(document, dict)
+    json.dumps(document)  # plain all through
+    return " ".join(document)
+
+
+def test_a_run():
+    report = RunReport(
+        vm=WEB,
+        point=P2,
+        kind="incremental",
+        parent=P1,
+        disks=(disk_entry("vda", parent=P1),),
+        frozen_ms=None,
+        consistency="crash",
+        seconds=1.23456,
+        damaged=((P1, VDA),),
+        missing_disks=((DiskName("vdb"), P1),),
+    )
+    document = documents.run(report, EVENTS)
+    assert keys(document) == (
+        "vm point kind parent disks frozen_ms consistency seconds missing_disks warnings notes"
+    )
+    assert keys(document["disks"][0]) == DISK_KEYS
+    assert (document["disks"][0]["damaged"], document["seconds"]) == ([P1], 1.235)
+    assert document["missing_disks"] == [{"name": "vdb", "point": P1}]
+    assert [(one["code"], one["reason"]) for one in document["warnings"]] == [
+        ("crash-consistent", "no agent")
+    ]
+    assert [(one["code"], one["disk"]) for one in document["notes"]] == [("disk-skipped", "sr0")]
+
+
+def test_a_recover():
+    document = documents.recover(WEB, Recovered(("thawed",)), EVENTS)
+    assert keys(document) == "vm actions warnings notes"
+    assert (document["actions"], len(document["warnings"]), len(document["notes"])) == (["thawed"], 1, 1)
+
+
+def test_a_status():
+    disk = DiskStatus(VDA, "node", 1, None, "none", "full", "new")
+    document = documents.status(Status(WEB, (P1,), (), "10.0.2", "", (disk,), (), "full"), None)
+    assert keys(document) == (
+        "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps configuration"
+    )
+    assert keys(document["disks"][0]) == "name node size bitmap bitmap_state next reason"
+
+
+def test_a_doctor():
+    found = Diagnosis(WEB, (Finding("agent", "bad", "no agent", "start it"),))
+    document = documents.doctor(found, "/etc/x")
+    assert keys(document) == "vm ok configuration findings"
+    assert document["ok"] is False
+    assert keys(document["findings"][0]) == "subject verdict said advice"
+
+
+def test_a_verify():
+    affected = Affected(P2, VDA, ((0, 512),))
+    damage = Damage(WEB, "data", Path("/r/x"), "vda", "spoilt", ((0, 512),), (affected,))
+    unchecked = Unchecked(WEB, Path("/r/y"), "", "no rights")
+    report = VerifyReport((WEB,), 1, 2, 3, (damage,), ("a note",), 1.0, (unchecked,))
+    document = documents.verify(report, VerifyScope(percent=10.0, seed=7))
+    assert keys(document) == VERIFY_KEYS
+    assert keys(document["damage"][0]) == "vm kind path disk message ranges touches"
+    assert document["damage"][0]["touches"] == [
+        {"point": P2, "disk": "vda", "ranges": [{"offset": 0, "length": 512}]}
+    ]
+    assert document["unchecked"] == [{"vm": "web", "path": "/r/y", "disk": None, "message": "no rights"}]
+    assert (document["percent"], document["seed"]) == (10.0, 7)
+    assert documents.verify(report, VerifyScope(data=False))["percent"] == 0
+    assert documents.verify(report, VerifyScope())["seed"] is None
+
+
+def test_a_prune():
+    report = PruneReport(
+        (Decision(P1, False, ("no rule holds it",)),), (P1,), (P1,), (MergedLayer(P2, VDA, P1, 512),)
+    )
+    document = documents.prune(WEB, report, {"keep_last": 1}, {}, dry_run=False)
+    assert keys(document) == PRUNE_KEYS
+    assert keys(document["points"][0]) == "point keep reasons"
+    assert keys(document["merged"][0]) == "point disk below written_bytes"
+    failed = {"db": DamageFound("spoilt")}
+    everything = documents.prune_all([document], {"shop": "no points"}, failed, dry_run=False)
+    assert keys(everything) == "dry_run vms skipped failed"
+    assert everything["skipped"] == [{"vm": "shop", "reason": "no points"}]
+    assert keys(everything["failed"][0]["error"]) == "kind message step state hint next exit_code"
+    assert keys(documents.protection(WEB, P1, protected=True)) == "vm point protected"
+
+
+def test_a_point(builder):
+    builder.point(P1, (disk_entry("vda"), [(0, b"x")]))
+    builder.point(P2, (disk_entry("vda", parent=P1), [(0, b"y")]), (disk_entry("vdb"), [(0, b"z")]))
+    first, second = builder.folder.points()
+    document = documents.point(second)
+    assert keys(document) == (
+        "vm point kind disks_kind parent consistency frozen_ms start end qemu backupctl freeze disks "
+        "protected path"
+    )
+    assert [documents.disks_kind(one) for one in (first, second)] == ["full", "mixed"]
+
+
+def test_a_diff():
+    disk = DiskDiff(VDA, 65536 * 3, 65536 * 4, np.array([True, True, False, True]))
+    document = documents.diff(DiffReport(WEB, P1, P2, (disk,), (), (DiskName("vdb"),)))
+    assert keys(document) == "vm before after disks only_before only_after"
+    assert keys(document["disks"][0]) == "name size_before size_after changed_bytes ranges"
+    assert document["disks"][0]["ranges"] == [
+        {"offset": 0, "length": 131072},
+        {"offset": 196608, "length": 65536},
+    ]
