@@ -20,6 +20,7 @@ from backupctl.cli import completion, configuration, next_command, param_types, 
 from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import (
+    UNTOUCHED,
     BackupctlError,
     DamageFound,
     Failed,
@@ -130,7 +131,7 @@ class Target:
         except NotARepository:
             return False
         except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
+            raise err.add(state=UNTOUCHED) from err
         return True
 
     def repository(self) -> Repository:
@@ -166,12 +167,12 @@ class Target:
         except NotARepository as err:
             raise UsageError(
                 err.message,
-                state="nothing was touched",
+                state=UNTOUCHED,
                 hint="if there should be one: is its file system mounted? The first full creates one",
                 next_command=f"backupctl full {owner}" if (owner := self._owner(path)) else "",
             ) from err
         except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
+            raise err.add(state=UNTOUCHED) from err
 
     def _owner(self, path: Path) -> str:
         """Name a VM that is backed up to a repository, for a first full; "" if none is known."""
@@ -185,7 +186,7 @@ class Target:
         except NotARepository as err:
             raise UsageError(err.message) from err
         except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
+            raise err.add(state=UNTOUCHED) from err
 
     def other_repositories(self) -> list[Repository]:
         """Return the repositories that the configuration names besides this one, as far as they open."""
@@ -368,7 +369,7 @@ def _refuse_missing_directory() -> None:
     except OSError as err:
         raise UsageError(
             f"cannot find the current directory: {err.strerror}",
-            state="nothing was touched",
+            state=UNTOUCHED,
             next_command="cd /",
         ) from err
 
