@@ -19,6 +19,7 @@ from backupctl.cli import completion, configuration, next_command, param_types, 
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
 from backupctl.errors import (
+    UNTOUCHED,
     BackupctlError,
     DamageFound,
     Failed,
@@ -235,7 +236,7 @@ def _refuse_missing_directory() -> None:
     except OSError as err:
         raise UsageError(
             f"cannot find the current directory: {err.strerror}",
-            state="nothing was touched",
+            state=UNTOUCHED,
             next_command="cd /",
         ) from err
 

@@ -277,6 +277,6 @@ def _print_protection(target: Target, point: PointId, *, protected: bool, as_jso
     said = "protected; prune never drops it" if protected else "not protected any more"
     output.done(f"{target.name} {point}: {said}")
     if as_json:
-        output.print_json(documents.protection(target.name or "", point, protected=protected))
+        output.print_json(documents.protection(target.vm_name, point, protected=protected))
     else:
         output.print_line(f"{target.name} {point}: {said}")

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import click
 
@@ -21,6 +20,7 @@ from backupctl.operations.restore.in_place import InPlaceReport
 from backupctl.operations.restore.overlay import OverlayReport
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import RestoreReport
+from backupctl.outcome import documents
 from backupctl.progress import Reporter
 
 
@@ -153,17 +153,7 @@ def _only_changed(
 
 def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
     if as_json:
-        disks = [
-            {
-                "name": one.name,
-                "point": one.point,
-                "path": str(one.path),
-                "size": one.size,
-                "backing": str(one.backing),
-            }
-            for one in report.images
-        ]
-        _print_document(report, disks)
+        output.print_json(documents.overlay(report))
         return
     for one in report.images:
         output.print_line(
@@ -173,20 +163,7 @@ def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
 
 def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
     if as_json:
-        disks = [
-            {
-                "name": one.name,
-                "point": one.point,
-                "path": str(one.path),
-                "format": one.format,
-                "size": one.size,
-                "written_bytes": one.written_bytes,
-                "same_bytes": one.same_bytes,
-                "seconds": round(one.seconds, 3),
-            }
-            for one in report.images
-        ]
-        _print_document(report, disks)
+        output.print_json(documents.restore_in_place(report))
         return
     for one in report.images:
         output.print_line(
@@ -206,30 +183,10 @@ def _tell(report: RestoreReport, asked: RestoreArguments) -> None:
 
 def _tell_whole(report: RestoreReport, *, as_json: bool) -> None:
     if as_json:
-        disks = [
-            {
-                "name": one.name,
-                "point": one.point,
-                "path": one.path,
-                "format": one.format,
-                "size": one.size,
-                "seconds": round(one.seconds, 3),
-                "damaged": [{"offset": offset, "length": length} for offset, length in one.damaged],
-                "unproven": one.unverified or None,
-            }
-            for one in report.images
-        ]
-        _print_document(report, disks)
+        output.print_json(documents.restore(report))
         return
     for one in report.images:
         output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}, {units.size(one.size)}, "
             f"{units.duration(one.seconds)})"
         )
-
-
-def _print_document(
-    report: RestoreReport | OverlayReport | InPlaceReport, disks: list[dict[str, Any]]
-) -> None:
-    missing = [{"name": one.name, "point": one.point} for one in report.missing]
-    output.print_json({"vm": report.vm, "point": report.point, "disks": disks, "missing": missing})

@@ -12,6 +12,7 @@ from backupctl.events import StepStarted
 from backupctl.events.restore import OverlayKept, ServedToLocalUsers
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export
+from backupctl.outcome import documents
 
 
 @common.command("serve", 0, 1, 2, 4, 75)
@@ -57,16 +58,7 @@ def serve(
 
     def ready(exports: tuple[Export, ...]) -> None:
         if as_json:
-            output.print_json(
-                {
-                    "vm": folder.name,
-                    "point": found.id,
-                    "exports": [
-                        {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable}
-                        for one in exports
-                    ],
-                }
-            )
+            output.print_json(documents.served(folder.name, found.id, exports))
             return
         output.print_table(
             ("DISK", "SIZE>", "ACCESS", "URI"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from backupctl.cli import configuration, param_types, settings
 from backupctl.cli.configuration import Config
-from backupctl.errors import BackupctlError, NotARepository, RepositoryError, UsageError
+from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
 from backupctl.names import VmName, vm_name
 from backupctl.options import DEFAULT_TIMEOUTS, ScratchOptions, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
@@ -73,7 +73,7 @@ class Target:
         except NotARepository:
             return False
         except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
+            raise err.add(state=UNTOUCHED) from err
         return True
 
     def repository(self) -> Repository:
@@ -109,12 +109,12 @@ class Target:
         except NotARepository as err:
             raise UsageError(
                 err.message,
-                state="nothing was touched",
+                state=UNTOUCHED,
                 hint="if there should be one: is its file system mounted? The first full creates one",
                 next_command=f"backupctl full {owner}" if (owner := self._owner(path)) else "",
             ) from err
         except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
+            raise err.add(state=UNTOUCHED) from err
 
     def _owner(self, path: Path) -> str:
         """Name a VM that is backed up to a repository, for a first full; "" if none is known."""
@@ -128,7 +128,7 @@ class Target:
         except NotARepository as err:
             raise UsageError(err.message) from err
         except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
+            raise err.add(state=UNTOUCHED) from err
 
     def other_repositories(self) -> list[Repository]:
         """Return the repositories that the configuration names besides this one, as far as they open."""
