@@ -6,7 +6,7 @@ from dataclasses import replace
 import click
 
 from backupctl.cli import backup, common, exposure, output
-from backupctl.cli.common import Target
+from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, Failed
 from backupctl.operations.doctor import run as core
 from backupctl.operations.doctor.run import Diagnosis
