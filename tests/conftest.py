@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from backupctl.drills.fork_server import CLI, CallSpec
@@ -24,6 +25,10 @@ from fixtures.machine import Disk, Machine
 from fixtures.simulated import SimulatedMachine
 from fixtures.simulated_guest import SimulatedAgent, SimulatedWriter
 from fixtures.writer import Writer
+
+# A loaded machine is no bug: Hypothesis would fail a case that takes 200 ms once and 1 ms the next time.
+hypothesis.settings.register_profile("backupctl", deadline=None)
+hypothesis.settings.load_profile("backupctl")
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent

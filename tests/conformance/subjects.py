@@ -35,6 +35,8 @@ SIZE = 4 << 20
 REAL = builds.VERSIONS
 SIMULATED = {f"simulator-{short}": whole for short, whole in VERSIONS.items()}
 PAIRS = [*pairwise(REAL), *((f"simulator-{version}", version) for version in REAL)]
+ENDS = [(REAL[0], REAL[-1]), *((f"simulator-{version}", version) for version in (REAL[0], REAL[-1]))]
+"""The pairs of the oldest and the newest: what holds on both holds between them."""
 _START_SECONDS = 20.0
 
 

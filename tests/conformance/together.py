@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Plays the same on every subject, once on each, and compares them pair by pair."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 
@@ -11,13 +11,16 @@ from tests.conformance.session import Transcript
 Pair = tuple[str, str]
 
 
-def check(script: str, play: Callable[[str], Transcript]) -> dict[Pair, list[str]]:
+def check(
+    script: str, play: Callable[[str], Transcript], among: Sequence[Pair] = subjects.PAIRS
+) -> dict[Pair, list[str]]:
     """Return how the pairs that can be had here differ where they must not; empty if they don't.
 
-    play: on one subject. The test is skipped if all that can be had are alike and one can't be had.
+    play: on one subject. among: the pairs to compare. The test is skipped if all that can be had are alike
+    and one can't be had.
     """
-    missing = {name: why for name in _named(subjects.PAIRS) if (why := subjects.missing(name))}
-    pairs = [pair for pair in subjects.PAIRS if not missing.keys() & set(pair)]
+    missing = {name: why for name in _named(among) if (why := subjects.missing(name))}
+    pairs = [pair for pair in among if not missing.keys() & set(pair)]
     found = differing(script, play, pairs)
     if missing and not found:
         pytest.skip("; ".join(missing.values()))
