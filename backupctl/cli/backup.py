@@ -9,7 +9,8 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, completion, output, param_types, reporters, settings, units
-from backupctl.cli.common import Declared, Target
+from backupctl.cli.common import Declared
+from backupctl.cli.target import Target
 from backupctl.errors import DamageFound
 from backupctl.events.backup import RepositoryCreated
 from backupctl.names import PointId

@@ -2,15 +2,15 @@
 """`backupctl bitmaps`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import click
 
 from backupctl.cli import common, output, units
-from backupctl.cli.common import Target
+from backupctl.cli.target import Target
 from backupctl.errors import Failed, UsageError
 from backupctl.operations import bitmaps as core
 from backupctl.operations.bitmaps import Removal, StoredBitmap
+from backupctl.outcome import documents
 from backupctl.progress import counted
 
 
@@ -68,7 +68,7 @@ def print_table(found: Sequence[StoredBitmap]) -> None:
 
 def _show(vm: str, found: Sequence[StoredBitmap], *, as_json: bool) -> None:
     if as_json:
-        output.print_json({"vm": vm, "bitmaps": [asdict(one) for one in found]})
+        output.print_json(documents.bitmaps(vm, found))
         return
     if not found:
         output.print_line(f"{vm} has no dirty bitmaps made by backupctl.")
@@ -81,15 +81,7 @@ def _show(vm: str, found: Sequence[StoredBitmap], *, as_json: bool) -> None:
 
 def _tell(done: Removal, *, as_json: bool, dry_run: bool) -> None:
     if as_json:
-        output.print_json(
-            {
-                "vm": done.vm,
-                "dry_run": dry_run,
-                "removed": [] if dry_run else [asdict(one) for one in done.removed],
-                "would_remove": [asdict(one) for one in done.removed] if dry_run else [],
-                "left": [{**asdict(one), "reason": why} for one, why in done.left],
-            }
-        )
+        output.print_json(documents.bitmaps_removed(done, dry_run=dry_run))
         return
     for one in done.removed:
         output.print_line(f"{'would remove' if dry_run else 'removed'} {one.name} from {one.node}")

@@ -7,8 +7,7 @@ What an option's value is, click decides: typed on the command line, or else con
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -17,24 +16,20 @@ import msgspec
 from click.core import ParameterSource
 
 from backupctl.cli import completion, configuration, next_command, param_types, settings
-from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
+from backupctl.cli.target import Target
 from backupctl.errors import (
+    UNTOUCHED,
     BackupctlError,
     DamageFound,
     Failed,
     InvalidName,
     Locked,
     NeedsRecovery,
-    NotARepository,
-    RepositoryError,
     UsageError,
 )
 from backupctl.names import VmName, vm_name
-from backupctl.options import DEFAULT_TIMEOUTS, RunOptions, Timeouts, VmConfig
-from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
-from backupctl.system.address import Address
+from backupctl.options import DEFAULT_TIMEOUTS, RunOptions, Timeouts
 
 Declared = TypeVar("Declared", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -46,7 +41,7 @@ CONFIG_HELP = (
     f"{configuration.SYSTEM_FILE}."
 )
 _NOT_OPTIONS = ("disks",)
-"""Settings that are no option of that name: --disk, whose parameter is called so, chooses disks."""
+"""Settings whose name is that of another parameter: `disks` is also what --disk is given."""
 
 
 class Command(click.Command):
@@ -70,133 +65,6 @@ class Command(click.Command):
 def command(name: str, *codes: int) -> Callable[[Callable[..., Any]], Command]:
     """Make a command of a function, whose docstring is its help. codes: its exit codes."""
     return click.command(name, cls=Command, epilog=exit_help(*codes))
-
-
-@dataclass(frozen=True)
-class Target:
-    """Which VM and which repository a command line means.
-
-    repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
-    """
-
-    config: Config
-    name: VmName | None
-    repository_path: Path | None
-    typed_repository: bool
-    qmp: Address | None = None
-    agent: Address | None = None
-    scratch: Path = DEFAULTS.scratch.folder
-    timeouts: Timeouts = DEFAULT_TIMEOUTS
-
-    @property
-    def vm_name(self) -> VmName:
-        """Return the NAME, of a command that cannot be called without one."""
-        assert self.name is not None
-        return self.name
-
-    def vm(self) -> VmConfig:
-        """Return the VM. Raises UsageError."""
-        if self.qmp is None:
-            raise self._unconfigured()
-        return VmConfig(self.vm_name, self.qmp, self.agent, dict(self.config.of(self.name).disks))
-
-    def _unconfigured(self) -> UsageError:
-        place = self.config.path or configuration.SYSTEM_FILE
-        if self.vm_name in self.config.vms:
-            why = f"VM {self.vm_name!r} has no monitor: qmp is not set in [vm.{self.vm_name}] of {place}"
-        elif self.config.path is None:
-            why = f"VM {self.vm_name!r} is not configured: no configuration file found"
-        else:
-            listed = ", ".join(sorted(self.config.vms)) or "none"
-            close = settings.closest(self.vm_name, self.config.vms)
-            meant = f"; did you mean {close!r}?" if close else ""
-            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant}"
-        return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
-
-    def of(self, vm: str) -> "Target":
-        """Return the same for one VM of the configuration."""
-        configured = self.config.of(vm).repository
-        path = (
-            self.repository_path
-            if self.typed_repository or not configured
-            else param_types.absolute(configured)
-        )
-        return replace(self, name=vm_name(vm), repository_path=path)
-
-    def has_repository(self) -> bool:
-        """Whether there is one. Raises UsageError, RepositoryError."""
-        try:
-            Repository.open(self.folder())
-        except NotARepository:
-            return False
-        except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
-        return True
-
-    def repository(self) -> Repository:
-        """Open the repository. Raises UsageError, RepositoryError."""
-        return self.open(self.folder())
-
-    def vm_folder(self) -> VmFolder:
-        """Open the repository; return the VM's part of it. Raises UsageError, RepositoryError."""
-        return self.repository().vm(self.vm_name)
-
-    def folder(self) -> Path:
-        """Return the repository's directory, which need not exist. Raises UsageError."""
-        if self.repository_path is None:
-            raise UsageError(
-                "no repository is configured for this command",
-                hint=f"use --repository DIR, or set repository in "
-                f"{self.config.path or configuration.SYSTEM_FILE}",
-            )
-        return self.repository_path
-
-    def folders(self) -> tuple[Path, ...]:
-        """Return the directories that are meant: the one typed, the VM's, or all of the configuration.
-
-        Raises UsageError.
-        """
-        everything = () if self.name or self.typed_repository else self.config.repositories()
-        return everything or (self.folder(),)
-
-    def open(self, path: Path) -> Repository:
-        """Open a repository. Raises UsageError, RepositoryError."""
-        try:
-            return Repository.open(path)
-        except NotARepository as err:
-            raise UsageError(
-                err.message,
-                state="nothing was touched",
-                hint="if there should be one: is its file system mounted? The first full creates one",
-                next_command=f"backupctl full {owner}" if (owner := self._owner(path)) else "",
-            ) from err
-        except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
-
-    def _owner(self, path: Path) -> str:
-        """Name a VM that is backed up to a repository, for a first full; "" if none is known."""
-        vms = (vm for vm in self.config.vms if self.of(vm).repository_path == path)
-        return self.name or next(vms, "")
-
-    def new_repository(self) -> Repository:
-        """Make the repository, or open the one that another run has just made. Raises RepositoryError."""
-        try:
-            return Repository.open_or_create(self.folder())
-        except NotARepository as err:
-            raise UsageError(err.message) from err
-        except RepositoryError as err:
-            raise err.add(state="nothing was touched") from err
-
-    def other_repositories(self) -> list[Repository]:
-        """Return the repositories that the configuration names besides this one, as far as they open."""
-        opened: dict[str, Repository] = {}
-        for path in sorted(set(self.config.repositories()) - {self.folder()}):
-            with suppress(BackupctlError, OSError):
-                found = Repository.open(path)
-                opened[found.id] = found
-        with suppress(BackupctlError, OSError):
-            opened.pop(Repository.open(self.folder()).id, None)
-        return list(opened.values())
 
 
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
@@ -368,7 +236,7 @@ def _refuse_missing_directory() -> None:
     except OSError as err:
         raise UsageError(
             f"cannot find the current directory: {err.strerror}",
-            state="nothing was touched",
+            state=UNTOUCHED,
             next_command="cd /",
         ) from err
 

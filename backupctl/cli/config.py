@@ -11,9 +11,9 @@ import click
 from click.core import ParameterSource
 
 from backupctl.cli import backup, common, configuration, output, prune, settings
-from backupctl.cli.common import Target
 from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
+from backupctl.cli.target import Target
 from backupctl.errors import UsageError
 from backupctl.progress import counted
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import block_map, common, output, units
-from backupctl.cli.common import Target
+from backupctl.cli.target import Target
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.operations import diff as core
 from backupctl.operations.diff import DiffReport, DiskDiff

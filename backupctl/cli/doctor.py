@@ -6,8 +6,8 @@ from dataclasses import replace
 import click
 
 from backupctl.cli import backup, common, exposure, output
-from backupctl.cli.common import Target
-from backupctl.errors import Failed
+from backupctl.cli.target import Target
+from backupctl.errors import UNTOUCHED, Failed
 from backupctl.operations.doctor import run as core
 from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
@@ -37,7 +37,7 @@ def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     if found.bad:
         raise Failed(
             f"a backup of {found.vm} would fail: {len(found.bad)} of {len(found.findings)} checks failed",
-            state="nothing was touched",
+            state=UNTOUCHED,
             hint="fix what is marked bad, then check again",
             next_command=f"backupctl doctor {found.vm}",
         )

@@ -4,7 +4,7 @@
 from pathlib import Path
 
 from backupctl.cli import common, output, reporters, units
-from backupctl.cli.common import Target
+from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.events.repository import HistoryMismatch
 from backupctl.names import VmName

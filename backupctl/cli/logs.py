@@ -20,7 +20,7 @@ from typing import Any, Self, TextIO
 import click
 
 from backupctl.cli import output
-from backupctl.errors import UsageError
+from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.outcome import documents
 
 _ROOT = "backupctl"
@@ -143,7 +143,7 @@ class Logs:
     def append_to(self, path: Path) -> None:
         """Append the lines to a file, too. Raises UsageError."""
         if self._file is not None:
-            raise UsageError("--log-file was given twice", state="nothing was touched")
+            raise UsageError("--log-file was given twice", state=UNTOUCHED)
         self._file = _File(path, self._formatter)
         self._logger.addHandler(self._file)
 
@@ -258,4 +258,4 @@ def _opened(path: Path) -> int:
 
 
 def _refused(path: Path, why: str | None) -> UsageError:
-    return UsageError(f"cannot open the log file {path}: {why}", state="nothing was touched")
+    return UsageError(f"cannot open the log file {path}: {why}", state=UNTOUCHED)

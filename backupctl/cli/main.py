@@ -16,7 +16,15 @@ import click
 from backupctl import __version__
 from backupctl.cli import common, configuration, crash_log, logs, output, requirements
 from backupctl.cli.invocation import Invocation
-from backupctl.errors import BackupctlError, Failed, Interrupted, InvalidName, NeedsRecovery, UsageError
+from backupctl.errors import (
+    UNTOUCHED,
+    BackupctlError,
+    Failed,
+    Interrupted,
+    InvalidName,
+    NeedsRecovery,
+    UsageError,
+)
 
 PRIVATE = 0o077
 """The umask of every file we create, whatever the caller's is: the files hold the guests' disks."""
@@ -172,7 +180,7 @@ def _allow_many_files() -> None:
 
 def _failed(err: BackupctlError, invocation: Invocation, *, say: bool = True, bug: bool = False) -> int:
     if isinstance(err, UsageError | InvalidName):
-        err.add(state="nothing was touched")
+        err.add(state=UNTOUCHED)
     if say:
         output.print_error(err, as_json=invocation.as_json, log=_log_of(err, bug=bug))
     return err.exit_code

@@ -30,8 +30,11 @@ _LINE_SECONDS = 10.0
 
 def clean(text: object) -> str:
     """Return a text without control characters; nor may it begin a line of its own, as if we said it."""
+    found = str(text)
+    if found.isprintable():
+        return found
     return "".join(
-        character if character.isprintable() else f"\\x{ord(character):02x}" for character in str(text)
+        character if character.isprintable() else f"\\x{ord(character):02x}" for character in found
     )
 
 

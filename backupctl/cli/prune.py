@@ -10,7 +10,8 @@ from click.core import ParameterSource
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
-from backupctl.cli.common import Declared, Target
+from backupctl.cli.common import Declared
+from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import PointId
@@ -276,6 +277,6 @@ def _print_protection(target: Target, point: PointId, *, protected: bool, as_jso
     said = "protected; prune never drops it" if protected else "not protected any more"
     output.done(f"{target.name} {point}: {said}")
     if as_json:
-        output.print_json(documents.protection(target.name or "", point, protected=protected))
+        output.print_json(documents.protection(target.vm_name, point, protected=protected))
     else:
         output.print_line(f"{target.name} {point}: {said}")

@@ -3,7 +3,7 @@
 
 import importlib.util
 
-from backupctl.errors import UsageError
+from backupctl.errors import UNTOUCHED, UsageError
 
 
 def check() -> None:
@@ -11,7 +11,7 @@ def check() -> None:
     if importlib.util.find_spec("nbd") is None:
         raise UsageError(
             "libnbd's Python module, `nbd`, is missing; it comes with the distribution, not with pip",
-            state="nothing was touched",
+            state=UNTOUCHED,
             hint="a virtual environment made by /usr/bin/python3 -m venv --system-site-packages sees it",
             next_command="apt install python3-libnbd",
         )

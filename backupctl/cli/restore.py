@@ -5,12 +5,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
+from backupctl.cli.target import Target
 from backupctl.errors import DamageFound, UsageError
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import FEATURES, ImageFeature
@@ -20,6 +20,7 @@ from backupctl.operations.restore.in_place import InPlaceReport
 from backupctl.operations.restore.overlay import OverlayReport
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import RestoreReport
+from backupctl.outcome import documents
 from backupctl.progress import Reporter
 
 
@@ -79,7 +80,7 @@ class RestoreArguments:
 )
 @common.json_option
 @common.gathered(RestoreArguments)
-def restore(target: common.Target, asked: RestoreArguments) -> None:
+def restore(target: Target, asked: RestoreArguments) -> None:
     """Restore a VM's disks as they were at POINT (an id, or `latest`).
 
     --to: an existing folder, a name that ends in `/`, and a new name without a suffix are folders; each disk
@@ -152,17 +153,7 @@ def _only_changed(
 
 def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
     if as_json:
-        disks = [
-            {
-                "name": one.name,
-                "point": one.point,
-                "path": str(one.path),
-                "size": one.size,
-                "backing": str(one.backing),
-            }
-            for one in report.images
-        ]
-        _print_document(report, disks)
+        output.print_json(documents.overlay(report))
         return
     for one in report.images:
         output.print_line(
@@ -172,20 +163,7 @@ def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
 
 def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
     if as_json:
-        disks = [
-            {
-                "name": one.name,
-                "point": one.point,
-                "path": str(one.path),
-                "format": one.format,
-                "size": one.size,
-                "written_bytes": one.written_bytes,
-                "same_bytes": one.same_bytes,
-                "seconds": round(one.seconds, 3),
-            }
-            for one in report.images
-        ]
-        _print_document(report, disks)
+        output.print_json(documents.restore_in_place(report))
         return
     for one in report.images:
         output.print_line(
@@ -205,30 +183,10 @@ def _tell(report: RestoreReport, asked: RestoreArguments) -> None:
 
 def _tell_whole(report: RestoreReport, *, as_json: bool) -> None:
     if as_json:
-        disks = [
-            {
-                "name": one.name,
-                "point": one.point,
-                "path": one.path,
-                "format": one.format,
-                "size": one.size,
-                "seconds": round(one.seconds, 3),
-                "damaged": [{"offset": offset, "length": length} for offset, length in one.damaged],
-                "unproven": one.unverified or None,
-            }
-            for one in report.images
-        ]
-        _print_document(report, disks)
+        output.print_json(documents.restore(report))
         return
     for one in report.images:
         output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}, {units.size(one.size)}, "
             f"{units.duration(one.seconds)})"
         )
-
-
-def _print_document(
-    report: RestoreReport | OverlayReport | InPlaceReport, disks: list[dict[str, Any]]
-) -> None:
-    missing = [{"name": one.name, "point": one.point} for one in report.missing]
-    output.print_json({"vm": report.vm, "point": report.point, "disks": disks, "missing": missing})

@@ -7,10 +7,12 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli.target import Target
 from backupctl.events import StepStarted
 from backupctl.events.restore import OverlayKept, ServedToLocalUsers
 from backupctl.operations import serve as core
 from backupctl.operations.serve import Export
+from backupctl.outcome import documents
 
 
 @common.command("serve", 0, 1, 2, 4, 75)
@@ -37,7 +39,7 @@ from backupctl.operations.serve import Export
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
 def serve(
-    target: common.Target,
+    target: Target,
     *,
     point: str,
     disk: str | None,
@@ -56,16 +58,7 @@ def serve(
 
     def ready(exports: tuple[Export, ...]) -> None:
         if as_json:
-            output.print_json(
-                {
-                    "vm": folder.name,
-                    "point": found.id,
-                    "exports": [
-                        {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable}
-                        for one in exports
-                    ],
-                }
-            )
+            output.print_json(documents.served(folder.name, found.id, exports))
             return
         output.print_table(
             ("DISK", "SIZE>", "ACCESS", "URI"),

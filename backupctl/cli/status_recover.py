@@ -5,7 +5,7 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import backup, bitmaps, common, output, reporters, units
-from backupctl.cli.common import Target
+from backupctl.cli.target import Target
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
 from backupctl.operations.status import Status

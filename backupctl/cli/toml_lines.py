@@ -7,7 +7,7 @@ Each is parsed alone, so quoted and dotted keys, inline tables and values of sev
 
 import tomllib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 Key = tuple[str, ...]
 _MOST_LINES = 200
@@ -36,20 +36,23 @@ def _statements(text: str) -> Iterator[tuple[int, str]]:
     while at < len(lines):
         for end in range(at + 1, min(len(lines), at + _MOST_LINES) + 1):
             statement = "\n".join(lines[at:end])
-            if _is_whole(statement):
+            state = _state(statement)
+            if state == "whole":
                 yield at + 1, statement
                 at = end
+            if state != "begun":
                 break
-        else:
+        if state != "whole":
             at += 1
 
 
-def _is_whole(statement: str) -> bool:
+def _state(statement: str) -> Literal["whole", "begun", "none"]:
+    """Return whether a text is a statement, or begins one whose value goes on in the next line."""
     try:
         tomllib.loads(statement)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    except (ValueError, RecursionError) as err:
+        return "begun" if str(err).endswith("(at end of document)") else "none"
+    return "whole"
 
 
 def _keys(content: dict[str, Any], above: Key = ()) -> Iterator[Key]:

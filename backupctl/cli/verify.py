@@ -8,7 +8,7 @@ import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
-from backupctl.cli.common import Target
+from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
 from backupctl.events.repository import SampleChosen
 from backupctl.operations.verify import run as core

@@ -6,7 +6,9 @@ incremental succeeds, every point restores byte for byte, and backupctl has left
 """
 
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -42,6 +44,15 @@ def _prepare(site: Site) -> None:
     site.write(20)
 
 
+@contextmanager
+def _copying(kind: str, site: Site) -> Iterator[subprocess.Popen[str]]:
+    """Yield a slow run that has begun to copy."""
+    with site.start(kind, VM, *site.options, *SLOW) as run:
+        assert run.stderr is not None
+        await_line(run.stderr, "copy")
+        yield run
+
+
 def _killed(kind: str, step: str, site: Site) -> None:
     _prepare(site)
     site.fails(kind, codes=(-signal.SIGKILL,), fault=step)
@@ -52,9 +63,7 @@ def _killed(kind: str, step: str, site: Site) -> None:
 
 def _signalled(number: int, site: Site) -> None:
     _prepare(site)
-    with site.start("incremental", VM, *site.options, *SLOW) as run:
-        assert run.stderr is not None
-        await_line(run.stderr, "copy")
+    with _copying("incremental", site) as run:
         run.send_signal(number)
         result = site.last = site.wait(run)
     expect(result.code == 1, f"the run rolls back and ends with 1, not {result.code}")
@@ -75,9 +84,7 @@ def _faulty(spec: str, codes: tuple[int, ...], site: Site, *options: str) -> Non
 
 def _qemu_ends(how: str, site: Site) -> None:
     _prepare(site)
-    with site.start("incremental", VM, *site.options, *SLOW) as run:
-        assert run.stderr is not None
-        await_line(run.stderr, "copy")
+    with _copying("incremental", site) as run:
         site.end(how)
         result = site.last = site.wait(run)
     expect(result.code in (1, 3), f"the run ends with 1 or 3, not {result.code}")
@@ -87,9 +94,7 @@ def _qemu_ends(how: str, site: Site) -> None:
 
 def _two_runs(site: Site) -> None:
     _prepare(site)
-    with site.start("full", VM, *site.options, *SLOW) as run:
-        assert run.stderr is not None
-        await_line(run.stderr, "copy")
+    with _copying("full", site) as run:
         site.fails("incremental", codes=(75,))
         run.send_signal(signal.SIGTERM)
         first = site.wait(run)
@@ -171,9 +176,7 @@ def _bitmap_removed(site: Site) -> None:
 
 def _job_ended(site: Site) -> None:
     _prepare(site)
-    with site.start("incremental", VM, *site.options, *SLOW) as run:
-        assert run.stderr is not None
-        await_line(run.stderr, "copy")
+    with _copying("incremental", site) as run:
         for job in site.query("query-jobs"):
             site.query("block-job-cancel", device=job["id"], force=True)
         result = site.last = site.wait(run)

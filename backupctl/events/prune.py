@@ -64,7 +64,4 @@ class ConfiguredRulesNotUsed(Event):
 
     def _text(self) -> str:
         listed = ", ".join(f"{key} = {value}" for key, value in self.rules.items())
-        return (
-            f"{self.vm}: the rules on the command line are the whole policy; "
-            f"configured rules not used: {listed}"
-        )
+        return f"{self.vm}: only the command line's rules apply; configured rules not used: {listed}"

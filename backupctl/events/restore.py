@@ -72,8 +72,8 @@ class AttributesNotKept(WarningEvent):
 
     def _text(self) -> str:
         return (
-            f"{self.path} replaces a file, of which could not be kept: {', '.join(self.attributes)}. "
-            "Check that the VM may open it"
+            f"{self.path} replaced a file, but could not be given its {', '.join(self.attributes)}. "
+            "Check that the VM can open it"
         )
 
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from backupctl.errors import Refused, UsageError
+from backupctl.errors import UNTOUCHED, Refused, UsageError
 from backupctl.names import BitmapName, BitmapParts, DiskName, NodeName, PointId, VmName, bitmap_parts
 from backupctl.operations import recover
 from backupctl.operations.backup import plan
@@ -28,7 +28,6 @@ _KEPT: dict[Use, str] = {
     "live": "the next incremental is based on it",
     "unfinished": "it belongs to a run that did not end; `backupctl recover` cleans up and loses no change",
 }
-_UNTOUCHED = "nothing was touched"
 
 
 def nobody_else() -> Sequence[Repository]:
@@ -226,11 +225,11 @@ def _chosen(found: Sequence[StoredBitmap], names: Iterable[str], tag: str | None
     wanted = frozenset(names)
     if unknown := wanted - {one.name for one in found}:
         raise UsageError(
-            f"the VM has no bitmap of backupctl named {', '.join(sorted(unknown)):.300}", state=_UNTOUCHED
+            f"the VM has no bitmap of backupctl named {', '.join(sorted(unknown)):.300}", state=UNTOUCHED
         )
     chosen = [one for one in found if one.name in wanted or one.repository == tag]
     if tag and not any(one.repository == tag for one in found):
-        raise UsageError(f"the VM has no bitmap of a repository {tag:.100}", state=_UNTOUCHED)
+        raise UsageError(f"the VM has no bitmap of a repository {tag:.100}", state=UNTOUCHED)
     return chosen
 
 
@@ -240,7 +239,7 @@ def _refuse_needed(chosen: Sequence[StoredBitmap], vm: VmConfig) -> None:
         if why:
             raise Refused(
                 f"the bitmap {one.name} on {one.node} is not removed: {why}",
-                state=_UNTOUCHED,
+                state=UNTOUCHED,
                 next_command=f"backupctl bitmaps {vm.name}",
             )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import (
+    UNTOUCHED,
     AgentError,
     BackupctlError,
     DamageFound,
@@ -109,7 +110,7 @@ def recover(
     except (MonitorUnreachable, Interrupted) as err:
         if folder.pending_points():
             raise needs_recovery(err, vm.name) from err
-        raise err.add(state="nothing was touched", next_command=_what_next(err, vm.name)) from err
+        raise err.add(state=UNTOUCHED, next_command=_what_next(err, vm.name)) from err
     except RepositoryUnreadable as err:  # so nobody can tell what a dead run left
         raise needs_recovery(err, vm.name) from err
     for line in done:

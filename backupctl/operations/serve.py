@@ -9,7 +9,7 @@ from pathlib import Path
 from socket import socket
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import UsageError, WriteFailed
+from backupctl.errors import UNTOUCHED, UsageError, WriteFailed
 from backupctl.images import public_server
 from backupctl.images.open_image import OpenImage
 from backupctl.images.public_server import ServedImage
@@ -145,5 +145,5 @@ def _overlay(
             image = held.enter_context(overlay.made_or_taken(folder.path.parent, target, entry.size, paths))
         except OSError as err:
             why = f"cannot make {target}: {err.strerror}"
-            raise WriteFailed(why, state="nothing was touched") from err
+            raise WriteFailed(why, state=UNTOUCHED) from err
         yield image

@@ -13,10 +13,15 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.errors import BackupctlError
     from backupctl.events import Event
     from backupctl.operations.backup.outcome import RunReport
+    from backupctl.operations.bitmaps import Removal, StoredBitmap
     from backupctl.operations.diff import DiffReport
     from backupctl.operations.doctor.run import Diagnosis
     from backupctl.operations.prune.run import PruneReport
     from backupctl.operations.recover import Recovered
+    from backupctl.operations.restore.in_place import InPlaceReport
+    from backupctl.operations.restore.overlay import OverlayReport
+    from backupctl.operations.restore.whole import RestoreReport
+    from backupctl.operations.serve import Export
     from backupctl.operations.status import Status
     from backupctl.operations.verify.layer import VerifyScope
     from backupctl.operations.verify.run import VerifyReport
@@ -173,6 +178,87 @@ def disks_kind(found: "Point") -> str:
     """Return "full", "incremental" or "mixed", by the kinds of a point's disks."""
     kinds = {entry.kind for entry in found.manifest.disks}
     return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
+
+
+def restore(report: "RestoreReport") -> Document:
+    """Return what a whole restore made."""
+    disks = [
+        {
+            "name": one.name,
+            "point": one.point,
+            "path": one.path,
+            "format": one.format,
+            "size": one.size,
+            "seconds": round(one.seconds, 3),
+            "damaged": _ranges(one.damaged),
+            "unproven": one.unverified or None,
+        }
+        for one in report.images
+    ]
+    return _restored(report, disks)
+
+
+def restore_in_place(report: "InPlaceReport") -> Document:
+    """Return what a restore with --only-changed wrote."""
+    disks = [
+        {
+            "name": one.name,
+            "point": one.point,
+            "path": str(one.path),
+            "format": one.format,
+            "size": one.size,
+            "written_bytes": one.written_bytes,
+            "same_bytes": one.same_bytes,
+            "seconds": round(one.seconds, 3),
+        }
+        for one in report.images
+    ]
+    return _restored(report, disks)
+
+
+def overlay(report: "OverlayReport") -> Document:
+    """Return what a restore with --thin made."""
+    disks = [
+        {
+            "name": one.name,
+            "point": one.point,
+            "path": str(one.path),
+            "size": one.size,
+            "backing": str(one.backing),
+        }
+        for one in report.images
+    ]
+    return _restored(report, disks)
+
+
+def _restored(report: "RestoreReport | InPlaceReport | OverlayReport", disks: list[Document]) -> Document:
+    missing = [{"name": one.name, "point": one.point} for one in report.missing]
+    return {"vm": report.vm, "point": report.point, "disks": disks, "missing": missing}
+
+
+def served(vm: str, point_id: str, exports: Iterable["Export"]) -> Document:
+    """Return where the disks of a point are served."""
+    listed = [
+        {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable} for one in exports
+    ]
+    return {"vm": vm, "point": point_id, "exports": listed}
+
+
+def bitmaps(vm: str, found: Iterable["StoredBitmap"]) -> Document:
+    """Return the bitmaps of a VM."""
+    return {"vm": vm, "bitmaps": [asdict(one) for one in found]}
+
+
+def bitmaps_removed(done: "Removal", *, dry_run: bool) -> Document:
+    """Return which bitmaps were removed, or would be."""
+    removed = [asdict(one) for one in done.removed]
+    return {
+        "vm": done.vm,
+        "dry_run": dry_run,
+        "removed": [] if dry_run else removed,
+        "would_remove": removed if dry_run else [],
+        "left": [{**asdict(one), "reason": why} for one, why in done.left],
+    }
 
 
 def diff(report: "DiffReport") -> Document:

@@ -58,7 +58,7 @@ def read(content: bytes, kind: type[D], where: str, version: int, *, signed: boo
             _check_checksum(_take(document, "checksum"), {"format": version, **document})
         found = msgspec.json.decode(content, type=kind)
         found.check()
-        _check_fields(document, asdict(found))
+        _check_fields(document, found)
     except Malformed as err:
         raise type(err)(f"{where}: {err}") from err
     except (ValueError, RecursionError, InvalidName) as err:
@@ -104,9 +104,10 @@ def _check_checksum(found: object, document: dict[str, Any]) -> None:
         raise Malformed("the checksum does not match")
 
 
-def _check_fields(document: dict[str, Any], known: dict[str, Any]) -> None:
-    # msgspec ignores an unknown field, and gives a missing one its default.
-    if _canonical(document) != _canonical(known):
+def _check_fields(document: dict[str, Any], found: Document) -> None:
+    # msgspec ignores an unknown field, and gives a missing one its default. It would encode `found` without
+    # the latter, hence asdict.
+    if msgspec.json.decode(msgspec.json.encode(asdict(found))) != document:
         raise Malformed("a field is unknown or missing")
 
 

@@ -136,7 +136,7 @@ def place(temporary: Path, target: Path) -> None:
 
     Raises FileExistsError, OSError.
     """
-    _log.debug("name %s %s", temporary, target)
+    _log.debug("link %s to %s", temporary, target)
     try:
         os.link(temporary, target)  # a rename would replace a file that another process has just created
     except OSError as err:

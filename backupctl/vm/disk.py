@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from backupctl import sizes
-from backupctl.errors import Refused, UsageError
+from backupctl.errors import UNTOUCHED, Refused, UsageError
 from backupctl.names import DiskName, NodeName
 from backupctl.vm.bitmap import Bitmap
 
@@ -65,7 +65,7 @@ class Inventory:
     def refuse_busy(self) -> None:
         """Raise Refused if somebody else works on a disk."""
         for _, who in self.busy:
-            raise Refused(who, state="nothing was touched")
+            raise Refused(who, state=UNTOUCHED)
 
     def chosen(self, names: Iterable[str]) -> tuple[Disk, ...]:
         """Return the disks of these names, all if there are none. Raises UsageError for an unknown one."""
@@ -77,6 +77,6 @@ class Inventory:
                 there = ", ".join(known) or "none"
                 raise UsageError(
                     reasons.get(name, f"the VM has no disk {name!r:.120}; its writable disks: {there}"),
-                    state="nothing was touched",
+                    state=UNTOUCHED,
                 )
         return tuple(known[DiskName(name)] for name in wanted) if wanted else self.disks

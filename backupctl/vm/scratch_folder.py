@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from backupctl.errors import Failed, Refused, UsageError
+from backupctl.errors import UNTOUCHED, Failed, Refused, UsageError
 from backupctl.names import Namespace, VmName
 from backupctl.system import safe_folder
 
@@ -21,9 +21,7 @@ LOW_BYTES = 256 * 1024 * 1024
 def check(folder: Path) -> None:
     """Refuse a scratch folder that is missing or not writable. Raises Refused."""
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise Refused(
-            f"the scratch folder {folder} is not a folder we can write to", state="nothing was touched"
-        )
+        raise Refused(f"the scratch folder {folder} is not a folder we can write to", state=UNTOUCHED)
 
 
 def make_private(namespace: Namespace, vm: VmName, folder: Path) -> Path:

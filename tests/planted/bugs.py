@@ -33,7 +33,7 @@ EXTENTS = "unit/transfer/test_extents.py::"
 GUARD = "unit/vm/test_guard.py::"
 IOTHREAD = (
     "integration/test_guest.py::"
-    "test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive[7.2-virtio-blk-pci-5]"
+    "test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive[oldest-virtio-blk-pci-5]"
 )
 LAYER = "unit/operations/test_backup_disk.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
 REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
@@ -358,7 +358,7 @@ BUGS = (
         "    clients.free_scratch()\n",
         "    pass\n",
         "integration/test_held_room.py::"
-        "test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process[7.2]",
+        "test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process[installed]",
     ),
     Bug(
         "QEMU is given names that can be exchanged",

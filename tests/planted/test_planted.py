@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,12 +40,12 @@ def copy() -> Iterator[Path]:
         yield folder
 
 
-def play(folder: Path, *tests: str) -> "subprocess.CompletedProcess[str]":
-    """Run tests on the copy."""
+def play(folder: Path, *tests: str, options: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    """Run tests on the copy, with these options of pytest."""
     names = [f"tests/{test}" for test in tests]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *QUICK, f"--basetemp={folder / 't'}", *names],
+        [sys.executable, "-m", "pytest", *QUICK, *options, f"--basetemp={folder / 't'}", *names],
         cwd=folder,
         env={**environment, "PYTHONPATH": str(folder), "BACKUPCTL_CACHE": str(CACHE)},
         capture_output=True,
@@ -104,6 +104,11 @@ def test_each_bug_can_be_planted_and_has_a_name_of_its_own():
         module, text = planted(bug)
         compile(text, str(module), "exec")
     assert len({bug.name for bug in BUGS}) == len(BUGS) >= 25
+
+
+def test_each_bug_names_a_test_that_is_there(copy):
+    done = play(copy, *sorted({bug.test for bug in BUGS}), options=["--collect-only"])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
 
 
 @pytest.mark.parametrize(

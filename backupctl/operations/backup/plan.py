@@ -13,7 +13,7 @@ the disk is scanned (read whole, and compared with the base's digests), or taken
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from backupctl.errors import Refused
+from backupctl.errors import UNTOUCHED, Refused
 from backupctl.names import BitmapName, DiskName, Namespace, PointId
 from backupctl.options import Kind, OnBrokenChain
 from backupctl.repository.point import Point
@@ -100,7 +100,7 @@ def plan(
     if broken and on_broken_chain == "fail":
         raise Refused(
             "; ".join(f"{one.disk.name} cannot be taken incrementally: {one.reason}" for one in broken),
-            state="nothing was touched",
+            state=UNTOUCHED,
         )
     if on_broken_chain == "full":
         plans = tuple(

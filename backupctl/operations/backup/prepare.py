@@ -11,6 +11,7 @@ from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import (
+    UNTOUCHED,
     AgentTimeout,
     BackupctlError,
     Failed,
@@ -178,7 +179,7 @@ def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk,
     chosen = inventory.chosen(options.disks)
     if not chosen:
         why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.skipped)
-        raise Refused(f"the VM has no writable disk{why}", state="nothing was touched")
+        raise Refused(f"the VM has no writable disk{why}", state=UNTOUCHED)
     return inventory, chosen
 
 
@@ -192,7 +193,7 @@ def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
     except UnicodeEncodeError as err:
         raise Refused(
             f"the path {repository} is not UTF-8, so it cannot be passed to QEMU; use another name",
-            state="nothing was touched",
+            state=UNTOUCHED,
         ) from err
     driver.check_scratch(folder)
     private_dir.check()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from backupctl.errors import UsageError
+from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.names import DiskName, PointId, point_time
 
 _CLOCK_SKEW = timedelta(hours=1)  # tolerated between machines that back up and that prune
@@ -79,7 +79,7 @@ def decide(points: Sequence[RetentionCandidate], rules: Rules, now: datetime) ->
         raise UsageError(
             "no retention rule: give at least one of --keep-last, --keep-hourly, --keep-daily, "
             "--keep-weekly, --keep-monthly, --keep-yearly, --keep-within",
-            state="nothing was touched",
+            state=UNTOUCHED,
         )
     ids = [point.id for point in points]
     reasons: dict[PointId, list[str]] = {point: [] for point in ids}

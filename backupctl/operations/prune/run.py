@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
+from backupctl.errors import UNTOUCHED, BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
 from backupctl.events import StepStarted
 from backupctl.events.prune import LeftForNextPrune, PointDropped
 from backupctl.names import DiskName, PointId
@@ -320,7 +320,7 @@ def _refuse_unknown(folder: VmFolder) -> None:
     if not folder.exists():  # taking its lock would make it
         raise NoSuchPoint(
             f"{folder.path.parent} has no backup of the VM {folder.name}",
-            state="nothing was touched",
+            state=UNTOUCHED,
             next_command="backupctl list",
         )
 
@@ -331,7 +331,7 @@ def _all(folder: VmFolder) -> list[Point]:
     for path, err in (*survey.damaged, *retired.damaged):
         raise DamageFound(
             f"{err.message}; nothing is pruned while it is not known what {path.name} is based on",
-            state="nothing was touched",
+            state=UNTOUCHED,
             next_command=f"backupctl verify {folder.name}",
         ) from err
     return sorted((*survey.points, *retired.points), key=lambda point: point.id)

@@ -16,12 +16,11 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from backupctl.errors import TargetExists, UsageError
+from backupctl.errors import UNTOUCHED, TargetExists, UsageError
 from backupctl.images.create import ImageFormat
 from backupctl.repository.manifest import DiskEntry
 
 STDOUT = "-"
-_UNTOUCHED = "nothing was touched"
 _SUFFIXES: dict[str, ImageFormat] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
 _FOREIGN = {".vmdk", ".vdi", ".vhd", ".vhdx", ".vpc", ".qed", ".ova"}
 _IN_THE_VM: dict[str, ImageFormat] = {"qcow2": "qcow2", "raw": "raw", "file": "raw", "host_device": "raw"}
@@ -44,7 +43,7 @@ def of_new(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[str, 
 def of_existing(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[str, ImageFormat]:
     """Return which existing image of a disk is to be changed, and its format. Raises UsageError."""
     if to == STDOUT:
-        raise UsageError("--only-changed needs an existing image, not standard output", state=_UNTOUCHED)
+        raise UsageError("--only-changed needs an existing image, not standard output", state=UNTOUCHED)
     if Path(to).is_block_device():
         return to, wanted or "raw"
     kind = wanted or in_the_vm(entry)
@@ -64,7 +63,7 @@ def in_the_vm(entry: DiskEntry) -> ImageFormat:
     except KeyError as err:
         raise UsageError(
             f"the format of {entry.name} is not known: in the VM it was a {entry.format!r:.60} disk",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             hint="specify the format of the image: --format qcow2 or --format raw",
         ) from err
 
@@ -77,7 +76,7 @@ def _suffixed(entry: DiskEntry, path: Path) -> ImageFormat:
         return in_the_vm(entry)
     raise UsageError(
         f"{path}: {path.suffix!r:.60} names no image format that backupctl writes (qcow2, raw)",
-        state=_UNTOUCHED,
+        state=UNTOUCHED,
         hint=f"use --to {path.with_suffix('.qcow2')} or .raw or .img; --to {path}/ for a folder",
     )
 
@@ -87,7 +86,7 @@ def refuse_one_for_all(targets: Sequence[str], disks: Sequence[str]) -> None:
     if len(set(targets)) < len(targets):
         raise UsageError(
             f"one target, but there are several disks ({', '.join(disks)}): use --disk, or name a folder",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
         )
 
 
@@ -104,7 +103,7 @@ def refuse_unplaceable(to: str, target: Path) -> None:
         what = "is not a folder" if os.path.lexists(above) else "does not exist"
         raise UsageError(
             f"cannot make {target}: the folder {above} {what}",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
             hint="create the folder, then restore again",
             next_command=f"mkdir -p {shlex.quote(str(above))}",
         )
@@ -116,13 +115,13 @@ def _require_plain_file(target: Path) -> None:
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
-        raise TargetExists(f"{target} is a dangling symbolic link", state=_UNTOUCHED) from None
+        raise TargetExists(f"{target} is a dangling symbolic link", state=UNTOUCHED) from None
     except OSError as err:
-        raise UsageError(f"cannot stat {target}: {err.strerror}", state=_UNTOUCHED) from err
+        raise UsageError(f"cannot stat {target}: {err.strerror}", state=UNTOUCHED) from err
     if not stat.S_ISREG(mode):
         raise TargetExists(
             f"{target} is {_kind_of(mode)}, not a file: it is not replaced, even with --force",
-            state=_UNTOUCHED,
+            state=UNTOUCHED,
         )
 
 

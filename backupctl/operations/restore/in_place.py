@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, hashing
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
-from backupctl.errors import BackupctlError, DamageFound, UsageError, WriteFailed, moving
+from backupctl.errors import UNTOUCHED, BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.events import StepStarted
 from backupctl.events.restore import TargetLarger, TargetResized
 from backupctl.images.create import ImageFormat
@@ -44,7 +44,6 @@ from backupctl.transfer.extents import Extent
 from backupctl.transfer.verify_filter import VerifyFilter
 from backupctl.vm import filling
 
-_UNTOUCHED = "nothing was touched"
 _MOST_BYTES = 8 << 20  # per request: on a device without a zero command they are written as data
 _HALF_DONE = "the target is partly changed; the same command again finishes it"
 
@@ -121,7 +120,7 @@ def _open(wanted: RestoreRequest, task: DiskTask) -> Iterator[Target]:
         try:
             found = held.enter_context(in_place.opened(path, task.format, wanted.allowed))
         except OSError as err:
-            raise UsageError(f"cannot open {path}: {err.strerror}", state=_UNTOUCHED) from err
+            raise UsageError(f"cannot open {path}: {err.strerror}", state=UNTOUCHED) from err
         yield found
 
 
@@ -143,9 +142,9 @@ def _size(target: Target, needed: int) -> int:
     try:
         size = target.size()
     except OSError as err:
-        raise UsageError(f"cannot read {target.path}: {err.strerror}", state=_UNTOUCHED) from err
+        raise UsageError(f"cannot read {target.path}: {err.strerror}", state=UNTOUCHED) from err
     if target.device and size < needed:
-        raise UsageError(f"{target.path} has {size} bytes; the disk needs {needed}", state=_UNTOUCHED)
+        raise UsageError(f"{target.path} has {size} bytes; the disk needs {needed}", state=UNTOUCHED)
     return size
 
 

@@ -8,7 +8,7 @@ writes goes into the overlay. The point must stay for as long as the overlay is 
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.errors import UsageError, WriteFailed
+from backupctl.errors import UNTOUCHED, UsageError, WriteFailed
 from backupctl.events.restore import PointMustStay
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.restore import destination, request
@@ -17,8 +17,6 @@ from backupctl.operations.restore.request import DiskTask, RestoreRequest
 from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Reporter
 from backupctl.targets import overlay
-
-_UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def restore(wanted: RestoreRequest, reporter: Reporter) -> OverlayReport:
     no meaning here. Raises UsageError, NoSuchPoint, TargetExists, Locked, DamageFound, WriteFailed.
     """
     if wanted.image_format == "raw":
-        raise UsageError("a thin restore makes qcow2 overlays: raw has no backing file", state=_UNTOUCHED)
+        raise UsageError("a thin restore makes qcow2 overlays: raw has no backing file", state=UNTOUCHED)
     with request.tasks(wanted, destination.of_new, reporter) as tasks:
         for task in tasks.disks:
             _refuse(wanted, task)
@@ -71,6 +69,6 @@ def _make(wanted: RestoreRequest, task: DiskTask, reporter: Reporter) -> Overlay
 
 def _refuse(wanted: RestoreRequest, task: DiskTask) -> None:
     if task.target == STDOUT or Path(task.target).is_block_device():
-        raise UsageError("a thin restore makes files: name a folder, or a file", state=_UNTOUCHED)
+        raise UsageError("a thin restore makes files: name a folder, or a file", state=UNTOUCHED)
     # An overlay that replaces another one is opened by the VM in the same way.
     request.refuse_new_file(wanted, task, also_allowed={"backing"})

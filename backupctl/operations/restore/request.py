@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.errors import TargetExists
+from backupctl.errors import UNTOUCHED, TargetExists
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.names import PointId
@@ -22,8 +22,6 @@ from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.targets import output
-
-_UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,4 +117,4 @@ def refuse_new_file(
 def refuse_overwriting(request: RestoreRequest, why: str) -> None:
     """Refuse to replace what exists, unless the request says so. Raises TargetExists."""
     if not request.overwrite:
-        raise TargetExists(why, state=_UNTOUCHED, next_command="backupctl restore --force")
+        raise TargetExists(why, state=UNTOUCHED, next_command="backupctl restore --force")

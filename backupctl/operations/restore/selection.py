@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from backupctl.errors import UsageError
+from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.events.restore import DiskFromEarlierPoint, DisksNotRestored
 from backupctl.names import DiskName, PointId
 from backupctl.progress import Reporter
@@ -58,7 +58,7 @@ def chosen(
     RepositoryError.
     """
     if all_disks and disk is not None:
-        raise UsageError("--all-disks and --disk are mutually exclusive", state="nothing was touched")
+        raise UsageError("--all-disks and --disk are mutually exclusive", state=UNTOUCHED)
     with ExitStack() as held:
         point = held.enter_context(read_locks.reading(folder, wanted))
         absent = missing(folder, point)

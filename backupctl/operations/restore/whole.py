@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import Interrupted, TransferError, UsageError, WriteFailed, moving
+from backupctl.errors import UNTOUCHED, Interrupted, TransferError, UsageError, WriteFailed, moving
 from backupctl.events import StepStarted
 from backupctl.events.restore import RestoredUnverified, RestoredWithDamage
 from backupctl.images.create import ImageFormat
@@ -28,7 +28,6 @@ from backupctl.targets import output
 from backupctl.vm import filling
 
 _STDOUT_DESCRIPTOR = 1
-_UNTOUCHED = "nothing was touched"
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,12 @@ def _refuse(wanted: RestoreRequest, task: DiskTask) -> None:
     device = target.is_block_device()
     if (task.target == STDOUT or device) and task.format != "raw":
         what = "a block device" if device else "standard output"
-        raise UsageError(f"{what} takes raw bytes, not a {task.format} image", state=_UNTOUCHED)
+        raise UsageError(f"{what} takes raw bytes, not a {task.format} image", state=UNTOUCHED)
     if task.target == STDOUT:
         if os.isatty(_STDOUT_DESCRIPTOR):
             raise UsageError(
                 "refusing to write an image to a terminal: redirect the output, or name a file",
-                state=_UNTOUCHED,
+                state=UNTOUCHED,
             )
     elif device:
         request.refuse_inside_repository(wanted, target)

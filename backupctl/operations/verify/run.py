@@ -27,7 +27,7 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.clusters import Records
 from backupctl.digests.digest_map import DigestMap
-from backupctl.errors import DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
+from backupctl.errors import UNTOUCHED, DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
 from backupctl.events import StepStarted
 from backupctl.events.repository import DamageDetected, NotChecked, NothingToVerify
 from backupctl.names import DiskName, PointId, VmName
@@ -107,7 +107,7 @@ def verify(
     if vm is not None and not folders[0].exists():
         raise NoSuchPoint(
             f"{repository.path} has no backup of the VM {vm}",
-            state="nothing was touched",
+            state=UNTOUCHED,
             next_command="backupctl list",
         )
     found = _Findings(reporter)
@@ -139,7 +139,7 @@ def _refuse_empty(repository: Repository, vm: VmName | None) -> None:
     if vm is not None:
         raise NoSuchPoint(
             f"there is no recovery point of {vm} in {repository.path}",
-            state="nothing was touched",
+            state=UNTOUCHED,
             next_command=f"backupctl full {vm}",
         )
 

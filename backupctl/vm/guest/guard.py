@@ -17,6 +17,7 @@ from typing import Any, Self
 import backupctl
 from backupctl import errors
 from backupctl.errors import (
+    UNTOUCHED,
     AgentError,
     AgentRefused,
     BackupctlError,
@@ -262,7 +263,7 @@ def _from_anywhere(address: Address) -> str:
         raise Refused(
             f"the path of the socket {address} is too long when it is absolute, as the guard needs it: "
             f"{_SOCKET_BYTES} bytes at most; a link with a shorter name will do",
-            state="nothing was touched",
+            state=UNTOUCHED,
         )
     return str(absolute)
 

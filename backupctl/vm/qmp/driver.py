@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import CommandFailed, Refused
+from backupctl.errors import UNTOUCHED, CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, NodeName
 from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
@@ -81,7 +81,7 @@ class QmpDriver:
         except UnicodeEncodeError as err:
             raise Refused(
                 f"the path {folder} is not UTF-8, so it cannot be passed to QEMU; use another name",
-                state="nothing was touched",
+                state=UNTOUCHED,
             ) from err
 
     def plan_scratch(

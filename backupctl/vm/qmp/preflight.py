@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Why a VM can't be backed up, as far as QEMU can tell before anything of it is touched."""
 
-from backupctl.errors import Refused
+from backupctl.errors import UNTOUCHED, Refused
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.reply import text, understood
 
-_UNTOUCHED = "nothing was touched"
 _GONE = {
     "inmigrate": "is still on its way to this QEMU",
     "postmigrate": "has gone to another QEMU, or to a file",
@@ -16,7 +15,7 @@ _AT_REST = frozenset({"none", "completed", "failed", "cancelled"})
 def refuse_qemu(monitor: Monitor) -> None:
     """Raise Refused if this QEMU is too old, or would come to harm by its own backup. Raises MonitorError."""
     if not monitor.version.at_least(5, 2):
-        raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state=_UNTOUCHED)
+        raise Refused(f"QEMU {monitor.version} is too old: 5.2 is needed", state=UNTOUCHED)
     _refuse_migrating(monitor)
     if monitor.version.at_least(8, 1):
         _refuse_fuse(monitor)
@@ -35,9 +34,9 @@ def _refuse_migrating(monitor: Monitor) -> None:
     with understood("query-status and query-migrate"):
         state, moves = text(status["status"]), text(migration.get("status", "none"))
     if state in _GONE:
-        raise Refused(f"the VM {_GONE[state]}: it was migrated ({state})", state=_UNTOUCHED)
+        raise Refused(f"the VM {_GONE[state]}: it was migrated ({state})", state=UNTOUCHED)
     if moves not in _AT_REST:
-        raise Refused(f"a migration of the VM is under way ({moves}), and would fail", state=_UNTOUCHED)
+        raise Refused(f"a migration of the VM is under way ({moves}), and would fail", state=UNTOUCHED)
 
 
 def _refuse_fuse(monitor: Monitor) -> None:
@@ -55,5 +54,5 @@ def _refuse_fuse(monitor: Monitor) -> None:
                 raise Refused(
                     f"{node} is exported by FUSE, and QEMU {monitor.version} may hang, with all its disks, "
                     "when the view of a backup is taken down; export it by vhost-user-blk",
-                    state=_UNTOUCHED,
+                    state=UNTOUCHED,
                 )

@@ -17,7 +17,7 @@ A scratch that is as large as the whole disk can't be used up and needs none of 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from backupctl.errors import Refused
+from backupctl.errors import UNTOUCHED, Refused
 from backupctl.names import DiskName
 from backupctl.system import files
 from backupctl.vm import scratch_folder
@@ -125,5 +125,5 @@ def _hopeless(
         f"the scratch folder {folder} has {free >> 20} MiB left{kept}{asked}; to back up "
         f"{', '.join(sizes)} at least {-(-least // MIB)} MiB must be set aside, because the guest's own "
         "writes would fail if it were used up: choose another folder with --scratch",
-        state="nothing was touched",
+        state=UNTOUCHED,
     )

@@ -3,6 +3,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import click
@@ -147,6 +148,12 @@ def test_every_key_but_disks_is_an_option_of_the_same_name():
 )
 def test_the_lines_of_keys_are_found_however_they_are_written(text, lines):
     assert key_lines(text) == lines
+
+
+def test_a_value_of_many_lines_is_passed_over_in_no_long_time():
+    begun = time.monotonic()
+    assert key_lines("a = [\n" + "1,\n" * 40_000 + "]\nb = 1\n") == {("b",): 40_003}
+    assert time.monotonic() - begun < 20  # a minute, were each line tried as the beginning of a value
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_an_overlay_is_for_its_own_point_and_never_in_the_repository(two_points,
     serve(builder, P2, "--writable-overlay", tmp_path / "o").end()
     assert "not an overlay of this point" in refused(builder, P1, "--writable-overlay", tmp_path / "o")
     (tmp_path / "precious").write_bytes(b"x" * 100)
-    assert "no overlay" in refused(builder, P2, "--writable-overlay", tmp_path / "precious")
+    assert "not an overlay" in refused(builder, P2, "--writable-overlay", tmp_path / "precious")
     inside = builder.folder.path / P2 / "o"
     assert "inside the repository" in refused(builder, P2, "--writable-overlay", inside)
     assert not inside.exists()

@@ -12,16 +12,23 @@ from backupctl.events.backup import CrashConsistent, DiskSkipped
 from backupctl.finding import Finding
 from backupctl.names import DiskName, VmName
 from backupctl.operations.backup.outcome import RunReport
+from backupctl.operations.bitmaps import Removal
 from backupctl.operations.diff import DiffReport, DiskDiff
 from backupctl.operations.doctor.run import Diagnosis
 from backupctl.operations.prune.retention import Decision
 from backupctl.operations.prune.run import MergedLayer, PruneReport
 from backupctl.operations.recover import Recovered
+from backupctl.operations.restore.in_place import InPlaceDisk, InPlaceReport
+from backupctl.operations.restore.overlay import OverlayDisk, OverlayReport
+from backupctl.operations.restore.selection import MissingDisk
+from backupctl.operations.restore.whole import RestoredDisk, RestoreReport
+from backupctl.operations.serve import Export
 from backupctl.operations.status import DiskStatus, Status
 from backupctl.operations.verify.impact import Affected
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, Unchecked, VerifyReport
 from backupctl.outcome import documents
+from tests.screens.test_screens import stored as bitmap
 from tests.unit.points import P1, P2, disk_entry
 
 WEB, VDA = VmName("web"), DiskName("vda")
@@ -142,3 +149,41 @@ def test_a_diff():
         {"offset": 0, "length": 131072},
         {"offset": 196608, "length": 65536},
     ]
+
+
+def test_the_restores():
+    missing = (MissingDisk(DiskName("vdb"), P1),)
+    whole = RestoredDisk(VDA, "out.raw", "raw", 512, 1.5, ((0, 512),), "", P1)
+    placed = InPlaceDisk(VDA, Path("out.raw"), "raw", 512, 0, 512, 1.5, P1)
+    overlay = OverlayDisk(VDA, Path("out.qcow2"), 512, Path("/r/vda.qcow2"), P1)
+    made = {
+        "name point path format size seconds damaged unproven": documents.restore(
+            RestoreReport(WEB, P1, (whole,), missing)
+        ),
+        "name point path format size written_bytes same_bytes seconds": documents.restore_in_place(
+            InPlaceReport(WEB, P1, (placed,), missing)
+        ),
+        "name point path size backing": documents.overlay(OverlayReport(WEB, P1, (overlay,), missing)),
+    }
+    for wanted, document in made.items():
+        assert keys(document) == "vm point disks missing"
+        assert keys(document["disks"][0]) == wanted
+        assert document["missing"] == [{"name": "vdb", "point": P1}]
+
+
+def test_a_serve():
+    document = documents.served(WEB, P1, [Export(VDA, "nbd://localhost/vda", 512, writable=False)])
+    assert keys(document) == "vm point exports"
+    assert keys(document["exports"][0]) == "disk uri size writable"
+
+
+def test_bitmaps():
+    one = bitmap("backupctl-0123abcd-x-vda", "orphan", "no repository has it")
+    listed = keys(documents.bitmaps(WEB, [one])["bitmaps"][0])
+    assert listed.startswith("name node disk point repository known this_repository granularity")
+    done = Removal(WEB, (one,), ((one, "it is in use"),))
+    for dry_run, (removed, would) in {False: (1, 0), True: (0, 1)}.items():
+        document = documents.bitmaps_removed(done, dry_run=dry_run)
+        assert keys(document) == "vm dry_run removed would_remove left"
+        assert (len(document["removed"]), len(document["would_remove"])) == (removed, would)
+        assert keys(document["left"][0]) == f"{listed} reason"
