@@ -197,7 +197,7 @@ class Broken:
     why: str
 
     def __str__(self) -> str:
-        return f"cannot restore {self.disk} of {self.point}: {self.why}"
+        return f"{self.disk} of {self.point} cannot be restored: {self.why}"
 
 
 def damaged(folder: VmFolder) -> tuple[Broken, ...]:

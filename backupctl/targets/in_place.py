@@ -110,7 +110,7 @@ class Target:
                 if image or own or not (stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)):
                     continue
                 raise UsageError(
-                    f"{self.path} was changed by another process; QEMU opened {name} because of that",
+                    f"{self.path} was changed by another process meanwhile, so QEMU opened {name}",
                     state="nothing was written to either",
                 )
 

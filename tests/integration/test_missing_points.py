@@ -82,7 +82,7 @@ def test_a_run_that_meets_damage_commits_and_then_says_what_is_lost(lab):
     lab.writer.remember()
     done = lab.cli.run("incremental", "web", "--quiet", "--json", code=4)
     (new,) = {path.name for path in (lab.cli.repository / "web").glob("2*Z")} - set(points)
-    assert f"the new point {new} of web is committed and whole" in done.stderr
+    assert f"the new point {new} of web is committed and complete" in done.stderr
     warned = [one for one in json.loads(done.stdout)["warnings"] if one["code"] == "point-damaged"]
     assert [(one["point"], one["disk"]) for one in warned] == [(point, "vda") for point in points]
     assert all(f"warning: {one['message']}" in done.stderr for one in warned)
@@ -90,7 +90,7 @@ def test_a_run_that_meets_damage_commits_and_then_says_what_is_lost(lab):
     lab.assert_point(new, lab.writer.moment)
     lab.assert_at_rest()
     for told in (lab.cli.json("status", "web")["damaged"], _warnings(lab)):
-        assert [text.split(" can't")[0] for text in told if "restored" in text] == [
+        assert [text.split(" cannot")[0] for text in told if "restored" in text] == [
             f"vda of {point}" for point in points
         ]
     taken(lab)  # what stands on the new one is whole, and it is no news any more

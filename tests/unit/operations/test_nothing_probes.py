@@ -151,7 +151,7 @@ def test_a_header_that_is_exchanged_after_the_look_at_it_gets_nothing_written_el
     disk = exchanged_after_the_look(attack, monkeypatch, "-o", f"data_file={attack.victim}")
     attack.victim.write_bytes(PRECIOUS)
     os.utime(attack.victim, (1, 1))
-    with pytest.raises(UsageError, match=r"changed by somebody else meanwhile: QEMU opened .*victim"):
+    with pytest.raises(UsageError, match=r"changed by another process meanwhile, so QEMU opened .*victim"):
         attack.run(in_place.restore, disk, image_format="qcow2")
     assert attack.unharmed()
 
