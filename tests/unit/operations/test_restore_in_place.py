@@ -319,7 +319,7 @@ def test_what_is_not_there_or_not_what_it_is_called_is_refused(disk, tmp_path):
     with pytest.raises(UsageError, match="standard output"):
         run(builder, "-")
     (tmp_path / "vda.qcow2").write_bytes(content)
-    with pytest.raises(UsageError, match="no usable qcow2") as caught:
+    with pytest.raises(UsageError, match="not a valid qcow2 image") as caught:
         run(builder, tmp_path / "vda.qcow2")
     assert "--format raw" in caught.value.next_command
     inside = builder.folder.path / P1 / "vda.qcow2"
