@@ -103,7 +103,7 @@ def test_a_disabled_bitmap_is_never_used(any_build, make_lab):
     lab.writer.write(10)
     report = lab.backup("incremental")
     assert kinds(report)["vda"] == "scan"
-    assert "not recording" in reasons(lab, report)["vda"]
+    assert "is disabled" in reasons(lab, report)["vda"]
     lab.assert_point(report["point"], lab.writer.moment)
 
 

@@ -173,7 +173,7 @@ def test_a_restore_is_refused_by_an_unreadable_map_and_let_through_by_force(two_
     assert (tmp_path / "out.raw").read_bytes() == content
 
 
-def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, spoil, monkeypatch):
+def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, tmp_path, spoil, monkeypatch):
     """It alone tells that a dead run froze the guest; without it recover would drop all that is left."""
     builder, _ = two_points
     partial = builder.begin(P3)
@@ -181,8 +181,9 @@ def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, spoil,
     with pytest.raises(RepositoryUnreadable):
         partial.journal()
     monkeypatch.setattr(Monitor, "connect", lambda *_: nullcontext())
+    vm = VmConfig(builder.folder.name, Address(path="/nowhere"))
     with pytest.raises(NeedsRecovery, match=r"cannot read .*run\.json"):
-        recover(VmConfig(builder.folder.name, Address(path="/nowhere")), builder.repository, Silent())
+        recover(vm, builder.repository, Silent(), Cancellation(), tmp_path)
     assert partial.path.exists()
 
 
