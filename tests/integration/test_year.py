@@ -61,7 +61,7 @@ def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
     for point, content in held.items():
         lab.assert_point(point, content)
     lab.assert_at_rest()
-    report = verify.verify(repository, vm.name, None, verify.Depth(), Silent(), Cancellation())
+    report = verify.verify(repository, vm.name, None, verify.VerifyScope(), Silent(), Cancellation())
     assert report.damage == ()
     points = folder.points()
     return {
