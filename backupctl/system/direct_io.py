@@ -28,7 +28,7 @@ _MOST_PARTS = 1024  # IOV_MAX
 _PIECES_KEPT = 64  # in the page cache, before they are dropped
 _STEP_BYTES = 16 << 20, 256 << 20
 
-_Call = Callable[[int, Sequence[memoryview], int], int]
+_Transfer = Callable[[int, Sequence[memoryview], int], int]
 
 
 def aligned(size_bytes: int) -> memoryview:
@@ -91,7 +91,7 @@ class _DirectFile:
             with self._lock:
                 self._users -= 1
 
-    def _move(self, call: _Call, parts: Sequence[memoryview], offset: int) -> int:
+    def _move(self, call: _Transfer, parts: Sequence[memoryview], offset: int) -> int:
         """Call preadv or pwritev, again through the page cache if the first one was refused."""
         try:
             done = call(self._descriptor, parts[:_MOST_PARTS], offset)
