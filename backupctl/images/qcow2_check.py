@@ -30,7 +30,7 @@ from backupctl.images.qcow2_format import (
     Table,
     pieces,
 )
-from backupctl.images.qcow2_tables import Tables
+from backupctl.images.qcow2_tables import LOST, Tables
 from backupctl.sizes import CLUSTER_BYTES
 from backupctl.system import safe_open
 
@@ -77,8 +77,10 @@ class _Check:
         blocks = self._read_references()
         self._use_run(0, CLUSTER_BYTES)
         self._use_run(header.l1_offset, header.l1_entries * ENTRY.itemsize)
-        for index in np.flatnonzero(self.tables.l1).tolist():
-            self._check_l2(self.tables.l1[index : index + 1])
+        l1 = self.tables.l1
+        self.errors += _count(l1 == LOST)
+        for index in np.flatnonzero((l1 != 0) & (l1 != LOST)).tolist():
+            self._check_l2(l1[index : index + 1])
         self._use_run(header.refcount_offset, header.refcount_clusters * CLUSTER_BYTES)
         for index in range(len(blocks)):
             self._use(blocks[index : index + 1])
@@ -108,9 +110,9 @@ class _Check:
         if not offset[0] or not file.begins(offset)[0]:
             return
         table = file.read_table(int(offset[0]), TABLE_ENTRIES)
-        compressed = table & np.uint64(COMPRESSED) != 0
-        table = table[~compressed]
-        self.errors += _count(compressed) + _count(table & np.uint64(L2_RESERVED) != 0)
+        senseless = (table & np.uint64(COMPRESSED) != 0) | (table == LOST)
+        table = table[~senseless]
+        self.errors += _count(senseless) + _count(table & np.uint64(L2_RESERVED) != 0)
         self._check_places(table[table & np.uint64(OFFSET) != 0])
 
     def _check_places(self, entries: Table) -> None:
