@@ -113,7 +113,10 @@ class Qcow2Writer:
             self._set(numbers, None)
 
     def finish(self) -> None:
-        """Complete the image and flush it to stable storage. All calls have ended. Raises WriteFailed."""
+        """Complete the image, flush it to stable storage, and close it. All calls have ended.
+
+        Raises WriteFailed.
+        """
         with self._call():
             if self._failed or self._writing > 1:
                 raise WriteFailed("not all of the image was written")
@@ -130,6 +133,7 @@ class Qcow2Writer:
             header[: len(_MAGIC)] = _MAGIC
             self._file.write([header[:_FIRST_BLOCK]], 0)
             self._file.sync()
+            self.close()
 
     @contextmanager
     def _call(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,8 @@ def test_its_header_says_what_qemu_would_write(tmp_path):
     ours, its = ((tmp_path / name).read_bytes()[:65536] for name in ("ours", "its"))
     different = {at for at in range(112) if ours[at] != its[at]}
     assert different <= {*range(8, 16), *range(40, 56)}
-    assert qcow2_header.parse(ours, 0) == qcow2_header.parse(its, 0)
+    says = [replace(qcow2_header.parse(one, 0), l1_offset=0, refcount_offset=0) for one in (ours, its)]
+    assert says[0] == says[1]
 
 
 def test_all_of_a_disk_is_zeroes(tmp_path, version):
@@ -283,6 +285,18 @@ def test_no_image_is_finished_while_a_write_is_under_way(tmp_path, monkeypatch):
         thread.join()
         with pytest.raises(DamageFound):
             image.header()
+
+
+def test_a_finished_image_is_written_no_more(tmp_path):
+    with OpenImage.create(tmp_path / "made") as image:
+        writer = Qcow2Writer(image, 1 << 20, None)
+        write(writer, [0])
+        writer.finish()
+        with pytest.raises(WriteFailed, match="Bad file descriptor"):
+            write(writer, [1])
+        with pytest.raises(WriteFailed, match="not all of the image was written"):
+            writer.finish()
+    assert_sound(tmp_path / "made")
 
 
 def test_a_full_file_system_is_reported_by_its_name(small_file_system):
