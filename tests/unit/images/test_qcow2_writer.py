@@ -2,6 +2,7 @@
 """Images of our own writer, as QEMU sees them."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from backupctl.images import create, qcow2_header, qcow2_writer
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_writer import Qcow2Writer
 from backupctl.sizes import CLUSTER_BYTES
+from backupctl.system import direct_io
 from backupctl.system.direct_io import DirectWriter, aligned
 from fixtures import builds
 from tests.conftest import get_build
@@ -314,6 +316,29 @@ def test_the_file_takes_no_more_space_than_it_needs(tmp_path):
     found = (tmp_path / "made").stat()
     assert found.st_size == (1 + 100 + 1 + 1 + 2) * CLUSTER_BYTES
     assert found.st_blocks * 512 <= found.st_size + CLUSTER_BYTES
+
+
+@pytest.mark.parametrize("refused", ["open", "pwritev", "preadv"])
+def test_the_image_is_the_same_where_direct_io_is_refused(tmp_path, monkeypatch, refused):
+    real = getattr(os, refused)
+
+    def refuse(*arguments, **options):
+        if refused == "open":
+            direct = arguments[1] & os.O_DIRECT
+        else:
+            direct = fcntl.fcntl(arguments[0], fcntl.F_GETFL) & os.O_DIRECT
+        if direct:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(qcow2_writer, "_TABLES_KEPT", 1)  # else none is read back
+    kinds = {number * 4000 % 40000: number % 3 > 0 for number in range(20)}
+    make(tmp_path / "direct", 40000 * CLUSTER_BYTES, kinds)
+    with monkeypatch.context() as patched:
+        patched.setattr(direct_io.os, refused, refuse)
+        make(tmp_path / "cached", 40000 * CLUSTER_BYTES, kinds)
+    assert (tmp_path / "direct").read_bytes() == (tmp_path / "cached").read_bytes()
+    assert_sound(tmp_path / "cached")
 
 
 # What a power failure leaves.
