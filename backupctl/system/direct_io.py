@@ -203,7 +203,7 @@ def _after(parts: Sequence[memoryview], done: int) -> list[memoryview]:
 def _set_aside(file: int, start: int, needed: int, end: int) -> float:
     """Set space aside from `start` to `end`. Return up to where it need not be tried again."""
     # The guest's own disks may be on this file system: a step must never be what fills it.
-    if end - start > _free_bytes(file) // 4:
+    if end - start > _free_bytes(file) // 16:
         return end
     # Not posix_fallocate, which writes zeroes where the file system does not know the call.
     if not _LIBC.fallocate64(file, 0, ctypes.c_int64(start), ctypes.c_int64(end - start)):
