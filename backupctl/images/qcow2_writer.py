@@ -52,7 +52,7 @@ _BACKING_FORMAT = struct.pack(">II5s3x", 0xE2792ACA, 5, b"qcow2")
 _END_OF_EXTENSIONS = bytes(8)
 _MOST_NAME_BYTES = 1023
 _FIRST_BLOCK = 4096  # the least that direct I/O writes on any common disk
-_TABLES_KEPT = 128  # 8 MiB, for 64 GiB of the disk
+_TABLES_KEPT = 32  # 2 MiB, for 16 GiB of the disk
 _PARTS = 16
 
 
@@ -64,8 +64,8 @@ class Qcow2Writer:
     `write` and `zero` may be called by several threads at once. Each takes whole clusters by their numbers in
     the disk, ascending, each cluster once (the end of a last one that is short is 0), and returns when they
     are written, not yet durable. Once a call has failed, no image comes of it any more. A call that hangs in
-    the kernel does not keep `close` waiting. WriteFailed has no subject here. Memory: 8 MiB, and 2 MiB for
-    each 128 TiB of the disk.
+    the kernel does not keep `close` waiting. WriteFailed has no subject here. Memory: 2 MiB, and 1 MiB for
+    each 64 TiB of the disk.
 
     Raises WriteFailed if no qcow2 image can be so large.
     """
