@@ -101,9 +101,9 @@ class Qcow2Writer:
 
     def write(self, numbers: Clusters, parts: Sequence[memoryview]) -> None:
         """Store clusters. parts: their bytes, in memory of `direct_io.aligned`. Raises WriteFailed."""
-        if sum(part.nbytes for part in parts) != len(numbers) * CLUSTER_BYTES:
-            raise ValueError("not as many bytes as clusters")
         with self._call():
+            if sum(part.nbytes for part in parts) != len(numbers) * CLUSTER_BYTES:
+                raise ValueError("a cluster without its bytes")
             # Only when they are written: no entry may lead to bytes whose write failed.
             self._set(numbers, self._append(parts))
 

@@ -234,6 +234,7 @@ def test_what_does_not_fit_is_refused_and_spoils_the_image(tmp_path):
         lambda writer: writer.zero(numbers([1])),
         lambda writer: writer.zero(np.array([3, 2], np.uint64)),
         lambda writer: writer.zero(np.array([2, 2], np.uint64)),
+        lambda writer: writer.write(numbers([2]), [aligned(512)]),
     ]
     for number, call in enumerate(wrong):
         with OpenImage.create(tmp_path / f"made{number}") as image:
