@@ -37,6 +37,8 @@ IOTHREAD = (
 )
 LAYER = "unit/operations/test_backup_disk.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
 REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
+WRITER = "unit/images/test_qcow2_writer.py::"
+TABLES = "unit/images/test_qcow2_check.py::"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
 BUGS = (
@@ -402,5 +404,54 @@ BUGS = (
         "    if path_walk.others_may_write(status):\n",
         "    if status.st_mode & stat.S_ISUID:\n",
         "unit/system/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
+    ),
+    Bug(
+        "an image counts before what it leads to is durable",
+        "Qcow2Writer.finish",
+        "            self._file.sync()\n            header[: len(_MAGIC)] = _MAGIC\n",
+        "            header[: len(_MAGIC)] = _MAGIC\n",
+        WRITER + "test_after_a_power_failure_it_is_complete_or_no_image",
+    ),
+    Bug(
+        "an image is finished though a write of it failed",
+        "Qcow2Writer._call",
+        "            self._failed = True\n",
+        "            self._failed = False\n",
+        WRITER + "test_no_image_comes_of_a_write_that_failed",
+    ),
+    Bug(
+        "an L2 table that was put away is begun anew",
+        "Qcow2Writer._get",
+        "            if offset and ",
+        "            if not offset and ",
+        WRITER + "test_clusters_in_any_order_from_several_threads_with_few_tables_in_memory",
+    ),
+    Bug(
+        "a write that hung goes on in another file",
+        "_DirectFile.close",
+        "            if not self._users:\n",
+        "            if True:\n",
+        "unit/system/test_direct_io.py::test_a_write_that_hung_does_not_go_on_in_another_file",
+    ),
+    Bug(
+        "what is cut off of a table counts as empty",
+        "TableFile.read_table",
+        "np.full(entries, LOST, np.uint64)",
+        "np.zeros(entries, np.uint64)",
+        TABLES + "test_what_is_cut_off_of_a_table_is_lost_and_not_empty",
+    ),
+    Bug(
+        "an entry may lead beyond the end of the file",
+        "TableFile.begins",
+        "aligned & (offset < np.uint64(self.file_bytes))",
+        "aligned",
+        TABLES + "test_a_damaged_entry_costs_its_own_cluster_and_no_other",
+    ),
+    Bug(
+        "a used cluster without a reference is sound",
+        "_Check._compare",
+        "(used > stored) | (used > 1)",
+        "used > 1",
+        TABLES + "test_errors_and_leaks_are_counted_as_qemu_counts_them",
     ),
 )
