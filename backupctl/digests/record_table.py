@@ -80,7 +80,7 @@ class RecordTable:
         if self._file < 0:
             with tempfile.TemporaryFile(dir=self._folder) as made:
                 self._file = os.dup(made.fileno())
-            # Not earlier: a worker that hangs may still write, and the number could be another file's by then.
+            # Not earlier: a worker that hangs may still write, perhaps to another file of that number.
             weakref.finalize(self, os.close, self._file)
         content = memoryview(np.ascontiguousarray(records).view(np.uint8).data)
         while content:

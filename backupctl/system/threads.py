@@ -80,11 +80,7 @@ class _SideBySide(Generic[Result]):
             thread.start()
         try:
             while len(self._results) < self._wanted:
-                self._news.wait(CHECK_SECONDS)
-                self._news.clear()
-                check()
-                for failure in self._failures:
-                    raise failure
+                self._wait(check)
         except BaseException:
             self._stopped.set()
             deadline = time.monotonic() + END_SECONDS
@@ -92,6 +88,13 @@ class _SideBySide(Generic[Result]):
                 thread.join(max(0.0, deadline - time.monotonic()))
             raise
         return tuple(self._results[number] for number in range(self._wanted))
+
+    def _wait(self, check: Check) -> None:
+        self._news.wait(CHECK_SECONDS)
+        self._news.clear()
+        check()
+        if self._failures:
+            raise self._failures[0]
 
     def _work(self) -> None:
         try:
