@@ -10,7 +10,6 @@ The clusters of a batch need not be neighbours. Each lies in the buffer at its p
 Zeroes have no buffer, and many of them are one batch.
 """
 
-import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 
 from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
 from backupctl.errors import ReadFailed
+from backupctl.system.direct_io import aligned
 
 BATCH_CLUSTERS = 16
 """1 MiB. Requests of 2 MiB took three times the CPU in the source's QEMU, which serves a guest as well."""
@@ -61,8 +61,8 @@ class Batch:
 
 
 def new_buffer() -> memoryview:
-    """Return memory for a batch, aligned to pages, as direct I/O needs it."""
-    return memoryview(mmap.mmap(-1, BATCH_BYTES))
+    """Return memory for a batch, as direct I/O needs it."""
+    return aligned(BATCH_BYTES)
 
 
 def runs(numbers: Clusters) -> Iterator[Run]:

@@ -20,8 +20,8 @@ from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.digests.record_table import RecordTable
 from backupctl.errors import ReadFailed, moving
 from backupctl.images import create
+from backupctl.images.qcow2_writer import Qcow2Writer
 from backupctl.names import DiskName
-from backupctl.operations import endpoints
 from backupctl.operations.backup.plan import DiskPlan
 from backupctl.progress import Reporter
 from backupctl.repository import chain
@@ -95,11 +95,10 @@ class LayerCopier:
         link = f"../{one.base}/{disk.name}.qcow2" if one.base else None
         table = RecordTable(self.partial.path)
         dedup = DedupFilter(below, table)
-        with create.new_layer(path, disk.size, link) as image:
+        with create.new_file(path) as image:
             with (
                 moving(disk.name, f"{path.name} in {self.folder.path}"),
-                chain.opened(layers) as opened,
-                endpoints.write_images((image, *opened), check) as sink,
+                Qcow2Writer(image, disk.size, link) as sink,
             ):
                 copied = Copy(
                     NbdReader(source),
@@ -111,6 +110,7 @@ class LayerCopier:
                     filter_batch=dedup,
                     workers=self.workers,
                 ).run(cluster_map.parts())
+                sink.finish()
                 check()
                 map_path = digest_map.path_of(path)
                 checksum = digest_map.write_parts(map_path, disk.size, table.count, table.parts)
