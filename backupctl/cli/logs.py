@@ -20,6 +20,7 @@ from typing import Any, Self, TextIO
 import click
 
 from backupctl.cli import output
+from backupctl.cli.invocation import Invocation
 from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.outcome import documents
 
@@ -182,8 +183,9 @@ def _verbose(_context: click.Context, _parameter: click.Parameter, given: bool) 
         current().show()
 
 
-def _log_file(_context: click.Context, _parameter: click.Parameter, given: str | None) -> None:
-    if given is not None:
+def _log_file(context: click.Context, _parameter: click.Parameter, given: str | None) -> None:
+    again = Invocation.of(context).only is not None  # parsed once more, for one VM of several
+    if given is not None and not again:
         current().append_to(Path(given))
 
 

@@ -14,8 +14,8 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
@@ -42,12 +42,14 @@ def clean(text: object) -> str:
 class _Output:
     """What became of stdout. document: it holds that of `--json`. lost: why it takes no more.
 
-    done: what the command did for good, whatever becomes of its words.
+    done: what the command did for good, whatever becomes of its words. kept: where documents go instead,
+    while a command is called for one VM of several.
     """
 
     document: bool = False
     lost: OSError | None = None
     done: str = ""
+    kept: "list[object] | None" = None
 
     def write(self, text: str) -> None:
         """Write, as far as it can be done: a reader that has left must not fail what is done."""
@@ -75,7 +77,7 @@ _output = _Output()
 
 def start() -> None:
     """Forget what an earlier call in this process wrote: its document must not pass for one of this call."""
-    _output.document, _output.lost, _output.done = False, None, ""
+    _output.document, _output.lost, _output.done, _output.kept = False, None, "", None
 
 
 def done(what: str) -> None:
@@ -110,9 +112,23 @@ def finish(code: int) -> int:
 
 def print_json(document: object) -> None:
     """Write the one document to stdout."""
+    if _output.kept is not None:
+        _output.kept.append(document)
+        return
     _output.document = True
     _output.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
     _output.flush()
+
+
+@contextmanager
+def keeping_documents() -> Iterator[list[object]]:
+    """Have the documents of the block put into a list, in place of stdout."""
+    kept: list[object] = []
+    _output.kept = kept
+    try:
+        yield kept
+    finally:
+        _output.kept = None
 
 
 def print_line(text: str) -> None:

@@ -41,8 +41,7 @@ class Scope:
 
 
 @common.command("verify", 0, 1, 2, 4)
-@common.named(needs_vm=False, optional=True)
-@common.point(optional=True)
+@common.named(needs_vm=False, optional=True, several=True, then_point=True)
 @click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(
     "--sample",
@@ -55,7 +54,7 @@ class Scope:
 @common.quiet
 @common.gathered(Scope)
 def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, quiet: bool) -> None:
-    """Check the integrity of the repository: all VMs of every configured repository, one VM, or one POINT.
+    """Check the integrity of the repository: all VMs of every configured repository, some, or one POINT.
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
@@ -66,9 +65,11 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     with stop.on_signals(), reporters.reporter(quiet=quiet) as reporter:
         if depth.percent < 100:
             reporter.event(_sample(depth))
-        for path in target.folders():
+        for path, vm in [(path, vm) for path, vms in target.by_repository().items() for vm in vms]:
             try:
-                reports[str(path)] = core.verify(target.open(path), target.name, point, depth, reporter, stop)
+                report = core.verify(target.open(path), vm, point, depth, reporter, stop)
+                before = [reports[str(path)]] if str(path) in reports else []
+                reports[str(path)] = _together([*before, report])
             except Interrupted:
                 raise
             except BackupctlError as err:

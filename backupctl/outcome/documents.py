@@ -295,6 +295,21 @@ def error(err: "BackupctlError") -> Document:
     }
 
 
+def of_each(vm: str, report: object, err: "BackupctlError | None") -> Document:
+    """Return what a command for each of several VMs came to for one. report: its document, None for none."""
+    return {
+        "vm": vm,
+        "exit_code": err.exit_code if err else 0,
+        "report": report,
+        "error": error(err) if err else None,
+    }
+
+
+def each(told: Sequence[Document]) -> Document:
+    """Return what a command for each of several VMs came to. told: by `of_each`."""
+    return {"vms": list(told)}
+
+
 def event(happened: "Event") -> Document:
     """Return an event: its code, its text as `message`, and its fields."""
     found = {one.name: _plain(getattr(happened, one.name)) for one in fields(happened)}
