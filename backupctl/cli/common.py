@@ -152,9 +152,10 @@ def named(
         invocation.selection = chosen
         if chosen.is_empty and not optional:
             raise click.MissingParameter(ctx=context, param_hint="'NAME'", param_type="argument")
-        said = invocation.config.of(name)
-        if name or defaults_for_all:
-            context.default_map = {**(context.default_map or {}), **option_defaults(said)}
+        config = invocation.config
+        said = option_defaults(config.of(name)) if name or defaults_for_all else {}
+        of_run = msgspec.to_builtins(config.content.run)
+        context.default_map = {**(context.default_map or {}), **of_run, **said}
         return name
 
     def decorate(function: Callable[Concatenate[Target, P], Any]) -> Callable[..., Any]:

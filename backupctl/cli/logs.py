@@ -86,7 +86,7 @@ class _Stderr(_Handler):
         else:
             message = output.clean(f"{_room(record)}: {record.getMessage()}")
             self._waiting.append(output.message_line(message[:_MOST_CHARACTERS], "debug"))
-        while self._waiting and _takes_more(sys.stderr):
+        while self._waiting and takes_more(sys.stderr):
             output.print_to_stderr([self._waiting.popleft()])
 
 
@@ -226,7 +226,7 @@ def add_options(command: click.Command, *, hidden: bool = False) -> click.Comman
     return command
 
 
-def _takes_more(stream: TextIO) -> bool:
+def takes_more(stream: TextIO) -> bool:
     """Whether a line can be written without waiting: poll promises a pipe 4096 bytes, more than any line."""
     try:
         descriptor = stream.fileno()

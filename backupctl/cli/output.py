@@ -25,7 +25,7 @@ from backupctl.outcome import documents
 if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most errors need none
     from backupctl.events import Event, Severity
 
-_LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0
 
 
 def clean(text: object) -> str:
@@ -268,10 +268,15 @@ class LineReporter:
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
         now = time.monotonic()
-        if now - self._told >= _LINE_SECONDS:
+        if now - self._told >= LINE_SECONDS:
             self._told = now
-            share = 100 * done_bytes // total_bytes if total_bytes else 100
-            print_message(f"{disk}: {share} % of {total_bytes >> 20} MiB", "step")
+            print_message(progress_text(disk, done_bytes, total_bytes), "step")
+
+
+def progress_text(label: str, done_bytes: int, total_bytes: int) -> str:
+    """Say how much is done."""
+    share = 100 * done_bytes // total_bytes if total_bytes else 100
+    return f"{label}: {share} % of {total_bytes >> 20} MiB"
 
 
 class WarningReporter:

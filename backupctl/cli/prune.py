@@ -151,6 +151,11 @@ class _Policy:
         return cls(rules, bool(typed), said, unused)
 
 
+def configured_rules(target: Target) -> Rules:
+    """Return what the configuration keeps of a VM's points."""
+    return _Policy.of(target, {}).rules
+
+
 @dataclass(frozen=True)
 class _Done:
     """What became of one VM."""
