@@ -64,8 +64,9 @@ class Watcher:
             output.print_message(f"{vm}: {told['text']}", severity)
 
     def ended(self, result: JobResult) -> None:
-        """Say so."""
-        self._event(VmEnded(result.vm, entry_of(result)["exit_code"], result.seconds))
+        """Say so, unless it was not even started."""
+        if result.seconds:
+            self._event(VmEnded(result.vm, entry_of(result)["exit_code"], result.seconds))
 
     def last_line(self, vm: VmName) -> str:
         """Return the last line that a process wrote and that was not meant for us."""

@@ -37,8 +37,12 @@ _DISK_KEYS = (
 )
 
 
-_OF_WHOLE = frozenset(("vm", "vms", "dry_run", "rules", "unused_rules", "warnings", "notes"))
-"""Keys that the report of a task has not, of whose VM all is told together."""
+_NOT_OF_TASK = {
+    "backup": ("vm", "warnings", "notes"),
+    "prune": ("vm", "dry_run", "rules", "unused_rules"),
+    "verify": ("vms",),
+}
+"""Keys that the report of a task has not: the document of its VM tells of it."""
 
 
 def run(report: "RunReport", events: Sequence["Event"]) -> Document:
@@ -348,7 +352,7 @@ def _of_task(vm: str, one: "TaskResult") -> Document | None:
     else:
         assert one.scope is not None
         found = verify(report, one.scope)
-    return {key: value for key, value in found.items() if key not in _OF_WHOLE}
+    return {key: value for key, value in found.items() if key not in _NOT_OF_TASK[one.task]}
 
 
 def routine_failed(vm: str, err: "BackupctlError | None") -> Document:
