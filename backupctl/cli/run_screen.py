@@ -32,7 +32,7 @@ from backupctl.outcome.documents import Document
 from backupctl.progress import counted
 
 _log = logging.getLogger("backupctl.events")
-_RESULTS = {0: "ok", 1: "failed", 2: "not run", 3: "NEEDS RECOVERY", 4: "DAMAGE", 75: "locked"}
+_RESULTS = {0: "ok", 1: "failed", 2: "not run", 3: "recover", 4: "damage", 75: "locked"}
 _BY_CODE: dict[int, type[BackupctlError]] = {
     kind.exit_code: kind for kind in (Failed, UsageError, NeedsRecovery, DamageFound, Locked)
 }
