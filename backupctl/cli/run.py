@@ -76,7 +76,7 @@ class PolicyArguments:
 
 
 @dataclass(frozen=True)
-class RunArguments:
+class HowArguments:
     """How to go about it. All times are in seconds; max_time: 0 for no limit."""
 
     jobs: int
@@ -154,8 +154,8 @@ def run_options(command: Declared) -> Declared:
 @common.json_option
 @common.quiet
 @common.gathered(PolicyArguments)
-@common.gathered(RunArguments)
-def run(target: Target, context: click.Context, policies: PolicyArguments, asked: RunArguments) -> None:
+@common.gathered(HowArguments)
+def run(target: Target, context: click.Context, policies: PolicyArguments, asked: HowArguments) -> None:
     """Do all that the configuration says is due for VMs: backup, prune, verify. For cron and systemd.
 
     The backup is an incremental, or a full where --full-every says so. A prune follows if there are retention
@@ -184,7 +184,7 @@ def run(target: Target, context: click.Context, policies: PolicyArguments, asked
 
 
 def _one(
-    target: Target, context: click.Context, policies: PolicyArguments, asked: RunArguments, stop: Cancellation
+    target: Target, context: click.Context, policies: PolicyArguments, asked: HowArguments, stop: Cancellation
 ) -> Document:
     """Do what is due for one VM, in this process."""
     options = backup.options_of(target, "incremental", backup.configured(context))
@@ -238,7 +238,7 @@ class _Fleet:
     """The work on several VMs."""
 
     def __init__(
-        self, target: Target, context: click.Context, asked: RunArguments, stop: Cancellation
+        self, target: Target, context: click.Context, asked: HowArguments, stop: Cancellation
     ) -> None:
         self.target = target
         self.context = context
@@ -247,11 +247,11 @@ class _Fleet:
         self.names = each_vm.chosen(context)
 
     def run(self) -> list[Document]:
-        """Do it; return what became of each. Raises Interrupted if not even one was begun."""
+        """Do it; return what became of each. Raises Interrupted if it is stopped before the first."""
         asked = self.asked
         watcher = run_screen.Watcher(quiet=asked.quiet, verbose=logs.current().verbose)
         with reporters.reporter(quiet=asked.quiet) as reporter:
-            _delay(asked.random_delay, reporter, self.stop)
+            _delay(0 if asked.dry_run else asked.random_delay, reporter, self.stop)
         limits = Limits(asked.jobs, asked.jobs_per_storage or asked.jobs)
         patience = fleet.Patience(asked.max_time + _BACKSTOP_SECONDS if asked.max_time else None)
         jobs = [self._job(vm) for vm in self.names]
