@@ -12,9 +12,10 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
 from backupctl.cli.common import Declared
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
+from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import PointId
+from backupctl.operations import verdict
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
 from backupctl.operations.prune.retention import Rules
@@ -221,12 +222,8 @@ class _Work:
         else:
             report = core.prune(folder, policy.rules, self.reporter, self.stop, most)
         self.done[folder.name] = _Done(policy, report)
-        if report.damage:
-            self.failed[folder.name] = DamageFound(
-                "; ".join(report.damage),
-                state="the kept points are unchanged; damaged layers are not merged",
-                next_command=f"backupctl verify {folder.name}",
-            )
+        for damage in verdict.of_prune(folder.name, report):
+            self.failed[folder.name] = damage
 
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""
