@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from backupctl.cli import backup, common, configuration, output, prune, settings
+from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
@@ -78,6 +79,7 @@ class Setting:
 @common.named(optional=True, defaults_for_all=True)
 @backup.run_options(incremental=True)
 @prune.rule_options
+@thresholds.threshold_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
     """Show the settings in force for a VM, and where each comes from.

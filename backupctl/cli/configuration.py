@@ -66,7 +66,8 @@ class Config:
     def of(self, vm: str | None) -> VmSettings:
         """Return what the file says of a VM: its own settings, or else those for all."""
         own = self.content.vm.get(vm or "", VmSettings())
-        said = {**msgspec.to_builtins(self.content.defaults), **msgspec.to_builtins(own)}
+        tables = {name: _over(getattr(self.content, name), getattr(own, name)) for name in settings.TABLES}
+        said = {**msgspec.to_builtins(self.content.defaults), **msgspec.to_builtins(own), **tables}
         return VmSettings(**said)
 
     def line(self, vm: str | None, name: str) -> int:
@@ -82,6 +83,14 @@ class Config:
         """Return the folder of each repository that the file names, in its order."""
         named = (self.content.defaults.repository, *(self.of(vm).repository for vm in self.vms))
         return tuple(dict.fromkeys(param_types.absolute(one) for one in named if one))
+
+
+def _over(general: msgspec.Struct, own: msgspec.Struct) -> msgspec.Struct:
+    """Return the settings of one table for a VM: each key its own, or else the one for all."""
+    said = {name: getattr(own, name) for name in own.__struct_fields__}
+    return msgspec.structs.replace(
+        general, **{name: value for name, value in said.items() if value is not None}
+    )
 
 
 def load(given: str | None) -> Config:

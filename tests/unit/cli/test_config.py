@@ -126,10 +126,11 @@ def test_every_key_says_what_it_must_be(tmp_path):
 
 def test_every_key_but_disks_is_an_option_of_the_same_name():
     options = {option.name: option for option in command("incremental").params}
-    rules = {option.name: option for option in command("prune").params}
+    for other in ("prune", "check"):
+        options = {option.name: option for option in command(other).params} | options
     for key in settings.settable():
         if key != "disks":
-            assert (options.get(key) or rules[key]).opts == [f"--{key.replace('_', '-')}"]
+            assert options[key].opts == [f"--{key.replace('_', '-')}"]
 
 
 @pytest.mark.parametrize(
