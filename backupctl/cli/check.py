@@ -5,7 +5,7 @@ Its exit codes are those of such plugins, and of no other command: an error that
 See https://www.monitoring-plugins.org/doc/guidelines.html.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +14,16 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from backupctl.cli import common, completion, output, param_types
+from backupctl.cli import common, completion, monitored, output, param_types
 from backupctl.cli.common import Declared
 from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, UsageError
+from backupctl.errors import BackupctlError, DamageFound, UsageError
+from backupctl.monitoring import memory
 from backupctl.names import vm_name
 from backupctl.operations import check as core
-from backupctl.operations.check import Level, Limits, Verdict
+from backupctl.operations.check import Finding, Level, Limits, Verdict
 from backupctl.operations.prune import retention
 from backupctl.repository.repository import Repository
 
@@ -162,13 +163,27 @@ class _Given:
             folder = target.vm_folder()
         except BackupctlError as err:  # most likely a file system that is not mounted
             return _Checked(core.refused(vm, err), limits)
-        return _Checked(core.examine(folder, limits, datetime.now(UTC)), limits)
+        verdict = core.examine(folder, limits, datetime.now(UTC))
+        return _Checked(verdict.also(*_remembered(target)), limits)
 
     def _limits(self, vm: str) -> Limits:
         configured = self.config.of(vm)
         warning = self.warn_age or configured.warn_age
         critical = self.max_age or configured.max_age or DEFAULT_MAX_AGE
         return Limits(retention.duration(critical), retention.duration(warning) if warning else None)
+
+
+def _remembered(target: Target) -> Iterator[Finding]:
+    """Yield what the last commands on a VM found, if that is remembered."""
+    if not monitored.is_remembered(target):
+        return
+    known = memory.read(monitored.state_folder(target.config), target.vm_name, str(target.folder()))
+    for past in (known.backup, known.verify, known.prune):
+        if past.last and past.last.reason:
+            ended = datetime.fromtimestamp(past.last.ended, UTC)
+            text = f"the {past.last.command} of {ended:%Y-%m-%d %H:%M} UTC failed ({past.last.reason})"
+            damage = past is known.verify and past.last.reason == DamageFound.code
+            yield Finding(Level.CRITICAL if damage else Level.WARNING, text)
 
 
 @dataclass(frozen=True)

@@ -70,10 +70,13 @@ class Config:
         said = {**msgspec.to_builtins(self.content.defaults), **msgspec.to_builtins(own), **tables}
         return VmSettings(**said)
 
-    def line(self, vm: str | None, name: str) -> int:
-        """Return the line on which a setting of a VM stands, its own or the one for all; 0 for none."""
-        own = self._lines.get(("vm", vm or "", name), 0)
-        return own or self._lines.get(("defaults", name), 0)
+    def line(self, vm: str | None, name: str, table: str = "") -> int:
+        """Return the line on which a setting of a VM stands, its own or the one for all; 0 for none.
+
+        table: the one that it is in, besides [vm.NAME].
+        """
+        own = self._lines.get(("vm", vm or "", *filter(None, [table]), name), 0)
+        return own or self._lines.get((table or "defaults", name), 0)
 
     @cached_property
     def _lines(self) -> dict[Key, int]:

@@ -122,6 +122,8 @@ class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 TABLES: Mapping[str, type[msgspec.Struct]] = {"hooks": HookSettings, "notify": NotifySettings}
 """The tables that a file has for all VMs, and [vm.NAME] for itself."""
+SECRETS = ("webhook", "ntfy", "healthchecks")
+"""Keys whose values are never shown."""
 _PATHS = ("repository", "scratch", "sendmail", "textfile", "state")
 _SOCKETS = ("qmp", "agent")
 _VM_TABLES = ("disks", *TABLES)

@@ -3,11 +3,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, reporters, units
+from backupctl.cli import common, monitored, output, reporters, units
+from backupctl.cli.monitored import Ending
+from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.repository import SampleChosen
@@ -66,13 +69,18 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     with stop.on_signals(), reporters.reporter(quiet=quiet) as reporter:
         if depth.percent < 100:
             reporter.event(_sample(depth))
+        follow = _Following(target, reporter, depth, partial=point is not None or not depth.is_whole)
         for path in target.folders():
             try:
-                reports[str(path)] = core.verify(target.open(path), target.name, point, depth, reporter, stop)
+                report = core.verify(target.open(path), target.name, point, depth, reporter, stop)
             except Interrupted:
                 raise
             except BackupctlError as err:
                 failures.append(err)
+                follow.failed(path, err)
+            else:
+                reports[str(path)] = report
+                follow.done(path, report)
     if not reports:
         raise common.worst(failures)
     report = _together(reports.values())
@@ -83,6 +91,39 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     failures += verdict.of_verify(reports, target.name)
     if failures:
         raise common.worst(failures)
+
+
+@dataclass(frozen=True)
+class _Following:
+    """What follows a verify, for each VM in the repository that is configured for it."""
+
+    target: Target
+    reporter: RecordingReporter
+    scope: VerifyScope
+    partial: bool
+
+    def done(self, path: Path, report: VerifyReport) -> None:
+        """Do it for each VM that was verified."""
+        for vm in report.vms:
+            own = replace(
+                report,
+                vms=(vm,),
+                damage=tuple(one for one in report.damage if one.vm == vm),
+                unchecked=tuple(one for one in report.unchecked if one.vm == vm),
+            )
+            failure = next(verdict.of_verify({str(path): own}, vm), None)
+            ending = Ending(documents.verify(own, self.scope), failure=failure)
+            self._follow(path, vm, ending, report.seconds)
+
+    def failed(self, path: Path, err: BackupctlError) -> None:
+        """Do it for each VM that could not be verified."""
+        for vm in [self.target.name] if self.target.name else self.target.config.vms:
+            self._follow(path, vm, Ending(failure=err), 0.0)
+
+    def _follow(self, path: Path, vm: str, ending: Ending, seconds: float) -> None:
+        target = self.target.of(vm)
+        if target.repository_path == path:
+            monitored.verified(target, self.reporter, ending, seconds, partial=self.partial)
 
 
 def _together(reports: Iterable[VerifyReport]) -> VerifyReport:
