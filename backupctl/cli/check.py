@@ -96,9 +96,7 @@ def threshold_options(command: Declared) -> Declared:
 
 
 def _exit_help() -> str:
-    return "\b\nExit codes, of this command only:\n" + "\n".join(
-        f"  {code:<4}{_CODES[code]}" for code in Level
-    )
+    return "\b\nExit codes:\n" + "\n".join(f"  {code:<4}{_CODES[code]}" for code in Level)
 
 
 @click.command("check", cls=PluginCommand, epilog=_exit_help())
@@ -112,6 +110,7 @@ def check(context: click.Context, /, names: tuple[str, ...], **_options: Any) ->
     """Check that the newest recovery point is recent and none is damaged or missing, for Nagios or Icinga.
 
     The VM is not needed. It prints one line, with the age of the newest point in seconds as performance data.
+    Its exit codes are those of monitoring plugins, and differ from those of all other commands.
     """
     given = _Given.of(context)
     vms = given.vms(names, everything=bool(context.params["everything"]))
