@@ -21,11 +21,10 @@ from backupctl import __version__
 from backupctl.monitoring.notices import DEFAULT_REPEAT_SECONDS, Notice
 from backupctl.monitoring.result import Result
 from backupctl.system import programs
-from backupctl.system.programs import ProgramFailed
+from backupctl.system.programs import SENDMAIL, ProgramFailed
 
 _log = logging.getLogger("backupctl.monitoring.channels")
 
-SENDMAIL = "/usr/sbin/sendmail"
 DEFAULT_SECONDS = 20.0
 _MOST_CHARACTERS = 4000  # of a message by ntfy, whose limit is 4096 bytes, and of a ping
 _TEXT = "text/plain; charset=utf-8"

@@ -22,6 +22,8 @@ from backupctl.system import trusted
 
 _log = logging.getLogger("backupctl.system.programs")
 
+SENDMAIL = "/usr/sbin/sendmail"
+"""Where each mail system has its command (Filesystem Hierarchy Standard 3.0, 4.10.2)."""
 _LAST_LINES = 5
 _MOST_LOGGED = 1000  # lines
 _MOST_CHARACTERS = 500  # of a line
