@@ -133,8 +133,8 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
     return declare
 
 
-@common.command("full", 0, 1, 2, 3, 4, 75)
-@common.named()
+@common.command("full", 0, 1, 2, 3, 4, 75, for_each=True)
+@common.named(several=True)
 @run_options(incremental=False)
 @common.json_option
 @common.quiet
@@ -147,8 +147,8 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
     _run(target, options_of(target, "full", asked), as_json=as_json, quiet=quiet)
 
 
-@common.command("incremental", 0, 1, 2, 3, 4, 75)
-@common.named()
+@common.command("incremental", 0, 1, 2, 3, 4, 75, for_each=True)
+@common.named(several=True)
 @click.option(
     "--since",
     type=param_types.POINT,

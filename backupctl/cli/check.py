@@ -18,6 +18,7 @@ from backupctl.cli import common, completion, monitored, output, param_types
 from backupctl.cli.common import Declared
 from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
+from backupctl.cli.selection import Selection
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.monitoring import memory
@@ -113,8 +114,8 @@ def check(context: click.Context, /, names: tuple[str, ...], **_options: Any) ->
     Its exit codes are those of monitoring plugins, and differ from those of all other commands.
     """
     given = _Given.of(context)
-    vms = given.vms(names, everything=bool(context.params["everything"]))
-    _report([given.checked(vm) for vm in vms])
+    chosen = Selection(names, bool(context.params["everything"]))
+    _report([given.checked(vm) for vm in given.vms(chosen)])
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,10 @@ class _Given:
         config = Invocation.of(context).config
         return cls(config, context.params["repository"], typed("max_age"), typed("warn_age"))
 
-    def vms(self, names: Sequence[str], *, everything: bool) -> Sequence[str]:
+    def vms(self, chosen: Selection) -> Sequence[str]:
         """Return the VMs that are meant. Raises UsageError, RepositoryError."""
-        if names and everything:
-            raise UsageError("--all means every VM, so no NAME may stand beside it")
-        if names:
-            return tuple(dict.fromkeys(names))
-        vms = Repository.open(self.repository).vms() if self.repository else self.config.vms
+        known = Repository.open(self.repository).vms() if self.repository else self.config.vms
+        vms = known if chosen.is_empty else chosen.of(known)
         if not vms:
             raise UsageError("no VM is configured or named, so there is nothing to check")
         return vms

@@ -13,7 +13,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import backup, common, configuration, output, prune, settings
+from backupctl.cli import backup, common, configuration, output, prune, run, settings
 from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
@@ -84,6 +84,7 @@ class Setting:
 @backup.run_options(incremental=True)
 @prune.rule_options
 @thresholds.threshold_options
+@run.run_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
     """Show the settings in force for a VM, and where each comes from.
@@ -103,7 +104,7 @@ def show(target: Target, context: click.Context, /, *, as_json: bool, **_options
 
 def _settings(context: click.Context, target: Target) -> Iterator[Setting]:
     yield _file(Invocation.of(context), target.config)
-    for name in settings.settable():
+    for name in (*settings.settable(), *settings.settable_for_run()):
         yield _setting(context, target, name)
     yield from _tables(target)
     for name, program in (("QEMU_IMG", "qemu-img"), ("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")):
@@ -117,7 +118,9 @@ def _file(invocation: Invocation, config: Config) -> Setting:
 
 def _setting(context: click.Context, target: Target, name: str) -> Setting:
     """Return one setting, its value as it was written."""
-    configured = getattr(target.config.of(target.name), name, None)
+    of_run = name in settings.settable_for_run()
+    place = target.config.content.run if of_run else target.config.of(target.name)
+    configured = getattr(place, name, None)
     source = _SOURCES.get(context.get_parameter_source(name), "default")
     if source == "command line":
         return Setting(name, Invocation.of(context).typed[name], source)

@@ -6,6 +6,9 @@
     [defaults]                       what holds for every VM
     repository = "/backup"
 
+    [run]                            how `backupctl run` goes about it
+    jobs = 4
+
     [vm.web]
     qmp = "unix:/run/qemu/web.qmp"
     agent = "unix:/run/qemu/web.agent"
@@ -71,12 +74,13 @@ class Config:
         return VmSettings(**said)
 
     def line(self, vm: str | None, name: str, table: str = "") -> int:
-        """Return the line on which a setting of a VM stands, its own or the one for all; 0 for none.
+        """Return the line on which a setting stands: the VM's own, or the one for all; 0 for none.
 
-        table: the one that it is in, besides [vm.NAME].
+        table: the one that it is in, if not [vm.NAME] itself.
         """
-        own = self._lines.get(("vm", vm or "", *filter(None, [table]), name), 0)
-        return own or self._lines.get((table or "defaults", name), 0)
+        general = [(table, name)] if table else [("defaults", name), ("run", name)]
+        places = [("vm", vm or "", *filter(None, [table]), name), *general]
+        return next((self._lines[place] for place in places if place in self._lines), 0)
 
     @cached_property
     def _lines(self) -> dict[Key, int]:

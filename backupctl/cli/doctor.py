@@ -13,9 +13,9 @@ from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
 
 
-@common.command("doctor", 0, 1, 2)
+@common.command("doctor", 0, 1, 2, for_each=True)
 @click.pass_context
-@common.named()
+@common.named(several=True)
 @common.json_option
 def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Check that a VM can be backed up. Changes nothing.

@@ -13,9 +13,9 @@ Nothing of this is loaded unless the configuration asks for it.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.settings import HookSettings, MetricsSettings, NotifySettings
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Failed, HookFailed, Interrupted
-from backupctl.events import StepStarted
+from backupctl.events import Event, StepStarted
 from backupctl.events.monitoring import FollowingHookFailed, MetricsNotWritten
 from backupctl.operations.prune import retention
 from backupctl.outcome import documents
@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # `_Watch.of` loads them, for a configuration that asks for a
     from backupctl.monitoring.follow import Follower
     from backupctl.monitoring.hooks import HookName, Hooks
     from backupctl.monitoring.result import Kind, Result
+    from backupctl.operations.routine.run import RoutineReport
 
 _log = logging.getLogger("backupctl.cli.monitored")
 
@@ -47,11 +48,16 @@ class Ending:
     """How a command ended, where no exception says it.
 
     report: its document. point: the one that was committed. failure: the error with which it is going to end.
+    seconds: how long it took, if that is known better than by the time around it. partial: of a verify, that
+    it did not read all of the VM. tasks: the end of each task, where it had several; the rest is about all.
     """
 
     report: Mapping[str, Any] | None = None
     point: str = ""
     failure: BackupctlError | None = None
+    seconds: float | None = None
+    partial: bool = False
+    tasks: "dict[Kind, Ending]" = field(default_factory=dict)
 
 
 @contextmanager
@@ -77,13 +83,27 @@ def prune(target: Target, reporter: RecordingReporter, *, dry_run: bool) -> Iter
         yield ending
 
 
-def verified(
-    target: Target, reporter: RecordingReporter, ending: Ending, seconds: float, *, partial: bool
-) -> None:
-    """Do what follows a verify of one VM that has ended. partial: it did not read all of the VM."""
+def verified(target: Target, reporter: RecordingReporter, ending: Ending, seconds: float) -> None:
+    """Do what follows a verify of one VM that has ended."""
     if watch := _Watch.of(target, "verify", "verify", reporter):
         watch.started = replace(watch.started, began=watch.started.began - seconds)
-        watch.end(ending, seconds, partial=partial)
+        watch.end(ending, seconds)
+
+
+def note_tasks(ending: Ending, document: Mapping[str, Any], report: "RoutineReport") -> None:
+    """Note how a `run` ended. document: that of the report."""
+    ending.report, ending.failure = document, report.error
+    for one, told in zip(report.tasks, document["tasks"], strict=True):
+        if not one.skipped:
+            found = told["report"] or {}
+            ending.tasks[one.task] = Ending(
+                report=found or None,
+                point=found.get("point") or "",
+                failure=one.error,
+                seconds=found.get("seconds"),
+                partial=one.scope is not None and not one.scope.is_whole,
+            )
+    ending.point = ending.tasks["backup"].point
 
 
 def state_folder(config: Config) -> Path:
@@ -112,6 +132,7 @@ def is_remembered(target: Target) -> bool:
 class _Watch:
     """One command on one VM. started: what is known when it begins. first: number of events until then."""
 
+    kind: "Kind"
     reporter: RecordingReporter
     hooks: "Hooks"
     follower: "Follower"
@@ -129,7 +150,6 @@ class _Watch:
 
         place = target.repository_path or Path()
         follower = Follower(
-            kind,
             target.vm_name,
             place,
             _channels(said.notify),
@@ -137,13 +157,12 @@ class _Watch:
             param_types.absolute(metrics.textfile) if metrics.textfile else None,
         )
         started = Result(target.vm_name, command, str(place), time.time())
-        return cls(reporter, _hooks(said.hooks), follower, started, len(reporter.events))
+        return cls(kind, reporter, _hooks(said.hooks), follower, started, len(reporter.events))
 
     def start(self, stop: Cancellation) -> None:
         """Do what comes before a backup. Raises HookFailed, Interrupted."""
         self._run_hook("before", self.started, stop)
-        for event in self.follower.start(self.started):
-            self.reporter.event(event)
+        self._report(self.follower.ping(self.started))
 
     @contextmanager
     def around(self) -> Iterator[Ending]:
@@ -157,19 +176,27 @@ class _Watch:
         finally:
             self.end(ending, time.monotonic() - begun)
 
-    def end(self, ending: Ending, seconds: float, *, partial: bool = False) -> None:
+    def end(self, ending: Ending, seconds: float) -> None:
         """Do what follows the command."""
         try:
-            result = self._result(ending, seconds)
-            if self.follower.kind == "backup":
-                self._run_following_hook(result)
-                result = self._result(ending, seconds)  # with the warning of a hook that failed
-            for event in self.follower.end(result, partial=partial):
-                self.reporter.event(event)
+            if self.kind == "backup":
+                self._run_following_hook(self._result(ending, seconds))
+            for kind, task in (ending.tasks or {self.kind: ending}).items():
+                took = seconds if task.seconds is None else task.seconds
+                result = self._result(task, took)
+                if kind != self.kind:
+                    result = replace(result, command=kind)
+                self._report(self.follower.end(kind, result, partial=task.partial))
+            if self.kind == "backup":
+                self._report(self.follower.ping(self._result(ending, seconds)))
         except Exception as err:  # noqa: BLE001 - what comes after a commit must not make a failure of it
             _log.debug("what follows the command", exc_info=True)
             why = f"an error in backupctl itself: {type(err).__name__}: {err!s:.200}"
             self.reporter.event(MetricsNotWritten(self.follower.repository, why))
+
+    def _report(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.reporter.event(event)
 
     def _run_following_hook(self, result: "Result") -> None:
         name: HookName = "after" if result.outcome == "success" else "failed"

@@ -107,6 +107,14 @@ class _PointType(click.ParamType[str]):
             raise err.add(next_command=f"backupctl list {vm or ''}".strip()) from err
 
 
+def is_point(text: str) -> bool:
+    """Whether a text is the id of a point, or `latest`."""
+    try:
+        return text == LATEST or bool(point_id(text))
+    except InvalidName:
+        return False
+
+
 class _Url(click.ParamType[str]):
     """An http or https URL. It is a secret, so no message repeats it."""
 

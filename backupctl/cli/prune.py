@@ -83,7 +83,7 @@ def rule_options(command: Declared) -> Declared:
 
 @common.command("prune", 0, 1, 2, 4, 75)
 @click.pass_context
-@common.named(needs_vm=False, optional=True)
+@common.named(needs_vm=False, optional=True, several=True)
 @rule_options
 @click.option("--dry-run", is_flag=True, help="Only show which points would be kept or dropped, and why.")
 @click.option(
@@ -98,7 +98,7 @@ def rule_options(command: Declared) -> Declared:
 @common.gathered(RuleArguments)
 @common.gathered(PruneArguments)
 def prune(target: Target, context: click.Context, rules: RuleArguments, asked: PruneArguments) -> None:
-    """Drop the recovery points of a VM, or of every configured VM, that no retention rule keeps.
+    """Drop the recovery points of VMs, or of every configured VM, that no retention rule keeps.
 
     The rules are those of the command line, if it names any, or else those of the configuration, never both.
 
@@ -152,6 +152,11 @@ class _Policy:
         return cls(rules, bool(typed), said, unused)
 
 
+def configured_rules(target: Target) -> Rules:
+    """Return what the configuration keeps of a VM's points."""
+    return _Policy.of(target, {}).rules
+
+
 @dataclass(frozen=True)
 class _Done:
     """What became of one VM."""
@@ -176,8 +181,12 @@ class _Work:
     failed: dict[str, BackupctlError] = field(default_factory=dict)
 
     def all(self, target: Target) -> None:
-        """Prune each configured VM, or each that is in the repository that was typed. Raises Interrupted."""
-        vms = target.repository().vms() if target.typed_repository else target.config.vms
+        """Prune each VM that is named; or each configured one, or each in the repository that was typed.
+
+        Raises Interrupted, UsageError.
+        """
+        known = target.repository().vms() if target.typed_repository else target.config.vms
+        vms = known if target.selection.is_empty else target.selection.of(known)
         if not vms:
             raise UsageError(
                 "no VM is configured or named, so there is nothing to prune", next_command="backupctl list"

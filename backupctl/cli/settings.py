@@ -26,6 +26,8 @@ from backupctl.system.address import Address
 
 MAX_SECONDS = 3600
 MAX_COUNT = 1000
+MAX_WAIT_SECONDS = 7 * 24 * 3600
+MAX_JOBS = 100
 
 Text = Annotated[str, Meta(description="a quoted string")]
 Rate = Annotated[str, Meta(description='a quoted string such as "200M"')]
@@ -38,6 +40,12 @@ Layers = Annotated[int, Meta(ge=0, le=MAX_CHAIN, description=f"a whole number, 0
 Seconds = Annotated[
     float, Meta(gt=0, le=MAX_SECONDS, description=f"a number of seconds, above 0, at most {MAX_SECONDS}")
 ]
+
+Wait = Annotated[
+    float, Meta(ge=0, le=MAX_WAIT_SECONDS, description=f"a number of seconds, 0 to {MAX_WAIT_SECONDS}")
+]
+Jobs = Annotated[int, Meta(ge=1, le=MAX_JOBS, description=f"a whole number, 1 to {MAX_JOBS}")]
+Percent = Annotated[float, Meta(ge=0, le=100, description="a number, 0 to 100")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -65,6 +73,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_within: Text | None = None
     max_age: Text | None = None
     warn_age: Text | None = None
+    full_every: Text | None = None
+    verify_percent: Percent | None = None
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -110,10 +120,21 @@ class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True
     notify: NotifySettings = NotifySettings()
 
 
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of [run]: how `run` goes about it. None: not set."""
+
+    jobs: Jobs | None = None
+    jobs_per_storage: Jobs | None = None
+    random_delay: Wait | None = None
+    wait_lock: Wait | None = None
+    max_time: Wait | None = None
+
+
 class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole file."""
 
     defaults: Settings = Settings()
+    run: RunSettings = RunSettings()
     vm: dict[str, VmSettings] = {}
     hooks: HookSettings = HookSettings()
     notify: NotifySettings = NotifySettings()
@@ -143,6 +164,7 @@ _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "before": param_types.COMMAND,
     "after": param_types.COMMAND,
     "failed": param_types.COMMAND,
+    "full_every": param_types.DURATION,
     "qmp": param_types.SOCKET,
     "agent": param_types.SOCKET,
 }
@@ -170,10 +192,12 @@ class _Check:
         """Return what is right of a file's content."""
         self._known(content, (), _fields(File), "at the top level")
         defaults = self._table(content.get("defaults", {}), ("defaults",))
+        run = self._table(content.get("run", {}), ("run",))
         vms = self._table(content.get("vm", {}), ("vm",))
         kept = {name: self._vm(name, self._table(value, ("vm", name))) for name, value in vms.items()}
         whole = File(
             defaults=Settings(**self._values(defaults, ("defaults",), Settings)),
+            run=RunSettings(**self._values(run, ("run",), RunSettings)),
             vm=kept,
             metrics=self._of(content, (), "metrics", MetricsSettings),
             **{name: self._of(content, (), name, model) for name, model in TABLES.items()},
@@ -295,6 +319,11 @@ def settable() -> tuple[str, ...]:
     return tuple(name for name in VmSettings.__struct_fields__ if name not in TABLES)
 
 
+def settable_for_run() -> tuple[str, ...]:
+    """Return the keys of [run], in order."""
+    return RunSettings.__struct_fields__
+
+
 def _line(lines: Mapping[Key, int], key: Key) -> int:
     """Return the line of a key, or of the nearest table around it."""
     return next((lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in lines), 0)
@@ -327,6 +356,8 @@ def _parts(kind: Any) -> Iterator[Any]:
 def _suggestion(name: str, key: Key, known: Iterable[str]) -> str:
     if key == ("defaults",) and name in settable():
         return "; it belongs in [vm.NAME]"
+    if name in settable_for_run():
+        return "; it belongs in [run]"
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl verify`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -44,8 +44,7 @@ class Scope:
 
 
 @common.command("verify", 0, 1, 2, 4)
-@common.named(needs_vm=False, optional=True)
-@common.point(optional=True)
+@common.named(needs_vm=False, optional=True, several=True, then_point=True)
 @click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(
     "--sample",
@@ -58,7 +57,7 @@ class Scope:
 @common.quiet
 @common.gathered(Scope)
 def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, quiet: bool) -> None:
-    """Check the integrity of the repository: all VMs of every configured repository, one VM, or one POINT.
+    """Check the integrity of the repository: all VMs of every configured repository, some, or one POINT.
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
@@ -70,17 +69,18 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
         if depth.percent < 100:
             reporter.event(_sample(depth))
         follow = _Following(target, reporter, depth, partial=point is not None or not depth.is_whole)
-        for path in target.folders():
+        for path, vm in [(path, vm) for path, vms in target.by_repository().items() for vm in vms]:
             try:
-                report = core.verify(target.open(path), target.name, point, depth, reporter, stop)
+                report = core.verify(target.open(path), vm, point, depth, reporter, stop)
             except Interrupted:
                 raise
             except BackupctlError as err:
                 failures.append(err)
-                follow.failed(path, err)
+                follow.failed(path, [vm] if vm else target.config.vms, err)
             else:
-                reports[str(path)] = report
                 follow.done(path, report)
+                before = [reports[str(path)]] if str(path) in reports else []
+                reports[str(path)] = _together([*before, report])
     if not reports:
         raise common.worst(failures)
     report = _together(reports.values())
@@ -112,18 +112,18 @@ class _Following:
                 unchecked=tuple(one for one in report.unchecked if one.vm == vm),
             )
             failure = next(verdict.of_verify({str(path): own}, vm), None)
-            ending = Ending(documents.verify(own, self.scope), failure=failure)
+            ending = Ending(documents.verify(own, self.scope), failure=failure, partial=self.partial)
             self._follow(path, vm, ending, report.seconds)
 
-    def failed(self, path: Path, err: BackupctlError) -> None:
+    def failed(self, path: Path, vms: Sequence[str], err: BackupctlError) -> None:
         """Do it for each VM that could not be verified."""
-        for vm in [self.target.name] if self.target.name else self.target.config.vms:
+        for vm in vms:
             self._follow(path, vm, Ending(failure=err), 0.0)
 
     def _follow(self, path: Path, vm: str, ending: Ending, seconds: float) -> None:
         target = self.target.of(vm)
         if target.repository_path == path:
-            monitored.verified(target, self.reporter, ending, seconds, partial=self.partial)
+            monitored.verified(target, self.reporter, ending, seconds)
 
 
 def _together(reports: Iterable[VerifyReport]) -> VerifyReport:

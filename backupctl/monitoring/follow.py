@@ -18,9 +18,8 @@ from backupctl.events.monitoring import MetricsNotWritten, NoticeNotSent
 from backupctl.monitoring import channels as ways
 from backupctl.monitoring import exposition, memory, metrics, notices
 from backupctl.monitoring.channels import Attempt, Channels
-from backupctl.monitoring.memory import Memory, Past, Record
+from backupctl.monitoring.memory import Memory, Past, Record, Told
 from backupctl.monitoring.metrics import Stored
-from backupctl.monitoring.notices import Why
 from backupctl.monitoring.result import Kind, Result
 from backupctl.names import VmName
 from backupctl.repository.repository import Repository
@@ -28,24 +27,23 @@ from backupctl.repository.repository import Repository
 
 @dataclass(frozen=True)
 class Follower:
-    """What follows the results of one kind of command on one VM.
+    """What follows the results of a command on one VM.
 
     state: the directory in which they are remembered; None if this VM's are not. textfile: where metrics are
     written, as `exposition.file_of` takes it.
     """
 
-    kind: Kind
     vm: VmName
     repository: Path
     channels: Channels
     state: Path | None = None
     textfile: Path | None = None
 
-    def start(self, result: Result) -> Iterator[Event]:
-        """Tell that a backup has started."""
+    def ping(self, result: Result) -> Iterator[Event]:
+        """Tell healthchecks that a backup has started, or how it ended."""
         yield from _troubles(ways.ping(self.channels, result))
 
-    def end(self, result: Result, *, partial: bool = False) -> Iterator[Event]:
+    def end(self, kind: Kind, result: Result, *, partial: bool = False) -> Iterator[Event]:
         """Do all that follows a result. partial: of a verify that did not read all of the VM."""
         record = Record.of(result, partial=partial)
         before = Past()
@@ -53,16 +51,14 @@ class Follower:
             try:
                 with memory.locked(self.state, self.vm):
                     known = self._read(self.state)
-                    before = known.of(self.kind)
-                    known = known.with_past(self.kind, before.after(record))
+                    before = known.of(kind)
+                    known = known.with_past(kind, before.after(record))
                     memory.write(self.state, self.vm, known)
                     yield from self._write_metrics(known)
             except (OSError, BackupctlError) as err:
                 yield MetricsNotWritten(self.state, _why(err))
         if not before.hides(record):
-            yield from self._notify(before, result)
-        if self.kind == "backup":
-            yield from _troubles(ways.ping(self.channels, result))
+            yield from self._notify(kind, before, result)
 
     def _read(self, state: Path) -> Memory:
         return memory.read(state, self.vm, str(self.repository))
@@ -83,7 +79,7 @@ class Follower:
         except BackupctlError:
             return None
 
-    def _notify(self, before: Past, result: Result) -> Iterator[Event]:
+    def _notify(self, kind: Kind, before: Past, result: Result) -> Iterator[Event]:
         now, asked = time.time(), self.channels
         why = notices.due(before, result, now, asked.repeat_seconds, on_success=asked.success)
         if why is None:
@@ -93,14 +89,13 @@ class Follower:
         # Only what has reached somebody counts as told: else a failure would be silent until it is repeated.
         if self.state is not None and not all(one.why for one in attempts):
             with suppress(OSError, BackupctlError):  # the next failure is told once more
-                self._remember_notice(self.state, why, result, now)
+                self._remember_notice(self.state, kind, notices.told(before, why, result, now))
 
-    def _remember_notice(self, state: Path, why: Why, result: Result, now: float) -> None:
+    def _remember_notice(self, state: Path, kind: Kind, said: Told | None) -> None:
         with memory.locked(state, self.vm):
             known = self._read(state)
-            past = known.of(self.kind)
-            said = notices.told(past, why, result, now)
-            known = known.with_past(self.kind, msgspec.structs.replace(past, told=said))
+            past = known.of(kind)
+            known = known.with_past(kind, msgspec.structs.replace(past, told=said))
             memory.write(state, self.vm, known)
 
 

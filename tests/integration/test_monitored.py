@@ -269,3 +269,63 @@ def test_damage_that_a_verify_found_is_told_until_a_whole_verify_finds_none(site
     assert site.values()["last_verify_success"] == 1
     assert [one.headers["Priority"] for one in server.seen] == ["high", "default"]
     site.cli.run("check", "web", vm=False)
+
+
+def test_a_run_is_surrounded_once_and_each_of_its_tasks_is_remembered(site):
+    hook = site.hook()
+    site.configure(
+        f"[hooks]\nbefore = {hook}\nafter = {hook}\nfailed = {hook}\n",
+        of_vm="keep_last = 5\nverify_percent = 100\n",
+    )
+    site.lab.backup("full")
+    (site.folder / "after.json").unlink()
+    site.cli.run("run", "web")
+    assert site.got("before")[1]["BACKUPCTL_COMMAND"] == "run"
+    document, around = site.got("after")
+    assert [one["outcome"] for one in document["report"]["tasks"]] == ["done"] * 3
+    assert document["point"] == around["BACKUPCTL_POINT"] == document["report"]["tasks"][0]["report"]["point"]
+    values = site.values()
+    assert values["points"] == 2
+    assert [values[f"last_{kind}_success"] for kind in ("run", "prune", "verify")] == [1, 1, 1]
+    assert values["last_verify_damage"] == 0
+    site.cli.run("run", "web", "--dry-run")
+    assert not site.ran("before")
+    assert site.values() == values
+
+
+def test_a_run_whose_repository_is_not_there_is_a_failure_that_is_told(site, server):
+    site.configure(
+        f'[hooks]\nfailed = {site.hook()}\n[notify]\nwebhook = "{server.url}/hook"\n'
+        f'healthchecks = "{server.url}/ping"\n'
+    )
+    site.cli.run("run", "web", code=2)
+    assert site.got("failed")[1]["BACKUPCTL_ERROR"] == "UsageError"
+    assert server.paths() == ["/ping/start", "/hook", "/ping/fail"]
+    assert site.values()["last_run_exit_code"] == 2
+
+
+def test_a_hook_before_a_run_may_mount_the_repository(site):
+    site.lab.backup("full")
+    away = site.folder / "away"
+    site.cli.repository.rename(away)
+    mount = json.dumps(["/bin/mv", str(away), str(site.cli.repository)])
+    site.configure(f"[hooks]\nbefore = {mount}\n")
+    site.cli.run("run", "web")
+    assert site.values()["points"] == 2
+
+
+def test_of_several_vms_each_has_its_hooks_and_metrics(site):
+    """One of them does not run."""
+    site.lab.backup("full")
+    machine = site.lab.machine
+    site.configure(
+        f"[hooks]\nafter = {site.hook()}\nfailed = {site.hook()}\n",
+        of_vm=f'qmp = "unix:{machine.qmp_path}"\nagent = "unix:{machine.agent_path}"\n'
+        f'scratch = "{site.cli.scratch}"\n'
+        f'[vm.db]\nqmp = "unix:{site.folder}/none"\nrepository = "{site.cli.repository}"\n',
+    )
+    site.cli.run("run", "--all", "--jobs", "2", vm=False, code=1)
+    assert site.got("after")[1]["BACKUPCTL_VM"] == "web"
+    assert site.got("failed")[1]["BACKUPCTL_VM"] == "db"
+    assert sorted(one.name for one in site.metrics.iterdir()) == ["backupctl-db.prom", "backupctl-web.prom"]
+    assert site.values()["last_run_success"] == 1
