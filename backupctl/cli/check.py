@@ -147,21 +147,27 @@ class _Given:
         return vms
 
     def checked(self, vm: str) -> "_Checked":
-        """Check one VM. Raises UsageError, InvalidName."""
-        target = Target(
-            self.config, vm_name(vm), self.repository, typed_repository=self.repository is not None
-        )
-        target = target.of(vm)
-        if not self.repository and vm not in self.config.vms:
-            target.vm()  # which says that it is not configured
-        target.folder()  # which says that it has no repository
+        """Check one VM. That it cannot be done for one must not hide what another one's verdict is."""
         limits = self._limits(vm)
+        try:
+            target = self._target(vm)
+        except BackupctlError as err:
+            return _Checked(Verdict(vm, (Finding(Level.UNKNOWN, err.message),)), limits)
         try:
             folder = target.vm_folder()
         except BackupctlError as err:  # most likely a file system that is not mounted
             return _Checked(core.refused(vm, err), limits)
         verdict = core.examine(folder, limits, datetime.now(UTC))
         return _Checked(verdict.also(*_remembered(target)), limits)
+
+    def _target(self, vm: str) -> Target:
+        """Return where the points of a VM are. Raises UsageError, InvalidName."""
+        typed = self.repository is not None
+        target = Target(self.config, vm_name(vm), self.repository, typed_repository=typed).of(vm)
+        if not typed and vm not in self.config.vms:
+            target.vm()  # which says that it is not configured
+        target.folder()  # which says that it has no repository
+        return target
 
     def _limits(self, vm: str) -> Limits:
         configured = self.config.of(vm)

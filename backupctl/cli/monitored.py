@@ -11,7 +11,6 @@ What follows a command never changes what it has done, nor its exit code: whatev
 Nothing of this is loaded unless the configuration asks for it.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,8 +38,6 @@ if TYPE_CHECKING:  # `_Watch.of` loads them, for a configuration that asks for a
     from backupctl.monitoring.hooks import HookName, Hooks
     from backupctl.monitoring.result import Kind, Result
     from backupctl.operations.routine.run import RoutineReport
-
-_log = logging.getLogger("backupctl.cli.monitored")
 
 
 @dataclass
@@ -190,7 +187,6 @@ class _Watch:
             if self.kind == "backup":
                 self._report(self.follower.ping(self._result(ending, seconds)))
         except Exception as err:  # noqa: BLE001 - what comes after a commit must not make a failure of it
-            _log.debug("what follows the command", exc_info=True)
             why = f"an error in backupctl itself: {type(err).__name__}: {err!s:.200}"
             self.reporter.event(MetricsNotWritten(self.follower.repository, why))
 

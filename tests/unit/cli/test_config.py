@@ -297,6 +297,21 @@ def test_a_freeze_budget_that_can_not_be_is_wrong_use(tmp_path, budget):
     assert "--freeze-budget" in caught.value.format_message()
 
 
+@pytest.mark.parametrize(
+    ("table", "model"),
+    [
+        ("metrics", settings.MetricsSettings),
+        *settings.TABLES.items(),
+        *((f"vm.web.{name}", model) for name, model in settings.TABLES.items()),
+    ],
+)
+def test_every_key_of_a_table_says_what_it_must_be(tmp_path, table, model):
+    keys = model.__struct_fields__
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, f"[{table}]\n" + "".join(f"{key} = {{}}\n" for key in keys))
+    assert [key for key in keys if f"{key} in [{table}] must be " not in caught.value.message] == []
+
+
 MONITORING = """
 [metrics]
 textfile = "/var/lib/metrics"

@@ -152,6 +152,20 @@ def test_the_worst_of_several_vms_decides_and_each_has_its_own_data(configured):
     assert call("--repository", str(configured.repository.path))[0] == 0
 
 
+def test_a_vm_that_can_not_be_looked_at_hides_no_other(configured):
+    code, line = call("vm1", "nobody", "new")
+    assert code == 2
+    assert "new: there is no sound recovery point" in line
+    assert "nobody: VM 'nobody' is not configured" in line
+    assert call("vm1", "nobody")[0] == 3
+    assert call("vm1", "nobody", "--warn-age", "1h")[0] == 1
+
+
+def test_a_pattern_names_vms(configured):
+    assert call("v*", "--max-age", "10y")[0] == 0
+    assert call("x*")[0] == 3
+
+
 def test_what_is_worse_is_named_first(configured):
     history = configured.folder.path / "history"
     history.write_bytes(b"x\n" + history.read_bytes())
