@@ -42,6 +42,7 @@ _COMMANDS = {
     "protect": "prune.protect",
     "unprotect": "prune.unprotect",
     "status": "status_recover.status",
+    "check": "check.check",
     "recover": "status_recover.recover",
     "bitmaps": "bitmaps.bitmaps",
     "doctor": "doctor.doctor",
