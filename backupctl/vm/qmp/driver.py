@@ -107,7 +107,7 @@ class QmpDriver:
 
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:
-        """Start the guard, and with it a session."""
+        """Start the guard, and with it a session. It loads while the caller goes on."""
         vm, timeouts = self._vm, self._timeouts
         with GuardClient.start(vm.qmp, vm.agent, timeouts.agent_seconds, lock) as guard:
             session = QmpSession(vm, timeouts, self._monitor, guard)
