@@ -286,7 +286,7 @@ def _from_anywhere(address: Address) -> str:
 
 def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", PROGRAM, str(_PACKAGE), *arguments],
+        [sys.executable, "-I", "-S", *_bytecode(), "-c", PROGRAM, str(_PACKAGE), *arguments],
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         # Not ours: who waits for the end of our output must not wait for the guard's.
@@ -295,6 +295,12 @@ def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Po
         cwd="/",
         start_new_session=True,
     )
+
+
+def _bytecode() -> list[str]:
+    """Return what the environment said of compiled modules, since the guard does not look at it."""
+    found = ["-B"] if sys.dont_write_bytecode else []
+    return [*found, "-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else found
 
 
 def _error(answer: dict[str, Any]) -> BackupctlError:
