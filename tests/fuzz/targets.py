@@ -50,7 +50,6 @@ from backupctl.vm.guest import guard_monitor
 from backupctl.vm.guest.agent import Agent
 from backupctl.vm.qmp import bitmaps, monitor, reply, teardown
 from backupctl.vm.qmp import inventory as disks
-from backupctl.vm.qmp.wire import Wire
 from tests.unit.points import P1, P2, disk_entry
 
 FOLDER = Path(tempfile.mkdtemp(prefix="backupctl-fuzz-"))
@@ -145,10 +144,10 @@ def beneath(content: bytes) -> NodeName | None:
 
 def event(content: bytes) -> None:
     """What QEMU says on its own; little of it is kept."""
-    heard, told = monitor.Heard(), as_object(content)
+    client, told = monitor._Client(), as_object(content)
     for _ in range(3):
-        heard.note(told)
-    assert len(heard.thresholds | heard.ended) <= 1
+        client._note(told.get("event"), told.get("data"))
+    assert len(client.thresholds | client.ended) <= 1
 
 
 def guard(content: bytes) -> dict[str, Any]:
@@ -157,8 +156,8 @@ def guard(content: bytes) -> dict[str, Any]:
     with its, ours:
         its.sendall(content[:60_000])
         its.shutdown(socket.SHUT_WR)
-        wire = Wire(ours, guard_monitor.MAX_REPLY_BYTES)
-        return guard_monitor._answer(wire, time.monotonic() + 5, "return", "error")
+        lines = guard_monitor.Lines(ours)
+        return guard_monitor._answer(lines, time.monotonic() + 5, "return", "error")
 
 
 def agent(content: bytes) -> int:

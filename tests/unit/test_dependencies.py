@@ -1,18 +1,30 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is used of a library without its promise is there, and held by bounds on its version."""
 
+import inspect
 import re
 import tomllib
 from importlib import metadata
 
 import pytest
+from qemu.qmp import QMPClient
 
+from backupctl.vm.qmp import monitor
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@pytest.mark.parametrize("name", ["click"])
+@pytest.mark.parametrize(("hook", "parameters"), [("_do_recv", ["self"]), ("_on_message", ["self", "msg"])])
+def test_the_hooks_of_qemu_qmp_that_the_monitor_overrides_are_there(hook, parameters):
+    for owner in (QMPClient, monitor._Client):
+        found = getattr(owner, hook)
+        assert inspect.iscoroutinefunction(found)
+        assert list(inspect.signature(found).parameters) == parameters
+    assert hook in vars(monitor._Client)
+
+
+@pytest.mark.parametrize("name", ["qemu.qmp", "click"])
 def test_a_library_whose_insides_are_used_is_bounded_on_both_sides(name):
     (bounds,) = (one.removeprefix(name) for one in PROJECT["dependencies"] if one.startswith(name))
     least, end = re.fullmatch(r">=([0-9.]+),<([0-9.]+)", bounds).groups()

@@ -4,20 +4,21 @@
 It is held only when the run is dead, so that the monitor, which serves one client, is free.
 """
 
+import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from backupctl.system.address import Address
 from backupctl.vm.qmp import throttle
-from backupctl.vm.qmp.wire import Message, Wire
 
 TIMEOUT_SECONDS = 10.0
 MAX_REPLY_BYTES = 4 << 20
 _PAUSE_SECONDS = 0.02
 
-Execute = Callable[..., Message]
+Execute = Callable[..., dict[str, Any]]
 """Sends a command with its arguments; returns the answer, which may be an error."""
 
 
@@ -58,23 +59,54 @@ def _set(execute: Execute, groups: tuple[str, ...], bytes_per_second: int) -> No
         execute("qom-set", path=f"/objects/{group}", property="limits", value=limits)
 
 
-def _any(answer: Message, names: tuple[str, ...]) -> bool:
+def _any(answer: dict[str, Any], names: tuple[str, ...]) -> bool:
     return any(entry["id"] in names for entry in answer["return"])
 
 
 @contextmanager
 def _conversation(address: Address) -> Iterator[Execute]:
     with address.connect(TIMEOUT_SECONDS) as connection:
-        wire = Wire(connection, MAX_REPLY_BYTES)
+        lines = Lines(connection)
 
-        def execute(command: str, **arguments: object) -> Message:
+        def execute(command: str, **arguments: object) -> dict[str, Any]:
             deadline = time.monotonic() + TIMEOUT_SECONDS
-            wire.send({"execute": command, "arguments": arguments}, deadline)
-            return _answer(wire, deadline, "return", "error")
+            connection.settimeout(TIMEOUT_SECONDS)  # for all of it
+            connection.sendall(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+            return _answer(lines, deadline, "return", "error")
 
-        _answer(wire, time.monotonic() + TIMEOUT_SECONDS, "QMP")
+        _answer(lines, time.monotonic() + TIMEOUT_SECONDS, "QMP")
         execute("qmp_capabilities")
         yield execute
+
+
+class Lines:
+    """What arrives on a socket, line by line. Each wait ends at its deadline, whatever trickles in."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = bytearray()
+
+    def next(self, deadline: float) -> bytes:
+        """Return the next line. Raises TimeoutError, EOFError, OSError, ValueError if it has no end."""
+        looked = 0
+        while (end := self._received.find(b"\n", looked)) < 0:
+            looked = len(self._received)
+            if looked > MAX_REPLY_BYTES:
+                raise ValueError
+            self._receive(deadline)
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return line
+
+    def _receive(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        content = self._connection.recv(65536)
+        if not content:
+            raise EOFError
+        self._received += content
 
 
 def _until_too_late() -> Iterator[None]:
@@ -86,9 +118,9 @@ def _until_too_late() -> Iterator[None]:
     raise TimeoutError
 
 
-def _answer(wire: Wire, deadline: float, *wanted: str) -> Message:
+def _answer(lines: Lines, deadline: float, *wanted: str) -> dict[str, Any]:
     while time.monotonic() < deadline:  # events without end are no answer
-        message = wire.receive(deadline)
-        if any(name in message for name in wanted):
+        message = json.loads(lines.next(deadline))
+        if isinstance(message, dict) and any(name in message for name in wanted):
             return message
     raise TimeoutError

@@ -5,31 +5,41 @@
 - the connection could not be made (`MonitorUnreachable`): nothing was sent;
 - no answer came (`OutcomeUnknown`): the command may have had its effect. Ask QEMU, then decide.
 
-What QEMU says on its own, its events, waits in the socket until `pump` or the next command takes it in.
+The asynchronous client of qemu.qmp runs only while one of these calls does, in the caller's thread;
+what QEMU says in between waits in the socket.
 """
 
+import asyncio
 import logging
 import os
-import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
+from qemu.qmp.error import ProtocolError
+from qemu.qmp.message import Message
+from qemu.qmp.protocol import StateError
+from qemu.qmp.qmp_client import BadReplyError
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import CommandFailed, MonitorError, MonitorUnreachable, OutcomeUnknown
+from backupctl.errors import CommandFailed, Interrupted, MonitorError, MonitorUnreachable, OutcomeUnknown
 from backupctl.system import log, open_files
 from backupctl.system.address import Address
 from backupctl.vm.qmp import reply
-from backupctl.vm.qmp.wire import Message, Wire
 
+T = TypeVar("T")
 _LOOK_SECONDS = 0.2
-_MOST_BYTES = 10 << 20
-"""Of one message: libvirt takes no more either."""
+_TURNS = 10  # of the event loop: a message passes through several tasks before it is heard
 
 _log = logging.getLogger("backupctl.vm.qmp")
+_logger = logging.getLogger("qemu.qmp")
+_logger.addHandler(logging.NullHandler())
+_logger.propagate = False  # its errors reach the user as ours; a second, raw line would only confuse
+
 
 _MOST_NAME, _MOST_NODES = 255, 10_000
 _HEARD = {
@@ -39,30 +49,41 @@ _HEARD = {
 }
 
 
-class Heard:
-    """What QEMU said on its own, as far as anybody here waits for it.
+class _Client(QMPClient):
+    """The library's client, with one sort of error for all that is no QMP, and little memory for events.
 
-    thresholds: the nodes whose write threshold was passed. ended: the block jobs that came to an end. All
-    else is forgotten; kept, a flood of it would pile up without end.
+    thresholds: the nodes whose write threshold was passed. ended: the block jobs that came to an end.
+    Nothing else that QEMU says on its own is waited for here; kept, a flood of it would pile up without end.
     """
 
     def __init__(self) -> None:
+        super().__init__("monitor")
         self.thresholds: set[str] = set()
         self.ended: set[str] = set()
 
-    def note(self, message: Message) -> None:
-        """Keep what counts of an event."""
-        event, data = message.get("event"), message.get("data")
+    async def _do_recv(self) -> Message:
+        # A line without end, a nesting without end, a number of thousands of digits, what is no UTF-8: the
+        # library lets these out as they are, at whatever call comes next.
+        try:
+            return await super()._do_recv()
+        except (ProtocolError, ValueError, RecursionError):
+            raise ProtocolError("it sends what is no QMP") from None
+
+    async def _on_message(self, msg: Message) -> None:
+        if "event" in msg:
+            self._note(msg["event"], msg.get("data"))
+            return
+        if not isinstance(msg.get("id", ""), str):  # else it would be looked up, hashable or not
+            raise ProtocolError("it sends an answer to nothing that was asked")
+        await super()._on_message(msg)
+
+    def _note(self, event: object, data: object) -> None:
         if not isinstance(event, str) or event not in _HEARD or not isinstance(data, dict):
             return
         key = _HEARD[event]
         kept, name = (self.thresholds if key == "node-name" else self.ended), data.get(key)
         if isinstance(name, str) and len(name) <= _MOST_NAME and len(kept) < _MOST_NODES:
             kept.add(name)
-
-
-class _SenselessError(Exception):
-    """An answer that is none to what was asked."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +109,11 @@ class Monitor:
     there (QEMU, or who made the socket for it), None if that is not known.
     """
 
-    def __init__(self, address: Address, connection: socket.socket, timeout_seconds: float) -> None:
+    def __init__(self, address: Address, timeout_seconds: float) -> None:
         self.address = address
-        self._connection = connection
-        self._wire = Wire(connection, _MOST_BYTES)
         self._timeout = timeout_seconds
-        self._asked = 0
-        self._heard = Heard()
+        self._loop = asyncio.new_event_loop()
+        self._client = _Client()
         self._broken = ""
         self._until: float | None = None
         self.version = Version(0, 0, 0)
@@ -109,22 +128,29 @@ class Monitor:
         says nothing (conformance script `second_client_waits_for_the_first`), so a missing greeting most
         often means a second client.
         """
+        self = cls(address, timeout_seconds)
         _log.debug("connect to %s", address)
         try:
             connection = address.connect(timeout_seconds)
-        except (OSError, UnicodeError) as err:  # UnicodeError: a host's name that can't be one
-            raise _unreachable(address, err) from err
-        self = cls(address, connection, timeout_seconds)
-        try:
             self.process = open_files.peer(connection)
-            self._introduce(cancel)
-        except (OSError, EOFError, ValueError, OutcomeUnknown) as err:
+            self._run(self._client.connect(connection), cancel=cancel)
+            self.version = _version(self.execute("query-version"))
+            self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
+        except TimeoutError as err:
             self.close()
-            raise _unreachable(address, err) from err
-        except (_SenselessError, CommandFailed) as err:
+            raise MonitorUnreachable(
+                f"the monitor at {address} does not answer: another client may hold it, or QEMU hangs",
+                hint="a monitor serves one client: end the other, or give QEMU one for backups alone",
+            ) from err
+        except (QMPError, OSError, EOFError, OutcomeUnknown) as err:
+            self.close()
+            raise MonitorUnreachable(
+                f"no QEMU monitor at {address}: {_root(err):.300}", hint=_how_to_reach(address, err)
+            ) from err
+        except (KeyError, TypeError, ValueError, CommandFailed) as err:
             self.close()
             raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err
-        except BaseException:
+        except (KeyboardInterrupt, Interrupted):
             self.close()
             raise
         return self
@@ -136,24 +162,21 @@ class Monitor:
         begun = time.monotonic()
         _log.debug("-> %s %s", command, log.Shown(arguments or {}))
         try:
-            answer = self._exchange(command, arguments)
-            error = _error(answer)
+            answer = self._run(self._client.execute(command, dict(arguments) if arguments else None))
+            _log.debug("<- %s (%.3f s)", log.Shown(answer), time.monotonic() - begun)
+            return answer
+        except ExecuteError as err:
+            error = err.error.error
+            _log.debug("<- refused: %s: %s", error.class_[:100], error.desc[:1000])
+            raise CommandFailed(command, error.class_[:100], error.desc[:1000]) from err
         except TimeoutError as err:
             raise self._lost(command, f"silent for {time.monotonic() - begun:.0f} s") from err
-        except (EOFError, ConnectionError) as err:
+        except (ExecInterruptedError, StateError) as err:
             raise self._lost(command, "the monitor's connection broke") from err
-        except _SenselessError as err:
+        except BadReplyError as err:
             raise self._lost(command, "what it answers makes no sense") from err
-        except (OSError, ValueError) as err:
-            raise self._lost(command, _why(err)) from err
-        except BaseException:  # a signal: an answer that comes now is not that to the next question
-            self._broken = "interrupted"
-            raise
-        if error is not None:
-            _log.debug("<- refused: %s: %s", *error)
-            raise CommandFailed(command, *error)
-        _log.debug("<- %s (%.3f s)", log.Shown(answer["return"]), time.monotonic() - begun)
-        return answer["return"]
+        except (QMPError, OSError, EOFError) as err:
+            raise self._lost(command, f"{_root(err):.300}") from err
 
     def transaction(self, actions: list[dict[str, object]]) -> None:
         """Do all of `actions` at once, or none of them. Raises as `execute` does."""
@@ -173,10 +196,9 @@ class Monitor:
         """Send a file descriptor along; the next `add-fd` or `getfd` takes it. Raises MonitorError."""
         _log.debug("-> (file descriptor)")
         try:
-            self._connection.settimeout(self._limit())
-            socket.send_fds(self._connection, [b" "], [descriptor])  # blank: it belongs to no message
-        except OSError as err:
-            raise MonitorError(f"QEMU takes no file descriptor over {self.address}: {_why(err)}") from err
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError, AssertionError) as err:
+            raise MonitorError(f"QEMU takes no file descriptor over {self.address}: {err}") from err
 
     @property
     def passes_descriptors(self) -> bool:
@@ -188,34 +210,37 @@ class Monitor:
 
     @property
     def alive(self) -> bool:
-        """Whether the connection still stands."""
-        return not self._broken and self._wire.open
+        """Whether the connection still stood when it was last used."""
+        return not self._broken and self._client.runstate == Runstate.RUNNING
 
     def pump(self) -> None:
-        """Take in what QEMU said on its own. Raises OutcomeUnknown if it has hung up, or makes no sense."""
-        try:
-            for message in self._wire.at_hand() if not self._broken else ():
-                self._note(message)
-        except (OSError, EOFError, ValueError, _SenselessError) as err:
-            raise self._lost("(between commands)", "the monitor's connection broke") from err
-        if self._broken:
-            raise OutcomeUnknown("(between commands)", self._broken)
+        """Take in what QEMU said on its own. Raises OutcomeUnknown if it has hung up."""
+        for _ in range(_TURNS):
+            self._loop.run_until_complete(asyncio.sleep(0))
+        if not self.alive:
+            raise self._lost("(between commands)", "the monitor's connection broke")
 
     def thresholds_passed(self) -> frozenset[str]:
         """Return the nodes of which QEMU said, since the last call, that their write threshold is passed."""
-        passed = frozenset(self._heard.thresholds)
-        self._heard.thresholds.clear()
+        passed = frozenset(self._client.thresholds)
+        self._client.thresholds.clear()
         return passed
 
     def jobs_ended(self) -> frozenset[str]:
         """Return the block jobs of which QEMU said, since the last call, that they have ended."""
-        ended = frozenset(self._heard.ended)
-        self._heard.ended.clear()
+        ended = frozenset(self._client.ended)
+        self._client.ended.clear()
         return ended
 
     def close(self) -> None:
-        """Leave the monitor to others. Never raises."""
-        self._connection.close()
+        """Leave the monitor to others. Never raises: what is said by now is said."""
+        if not self._loop.is_closed():
+            with suppress(QMPError, OSError, EOFError, TimeoutError):
+                self._run(self._client.disconnect(), seconds=2.0)
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+            self._loop.run_until_complete(asyncio.sleep(0))
+            self._loop.close()
         self._broken = self._broken or "closed"
 
     def __enter__(self) -> Self:
@@ -226,60 +251,23 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def _introduce(self, cancel: Cancellation | None) -> None:
-        deadline = time.monotonic() + self._timeout
-        if not isinstance(self._receive(deadline, cancel).get("QMP"), dict):
-            raise _SenselessError
-        if _error(self._exchange("qmp_capabilities", None, cancel)) is not None:
-            raise _SenselessError
-        version, commands = self.execute("query-version"), self.execute("query-commands")
+    def _run(
+        self, work: Coroutine[Any, Any, T], seconds: float | None = None, cancel: Cancellation | None = None
+    ) -> T:
+        limit = self._timeout if seconds is None else seconds
+        if self._until is not None:
+            limit = max(0.0, min(limit, self._until - time.monotonic()))
+        bounded = self._loop.create_task(asyncio.wait_for(work, limit))
         try:
-            self.version = _version(version)
-            self.commands = frozenset(reply.text(entry["name"]) for entry in commands)
-        except (KeyError, TypeError, ValueError) as err:
-            raise _SenselessError from err
-
-    def _exchange(
-        self, command: str, arguments: Mapping[str, object] | None, cancel: Cancellation | None = None
-    ) -> Message:
-        """Return the answer to a command. Raises as `Wire.receive` does, and _SenselessError."""
-        deadline = time.monotonic() + self._limit()
-        self._asked += 1
-        mark = f"backupctl-{self._asked}"
-        message: Message = {"execute": command, "id": mark}
-        if arguments:
-            message["arguments"] = dict(arguments)
-        self._wire.send(message, deadline)
-        while True:
-            answer = self._receive(deadline, cancel)
-            if "event" not in answer:
-                break
-            self._note(answer)
-        if answer.get("id") != mark or ("return" in answer) == ("error" in answer):
-            raise _SenselessError
-        return answer
-
-    def _receive(self, deadline: float, cancel: Cancellation | None) -> Message:
-        """cancel: looked at meanwhile."""
-        while cancel is not None:
-            cancel.check()
-            try:
-                return self._wire.receive(min(deadline, time.monotonic() + _LOOK_SECONDS))
-            except TimeoutError:
-                if time.monotonic() >= deadline:
-                    raise
-        return self._wire.receive(deadline)
-
-    def _note(self, message: Message) -> None:
-        if "event" not in message:
-            raise _SenselessError  # an answer to nothing that was asked
-        self._heard.note(message)
-
-    def _limit(self) -> float:
-        """Return the seconds that a command may take."""
-        if self._until is None:
-            return self._timeout
-        return max(0.001, min(self._timeout, self._until - time.monotonic()))
+            while cancel is not None and not bounded.done():
+                self._loop.run_until_complete(asyncio.wait({bounded}, timeout=_LOOK_SECONDS))
+                cancel.check()
+            return self._loop.run_until_complete(bounded)
+        except (KeyboardInterrupt, Interrupted):  # what is thrown away half done complains, with a traceback
+            bounded.cancel()
+            with suppress(asyncio.CancelledError, QMPError, OSError, EOFError):
+                self._loop.run_until_complete(bounded)
+            raise
 
     def _lost(self, command: str, why: str) -> OutcomeUnknown:
         # An answer that comes late must not be taken for the answer to a later question.
@@ -302,37 +290,7 @@ def _version(answer: Any) -> Version:
     return Version(major, minor, micro)
 
 
-def _error(answer: Message) -> tuple[str, str] | None:
-    """Return the class and the text of an answer that is an error. Raises _SenselessError."""
-    if "error" not in answer:
-        return None
-    error = answer["error"]
-    if not isinstance(error, dict):
-        raise _SenselessError
-    kind, text = error.get("class"), error.get("desc")
-    if not isinstance(kind, str) or not isinstance(text, str):
-        raise _SenselessError
-    return kind[:100], text[:1000]
-
-
-def _unreachable(address: Address, err: Exception) -> MonitorUnreachable:
-    if isinstance(err, TimeoutError):
-        return MonitorUnreachable(
-            f"the monitor at {address} does not answer: another client may hold it, or QEMU hangs",
-            hint="a monitor serves one client: end the other, or give QEMU one for backups alone",
-        )
-    return MonitorUnreachable(
-        f"no QEMU monitor at {address}: {_why(err):.300}", hint=_how_to_reach(address, err)
-    )
-
-
-def _why(err: Exception) -> str:
-    if isinstance(err, OutcomeUnknown):
-        return err.message
-    if isinstance(err, EOFError):
-        return "it hung up"
-    if isinstance(err, OSError):
-        return err.strerror or str(err)
-    if isinstance(err, UnicodeError) and not isinstance(err, UnicodeDecodeError):
-        return str(err)
-    return "it sends what is no QMP"
+def _root(err: BaseException) -> str:
+    while err.__cause__ is not None:
+        err = err.__cause__
+    return (isinstance(err, OSError) and err.strerror) or str(err)
