@@ -94,8 +94,7 @@ class QmpDriver:
 
     def filling(self, folders: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
         """See `shared_files`."""
-        nodes = inventory.named_nodes(self._monitor)
-        return tuple(shared_files.filling(folder, self._monitor, disks, nodes) for folder in folders)
+        return tuple(shared_files.filling(folder, self._monitor, disks) for folder in folders)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""

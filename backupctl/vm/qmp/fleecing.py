@@ -52,7 +52,7 @@ class Fleecing:
         self._disks = tuple(disks)
         self._budgets = tuple(budgets)
         self._scratch = scratch
-        self._relaxed_at = 0.0
+        self._relaxed_at = time.monotonic()  # each group is made with what its file has
         self._started = False
         self.atomic = True
 
