@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, configuration, crash_log, logs, output, requirements
+from backupctl.cli import common, configuration, logs, output, requirements
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import (
     UNTOUCHED,
@@ -193,7 +193,11 @@ def _log_of(err: BackupctlError, *, bug: bool) -> str:
         return ""
     if found.file and not bug:  # it has all but a traceback
         return str(found.file)
-    return crash_log.write(found.transcript) if found.transcript or bug else ""
+    if not found.transcript and not bug:
+        return ""
+    from backupctl.cli import crash_log  # noqa: PLC0415 - few calls need it
+
+    return crash_log.write(found.transcript)
 
 
 def prepare_streams() -> None:
