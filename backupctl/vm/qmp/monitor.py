@@ -69,6 +69,13 @@ class _Client(QMPClient):
         except (ProtocolError, ValueError, RecursionError):
             raise ProtocolError("it sends what is no QMP") from None
 
+    def _cb_outbound(self, msg: Message) -> Message:
+        # The library's own makes a text of each message for its log, shown or not: a third of a run's CPU.
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return msg
+
     async def _on_message(self, msg: Message) -> None:
         if "event" in msg:
             self._note(msg["event"], msg.get("data"))
