@@ -44,7 +44,7 @@ def disk_name(text: str) -> DiskName:
 def point_id(text: str) -> PointId:
     """Check a point's id, which becomes a folder's name. Raises InvalidName."""
     try:
-        if _POINT.fullmatch(text) and datetime.strptime(text, _POINT_FORMAT).replace(tzinfo=UTC):
+        if _POINT.fullmatch(text) and datetime.fromisoformat(text):
             return PointId(text)
     except ValueError:
         pass
