@@ -13,7 +13,9 @@ from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
 
 
-@common.command("doctor", 0, 1, 2)
+@common.command(
+    "doctor", 0, 1, 2, examples=(("Before the first backup, and after a failed one", "backupctl doctor web"),)
+)
 @click.pass_context
 @common.named()
 @common.json_option

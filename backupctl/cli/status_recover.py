@@ -12,7 +12,7 @@ from backupctl.operations.status import Status
 from backupctl.outcome import documents
 
 
-@common.command("status", 0, 1, 2)
+@common.command("status", 0, 1, 2, examples=(("What the next incremental will do", "backupctl status web"),))
 @click.pass_context
 @common.named()
 @common.json_option
@@ -59,7 +59,7 @@ def _show(found: Status, configuration: str | None) -> None:
                 output.print_line(f"{one.name} on {one.node}: {one.why}")
 
 
-@common.command("recover", 0, 1, 2, 3, 75)
+@common.command("recover", 0, 1, 2, 3, 75, examples=(("After a run was killed", "backupctl recover web"),))
 @common.named()
 @common.json_option
 def recover(target: Target, *, as_json: bool) -> None:

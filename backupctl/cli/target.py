@@ -5,10 +5,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from backupctl.cli import configuration, param_types, settings
+from backupctl.cli import configuration, param_types
 from backupctl.cli.configuration import Config
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
-from backupctl.names import VmName, vm_name
+from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.options import DEFAULT_TIMEOUTS, ScratchOptions, Timeouts, VmConfig
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
@@ -51,9 +51,8 @@ class Target:
             why = f"VM {self.vm_name!r} is not configured: no configuration file found"
         else:
             listed = ", ".join(sorted(self.config.vms)) or "none"
-            close = settings.closest(self.vm_name, self.config.vms)
-            meant = f"; did you mean {close!r}?" if close else ""
-            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant}"
+            meant = did_you_mean(self.vm_name, self.config.vms)
+            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant and f'; {meant}'}"
         return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
 
     def of(self, vm: str) -> "Target":
