@@ -54,6 +54,7 @@ SECTIONS = {
         "unprotect": "prune.unprotect",
         "recover": "status_recover.recover",
         "config": "config.config",
+        "install-timers": "install_timers.install_timers",
     },
     "Try": {
         "demo": "demo.demo",

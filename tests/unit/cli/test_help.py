@@ -20,6 +20,7 @@ from backupctl.cli import main
 from backupctl.cli.help import Documented, Group
 from backupctl.cli.main import cli
 from backupctl.repository.repository import Repository
+from tests.unit.parsing import parse
 from tests.unit.points import P1, P2, Builder, disk_entry
 
 SHORT = {
@@ -113,16 +114,6 @@ def test_every_example_is_taken_by_the_parser(configured, tmp_path, monkeypatch)
         assert isinstance(command, Documented)
         for example in command.examples:
             parse(shlex.split(example.line)[1:])
-
-
-def parse(words: list[str]) -> None:
-    """Parse a command line as click does, values and all, and call nothing. Raises UsageError."""
-    context = cli.make_context("backupctl", words)
-    command: click.Command = cli
-    while isinstance(command, click.Group):
-        name, found, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        assert found is not None
-        command, context = found, found.make_context(name, rest, parent=context)
 
 
 def test_an_example_with_a_mistake_is_not_taken(configured):
