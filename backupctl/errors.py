@@ -41,7 +41,7 @@ command (`cli/next_command.py`), so it runs as it stands.
 Scripts rely on the exit code and on `code`, which stays as it is when a class is renamed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Self
 
@@ -313,6 +313,15 @@ class TargetExists(RepositoryError):
 
     code = "TargetExists"
     exit_code = 2
+
+
+WORST_FIRST = (3, 4, 1, 2, 75, 0)
+"""Exit codes, of which a command for several VMs ends with the first that it met."""
+
+
+def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
+    """Return the error whose exit code is the worst; of several the first."""
+    return min(failures, key=lambda one: WORST_FIRST.index(one.exit_code))
 
 
 _CROSSING: dict[str, type[BackupctlError]] = {

@@ -11,9 +11,9 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, completion, output, param_types, reporters, settings, units
 from backupctl.cli.common import Declared
 from backupctl.cli.target import Target
-from backupctl.errors import DamageFound
 from backupctl.events.backup import RepositoryCreated
 from backupctl.names import PointId
+from backupctl.operations import verdict
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
@@ -141,6 +141,7 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
     3,
     4,
     75,
+    for_each=True,
     examples=(
         ("A VM of the configuration", "backupctl full web"),
         (
@@ -153,7 +154,7 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
         ),
     ),
 )
-@common.named()
+@common.named(several=True)
 @run_options(incremental=False)
 @common.json_option
 @common.quiet
@@ -174,8 +175,9 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
     3,
     4,
     75,
+    for_each=True,
     examples=(
-        ("Every night, from cron or a systemd timer", "backupctl incremental web --quiet"),
+        ("What changed since the newest point", "backupctl incremental web"),
         (
             "All changes since one point, whatever was stored since then",
             "backupctl incremental web --since 20261123T041500Z",
@@ -183,7 +185,7 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
         ("At most 50 MiB a second", "backupctl incremental web --limit 50M"),
     ),
 )
-@common.named()
+@common.named(several=True)
 @click.option(
     "--since",
     type=param_types.POINT,
@@ -216,7 +218,8 @@ def _run(target: Target, options: RunOptions, *, as_json: bool, quiet: bool) -> 
             output.print_json(documents.run(report, reporter.events))
         elif not quiet:
             _print(report)
-        _tell_damage(report)
+        for damage in verdict.of_backup(report):
+            raise damage
 
 
 def configured(context: click.Context) -> RunArguments:
@@ -259,19 +262,6 @@ def _repository(
     made = target.new_repository()
     reporter.event(RepositoryCreated(made.path))
     return made
-
-
-def _tell_damage(report: RunReport) -> None:
-    """Raise DamageFound if the run met damage in older points; the new one is committed then."""
-    if not report.damaged:
-        return
-    said = ", ".join(f"{disk or 'all'} of {point}" for point, disk in report.damaged)
-    raise DamageFound(
-        f"the new point {report.point} of {report.vm} is committed and complete, but these older points "
-        f"cannot be restored any more: {said}",
-        state="the backup itself is not affected: later points build on the new one",
-        next_command=f"backupctl verify {report.vm}",
-    )
 
 
 def _print(report: RunReport) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import click
 from click.core import ParameterSource
 
-from backupctl.cli import backup, common, configuration, output, prune, settings
+from backupctl.cli import backup, common, configuration, output, prune, run, settings
 from backupctl.cli.configuration import Config
 from backupctl.cli.help import Group
 from backupctl.cli.invocation import Invocation
@@ -100,6 +100,7 @@ class Setting:
 @common.named(optional=True, defaults_for_all=True)
 @backup.run_options(incremental=True)
 @prune.rule_options
+@run.run_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
     """Show the settings in force for a VM, and where each comes from.
@@ -119,7 +120,7 @@ def show(target: Target, context: click.Context, /, *, as_json: bool, **_options
 
 def _settings(context: click.Context, target: Target) -> Iterator[Setting]:
     yield _file(Invocation.of(context), target.config)
-    for name in settings.settable():
+    for name in (*settings.settable(), *settings.settable_for_run()):
         yield _setting(context, target, name)
     for name, program in (("QEMU_IMG", "qemu-img"), ("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")):
         named = os.environ.get(name)
@@ -132,7 +133,9 @@ def _file(invocation: Invocation, config: Config) -> Setting:
 
 def _setting(context: click.Context, target: Target, name: str) -> Setting:
     """Return one setting, its value as it was written."""
-    configured = getattr(target.config.of(target.name), name, None)
+    of_run = name in settings.settable_for_run()
+    place = target.config.content.run if of_run else target.config.of(target.name)
+    configured = getattr(place, name, None)
     source = _SOURCES.get(context.get_parameter_source(name), "default")
     if source == "command line":
         return Setting(name, Invocation.of(context).typed[name], source)

@@ -6,6 +6,9 @@
     [defaults]                       what holds for every VM
     repository = "/backup"
 
+    [run]                            how `backupctl run` goes about it
+    jobs = 4
+
     [vm.web]
     qmp = "unix:/run/qemu/web.qmp"
     agent = "unix:/run/qemu/web.agent"
@@ -70,9 +73,9 @@ class Config:
         return VmSettings(**said)
 
     def line(self, vm: str | None, name: str) -> int:
-        """Return the line on which a setting of a VM stands, its own or the one for all; 0 for none."""
-        own = self._lines.get(("vm", vm or "", name), 0)
-        return own or self._lines.get(("defaults", name), 0)
+        """Return the line on which a setting stands: the VM's own, or the one for all; 0 for none."""
+        places = (("vm", vm or "", name), ("defaults", name), ("run", name))
+        return next((self._lines[place] for place in places if place in self._lines), 0)
 
     @cached_property
     def _lines(self) -> dict[Key, int]:

@@ -14,10 +14,15 @@ from backupctl.outcome import documents
 
 
 @common.command(
-    "doctor", 0, 1, 2, examples=(("Before the first backup, and after a failed one", "backupctl doctor web"),)
+    "doctor",
+    0,
+    1,
+    2,
+    for_each=True,
+    examples=(("Before the first backup, and after a failed one", "backupctl doctor web"),),
 )
 @click.pass_context
-@common.named()
+@common.named(several=True)
 @common.json_option
 def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Check that a VM can be backed up. Changes nothing.

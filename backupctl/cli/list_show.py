@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl list` and `backupctl show`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from backupctl.cli import common, output, reporters, units
@@ -25,16 +26,16 @@ from backupctl.repository.vm_folder import ScannedPoints, VmFolder
         ("One VM, for a program", "backupctl list web --json"),
     ),
 )
-@common.named(needs_vm=False, optional=True)
+@common.named(needs_vm=False, optional=True, several=True)
 @common.json_option
 def list_points(target: Target, *, as_json: bool) -> None:
-    """List the recovery points of a VM, or of all VMs in every configured repository, newest last."""
+    """List the recovery points of VMs, or of all VMs in every configured repository, newest last."""
     found: dict[Path, list[ScannedPoints]] = {}
     failures: list[BackupctlError] = []
     problems: list[HistoryMismatch] = []
-    for path in target.folders():
+    for path, names in target.by_repository().items():
         try:
-            folders = _folders(target.open(path), target.name)
+            folders = _folders(target.open(path), names)
             found[path] = [folder.scan_points(tolerant=True) for folder in folders]
             problems += [
                 HistoryMismatch(folder.name, one.point, one.message)
@@ -71,8 +72,8 @@ def list_points(target: Target, *, as_json: bool) -> None:
         raise common.worst(failures)
 
 
-def _folders(repository: Repository, name: VmName | None) -> list[VmFolder]:
-    return [repository.vm(vm) for vm in ([name] if name else repository.vms())]
+def _folders(repository: Repository, names: Sequence[VmName | None]) -> list[VmFolder]:
+    return [repository.vm(vm) for name in names for vm in ([name] if name else repository.vms())]
 
 
 def _tell(path: Path, surveys: list[ScannedPoints], *, alone: bool) -> None:

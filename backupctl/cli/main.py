@@ -22,16 +22,15 @@ from backupctl.errors import (
     Failed,
     Interrupted,
     InvalidName,
-    NeedsRecovery,
     UsageError,
 )
 
 PRIVATE = 0o077
 """The umask of every file we create, whatever the caller's is: the files hold the guests' disks."""
 _MANY_FILES = 1 << 16
-_WORTH_A_LOG = (Failed.exit_code, NeedsRecovery.exit_code)
 SECTIONS = {
     "Back up": {
+        "run": "run.run",
         "full": "backup.full",
         "incremental": "backup.incremental",
     },
@@ -104,7 +103,7 @@ def _use_config(context: click.Context, parameter: click.Parameter, value: str |
     examples=(
         ("Check that a VM can be backed up", "backupctl doctor web"),
         ("The first backup", "backupctl full web"),
-        ("From now on, as often as you like", "backupctl incremental web"),
+        ("Every night, all that is due for every VM", "backupctl run --all --quiet"),
         ("All disks of the newest point, as qcow2 images", "backupctl restore web --to /srv/restored/"),
         ("Try it without a VM", "backupctl demo"),
     ),
@@ -180,18 +179,8 @@ def _failed(err: BackupctlError, invocation: Invocation, *, say: bool = True, bu
     if isinstance(err, UsageError | InvalidName):
         err.add(state=UNTOUCHED)
     if say:
-        output.print_error(err, as_json=invocation.as_json, log=_log_of(err, bug=bug))
+        output.print_error(err, as_json=invocation.as_json, log=crash_log.of(err, bug=bug))
     return err.exit_code
-
-
-def _log_of(err: BackupctlError, *, bug: bool) -> str:
-    """Return the file that has the details of a failure; "" for errors that are wholly told by their text."""
-    found = logs.current()
-    if err.exit_code not in _WORTH_A_LOG or isinstance(err, Interrupted):
-        return ""
-    if found.file and not bug:  # it has all but a traceback
-        return str(found.file)
-    return crash_log.write(found.transcript) if found.transcript or bug else ""
 
 
 def prepare_streams() -> None:

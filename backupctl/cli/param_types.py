@@ -104,6 +104,14 @@ class _PointType(click.ParamType[str]):
             raise err.add(hint=hint, next_command=f"backupctl list {vm or ''}".strip()) from err
 
 
+def is_point(text: str) -> bool:
+    """Whether a text is the id of a point, or `latest`."""
+    try:
+        return text == LATEST or bool(point_id(text))
+    except InvalidName:
+        return False
+
+
 def absolute(text: str) -> Path:
     """Return a path as an absolute one. Raises UsageError.
 

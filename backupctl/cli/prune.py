@@ -12,9 +12,10 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, param_types, reporters, units
 from backupctl.cli.common import Declared
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
+from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import PointId
+from backupctl.operations import verdict
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
 from backupctl.operations.prune.retention import Rules
@@ -92,7 +93,7 @@ def rule_options(command: Declared) -> Declared:
     ),
 )
 @click.pass_context
-@common.named(needs_vm=False, optional=True)
+@common.named(needs_vm=False, optional=True, several=True)
 @rule_options
 @common.dry_run("Only show which points would be kept or dropped, and why.")
 @click.option(
@@ -107,7 +108,7 @@ def rule_options(command: Declared) -> Declared:
 @common.gathered(RuleArguments)
 @common.gathered(PruneArguments)
 def prune(target: Target, context: click.Context, rules: RuleArguments, asked: PruneArguments) -> None:
-    """Drop the recovery points of a VM, or of every configured VM, that no retention rule keeps.
+    """Drop the recovery points of VMs, or of every configured VM, that no retention rule keeps.
 
     The rules are those of the command line, if it names any, or else those of the configuration, never both.
 
@@ -161,6 +162,11 @@ class _Policy:
         return cls(rules, bool(typed), said, unused)
 
 
+def configured_rules(target: Target) -> Rules:
+    """Return what the configuration keeps of a VM's points."""
+    return _Policy.of(target, {}).rules
+
+
 @dataclass(frozen=True)
 class _Done:
     """What became of one VM."""
@@ -185,8 +191,12 @@ class _Work:
     failed: dict[str, BackupctlError] = field(default_factory=dict)
 
     def all(self, target: Target) -> None:
-        """Prune each configured VM, or each that is in the repository that was typed. Raises Interrupted."""
-        vms = target.repository().vms() if target.typed_repository else target.config.vms
+        """Prune each VM that is named; or each configured one, or each in the repository that was typed.
+
+        Raises Interrupted, UsageError.
+        """
+        known = target.repository().vms() if target.typed_repository else target.config.vms
+        vms = known if target.selection.is_empty else target.selection.of(known)
         if not vms:
             raise UsageError(
                 "no VM is configured or named, so there is nothing to prune", next_command="backupctl list"
@@ -232,12 +242,8 @@ class _Work:
         else:
             report = core.prune(folder, policy.rules, self.reporter, self.stop, most)
         self.done[folder.name] = _Done(policy, report)
-        if report.damage:
-            self.failed[folder.name] = DamageFound(
-                "; ".join(report.damage),
-                state="the kept points are unchanged; damaged layers are not merged",
-                next_command=f"backupctl verify {folder.name}",
-            )
+        for damage in verdict.of_prune(folder.name, report):
+            self.failed[folder.name] = damage
 
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""

@@ -25,6 +25,8 @@ from backupctl.system.address import Address
 
 MAX_SECONDS = 3600
 MAX_COUNT = 1000
+MAX_WAIT_SECONDS = 7 * 24 * 3600
+MAX_JOBS = 100
 
 Text = Annotated[str, Meta(description="a quoted string")]
 Rate = Annotated[str, Meta(description='a quoted string such as "200M"')]
@@ -33,6 +35,12 @@ Layers = Annotated[int, Meta(ge=0, le=MAX_CHAIN, description=f"a whole number, 0
 Seconds = Annotated[
     float, Meta(gt=0, le=MAX_SECONDS, description=f"a number of seconds, above 0, at most {MAX_SECONDS}")
 ]
+
+Wait = Annotated[
+    float, Meta(ge=0, le=MAX_WAIT_SECONDS, description=f"a number of seconds, 0 to {MAX_WAIT_SECONDS}")
+]
+Jobs = Annotated[int, Meta(ge=1, le=MAX_JOBS, description=f"a whole number, 1 to {MAX_JOBS}")]
+Percent = Annotated[float, Meta(ge=0, le=100, description="a number, 0 to 100")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -58,6 +66,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_monthly: Count | None = None
     keep_yearly: Count | None = None
     keep_within: Text | None = None
+    full_every: Text | None = None
+    verify_percent: Percent | None = None
 
 
 class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -68,10 +78,21 @@ class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True
     disks: dict[str, str] = {}
 
 
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of [run]: how `run` goes about it. None: not set."""
+
+    jobs: Jobs | None = None
+    jobs_per_storage: Jobs | None = None
+    random_delay: Wait | None = None
+    wait_lock: Wait | None = None
+    max_time: Wait | None = None
+
+
 class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole file."""
 
     defaults: Settings = Settings()
+    run: RunSettings = RunSettings()
     vm: dict[str, VmSettings] = {}
 
 
@@ -83,6 +104,7 @@ _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "scratch_size": param_types.SIZE,
     "limit": param_types.SIZE,
     "keep_within": param_types.DURATION,
+    "full_every": param_types.DURATION,
     "qmp": param_types.SOCKET,
     "agent": param_types.SOCKET,
 }
@@ -110,9 +132,14 @@ class _Check:
         """Return what is right of a file's content."""
         self._known(content, (), _fields(File), "at the top level")
         defaults = self._table(content.get("defaults", {}), ("defaults",))
+        run = self._table(content.get("run", {}), ("run",))
         vms = self._table(content.get("vm", {}), ("vm",))
         kept = {name: self._vm(name, self._table(value, ("vm", name))) for name, value in vms.items()}
-        whole = File(defaults=Settings(**self._values(defaults, ("defaults",), Settings)), vm=kept)
+        whole = File(
+            defaults=Settings(**self._values(defaults, ("defaults",), Settings)),
+            run=RunSettings(**self._values(run, ("run",), RunSettings)),
+            vm=kept,
+        )
         self._shared(whole)
         return whole
 
@@ -150,7 +177,7 @@ class _Check:
             kept[disk] = name
         return kept
 
-    def _values(self, table: dict[str, Any], key: Key, model: type[Settings]) -> dict[str, Any]:
+    def _values(self, table: dict[str, Any], key: Key, model: type[msgspec.Struct]) -> dict[str, Any]:
         """Return the right values of a table."""
         fields = _fields(model)
         self._known(table, key, fields, f"in {_where(key)}")
@@ -224,6 +251,11 @@ def settable() -> tuple[str, ...]:
     return VmSettings.__struct_fields__
 
 
+def settable_for_run() -> tuple[str, ...]:
+    """Return the keys of [run], in order."""
+    return RunSettings.__struct_fields__
+
+
 def _line(lines: Mapping[Key, int], key: Key) -> int:
     """Return the line of a key, or of the nearest table around it."""
     return next((lines[key[:length]] for length in range(len(key), 0, -1) if key[:length] in lines), 0)
@@ -256,4 +288,6 @@ def _parts(kind: Any) -> Iterator[Any]:
 def _suggestion(name: str, key: Key, known: Iterable[str]) -> str:
     if key == ("defaults",) and name in settable():
         return "; it belongs in [vm.NAME]"
+    if name in settable_for_run():
+        return "; it belongs in [run]"
     return f"; {did_you_mean(name, known) or 'known keys: ' + ', '.join(sorted(known))}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl verify`."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import click
@@ -9,8 +9,9 @@ import click
 from backupctl.cancel import Cancellation
 from backupctl.cli import common, output, reporters, units
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
+from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.repository import SampleChosen
+from backupctl.operations import verdict
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
@@ -51,8 +52,7 @@ class Scope:
         ("Another 5 % of the data every night", "backupctl verify --sample 5 --quiet"),
     ),
 )
-@common.named(needs_vm=False, optional=True)
-@common.point(optional=True)
+@common.named(needs_vm=False, optional=True, several=True, then_point=True)
 @click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(
     "--sample",
@@ -65,7 +65,7 @@ class Scope:
 @common.quiet
 @common.gathered(Scope)
 def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, quiet: bool) -> None:
-    """Check the integrity of the repository: all VMs of every configured repository, one VM, or one POINT.
+    """Check the integrity of the repository: all VMs of every configured repository, some, or one POINT.
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
@@ -76,9 +76,11 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     with stop.on_signals(), reporters.reporter(quiet=quiet) as reporter:
         if depth.percent < 100:
             reporter.event(_sample(depth))
-        for path in target.folders():
+        for path, vm in [(path, vm) for path, vms in target.by_repository().items() for vm in vms]:
             try:
-                reports[str(path)] = core.verify(target.open(path), target.name, point, depth, reporter, stop)
+                report = core.verify(target.open(path), vm, point, depth, reporter, stop)
+                before = [reports[str(path)]] if str(path) in reports else []
+                reports[str(path)] = _together([*before, report])
             except Interrupted:
                 raise
             except BackupctlError as err:
@@ -90,31 +92,9 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
         output.print_json(documents.verify(report, depth))
     elif report.damage or report.unchecked or not quiet:
         _tell(report, depth)
-    failures += _findings(reports, report, target)
+    failures += verdict.of_verify(reports, target.name)
     if failures:
         raise common.worst(failures)
-
-
-def _findings(
-    reports: Mapping[str, VerifyReport], report: VerifyReport, target: Target
-) -> Iterator[BackupctlError]:
-    """Yield an error for damage, and one for what could not be read. report: all of them as one."""
-    if report.damage:
-        damaged = ", ".join(path for path, one in reports.items() if one.damage)
-        yield DamageFound(
-            f"damage found in {damaged}, {len(report.damage)} times",
-            state="nothing was changed; all other points and ranges were verified",
-            hint="a new full creates a complete point; damaged points need restore --allow-damage",
-            next_command=f"backupctl full {report.damage[0].vm}",
-        )
-    if report.unchecked:
-        unread = ", ".join(path for path, one in reports.items() if one.unchecked)
-        yield RepositoryUnreadable(
-            f"{counted(len(report.unchecked), 'part')} of {unread} could not be checked",
-            state="nothing was changed; no damage was found in what could be read",
-            hint="run it as root; look for disk errors in `dmesg`",
-            next_command=f"backupctl verify {target.name or ''}".strip(),
-        )
 
 
 def _together(reports: Iterable[VerifyReport]) -> VerifyReport:

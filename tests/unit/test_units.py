@@ -71,15 +71,7 @@ def test_a_service_recovers_when_run_and_guard_were_killed_and_tells_somebody(na
     assert {"/tmp", "/var/tmp"} <= set(found["ReadWritePaths"].split())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            "backupctl.service", marks=pytest.mark.xfail(reason="there is no command `run` yet", strict=True)
-        ),
-        "backupctl@.service",
-    ],
-)
+@pytest.mark.parametrize("name", SERVICES)
 def test_a_service_calls_commands_that_exist_with_their_options(name):
     lines = re.findall(rf"^Exec\w+=-?{BACKUPCTL} (.*)$", (UNITS / name).read_text(), re.MULTILINE)
     assert len(lines) == 2
@@ -90,10 +82,10 @@ def test_a_service_calls_commands_that_exist_with_their_options(name):
 def test_cron_calls_commands_that_exist_and_recovers_too():
     text = (ROOT / "contrib/cron/backupctl").read_text()
     lines = re.findall(r"^[0-9*].* root  (.*)$", text, re.MULTILINE)
-    assert any(f"incremental web --quiet || {BACKUPCTL} recover web" in line for line in lines)
+    assert any(f"run --all --quiet || {BACKUPCTL} recover --all" in line for line in lines)
     for line in lines:
         assert line.startswith("umask 077; ")
-        for call in line.removeprefix("umask 077; ").split(" || "):
+        for call in line.removeprefix("umask 077; ").removesuffix(" >/dev/null").split(" || "):
             program, *words = shlex.split(call)
             assert program == BACKUPCTL
             parse(words)

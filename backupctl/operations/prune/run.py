@@ -69,8 +69,11 @@ class PruneReport:
     damage: tuple[str, ...] = ()
 
 
-def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
-    """Decide for each point of a VM. Raises UsageError, NoSuchPoint, DamageFound, RepositoryError."""
+def plan(folder: VmFolder, rules: Rules, coming: Sequence[RetentionCandidate] = ()) -> tuple[Decision, ...]:
+    """Decide for each point of a VM. coming: points that are still to be made.
+
+    Raises UsageError, NoSuchPoint, DamageFound, RepositoryError.
+    """
     folder.refuse_unknown()  # taking its lock would make it
     points = _all(folder)
     held = [
@@ -83,7 +86,7 @@ def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
         for point in points
         if not markers.has(point.path, markers.RETIRED)
     ]
-    return retention.decide(held, rules, datetime.now(UTC))
+    return retention.decide([*held, *coming], rules, datetime.now(UTC))
 
 
 def prune(

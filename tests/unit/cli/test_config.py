@@ -126,10 +126,20 @@ def test_every_key_says_what_it_must_be(tmp_path):
 
 def test_every_key_but_disks_is_an_option_of_the_same_name():
     options = {option.name: option for option in command("incremental").params}
-    rules = {option.name: option for option in command("prune").params}
-    for key in settings.settable():
+    options |= {option.name: option for name in ("prune", "run") for option in command(name).params}
+    for key in (*settings.settable(), *settings.settable_for_run()):
         if key != "disks":
-            assert (options.get(key) or rules[key]).opts == [f"--{key.replace('_', '-')}"]
+            assert options[key].opts == [f"--{key.replace('_', '-')}"]
+
+
+def test_how_a_run_is_gone_about_has_a_table_of_its_own(tmp_path):
+    path = tmp_path / "backupctl.toml"
+    path.write_text('[run]\njobs = 4\nwait_lock = 600\n[vm.web]\nqmp = "/q"\nfull_every = "30d"\n')
+    found = shown("web", "--config", str(path), "--wait-lock", "5")
+    assert (found["jobs"], found["wait_lock"]) == ((4, "file"), ("5", "command line"))
+    assert (found["full_every"], found["max_time"]) == (("30d", "file"), (0.0, "default"))
+    done = CliRunner().invoke(cli, ["config", "show", "--config", str(path)])
+    assert f"{path}:2" in next(line for line in done.stdout.splitlines() if line.startswith("jobs "))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +206,12 @@ def test_a_value_of_many_lines_is_passed_over_in_no_long_time():
             "[vm.a] and [vm.b] have the same agent",
         ),
         ('[vm.web.disks]\nvda = "x"\nvdb = "x"\n', "vda and vdb in [vm.web.disks]"),
+        ("[run]\njobs = 0\n", "jobs in [run] must be a whole number, 1 to 100"),
+        ("[run]\nrandom_delay = -1\n", "random_delay in [run] must be a number of seconds"),
+        ("[run]\nlimit = 1\n", "unknown key 'limit' in [run]"),
+        ("[defaults]\njobs = 2\n", "it belongs in [run]"),
+        ('[defaults]\nfull_every = "monthly"\n', "full_every in [defaults]"),
+        ("[vm.web]\nverify_percent = 101\n", "a number, 0 to 100"),
         ("#" * 300_000, "larger"),
     ],
 )
