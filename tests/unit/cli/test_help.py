@@ -129,6 +129,7 @@ def test_an_example_with_a_mistake_is_not_taken(configured):
         ("config chck", "Did you mean 'check'?"),
         ("prune --dry-rn", "Did you mean '--dry-run'?"),
         ("status wbe", "did you mean 'web'?"),
+        ("status vm1 wbe", "did you mean 'web'?"),
         ("show vm2 latest", "did you mean 'vm1'?"),
         ("verify vm2", "did you mean 'vm1'?"),
         ("show vm1 latst", "did you mean 'latest'?"),
