@@ -133,7 +133,27 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
     return declare
 
 
-@common.command("full", 0, 1, 2, 3, 4, 75, for_each=True)
+@common.command(
+    "full",
+    0,
+    1,
+    2,
+    3,
+    4,
+    75,
+    for_each=True,
+    examples=(
+        ("A VM of the configuration", "backupctl full web"),
+        (
+            "A VM that no configuration describes",
+            "backupctl full web --qmp unix:/run/qemu/web.qmp --repository /backup",
+        ),
+        (
+            "Only one disk, and only with frozen file systems",
+            "backupctl full web --disk virtio0 --freeze require",
+        ),
+    ),
+)
 @common.named(several=True)
 @run_options(incremental=False)
 @common.json_option
@@ -147,7 +167,24 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
     _run(target, options_of(target, "full", asked), as_json=as_json, quiet=quiet)
 
 
-@common.command("incremental", 0, 1, 2, 3, 4, 75, for_each=True)
+@common.command(
+    "incremental",
+    0,
+    1,
+    2,
+    3,
+    4,
+    75,
+    for_each=True,
+    examples=(
+        ("What changed since the newest point", "backupctl incremental web"),
+        (
+            "All changes since one point, whatever was stored since then",
+            "backupctl incremental web --since 20261123T041500Z",
+        ),
+        ("At most 50 MiB a second", "backupctl incremental web --limit 50M"),
+    ),
+)
 @common.named(several=True)
 @click.option(
     "--since",

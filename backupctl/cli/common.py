@@ -6,7 +6,7 @@ What an option's value is, click decides: typed on the command line, or else con
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from backupctl import errors
 from backupctl.cli import completion, configuration, each_vm, next_command, param_types, settings
+from backupctl.cli.help import Documented
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.selection import Selection
 from backupctl.cli.target import Target
@@ -46,7 +47,7 @@ _NOT_OPTIONS = ("disks",)
 """Settings whose name is that of another parameter: `disks` is also what --disk is given."""
 
 
-class Command(click.Command):
+class Command(Documented):
     """A command whose errors name the next one with all the options that it needs.
 
     for_each: it is about one VM, and called for each of them if several are named.
@@ -74,12 +75,16 @@ class Command(click.Command):
             return super().invoke(ctx)
 
 
-def command(name: str, *codes: int, for_each: bool = False) -> Callable[[Callable[..., Any]], Command]:
-    """Make a command of a function, whose docstring is its help. codes: its exit codes.
+def command(
+    name: str, *codes: int, for_each: bool = False, examples: Iterable[tuple[str, str]] = ()
+) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function, whose docstring is its help.
 
-    for_each: see `Command`.
+    codes: its exit codes. for_each: see `Command`. examples: what each is good for, and the call itself.
     """
-    return click.command(name, cls=Command, epilog=exit_help(*codes), for_each=for_each)
+    return click.command(
+        name, cls=Command, exit_codes=exit_codes(*codes), for_each=for_each, examples=examples
+    )
 
 
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
@@ -90,7 +95,7 @@ def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
 
 def config_option(command: Declared) -> Declared:
     """Give a command `--config`; the group has it too, so that it may stand on either side of the command."""
-    return click.option("--config", metavar="FILE", help=CONFIG_HELP)(command)
+    return click.option("-c", "--config", metavar="FILE", help=CONFIG_HELP)(command)
 
 
 def json_option(command: Declared) -> Declared:
@@ -101,7 +106,12 @@ def json_option(command: Declared) -> Declared:
 def quiet(command: Declared) -> Declared:
     """Give a command that timers run `--quiet`."""
     said = "Print only warnings and errors (and the document of --json)."
-    return click.option("--quiet", is_flag=True, help=said)(command)
+    return click.option("-q", "--quiet", is_flag=True, help=said)(command)
+
+
+def dry_run(text: str) -> Callable[[Declared], Declared]:
+    """Give a command `--dry-run`. text: its help."""
+    return click.option("-n", "--dry-run", is_flag=True, help=text)
 
 
 def point(
@@ -304,13 +314,7 @@ _MEANINGS: tuple[tuple[type[BackupctlError] | None, str], ...] = (
 )
 
 
-def exit_codes() -> dict[int, str]:
-    """Return every exit code with its meaning, from the error classes."""
-    return {kind.exit_code if kind else 0: text for kind, text in _MEANINGS}
-
-
-def exit_help(*codes: int) -> str:
-    """Return the part of a command's help that tells its exit codes."""
-    known = exit_codes()
-    lines = "\n".join(f"  {code:<4}{known[code]}" for code in codes or known)
-    return f"\b\nExit codes:\n{lines}"
+def exit_codes(*codes: int) -> dict[int, str]:
+    """Return exit codes with their meanings, from the error classes; without arguments, all."""
+    found = {kind.exit_code if kind else 0: text for kind, text in _MEANINGS}
+    return {code: found[code] for code in codes or found}

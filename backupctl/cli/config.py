@@ -16,6 +16,7 @@ from click.core import ParameterSource
 from backupctl.cli import backup, common, configuration, output, prune, run, settings
 from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
+from backupctl.cli.help import Group
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
 from backupctl.errors import UsageError
@@ -30,12 +31,25 @@ _SOURCES: dict[ParameterSource | None, Source] = {
 }
 
 
-@click.group("config", epilog=common.exit_help(0, 2))
+@click.group(
+    "config",
+    cls=Group,
+    exit_codes=common.exit_codes(0, 2),
+    examples=(
+        ("Every mistake in the file", "backupctl config check"),
+        ("The settings in force for a VM", "backupctl config show web"),
+    ),
+)
 def config() -> None:
     """Check the configuration, or show the settings in force and where they come from."""
 
 
-@config.command("check", cls=common.Command, epilog=common.exit_help(0, 2))
+@config.command(
+    "check",
+    cls=common.Command,
+    exit_codes=common.exit_codes(0, 2),
+    examples=(("Before it is put in place", "backupctl config check --config ./backupctl.toml"),),
+)
 @common.config_option
 @common.json_option
 @click.pass_context
@@ -78,7 +92,15 @@ class Setting:
     line: int | None = None
 
 
-@config.command("show", cls=common.Command, epilog=common.exit_help(0, 2))
+@config.command(
+    "show",
+    cls=common.Command,
+    exit_codes=common.exit_codes(0, 2),
+    examples=(
+        ("What an incremental of a VM would use", "backupctl config show web"),
+        ("Which settings hold for every VM", "backupctl config show"),
+    ),
+)
 @click.pass_context
 @common.named(optional=True, defaults_for_all=True)
 @backup.run_options(incremental=True)

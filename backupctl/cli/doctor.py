@@ -13,7 +13,14 @@ from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
 
 
-@common.command("doctor", 0, 1, 2, for_each=True)
+@common.command(
+    "doctor",
+    0,
+    1,
+    2,
+    for_each=True,
+    examples=(("Before the first backup, and after a failed one", "backupctl doctor web"),),
+)
 @click.pass_context
 @common.named(several=True)
 @common.json_option

@@ -14,7 +14,7 @@ from backupctl.cli import output
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.selection import Selection
 from backupctl.errors import UNTOUCHED, BackupctlError, Interrupted, UsageError
-from backupctl.names import VmName
+from backupctl.names import VmName, did_you_mean
 from backupctl.outcome import documents
 from backupctl.progress import counted
 
@@ -35,6 +35,7 @@ def chosen(context: click.Context) -> tuple[VmName, ...]:
         raise UsageError(
             f"not configured: {', '.join(strangers)} (VMs: {', '.join(sorted(known)) or 'none'})",
             state=UNTOUCHED,
+            hint=did_you_mean(strangers[0], known),
         )
     if not found:
         raise UsageError("no VM is configured", state=UNTOUCHED, next_command="backupctl config check")

@@ -16,7 +16,16 @@ from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 
 
-@common.command("list", 0, 2, 4)
+@common.command(
+    "list",
+    0,
+    2,
+    4,
+    examples=(
+        ("All VMs", "backupctl list"),
+        ("One VM, for a program", "backupctl list web --json"),
+    ),
+)
 @common.named(needs_vm=False, optional=True, several=True)
 @common.json_option
 def list_points(target: Target, *, as_json: bool) -> None:
@@ -103,7 +112,7 @@ def _kind(point: Point) -> str:
     return f"incremental ({full} full)" if kind == "mixed" else kind
 
 
-@common.command("show", 0, 2, 4)
+@common.command("show", 0, 2, 4, examples=(("The newest point", "backupctl show web latest"),))
 @common.named(needs_vm=False)
 @common.point()
 @common.json_option

@@ -12,7 +12,7 @@ import click
 
 from backupctl.cli import units
 from backupctl.errors import InvalidName, UsageError
-from backupctl.names import point_id
+from backupctl.names import did_you_mean, point_id
 from backupctl.operations.prune import retention
 from backupctl.system.address import Address
 
@@ -104,7 +104,8 @@ class _PointType(click.ParamType[str]):
             return point_id(value)
         except InvalidName as err:
             vm = ctx.params.get("name") if ctx else None
-            raise err.add(next_command=f"backupctl list {vm or ''}".strip()) from err
+            hint = did_you_mean(value, [LATEST])
+            raise err.add(hint=hint, next_command=f"backupctl list {vm or ''}".strip()) from err
 
 
 def is_point(text: str) -> bool:

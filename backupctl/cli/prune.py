@@ -81,11 +81,22 @@ def rule_options(command: Declared) -> Declared:
     return command
 
 
-@common.command("prune", 0, 1, 2, 4, 75)
+@common.command(
+    "prune",
+    0,
+    1,
+    2,
+    4,
+    75,
+    examples=(
+        ("Every configured VM, by its own rules", "backupctl prune"),
+        ("What rules would drop, and why", "backupctl prune web --keep-daily 30 --keep-monthly 12 --dry-run"),
+    ),
+)
 @click.pass_context
 @common.named(needs_vm=False, optional=True, several=True)
 @rule_options
-@click.option("--dry-run", is_flag=True, help="Only show which points would be kept or dropped, and why.")
+@common.dry_run("Only show which points would be kept or dropped, and why.")
 @click.option(
     "--max-chain",
     "longest",
@@ -267,7 +278,9 @@ def _print(report: PruneReport, *, dry_run: bool) -> None:
     )
 
 
-@common.command("protect", 0, 1, 2, 4, 75)
+@common.command(
+    "protect", 0, 1, 2, 4, 75, examples=(("Before an upgrade of the guest", "backupctl protect web latest"),)
+)
 @common.named(needs_vm=False)
 @common.point()
 @common.json_option
@@ -277,7 +290,15 @@ def protect(target: Target, *, point: str, as_json: bool) -> None:
     _print_protection(target, found, protected=True, as_json=as_json)
 
 
-@common.command("unprotect", 0, 1, 2, 4, 75)
+@common.command(
+    "unprotect",
+    0,
+    1,
+    2,
+    4,
+    75,
+    examples=(("When the point is no longer needed", "backupctl unprotect web 20261123T041500Z"),),
+)
 @common.named(needs_vm=False)
 @common.point()
 @common.json_option

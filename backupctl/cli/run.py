@@ -144,13 +144,24 @@ def run_options(command: Declared) -> Declared:
     return command
 
 
-@common.command("run", 0, 1, 2, 3, 4, 75)
+@common.command(
+    "run",
+    0,
+    1,
+    2,
+    3,
+    4,
+    75,
+    examples=(
+        ("Every night, from cron or a systemd timer", "backupctl run --all --quiet"),
+        ("Some VMs, four at once", "backupctl run web 'db*' --jobs 4"),
+        ("What would be done, and how much it would store", "backupctl run --all --dry-run"),
+    ),
+)
 @click.pass_context
 @common.named(several=True)
 @run_options
-@click.option(
-    "--dry-run", is_flag=True, help="Only show what would be done, and how much it would store at most."
-)
+@common.dry_run("Only show what would be done, and how much it would store at most.")
 @click.option("--relay", is_flag=True, hidden=True, help="Tell another process what happens.")
 @common.json_option
 @common.quiet

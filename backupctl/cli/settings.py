@@ -5,7 +5,6 @@ A key that is not known is an error: a misspelt `limit` must not silently mean n
 depends on where backupctl is started, and what would lead two VMs, or two disks, into one directory.
 """
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from msgspec import Meta
 from backupctl.cli import param_types
 from backupctl.cli.toml_lines import Key, key_lines
 from backupctl.errors import InvalidName
-from backupctl.names import disk_name, vm_name
+from backupctl.names import did_you_mean, disk_name, vm_name
 from backupctl.options import FreezeMode, OnBrokenChain, ViewKind
 from backupctl.sizes import MAX_CHAIN
 from backupctl.system.address import Address
@@ -358,10 +357,4 @@ def _suggestion(name: str, key: Key, known: Iterable[str]) -> str:
         return "; it belongs in [vm.NAME]"
     if name in settable_for_run():
         return "; it belongs in [run]"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return what might have been meant by a name, or ""."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
+    return f"; {did_you_mean(name, known) or 'known keys: ' + ', '.join(sorted(known))}"

@@ -12,7 +12,14 @@ from backupctl.operations.status import Status
 from backupctl.outcome import documents
 
 
-@common.command("status", 0, 1, 2, for_each=True)
+@common.command(
+    "status",
+    0,
+    1,
+    2,
+    for_each=True,
+    examples=(("What the next incremental will do", "backupctl status web"),),
+)
 @click.pass_context
 @common.named(several=True)
 @common.json_option
@@ -59,7 +66,9 @@ def _show(found: Status, configuration: str | None) -> None:
                 output.print_line(f"{one.name} on {one.node}: {one.why}")
 
 
-@common.command("recover", 0, 1, 2, 3, 75, for_each=True)
+@common.command(
+    "recover", 0, 1, 2, 3, 75, for_each=True, examples=(("After a run was killed", "backupctl recover web"),)
+)
 @common.named(several=True)
 @common.json_option
 def recover(target: Target, *, as_json: bool) -> None:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backupctl.cli import configuration, param_types, settings
+from backupctl.cli import configuration, param_types
 from backupctl.cli.configuration import Config
 from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
-from backupctl.names import VmName, vm_name
+from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.options import DEFAULT_TIMEOUTS, ScratchOptions, Timeouts, VmConfig
 from backupctl.system.address import Address
 
@@ -57,9 +57,8 @@ class Target:
             why = f"VM {self.vm_name!r} is not configured: no configuration file found"
         else:
             listed = ", ".join(sorted(self.config.vms)) or "none"
-            close = settings.closest(self.vm_name, self.config.vms)
-            meant = f"; did you mean {close!r}?" if close else ""
-            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant}"
+            meant = did_you_mean(self.vm_name, self.config.vms)
+            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant and f'; {meant}'}"
         return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
 
     def of(self, vm: str) -> "Target":

@@ -43,7 +43,18 @@ class Scope:
         return VerifyScope(data=not self.fast, percent=self.sample or 100.0, **chosen)
 
 
-@common.command("verify", 0, 1, 2, 4)
+@common.command(
+    "verify",
+    0,
+    1,
+    2,
+    4,
+    examples=(
+        ("All VMs of every configured repository", "backupctl verify"),
+        ("Everything except the data, of one VM", "backupctl verify web --fast"),
+        ("Another 5 % of the data every night", "backupctl verify --sample 5 --quiet"),
+    ),
+)
 @common.named(needs_vm=False, optional=True, several=True, then_point=True)
 @click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.routine.run import RoutineReport, TaskResult
     from backupctl.operations.serve import Export
     from backupctl.operations.status import Status
+    from backupctl.operations.timers.install import Change
     from backupctl.operations.verify.layer import VerifyScope
     from backupctl.operations.verify.run import VerifyReport
     from backupctl.repository.point import Point
@@ -268,6 +269,22 @@ def bitmaps_removed(done: "Removal", *, dry_run: bool) -> Document:
         "removed": [] if dry_run else removed,
         "would_remove": removed if dry_run else [],
         "left": [{**asdict(one), "reason": why} for one, why in done.left],
+    }
+
+
+def timers(changes: "Iterable[Change]", commands: Sequence[str], *, dry_run: bool) -> Document:
+    """Return what became of systemd units. commands: to be run next."""
+    return {
+        "dry_run": dry_run,
+        "units": [
+            {
+                "path": str(one.path),
+                "action": one.action,
+                "content": one.content.decode() if one.content is not None else None,
+            }
+            for one in changes
+        ],
+        "commands": list(commands),
     }
 
 

@@ -164,6 +164,7 @@ def test_configuration(show, tmp_path):
     show("config-check", "config", "check", "--config", "right.toml")
     show("config-check-wrong", "config", "check", "--config", "wrong.toml")
     show("wrong-configuration", "list", "--config", "wrong.toml")
+    show("install-timers", "install-timers", "--root", "root", "--dry-run", "--config", "right.toml")
     show("vm-not-configured", "full", "wbe", "--config", "right.toml")
     show("help-config-check", "config", "check", "--help")
     show("help-config-show", "config", "show", "--help")

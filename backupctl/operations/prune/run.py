@@ -74,7 +74,7 @@ def plan(folder: VmFolder, rules: Rules, coming: Sequence[RetentionCandidate] = 
 
     Raises UsageError, NoSuchPoint, DamageFound, RepositoryError.
     """
-    _refuse_unknown(folder)
+    folder.refuse_unknown()  # taking its lock would make it
     points = _all(folder)
     held = [
         RetentionCandidate(
@@ -98,7 +98,7 @@ def prune(
     prune, and reported. Raises UsageError, NoSuchPoint, Locked, DamageFound if a manifest is damaged: then it
     is not known what is based on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
-    _refuse_unknown(folder)
+    folder.refuse_unknown()  # taking its lock would make it
     outcome = _Outcome()
     steps = _Steps(folder, reporter, stop, Filling(folder.path), outcome)
     try:
@@ -317,15 +317,6 @@ class _Steps:
     def _leave(self, why: str) -> None:
         self.outcome.left.append(why)
         self.reporter.event(LeftForNextPrune(why))
-
-
-def _refuse_unknown(folder: VmFolder) -> None:
-    if not folder.exists():  # taking its lock would make it
-        raise NoSuchPoint(
-            f"{folder.path.parent} has no backup of the VM {folder.name}",
-            state=UNTOUCHED,
-            next_command="backupctl list",
-        )
 
 
 def _all(folder: VmFolder) -> list[Point]:

@@ -26,6 +26,7 @@ from backupctl.operations.routine.forecast import DiskForecast, Forecast
 from backupctl.operations.routine.run import RoutineReport, TaskResult
 from backupctl.operations.serve import Export
 from backupctl.operations.status import DiskStatus, Status
+from backupctl.operations.timers.install import Change
 from backupctl.operations.verify.impact import Affected
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, Unchecked, VerifyReport
@@ -235,3 +236,11 @@ def test_bitmaps():
         assert keys(document) == "vm dry_run removed would_remove left"
         assert (len(document["removed"]), len(document["would_remove"])) == (removed, would)
         assert keys(document["left"][0]) == f"{listed} reason"
+
+
+def test_timers():
+    changes = [Change(Path("/u"), "create", b"[Timer]\n"), Change(Path("/v"), "remove")]
+    document = documents.timers(changes, ["systemctl daemon-reload"], dry_run=True)
+    assert keys(document) == "dry_run units commands"
+    assert [keys(one) for one in document["units"]] == ["path action content"] * 2
+    assert [one["content"] for one in document["units"]] == ["[Timer]\n", None]
