@@ -73,8 +73,8 @@ planted: $(VENV)/.tools ## Plant bugs, one at a time: the tests must catch each 
 demo: setup ## The main job live, on a real Linux guest; on the simulator where there is no QEMU (30 s; 4 s)
 	@$(VENV)/bin/python -m fixtures.demo
 
-bench: setup ## Measure every command beside what else people would use; writes docs/performance.md (10 min)
-	$(VENV)/bin/python -m fixtures.bench --json docs/performance.json
+bench: setup ## Measure every command beside what else people would use; AGAINST=PROGRAM for another backupctl (10 min)
+	$(VENV)/bin/python -m fixtures.bench --json docs/performance.json $(if $(AGAINST),--against $(AGAINST))
 	$(VENV)/bin/python -m fixtures.bench.report
 	$(VENV)/bin/python -m fixtures.bench_simulator
 
