@@ -12,6 +12,7 @@ All numbers are big endian. An offset is in bytes, and 0 means that there is not
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backupctl.sizes import CLUSTER_BYTES
 
@@ -29,3 +30,18 @@ ZERO = 1
 
 MOST_L1_ENTRIES = (32 << 20) // ENTRY.itemsize
 """QEMU opens no image with a longer L1 table (QCOW_MAX_L1_SIZE)."""
+MOST_REFCOUNT_CLUSTERS = (8 << 20) // CLUSTER_BYTES
+"""Nor one with a longer table of reference counts (QCOW_MAX_REFTABLE_SIZE)."""
+
+L1_RESERVED = (1 << 63) - (1 << 56) | (1 << 9) - 1
+L2_RESERVED = (1 << 62) - (1 << 56) | (1 << 9) - 2
+REFCOUNT_RESERVED = (1 << 9) - 1
+"""Bits that must be 0."""
+
+Table = NDArray[np.uint64]
+"""Entries of a table."""
+
+
+def pieces(whole: int, piece: int) -> int:
+    """Return how many pieces it takes to hold a whole."""
+    return -(-whole // piece)

@@ -36,12 +36,13 @@ from backupctl.images.qcow2_format import (
     REFERENCES,
     TABLE_ENTRIES,
     ZERO,
+    Table,
+    pieces,
 )
 from backupctl.sizes import CLUSTER_BYTES
 from backupctl.system.direct_io import DirectReader, DirectWriter, aligned
 
 Clusters = NDArray[np.uint64]
-Table = NDArray[np.uint64]
 
 _MAGIC = b"QFI\xfb"
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQ24xII8x")
@@ -72,12 +73,12 @@ class Qcow2Writer:
     def __init__(self, image: OpenImage, size_bytes: int, backing: str | None) -> None:
         self._size_bytes = size_bytes
         self._backing = (backing or "").encode()
-        self._clusters = _pieces(size_bytes, CLUSTER_BYTES)
-        l1_entries = max(1, _pieces(self._clusters, TABLE_ENTRIES))
+        self._clusters = pieces(size_bytes, CLUSTER_BYTES)
+        l1_entries = max(1, pieces(self._clusters, TABLE_ENTRIES))
         if l1_entries > MOST_L1_ENTRIES or len(self._backing) > _MOST_NAME_BYTES:
             raise WriteFailed(f"a qcow2 image cannot have {size_bytes} bytes backed by {backing!r:.200}")
         self._l1_entries = l1_entries
-        self._l1 = _table(_pieces(l1_entries, TABLE_ENTRIES))
+        self._l1 = _table(pieces(l1_entries, TABLE_ENTRIES))
         self._l2: dict[int, Table] = {}  # by index in L1; the one that was used last is the last
         self._file = DirectWriter(image.descriptor)
         self._reader = DirectReader(image.descriptor)
@@ -236,10 +237,10 @@ def _reference_clusters(used: int) -> tuple[int, int]:
     """Return how many reference count blocks, and clusters of their table, cover `used` clusters and them."""
     blocks = table_clusters = 0
     while True:
-        wanted = _pieces(used + table_clusters + blocks, BLOCK_ENTRIES)
+        wanted = pieces(used + table_clusters + blocks, BLOCK_ENTRIES)
         if wanted == blocks:
             return blocks, table_clusters
-        blocks, table_clusters = wanted, _pieces(wanted, TABLE_ENTRIES)
+        blocks, table_clusters = wanted, pieces(wanted, TABLE_ENTRIES)
 
 
 def _table(clusters: int = 1) -> Table:
@@ -259,7 +260,3 @@ def _entries(place: int, count: int) -> Table:
 
 def _bytes(table: Table) -> memoryview:
     return table.view(np.uint8).data
-
-
-def _pieces(whole: int, piece: int) -> int:
-    return -(-whole // piece)
