@@ -29,7 +29,7 @@ from backupctl.images.qcow2_format import (
 from backupctl.sizes import CLUSTER_BYTES
 from backupctl.system import safe_open
 
-_LOST = 1 << 9
+LOST = 1 << 9
 """Stands for an entry that is missing: it leads nowhere, since no cluster begins there."""
 _TABLES_KEPT = 4
 _NOTHING = np.zeros(0, np.uint64)
@@ -64,9 +64,11 @@ class TableFile:
 
     def read(self, offset: int, entries: int, kind: np.dtype[np.unsignedinteger] = ENTRY) -> Table:
         """Return the entries that the file has there, fewer at its end. Raises RepositoryUnreadable."""
-        content, done = memoryview(bytearray(entries * kind.itemsize)), 0
+        # What the header says must not take more memory than the file has bytes.
+        length = min(entries * kind.itemsize, max(self.file_bytes - offset, 0))
+        content, done = memoryview(bytearray(length)), 0
         with safe_open.unreadable(self.image.path):
-            while offset + done < self.file_bytes:
+            while done < length:
                 now = os.preadv(self.image.descriptor, [content[done:]], offset + done)
                 if not now:
                     break
@@ -75,8 +77,9 @@ class TableFile:
 
     def read_table(self, offset: int, entries: int) -> Table:
         """Read a table; entries that the file lacks are lost. Raises RepositoryUnreadable."""
-        found = self.read(offset, entries)
-        return np.concatenate([found, np.full(entries - len(found), _LOST, np.uint64)])
+        table, found = np.full(entries, LOST, np.uint64), self.read(offset, entries)
+        table[: len(found)] = found
+        return table
 
 
 class Tables:
@@ -101,8 +104,9 @@ class Tables:
 
     def windows(self) -> Iterator[Window]:
         """Yield a window for each L2 table that there is, or should be. Raises RepositoryUnreadable."""
-        for index in np.flatnonzero(self.l1[: pieces(self.clusters, TABLE_ENTRIES)]).tolist():
-            yield self.window(index * TABLE_ENTRIES, TABLE_ENTRIES)
+        for index in range(pieces(self.clusters, TABLE_ENTRIES)):
+            if self.l1[index]:
+                yield self.window(index * TABLE_ENTRIES, TABLE_ENTRIES)
 
     def window(self, first: int, count: int) -> Window:
         """Return what is stored of `count` clusters, or of those up to the end of the disk.
@@ -129,5 +133,5 @@ def _read_l2(file: TableFile, l1: Table, index: int) -> Table:
     if not offset[0]:
         return np.zeros(TABLE_ENTRIES, np.uint64)
     if not file.begins(offset)[0]:
-        return np.full(TABLE_ENTRIES, _LOST, np.uint64)
+        return np.full(TABLE_ENTRIES, LOST, np.uint64)
     return file.read_table(int(offset[0]), TABLE_ENTRIES)
