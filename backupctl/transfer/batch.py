@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
-from backupctl.errors import ReadFailed
+from backupctl.errors import TransferError
 from backupctl.system.direct_io import aligned
 
 BATCH_CLUSTERS = 16
@@ -45,13 +45,14 @@ class Run(NamedTuple):
 class Batch:
     """Clusters on their way.
 
-    buffer: for their content, page-aligned; None if they are zeroes. content: the part of it that they take.
+    buffer: for their content, page-aligned; None if they are zeroes. reads: requests in flight that fill it.
     failure: why they could not be read. writing: whether a worker has begun to write them.
     """
 
     numbers: Clusters
     buffer: memoryview | None
-    failure: ReadFailed | None = field(default=None, init=False)
+    reads: int = field(default=0, init=False)
+    failure: TransferError | None = field(default=None, init=False)
     writing: bool = field(default=False, init=False)
 
     @property

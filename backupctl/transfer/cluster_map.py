@@ -49,15 +49,15 @@ class ClusterMap:
 
     def zero(self, offsets: Bytes, lengths: Bytes) -> None:
         """Mark ranges that are known to read as zeroes; they are as those of `data`."""
-        ends = offsets + lengths
+        limits = offsets + lengths
         firsts = -(-offsets // CLUSTER_BYTES)
-        stops = np.where(ends == self._size, self._clusters, ends // CLUSTER_BYTES)
+        stops = np.where(limits == self._size, self._clusters, limits // CLUSTER_BYTES)
         whole = firsts < stops
         self._mark(firsts[whole], stops[whole], _ZERO)
         # What has a part of a cluster only, at its begin or its end.
         for edge, cut in (
             (offsets, firsts * CLUSTER_BYTES != offsets),
-            (ends - 1, stops * CLUSTER_BYTES < ends),
+            (limits - 1, stops * CLUSTER_BYTES < limits),
         ):
             touched = edge[cut] // CLUSTER_BYTES
             self._mark(touched, touched + 1, _DATA)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
-from backupctl.errors import ReadFailed, WriteFailed
+from backupctl.errors import ReadFailed, TransferError, WriteFailed
 from backupctl.system.threads import CHECK_SECONDS, END_SECONDS, Workers
 from backupctl.transfer import batch as batches
 from backupctl.transfer.batch import Batch, Part
@@ -178,7 +178,7 @@ class _RunningCopy:
                 self._finish(batch)
         return moved
 
-    def _unreadable(self, batch: Batch, failure: ReadFailed) -> None:
+    def _unreadable(self, batch: Batch, failure: TransferError) -> None:
         if self._copy.on_unreadable is None:
             raise failure
         self._release(batch)

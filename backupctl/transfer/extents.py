@@ -88,12 +88,12 @@ def intersect(offset: int, asked: int, replies: list[list[int]]) -> Extents:
     replies: length, flags, length, flags, ... of each context. Raises BadReply.
     """
     clipped = [clip(asked, reply) for reply in replies]
-    covered = min(int(ends[-1]) for ends, _ in clipped)
-    every = np.unique(np.concatenate([ends for ends, _ in clipped])) if len(clipped) > 1 else clipped[0][0]
-    ends = every[: int(np.searchsorted(every, covered)) + 1]
-    lengths = np.diff(ends, prepend=0)
-    flags = tuple(flags[np.searchsorted(its_ends, ends)] for its_ends, flags in clipped)
-    return Extents(offset + ends - lengths, lengths, flags)
+    covered = min(int(stops[-1]) for stops, _ in clipped)
+    every = np.unique(np.concatenate([stops for stops, _ in clipped])) if len(clipped) > 1 else clipped[0][0]
+    stops = every[: int(np.searchsorted(every, covered)) + 1]
+    lengths = np.diff(stops, prepend=0)
+    flags = tuple(flags[np.searchsorted(its_stops, stops)] for its_stops, flags in clipped)
+    return Extents(offset + stops - lengths, lengths, flags)
 
 
 def clip(asked: int, reply: list[int]) -> tuple[Bytes, Bytes]:
@@ -104,7 +104,7 @@ def clip(asked: int, reply: list[int]) -> tuple[Bytes, Bytes]:
     lengths = pairs[:, 0]
     if (lengths <= 0).any():
         raise BadReply("an extent of length 0")
-    ends = np.cumsum(lengths)
-    if len(ends) > 1 and int(ends[-2]) >= asked:
+    stops = np.cumsum(lengths)
+    if len(stops) > 1 and int(stops[-2]) >= asked:
         raise BadReply("an extent beyond the range that was asked for")
-    return np.minimum(ends, asked), pairs[:, 1]
+    return np.minimum(stops, asked), pairs[:, 1]

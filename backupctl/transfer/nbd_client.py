@@ -142,15 +142,25 @@ class Connection:
         except nbd.Error as err:
             raise self.explained(err) from err
 
-    def next_completed(self) -> int:
-        """Return the cookie of a command that has ended and is not retired yet, 0 if there is none.
+    def retire(self) -> tuple[int, TransferError | None] | None:
+        """Retire a command that has ended: return its cookie, and its error. None if there is none.
 
-        Only while commands are in flight. Raises `failure`.
+        It looks at none that is still in flight, and may be asked only while there are any. Raises `failure`
+        if the connection is lost.
         """
+        cookie = self.handle.aio_peek_command_completed()
+        if not cookie:
+            if not self.alive():
+                raise self.failure("the NBD connection was lost")
+            return None
         try:
-            return int(self.handle.aio_peek_command_completed())
-        except nbd.Error as err:
-            raise self.explained(err) from err
+            self.completed(cookie)
+        except TransferError as err:
+            # A lost server says nothing about what was asked: only an error reply of a live one counts.
+            if not self.alive():
+                raise
+            return cookie, err
+        return cookie, None
 
     def completed(self, cookie: int) -> bool:
         """Whether a command has ended; it is then retired. Raises `failure` if it failed."""

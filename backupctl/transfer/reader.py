@@ -12,9 +12,7 @@ from typing import Protocol
 import nbd
 
 from backupctl.digests.clusters import CLUSTER_BYTES
-from backupctl.errors import ReadFailed
 from backupctl.transfer.batch import Batch, runs
-from backupctl.transfer.nbd_client import Connection
 from backupctl.transfer.polling import Pollable
 from backupctl.transfer.source import Source
 
@@ -58,61 +56,35 @@ class NbdReader:
 
     def __init__(self, source: Source, size: int | None = None) -> None:
         self.size = source.size if size is None else size
-        self.pollables: Sequence[Connection] = source.connections
-        self._reads = [_Reads(connection) for connection in source.connections]
-        self.batches = BATCHES * len(self._reads)
+        self.pollables = source.connections
+        self.batches = BATCHES * len(source.connections)
+        # What each connection's requests in flight belong to, by their cookies.
+        self._reads = [(connection, dict[int, Batch]()) for connection in source.connections]
         self._turns = cycle(self._reads)
 
     def start(self, batch: Batch) -> None:
         """Ask for all runs of the batch. Raises ReadFailed."""
-        reads = next(self._turns)
-        assert batch.buffer is not None
-        for first, number, count in runs(batch.numbers):
-            at, offset = first * CLUSTER_BYTES, number * CLUSTER_BYTES
-            length = count * CLUSTER_BYTES
+        connection, reads = next(self._turns)
+        buffer = batch.buffer
+        assert buffer is not None
+        for place, number, count in runs(batch.numbers):
+            at, offset, length = place * CLUSTER_BYTES, number * CLUSTER_BYTES, count * CLUSTER_BYTES
             if offset + length > self.size:  # the disk's last cluster may be short
-                batch.buffer[at + self.size - offset : at + length] = bytes(offset + length - self.size)
+                buffer[at + self.size - offset : at + length] = bytes(offset + length - self.size)
                 length = self.size - offset
-            reads.start(batch, nbd.Buffer.from_buffer(batch.buffer[at : at + length]), offset)
+            reads[connection.start_read(nbd.Buffer.from_buffer(buffer[at : at + length]), offset)] = batch
+            batch.reads += 1
 
     def ended(self) -> Iterator[Batch]:
         """Yield what has been read. Raises ReadFailed if the connection is lost."""
-        for reads in self._reads:
-            yield from reads.ended()
+        for connection, reads in self._reads:
+            while reads and (retired := connection.retire()):
+                cookie, failure = retired
+                batch = reads.pop(cookie)
+                batch.failure = failure or batch.failure
+                batch.reads -= 1
+                if not batch.reads:  # its buffer is free only when no request fills it any more
+                    yield batch
 
     def fill(self, batch: Batch) -> None:
         """Do nothing: the bytes are there."""
-
-
-class _Reads:
-    """The requests of one connection."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._batches: dict[int, Batch] = {}
-        self._left: dict[Batch, int] = {}
-
-    def start(self, batch: Batch, buffer: "nbd.Buffer", offset: int) -> None:
-        self._batches[self._connection.start_read(buffer, offset)] = batch
-        self._left[batch] = self._left.get(batch, 0) + 1
-
-    def ended(self) -> Iterator[Batch]:
-        while self._batches:
-            # The first command that has ended, without a look at those that have not.
-            cookie = self._connection.next_completed()
-            if not cookie:
-                if not self._connection.alive():
-                    raise ReadFailed("the NBD connection was lost")
-                return
-            batch = self._batches.pop(cookie)
-            try:
-                self._connection.completed(cookie)
-            except ReadFailed as err:
-                # A lost server says nothing about these clusters: only an error reply of a live one counts.
-                if not self._connection.alive():
-                    raise
-                batch.failure = err
-            self._left[batch] -= 1
-            if not self._left[batch]:  # a buffer is free only when no request fills it any more
-                del self._left[batch]
-                yield batch

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from backupctl.digests import clusters, hashing
-from backupctl.digests.clusters import Clusters, EffectiveContent
+from backupctl.digests.clusters import Clusters, EffectiveContent, Records
 from backupctl.sizes import Range
 from backupctl.transfer.copy import Wanted
 
@@ -35,9 +35,13 @@ class VerifyFilter:
     def __call__(self, numbers: Clusters, content: memoryview | None) -> Wanted:
         """Return what of a batch is to be written; content: None if it is known to be zeroes."""
         found = hashing.of_zeroes(numbers) if content is None else hashing.of_clusters(numbers, content)
-        if self._expected is not None:
-            wrong = numbers[clusters.differ(found, self._expected.of(numbers))]
-            if len(wrong):
-                self._on_mismatch(clusters.ranges(wrong, self._size_bytes))
+        self._compare(found)
         zero = clusters.is_zero(found)
         return Wanted(~zero, zero if self._zeroes else np.zeros(len(numbers), np.bool_))
+
+    def _compare(self, found: Records) -> None:
+        if self._expected is None:
+            return
+        wrong = found["cluster"][clusters.differ(found, self._expected.of(found["cluster"]))]
+        if len(wrong):
+            self._on_mismatch(clusters.ranges(wrong, self._size_bytes))

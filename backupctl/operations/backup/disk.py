@@ -151,10 +151,10 @@ def _find_clusters(
         # The bitmap is clean where a disk has grown (measured:
         # test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes), while a raw disk on a volume that
         # was extended has there whatever the volume held before.
-        ends = found.offsets + found.lengths
-        read = ~zero & (named | (ends > known_bytes))
+        stops = found.offsets + found.lengths
+        read = ~zero & (named | (stops > known_bytes))
         offsets = np.where(named, found.offsets, np.maximum(found.offsets, known_bytes))[read]
-        cluster_map.data(offsets, ends[read] - offsets)
+        cluster_map.data(offsets, stops[read] - offsets)
     # A disk that was shrunk: its bitmap does not name the cluster that the new end cuts, whose rest is lost.
     if one.bitmaps and one.disk.size % CLUSTER_BYTES:
         cluster_map.data(np.array([one.disk.size - 1]), np.array([1]))

@@ -93,10 +93,11 @@ def test_an_empty_disk_is_not_asked_about():
 
 def test_a_reply_of_very_many_extents_takes_no_time_to_speak_of():
     many = 200_000
-    begun = time.monotonic()
-    found = extents.intersect(0, many, [[1, 0, 1, 1] * (many // 2), [1, 1, 1, 0] * (many // 2)])
+    replies = [[1, 0, 1, 1] * (many // 2), [1, 1, 1, 0] * (many // 2)]
+    begun = time.thread_time()
+    found = extents.intersect(0, many, replies)
     assert len(found.offsets) == many
-    assert time.monotonic() - begun < 1
+    assert time.thread_time() - begun < 1
 
 
 @st.composite
