@@ -151,7 +151,7 @@ class LayeredImage:
 
 def _overlay(tables: Sequence[Tables], shown: Sequence[int], index: int) -> Places:
     first = index * WINDOW_CLUSTERS
-    count = min(WINDOW_CLUSTERS, tables[0].clusters - first)
+    count = max(0, min(WINDOW_CLUSTERS, tables[0].clusters - first))
     layer = np.full(count, _NO_LAYER, np.int16)
     offset, lost = np.zeros(count, np.uint64), np.zeros(count, np.bool_)
     for number, (each, shown_bytes) in enumerate(zip(tables, shown, strict=True)):

@@ -6,7 +6,9 @@ from typing import Self
 
 import numpy as np
 
-from backupctl.images.layered_image import LayeredImage
+from backupctl.digests import clusters
+from backupctl.errors import RepositoryUnreadable
+from backupctl.images.layered_image import WINDOW_CLUSTERS, LayeredImage
 from backupctl.transfer.batch import Batch, Part
 from backupctl.transfer.polling import Pollable, Wakeup
 
@@ -15,7 +17,10 @@ WORKERS = 4
 
 
 class ChainReader:
-    """A Reader of `transfer`. disk: stays the caller's."""
+    """A Reader of `transfer`. disk: stays the caller's.
+
+    A read fails with ReadFailed both for damage and where the operating system refuses: see `refused`.
+    """
 
     def __init__(self, disk: LayeredImage) -> None:
         self.size = disk.size
@@ -31,6 +36,27 @@ class ChainReader:
     def __exit__(self, *_raised: object) -> None:
         self._wakeup.__exit__()
 
+    @property
+    def refused(self) -> RepositoryUnreadable | None:
+        """What the operating system refused to read, if anything."""
+        return self._disk.refused
+
+    def parts(self) -> Iterator[Part]:
+        """Yield all of the disk: its data and its zeroes, a window at a time.
+
+        A window whose tables cannot be read counts as data: to read that fails, and fails no other.
+        """
+        for index in range(-(-clusters.count(self.size) // WINDOW_CLUSTERS)):
+            first = index * WINDOW_CLUSTERS
+            try:
+                data = self._disk.window(index).data
+            except RepositoryUnreadable:
+                data = np.ones(min(WINDOW_CLUSTERS, clusters.count(self.size) - first), np.bool_)
+            for zero, chosen in ((False, data), (True, ~data)):
+                numbers = np.flatnonzero(chosen).astype(np.uint64) + np.uint64(first)
+                if len(numbers):
+                    yield Part(numbers, zero)
+
     def start(self, batch: Batch) -> None:
         """Leave it all to a worker."""
         self._started.append(batch)
@@ -45,13 +71,3 @@ class ChainReader:
         """Read a batch. Raises ReadFailed if one of its clusters cannot be read."""
         assert batch.buffer is not None
         self._disk.read(batch.numbers, batch.buffer)
-
-
-def all_parts(disk: LayeredImage) -> Iterator[Part]:
-    """Yield all of a disk: its data and its zeroes, a window at a time. Raises RepositoryUnreadable."""
-    for first, places in disk.windows():
-        data = places.data
-        for zero, chosen in ((False, data), (True, ~data)):
-            numbers = np.flatnonzero(chosen).astype(np.uint64) + np.uint64(first)
-            if len(numbers):
-                yield Part(numbers, zero)

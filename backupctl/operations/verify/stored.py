@@ -122,11 +122,16 @@ class Stored:
             begin = bisect_left(numbers, first)
             part = self.records[begin : bisect_left(numbers, first + WINDOW_CLUSTERS, lo=begin)]
             at = (part["cluster"] - np.uint64(first)).astype(np.intp)
-            is_named, named_zero = np.zeros((2, len(places.offset)), np.bool_)
+            # More than the image has clusters, if a prune was changing its size.
+            count = max(len(places.offset), int(at[-1]) + 1 if len(at) else 0)
+            layer, offset, lost = np.full(count, -1), np.zeros(count, np.uint64), np.zeros(count, np.bool_)
+            for all_of, found in ((layer, places.layer), (offset, places.offset), (lost, places.lost)):
+                all_of[: len(found)] = found
+            is_named, named_zero = np.zeros((2, count), np.bool_)
             is_named[at], named_zero[at] = True, clusters.is_zero(part)
-            stored = places.layer >= 0
-            zero = stored & ~places.lost & ((places.offset == 0) | self._in_hole(places.offset))
-            yield _Window(first, places.offset, stored, places.lost, zero, is_named, named_zero)
+            stored = layer >= 0
+            zero = stored & ~lost & ((offset == 0) | self._in_hole(offset))
+            yield _Window(first, offset, stored, lost, zero, is_named, named_zero)
 
     def _in_hole(self, offset: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return for each place in the file whether a whole cluster there is a hole."""
