@@ -10,6 +10,7 @@
      ├─ NeedsRecovery                   3   failed, and objects of ours are still in the VM
      └─ Failed                          1   failed; nothing is lost and nothing is left in the VM
          ├─ Interrupted                     SIGINT or SIGTERM
+         ├─ HookFailed                      a command of the configuration failed or took too long
          ├─ Refused                         a preflight check found a danger to the guest or the chain
          │   └─ ViewUnavailable             this VM does not support the view; another view works
          ├─ MonitorError
@@ -151,6 +152,12 @@ class Interrupted(Failed):
     """SIGINT or SIGTERM asked the run to end."""
 
     code = "Interrupted"
+
+
+class HookFailed(Failed):
+    """A command that the configuration names could not be started, failed, or took too long."""
+
+    code = "HookFailed"
 
 
 class Refused(Failed):

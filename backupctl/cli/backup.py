@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, completion, output, param_types, reporters, settings, units
+from backupctl.cli import common, completion, monitored, output, param_types, reporters, settings, units
 from backupctl.cli.common import Declared
 from backupctl.cli.target import Target
 from backupctl.events.backup import RepositoryCreated
@@ -210,16 +210,21 @@ def _run(target: Target, options: RunOptions, *, as_json: bool, quiet: bool) -> 
     vm = target.vm()
     stop = Cancellation()
     with stop.on_signals():
-        with reporters.reporter(quiet=quiet) as reporter:
+        with (
+            reporters.reporter(quiet=quiet) as reporter,
+            monitored.backup(target, options.kind, reporter, stop) as ending,
+        ):
             repository = _repository(target, vm, options, reporter, stop)
             report = backup.run(RunContext(vm, repository, options, reporter, stop))
-        output.done(f"the recovery point {report.point} of {report.vm} is committed")
+            output.done(f"the recovery point {report.point} of {report.vm} is committed")
+            ending.point, ending.report = report.point, documents.run(report, reporter.events)
+            ending.failure = next(verdict.of_backup(report), None)
         if as_json:
             output.print_json(documents.run(report, reporter.events))
         elif not quiet:
             _print(report)
-        for damage in verdict.of_backup(report):
-            raise damage
+        if ending.failure:
+            raise ending.failure
 
 
 def configured(context: click.Context) -> RunArguments:

@@ -2,21 +2,26 @@
 """`backupctl config check` and `backupctl config show`."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import click
+import msgspec
 from click.core import ParameterSource
 
 from backupctl.cli import backup, common, configuration, output, prune, run, settings
+from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
 from backupctl.cli.help import Group
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
 from backupctl.errors import UsageError
 from backupctl.progress import counted
+from backupctl.system.log import HIDDEN
 
 Source = Literal["command line", "environment", "file", "default"]
 _SOURCES: dict[ParameterSource | None, Source] = {
@@ -100,6 +105,7 @@ class Setting:
 @common.named(optional=True, defaults_for_all=True)
 @backup.run_options(incremental=True)
 @prune.rule_options
+@thresholds.threshold_options
 @run.run_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
@@ -122,6 +128,7 @@ def _settings(context: click.Context, target: Target) -> Iterator[Setting]:
     yield _file(Invocation.of(context), target.config)
     for name in (*settings.settable(), *settings.settable_for_run()):
         yield _setting(context, target, name)
+    yield from _tables(target)
     for name, program in (("QEMU_IMG", "qemu-img"), ("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")):
         named = os.environ.get(name)
         yield Setting(name, named or program, "environment" if named else "default")
@@ -145,9 +152,28 @@ def _setting(context: click.Context, target: Target, name: str) -> Setting:
     return Setting(name, str(default) if isinstance(default, Path) else default, "default")
 
 
+def _tables(target: Target) -> Iterator[Setting]:
+    """Yield what is set for metrics, hooks and notices. A URL is a secret: only its host is shown."""
+    of_vm = target.config.of(target.name)
+    tables = {"metrics": target.config.content.metrics, "hooks": of_vm.hooks, "notify": of_vm.notify}
+    for table, said in tables.items():
+        for name, value in msgspec.to_builtins(said).items():
+            line = target.config.line(target.name, name, table)
+            yield Setting(f"{table}.{name}", _redacted(name, value), "file", target.config.file, line)
+
+
+def _redacted(name: str, value: Any) -> Any:
+    if name not in settings.SECRETS:
+        return value
+    parts = urlsplit(value)
+    return f"{parts.scheme}://{parts.hostname}/{HIDDEN}"
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{disk} = {stored}" for disk, stored in value.items())
+    if isinstance(value, list):
+        return shlex.join(value)
     return "-" if value is None else str(value)
 
 

@@ -35,7 +35,11 @@ def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     vm, path = target.vm(), target.folder()
     options = backup.options_of(target, "incremental", backup.configured(context))
     found = core.examine(vm, path, options, target.other_repositories)
-    around = (*exposure.configuration(target.config), *exposure.repository(path, vm.name))
+    around = (
+        *exposure.configuration(target.config),
+        *exposure.named_programs(target.config.of(vm.name)),
+        *exposure.repository(path, vm.name),
+    )
     found = replace(found, findings=(*around, *found.findings))
     if as_json:
         output.print_json(documents.doctor(found, target.config.file))

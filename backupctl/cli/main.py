@@ -39,6 +39,7 @@ SECTIONS = {
         "show": "list_show.show",
         "diff": "diff.diff",
         "status": "status_recover.status",
+        "check": "check.check",
         "bitmaps": "bitmaps.bitmaps",
     },
     "Restore": {

@@ -9,8 +9,10 @@ import msgspec
 from click.core import ParameterSource
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli import common, monitored, output, param_types, reporters, units
 from backupctl.cli.common import Declared
+from backupctl.cli.monitored import Ending
+from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
@@ -21,7 +23,6 @@ from backupctl.operations.prune import run as core
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import PruneReport
 from backupctl.outcome import documents
-from backupctl.progress import Reporter
 
 _COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _KEYS = (*(f"keep_{name}" for name in _COUNTED), "keep_within")
@@ -184,7 +185,7 @@ class _Work:
 
     asked: PruneArguments
     typed: dict[str, Any]
-    reporter: Reporter
+    reporter: RecordingReporter
     stop: Cancellation
     done: dict[str, _Done] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
@@ -233,6 +234,10 @@ class _Work:
         self._prune(target, _Policy.of(target, self.typed))
 
     def _prune(self, target: Target, policy: _Policy) -> None:
+        with monitored.prune(target, self.reporter, dry_run=self.asked.dry_run) as ending:
+            self._prune_watched(target, policy, ending)
+
+    def _prune_watched(self, target: Target, policy: _Policy, ending: Ending) -> None:
         folder = target.vm_folder()
         if policy.unused:
             self.reporter.event(ConfiguredRulesNotUsed(folder.name, policy.unused))
@@ -241,18 +246,21 @@ class _Work:
             report = PruneReport(core.plan(folder, policy.rules), long_chains=core.long_chains(folder, most))
         else:
             report = core.prune(folder, policy.rules, self.reporter, self.stop, most)
-        self.done[folder.name] = _Done(policy, report)
+        done = self.done[folder.name] = _Done(policy, report)
         for damage in verdict.of_prune(folder.name, report):
-            self.failed[folder.name] = damage
+            self.failed[folder.name] = ending.failure = damage
+        ending.report = self._document_of(folder.name, done)
 
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""
-        dry_run = self.asked.dry_run
-        vms = [
-            documents.prune(vm, one.report, one.policy.said, one.policy.unused, dry_run=dry_run)
-            for vm, one in self.done.items()
-        ]
-        return vms[0] if alone else documents.prune_all(vms, self.skipped, self.failed, dry_run=dry_run)
+        vms = [self._document_of(vm, one) for vm, one in self.done.items()]
+        if alone:
+            return vms[0]
+        return documents.prune_all(vms, self.skipped, self.failed, dry_run=self.asked.dry_run)
+
+    def _document_of(self, vm: str, done: _Done) -> dict[str, Any]:
+        rules, dry_run = done.policy, self.asked.dry_run
+        return documents.prune(vm, done.report, rules.said, rules.unused, dry_run=dry_run)
 
 
 def _print(report: PruneReport, *, dry_run: bool) -> None:

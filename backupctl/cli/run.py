@@ -21,6 +21,7 @@ from backupctl.cli import (
     crash_log,
     each_vm,
     logs,
+    monitored,
     next_command,
     output,
     param_types,
@@ -201,17 +202,24 @@ def _one(
     options = backup.options_of(target, "incremental", backup.configured(context))
     every = retention.duration(policies.full_every) if policies.full_every else None
     policy = Policy(every, prune.configured_rules(target), policies.verify_percent)
-    work = Routine(target.vm(), target.repository(), options, policy, asked.wait_lock)
+    vm = target.vm()
     if asked.dry_run:
+        work = Routine(vm, target.repository(), options, policy, asked.wait_lock)
         return _forecast(work, target, context)
     with reporters.reporter(quiet=asked.quiet, relay=asked.relay) as reporter:
         _delay(asked.random_delay, reporter, stop)
-        report = routine.run(work, reporter, _limited(stop, asked.max_time))
-    failed = {one.task: one.error for one in report.tasks if one.error}
-    for err in failed.values():
-        next_command.add_to(err, context)
-    written: dict[str, str] = {task: crash_log.of(err) for task, err in failed.items()}
-    return documents.routine(work.vm.name, report, reporter.events, written)
+        limited = _limited(stop, asked.max_time)
+        with monitored.backup(target, "run", reporter, limited) as ending:
+            work = Routine(vm, target.repository(), options, policy, asked.wait_lock)
+            report = routine.run(work, reporter, limited)
+            failed = {one.task: one.error for one in report.tasks if one.error}
+            for err in failed.values():
+                next_command.add_to(err, context)
+            written: dict[str, str] = {task: crash_log.of(err) for task, err in failed.items()}
+            document = documents.routine(vm.name, report, reporter.events, written)
+            monitored.note_tasks(ending, document, report)
+    # Once more: a hook that failed afterwards is one of its warnings.
+    return documents.routine(vm.name, report, reporter.events, written)
 
 
 def _forecast(work: Routine, target: Target, context: click.Context) -> Document:

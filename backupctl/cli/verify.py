@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl verify`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, reporters, units
+from backupctl.cli import common, monitored, output, reporters, units
+from backupctl.cli.monitored import Ending
+from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.repository import SampleChosen
@@ -76,15 +79,19 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     with stop.on_signals(), reporters.reporter(quiet=quiet) as reporter:
         if depth.percent < 100:
             reporter.event(_sample(depth))
+        follow = _Following(target, reporter, depth, partial=point is not None or not depth.is_whole)
         for path, vm in [(path, vm) for path, vms in target.by_repository().items() for vm in vms]:
             try:
                 report = core.verify(target.open(path), vm, point, depth, reporter, stop)
-                before = [reports[str(path)]] if str(path) in reports else []
-                reports[str(path)] = _together([*before, report])
             except Interrupted:
                 raise
             except BackupctlError as err:
                 failures.append(err)
+                follow.failed(path, [vm] if vm else target.config.vms, err)
+            else:
+                follow.done(path, report)
+                before = [reports[str(path)]] if str(path) in reports else []
+                reports[str(path)] = _together([*before, report])
     if not reports:
         raise common.worst(failures)
     report = _together(reports.values())
@@ -95,6 +102,39 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     failures += verdict.of_verify(reports, target.name)
     if failures:
         raise common.worst(failures)
+
+
+@dataclass(frozen=True)
+class _Following:
+    """What follows a verify, for each VM in the repository that is configured for it."""
+
+    target: Target
+    reporter: RecordingReporter
+    scope: VerifyScope
+    partial: bool
+
+    def done(self, path: Path, report: VerifyReport) -> None:
+        """Do it for each VM that was verified."""
+        for vm in report.vms:
+            own = replace(
+                report,
+                vms=(vm,),
+                damage=tuple(one for one in report.damage if one.vm == vm),
+                unchecked=tuple(one for one in report.unchecked if one.vm == vm),
+            )
+            failure = next(verdict.of_verify({str(path): own}, vm), None)
+            ending = Ending(documents.verify(own, self.scope), failure=failure, partial=self.partial)
+            self._follow(path, vm, ending, report.seconds)
+
+    def failed(self, path: Path, vms: Sequence[str], err: BackupctlError) -> None:
+        """Do it for each VM that could not be verified."""
+        for vm in vms:
+            self._follow(path, vm, Ending(failure=err), 0.0)
+
+    def _follow(self, path: Path, vm: str, ending: Ending, seconds: float) -> None:
+        target = self.target.of(vm)
+        if target.repository_path == path:
+            monitored.verified(target, self.reporter, ending, seconds)
 
 
 def _together(reports: Iterable[VerifyReport]) -> VerifyReport:

@@ -19,7 +19,7 @@ from backupctl.transfer.sink import Sink
 from backupctl.transfer.source import Source
 
 CONNECTIONS = 2
-"""To each server; `Copy` keeps `copy.DEPTH` requests in flight on each."""
+"""To each server: a copy keeps `reader.BATCHES` in flight on each, and has as many workers that write."""
 
 
 @contextmanager
@@ -82,20 +82,35 @@ def write_images(
 
 @contextmanager
 def write_target(
-    target: OpenImage, image_format: ImageFormat, check: Callable[[], None], *, onto_device: bool
+    target: OpenImage,
+    image_format: ImageFormat,
+    size: int,
+    check: Callable[[], None],
+    *,
+    onto_device: bool,
 ) -> Iterator[Sink]:
-    """Write into what `images.create.create_target` has prepared. check: as for `write_images`."""
+    """Write into what `images.create.create_target` has prepared. size: of the disk, in bytes.
+
+    check: as for `write_images`.
+    """
     with (
         nbd_server.serve_target(target, image_format, onto_device=onto_device) as address,
-        write_server(address, check) as opened,
+        write_server(address, check, size=size) as opened,
     ):
         yield opened
 
 
 @contextmanager
 def write_server(
-    address: Path, check: Callable[[], None], *, flush_seconds: float = sink.ANSWER_SECONDS
+    address: Path,
+    check: Callable[[], None],
+    *,
+    flush_seconds: float = sink.ANSWER_SECONDS,
+    size: int | None = None,
 ) -> Iterator[Sink]:
-    """Write to a server of `images.nbd_server`. check: as for `write_images`. Raises WriteFailed."""
-    with sink.open_nbd_sink(address, nbd_server.EXPORT, CONNECTIONS, check, flush_seconds) as opened:
+    """Write to a server of `images.nbd_server`. check: as for `write_images`. size: as for `NbdSink`.
+
+    Raises WriteFailed.
+    """
+    with sink.open_nbd_sink(address, nbd_server.EXPORT, CONNECTIONS, check, flush_seconds, size) as opened:
         yield opened

@@ -16,7 +16,7 @@ import numpy as np
 
 from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, digest_map
-from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
+from backupctl.digests.clusters import CLUSTER_BYTES, Clusters, EffectiveContent, Records
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import DamageFound, ReadFailed, RepositoryError, RepositoryUnreadable
 from backupctl.images import create
@@ -25,7 +25,7 @@ from backupctl.operations import endpoints
 from backupctl.repository.chain import Layer
 from backupctl.system import safe_open
 from backupctl.transfer import read_layer
-from backupctl.transfer.read_layer import Clusters
+from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.source import Source
 
 Kind = Literal["manifest", "history", "chain", "image", "digests", "data"]
@@ -41,6 +41,11 @@ class VerifyScope:
     data: bool = True
     percent: float = 100.0
     seed: int = field(default_factory=lambda: secrets.randbits(32))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is read."""
+        return self.data and self.percent >= 100
 
 
 @dataclass(frozen=True)
@@ -166,10 +171,10 @@ class LayerCheck:
         differing = [_NONE]
 
         def compare(found: Records) -> None:
-            should = expected.window(int(found["cluster"][0]), len(found))
+            should = expected.of(found["cluster"])
             differing.append(found["cluster"][clusters.differ(found, should)])
 
-        lost = read_layer.read(source, wanted, compare, check=self.stop.check, progress=progress)
+        lost = read_layer.read(NbdReader(source), wanted, compare, check=self.stop.check, progress=progress)
         self.report.read_bytes += len(wanted) * CLUSTER_BYTES
         self._add_damage("not what was read from the VM", np.sort(np.concatenate(differing)))
         if len(lost):

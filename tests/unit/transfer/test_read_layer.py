@@ -8,6 +8,7 @@ from backupctl.digests import hashing
 from backupctl.errors import Interrupted, ReadFailed
 from backupctl.images import create, nbd_server
 from backupctl.transfer import read_layer
+from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.source import Source
 from tests.unit.transfer.conftest import qcow2_node, qemu_io, tool
 
@@ -47,7 +48,9 @@ def test_an_empty_layer_stores_nothing(tmp_path):
     create.create_layer(tmp_path / "empty.qcow2", MIB, None)
     with nbd_server.serve((tmp_path / "empty.qcow2",)) as address, connect(address) as source:
         data, zero = read_layer.stored(source)
-        lost = read_layer.read(source, data, pytest.fail, check=lambda: None, progress=lambda _done: None)
+        lost = read_layer.read(
+            NbdReader(source), data, pytest.fail, check=lambda: None, progress=lambda _done: None
+        )
     assert (len(data), len(zero), len(lost)) == (0, 0, 0)
 
 
@@ -55,7 +58,7 @@ def test_the_records_are_those_of_the_bytes(layer):
     seen, told = [], []
     with nbd_server.serve((layer,)) as address, connect(address) as source:
         data, _ = read_layer.stored(source)
-        lost = read_layer.read(source, data, seen.append, check=lambda: None, progress=told.append)
+        lost = read_layer.read(NbdReader(source), data, seen.append, check=lambda: None, progress=told.append)
     found = np.sort(np.concatenate(seen), order="cluster")
     expected = np.concatenate(
         [
@@ -79,7 +82,9 @@ def test_only_the_clusters_that_cannot_be_read_are_lost(serve, tmp_path):
     seen = []
     with closing(Source.connect([export.address] * 2, export.name)) as source:
         wanted = np.arange(64, dtype=np.uint64)
-        lost = read_layer.read(source, wanted, seen.append, check=lambda: None, progress=lambda _done: None)
+        lost = read_layer.read(
+            NbdReader(source), wanted, seen.append, check=lambda: None, progress=lambda _done: None
+        )
     assert lost.tolist() == [20]
     assert sorted(np.concatenate(seen)["cluster"].tolist()) == [n for n in range(64) if n != 20]
 
@@ -92,7 +97,9 @@ def test_a_server_that_is_lost_is_no_damage_of_a_cluster(serve, layer):
         export.process.kill()
         export.process.wait(10)
         with pytest.raises(ReadFailed, match="lost"):
-            read_layer.read(source, wanted, pytest.fail, check=lambda: None, progress=lambda _done: None)
+            read_layer.read(
+                NbdReader(source), wanted, pytest.fail, check=lambda: None, progress=lambda _done: None
+            )
 
 
 def test_a_request_to_stop_ends_the_reading(layer):
@@ -103,4 +110,6 @@ def test_a_request_to_stop_ends_the_reading(layer):
         data, _ = read_layer.stored(source)
         wanted = np.tile(data, 400)  # longer than the first look at `check`
         with pytest.raises(Interrupted):
-            read_layer.read(source, wanted, lambda _records: None, check=check, progress=lambda _done: None)
+            read_layer.read(
+                NbdReader(source), wanted, lambda _records: None, check=check, progress=lambda _done: None
+            )
