@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import NewType
 
 from backupctl.errors import InvalidName, RepositoryError
@@ -43,10 +44,11 @@ def disk_name(text: str) -> DiskName:
     return DiskName(_checked(text, "disk name"))
 
 
+@lru_cache(1 << 16)  # a prune looks at the names of all points after each step
 def point_id(text: str) -> PointId:
     """Check a point's id, which becomes a folder's name. Raises InvalidName."""
     try:
-        if _POINT.fullmatch(text) and datetime.strptime(text, _POINT_FORMAT).replace(tzinfo=UTC):
+        if _POINT.fullmatch(text) and datetime.fromisoformat(text):
             return PointId(text)
     except ValueError:
         pass

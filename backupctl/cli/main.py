@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, configuration, crash_log, logs, output, requirements
+from backupctl.cli import common, configuration, logs, output, requirements
 from backupctl.cli.help import NAMES, Group
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import (
@@ -180,6 +180,8 @@ def _failed(err: BackupctlError, invocation: Invocation, *, say: bool = True, bu
     if isinstance(err, UsageError | InvalidName):
         err.add(state=UNTOUCHED)
     if say:
+        from backupctl.cli import crash_log  # noqa: PLC0415 - few calls need it
+
         output.print_error(err, as_json=invocation.as_json, log=crash_log.of(err, bug=bug))
     return err.exit_code
 

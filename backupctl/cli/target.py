@@ -4,6 +4,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backupctl.cli import configuration, param_types
 from backupctl.cli.configuration import Config
@@ -11,9 +12,11 @@ from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
 from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.options import DEFAULT_TIMEOUTS, ScratchOptions, Timeouts, VmConfig
-from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
 from backupctl.system.address import Address
+
+if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
+    from backupctl.repository.repository import Repository
+    from backupctl.repository.vm_folder import VmFolder
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,18 @@ class Target:
     def has_repository(self) -> bool:
         """Whether there is one. Raises UsageError, RepositoryError."""
         try:
-            Repository.open(self.folder())
+            _repositories().open(self.folder())
         except NotARepository:
             return False
         except RepositoryError as err:
             raise err.add(state=UNTOUCHED) from err
         return True
 
-    def repository(self) -> Repository:
+    def repository(self) -> "Repository":
         """Open the repository. Raises UsageError, RepositoryError."""
         return self.open(self.folder())
 
-    def vm_folder(self) -> VmFolder:
+    def vm_folder(self) -> "VmFolder":
         """Open the repository; return the VM's part of it. Raises UsageError, RepositoryError."""
         return self.repository().vm(self.vm_name)
 
@@ -120,10 +123,10 @@ class Target:
         everything = () if self.name or self.typed_repository else self.config.repositories()
         return everything or (self.folder(),)
 
-    def open(self, path: Path) -> Repository:
+    def open(self, path: Path) -> "Repository":
         """Open a repository. Raises UsageError, RepositoryError."""
         try:
-            return Repository.open(path)
+            return _repositories().open(path)
         except NotARepository as err:
             raise UsageError(
                 err.message,
@@ -139,22 +142,28 @@ class Target:
         vms = (vm for vm in self.config.vms if self.of(vm).repository_path == path)
         return self.name or next(vms, "")
 
-    def new_repository(self) -> Repository:
+    def new_repository(self) -> "Repository":
         """Make the repository, or open the one that another run has just made. Raises RepositoryError."""
         try:
-            return Repository.open_or_create(self.folder())
+            return _repositories().open_or_create(self.folder())
         except NotARepository as err:
             raise UsageError(err.message) from err
         except RepositoryError as err:
             raise err.add(state=UNTOUCHED) from err
 
-    def other_repositories(self) -> list[Repository]:
+    def other_repositories(self) -> "list[Repository]":
         """Return the repositories that the configuration names besides this one, as far as they open."""
         opened: dict[str, Repository] = {}
         for path in sorted(set(self.config.repositories()) - {self.folder()}):
             with suppress(BackupctlError, OSError):
-                found = Repository.open(path)
+                found = _repositories().open(path)
                 opened[found.id] = found
         with suppress(BackupctlError, OSError):
-            opened.pop(Repository.open(self.folder()).id, None)
+            opened.pop(_repositories().open(self.folder()).id, None)
         return list(opened.values())
+
+
+def _repositories() -> "type[Repository]":
+    from backupctl.repository.repository import Repository  # noqa: PLC0415 - as above
+
+    return Repository

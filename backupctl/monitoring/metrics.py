@@ -38,7 +38,7 @@ def look(folder: VmFolder) -> Stored | None:
         return Stored(0)
     newest, layers = points[-1], None
     with suppress(BackupctlError):  # damage is what `check` and `verify` report
-        layers = max(chain.length(folder, newest, entry) for entry in newest.manifest.disks)
+        layers = max(chain.length(folder, newest, entry, {}) for entry in newest.manifest.disks)
     return Stored(len(points), newest, layers)
 
 

@@ -85,7 +85,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             inventory = foreseen.inventory
             left += foreseen.leftovers
             version = driver.version
-            gone = recover.gone(driver, facts)
+            gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))
             refusal = _refusal(driver, inventory, left)
             stored = bitmap_survey.survey(driver, vm, repository, known)
     except MonitorError as err:

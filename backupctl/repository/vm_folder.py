@@ -175,9 +175,13 @@ class VmFolder:
             )
         return self._open(found)
 
+    def all_points(self) -> list[PointId]:
+        """Return the ids of all points, retired ones and damaged ones too, oldest first."""
+        return _ids(safe_open.folders(self.path))
+
     def newest(self) -> PointId | None:
         """Return the newest id of the committed, retired and unfinished points."""
-        ids = [*self._ids_there(), *(partial.point for partial in self.pending_points())]
+        ids = [*self.all_points(), *(partial.point for partial in self.pending_points())]
         return max(ids, default=None)
 
     def uses(self, point: PointId) -> bool:
@@ -248,18 +252,15 @@ class VmFolder:
         except OSError as err:
             raise RepositoryUnreadable(f"cannot access {self.path / point}: {err.strerror}") from err
 
-    def _ids_there(self) -> list[PointId]:
-        return _ids(safe_open.folders(self.path))
-
     def _committed(self) -> list[PointId]:
-        return [found for found in self._ids_there() if not self._is_retired(found)]
+        return [found for found in self.all_points() if not self._is_retired(found)]
 
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
     def _scan(self, *, retired: bool, tolerant: bool) -> ScannedPoints:
         good, damaged, unreadable = [], [], []
-        for found in self._ids_there():
+        for found in self.all_points():
             try:
                 if self._is_retired(found) == retired:
                     good.append(self._open(found))
