@@ -31,7 +31,7 @@ from backupctl.system import safe_open
 
 LOST = 1 << 9
 """Stands for an entry that is missing: it leads nowhere, since no cluster begins there."""
-_TABLES_KEPT = 4
+_TABLES_KEPT = 2  # a chain has hundreds of layers
 _NOTHING = np.zeros(0, np.uint64)
 
 

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import fcntl
 import logging
+import math
 import mmap
 import os
 import weakref
@@ -152,7 +153,7 @@ class DirectWriter(_DirectFile):
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, os.O_WRONLY)
         self._aside_lock = Lock()
-        self._aside = 0
+        self._aside: float = 0  # up to where it was tried, infinite if it is of no use
 
     def write(self, parts: Sequence[memoryview], offset: int) -> None:
         """Write memory as one run of bytes. It is not durable before `sync`.
@@ -171,21 +172,14 @@ class DirectWriter(_DirectFile):
         """Have space ready up to `end`, in bytes, and a step beyond: writes into it need not grow the file.
 
         To be called before a write up to `end`; `cut` gives back what was not needed. Where the file system
-        cannot do it, or has little space left, nothing happens.
+        cannot do it, or has little space left, nothing happens. Raises OSError.
         """
+        if end <= self._aside:
+            return
         with self._aside_lock, self._in_use() as file:
-            if end <= self._aside:
-                return
-            start, self._aside = self._aside, end + min(max(end // 4, _STEP_BYTES[0]), _STEP_BYTES[1])
-            length = self._aside - start
-            # The guest's own disks may be on this file system: a step must never be what fills it.
-            if length > _free_bytes(file) // 4:
-                return
-            # Not posix_fallocate, which writes zeroes where the file system does not know the call.
-            if _LIBC.fallocate64(file, 0, ctypes.c_int64(start), ctypes.c_int64(length)):
-                _log.debug("fallocate: %s", os.strerror(ctypes.get_errno()))
-                if ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT):  # with some of it set aside
-                    os.ftruncate(file, max(start, end))
+            if end > self._aside:
+                step = min(max(end // 4, _STEP_BYTES[0]), _STEP_BYTES[1])
+                self._aside = _set_aside(file, int(self._aside), end, end + step)
 
     def punch(self, offset: int, length: int) -> bool:
         """Make a run of bytes zeroes without writing them. Return whether the file or device can do that."""
@@ -211,6 +205,23 @@ def _after(parts: Sequence[memoryview], done: int) -> list[memoryview]:
             return [part[done:], *parts[index + 1 :]]
         done -= part.nbytes
     return []
+
+
+def _set_aside(file: int, start: int, needed: int, end: int) -> float:
+    """Set space aside from `start` to `end`. Return up to where it need not be tried again."""
+    # The guest's own disks may be on this file system: a step must never be what fills it.
+    if end - start > _free_bytes(file) // 16:
+        return end
+    # Not posix_fallocate, which writes zeroes where the file system does not know the call.
+    if not _LIBC.fallocate64(file, 0, ctypes.c_int64(start), ctypes.c_int64(end - start)):
+        return end
+    number = ctypes.get_errno()
+    _log.debug("fallocate: %s", os.strerror(number))
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        # Some of it was set aside. All writes so far ended below `start`, and none is above `needed`: theirs
+        # wait for this.
+        os.ftruncate(file, max(start, needed))
+    return math.inf
 
 
 def _free_bytes(descriptor: int) -> int:

@@ -5,7 +5,10 @@ import errno
 import os
 from array import array
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the guard imports this, and must start quickly
+    from pathlib import Path
 
 
 def used_bytes(descriptor: int) -> int:
@@ -19,7 +22,7 @@ def used_bytes(descriptor: int) -> int:
     return used
 
 
-def free_bytes(folder: Path) -> int:
+def free_bytes(folder: "Path") -> int:
     """Return the bytes that an ordinary user can still write to the folder's file system."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize

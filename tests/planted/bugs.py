@@ -31,6 +31,8 @@ COPY = "unit/transfer/test_copy.py::"
 HISTORY = "unit/repository/test_history.py::"
 EXTENTS = "unit/transfer/test_extents.py::"
 CLUSTER_MAP = "unit/transfer/test_cluster_map.py::"
+FLEET = "unit/operations/test_fleet.py::"
+ROUTINE = "unit/operations/test_routine.py::"
 GUARD = "unit/vm/test_guard.py::"
 IOTHREAD = (
     "integration/test_guest.py::"
@@ -38,6 +40,8 @@ IOTHREAD = (
 )
 LAYER = "unit/operations/test_backup_disk.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
 REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
+WRITER = "unit/images/test_qcow2_writer.py::"
+TABLES = "unit/images/test_qcow2_check.py::"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
 BUGS = (
@@ -101,8 +105,8 @@ BUGS = (
     Bug(
         "a run that met damage is silent",
         "_run",
-        "    _tell_damage(report)\n",
-        "",
+        "            raise damage\n",
+        "            pass\n",
         "integration/test_missing_points.py::test_reason_and_damage_of_each_disk_are_in_the_document",
     ),
     Bug(
@@ -428,5 +432,89 @@ BUGS = (
         "        if self._onto_device:\n",
         "        if not self._onto_device:\n",
         "unit/targets/test_raw_writer.py::test_a_device_gets_the_disk_and_keeps_what_is_behind_it",
+    ),
+    Bug(
+        "an image counts before what it leads to is durable",
+        "Qcow2Writer.finish",
+        "            self._file.sync()\n            header[: len(_MAGIC)] = _MAGIC\n",
+        "            header[: len(_MAGIC)] = _MAGIC\n",
+        WRITER + "test_after_a_power_failure_it_is_complete_or_no_image",
+    ),
+    Bug(
+        "an image is finished though a write of it failed",
+        "Qcow2Writer._call",
+        "            self._failed = True\n",
+        "            self._failed = False\n",
+        WRITER + "test_no_image_comes_of_a_write_that_failed",
+    ),
+    Bug(
+        "an L2 table that was put away is begun anew",
+        "Qcow2Writer._get",
+        "            if offset and ",
+        "            if not offset and ",
+        WRITER + "test_clusters_in_any_order_from_several_threads_with_few_tables_in_memory",
+    ),
+    Bug(
+        "a write that hung goes on in another file",
+        "_DirectFile.close",
+        "            if not self._users:\n",
+        "            if True:\n",
+        "unit/system/test_direct_io.py::test_a_write_that_hung_does_not_go_on_in_another_file",
+    ),
+    Bug(
+        "what is cut off of a table counts as empty",
+        "TableFile.read_table",
+        "np.full(entries, LOST, np.uint64)",
+        "np.zeros(entries, np.uint64)",
+        TABLES + "test_what_is_cut_off_of_a_table_is_lost_and_not_empty",
+    ),
+    Bug(
+        "an entry may lead beyond the end of the file",
+        "TableFile.begins",
+        "aligned & (offset < np.uint64(self.file_bytes))",
+        "aligned",
+        TABLES + "test_a_damaged_entry_costs_its_own_cluster_and_no_other",
+    ),
+    Bug(
+        "a used cluster without a reference is sound",
+        "_Check._compare",
+        "(used > stored) | (used > 1)",
+        "used > 1",
+        TABLES + "test_errors_and_leaks_are_counted_as_qemu_counts_them",
+    ),
+    Bug(
+        "older points are dropped after a backup that failed",
+        "_Work.prune",
+        "        if before is not None:\n",
+        "        if self.stop.requested:\n",
+        ROUTINE + "test_after_a_backup_that_failed_nothing_is_dropped_but_the_rest_is_verified",
+    ),
+    Bug(
+        "a policy without rules prunes",
+        "_Work.prune",
+        "        if rules.hold_nothing():\n",
+        "        if rules is None:\n",
+        ROUTINE + "test_without_rules_nothing_is_pruned_and_without_a_percentage_nothing_verified",
+    ),
+    Bug(
+        "one monitor is spoken to by two",
+        "next_job",
+        "one.monitor not in busy and ",
+        "",
+        FLEET + "test_one_monitor_is_never_spoken_to_by_two",
+    ),
+    Bug(
+        "the processes of a run that was killed go on",
+        "signalled",
+        "        _LIBC.prctl(_PR_SET_PDEATHSIG, number)\n",
+        "        pass\n",
+        FLEET + "test_a_parent_that_is_killed_has_its_children_roll_back",
+    ),
+    Bug(
+        "a killed run passes for one that was rolled back",
+        "_without_document",
+        "    if result.code is not None and result.code > 0:\n",
+        "    if result.code is not None:\n",
+        "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
 )

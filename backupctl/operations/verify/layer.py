@@ -43,6 +43,11 @@ class VerifyScope:
     percent: float = 100.0
     seed: int = field(default_factory=lambda: secrets.randbits(32))
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is read."""
+        return self.data and self.percent >= 100
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -105,12 +105,8 @@ def verify(
     """
     started = time.monotonic()
     folders = [repository.vm(name) for name in (repository.vms() if vm is None else [vm])]
-    if vm is not None and not folders[0].exists():
-        raise NoSuchPoint(
-            f"{repository.path} has no backup of the VM {vm}",
-            state=UNTOUCHED,
-            next_command="backupctl list",
-        )
+    if vm is not None:
+        folders[0].refuse_unknown()
     found = _Findings(reporter)
     with Workers(chain_reader.WORKERS) as workers:
         for folder in folders:

@@ -100,6 +100,13 @@ def test_what_qemu_wrote_and_resized_is_found_where_qemu_finds_it(tmp_path, ours
     assert (found.errors, found.leaks) == (0, 0)
 
 
+def test_what_was_written_through_a_server_is_found_where_qemu_finds_it(two_points):
+    builder, _ = two_points
+    for point in builder.folder.points():
+        path = point.path / "vda.qcow2"
+        assert by_us(path) == by_qemu(path) != {}
+
+
 def test_a_disk_of_64_tib_is_read_by_what_it_stores(tmp_path):
     last = (64 << 40) // CLUSTER_BYTES - 1
     make(tmp_path / "image", 64 << 40, {0: True, last // 2: False, last: True})

@@ -194,9 +194,15 @@ def test_space_is_set_aside_ahead_and_given_back(file):
 
 
 def test_no_space_is_set_aside_that_others_may_need(file, monkeypatch):
-    monkeypatch.setattr(direct_io, "_free_bytes", lambda _: 40 * MIB)
-    DirectWriter(file).set_aside(MIB)
+    monkeypatch.setattr(direct_io, "_free_bytes", lambda _: 255 * MIB)
+    writer = DirectWriter(file)
+    writer.set_aside(MIB)
     assert os.fstat(file).st_size == 0
+    monkeypatch.setattr(direct_io, "_free_bytes", lambda _: 1 << 40)
+    writer.set_aside(2 * MIB)  # space that others freed is seen at the next step
+    assert os.fstat(file).st_size == 0
+    writer.set_aside(100 * MIB)
+    assert os.fstat(file).st_size > 100 * MIB
 
 
 def test_space_that_was_half_set_aside_is_given_back(file, monkeypatch):
@@ -210,6 +216,8 @@ def test_space_that_was_half_set_aside_is_given_back(file, monkeypatch):
     monkeypatch.setattr(direct_io.ctypes, "get_errno", lambda: errno.ENOSPC)
     writer = DirectWriter(file)
     writer.set_aside(MIB)
+    assert os.fstat(file).st_size == MIB
+    writer.set_aside(1 << 40)  # not tried again: it would take what others under the same quota need
     assert os.fstat(file).st_size == MIB
 
 
