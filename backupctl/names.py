@@ -6,10 +6,13 @@ changed on a disk since that point of that repository. Everything else that we m
 ``backupctl-<first 8>-<what><disk's number>``; QEMU allows 31 characters for a node's name.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from functools import lru_cache
 from typing import NewType
 
 from backupctl.errors import InvalidName, RepositoryError
@@ -41,6 +44,7 @@ def disk_name(text: str) -> DiskName:
     return DiskName(_checked(text, "disk name"))
 
 
+@lru_cache(1 << 16)  # a prune looks at the names of all points after each step
 def point_id(text: str) -> PointId:
     """Check a point's id, which becomes a folder's name. Raises InvalidName."""
     try:
@@ -49,6 +53,12 @@ def point_id(text: str) -> PointId:
     except ValueError:
         pass
     raise InvalidName(f"{text!r:.120} is not the id of a recovery point; ids look like 20261123T041500Z")
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'x'?" for the name that is closest to a text; "" if none is close."""
+    close = difflib.get_close_matches(text, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def next_point_id(now: datetime, newest: PointId | None) -> PointId:

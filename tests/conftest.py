@@ -3,8 +3,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,6 +34,16 @@ hypothesis.settings.load_profile("backupctl")
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the session a temporary directory of its own: what killed processes leave goes with it."""
+    if hasattr(config, "workerinput"):
+        return  # a worker of xdist has inherited it
+    # pytest keeps its own directories, which show what failed.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bt-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def get_build(which: str) -> Build:

@@ -24,6 +24,14 @@ def vms(context: click.Context, _parameter: click.Parameter, incomplete: str) ->
     return []
 
 
+def vms_then_points(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return VMs; and behind the first of them points, too."""
+    named = vms(context, parameter, incomplete)
+    return [*points(context, parameter, incomplete), *named] if context.params.get("name") else named
+
+
 def points(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the points of the VM that was typed whose ids begin so, newest first, and `latest`."""
     name = context.params.get("name")

@@ -2,14 +2,15 @@
 """Which VM and which repository a command line and the configuration mean, and how they are opened."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backupctl.cli import configuration, param_types, settings
+from backupctl.cli import configuration, param_types
 from backupctl.cli.configuration import Config
+from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
-from backupctl.names import VmName, vm_name
+from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.options import DEFAULT_TIMEOUTS, ScratchOptions, Timeouts, VmConfig
 from backupctl.system.address import Address
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open
 class Target:
     """Which VM and which repository a command line means.
 
+    name: the only VM; None for any other number of them, see `selection`.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
 
@@ -29,6 +31,7 @@ class Target:
     name: VmName | None
     repository_path: Path | None
     typed_repository: bool
+    selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
     scratch: Path = ScratchOptions().folder
@@ -54,9 +57,8 @@ class Target:
             why = f"VM {self.vm_name!r} is not configured: no configuration file found"
         else:
             listed = ", ".join(sorted(self.config.vms)) or "none"
-            close = settings.closest(self.vm_name, self.config.vms)
-            meant = f"; did you mean {close!r}?" if close else ""
-            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant}"
+            meant = did_you_mean(self.vm_name, self.config.vms)
+            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant and f'; {meant}'}"
         return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
 
     def of(self, vm: str) -> "Target":
@@ -68,6 +70,22 @@ class Target:
             else param_types.absolute(configured)
         )
         return replace(self, name=vm_name(vm), repository_path=path)
+
+    def by_repository(self) -> dict[Path, tuple[VmName | None, ...]]:
+        """Return the repositories that are meant, and the VMs of each; (None,) for all that are in it.
+
+        A pattern is one of VMs that are there. Raises UsageError, RepositoryError.
+        """
+        if self.name or self.selection.is_empty or self.selection.everything:
+            return dict.fromkeys(self.folders(), (self.name,))
+        there: dict[VmName, Path] = {}
+        if any(map(is_pattern, self.selection.words)):
+            there = {vm: path for path in self.folders() for vm in self.open(path).vms()}
+        found: dict[Path, tuple[VmName | None, ...]] = {}
+        for vm in self.selection.of(tuple(there)):
+            path = self.of(vm).folder() if vm in self.config.vms or vm not in there else there[vm]
+            found[path] = (*found.get(path, ()), vm)
+        return found
 
     def has_repository(self) -> bool:
         """Whether there is one. Raises UsageError, RepositoryError."""

@@ -19,8 +19,8 @@ from backupctl.sizes import Range
 
 CLUSTER_BYTES = sizes.CLUSTER_BYTES
 
-# Looked up together: a chain may have hundreds of layers, and a chunk of the copy has only 16 clusters.
-_BLOCK_CLUSTERS = 1024
+# Looked up together: a chain may have hundreds of layers, and a batch of the copy has only 16 clusters.
+_BLOCK_CLUSTERS = 4096
 _BLOCKS = 4
 
 RECORD = np.dtype([("cluster", "<u8"), ("low", "<u8"), ("high", "<u8")])
@@ -28,6 +28,9 @@ RECORD = np.dtype([("cluster", "<u8"), ("low", "<u8"), ("high", "<u8")])
 
 Records = NDArray[Any]
 """Records, ascending by cluster, no cluster twice."""
+
+Clusters = NDArray[np.uint64]
+"""Numbers of clusters, ascending, none twice."""
 
 
 class EffectiveContent:
@@ -44,7 +47,8 @@ class EffectiveContent:
         shown = size_bytes
         for records, size in layers:
             shown = min(shown, size)
-            self._layers.append((records, count(shown)))
+            if len(records):
+                self._layers.append((records, count(shown)))
         self.described_bytes = shown
         # Bound to the layers, not to this object: a reference cycle would keep each map's file open until a
         # garbage collection.
@@ -57,22 +61,50 @@ class EffectiveContent:
             return _look_up(self._layers, first, clusters)
         return self._block(first - begin, _BLOCK_CLUSTERS)[begin : begin + clusters]
 
+    def of(self, numbers: Clusters) -> Records:
+        """Return the records of some clusters."""
+        first, span = int(numbers[0]), int(numbers[-1]) - int(numbers[0]) + 1
+        if span == len(numbers):
+            return self.window(first, span)
+        if span <= sizes.WINDOW_CLUSTERS:
+            return np.asarray(self.window(first, span)[numbers - numbers[0]])
+        half = len(numbers) // 2
+        return np.concatenate([self.of(numbers[:half]), self.of(numbers[half:])])
+
+    def stores(self, first: int, clusters: int) -> bool:
+        """Whether any layer has a record of any of `clusters` clusters, from number `first` on."""
+        return any(
+            len(_part(records, first, min(first + clusters, shown))) > 0 for records, shown in self._layers
+        )
+
 
 def _look_up(layers: Sequence[tuple[Records, int]], first: int, clusters: int) -> Records:
     found = blank(first, clusters)
     for records, shown in reversed(layers):
-        numbers = records["cluster"]
-        # Not numpy's searchsorted: it would copy a column of the mapped file first.
-        begin = bisect_left(numbers, first)
-        part = records[begin : bisect_left(numbers, min(first + clusters, shown), lo=begin)]
+        part = _part(records, first, min(first + clusters, shown))
         found[part["cluster"] - first] = part
     found.setflags(write=False)  # the cache returns the same array again
     return found
 
 
+def _part(records: Records, first: int, stop: int) -> Records:
+    numbers = records["cluster"]
+    # Not numpy's searchsorted: it would copy a column of the mapped file first.
+    begin = bisect_left(numbers, first)
+    return records[begin : bisect_left(numbers, stop, lo=begin)]
+
+
 def count(size_bytes: int) -> int:
     """Return how many clusters a disk has; the last may be short."""
     return -(-size_bytes // CLUSTER_BYTES)
+
+
+def bytes_of(numbers: Clusters, size_bytes: int) -> int:
+    """Return how many bytes of a disk these clusters cover; its last one may be short."""
+    if not len(numbers):
+        return 0
+    beyond = max(0, (int(numbers[-1]) + 1) * CLUSTER_BYTES - size_bytes)
+    return len(numbers) * CLUSTER_BYTES - beyond
 
 
 def blank(first: int, clusters: int) -> Records:
@@ -100,7 +132,7 @@ def overlay(lower: Records, upper: Records, size_bytes: int) -> Records:
     return both[np.argsort(both["cluster"])]
 
 
-def ranges(clusters: NDArray[np.uint64], size_bytes: int) -> list[Range]:
+def ranges(clusters: Clusters, size_bytes: int) -> list[Range]:
     """Return (offset, length) in bytes of each run of neighbours; clusters: numbers, ascending."""
     if not len(clusters):
         return []

@@ -46,12 +46,19 @@ def create_layer(image: Path | OpenImage, size_bytes: int, backing: str | None) 
 @contextmanager
 def new_layer(path: Path, size_bytes: int, backing: str | None) -> Iterator[OpenImage]:
     """Create a file with an empty layer, open until the block ends. Raises as `create_layer`."""
+    with new_file(path) as made:
+        create_layer(made, size_bytes, backing)
+        yield made
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[OpenImage]:
+    """Create an empty file, open until the block ends. Raises WriteFailed."""
     try:
         made = OpenImage.create(path)
     except OSError as err:
         raise WriteFailed(str(err.strerror), subject=f"cannot create {path}") from err
     with made:
-        create_layer(made, size_bytes, backing)
         yield made
 
 

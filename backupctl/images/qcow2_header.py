@@ -9,8 +9,10 @@ would open that file, whatever its name. So the few fields that refer to other f
     0  magic "QFI\xfb"       8  offset of the backing name    32  kind of encryption
     4  version              16  length of the backing name    60  snapshots, and the offset of their table
     20 bits of a cluster    24  virtual size                  72  incompatible, compatible, autoclear features
-    36 entries of L1        96  bits of a reference count    100  length of the header; then extensions:
-   104 compression, padding                                       type, length, data padded to 8 bytes
+    36 entries of L1        40  offset of L1                  48  offset and clusters of the reference counts'
+    96 bits of a reference count                                  table
+   104 compression, padding                                  100  length of the header; then extensions:
+                                                                  type, length, data padded to 8 bytes
 """
 
 import os
@@ -23,7 +25,7 @@ from backupctl.errors import DamageFound
 from backupctl.system import safe_open
 
 _MAGIC = 0x514649FB
-_FIXED = struct.Struct(">IIQIIQII20xIQQQQII")
+_FIXED = struct.Struct(">IIQIIQIIQQIIQQQQII")
 _SIXTEEN_BITS = 4  # as a power of two
 _FIXED_BYTES = 104
 _HEADER_BYTES = (104, 112)  # before QEMU 5.1, and since
@@ -37,7 +39,8 @@ class Header:
     """What the header of an image says.
 
     size: virtual, in bytes. file_bytes: the file's length. cluster: in bytes. backing, backing_format: ""
-    for none.
+    for none. l1_offset, l1_entries: where the L1 table is said to be. refcount_offset, refcount_clusters: the
+    same of the table of reference counts.
     """
 
     size: int
@@ -45,6 +48,10 @@ class Header:
     cluster: int
     backing: str
     backing_format: str
+    l1_offset: int
+    l1_entries: int
+    refcount_offset: int
+    refcount_clusters: int
 
 
 def read(path: Path) -> Header:
@@ -74,9 +81,8 @@ def read_open(descriptor: int, path: Path) -> Header:
 
 def parse(content: bytes, file_bytes: int) -> Header:
     """Read a header from an image's first cluster. Raises ValueError, struct.error."""
-    (magic, version, backing_at, backing_length, bits, size, encryption, entries, *rest) = _FIXED.unpack_from(
-        content
-    )
+    magic, version, backing_at, backing_length, bits, size, encryption, *rest = _FIXED.unpack_from(content)
+    entries, l1_offset, refcount_offset, refcount_clusters, *rest = rest
     *features, reference_bits, header_bytes = rest
     if (magic, version) != (_MAGIC, 3):
         raise ValueError("no magic number of qcow2 version 3")
@@ -93,7 +99,17 @@ def parse(content: bytes, file_bytes: int) -> Header:
         if backing_length > _NAME_BYTES or backing_at + backing_length > len(content):
             raise ValueError("the backing file's name lies outside the first cluster")
         backing = content[backing_at : backing_at + backing_length].decode()
-    return Header(size, file_bytes, 1 << bits, backing, _extension(content, _BACKING_FORMAT))
+    return Header(
+        size=size,
+        file_bytes=file_bytes,
+        cluster=1 << bits,
+        backing=backing,
+        backing_format=_extension(content, _BACKING_FORMAT),
+        l1_offset=l1_offset,
+        l1_entries=entries,
+        refcount_offset=refcount_offset,
+        refcount_clusters=refcount_clusters,
+    )
 
 
 def _features(encryption: int, features: Sequence[int]) -> str:

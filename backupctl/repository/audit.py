@@ -92,11 +92,10 @@ def reconcile(folder: VmFolder) -> None:
 
 def _owed(point: Point, known: Known) -> Iterator[PointEvent]:
     """Yield what the history lacks of a point that is there."""
-    checksum = point.manifest.checksum
     if not known.there and not known.dropped:
-        yield PointEvent("found", point.id, checksum)
-    elif len(known.manifests) > 1 and checksum in known.manifests:
-        yield PointEvent("changed", point.id, checksum)
+        yield PointEvent("found", point.id, point.manifest.checksum)
+    elif len(known.manifests) > 1 and point.manifest.checksum in known.manifests:
+        yield PointEvent("changed", point.id, point.manifest.checksum)
 
 
 def _flaws(folder: VmFolder, known: History) -> Iterator[Problem]:

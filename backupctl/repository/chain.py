@@ -247,16 +247,31 @@ def chain_too_long(folder: VmFolder, most: int, point: PointId, disk: str) -> st
     return f"its chain has {layers_there} layers, as many as --max-chain allows"
 
 
-def length(folder: VmFolder, point: Point, entry: DiskEntry) -> int:
-    """Count the layers of a disk at a point, without checking them. Raises DamageFound."""
-    found, entry = 1, Layer.of(point, entry).entry
-    while entry.parent is not None:
+Lengths = dict[tuple[PointId, DiskName], int]
+"""How many layers disks have at points."""
+
+
+def length(folder: VmFolder, point: Point, entry: DiskEntry, known: Lengths) -> int:
+    """Count the layers of a disk at a point, without checking them. Raises DamageFound.
+
+    known: lengths that were counted before; those of this disk are added.
+    """
+    above = []
+    while (point.id, entry.name) not in known:
+        above.append((point.id, entry.name))
+        entry = Layer.of(point, entry).entry
+        if entry.parent is None:
+            known[above.pop()] = 1
+            break
         point = _parent(folder, entry.parent)
         held = point.manifest.disk(entry.name)
         if held is None:
             raise DamageFound(f"{point.path} has no disk {entry.name}, and newer points depend on it")
-        entry, found = Layer.of(point, held).entry, found + 1
-    return found
+        entry = held
+    counted = known[point.id, entry.name]
+    for layer in reversed(above):
+        counted = known[layer] = counted + 1
+    return counted
 
 
 def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:

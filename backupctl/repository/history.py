@@ -19,12 +19,15 @@ line is what a crash leaves: the event that it would have recorded has not happe
 """
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from msgspec import Meta
 
@@ -38,6 +41,7 @@ FORMAT = 1
 FILE_NAME = "history"
 MAX_BYTES = 1 << 28
 """A million entries or more; a larger file is not read."""
+_TAIL_BYTES = 1 << 16
 
 EventKind = Literal["begun", "found", "committed", "undone", "changing", "changed", "dropped"]
 
@@ -160,14 +164,13 @@ def record(folder: Path, *events: PointEvent) -> None:
     The caller holds the VM's lock.
     """
     path = folder / FILE_NAME
-    content = _content(folder)
+    last = _last(folder)
     try:
-        if content is None:
+        if last is None:
             durable.replace(path, _lines("", (PointEvent("begun"), *events)))
             return
-        end, before = _end(content)
         # A line that is cut off here was never durable, so what it records was never begun.
-        durable.append(path, content[:end], _lines(before, events))
+        durable.append(path, last.end, _lines(last.checksum, events))
     except OSError as err:
         raise RepositoryError(f"cannot write {path}: {err.strerror}") from err
 
@@ -177,37 +180,102 @@ def undo(folder: Path, point: PointId) -> None:
 
     To be called before the folder is removed: else a crash in between would leave a missing point.
     """
-    content = _content(folder)
-    if content is not None and point.encode() in content:
-        known = parse(content).points.get(point)
-        if known and known.there:
-            record(folder, PointEvent("undone", point))
+    known = Known()
+    for line in (_content(folder) or b"").split(b"\n")[:-1]:
+        # Only its own lines are read: to read all of them for each point would be quadratic.
+        entry = Entry.from_line(line) if point.encode() in line else None
+        if entry is not None and entry.point == point:
+            known = known.after(entry)
+    if known.there:
+        record(folder, PointEvent("undone", point))
+
+
+def end(folder: Path) -> int:
+    """Return where the last readable line ends, for `points_since`; 0 if there is none.
+
+    Raises RepositoryError.
+    """
+    last = _last(folder)
+    return last.end if last is not None and last.checksum else 0
+
+
+def points_since(folder: Path, before: int) -> frozenset[PointId] | None:
+    """Return the points of which lines tell that were appended after `end` returned `before`.
+
+    None: the history is another file now, or was cut. Raises RepositoryError.
+    """
+    content = _read(folder, before - 1) if before else None
+    if content is None or content[:1] != b"\n":
+        return None
+    entries = (Entry.from_line(line) for line in content.split(b"\n")[1:-1])
+    return frozenset(entry.point for entry in entries if entry is not None and entry.point is not None)
+
+
+class _Line(NamedTuple):
+    """The last readable line. end: where it ends. checksum: "" if no line is readable."""
+
+    end: int
+    checksum: str
 
 
 def _content(folder: Path) -> bytes | None:
-    path = folder / FILE_NAME
-    try:
-        with safe_open.open_file(path) as file:
-            return file.read(MAX_BYTES)
-    except safe_open.NotPlain as err:
-        raise RepositoryError(f"cannot read {path}: {err}") from err
-    except safe_open.NotThere:
-        return None
+    return _read(folder, 0)
 
 
-def _end(content: bytes) -> tuple[int, str]:
-    """Return where the last readable line ends, and its checksum.
+def _read(folder: Path, begin: int) -> bytes | None:
+    """Read the history from some byte on; None if there is none. Raises RepositoryError."""
+    with _opened(folder) as file:
+        if file is None:
+            return None
+        file.seek(begin)
+        return file.read(MAX_BYTES)
 
-    If no line is readable nothing is cut off: no crash does that, and it must stay visible.
+
+def _last(folder: Path) -> _Line | None:
+    """Return the last readable line; None if there is no history. Raises RepositoryError.
+
+    If no line is readable it ends at the end of the file, so that nothing is cut off: no crash does that, and
+    it must stay visible.
     """
+    with _opened(folder) as file:
+        if file is None:
+            return None
+        size = os.fstat(file.fileno()).st_size
+        length = _TAIL_BYTES  # of most histories only the end is read: a prune records hundreds of events
+        while True:
+            begin = max(size - length, 0)
+            file.seek(begin)
+            found = _last_in(file.read(size - begin))
+            if found is not None:
+                return _Line(begin + found.end, found.checksum)
+            if not begin or length > MAX_BYTES:
+                return _Line(size, "")
+            length *= 4
+
+
+def _last_in(content: bytes) -> _Line | None:
     at = content.rfind(b"\n") + 1
     while at:
         begin = content.rfind(b"\n", 0, at - 1) + 1
         entry = Entry.from_line(content[begin : at - 1])
         if entry is not None:
-            return at, entry.checksum
+            return _Line(at, entry.checksum)
         at = begin
-    return len(content), ""
+    return None
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[BufferedReader | None]:
+    """Open the history of a VM's folder; None if there is none. Raises RepositoryError."""
+    path = folder / FILE_NAME
+    with ExitStack() as held:
+        try:
+            file = held.enter_context(safe_open.open_file(path))
+        except safe_open.NotPlain as err:
+            raise RepositoryError(f"cannot read {path}: {err}") from err
+        except safe_open.NotThere:
+            file = None
+        yield file
 
 
 def _lines(before: str, events: Iterable[PointEvent]) -> bytes:

@@ -7,7 +7,7 @@ It has a checksum over all its other fields, so any changed byte is found before
 import json
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from backupctl.errors import DamageFound, UnknownFormat
@@ -133,7 +133,7 @@ class Manifest(Document):
         _moment(self.start)
         _moment(self.end)
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """The checksum over all its fields, as it stands in the file."""
         return strict_json.checksum(self.to_dict())

@@ -35,9 +35,9 @@ from typing import Self
 import numpy as np
 
 from backupctl.digests import clusters, digest_map
-from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
+from backupctl.digests.clusters import EffectiveContent, Records
 from backupctl.errors import DamageFound, RepositoryError, WriteFailed
-from backupctl.images import create, qcow2_header
+from backupctl.images import create, qcow2_check, qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.repository import chain, history, markers
 from backupctl.repository import manifest as manifests
@@ -45,7 +45,7 @@ from backupctl.repository.chain import Layer, backing_of
 from backupctl.repository.history import PointEvent
 from backupctl.repository.manifest import DiskEntry, Manifest, Merged
 from backupctl.repository.point import Point
-from backupctl.sizes import WINDOW_CLUSTERS, Range
+from backupctl.sizes import WINDOW_CLUSTERS
 from backupctl.system import durable, safe_open
 
 
@@ -74,7 +74,7 @@ class Merge:
         with lower.open() as image:
             if lower.merging:
                 _drop_cache(lower.path)
-            return cls(point, layers, fits and not create.check(image).errors)
+            return cls(point, layers, fits and not qcow2_check.check_tables(image).errors)
 
     @property
     def upper(self) -> Layer:
@@ -121,19 +121,6 @@ class Merge:
         if not self.in_place:
             with suppress(OSError):
                 self.image.unlink()
-
-    def cut_cluster(self, image: OpenImage) -> Range | None:
-        """Return the part of upper's last cluster beyond its end, in lower's larger image: offset, length.
-
-        It must be zeroed before the image is cut: it would come back when the disk grows again.
-        """
-        rest = -self.size % CLUSTER_BYTES
-        records = self.upper.digests().records
-        ends_in = len(records) and int(records["cluster"][-1]) == clusters.count(self.size) - 1
-        if not (rest and ends_in):
-            return None
-        room = image.header().size - self.size
-        return (self.size, min(rest, room)) if room > 0 else None
 
     def describe(self, image: OpenImage) -> Point:
         """Do step 3, after all bytes are written and flushed; returns upper's point with both descriptions.

@@ -23,7 +23,7 @@ from backupctl.errors import (
     RepositoryUnreadable,
     UnknownFormat,
 )
-from backupctl.names import PointId, RepositoryId, VmName, point_id, vm_name
+from backupctl.names import PointId, RepositoryId, VmName, did_you_mean, point_id, vm_name
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
 from backupctl.repository import markers, strict_json
@@ -160,19 +160,28 @@ class VmFolder:
         if wanted == "latest":
             ids = self._committed()
             if not ids:
-                raise self._missing(f"{self.name} has no recovery points in this repository")
+                raise self._missing(
+                    f"{self.name} has no recovery points in this repository", self._meant_vm()
+                )
             return self._open(ids[-1])
         try:
             found = point_id(wanted)
         except InvalidName as err:
             raise err.add(next_command=f"backupctl list {self.name}") from err
         if not self.is_committed(found):
-            raise self._missing(f"{self.name} has no recovery point {found} in this repository")
+            raise self._missing(
+                f"{self.name} has no recovery point {found} in this repository",
+                did_you_mean(found, self._committed()) or self._meant_vm(),
+            )
         return self._open(found)
+
+    def all_points(self) -> list[PointId]:
+        """Return the ids of all points, retired ones and damaged ones too, oldest first."""
+        return _ids(safe_open.folders(self.path))
 
     def newest(self) -> PointId | None:
         """Return the newest id of the committed, retired and unfinished points."""
-        ids = [*self._ids_there(), *(partial.point for partial in self.pending_points())]
+        ids = [*self.all_points(), *(partial.point for partial in self.pending_points())]
         return max(ids, default=None)
 
     def uses(self, point: PointId) -> bool:
@@ -218,8 +227,22 @@ class VmFolder:
             raise RepositoryError(f"cannot write to {partial.path}: {err.strerror}") from err
         return partial
 
-    def _missing(self, message: str) -> NoSuchPoint:
-        return NoSuchPoint(message, state=UNTOUCHED, next_command=f"backupctl list {self.name}")
+    def refuse_unknown(self) -> None:
+        """Raise NoSuchPoint if there was no run of this VM."""
+        if not self.exists():
+            raise NoSuchPoint(
+                f"{self.path.parent} has no backup of the VM {self.name}",
+                state=UNTOUCHED,
+                hint=self._meant_vm(),
+                next_command="backupctl list",
+            )
+
+    def _meant_vm(self) -> str:
+        """Return the hint for the name of a VM that may have been misspelt; "" if it was not."""
+        return "" if self.exists() else did_you_mean(self.name, safe_open.folders(self.path.parent))
+
+    def _missing(self, message: str, hint: str = "") -> NoSuchPoint:
+        return NoSuchPoint(message, state=UNTOUCHED, hint=hint, next_command=f"backupctl list {self.name}")
 
     def _exists(self, point: PointId) -> bool:
         try:
@@ -229,18 +252,15 @@ class VmFolder:
         except OSError as err:
             raise RepositoryUnreadable(f"cannot access {self.path / point}: {err.strerror}") from err
 
-    def _ids_there(self) -> list[PointId]:
-        return _ids(safe_open.folders(self.path))
-
     def _committed(self) -> list[PointId]:
-        return [found for found in self._ids_there() if not self._is_retired(found)]
+        return [found for found in self.all_points() if not self._is_retired(found)]
 
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
     def _scan(self, *, retired: bool, tolerant: bool) -> ScannedPoints:
         good, damaged, unreadable = [], [], []
-        for found in self._ids_there():
+        for found in self.all_points():
             try:
                 if self._is_retired(found) == retired:
                     good.append(self._open(found))

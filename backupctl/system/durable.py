@@ -105,18 +105,19 @@ def replace(path: Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def append(path: Path, kept: bytes, content: bytes) -> None:
-    """Cut a file to `kept`, which it begins with, and append `content`; `kept` survives any crash.
+def append(path: Path, end: int, content: bytes) -> None:
+    """Cut a file to its first `end` bytes, which survive any crash, and append `content`.
 
     After a crash, part of the new content or anything else may follow it. A file with a second hard link is
     replaced instead: whoever made that link wants a copy that does not change. Raises OSError.
     """
     _log.debug("append to %s, %d bytes", path, len(content))
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "wb", buffering=0) as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         if os.fstat(descriptor).st_nlink == 1:
-            _append(file, len(kept), content)
+            _append(file, end, content)
             return
+        kept = os.pread(descriptor, end, 0)
     replace(path, kept + content)
 
 

@@ -1,29 +1,37 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which clusters of a disk are to be read, or are zeroes: one byte for each, however fragmented the disk is.
+"""Which clusters of a disk are to be read, or are zeroes.
 
 Dirty bitmap and allocation map are in bytes; digests and layers are in whole clusters. A cluster that is
 dirty, or zero, only in part is data: it is read.
+
+A map is kept in windows of 65,536 clusters (4 GiB). One that is the same throughout costs a byte, any other
+two bits for each cluster: 4 MiB for 1 TiB in fragments.
 """
 
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.sizes import WINDOW_CLUSTERS
-from backupctl.transfer.extents import ZERO, Extent
+from backupctl.transfer.batch import Part
+from backupctl.transfer.extents import ZERO, Bytes
 from backupctl.transfer.source import Source
 
-_NOTHING, _DATA, _ZERO = 0, 1, 2
+_NOTHING, _DATA, _ZERO, _MIXED = 0, 1, 2, 3
+_Kinds = NDArray[np.uint8]
 
 
-def all_extents(source: Source) -> Iterator[Extent]:
-    """Yield all of a source, in order: its data and its zeroes. Raises ReadFailed."""
+def all_parts(source: Source) -> Iterator[Part]:
+    """Yield all of a source: its data and its zeroes, a window at a time. Raises ReadFailed."""
     found = ClusterMap(source.size)
-    for status in source.statuses():
-        (found.zero if status.flags[0] & ZERO else found.data)(status.offset, status.length)
-    return found.extents()
+    for extents in source.statuses():
+        zero = (extents.flags[0] & ZERO) != 0
+        found.zero(extents.offsets[zero], extents.lengths[zero])
+        found.data(extents.offsets[~zero], extents.lengths[~zero])
+    return found.parts()
 
 
 class ClusterMap:
@@ -31,51 +39,116 @@ class ClusterMap:
 
     def __init__(self, size_bytes: int) -> None:
         self._size = size_bytes
-        self._kinds = np.zeros(clusters.count(size_bytes), np.uint8)
+        self._clusters = clusters.count(size_bytes)
+        self._kinds = np.zeros(-(-self._clusters // WINDOW_CLUSTERS), np.uint8)
+        self._mixed: dict[int, tuple[_Kinds, _Kinds]] = {}
 
-    def data(self, offset: int, length: int) -> None:
-        """Mark a range to be read."""
-        self._kinds[offset // CLUSTER_BYTES : clusters.count(offset + length)] = _DATA
+    def data(self, offsets: Bytes, lengths: Bytes) -> None:
+        """Mark ranges to be read. They ascend and do not overlap; each has at least a byte."""
+        self._mark(offsets // CLUSTER_BYTES, -(-(offsets + lengths) // CLUSTER_BYTES), _DATA)
 
-    def zero(self, offset: int, length: int) -> None:
-        """Mark a range that is known to read as zeroes."""
-        end = offset + length
-        first = clusters.count(offset)
-        stop = clusters.count(end) if end == self._size else end // CLUSTER_BYTES
-        if first * CLUSTER_BYTES != offset:
-            self.data(offset, 1)
-        if stop * CLUSTER_BYTES < end:
-            self.data(end - 1, 1)
-        inner = self._kinds[first : max(first, stop)]
-        inner[inner != _DATA] = _ZERO
+    def zero(self, offsets: Bytes, lengths: Bytes) -> None:
+        """Mark ranges that are known to read as zeroes; they are as those of `data`."""
+        limits = offsets + lengths
+        firsts = -(-offsets // CLUSTER_BYTES)
+        stops = np.where(limits == self._size, self._clusters, limits // CLUSTER_BYTES)
+        whole = firsts < stops
+        self._mark(firsts[whole], stops[whole], _ZERO)
+        # What has a part of a cluster only, at its begin or its end.
+        for edge, cut in (
+            (offsets, firsts * CLUSTER_BYTES != offsets),
+            (limits - 1, stops * CLUSTER_BYTES < limits),
+        ):
+            touched = edge[cut] // CLUSTER_BYTES
+            self._mark(touched, touched + 1, _DATA)
 
     def drop_unneeded_zeroes(self, below: EffectiveContent) -> None:
         """Unmark the zeroes where the layers below hold zeroes as well."""
-        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
-            part = self._kinds[first : first + WINDOW_CLUSTERS]
-            part[(part == _ZERO) & clusters.is_zero(below.window(first, len(part)))] = _NOTHING
+        for index, first, count in self._windows():
+            if self._kinds[index] in (_NOTHING, _DATA):
+                continue
+            part = self._load(index)
+            if below.stores(first, count):
+                part[(part == _ZERO) & clusters.is_zero(below.window(first, count))] = _NOTHING
+            else:
+                part[part == _ZERO] = _NOTHING
+            self._store(index, part)
 
     def mark_differences(self, before: EffectiveContent, after: EffectiveContent) -> None:
         """Mark as data what differs between the two and is not marked yet."""
-        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
-            part = self._kinds[first : first + WINDOW_CLUSTERS]
-            differ = clusters.differ(before.window(first, len(part)), after.window(first, len(part)))
-            part[(part == _NOTHING) & differ] = _DATA
+        for index, first, count in self._windows():
+            if before.stores(first, count) or after.stores(first, count):
+                part = self._load(index)
+                differ = clusters.differ(before.window(first, count), after.window(first, count))
+                part[(part == _NOTHING) & differ] = _DATA
+                self._store(index, part)
 
     def marked_bytes(self) -> int:
         """Return how many bytes are marked."""
-        return sum(extent.length for extent in self.extents())
+        found = last = 0
+        for index, _, _ in self._windows():
+            if self._kinds[index] != _NOTHING:
+                marked = np.flatnonzero(self._load(index))
+                found += len(marked)
+                last = index * WINDOW_CLUSTERS + int(marked[-1])
+        short = -self._size % CLUSTER_BYTES if last == self._clusters - 1 else 0
+        return found * CLUSTER_BYTES - short if found else 0
 
-    def extents(self) -> Iterator[Extent]:
-        """Yield what is marked, in order; a long run as several extents."""
-        for first in range(0, len(self._kinds), WINDOW_CLUSTERS):
-            part = self._kinds[first : first + WINDOW_CLUSTERS]
-            edges = np.flatnonzero(np.diff(part)) + 1
-            starts = [0, *edges.tolist()]
-            for start, stop in zip(starts, [*edges.tolist(), len(part)], strict=True):
-                if part[start] != _NOTHING:
-                    yield self._extent(first + start, first + stop, zero=bool(part[start] == _ZERO))
+    def parts(self) -> Iterator[Part]:
+        """Yield what is marked, a window at a time: first its data, then its zeroes."""
+        for index, first, _ in self._windows():
+            if self._kinds[index] == _NOTHING:
+                continue
+            kinds = self._load(index)
+            for kind in (_DATA, _ZERO):
+                numbers = np.flatnonzero(kinds == kind)
+                if len(numbers):
+                    yield Part(numbers.astype(np.uint64) + np.uint64(first), kind == _ZERO)
 
-    def _extent(self, first: int, stop: int, *, zero: bool) -> Extent:
-        offset = first * CLUSTER_BYTES
-        return Extent(offset, min(stop * CLUSTER_BYTES, self._size) - offset, zero)
+    def _windows(self) -> Iterator[tuple[int, int, int]]:
+        """Yield each window: its index, its first cluster, and how many it has."""
+        for index in range(len(self._kinds)):
+            first = index * WINDOW_CLUSTERS
+            yield index, first, min(WINDOW_CLUSTERS, self._clusters - first)
+
+    def _mark(self, firsts: Bytes, stops: Bytes, kind: int) -> None:
+        """Mark runs of clusters, ascending. Data is never overwritten."""
+        if not len(firsts):
+            return
+        for index in range(int(firsts[0]) // WINDOW_CLUSTERS, (int(stops[-1]) - 1) // WINDOW_CLUSTERS + 1):
+            base = index * WINDOW_CLUSTERS
+            count = min(WINDOW_CLUSTERS, self._clusters - base)
+            begin = int(np.searchsorted(stops, base, side="right"))
+            end = int(np.searchsorted(firsts, base + count))
+            if begin < end:
+                self._mark_window(index, firsts[begin:end] - base, stops[begin:end] - base, count, kind)
+
+    def _mark_window(self, index: int, firsts: Bytes, stops: Bytes, count: int, kind: int) -> None:
+        if self._kinds[index] == _DATA or self._kinds[index] == kind:
+            return
+        if firsts[0] <= 0 and stops[0] >= count and (kind == _DATA or self._kinds[index] == _NOTHING):
+            self._kinds[index] = kind
+            self._mixed.pop(index, None)
+            return
+        edges = np.bincount(np.maximum(firsts, 0), minlength=count + 1) - np.bincount(
+            np.minimum(stops, count), minlength=count + 1
+        )
+        marked = np.cumsum(edges[:count]) > 0
+        kinds = self._load(index)
+        kinds[marked if kind == _DATA else marked & (kinds != _DATA)] = kind
+        self._store(index, kinds)
+
+    def _load(self, index: int) -> _Kinds:
+        count = min(WINDOW_CLUSTERS, self._clusters - index * WINDOW_CLUSTERS)
+        if self._kinds[index] != _MIXED:
+            return np.full(count, self._kinds[index], np.uint8)
+        data, zero = (np.unpackbits(bits, count=count) for bits in self._mixed[index])
+        return np.asarray(data * np.uint8(_DATA) + zero * np.uint8(_ZERO))
+
+    def _store(self, index: int, kinds: _Kinds) -> None:
+        if (kinds == kinds[0]).all():
+            self._kinds[index] = kinds[0]
+            self._mixed.pop(index, None)
+        else:
+            self._kinds[index] = _MIXED
+            self._mixed[index] = (np.packbits(kinds == _DATA), np.packbits(kinds == _ZERO))

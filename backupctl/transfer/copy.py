@@ -1,41 +1,53 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Moving extents from a source to a sink: many requests in flight, bounded memory, one thread.
+"""Moving clusters from a reader to a sink: many requests in flight, bounded memory, no work for each cluster.
 
 ::
 
-    extents ─► chunks of 1 MiB ─► [read in flight] ─► [in the filter] ─► [writes in flight] ─► done
-                                        at most `DEPTH` for each connection of the source
+    parts ─► batches ─► [read]  ─────────► [filled, filtered, written] ─► done
+                        the copy's thread,     worker threads,
+                        which never blocks     which block
 
-A read error is fatal: not one byte of a failed read is written. All that waits for sockets is one
-thread; the filter (digests) works in a thread of its own.
+A read error is fatal: not one byte of a failed read is written. The copy's own thread polls sockets, keeps
+the rate limit, calls `check` and watches for stalls. It neither hashes nor writes.
 """
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
+from typing import NamedTuple
 
-import nbd
+import numpy as np
+from numpy.typing import NDArray
 
-from backupctl.errors import ReadFailed, WriteFailed
-from backupctl.transfer.extents import Extent, split
-from backupctl.transfer.nbd_client import Connection
+from backupctl.digests import clusters
+from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
+from backupctl.errors import ReadFailed, TransferError, WriteFailed
+from backupctl.system.threads import CHECK_SECONDS, END_SECONDS, Workers
+from backupctl.transfer import batch as batches
+from backupctl.transfer.batch import Batch, Part
 from backupctl.transfer.polling import Wakeup, poll_once
 from backupctl.transfer.rate_limit import TokenBucket
-from backupctl.transfer.sink import Sink, Ticket
-from backupctl.transfer.source import Source
+from backupctl.transfer.reader import Reader
+from backupctl.transfer.sink import Sink
 
-CHUNK_BYTES = 1 << 20
-ZERO_CHUNK_BYTES = 256 << 20
-DEPTH = 6
-CHECK_SECONDS = 0.1
-FILTER_THREADS = 1  # measured (fixtures/bench_copy.py): a second one only contends for the interpreter
+WORKERS = 2
+_AHEAD = 2  # batches for each worker that are read already, so that it never waits
 
-Filter = Callable[[Extent, memoryview | None], Sequence[Extent]]
-"""Called in a thread with each chunk and its content (None: known to be zeroes); returns what of it is
-to be written, sorted. What it raises ends the copy."""
+
+class Wanted(NamedTuple):
+    """What of a batch is to be written: a flag for each of its clusters, as data and as zeroes."""
+
+    data: NDArray[np.bool_]
+    zero: NDArray[np.bool_]
+
+
+Filter = Callable[[Clusters, memoryview | None], Wanted]
+"""Called in a worker with the clusters of a batch and their content (None: known to be zeroes). What it
+raises ends the copy."""
 
 
 @dataclass(frozen=True)
@@ -46,168 +58,213 @@ class Copied:
     zero_bytes: int
 
 
-def pass_all(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
-    """Let everything pass; what turns out to contain only zeroes, as zeroes."""
-    zero = content is None or nbd.Buffer.from_buffer(content).is_zero()
-    return (Extent(extent.offset, extent.length, zero),)
+def pass_all(numbers: Clusters, content: memoryview | None) -> Wanted:
+    """Let everything pass as it is."""
+    data = np.full(len(numbers), content is not None)
+    return Wanted(data, ~data)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy from a source to a sink; `run` does it.
+    """A copy from a reader to a sink; `run` does it.
 
     sink: None if the filter lets nothing pass: then everything is only read.
     check: called at least every 100 ms while bytes move; what it raises ends the copy.
-    progress: called with the bytes done. stall_seconds: the longest time without any chunk making progress.
-    filter_chunk: chooses what of each chunk is written.
-    on_unreadable: called with each chunk that the source could not read, and the copy goes on without it.
+    progress: called with the bytes done. stall_seconds: the longest time without any batch making progress.
+    filter_batch: chooses what of each batch is written.
+    on_unreadable: called with each cluster that the source could not read, and the copy goes on without it.
     None: a read error ends the copy.
+    zero_clusters: how many zeroes are one batch, at most; fewer for a sink that may have to write them.
+    workers: shared with other copies; None: two of its own.
     """
 
-    source: Source
+    reader: Reader
     sink: Sink | None
     _: KW_ONLY
     check: Callable[[], None]
     progress: Callable[[int], None] = lambda _done_bytes: None
     limiter: TokenBucket = field(default_factory=partial(TokenBucket, None))
     stall_seconds: float = 60.0
-    filter_chunk: Filter = pass_all
-    on_unreadable: Callable[[Extent], None] | None = None
+    filter_batch: Filter = pass_all
+    on_unreadable: Callable[[Clusters], None] | None = None
+    zero_clusters: int = batches.ZERO_CLUSTERS
+    workers: Workers | None = None
 
-    def run(self, extents: Iterable[Extent]) -> Copied:
-        """Copy all extents. Raises ReadFailed, WriteFailed, and what `check` and `filter_chunk` raise."""
-        with Wakeup() as wakeup, ThreadPoolExecutor(FILTER_THREADS, "filter") as threads:
-            copied = _RunningCopy(self, wakeup, threads).run(_chunks(extents))
+    def run(self, parts: Iterable[Part]) -> Copied:
+        """Copy all parts. Raises ReadFailed, WriteFailed, and what `check` and `filter_batch` raise."""
+        with ExitStack() as held:
+            workers = self.workers or held.enter_context(Workers(WORKERS))
+            wakeup = held.enter_context(Wakeup())
+            copied = _RunningCopy(self, wakeup, workers).run(batches.cut(parts, self.zero_clusters))
         self.progress(copied.copied_bytes + copied.zero_bytes)
         return copied
 
 
-@dataclass
-class _Chunk:
-    """One request under way: read first, unless it is zeroes, then filtered, then written.
-
-    pending: of the requests in flight. filtering: what the filter will return, until that was taken.
-    """
-
-    extent: Extent
-    source: Connection
-    content: bytearray | None = None
-    pending: list[Ticket] = field(default_factory=list)
-    filtering: "Future[Sequence[Extent]] | None" = None
-    writing: bool = False
-
-    def is_idle(self) -> bool:
-        """Whether nothing of it is in flight any more. Raises ReadFailed, WriteFailed."""
-        if self.filtering is not None:
-            return self.filtering.done()
-        self.pending = [has_ended for has_ended in self.pending if not has_ended()]
-        return not self.pending
-
-
 class _RunningCopy:
-    """The chunks of one running copy, and what it has come to so far."""
+    """The batches of one running copy, and what it has come to so far."""
 
-    def __init__(self, copy: Copy, wakeup: Wakeup, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, copy: Copy, wakeup: Wakeup, workers: Workers) -> None:
         self._copy = copy
         self._wakeup = wakeup
-        self._threads = threads
-        self._pollables = [*copy.source.connections, *(copy.sink.pollables if copy.sink else ()), wakeup]
-        self._in_flight: deque[_Chunk] = deque()
-        self._free: list[bytearray] = []
+        self._workers = workers
+        self._pollables = [*copy.reader.pollables, wakeup]
+        self._most = copy.reader.batches + _AHEAD * workers.count
+        self._again: deque[Part] = deque()
+        self._in_flight: set[Batch] = set()
+        self._free: list[memoryview] = []
+        self._worked: deque[tuple[Batch, BaseException | None]] = deque()
+        self._working = _Working()
         self._copied_bytes = self._zero_bytes = 0
 
-    def run(self, chunks: Iterator[Extent]) -> Copied:
-        copy, connections = self._copy, self._copy.source.connections
-        waiting = next(chunks, None)
-        started = 0
+    def run(self, pieces: Iterator[Part]) -> Copied:
+        try:
+            self._run(pieces)
+        except BaseException:
+            self._working.stop()
+            raise
+        return Copied(self._copied_bytes, self._zero_bytes)
+
+    def _run(self, pieces: Iterator[Part]) -> None:
+        copy = self._copy
+        waiting = next(pieces, None)
         checked = moved = time.monotonic()
         while waiting is not None or self._in_flight:
             pause = copy.limiter.wait_seconds()
-            while waiting is not None and pause <= 0 and len(self._in_flight) < DEPTH * len(connections):
-                self._start(waiting, connections[started % len(connections)])
-                started += 1
-                waiting = next(chunks, None)
+            while waiting is not None and pause <= 0 and len(self._in_flight) < self._most:
+                self._start(waiting)
+                waiting = self._again.popleft() if self._again else next(pieces, None)
                 pause = copy.limiter.wait_seconds()
             poll_once(self._pollables, min(pause, CHECK_SECONDS) if pause > 0 else CHECK_SECONDS)
             now = time.monotonic()
             if self._advance() or not self._in_flight:
                 moved = now
+            if waiting is None and self._again:
+                waiting = self._again.popleft()
             if now - checked >= CHECK_SECONDS:
                 checked = now
                 copy.check()
                 copy.progress(self._copied_bytes + self._zero_bytes)
             if now - moved > copy.stall_seconds:
-                failure = WriteFailed if self._in_flight[0].writing else ReadFailed
-                raise failure(f"no byte moved for {copy.stall_seconds:g} s")
-        return Copied(self._copied_bytes, self._zero_bytes)
+                writing = any(one.writing for one in self._in_flight)
+                raise (WriteFailed if writing else ReadFailed)(f"no byte moved for {copy.stall_seconds:g} s")
 
-    def _start(self, extent: Extent, source: Connection) -> None:
-        chunk = _Chunk(extent, source)
-        if extent.zero:
-            self._filter(chunk)
+    def _start(self, piece: Part) -> None:
+        if piece.zero:
+            batch = Batch(piece.numbers, None)
+            self._work(batch)
         else:
-            self._copy.limiter.spend(extent.length)
-            chunk.content = self._buffer(extent.length)
-            cookie = source.start_read(nbd.Buffer.from_buffer(chunk.content), extent.offset)
-            chunk.pending = [partial(source.has_ended, cookie)]
-        self._in_flight.append(chunk)
+            self._copy.limiter.spend(self._bytes(piece.numbers))
+            batch = Batch(piece.numbers, self._free.pop() if self._free else batches.new_buffer())
+            self._copy.reader.start(batch)
+        self._in_flight.add(batch)
 
     def _advance(self) -> bool:
-        """Take every chunk that can go on one step further; returns whether any could."""
+        """Take every batch that can go on one step further; returns whether any could."""
         moved = False
-        for _ in range(len(self._in_flight)):
-            chunk = self._in_flight.popleft()
-            try:
-                idle = chunk.is_idle()
-            except ReadFailed:
-                # A lost server says nothing about this chunk: only a read error of a live one is tolerated.
-                if self._copy.on_unreadable is None or not chunk.source.alive():
-                    raise
-                moved = True
-                self._copy.on_unreadable(chunk.extent)
-                continue
-            if idle:
-                moved = True
-                if chunk.writing:
-                    self._finish(chunk)
-                    continue
-                if chunk.filtering is None:
-                    self._filter(chunk)
-                else:
-                    self._write(chunk, chunk.filtering.result())
-            self._in_flight.append(chunk)
+        for batch in self._copy.reader.ended():
+            moved = True
+            if batch.failure is None:
+                self._work(batch)
+            else:
+                self._unreadable(batch, batch.failure)
+        while self._worked:
+            moved = True
+            batch, failure = self._worked.popleft()
+            if isinstance(failure, ReadFailed):
+                self._unreadable(batch, failure)
+            elif failure is not None:
+                raise failure
+            else:
+                self._finish(batch)
         return moved
 
-    def _filter(self, chunk: _Chunk) -> None:
-        content = memoryview(chunk.content) if chunk.content is not None else None
-        chunk.filtering = self._threads.submit(self._copy.filter_chunk, chunk.extent, content)
-        chunk.filtering.add_done_callback(lambda _done: self._wakeup.set())
+    def _unreadable(self, batch: Batch, failure: TransferError) -> None:
+        if self._copy.on_unreadable is None:
+            raise failure
+        self._release(batch)
+        if len(batch.numbers) == 1:
+            self._copy.on_unreadable(batch.numbers)
+        else:  # which of its clusters cannot be read is found by reading them one by one
+            self._again.extend(batches.each(batch.numbers))
 
-    def _write(self, chunk: _Chunk, wanted: Sequence[Extent]) -> None:
-        chunk.filtering, chunk.writing = None, True
-        for extent in wanted:
-            assert self._copy.sink is not None
-            if extent.zero:
-                chunk.pending.append(self._copy.sink.zero(extent))
-            else:
-                begin = extent.offset - chunk.extent.offset
-                assert chunk.content is not None
-                part = memoryview(chunk.content)[begin : begin + extent.length]
-                chunk.pending.append(self._copy.sink.write(extent, part))
+    def _finish(self, batch: Batch) -> None:
+        if batch.buffer is None:
+            self._zero_bytes += self._bytes(batch.numbers)
+        else:
+            self._copied_bytes += self._bytes(batch.numbers)
+        self._release(batch)
 
-    def _finish(self, chunk: _Chunk) -> None:
-        if chunk.content is None:
-            self._zero_bytes += chunk.extent.length
+    def _release(self, batch: Batch) -> None:
+        """Let go of a batch, and reuse its buffer: the page faults of new ones cost more than the copy."""
+        self._in_flight.remove(batch)
+        if batch.buffer is not None:
+            self._free.append(batch.buffer)
+
+    def _bytes(self, numbers: Clusters) -> int:
+        return clusters.bytes_of(numbers, self._copy.reader.size)
+
+    def _work(self, batch: Batch) -> None:
+        self._workers.submit(partial(self._handle, batch))
+
+    def _handle(self, batch: Batch) -> None:
+        """Do in a worker what blocks."""
+        failure: BaseException | None = None
+        if not self._working.begin():
             return
-        self._copied_bytes += chunk.extent.length
-        if chunk.extent.length == CHUNK_BYTES:
-            self._free.append(chunk.content)
+        try:
+            self._fill_and_write(batch)
+        except BaseException as err:  # noqa: BLE001 - the copy's thread raises it
+            failure = err
+        finally:
+            self._working.end()
+        self._worked.append((batch, failure))
+        self._wakeup.set()
 
-    def _buffer(self, length: int) -> bytearray:
-        """Return a buffer, a used one if possible: the page faults of new ones cost more than the copy."""
-        return self._free.pop() if length == CHUNK_BYTES and self._free else bytearray(length)
+    def _fill_and_write(self, batch: Batch) -> None:
+        copy, content = self._copy, batch.content
+        if content is not None:
+            copy.reader.fill(batch)
+        wanted = copy.filter_batch(batch.numbers, content)
+        if not self._working.wanted:
+            return
+        batch.writing = True
+        if wanted.data.any():
+            assert copy.sink is not None
+            assert content is not None
+            copy.sink.write(batch.numbers[wanted.data], _slices(content, wanted.data))
+        if wanted.zero.any():
+            assert copy.sink is not None
+            copy.sink.zero(batch.numbers[wanted.zero])
 
 
-def _chunks(extents: Iterable[Extent]) -> Iterator[Extent]:
-    for extent in extents:
-        yield from split(extent, ZERO_CHUNK_BYTES if extent.zero else CHUNK_BYTES)
+class _Working:
+    """How many workers work for a copy, and whether it still wants them to."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self.wanted = True
+
+    def begin(self) -> bool:
+        with self._changed:
+            self._count += self.wanted
+            return self.wanted
+
+    def end(self) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Want nothing any more, and wait for what is under way, unless it hangs."""
+        with self._changed:
+            self.wanted = False
+            self._changed.wait_for(lambda: not self._count, END_SECONDS)
+
+
+def _slices(content: memoryview, chosen: NDArray[np.bool_]) -> list[memoryview]:
+    """Return the parts of a buffer that hold the chosen clusters."""
+    if chosen.all():
+        return [content]
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)) * CLUSTER_BYTES
+    return [content[first:stop] for first, stop in edges.reshape(-1, 2).tolist()]

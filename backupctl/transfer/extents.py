@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""From NBD block status to extents to copy.
+"""From NBD block status to extents.
 
 A reply may be shaped in any of these ways; each is legal, in each context on its own:
 
@@ -14,16 +14,20 @@ Only what ALL contexts cover is known. So: clip to what was asked, intersect the
 for the rest. A reply without progress, an extent of length 0, and an extent after one that already reaches
 beyond what was asked violate the protocol.
 
-Extents may begin and end anywhere, also within a cluster. Here they are bytes; `cluster_map` (what is to be
-copied) and `read_layer` (what a layer stores) turn them into clusters. Both keep one rule: a cluster is zero
-only if all of it is. Zero in part is data.
+Extents may begin and end anywhere, also within a cluster. Here they are bytes; `cluster_map` turns them into
+clusters. It keeps one rule: a cluster is zero only if all of it is. Zero in part is data.
 
 Dirty and zero are two questions: a dirty extent that reads as zeroes must be stored as zeroes, or the
 old data would come back at restore.
+
+A fragmented disk gives a hundred thousand extents in one reply: they are arrays from here on.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 DIRTY = 1  # qemu:dirty-bitmap:X, NBD_STATE_DIRTY
 ZERO = 2  # base:allocation, NBD_STATE_ZERO
@@ -36,97 +40,71 @@ MAX_SHORT_REPLIES = 10_000
 """This many replies in a row may each describe less than a cluster; a server that sends more never ends."""
 _SHORT_BYTES = 65536
 
+Bytes = NDArray[np.int64]
+
 
 class BadReply(ValueError):
     """The block status reply violates the protocol."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A range of a disk, in bytes. zero: it reads as zeroes."""
+class Extents(NamedTuple):
+    """Ranges of a disk in bytes, one behind the other; flags: of each context that was asked for."""
 
-    offset: int
-    length: int
-    zero: bool
+    offsets: Bytes
+    lengths: Bytes
+    flags: tuple[NDArray[np.int64], ...]
 
     @property
     def end(self) -> int:
-        """The first byte after it."""
-        return self.offset + self.length
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """A range with the flags of each of the contexts that were asked for, in their order."""
-
-    offset: int
-    length: int
-    flags: tuple[int, ...]
+        """The first byte after the last of them."""
+        return int(self.offsets[-1] + self.lengths[-1])
 
 
 Ask = Callable[[int, int], dict[str, list[int]]]
 """`Connection.block_status`."""
 
 
-def query_extents(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> Iterator[Status]:
+def query_extents(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0) -> Iterator[Extents]:
     """Yield the block status from `start` to `size`, asking as often as needed. Raises BadReply."""
     offset = start
     short = 0
     while offset < size:
-        begun = offset
         asked = min(size - offset, MAX_QUESTION_BYTES)
         reply = ask(offset, asked)
         missing = [context for context in contexts if context not in reply]
         if missing:
             raise BadReply(f"no block status for the context {missing[0]}")
-        for status in intersect(offset, asked, [reply[context] for context in contexts]):
-            yield status
-            offset = status.offset + status.length
-        short = short + 1 if offset - begun < min(asked, _SHORT_BYTES) else 0
+        found = intersect(offset, asked, [reply[context] for context in contexts])
+        yield found
+        short = short + 1 if found.end - offset < min(asked, _SHORT_BYTES) else 0
+        offset = found.end
         if short > MAX_SHORT_REPLIES:
             raise BadReply("too many short replies in a row")
 
 
-def intersect(offset: int, asked: int, replies: list[list[int]]) -> list[Status]:
+def intersect(offset: int, asked: int, replies: list[list[int]]) -> Extents:
     """Return what all replies to one question cover, with the flags of each.
 
     replies: length, flags, length, flags, ... of each context. Raises BadReply.
     """
-    runs = [iter(clip(asked, reply)) for reply in replies]
-    heads = [next(run) for run in runs]
-    found: list[Status] = []
-    # One step for each edge: a fragmented disk gives some hundred thousand of them in one reply.
-    while True:
-        length = min(left for left, _ in heads)
-        found.append(Status(offset, length, tuple(flags for _, flags in heads)))
-        offset += length
-        for number, (left, flags) in enumerate(heads):
-            head = (left - length, flags) if left > length else next(runs[number], None)
-            if head is None:
-                return found
-            heads[number] = head
+    clipped = [clip(asked, reply) for reply in replies]
+    covered = min(int(stops[-1]) for stops, _ in clipped)
+    every = np.unique(np.concatenate([stops for stops, _ in clipped])) if len(clipped) > 1 else clipped[0][0]
+    stops = every[: int(np.searchsorted(every, covered)) + 1]
+    lengths = np.diff(stops, prepend=0)
+    flags = tuple(flags[np.searchsorted(its_stops, stops)] for its_stops, flags in clipped)
+    return Extents(offset + stops - lengths, lengths, flags)
 
 
-def clip(asked: int, reply: list[int]) -> list[tuple[int, int]]:
-    """Return one context's (length, flags), cut at what was asked. Raises BadReply."""
+def clip(asked: int, reply: list[int]) -> tuple[Bytes, Bytes]:
+    """Return where each extent of one context ends, cut at what was asked, and its flags. Raises BadReply."""
     if not reply or len(reply) % 2:
         raise BadReply("an empty block status reply")
-    found = []
-    left = asked
-    for length, flags in zip(reply[::2], reply[1::2], strict=True):
-        if length <= 0:
-            raise BadReply("an extent of length 0")
-        if left <= 0:
-            raise BadReply("an extent beyond the range that was asked for")
-        found.append((min(length, left), flags))
-        left -= length
-    return found
-
-
-def split(extent: Extent, most: int) -> Iterator[Extent]:
-    """Cut an extent at the multiples of `most` bytes, so that all but the ends are whole clusters."""
-    offset = extent.offset
-    while offset < extent.end:
-        length = min(extent.end, offset - offset % most + most) - offset
-        yield Extent(offset, length, extent.zero)
-        offset += length
+    pairs = np.array(reply, np.int64).reshape(-1, 2)
+    lengths = pairs[:, 0]
+    if (lengths <= 0).any():
+        raise BadReply("an extent of length 0")
+    stops = np.cumsum(lengths)
+    if len(stops) > 1 and int(stops[-2]) >= asked:
+        raise BadReply("an extent beyond the range that was asked for")
+    return np.minimum(stops, asked), pairs[:, 1]

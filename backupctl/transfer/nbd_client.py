@@ -13,8 +13,9 @@ import resource
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class Connection:
     """A connection to one export.
 
     failure: the error to raise, ReadFailed or WriteFailed. stall_seconds: the longest wait for any
-    sign of life. check: called at least every 100 ms of such a wait; what it raises ends it.
+    sign of life. check: called at least every 100 ms of such a wait; what it raises ends it. A thread that
+    takes the connection over sets its own.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Connection:
         self.failure = failure
         self._export = export
         self._stall_seconds = stall_seconds
-        self._check = check
+        self.check = check
         self._checked = 0.0
+        self._read_flags = 0
 
     def connect(self, address: socket.socket | Path, contexts: Sequence[str] = ()) -> None:
         """Shake hands on a connected socket (a duplicate of it) or a unix socket's path.
@@ -78,6 +81,7 @@ class Connection:
             self.wait(lambda: self._handshake_has_ended(memory))
             if not self.handle.aio_is_ready():
                 raise self.failure(f"the NBD server refused the export {self._export}")
+            self._read_flags = nbd.CMD_FLAG_DF if self.handle.can_df() else 0
             for context in contexts:
                 if not self.handle.can_meta_context(context):
                     raise self.failure(f"the NBD server does not offer the meta context {context}")
@@ -112,8 +116,7 @@ class Connection:
         test_a_cluster_that_cannot_be_read_is_zeroes_if_damage_is_allowed_and_no_other).
         """
         try:
-            flags = nbd.CMD_FLAG_DF if self.handle.can_df() else 0
-            return int(self.handle.aio_pread(buffer, offset, flags=flags))
+            return int(self.handle.aio_pread(buffer, offset, flags=self._read_flags))
         except nbd.Error as err:
             raise self.explained(err) from err
 
@@ -135,9 +138,29 @@ class Connection:
         """Have the server flush all completed writes to stable storage in `seconds`. Raises `failure`."""
         try:
             cookie = self.handle.aio_flush()
-            self._await(lambda: self.completed(cookie), seconds, self._check)
+            self._await(lambda: self.completed(cookie), seconds, self.check)
         except nbd.Error as err:
             raise self.explained(err) from err
+
+    def retire(self) -> tuple[int, TransferError | None] | None:
+        """Retire a command that has ended: return its cookie, and its error. None if there is none.
+
+        It looks at none that is still in flight, and may be asked only while there are any. Raises `failure`
+        if the connection is lost.
+        """
+        cookie = self.handle.aio_peek_command_completed()
+        if not cookie:
+            if not self.alive():
+                raise self.failure("the NBD connection was lost")
+            return None
+        try:
+            self.completed(cookie)
+        except TransferError as err:
+            # A lost server says nothing about what was asked: only an error reply of a live one counts.
+            if not self.alive():
+                raise
+            return cookie, err
+        return cookie, None
 
     def completed(self, cookie: int) -> bool:
         """Whether a command has ended; it is then retired. Raises `failure` if it failed."""
@@ -146,17 +169,14 @@ class Connection:
         except nbd.Error as err:
             raise self.explained(err) from err
 
-    def has_ended(self, cookie: int) -> bool:
-        """Like `completed`, but also raises `failure` if the connection is lost and no answer can come."""
-        if self.completed(cookie):
-            return True
-        if not self.alive():
-            raise self.failure("the NBD connection was lost")
-        return False
+    def finish(self, cookies: Iterable[int]) -> None:
+        """Wait until these commands have ended. Raises `failure` if one failed."""
+        for cookie in cookies:
+            self.wait(partial(self.completed, cookie))
 
     def wait(self, done: Callable[[], bool]) -> None:
         """Serve this connection until `done()`. Raises `failure` at a stall and if the connection is lost."""
-        self._await(done, self._stall_seconds, self._check)
+        self._await(done, self._stall_seconds, self.check)
 
     def _await(
         self, done: Callable[[], bool], seconds: float, check: Callable[[], None] = lambda: None

@@ -3,6 +3,7 @@
 
 import os
 import select
+import threading
 from collections.abc import Iterable
 from typing import Protocol, Self
 
@@ -25,16 +26,22 @@ class Wakeup:
 
     def __init__(self) -> None:
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+        self._open = True
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_raised: object) -> None:
-        os.close(self._descriptor)
+        with self._lock:
+            self._open = False
+            os.close(self._descriptor)
 
     def set(self) -> None:
-        """End the wait that is under way, or else the next one."""
-        os.eventfd_write(self._descriptor, 1)
+        """End the wait that is under way, or else the next one. After the block it does nothing."""
+        with self._lock:  # once it is closed, its number may be that of another file
+            if self._open:
+                os.eventfd_write(self._descriptor, 1)
 
     def events(self) -> int:
         """Return the event to wait for."""

@@ -9,7 +9,7 @@ from typing import Self
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import ReadFailed
 from backupctl.transfer import extents
-from backupctl.transfer.extents import BadReply, Status
+from backupctl.transfer.extents import BadReply, Extents
 from backupctl.transfer.nbd_client import ALLOCATION_DEPTH, BASE_ALLOCATION, Connection, Entries
 
 
@@ -67,7 +67,7 @@ class Source:
                 connection.close()
             raise
 
-    def statuses(self) -> Iterator[Status]:
+    def statuses(self) -> Iterator[Extents]:
         """Yield the block status of the whole disk: flags of base:allocation, then of the bitmap or depth.
 
         Raises ReadFailed.
@@ -95,6 +95,11 @@ class Source:
                 if length <= CLUSTER_BYTES:
                     return {BASE_ALLOCATION: [length, 0], ALLOCATION_DEPTH: [length, 1]}
                 length = max(length // 2 // CLUSTER_BYTES, 1) * CLUSTER_BYTES
+
+    def use_check(self, check: Callable[[], None]) -> None:
+        """Call another `check` while this waits for the server: the thread's that reads from now on."""
+        for connection in self.connections:
+            connection.check = check
 
     def close(self) -> None:
         """Close the connections. Never raises."""

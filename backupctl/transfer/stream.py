@@ -3,93 +3,121 @@
 
 ::
 
-    extents ─► chunks ─► [reads in flight, at most `DEPTH`] ─► written strictly in order
+    parts ─► batches ─► [reads in flight, at most `BATCHES`] ─► written strictly in order
 """
 
 import errno
 import os
 import select
 import stat
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
-import nbd
+import numpy as np
 
-from backupctl.errors import WriteFailed
-from backupctl.transfer import cluster_map, extents
-from backupctl.transfer.extents import Extent
-from backupctl.transfer.nbd_client import Connection
-from backupctl.transfer.source import Source
+from backupctl.digests import clusters
+from backupctl.errors import ReadFailed, WriteFailed
+from backupctl.transfer.batch import BATCH_BYTES, BATCH_CLUSTERS, Batch, Part, new_buffer
+from backupctl.transfer.copy import Filter, pass_all
+from backupctl.transfer.polling import poll_once
+from backupctl.transfer.reader import Reader
 
-CHUNK_BYTES = 1 << 20
-DEPTH = 8
+BATCHES = 8
 CHECK_SECONDS = 0.1
-_ZEROES = memoryview(bytes(CHUNK_BYTES))
-
-
-@dataclass
-class _Chunk:
-    """A range under way; buffer: None if it is zeroes."""
-
-    extent: Extent
-    connection: Connection
-    buffer: "nbd.Buffer | None" = None
-    cookie: int = 0
-
-    def content(self) -> memoryview:
-        """Wait for the bytes. Raises ReadFailed."""
-        if self.buffer is None:
-            return _ZEROES[: self.extent.length]
-        self.connection.wait(lambda: self.connection.completed(self.cookie))
-        return memoryview(self.buffer.to_bytearray())
+STALL_SECONDS = 60.0
+_ZEROES = memoryview(bytes(BATCH_BYTES))
 
 
 def stream(
-    source: Source,
+    reader: Reader,
+    parts: Iterable[Part],
     descriptor: int,
     *,
     check: Callable[[], None],
     progress: Callable[[int], None],
-    on_chunk: Callable[[Extent, memoryview | None], object] = lambda _extent, _content: None,
+    on_batch: Filter = pass_all,
 ) -> None:
-    """Write all of `source` to a descriptor.
+    """Write all of a disk to a descriptor. parts: its data, as `cluster_map.all_parts` yields it.
 
-    on_chunk: called with each chunk before any byte of it is written (no content: zeroes); what it raises
+    on_batch: called with each batch before any byte of it is written (no content: zeroes); what it raises
     ends the stream. check: called at least every 100 ms while the reader takes no bytes; what it raises ends
     the stream. progress: called with the bytes done. Raises ReadFailed, WriteFailed.
     """
-    chunks = _chunks(source)
-    in_flight: deque[_Chunk] = deque()
+    free: list[memoryview] = []
+    waiting = _batches(parts, reader.size, free)
+    in_flight: deque[Batch] = deque()
+    reads = _Reads(reader, check)
     done = 0
     with _outlet(descriptor) as write:
         while True:
-            while len(in_flight) < DEPTH and (extent := next(chunks, None)) is not None:
-                in_flight.append(_start(extent, source.connections[0]))
+            while len(in_flight) < BATCHES and (batch := next(waiting, None)) is not None:
+                reads.start(batch)
+                in_flight.append(batch)
             if not in_flight:
                 return
-            chunk = in_flight.popleft()
-            content = chunk.content()
-            on_chunk(chunk.extent, content if chunk.buffer is not None else None)
-            _write_all(write, content, check)
-            done += chunk.extent.length
+            batch = in_flight.popleft()
+            reads.wait(batch)
+            on_batch(batch.numbers, batch.content)
+            length = clusters.bytes_of(batch.numbers, reader.size)
+            _write_all(write, (batch.content or _ZEROES)[:length], check)
+            if batch.buffer is not None:
+                free.append(batch.buffer)
+            done += length
             check()
             progress(done)
 
 
-def _start(extent: Extent, connection: Connection) -> _Chunk:
-    chunk = _Chunk(extent, connection)
-    if not extent.zero:
-        chunk.buffer = nbd.Buffer(extent.length)
-        chunk.cookie = connection.start_read(chunk.buffer, extent.offset)
-    return chunk
+class _Reads:
+    """Reads that end in any order, and are waited for in turn."""
+
+    def __init__(self, reader: Reader, check: Callable[[], None]) -> None:
+        self._reader = reader
+        self._check = check
+        self._flying: set[Batch] = set()
+
+    def start(self, batch: Batch) -> None:
+        if batch.buffer is not None:
+            self._flying.add(batch)
+            self._reader.start(batch)
+
+    def wait(self, batch: Batch) -> None:
+        """Wait for the content of a batch. Raises ReadFailed."""
+        quiet = time.monotonic()
+        while batch in self._flying:
+            poll_once(self._reader.pollables, CHECK_SECONDS)
+            for ended in self._reader.ended():
+                self._flying.remove(ended)
+                quiet = time.monotonic()
+            if time.monotonic() - quiet > STALL_SECONDS:
+                raise ReadFailed(f"no byte moved for {STALL_SECONDS:g} s")
+            self._check()
+        if batch.failure is not None:
+            raise batch.failure
+        if batch.buffer is not None:
+            self._reader.fill(batch)
 
 
-def _chunks(source: Source) -> Iterator[Extent]:
-    for extent in cluster_map.all_extents(source):
-        yield from extents.split(extent, CHUNK_BYTES)
+def _batches(parts: Iterable[Part], size_bytes: int, free: list[memoryview]) -> Iterator[Batch]:
+    """Yield all of the disk in order, in batches of neighbours: to be read where any of them has data."""
+    count = clusters.count(size_bytes)
+    at = 0
+    for part in parts:
+        if part.zero:
+            continue
+        for block in np.unique(part.numbers // np.uint64(BATCH_CLUSTERS)).tolist():
+            yield from _zeroes(at, block * BATCH_CLUSTERS)
+            at = min((block + 1) * BATCH_CLUSTERS, count)
+            numbers = np.arange(block * BATCH_CLUSTERS, at, dtype=np.uint64)
+            yield Batch(numbers, free.pop() if free else new_buffer())
+    yield from _zeroes(at, count)
+
+
+def _zeroes(first: int, stop: int) -> Iterator[Batch]:
+    for begin in range(first, stop, BATCH_CLUSTERS):
+        yield Batch(np.arange(begin, min(begin + BATCH_CLUSTERS, stop), dtype=np.uint64), None)
 
 
 @contextmanager

@@ -1,46 +1,47 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The filter of a restore or merge: compares what is read back with its digests before it is written."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent, Records
-from backupctl.digests.hashing import of_piece
+import numpy as np
+
+from backupctl.digests import clusters, hashing
+from backupctl.digests.clusters import Clusters, EffectiveContent, Records
 from backupctl.sizes import Range
-from backupctl.transfer.extents import Extent
+from backupctl.transfer.copy import Wanted
 
 
 class VerifyFilter:
     """A filter for `Copy` that compares each cluster with what the disk should hold.
 
-    expected: None if that is not known. zeroes: whether zeroes are to be written; a new file holds them
-    already. on_mismatch: called with the ranges that differ; what it raises ends the copy.
+    expected: None if that is not known. size_bytes: of the disk. zeroes: whether zeroes are to be written; a
+    new file holds them already. on_mismatch: called in a worker with the ranges that differ; what it raises
+    ends the copy.
     """
 
     def __init__(
-        self, expected: EffectiveContent | None, on_mismatch: Callable[[list[Range]], None], *, zeroes: bool
+        self,
+        expected: EffectiveContent | None,
+        on_mismatch: Callable[[list[Range]], None],
+        size_bytes: int,
+        *,
+        zeroes: bool,
     ) -> None:
         self._expected = expected
         self._on_mismatch = on_mismatch
+        self._size_bytes = size_bytes
         self._zeroes = zeroes
 
-    def __call__(self, extent: Extent, content: memoryview | None) -> Sequence[Extent]:
-        """Return what of a chunk is to be written; content: None if it is known to be zeroes."""
-        first = extent.offset // CLUSTER_BYTES
-        found = clusters.blank(first, clusters.count(extent.length))
-        if content is not None:
-            found = of_piece(extent.offset, content)
-        self._compare(found, extent.end)
+    def __call__(self, numbers: Clusters, content: memoryview | None) -> Wanted:
+        """Return what of a batch is to be written; content: None if it is known to be zeroes."""
+        found = hashing.of_zeroes(numbers) if content is None else hashing.of_clusters(numbers, content)
+        self._compare(found)
         zero = clusters.is_zero(found)
-        wanted = [Extent(*run, False) for run in clusters.ranges(found["cluster"][~zero], extent.end)]
-        if self._zeroes:
-            wanted += [Extent(*run, True) for run in clusters.ranges(found["cluster"][zero], extent.end)]
-        return sorted(wanted, key=lambda one: one.offset)
+        return Wanted(~zero, zero if self._zeroes else np.zeros(len(numbers), np.bool_))
 
-    def _compare(self, found: Records, end: int) -> None:
+    def _compare(self, found: Records) -> None:
         if self._expected is None:
             return
-        should = self._expected.window(int(found["cluster"][0]), len(found))
-        wrong = found["cluster"][clusters.differ(found, should)]
+        wrong = found["cluster"][clusters.differ(found, self._expected.of(found["cluster"]))]
         if len(wrong):
-            self._on_mismatch(clusters.ranges(wrong, end))
+            self._on_mismatch(clusters.ranges(wrong, self._size_bytes))

@@ -115,7 +115,8 @@ class Disk:
         elif do in ("dirty", "inplace", "append"):
             file = self.files[self.inode(path)]
             file.coming = step["coming"]
-            file.fates = {"inplace": MIXED, "append": APPENDED}.get(do, DOUBTFUL)
+            # Of a file that was never synced nothing is sure to be there.
+            file.fates = {"inplace": MIXED, "append": APPENDED}.get(do, DOUBTFUL) if file.synced else DOUBTFUL
         elif do == "sync" and "content" in step:
             self.files[self.inode(path)] = File(synced=step["content"])
         elif do == "sync":

@@ -6,9 +6,9 @@ step, and the content of every file at its fsync, under the name of its digest. 
 function of `durable`) makes that one do nothing: a planted bug.
 
 What is seen: every file and folder made, renamed, linked or removed by Python (its audit events), and every
-fsync. What QEMU writes into an image is not seen, and need not be:
-an image counts as dirty from its making to the fsync that follows the end of its server; one that is written
-in place, while others stand on it, as `inplace`.
+fsync. What is written into an image is not seen, and need not be:
+an image counts as dirty from its making to the first fsync; one that is written in place, while others stand
+on it, as `inplace`, and so does one of our own writer that is written after an fsync.
 """
 
 import hashlib
@@ -24,11 +24,14 @@ from backupctl.cli.main import main
 from backupctl.images import create, nbd_server
 from backupctl.images.open_image import OpenImage
 from backupctl.system import durable
+from backupctl.system.direct_io import DirectWriter
 from backupctl.vm.qmp.monitor import Monitor
 
 REPOSITORY = Path(os.environ["REPOSITORY"])
 TRACE = Path(os.environ["TRACE"])
 RETIRED = "block-dirty-bitmap-remove"
+clean: set[int] = set()
+"""Inodes of files that were synced, and not written since."""
 _log = (TRACE / "trace").open("a")
 
 
@@ -109,7 +112,17 @@ def synced(descriptor: int) -> None:
             name = hashlib.sha256(content).hexdigest()
             (TRACE / name).write_bytes(content)
             note("sync", path, content=name)
+            clean.add(os.fstat(descriptor).st_ino)
     real_fsync(descriptor)
+
+
+def written(self: DirectWriter, parts: Sequence[memoryview], offset: int) -> None:
+    """Note the first write into an image after a sync: each block of it may be old or new until the next."""
+    path = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+    if (inode := os.fstat(self._descriptor).st_ino) in clean:
+        clean.remove(inode)
+        note("inplace", path)
+    real_write(self, parts, offset)
 
 
 def served(chain: Sequence[OpenImage], *, writable: bool = False, in_use: bool = False) -> Any:
@@ -133,13 +146,13 @@ def told(self: Monitor, actions: Any) -> Any:
 
 
 real_fsync, real_transaction = os.fsync, Monitor.transaction
-real_serve, real_resize = nbd_server.serve, create.resize
+real_serve, real_resize, real_write = nbd_server.serve, create.resize, DirectWriter.write
 
 
 def recorded() -> None:
     """Be the command line, whose steps are noted."""
     os.fsync, Monitor.transaction = synced, told
-    nbd_server.serve, create.resize = served, resized
+    nbd_server.serve, create.resize, DirectWriter.write = served, resized, written  # type: ignore[method-assign]
     for forgotten in os.environ.get("FORGET", "").split():
         setattr(durable, forgotten, lambda _path: None)
     sys.addaudithook(heard)

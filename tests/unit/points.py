@@ -6,15 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nbd
 import numpy as np
 import pytest
 
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, Records
 from backupctl.digests.hashing import of_piece
+from backupctl.errors import WriteFailed
 from backupctl.images import create, nbd_server
 from backupctl.images.open_image import OpenImage
 from backupctl.names import DiskName, NodeName, PointId, VmName, point_time
@@ -25,8 +28,7 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
-from backupctl.transfer.extents import Extent
-from backupctl.transfer.sink import open_nbd_sink
+from backupctl.transfer.nbd_client import Connection
 
 P1 = PointId("20260101T000000Z")
 P2 = PointId("20260102T000000Z")
@@ -139,17 +141,16 @@ def stored(image: Path, size: int) -> Records:
 
 
 def write_image(layers: tuple[Path, ...], writes: Writes) -> None:
-    with (
-        nbd_server.serve(layers, writable=True) as address,
-        open_nbd_sink(address, nbd_server.EXPORT, 1) as sink,
-    ):
-        for offset, content in writes:
-            extent = Extent(offset, len(content), zero=not any(content))
-            if extent.zero:
-                has_ended = sink.zero(extent)
-            else:
-                has_ended = sink.write(extent, memoryview(bytearray(content)))
-            sink.connections[0].wait(has_ended)
+    with nbd_server.serve(layers, writable=True) as address:
+        connection = Connection(nbd_server.EXPORT, WriteFailed, 60)
+        with closing(connection):
+            connection.connect(address)
+            for offset, content in writes:
+                if any(content):
+                    buffer = nbd.Buffer.from_buffer(bytearray(content))
+                    connection.finish([connection.start_write(buffer, offset)])
+                else:
+                    connection.finish([connection.start_zero(len(content), offset)])
 
 
 def in_memory(path: Path) -> bool:

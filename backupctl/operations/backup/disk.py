@@ -11,48 +11,74 @@ that one in between was removed by hand after its point had been pruned.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import closing
 from dataclasses import dataclass
+
+import numpy as np
 
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
+from backupctl.digests.record_table import RecordTable
 from backupctl.errors import ReadFailed, moving
 from backupctl.images import create
-from backupctl.operations import endpoints
+from backupctl.images.qcow2_writer import Qcow2Writer
+from backupctl.names import DiskName
 from backupctl.operations.backup.plan import DiskPlan
 from backupctl.progress import Reporter
 from backupctl.repository import chain
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.vm_folder import VmFolder
+from backupctl.system.threads import Workers
 from backupctl.transfer.cluster_map import ClusterMap
 from backupctl.transfer.copy import Copy
 from backupctl.transfer.dedup_filter import DedupFilter
-from backupctl.transfer.extents import DIRTY, ZERO, Status
+from backupctl.transfer.extents import DIRTY, ZERO, Extents
 from backupctl.transfer.rate_limit import TokenBucket
+from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.source import Source
+
+DISKS_AT_ONCE = 4
+
+
+class DiskProgress:
+    """How far each disk is: noted by the threads that copy, reported by the main thread."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._noted: dict[DiskName, tuple[int, int]] = {}
+        self._reported: dict[DiskName, tuple[int, int]] = {}
+
+    def note(self, disk: DiskName, done_bytes: int, total_bytes: int) -> None:
+        """So much of a disk is done."""
+        self._noted[disk] = (done_bytes, total_bytes)
+
+    def report(self) -> None:
+        """Tell the reporter what it has not been told."""
+        for disk, noted in list(self._noted.items()):
+            if self._reported.get(disk) != noted:
+                self._reported[disk] = noted
+                self._reporter.progress(disk, *noted)
 
 
 @dataclass(frozen=True)
 class LayerCopier:
-    """Copies the disks of one point, one after the other.
-
-    check: called at least every 100 ms while bytes move; what it raises ends the copy.
-    """
+    """Copies the disks of one point, several at once, each in a thread of its own."""
 
     folder: VmFolder
     partial: PendingPoint
     limiter: TokenBucket
-    reporter: Reporter
-    check: Callable[[], None]
+    workers: Workers
+    progress: DiskProgress
     stall_seconds: float
 
-    def copy_disk(self, one: DiskPlan, source: Source) -> DiskEntry:
+    def copy_disk(self, one: DiskPlan, source: Source, check: Callable[[], None]) -> DiskEntry:
         """Copy what a disk's layer must hold, and flush image and digest map to stable storage.
 
-        Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, and what `check` raises.
+        check: called at least every 100 ms while bytes move; what it raises ends the copy.
+        Raises DamageFound, ReadFailed, WriteFailed, RepositoryError.
         """
         disk = one.disk
+        source.use_check(check)
         path = self.partial.path / f"{disk.name}.qcow2"
         layers = chain.below(self.folder, one.base, disk.name)
         below = chain.effective_content(layers, disk.size)
@@ -62,29 +88,32 @@ class LayerCopier:
         if one.newest is not None:
             newest = chain.effective_content(chain.below(self.folder, one.newest, disk.name), disk.size)
         known_bytes = min(below.described_bytes, newest.described_bytes)
-        cluster_map, dirty_bytes = _find_extents(one, source.statuses(), below, known_bytes)
+        cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, known_bytes)
         if newest is not below:
             cluster_map.mark_differences(below, newest)
         total = cluster_map.marked_bytes()
         link = f"../{one.base}/{disk.name}.qcow2" if one.base else None
-        with create.new_layer(path, disk.size, link) as image:
+        table = RecordTable(self.partial.path)
+        dedup = DedupFilter(below, table)
+        with create.new_file(path) as image:
             with (
                 moving(disk.name, f"{path.name} in {self.folder.path}"),
-                closing(DedupFilter(below, self.partial.path)) as dedup,
-                chain.opened(layers) as opened,
-                endpoints.write_images((image, *opened), self.check) as sink,
+                Qcow2Writer(image, disk.size, link) as sink,
             ):
                 copied = Copy(
-                    source,
+                    NbdReader(source),
                     sink,
-                    check=self.check,
-                    progress=lambda done_bytes: self.reporter.progress(disk.name, done_bytes, total),
+                    check=check,
+                    progress=lambda done_bytes: self.progress.note(disk.name, done_bytes, total),
                     limiter=self.limiter,
                     stall_seconds=self.stall_seconds,
-                    filter_chunk=dedup,
-                ).run(cluster_map.extents())
-                map_path, count = digest_map.path_of(path), dedup.count()
-                checksum = digest_map.write_parts(map_path, disk.size, count, dedup.parts)
+                    filter_batch=dedup,
+                    workers=self.workers,
+                ).run(cluster_map.parts())
+                sink.finish()
+                check()
+                map_path = digest_map.path_of(path)
+                checksum = digest_map.write_parts(map_path, disk.size, table.count, table.parts)
             stored = image.stat()
         return DiskEntry(
             name=disk.name,
@@ -106,29 +135,29 @@ class LayerCopier:
         )
 
 
-def _find_extents(
-    one: DiskPlan, statuses: Iterable[Status], below: EffectiveContent, known_bytes: int
+def _find_clusters(
+    one: DiskPlan, statuses: Iterable[Extents], below: EffectiveContent, known_bytes: int
 ) -> tuple[ClusterMap, int]:
     """Return what must be read or zeroed, and how many bytes the dirty bitmap or the allocation map names.
 
     known_bytes: up to where the earlier points describe the disk; it has grown if it is larger.
     """
     cluster_map, dirty_bytes = ClusterMap(one.disk.size), 0
-    for status in statuses:
-        zero, end = bool(status.flags[0] & ZERO), status.offset + status.length
-        named = bool(status.flags[1] & DIRTY) if one.bitmaps else not zero
-        dirty_bytes += status.length if named else 0
-        if zero:
-            cluster_map.zero(status.offset, status.length)
+    for found in statuses:
+        zero = (found.flags[0] & ZERO) != 0
+        named = (found.flags[1] & DIRTY) != 0 if one.bitmaps else ~zero
+        dirty_bytes += int(found.lengths[named].sum())
+        cluster_map.zero(found.offsets[zero], found.lengths[zero])
         # The bitmap is clean where a disk has grown (measured:
         # test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes), while a raw disk on a volume that
         # was extended has there whatever the volume held before.
-        elif named or end > known_bytes:
-            offset = status.offset if named else max(status.offset, known_bytes)
-            cluster_map.data(offset, end - offset)
+        stops = found.offsets + found.lengths
+        read = ~zero & (named | (stops > known_bytes))
+        offsets = np.where(named, found.offsets, np.maximum(found.offsets, known_bytes))[read]
+        cluster_map.data(offsets, stops[read] - offsets)
     # A disk that was shrunk: its bitmap does not name the cluster that the new end cuts, whose rest is lost.
     if one.bitmaps and one.disk.size % CLUSTER_BYTES:
-        cluster_map.data(one.disk.size - 1, 1)
+        cluster_map.data(np.array([one.disk.size - 1]), np.array([1]))
     # A disk that was shrunk and has grown again: its bitmap lost the bits of the old end (measured:
     # test_shrunk_then_grown_over_two_points_shows_no_old_bytes).
     # Zeroes stay marked where the layers below hold data, or that old data would come back at a restore.

@@ -18,6 +18,7 @@ Whatever happens from step 2 on, `recover.recover_vm` follows, and asks one ques
 have its final name? So this file has no undo of its own that could disagree with it.
 """
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +39,13 @@ from backupctl.names import PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import outcome, prepare
 from backupctl.operations.backup.context import RunContext
-from backupctl.operations.backup.disk import LayerCopier
+from backupctl.operations.backup.disk import DISKS_AT_ONCE, DiskProgress, LayerCopier
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.backup.prepare import Prepared
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.repository.pending_point import PendingPoint
+from backupctl.system.threads import Workers, side_by_side
+from backupctl.transfer import copy
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm.driver import DiskSnapshot, Request, Session, Thawed
@@ -208,14 +211,23 @@ class _Run:
         return sources
 
     def _copied(self, partial: PendingPoint, sources: list[Source]) -> tuple[DiskEntry, ...]:
-        """Step 7, one disk after the other."""
+        """Step 7: some disks at once. This thread goes on with looking at what must end the run."""
         ctx = self.ctx
         limiter = TokenBucket(ctx.options.limit_bytes_per_second)
-        stall_seconds = ctx.options.timeouts.stall_seconds
-        copier = LayerCopier(ctx.folder, partial, limiter, ctx.reporter, self._check, stall_seconds)
-        return tuple(
-            copier.copy_disk(one, source) for one, source in zip(self.plan.disks, sources, strict=True)
-        )
+        progress = DiskProgress(ctx.reporter)
+
+        def check() -> None:
+            self._check()
+            progress.report()
+
+        with Workers(copy.WORKERS) as workers:
+            stall_seconds = ctx.options.timeouts.stall_seconds
+            copier = LayerCopier(ctx.folder, partial, limiter, workers, progress, stall_seconds)
+            disks = zip(self.plan.disks, sources, strict=True)
+            tasks = [functools.partial(copier.copy_disk, one, source) for one, source in disks]
+            entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)
+        progress.report()
+        return entries
 
     def _begin(self, step: str) -> None:
         self._check()

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from backupctl.digests import clusters
-from backupctl.digests.clusters import Records
+from backupctl.digests.clusters import Clusters, Records
 from backupctl.errors import DamageFound, moving
 from backupctl.images.open_image import OpenImage
 from backupctl.operations import endpoints
@@ -12,10 +12,9 @@ from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.repository.merge import Merge
 from backupctl.sizes import Range
-from backupctl.system import safe_open
 from backupctl.transfer import sink
+from backupctl.transfer.batch import Part
 from backupctl.transfer.copy import Copy
-from backupctl.transfer.extents import Extent
 from backupctl.transfer.verify_filter import VerifyFilter
 
 _WINDOW_RECORDS = 1 << 16
@@ -40,12 +39,12 @@ def copy_layer(
     def on_mismatch(ranges: Sequence[Range]) -> None:
         raise _damage(read, ranges)
 
-    def on_unreadable(extent: Extent) -> None:
-        for layer in read:
-            safe_open.prove_readable(layer.path, check)
-        raise _damage(read, [(extent.offset, extent.length)])
+    def on_unreadable(numbers: Clusters) -> None:
+        if source.refused is not None:
+            raise source.refused
+        raise _damage(read, clusters.ranges(numbers, one.size))
 
-    verify = VerifyFilter(chain.effective_content(read, one.size), on_mismatch, zeroes=True)
+    verify = VerifyFilter(chain.effective_content(read, one.size), on_mismatch, one.size, zeroes=True)
     with (
         moving(str(one.upper.path), str(one.image)),
         endpoints.read_chain(read) as source,
@@ -53,17 +52,16 @@ def copy_layer(
             (image,), check, in_use=one.in_place, flush_seconds=sink.DISK_SECONDS
         ) as target,
     ):
+        # A short last cluster is written whole, with zeroes behind it, where lower's image is larger. That
+        # image is cut later, and its old bytes would come back when the disk grows again.
         copied = Copy(
             source,
             target,
             check=check,
             progress=lambda done_bytes: progress(done_bytes, total),
-            filter_chunk=verify,
+            filter_batch=verify,
             on_unreadable=on_unreadable,
-        ).run(extent for part in one.written() for extent in _extents(part, one.size))
-        cut = one.cut_cluster(image) if one.in_place else None
-        if cut is not None:
-            Copy(source, target, check=check).run([Extent(*cut, zero=True)])
+        ).run(part for records in one.written() for part in _parts(records))
     return copied.copied_bytes + copied.zero_bytes
 
 
@@ -75,11 +73,10 @@ def _damage(read: Sequence[Layer], ranges: Sequence[Range]) -> DamageFound:
     )
 
 
-def _extents(records: Records, size: int) -> Iterator[Extent]:
+def _parts(records: Records) -> Iterator[Part]:
     """Yield what records name: data to be read, and zeroes."""
     for first in range(0, len(records), _WINDOW_RECORDS):
         part = records[first : first + _WINDOW_RECORDS]
-        zero = clusters.is_zero(part)
-        for flag in (False, True):
-            for offset, length in clusters.ranges(part["cluster"][zero == flag], size):
-                yield Extent(offset, length, zero=flag)
+        numbers, zero = part["cluster"], clusters.is_zero(part)
+        yield Part(numbers[~zero], zero=False)
+        yield Part(numbers[zero], zero=True)

@@ -20,12 +20,13 @@ from datetime import UTC, datetime
 from functools import partial
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import UNTOUCHED, BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
+from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
 from backupctl.events import StepStarted
 from backupctl.events.prune import LeftForNextPrune, PointDropped
 from backupctl.names import DiskName, PointId
 from backupctl.operations.prune import copy_layer, retention
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
+from backupctl.operations.prune.survey import Survey
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain, history, markers, merge
 from backupctl.repository.chain import Layer
@@ -69,10 +70,17 @@ class PruneReport:
     damage: tuple[str, ...] = ()
 
 
-def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
-    """Decide for each point of a VM. Raises UsageError, NoSuchPoint, DamageFound, RepositoryError."""
-    _refuse_unknown(folder)
-    points = _all(folder)
+def plan(folder: VmFolder, rules: Rules, coming: Sequence[RetentionCandidate] = ()) -> tuple[Decision, ...]:
+    """Decide for each point of a VM. coming: points that are still to be made.
+
+    Raises UsageError, NoSuchPoint, DamageFound, RepositoryError.
+    """
+    folder.refuse_unknown()  # taking its lock would make it
+    return _decide(Survey(folder), rules, coming)
+
+
+def _decide(survey: Survey, rules: Rules, coming: Sequence[RetentionCandidate] = ()) -> tuple[Decision, ...]:
+    survey.update()
     held = [
         RetentionCandidate(
             point.id,
@@ -80,10 +88,9 @@ def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
             tuple(entry.name for entry in point.manifest.disks),
             point.protected,
         )
-        for point in points
-        if not markers.has(point.path, markers.RETIRED)
+        for point in survey.current()
     ]
-    return retention.decide(held, rules, datetime.now(UTC))
+    return retention.decide([*held, *coming], rules, datetime.now(UTC))
 
 
 def prune(
@@ -95,13 +102,13 @@ def prune(
     prune, and reported. Raises UsageError, NoSuchPoint, Locked, DamageFound if a manifest is damaged: then it
     is not known what is based on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
-    _refuse_unknown(folder)
-    outcome = _Outcome()
-    steps = _Steps(folder, reporter, stop, Filling(folder.path), outcome)
+    folder.refuse_unknown()  # taking its lock would make it
+    outcome, survey = _Outcome(), Survey(folder)
+    steps = _Steps(folder, reporter, stop, Filling(folder.path), survey, outcome)
     try:
         with folder.lock():
             audit.reconcile(folder)
-            decisions = plan(folder, rules)
+            decisions = _decide(survey, rules)
             steps.remove_leftovers()
             for point in retention.dropped(decisions):
                 steps.retire(point)
@@ -148,9 +155,10 @@ def long_chains(folder: VmFolder, most: int | None) -> tuple[str, ...]:
     if most is None:
         return ()
     found = []
+    known: chain.Lengths = {}
     for point in folder.points():
         for entry in point.manifest.disks:
-            length = chain.length(folder, point, entry)
+            length = chain.length(folder, point, entry, known)
             if length > most:
                 found.append(f"{entry.name} of {point.id}: {length} layers")
     return tuple(found)
@@ -181,6 +189,7 @@ class _Steps:
     reporter: Reporter
     stop: Cancellation
     filling: Filling
+    survey: Survey
     outcome: _Outcome
 
     def retire(self, point: PointId) -> None:
@@ -222,32 +231,29 @@ class _Steps:
 
     def _next(self) -> Callable[[], None] | None:
         """Return what to do next, None if nothing is left that can be done now."""
-        points = _all(self.folder)
+        self.survey.update()
         # The oldest first: in any other order a layer would be written once for each merge.
-        for point in points:
-            for entry in point.manifest.disks:
-                if entry.merged and (point.id, entry.name) not in self.outcome.skipped:
-                    return partial(self._switch, point, entry)
-        children = _children(points)
-        retired = [point for point in points if markers.has(point.path, markers.RETIRED)]
+        for point, entry in self.survey.swaps():
+            if (point.id, entry.name) not in self.outcome.skipped:
+                return partial(self._switch, point, entry)
+        retired = self.survey.retired()
         for point in retired:
-            needed = any((point.id, entry.name) in children for entry in point.manifest.disks)
-            if not needed and point.id not in self.outcome.in_use:
-                return partial(self._remove, points, point)
+            if not self.survey.is_needed(point) and point.id not in self.outcome.in_use:
+                return partial(self._remove, point)
         for point in retired:
             for entry in point.manifest.disks:
-                upper = children.get((point.id, entry.name), [])
+                upper = self.survey.above(point.id, entry.name)
                 if len(upper) != 1 or (upper[0].id, entry.name) in self.outcome.skipped:
                     continue
-                above = children.get((upper[0].id, entry.name), [])
+                above = self.survey.above(upper[0].id, entry.name)
                 if not merge.unfinished(point, upper[0], above, entry.name):
                     return partial(self._merge, point, upper[0], entry.name)
         return None
 
-    def _remove(self, points: Sequence[Point], point: Point) -> None:
+    def _remove(self, point: Point) -> None:
         try:
             with locks.folder(point.path, _LOCK_SECONDS):
-                merge.detach_from(points, point)
+                merge.detach_from(self.survey.built_on(point.id), point)
                 leftover = PendingPoint(self.folder.path, self.folder.name, point.id)
                 leftover.uncommit()
         except Locked as err:
@@ -314,36 +320,3 @@ class _Steps:
     def _leave(self, why: str) -> None:
         self.outcome.left.append(why)
         self.reporter.event(LeftForNextPrune(why))
-
-
-def _refuse_unknown(folder: VmFolder) -> None:
-    if not folder.exists():  # taking its lock would make it
-        raise NoSuchPoint(
-            f"{folder.path.parent} has no backup of the VM {folder.name}",
-            state=UNTOUCHED,
-            next_command="backupctl list",
-        )
-
-
-def _all(folder: VmFolder) -> list[Point]:
-    """Return all points, retired or not, oldest first. Raises DamageFound if one cannot be read."""
-    survey, retired = folder.scan_points(), folder.retired()
-    for path, err in (*survey.damaged, *retired.damaged):
-        raise DamageFound(
-            f"{err.message}; nothing is pruned while it is not known what {path.name} is based on",
-            state=UNTOUCHED,
-            next_command=f"backupctl verify {folder.name}",
-        ) from err
-    return sorted((*survey.points, *retired.points), key=lambda point: point.id)
-
-
-def _children(points: Sequence[Point]) -> dict[tuple[PointId | None, str], list[Point]]:
-    """Return for each layer the points whose layers are based on it."""
-    found: dict[tuple[PointId | None, str], list[Point]] = {}
-    for point in points:
-        for entry in point.manifest.disks:
-            # Also where only the manifest still says so: a reader locks every point that its manifest leads
-            # to, and would miss one that was removed.
-            for parent in {entry.parent, Layer.of(point, entry).entry.parent}:
-                found.setdefault((parent, entry.name), []).append(point)
-    return found

@@ -3,8 +3,8 @@
 
 ::
 
-    chain of layers ─► QEMU's server ─► compared ─► QEMU's server ─► an image, a raw file or a device
-                                            └─────────────────────► a stream of bytes
+    chain of layers ─► compared ─► an image, a raw file or a device
+                           └─────► a stream of bytes
 
 What does not match its digest is refused; with `allow_damage` it is written, and reported.
 """
@@ -13,33 +13,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from backupctl.cancel import Cancellation
-from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
+from backupctl.digests import clusters
+from backupctl.digests.clusters import Clusters, EffectiveContent
 from backupctl.errors import DamageFound, ReadFailed, RepositoryUnreadable
-from backupctl.images import create
 from backupctl.images.create import ImageFormat
 from backupctl.images.open_image import OpenImage
 from backupctl.names import PointId, VmName
-from backupctl.operations import endpoints
+from backupctl.operations import chain_reader, endpoints
+from backupctl.operations.chain_reader import ChainReader
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.sizes import Range
-from backupctl.system import safe_open
-from backupctl.transfer import cluster_map, extents
-from backupctl.transfer.copy import Copy, Filter, pass_all
-from backupctl.transfer.extents import Extent
+from backupctl.system.threads import Workers
+from backupctl.transfer import batch
+from backupctl.transfer.batch import Part
+from backupctl.transfer.copy import Copy
 from backupctl.transfer.sink import Sink
-from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
 from backupctl.transfer.verify_filter import VerifyFilter
 
-_HEAD_BYTES = 1 << 20
+_HEAD_CLUSTERS = 16
 _ALLOW_DAMAGE = (
     "verify lists everything that is damaged; restore --allow-damage writes damaged data as well "
     "(--force only overwrites an existing target)"
 )
 _GIVEN_UP = "the restore was given up; what it wrote is gone, or not complete"
-_DEVICE_ZERO_BYTES = 8 << 20  # per request: on a device without a zero command they are written as data
+_DEVICE_ZERO_CLUSTERS = 128  # on a device without a zero command they are written as data
 _SHOWN = 4
 
 
@@ -70,36 +72,45 @@ class DiskReader:
 
         Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
         """
-        verify = VerifyFilter(self._expected(), self._on_mismatch, zeroes=onto_device)
-        create.create_target(target, image_format, self.size, onto_device=onto_device)
+        verify = VerifyFilter(self._expected(), self._on_mismatch, self.size, zeroes=onto_device)
         with (
             self._source() as source,
-            endpoints.write_target(target, image_format, self.stop.check, onto_device=onto_device) as sink,
+            endpoints.write_target(
+                target, image_format, self.size, self.stop.check, onto_device=onto_device
+            ) as sink,
+            Workers(chain_reader.WORKERS) as workers,
         ):
-            head = min(_HEAD_BYTES, self.size) if onto_device else 0
-            pipeline = _Pipeline(self, source, sink, verify, _DEVICE_ZERO_BYTES if onto_device else self.size)
+            count = clusters.count(self.size)
+            head = min(_HEAD_CLUSTERS, count) if onto_device else 0
+            zero_clusters = _DEVICE_ZERO_CLUSTERS if onto_device else batch.ZERO_CLUSTERS
+            pipeline = _Pipeline(self, source, sink, verify, zero_clusters, workers)
             # The start of a device, with its partition table, stays zeroes until everything else is written:
             # otherwise a device whose restore was given up halfway would look complete.
-            pipeline.write_zeroes(Extent(0, head, zero=True))
-            pipeline.copy(head, self.size)
+            pipeline.write_zeroes(np.arange(head, dtype=np.uint64))
+            pipeline.copy(head, count)
             pipeline.copy(0, head)
         self.damaged.sort()
 
     def into_stream(self, descriptor: int) -> None:
         """Write all bytes in order to a descriptor. Raises as `into_image`."""
-        verify = VerifyFilter(self._expected(), self._on_mismatch, zeroes=True)
+        verify = VerifyFilter(self._expected(), self._on_mismatch, self.size, zeroes=True)
         with self._source() as source:
-            stream(source, descriptor, check=self.stop.check, progress=self.progress, on_chunk=verify)
+            stream(
+                source,
+                source.parts(),
+                descriptor,
+                check=self.stop.check,
+                progress=self.progress,
+                on_batch=verify,
+            )
 
     @contextmanager
-    def _source(self) -> Iterator[Source]:
-        with endpoints.read_chain(self.layers, tolerate_errors=True) as source:
+    def _source(self) -> Iterator[ChainReader]:
+        with endpoints.read_chain(self.layers) as source:
             try:
                 yield source
             except ReadFailed as err:
-                if not all(connection.alive() for connection in source.connections):
-                    raise  # a lost server says nothing about what is stored
-                self._require_readable_files()
+                self._raise_refused(source)
                 raise DamageFound(
                     f"cannot read {self.layers[0].entry.name} of {self.vm} at {self.point}: {err.message}",
                     state=_GIVEN_UP,
@@ -123,22 +134,16 @@ class DiskReader:
             raise self._damage(ranges)
         self.damaged += ranges
 
-    def on_unreadable(self, extent: Extent) -> None:
-        """Refuse what QEMU cannot read, unless damage is allowed.
-
-        Raises DamageFound, RepositoryUnreadable.
-        """
+    def on_unreadable(self, source: ChainReader, numbers: Clusters) -> None:
+        """Refuse what cannot be read, unless damage is allowed. Raises DamageFound, RepositoryUnreadable."""
         if not self.allow_damage:
-            self._require_readable_files()
-            raise self._damage([(extent.offset, extent.length)])
+            self._raise_refused(source)
+            raise self._damage(clusters.ranges(numbers, self.size))
 
-    def _require_readable_files(self) -> None:
-        """Raise RepositoryUnreadable if the operating system cannot read an image either: not damage then."""
-        try:
-            for layer in self.layers:
-                safe_open.prove_readable(layer.path, self.stop.check)
-        except RepositoryUnreadable as err:
-            raise err.add(state=_GIVEN_UP, hint=_ALLOW_DAMAGE, next_command=self._verify_command()) from err
+    def _raise_refused(self, source: ChainReader) -> None:
+        """Raise RepositoryUnreadable if the operating system refused to read an image: not damage then."""
+        if source.refused is not None:
+            raise source.refused.add(state=_GIVEN_UP, hint=_ALLOW_DAMAGE, next_command=self._verify_command())
 
     def _damage(self, ranges: Sequence[Range]) -> DamageFound:
         return DamageFound(
@@ -155,50 +160,47 @@ class DiskReader:
 
 @dataclass(frozen=True)
 class _Pipeline:
-    """What is copied from where to where. most: the longest extent, in bytes."""
+    """What is copied from where to where. zero_clusters: as for Copy."""
 
     reader: DiskReader
-    source: Source
+    source: ChainReader
     sink: Sink
     verify: VerifyFilter
-    most: int
+    zero_clusters: int
+    workers: Workers
 
-    def copy(self, start: int, end: int) -> None:
-        """Copy a part of the disk. With `allow_damage` what cannot be read becomes zeroes."""
+    def copy(self, first: int, stop: int) -> None:
+        """Copy some neighbours. With `allow_damage` what cannot be read becomes zeroes."""
         self.reader.stop.check()
-        failed = self._copy(_part(self.source, start, end, self.most), self.verify, self.reader.progress)
-        # A request is up to 1 MiB: which of its clusters cannot be read is found by reading them one by one.
-        clusters = [one for extent in failed for one in extents.split(extent, CLUSTER_BYTES)]
-        for extent in self._copy(clusters, self.verify):
-            self.write_zeroes(extent)
-            self.reader.damaged.append((extent.offset, extent.length))
+        lost: list[Clusters] = []
 
-    def write_zeroes(self, extent: Extent) -> None:
-        """Write zeroes."""
-        self._copy([Extent(extent.offset, extent.length, zero=True)] if extent.length else [], pass_all)
-
-    def _copy(
-        self,
-        wanted: Iterable[Extent],
-        filter_chunk: Filter,
-        progress: Callable[[int], None] = lambda _done_bytes: None,
-    ) -> list[Extent]:
-        """Copy extents; returns the chunks that cannot be read, if damage is allowed."""
-        failed: list[Extent] = []
-
-        def on_unreadable(extent: Extent) -> None:
-            self.reader.on_unreadable(extent)
-            failed.append(extent)
+        def on_unreadable(numbers: Clusters) -> None:
+            self.reader.on_unreadable(self.source, numbers)
+            lost.append(numbers)
 
         Copy(
             self.source,
             self.sink,
             check=self.reader.stop.check,
-            progress=progress,
-            filter_chunk=filter_chunk,
+            progress=self.reader.progress,
+            filter_batch=self.verify,
             on_unreadable=on_unreadable,
-        ).run(wanted)
-        return failed
+            zero_clusters=self.zero_clusters,
+            workers=self.workers,
+        ).run(_within(self.source.parts(), first, stop))
+        for numbers in lost:
+            self.write_zeroes(numbers)
+            self.reader.damaged += clusters.ranges(numbers, self.reader.size)
+
+    def write_zeroes(self, numbers: Clusters) -> None:
+        """Write zeroes."""
+        Copy(
+            self.source,
+            self.sink,
+            check=self.reader.stop.check,
+            zero_clusters=self.zero_clusters,
+            workers=self.workers,
+        ).run([Part(numbers, zero=True)])
 
 
 def format_ranges(ranges: Sequence[Range]) -> str:
@@ -207,9 +209,8 @@ def format_ranges(ranges: Sequence[Range]) -> str:
     return f"bytes {shown}" + (f" and {len(ranges) - _SHOWN} more ranges" if len(ranges) > _SHOWN else "")
 
 
-def _part(source: Source, start: int, end: int, most: int) -> Iterator[Extent]:
-    """Yield a part of the disk in whole clusters, no extent longer than `most` bytes."""
-    for extent in cluster_map.all_extents(source):
-        first, last = max(extent.offset, start), min(extent.end, end)
-        if first < last:
-            yield from extents.split(Extent(first, last - first, extent.zero), most)
+def _within(parts: Iterable[Part], first: int, stop: int) -> Iterator[Part]:
+    """Yield what of some parts lies between two clusters."""
+    for numbers, zero in parts:
+        begin, end = np.searchsorted(numbers, np.array([first, stop], np.uint64)).tolist()
+        yield Part(numbers[begin:end], zero)

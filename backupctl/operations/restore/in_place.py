@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, hashing
-from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
+from backupctl.digests.clusters import Clusters, EffectiveContent
 from backupctl.errors import UNTOUCHED, BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.events import StepStarted
 from backupctl.events.restore import TargetLarger, TargetResized
@@ -35,16 +35,16 @@ from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Reporter
 from backupctl.repository import chain
 from backupctl.sizes import WINDOW_CLUSTERS, Range
-from backupctl.system import safe_open
 from backupctl.targets import in_place
 from backupctl.targets.in_place import Target
-from backupctl.transfer import cluster_map, extents, sink
-from backupctl.transfer.copy import Copy
-from backupctl.transfer.extents import Extent
+from backupctl.transfer import cluster_map, sink
+from backupctl.transfer.batch import Part
+from backupctl.transfer.copy import Copy, Wanted
+from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.verify_filter import VerifyFilter
 from backupctl.vm import filling
 
-_MOST_BYTES = 8 << 20  # per request: on a device without a zero command they are written as data
+_ZERO_CLUSTERS = 128  # on a device without a zero command they are written as data
 _HALF_DONE = "the target is partly changed; the same command again finishes it"
 
 
@@ -186,26 +186,25 @@ def _differing(one: _Target, address: Path) -> NDArray[np.bool_]:
     size = one.expected.size_bytes
     found = np.zeros(clusters.count(size), np.bool_)
 
-    def compare(extent: Extent, content: memoryview | None) -> Sequence[Extent]:
-        first, count = extent.offset // CLUSTER_BYTES, clusters.count(extent.length)
-        held = clusters.blank(first, count) if content is None else hashing.of_piece(extent.offset, content)
-        found[first : first + count] = clusters.differ(held, one.expected.window(first, count))
-        return ()
+    def compare(numbers: Clusters, content: memoryview | None) -> Wanted:
+        held = hashing.of_zeroes(numbers) if content is None else hashing.of_clusters(numbers, content)
+        found[numbers] = clusters.differ(held, one.expected.of(numbers))
+        nothing = np.zeros(len(numbers), np.bool_)
+        return Wanted(nothing, nothing)
 
-    def rewrite(extent: Extent) -> None:
-        first = extent.offset // CLUSTER_BYTES
-        found[first : first + clusters.count(extent.length)] = True
+    def rewrite(numbers: Clusters) -> None:
+        found[numbers] = True
 
     one.reporter.event(StepStarted(f"compare {one.target.path} with {one.name}"))
     with endpoints.read_server(address) as source:
         Copy(
-            source,
+            NbdReader(source, size),
             None,
             check=one.stop.check,
             progress=_progress(one, size),
-            filter_chunk=compare,
+            filter_batch=compare,
             on_unreadable=rewrite,
-        ).run(_until(cluster_map.all_extents(source), size))
+        ).run(_until(cluster_map.all_parts(source), len(found)))
     return found
 
 
@@ -221,18 +220,19 @@ def _write(one: _Target, address: Path, differing: NDArray[np.bool_]) -> int:
             next_command=f"backupctl verify {one.vm}",
         )
 
-    def on_unreadable(extent: Extent) -> None:
-        for layer in one.task.layers:
-            safe_open.prove_readable(layer.path, one.stop.check)
-        on_mismatch([(extent.offset, extent.length)])
+    def on_unreadable(numbers: Clusters) -> None:
+        if source.refused is not None:
+            raise source.refused
+        on_mismatch(clusters.ranges(numbers, size))
 
-    total = sum(extent.length for extent in _wanted(differing, one.expected))
+    size = one.expected.size_bytes
+    total = clusters.bytes_of(np.flatnonzero(differing).astype(np.uint64), size)
     if not total:
         return 0
-    one.reporter.event(StepStarted(f"write what differs: {total} of {one.expected.size_bytes} bytes"))
+    one.reporter.event(StepStarted(f"write what differs: {total} of {size} bytes"))
     with (
         endpoints.read_chain(one.task.layers) as source,
-        endpoints.write_server(address, one.stop.check, flush_seconds=sink.DISK_SECONDS) as target,
+        endpoints.write_server(address, one.stop.check, flush_seconds=sink.DISK_SECONDS, size=size) as target,
     ):
         try:
             Copy(
@@ -240,8 +240,9 @@ def _write(one: _Target, address: Path, differing: NDArray[np.bool_]) -> int:
                 target,
                 check=one.stop.check,
                 progress=_progress(one, total),
-                filter_chunk=VerifyFilter(one.expected, on_mismatch, zeroes=True),
+                filter_batch=VerifyFilter(one.expected, on_mismatch, size, zeroes=True),
                 on_unreadable=on_unreadable,
+                zero_clusters=_ZERO_CLUSTERS,
             ).run(_wanted(differing, one.expected))
         except BackupctlError as err:
             err.add(state=_HALF_DONE)
@@ -253,19 +254,17 @@ def _progress(one: _Target, total: int) -> Callable[[int], None]:
     return lambda done_bytes: one.reporter.progress(one.name, done_bytes, total)
 
 
-def _until(found: Iterator[Extent], size: int) -> Iterator[Extent]:
-    """Yield the part of the extents that belongs to the disk: a device may be larger."""
-    for extent in found:
-        if extent.offset < size:
-            yield Extent(extent.offset, min(extent.end, size) - extent.offset, extent.zero)
+def _until(parts: Iterator[Part], count: int) -> Iterator[Part]:
+    """Yield what of the parts belongs to the disk, which has `count` clusters: a device may be larger."""
+    for numbers, zero in parts:
+        yield Part(numbers[: np.searchsorted(numbers, np.uint64(count))], zero)
 
 
-def _wanted(differing: NDArray[np.bool_], expected: EffectiveContent) -> Iterator[Extent]:
+def _wanted(differing: NDArray[np.bool_], expected: EffectiveContent) -> Iterator[Part]:
     """Yield what is to be written: data to be read from the point, and zeroes."""
     for first in range(0, len(differing), WINDOW_CLUSTERS):
         flags = differing[first : first + WINDOW_CLUSTERS]
         records = expected.window(first, len(flags))[flags]
         zero = clusters.is_zero(records)
         for kind in (False, True):
-            for offset, length in clusters.ranges(records["cluster"][zero == kind], expected.size_bytes):
-                yield from extents.split(Extent(offset, length, kind), _MOST_BYTES)
+            yield Part(records["cluster"][zero == kind], kind)

@@ -27,7 +27,7 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.system import locks
-from backupctl.transfer.copy import _RunningCopy
+from backupctl.transfer.sink import NbdSink
 from tests.unit.points import P1, Builder, changing_step, die_at, disk_entry
 
 LAST = Rules(last=1)
@@ -427,16 +427,16 @@ def test_a_death_while_bytes_are_written_loses_nothing(builder, size_mib):
     for writes in range(1, 9, 2):
 
         def work(left: int = writes) -> None:
-            real = _RunningCopy._write
+            real = NbdSink.write
 
-            def write(copy: _RunningCopy, *arguments: object) -> None:
+            def write(sink, *arguments):
                 nonlocal left
                 left -= 1
                 if left == 0:
                     os._exit(9)
-                real(copy, *arguments)
+                real(sink, *arguments)
 
-            _RunningCopy._write = write
+            NbdSink.write = write
             pruned(builder)
 
         assert not die_at(sys.maxsize, work)

@@ -259,7 +259,7 @@ def test_a_stop_in_the_middle_says_so_and_the_next_run_finishes(disk, tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 from backupctl.operations.restore import in_place
 from backupctl.operations.restore.request import RestoreRequest
@@ -267,17 +267,19 @@ from backupctl.names import VmName
 from backupctl.cancel import Cancellation
 from backupctl.progress import Reporter, Silent
 from backupctl.repository.repository import Repository
-from backupctl.transfer import copy
+from backupctl.transfer.nbd_client import Connection
+lock = threading.Lock()
 repository, target, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-write = copy._RunningCopy._write
-def counted(self, chunk, wanted):
+write = Connection.start_write
+def counted(self, buffer, offset):
     # Die before one more write than `number` is begun: those that fly are ended, or not.
     global number
-    if wanted and number == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    number -= bool(wanted)
-    write(self, chunk, wanted)
-copy._RunningCopy._write = counted
+    with lock:
+        if number == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        number -= 1
+    return write(self, buffer, offset)
+Connection.start_write = counted
 folder = Repository.open(Path(repository)).vm(VmName("vm1"))
 point = folder.point("latest").id
 request = RestoreRequest(folder=folder, point=point, to=target, image_format=sys.argv[4])

@@ -3,20 +3,26 @@ import errno
 import os
 import random
 import socket
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Self
 
+import numpy as np
 import pytest
 
+from backupctl.digests import clusters
+from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import Interrupted, ReadFailed, WriteFailed
+from backupctl.transfer import batch, cluster_map, reader
 from backupctl.transfer import copy as copies
-from backupctl.transfer.copy import Copied, Copy
-from backupctl.transfer.extents import DIRTY, ZERO, Extent
+from backupctl.transfer.batch import Part, of_range
+from backupctl.transfer.cluster_map import ClusterMap
+from backupctl.transfer.copy import Copied, Copy, pass_all
+from backupctl.transfer.extents import DIRTY, ZERO
 from backupctl.transfer.nbd_client import Connection
-from backupctl.transfer.polling import Wakeup
 from backupctl.transfer.rate_limit import TokenBucket
+from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.sink import open_nbd_sink
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
@@ -53,7 +59,7 @@ def run(
 ) -> Copied:
     with open_nbd_sink(target.address, target.name) as sink:
         return Copy(
-            source,
+            NbdReader(source),
             sink,
             check=check,
             progress=progress,
@@ -62,11 +68,23 @@ def run(
         ).run(wanted)
 
 
-def data(source: Source) -> list[Extent]:
+def data(source: Source) -> list[Part]:
     """Return all but what reads as zeroes."""
-    return [
-        Extent(one.offset, one.length, zero=False) for one in source.statuses() if not one.flags[0] & ZERO
-    ]
+    return [part for part in cluster_map.all_parts(source) if not part.zero]
+
+
+def whole(size: int) -> list[Part]:
+    """Return all of a disk as data."""
+    return [of_range(0, clusters.count(size), zero=False)]
+
+
+def length_of(parts: list[Part], size: int) -> int:
+    return sum(clusters.bytes_of(part.numbers, size) for part in parts)
+
+
+def streamed(source: Source, descriptor: int) -> None:
+    parts = cluster_map.all_parts(source)
+    stream(NbdReader(source), parts, descriptor, check=lambda: None, progress=lambda _done: None)
 
 
 @pytest.mark.parametrize("connections", [1, 2, 3])
@@ -83,7 +101,7 @@ def test_a_full_of_an_odd_sized_disk_is_byte_equal(serve, tmp_path, connections)
     with closing(source_of(export, connections=connections)) as source:
         wanted = data(source)
         copied = run(source, target, wanted, progress=told.append)
-    assert copied == Copied(sum(extent.length for extent in wanted), 0)
+    assert copied == Copied(length_of(wanted, len(content)), 0)
     assert copied.copied_bytes < len(content)
     assert told == sorted(told)
     assert told[-1] == copied.copied_bytes
@@ -120,23 +138,26 @@ def test_an_incremental_holds_changes_zeroes_and_discards_and_nothing_else(serve
     node = {**qcow2_node(layer), "backing": raw_node(tmp_path / "parent.raw")}
     export, target = serve(qcow2_node(disk), ["b0"]), serve(node, writable=True)
     with closing(source_of(export, bitmap="b0", connections=2)) as source:
-        wanted = [
-            Extent(status.offset, status.length, bool(status.flags[0] & ZERO))
-            for status in source.statuses()
-            if status.flags[1] & DIRTY
-        ]
+        changed = ClusterMap(size)
+        for found in source.statuses():
+            dirty, zero = found.flags[1] & DIRTY != 0, found.flags[0] & ZERO != 0
+            for mark, these in ((changed.zero, dirty & zero), (changed.data, dirty & ~zero)):
+                mark(found.offsets[these], found.lengths[these])
+        wanted = list(changed.parts())
         copied = run(source, target, wanted)
     end(target)
     end(export)
     assert copied.zero_bytes > 0
     assert copied.copied_bytes > 0
-    assert copied.copied_bytes + copied.zero_bytes == sum(extent.length for extent in wanted)
+    assert copied.copied_bytes + copied.zero_bytes == length_of(wanted, size)
     assert content_of(layer) == content_of(disk) != before
-    clean = bytearray(b"\1" * len(before))
-    for extent in wanted:
-        clean[extent.offset : extent.end] = bytes(extent.length)
+    clean = np.ones(clusters.count(size), np.bool_)
+    for part in wanted:
+        clean[part.numbers] = False
     after = (tmp_path / "disk.raw").read_bytes()
-    assert all(after[place] == before[place] for place in range(size) if clean[place])
+    for number in np.flatnonzero(clean).tolist():
+        place = slice(number * CLUSTER_BYTES, (number + 1) * CLUSTER_BYTES)
+        assert after[place] == before[place]
 
 
 def test_data_beyond_4_gib_arrives_where_it_belongs(serve, tmp_path):
@@ -156,16 +177,6 @@ def test_data_beyond_4_gib_arrives_where_it_belongs(serve, tmp_path):
     tool("qemu-img", "compare", "-f", "raw", "-F", "qcow2", disk, path)
 
 
-def test_read_zeroes_are_stored_as_zeroes_and_take_no_room(serve, tmp_path):
-    (tmp_path / "disk").write_bytes(bytes(8 * MIB))
-    path = target_image(tmp_path, 8 * MIB)
-    export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
-    with closing(source_of(export)) as source:
-        run(source, target, [Extent(0, 8 * MIB, zero=False)])
-    end(target)
-    assert path.stat().st_blocks * 512 < MIB
-
-
 def failing_reads(path: Path, offset: int) -> dict:
     """A disk of which one sector can't be read."""
     failure = {"event": "none", "iotype": "read", "sector": offset // 512, "errno": 5, "once": False}
@@ -180,7 +191,7 @@ def test_a_read_error_is_fatal_and_never_zeroes(serve, tmp_path, offset):
     node = failing_reads(tmp_path / "disk", offset)
     export, target = serve(node), serve(qcow2_node(path), writable=True)
     with closing(source_of(export)) as source, pytest.raises(ReadFailed, match="Input/output error"):
-        run(source, target, [Extent(0, 8 * MIB, zero=False)])
+        run(source, target, whole(8 * MIB))
     end(target)
     first = offset - offset % MIB
     assert content_of(path)[first : first + MIB] == bytes(MIB)  # nothing of the failed read was written
@@ -196,7 +207,7 @@ def test_a_read_error_ends_a_stream_before_the_bytes_that_could_not_be_read(serv
         closing(source_of(export)) as source,
         pytest.raises(ReadFailed, match="Input/output error"),
     ):
-        stream(source, out.fileno(), check=lambda: None, progress=lambda _done: None)
+        streamed(source, out.fileno())
     assert (tmp_path / "out").read_bytes() == content[: offset - offset % MIB]
 
 
@@ -214,7 +225,7 @@ def test_a_stream_into_a_file_ends_with_a_sync_whose_error_is_told(serve, tmp_pa
         closing(source_of(export)) as source,
         pytest.raises(WriteFailed, match="No space left"),
     ):
-        stream(source, out.fileno(), check=lambda: None, progress=lambda _done: None)
+        streamed(source, out.fileno())
 
 
 def test_a_server_that_dies_in_mid_copy_is_an_error(serve, tmp_path):
@@ -226,7 +237,7 @@ def test_a_server_that_dies_in_mid_copy_is_an_error(serve, tmp_path):
         export.process.kill()
 
     with closing(source_of(export)) as source, pytest.raises(ReadFailed):
-        run(source, target, [Extent(0, 32 * MIB, zero=False)], progress=kill, limit=16 * MIB)
+        run(source, target, whole(32 * MIB), progress=kill, limit=16 * MIB)
 
 
 def test_a_target_that_dies_in_mid_copy_is_a_write_error(serve, tmp_path):
@@ -238,7 +249,7 @@ def test_a_target_that_dies_in_mid_copy_is_a_write_error(serve, tmp_path):
         target.process.kill()
 
     with closing(source_of(export)) as source, pytest.raises(WriteFailed):
-        run(source, target, [Extent(0, 32 * MIB, zero=False)], progress=kill, limit=16 * MIB)
+        run(source, target, whole(32 * MIB), progress=kill, limit=16 * MIB)
 
 
 def test_a_source_that_stalls_is_given_up_in_time(serve, tmp_path):
@@ -249,7 +260,7 @@ def test_a_source_that_stalls_is_given_up_in_time(serve, tmp_path):
     export.freeze()
     begun = time.monotonic()
     with pytest.raises(ReadFailed, match="no byte"):
-        run(source, target, [Extent(0, 4 * MIB, zero=False)], stall_seconds=1.0)
+        run(source, target, whole(4 * MIB), stall_seconds=1.0)
     source.close()
     assert time.monotonic() - begun < 10
 
@@ -265,7 +276,7 @@ def test_a_target_that_stalls_is_a_write_error(serve, tmp_path):
             target.freeze()
 
     frozen: list[int] = []
-    wanted = [Extent(0, 4 * MIB, zero=False)]
+    wanted = whole(4 * MIB)
     with closing(source_of(export)) as source, pytest.raises(WriteFailed, match="no byte"):
         run(source, target, wanted, progress=freeze_soon, limit=4 * MIB, stall_seconds=1.0)
     assert frozen
@@ -286,7 +297,7 @@ def test_a_request_to_stop_is_heard_while_the_server_is_silent(serve, tmp_path):
             raise Interrupted("stopped by SIGTERM")
 
     with pytest.raises(Interrupted):
-        run(source, target, [Extent(0, 4 * MIB, zero=False)], check=check)
+        run(source, target, whole(4 * MIB), check=check)
     assert asked[-1] < 1.5
     assert len(asked) >= 3
     begun = time.monotonic()
@@ -300,26 +311,25 @@ def test_the_rate_limit_is_kept(serve, tmp_path):
     export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
     begun = time.monotonic()
     with closing(source_of(export)) as source:
-        run(source, target, [Extent(0, 8 * MIB, zero=False)], limit=8 * MIB)
+        run(source, target, whole(8 * MIB), limit=8 * MIB)
     assert 0.7 < time.monotonic() - begun < 5
 
 
-def test_memory_is_bounded_by_the_requests_in_flight(serve, tmp_path, monkeypatch):
+def test_memory_is_bounded_by_the_batches_in_flight(serve, tmp_path, monkeypatch):
     (tmp_path / "disk").write_bytes(noise(32 * MIB))
     path = target_image(tmp_path, 32 * MIB)
     export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
-    most = 0
+    made: list[memoryview] = []
+    real = batch.new_buffer
 
-    class Watched(copies._RunningCopy):
-        def _advance(self) -> bool:
-            nonlocal most
-            most = max(most, sum(chunk.extent.length for chunk in self._in_flight))
-            return super()._advance()
+    def new_buffer() -> memoryview:
+        made.append(real())
+        return made[-1]
 
-    monkeypatch.setattr(copies, "_RunningCopy", Watched)
+    monkeypatch.setattr(batch, "new_buffer", new_buffer)
     with closing(source_of(export)) as source:
-        run(source, target, [Extent(0, 32 * MIB, zero=False)])
-    assert MIB < most <= copies.DEPTH * MIB
+        run(source, target, whole(32 * MIB))
+    assert 1 < len(made) <= reader.BATCHES + 4
 
 
 def test_a_full_target_is_a_write_error_that_says_so(serve, tmp_path, small_file_system):
@@ -328,7 +338,7 @@ def test_a_full_target_is_a_write_error_that_says_so(serve, tmp_path, small_file
     export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
     try:
         with closing(source_of(export)) as source, pytest.raises(WriteFailed, match="No space left"):
-            run(source, target, [Extent(0, 16 * MIB, zero=False)])
+            run(source, target, whole(16 * MIB))
     finally:
         target.process.kill()
         target.process.wait(10)
@@ -407,7 +417,7 @@ def test_many_pieces_in_flight_do_not_get_into_each_others_buffers(serve, tmp_pa
     path = target_image(tmp_path, len(content))
     export, target = serve(raw_node(tmp_path / "disk")), serve(qcow2_node(path), writable=True)
     with closing(source_of(export, connections=2)) as source:
-        run(source, target, [Extent(0, len(content), zero=False)])
+        run(source, target, whole(len(content)))
     end(target)
     assert content_of(path) == content
 
@@ -428,55 +438,42 @@ def test_what_was_written_is_flushed_if_all_went_well_and_a_failed_flush_is_told
 
 
 class Memory:
-    """A sink that is no NBD server: a write ends only when it is polled, and five end before the first."""
+    """A sink that is no NBD server. waits: the first write ends only when five others have."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, waits: bool = True) -> None:
         self.content = bytearray(b"\xff" * size)
-        self.first: Extent | None = None
-        self.waiting: list[tuple[Extent, memoryview | None]] = []
-        self.ended: list[Extent] = []
-        self._wakeup = Wakeup()
+        self._waits = waits
+        self.ended: list[int] = []
+        self.first: int | None = None
+        self._changed = threading.Condition()
 
-    def __enter__(self) -> Self:
-        return self
+    def write(self, numbers, parts) -> None:
+        content = b"".join(parts)
+        assert len(content) == len(numbers) * CLUSTER_BYTES
+        self._await_others(int(numbers[0]))
+        for place, number in enumerate(numbers.tolist()):
+            begin, room = number * CLUSTER_BYTES, len(self.content) - number * CLUSTER_BYTES
+            cluster = content[place * CLUSTER_BYTES : (place + 1) * CLUSTER_BYTES]
+            self.content[begin : begin + CLUSTER_BYTES] = cluster[:room]
+        self._end(int(numbers[0]))
 
-    def __exit__(self, *raised: object) -> None:
-        self._wakeup.__exit__(*raised)
+    def zero(self, numbers) -> None:
+        self._await_others(int(numbers[0]))
+        for number in numbers.tolist():
+            begin, room = number * CLUSTER_BYTES, len(self.content) - number * CLUSTER_BYTES
+            self.content[begin : begin + CLUSTER_BYTES] = bytes(min(room, CLUSTER_BYTES))
+        self._end(int(numbers[0]))
 
-    @property
-    def pollables(self):
-        return (self,)
+    def _await_others(self, number: int) -> None:
+        with self._changed:
+            if self._waits and self.first is None:
+                self.first = number
+                assert self._changed.wait_for(lambda: len(self.ended) >= 5, 20)
 
-    def events(self) -> int:
-        return self._wakeup.events()
-
-    def fileno(self) -> int:
-        return self._wakeup.fileno()
-
-    def on_events(self, events: int) -> None:
-        self._wakeup.on_events(events)
-        if len(self.waiting) == 1 and len(self.ended) < 5:
-            return
-        extent, content = self.waiting.pop()
-        self.content[extent.offset : extent.end] = bytes(extent.length) if content is None else content
-        self.ended.append(extent)
-        if self.waiting:
-            self._wakeup.set()
-
-    def write(self, extent: Extent, content: memoryview):
-        return self._start(extent, content)
-
-    def zero(self, extent: Extent):
-        return self._start(extent, None)
-
-    def _start(self, extent: Extent, content: memoryview | None):
-        self.first = self.first or extent
-        self.waiting.append((extent, content))
-        self._wakeup.set()
-        return lambda: extent in self.ended
-
-    def flush(self, seconds: float) -> None:
-        raise AssertionError("whoever opened the sink flushes it")
+    def _end(self, number: int) -> None:
+        with self._changed:
+            self.ended.append(number)
+            self._changed.notify_all()
 
 
 def test_any_sink_can_be_written_to_in_any_order(serve, tmp_path):
@@ -484,9 +481,10 @@ def test_any_sink_can_be_written_to_in_any_order(serve, tmp_path):
     content = noise(24 * MIB)
     (tmp_path / "disk").write_bytes(content)
     export = serve(raw_node(tmp_path / "disk"))
-    wanted = [Extent(0, 20 * MIB, zero=False), Extent(20 * MIB, MIB, zero=True), Extent(22 * MIB, MIB, False)]
-    with Memory(len(content)) as sink, closing(source_of(export, connections=2)) as source:
-        copied = Copy(source, sink, check=lambda: None).run(wanted)
+    sink = Memory(len(content))
+    wanted = [of_range(0, 320, zero=False), of_range(320, 336, zero=True), of_range(352, 368, zero=False)]
+    with closing(source_of(export, connections=2)) as source:
+        copied = Copy(NbdReader(source), sink, check=lambda: None).run(wanted)
     expected = bytearray(b"\xff" * len(content))
     expected[: 20 * MIB] = content[: 20 * MIB]
     expected[20 * MIB : 21 * MIB] = bytes(MIB)
@@ -497,36 +495,60 @@ def test_any_sink_can_be_written_to_in_any_order(serve, tmp_path):
     assert sink.ended.index(sink.first) >= 5
 
 
+def test_scattered_clusters_and_a_short_last_one_come_padded_to_their_places(serve, tmp_path):
+    content = noise(24 * MIB + 1536)
+    (tmp_path / "disk").write_bytes(content)
+    export = serve(raw_node(tmp_path / "disk"))
+    sink = Memory(len(content), waits=False)
+    scattered = np.array([*range(100, 160, 3), 382, 383, 384], np.uint64)
+    # Data first, so that the last batches get buffers that were used before.
+    wanted = [of_range(0, 100, zero=False), of_range(160, 380, zero=False), Part(scattered, zero=False)]
+    tails = []
+
+    def pass_and_look(numbers, batch_content):
+        if numbers[-1] == 384:
+            tails.append(bytes(batch_content[-CLUSTER_BYTES:]))
+        return pass_all(numbers, batch_content)
+
+    with closing(source_of(export)) as source:
+        copied = Copy(NbdReader(source), sink, check=lambda: None, filter_batch=pass_and_look).run(wanted)
+    expected = bytearray(b"\xff" * len(content))
+    for number in [*range(100), *range(160, 380), *scattered.tolist()]:
+        place = slice(number * CLUSTER_BYTES, (number + 1) * CLUSTER_BYTES)
+        expected[place] = content[place]
+    assert sink.content == expected
+    assert copied == Copied(342 * CLUSTER_BYTES + 1536, 0)
+    assert tails == [content[-1536:].ljust(CLUSTER_BYTES, b"\0")]
+
+
 def test_a_write_that_any_sink_fails_ends_the_copy(serve, tmp_path):
     (tmp_path / "disk").write_bytes(noise(8 * MIB))
     export = serve(raw_node(tmp_path / "disk"))
 
     class Full(Memory):
-        def _start(self, extent: Extent, content: memoryview | None):
-            def has_ended() -> bool:
-                raise WriteFailed("no space left on device")
+        def write(self, numbers, parts) -> None:
+            raise WriteFailed("no space left on device")
 
-            return has_ended
-
-    with (
-        Full(8 * MIB) as sink,
-        closing(source_of(export)) as source,
-        pytest.raises(WriteFailed, match="space"),
-    ):
-        Copy(source, sink, check=lambda: None).run([Extent(0, 8 * MIB, zero=False)])
+    with closing(source_of(export)) as source, pytest.raises(WriteFailed, match="space"):
+        Copy(NbdReader(source), Full(8 * MIB), check=lambda: None).run(whole(8 * MIB))
 
 
-def test_a_sink_that_stalls_is_a_write_error(serve, tmp_path):
+def test_a_sink_that_hangs_is_a_write_error_and_holds_up_nobody(serve, tmp_path, monkeypatch):
+    """A write that hangs in the kernel cannot be ended; a roll-back must not wait for it."""
+    monkeypatch.setattr(copies, "END_SECONDS", 0.5)
     (tmp_path / "disk").write_bytes(noise(2 * MIB))
     export = serve(raw_node(tmp_path / "disk"))
+    hanging = threading.Event()
 
-    class Stalled(Memory):
-        def on_events(self, events: int) -> None:
-            self._wakeup.on_events(events)
+    class Hanging(Memory):
+        def write(self, numbers, parts) -> None:
+            hanging.wait(60)
 
+    begun = time.monotonic()
     with (
-        Stalled(2 * MIB) as sink,
         closing(source_of(export)) as source,
         pytest.raises(WriteFailed, match=r"no byte moved for 0\.5 s"),
     ):
-        Copy(source, sink, check=lambda: None, stall_seconds=0.5).run([Extent(0, 2 * MIB, zero=False)])
+        Copy(NbdReader(source), Hanging(2 * MIB), check=lambda: None, stall_seconds=0.5).run(whole(2 * MIB))
+    assert time.monotonic() - begun < 5
+    hanging.set()

@@ -2,11 +2,10 @@
 import json
 import os
 import subprocess
-import tracemalloc
 from contextlib import closing
-from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from blake3 import blake3
 from hypothesis import given
@@ -14,15 +13,15 @@ from hypothesis import strategies as st
 
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.digests.hashing import of_piece
-from backupctl.transfer.cluster_map import ClusterMap
+from backupctl.digests.record_table import RecordTable
+from backupctl.transfer.batch import of_range
 from backupctl.transfer.copy import Copied, Copy
 from backupctl.transfer.dedup_filter import DedupFilter
-from backupctl.transfer.extents import Extent
+from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.sink import open_nbd_sink
 from backupctl.transfer.source import Source
 from tests.unit.transfer.conftest import qcow2_node, raw_node, tool
 
-UNIT = CLUSTER_BYTES // 4
 DATA = st.sampled_from([b"\0", b"a", b"b"])
 
 
@@ -49,27 +48,34 @@ def test_one_byte_tells_a_cluster_from_zeroes(length, place):
     assert bytes(of_piece(0, memoryview(data))[0])[8:] == blake3(data.ljust(CLUSTER_BYTES, b"\0")).digest(16)
 
 
-@given(st.lists(DATA, min_size=1, max_size=16), st.lists(DATA, min_size=16, max_size=16), st.booleans())
-def test_what_passes_is_what_differs_from_the_layers_below(kinds, before, known_zero):
-    if known_zero:
-        kinds = [b"\0"] * len(kinds)
-    content = content_of(kinds)
+@given(
+    st.lists(DATA, min_size=1, max_size=16),
+    st.lists(DATA, min_size=16, max_size=16),
+    st.lists(st.integers(0, 15), min_size=1, unique=True),
+    st.booleans(),
+)
+def test_what_passes_is_what_differs_from_the_layers_below(kinds, before, places, known_zero):
+    kinds = [b"\0" if known_zero else kind for kind in kinds]
+    numbers = np.array(sorted(place for place in places if place < len(kinds)), np.uint64)
+    if not len(numbers):
+        return
+    content = content_of([kinds[number] for number in numbers.tolist()])
     below = of_piece(0, memoryview(content_of(before)))
-    recorder = DedupFilter(EffectiveContent([(below, 16 * CLUSTER_BYTES)], len(content)))
-    passed = recorder(Extent(0, len(content), known_zero), None if known_zero else memoryview(content))
-    after = bytearray(content_of(before[: len(kinds)]))
-    for extent in passed:
-        new = bytes(extent.length) if extent.zero else content[extent.offset : extent.end]
-        assert new == content[extent.offset : extent.end]
-        after[extent.offset : extent.end] = new
-    assert bytes(after) == content
-    different = [number for number, kind in enumerate(kinds) if kind != before[number]]
-    assert kept(recorder) == of_piece(0, memoryview(content))[different].tolist()
-    assert recorder.count() == len(different)
-    assert recorder.unchanged_bytes == len(content) - len(different) * CLUSTER_BYTES
+    table = RecordTable()
+    dedup = DedupFilter(EffectiveContent([(below, 16 * CLUSTER_BYTES)], 16 * CLUSTER_BYTES), table)
+    wanted = dedup(numbers, None if known_zero else memoryview(content))
+    different = [number for number in numbers.tolist() if kinds[number] != before[number]]
+    zero = [number for number in different if kinds[number] == b"\0"]
+    assert numbers[wanted.data | wanted.zero].tolist() == different
+    assert numbers[wanted.zero].tolist() == zero
+    assert not (wanted.data & wanted.zero).any()
+    every = of_piece(0, memoryview(content_of(kinds)))
+    assert kept(table) == every[different].tolist()
+    assert table.count == len(different)
+    assert dedup.unchanged_bytes == (len(numbers) - len(different)) * CLUSTER_BYTES
 
 
-def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
+def test_a_copy_through_the_filter_stores_only_what_is_new(serve, tmp_path):
     """Half of the clusters are as in the parent, one became zeroes, the disk's tail is short."""
     before = os.urandom(40 * CLUSTER_BYTES + 1024)
     now = bytearray(before)
@@ -83,24 +89,47 @@ def test_a_copy_through_a_recorder_stores_only_what_is_new(serve, tmp_path):
     tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", parent, layer, len(now))
     source_export = serve(raw_node(tmp_path / "disk.raw"))
     target = serve({**qcow2_node(layer), "backing": raw_node(parent)}, writable=True)
-    recorder = DedupFilter(EffectiveContent([(of_piece(0, memoryview(before)), len(before))], len(now)))
-    wanted = [Extent(0, len(now), zero=False)]
+    table = RecordTable()
+    below = EffectiveContent([(of_piece(0, memoryview(before)), len(before))], len(now))
+    dedup = DedupFilter(below, table)
     with (
         closing(Source.connect([source_export.address] * 2, source_export.name)) as source,
         open_nbd_sink(target.address, target.name) as sink,
     ):
-        copied = Copy(source, sink, check=lambda: None, filter_chunk=recorder).run(wanted)
+        wanted = [of_range(0, 41, zero=False)]
+        copied = Copy(NbdReader(source), sink, check=lambda: None, filter_batch=dedup).run(wanted)
     target.process.terminate()
     assert target.process.wait(20) == 0
     assert copied == Copied(len(now), 0)
-    assert stored(layer) == {5, 20, 40} == {cluster for cluster, _, _ in kept(recorder)}
+    assert dedup.unchanged_bytes == 38 * CLUSTER_BYTES
+    assert stored(layer) == {5, 20, 40} == {cluster for cluster, _, _ in kept(table)}
     tool("qemu-img", "convert", "-O", "raw", layer, tmp_path / "after.raw")
     assert (tmp_path / "after.raw").read_bytes()[: len(now)] == now
 
 
-def kept(recorder: DedupFilter) -> list[tuple[int, int, int]]:
-    with closing(recorder):
-        return [record for part in recorder.parts() for record in part.tolist()]
+def test_read_zeroes_are_stored_as_zeroes_and_take_no_room(serve, tmp_path):
+    (tmp_path / "disk").write_bytes(bytes(128 * CLUSTER_BYTES))
+    (tmp_path / "parent.raw").write_bytes(os.urandom(128 * CLUSTER_BYTES))
+    layer, parent = tmp_path / "layer.qcow2", tmp_path / "parent.raw"
+    tool("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", parent, layer)
+    below = EffectiveContent([(of_piece(0, memoryview(parent.read_bytes())), 128 * CLUSTER_BYTES)], 8 << 20)
+    export = serve(raw_node(tmp_path / "disk"))
+    target = serve({**qcow2_node(layer), "backing": raw_node(parent)}, writable=True)
+    with (
+        closing(Source.connect([export.address], export.name)) as source,
+        open_nbd_sink(target.address, target.name) as sink,
+    ):
+        dedup = DedupFilter(below, RecordTable())
+        wanted = [of_range(0, 128, zero=False)]
+        Copy(NbdReader(source), sink, check=lambda: None, filter_batch=dedup).run(wanted)
+    target.process.terminate()
+    assert target.process.wait(20) == 0
+    assert layer.stat().st_blocks * 512 < 1 << 20
+    tool("qemu-img", "compare", "-f", "raw", "-F", "qcow2", tmp_path / "disk", layer)
+
+
+def kept(table: RecordTable) -> list[tuple[int, int, int]]:
+    return [record for part in table.parts() for record in part.tolist()]
 
 
 def stored(layer: Path) -> set[int]:
@@ -116,49 +145,3 @@ def stored(layer: Path) -> set[int]:
             run["start"] // CLUSTER_BYTES, -(-(run["start"] + run["length"]) // CLUSTER_BYTES)
         )
     }
-
-
-PIECES = st.lists(st.tuples(st.integers(0, 9 * UNIT), st.integers(1, 40 * UNIT), st.booleans()), max_size=12)
-
-
-@given(PIECES, st.integers(1, 60 * CLUSTER_BYTES))
-def test_marks_cover_all_that_was_named_and_call_zero_only_what_is(ranges, size):
-    marks, named, zero, offset = ClusterMap(size), set(), set(), 0
-    for gap, length, is_zero in ranges:
-        offset += gap
-        end = min(offset + length, size)
-        if offset >= end:
-            break
-        (marks.zero if is_zero else marks.data)(offset, end - offset)
-        named |= set(range(offset // CLUSTER_BYTES, -(-end // CLUSTER_BYTES)))
-        stop = -(-end // CLUSTER_BYTES) if end == size else end // CLUSTER_BYTES
-        if is_zero:
-            zero |= set(range(-(-offset // CLUSTER_BYTES), stop))
-        offset = end
-    found = list(marks.extents())
-    assert all(one.end <= two.offset for one, two in pairwise(found))
-    assert clusters_of(found) == named
-    assert clusters_of(extent for extent in found if extent.zero) == zero
-    assert all(extent.end <= size for extent in found)
-    assert marks.marked_bytes() == sum(extent.length for extent in found)
-
-
-def clusters_of(some) -> set[int]:
-    return {
-        number
-        for extent in some
-        for number in range(extent.offset // CLUSTER_BYTES, -(-extent.end // CLUSTER_BYTES))
-    }
-
-
-def test_a_disk_of_a_tebibyte_in_fragments_costs_a_byte_for_each_cluster():
-    size = 1 << 40
-    tracemalloc.start()
-    try:
-        marks = ClusterMap(size)
-        for offset in range(0, size, 1 << 24):
-            marks.data(offset, 4096)
-        assert marks.marked_bytes() == (size >> 24) * CLUSTER_BYTES
-        assert tracemalloc.get_traced_memory()[1] < 24 << 20
-    finally:
-        tracemalloc.stop()
