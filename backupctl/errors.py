@@ -10,6 +10,7 @@
      ├─ NeedsRecovery                   3   failed, and objects of ours are still in the VM
      └─ Failed                          1   failed; nothing is lost and nothing is left in the VM
          ├─ Interrupted                     SIGINT or SIGTERM
+         ├─ HookFailed                      a command of the configuration failed or took too long
          ├─ Refused                         a preflight check found a danger to the guest or the chain
          │   └─ ViewUnavailable             this VM does not support the view; another view works
          ├─ MonitorError
@@ -41,7 +42,7 @@ command (`cli/next_command.py`), so it runs as it stands.
 Scripts rely on the exit code and on `code`, which stays as it is when a class is renamed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar, Self
 
@@ -151,6 +152,12 @@ class Interrupted(Failed):
     """SIGINT or SIGTERM asked the run to end."""
 
     code = "Interrupted"
+
+
+class HookFailed(Failed):
+    """A command that the configuration names could not be started, failed, or took too long."""
+
+    code = "HookFailed"
 
 
 class Refused(Failed):
@@ -313,6 +320,15 @@ class TargetExists(RepositoryError):
 
     code = "TargetExists"
     exit_code = 2
+
+
+WORST_FIRST = (3, 4, 1, 2, 75, 0)
+"""Exit codes, of which a command for several VMs ends with the first that it met."""
+
+
+def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
+    """Return the error whose exit code is the worst; of several the first."""
+    return min(failures, key=lambda one: WORST_FIRST.index(one.exit_code))
 
 
 _CROSSING: dict[str, type[BackupctlError]] = {

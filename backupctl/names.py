@@ -6,7 +6,9 @@ changed on a disk since that point of that repository. Everything else that we m
 ``backupctl-<first 8>-<what><disk's number>``; QEMU allows 31 characters for a node's name.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -46,11 +48,17 @@ def disk_name(text: str) -> DiskName:
 def point_id(text: str) -> PointId:
     """Check a point's id, which becomes a folder's name. Raises InvalidName."""
     try:
-        if _POINT.fullmatch(text) and datetime.strptime(text, _POINT_FORMAT).replace(tzinfo=UTC):
+        if _POINT.fullmatch(text) and datetime.fromisoformat(text):
             return PointId(text)
     except ValueError:
         pass
     raise InvalidName(f"{text!r:.120} is not the id of a recovery point; ids look like 20261123T041500Z")
+
+
+def did_you_mean(text: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'x'?" for the name that is closest to a text; "" if none is close."""
+    close = difflib.get_close_matches(text, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
 
 
 def next_point_id(now: datetime, newest: PointId | None) -> PointId:

@@ -8,12 +8,12 @@ from typing import get_args
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, completion, output, param_types, reporters, settings, units
+from backupctl.cli import common, completion, monitored, output, param_types, reporters, settings, units
 from backupctl.cli.common import Declared
 from backupctl.cli.target import Target
-from backupctl.errors import DamageFound
 from backupctl.events.backup import RepositoryCreated
 from backupctl.names import PointId
+from backupctl.operations import verdict
 from backupctl.operations.backup import prepare
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
@@ -133,8 +133,28 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
     return declare
 
 
-@common.command("full", 0, 1, 2, 3, 4, 75)
-@common.named()
+@common.command(
+    "full",
+    0,
+    1,
+    2,
+    3,
+    4,
+    75,
+    for_each=True,
+    examples=(
+        ("A VM of the configuration", "backupctl full web"),
+        (
+            "A VM that no configuration describes",
+            "backupctl full web --qmp unix:/run/qemu/web.qmp --repository /backup",
+        ),
+        (
+            "Only one disk, and only with frozen file systems",
+            "backupctl full web --disk virtio0 --freeze require",
+        ),
+    ),
+)
+@common.named(several=True)
 @run_options(incremental=False)
 @common.json_option
 @common.quiet
@@ -147,8 +167,25 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
     _run(target, options_of(target, "full", asked), as_json=as_json, quiet=quiet)
 
 
-@common.command("incremental", 0, 1, 2, 3, 4, 75)
-@common.named()
+@common.command(
+    "incremental",
+    0,
+    1,
+    2,
+    3,
+    4,
+    75,
+    for_each=True,
+    examples=(
+        ("What changed since the newest point", "backupctl incremental web"),
+        (
+            "All changes since one point, whatever was stored since then",
+            "backupctl incremental web --since 20261123T041500Z",
+        ),
+        ("At most 50 MiB a second", "backupctl incremental web --limit 50M"),
+    ),
+)
+@common.named(several=True)
 @click.option(
     "--since",
     type=param_types.POINT,
@@ -173,15 +210,21 @@ def _run(target: Target, options: RunOptions, *, as_json: bool, quiet: bool) -> 
     vm = target.vm()
     stop = Cancellation()
     with stop.on_signals():
-        with reporters.reporter(quiet=quiet) as reporter:
+        with (
+            reporters.reporter(quiet=quiet) as reporter,
+            monitored.backup(target, options.kind, reporter, stop) as ending,
+        ):
             repository = _repository(target, vm, options, reporter, stop)
             report = backup.run(RunContext(vm, repository, options, reporter, stop))
-        output.done(f"the recovery point {report.point} of {report.vm} is committed")
+            output.done(f"the recovery point {report.point} of {report.vm} is committed")
+            ending.point, ending.report = report.point, documents.run(report, reporter.events)
+            ending.failure = next(verdict.of_backup(report), None)
         if as_json:
             output.print_json(documents.run(report, reporter.events))
         elif not quiet:
             _print(report)
-        _tell_damage(report)
+        if ending.failure:
+            raise ending.failure
 
 
 def configured(context: click.Context) -> RunArguments:
@@ -224,19 +267,6 @@ def _repository(
     made = target.new_repository()
     reporter.event(RepositoryCreated(made.path))
     return made
-
-
-def _tell_damage(report: RunReport) -> None:
-    """Raise DamageFound if the run met damage in older points; the new one is committed then."""
-    if not report.damaged:
-        return
-    said = ", ".join(f"{disk or 'all'} of {point}" for point, disk in report.damaged)
-    raise DamageFound(
-        f"the new point {report.point} of {report.vm} is committed and complete, but these older points "
-        f"cannot be restored any more: {said}",
-        state="the backup itself is not affected: later points build on the new one",
-        next_command=f"backupctl verify {report.vm}",
-    )
 
 
 def _print(report: RunReport) -> None:

@@ -14,11 +14,24 @@ from backupctl.outcome import documents
 from backupctl.progress import counted
 
 
-@common.command("bitmaps", 0, 1, 2, 75)
+@common.command(
+    "bitmaps",
+    0,
+    1,
+    2,
+    75,
+    examples=(
+        ("All bitmaps, and what each is for", "backupctl bitmaps web"),
+        (
+            "What would be removed of a repository that no longer exists",
+            "backupctl bitmaps web --remove-repository 0123abcd --dry-run",
+        ),
+    ),
+)
 @common.named()
 @click.option("--remove", "names", multiple=True, metavar="BITMAP", help="Remove this one; may be repeated.")
 @click.option("--remove-repository", "tag", metavar="TAG", help="Remove all bitmaps of this repository tag.")
-@click.option("--dry-run", is_flag=True, help="Only show which bitmaps would be removed.")
+@common.dry_run("Only show which bitmaps would be removed.")
 @common.json_option
 def bitmaps(target: Target, *, names: tuple[str, ...], tag: str | None, dry_run: bool, as_json: bool) -> None:
     """List the dirty bitmaps that backupctl created in a VM, or remove those that are not needed.

@@ -6,7 +6,7 @@ What an option's value is, click decides: typed on the command line, or else con
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -15,8 +15,11 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import completion, configuration, next_command, param_types, settings
+from backupctl import errors
+from backupctl.cli import completion, configuration, each_vm, next_command, param_types, settings
+from backupctl.cli.help import Documented
 from backupctl.cli.invocation import Invocation
+from backupctl.cli.selection import Selection
 from backupctl.cli.target import Target
 from backupctl.errors import (
     UNTOUCHED,
@@ -28,7 +31,7 @@ from backupctl.errors import (
     NeedsRecovery,
     UsageError,
 )
-from backupctl.names import VmName, vm_name
+from backupctl.names import VmName
 from backupctl.options import DEFAULT_TIMEOUTS, RunOptions, Timeouts
 
 Declared = TypeVar("Declared", bound=Callable[..., Any])
@@ -44,38 +47,55 @@ _NOT_OPTIONS = ("disks",)
 """Settings whose name is that of another parameter: `disks` is also what --disk is given."""
 
 
-class Command(click.Command):
-    """A command whose errors name the next one with all the options that it needs."""
+class Command(Documented):
+    """A command whose errors name the next one with all the options that it needs.
+
+    for_each: it is about one VM, and called for each of them if several are named.
+    """
+
+    def __init__(self, *arguments: Any, for_each: bool = False, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.for_each = for_each
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse. Options stay known as they were typed, and NAME finds --config wherever that was typed."""
         if ctx.resilient_parsing and args and args[-1].startswith("-"):
             args = args[:-1]  # its value is to be completed; without one, click would parse nothing
+        ctx.meta[each_vm.WORDS] = tuple(args)
         typed, _, _ = self.make_parser(ctx).parse_args(list(args))
         Invocation.of(ctx).note_typed(typed)
         with next_command.added(ctx):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Call the command."""
+        """Call the command; for each VM, if it is one about one VM and several are named."""
         with next_command.added(ctx):
+            if self.for_each and ctx.params["name"] is None:
+                return each_vm.call(self, ctx)
             return super().invoke(ctx)
 
 
-def command(name: str, *codes: int) -> Callable[[Callable[..., Any]], Command]:
-    """Make a command of a function, whose docstring is its help. codes: its exit codes."""
-    return click.command(name, cls=Command, epilog=exit_help(*codes))
+def command(
+    name: str, *codes: int, for_each: bool = False, examples: Iterable[tuple[str, str]] = ()
+) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function, whose docstring is its help.
+
+    codes: its exit codes. for_each: see `Command`. examples: what each is good for, and the call itself.
+    """
+    return click.command(
+        name, cls=Command, exit_codes=exit_codes(*codes), for_each=for_each, examples=examples
+    )
 
 
 def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
-    """Return the error to end with where several were met: damage first, with what the others say."""
-    found = next((one for one in failures if isinstance(one, DamageFound)), failures[0])
+    """Return the error to end with where several were met: the worst one, with what the others say."""
+    found = errors.worst(failures)
     return found.reworded("; ".join(dict.fromkeys(one.message for one in (found, *failures))))
 
 
 def config_option(command: Declared) -> Declared:
     """Give a command `--config`; the group has it too, so that it may stand on either side of the command."""
-    return click.option("--config", metavar="FILE", help=CONFIG_HELP)(command)
+    return click.option("-c", "--config", metavar="FILE", help=CONFIG_HELP)(command)
 
 
 def json_option(command: Declared) -> Declared:
@@ -86,7 +106,12 @@ def json_option(command: Declared) -> Declared:
 def quiet(command: Declared) -> Declared:
     """Give a command that timers run `--quiet`."""
     said = "Print only warnings and errors (and the document of --json)."
-    return click.option("--quiet", is_flag=True, help=said)(command)
+    return click.option("-q", "--quiet", is_flag=True, help=said)(command)
+
+
+def dry_run(text: str) -> Callable[[Declared], Declared]:
+    """Give a command `--dry-run`. text: its help."""
+    return click.option("-n", "--dry-run", is_flag=True, help=text)
 
 
 def point(
@@ -103,26 +128,44 @@ def point(
 
 
 def named(
-    *, needs_vm: bool = True, optional: bool = False, defaults_for_all: bool = False
+    *,
+    needs_vm: bool = True,
+    optional: bool = False,
+    several: bool = False,
+    then_point: bool = False,
+    defaults_for_all: bool = False,
 ) -> Callable[[Callable[Concatenate[Target, P], Any]], Callable[..., Any]]:
     """Give a command NAME and the options that say where VM and repository are; it is called with a Target.
 
-    needs_vm: whether the VM itself is spoken to. optional: whether NAME may be left out.
+    needs_vm: whether the VM itself is spoken to. optional: whether NAME may be left out. several: whether
+    there may be more of them, patterns, and --all. then_point: whether a POINT may follow a single NAME.
     defaults_for_all: without NAME, take what the configuration says for all VMs.
     """
 
-    def use_name(context: click.Context, _parameter: click.Parameter, value: str | None) -> VmName | None:
+    def use_names(
+        context: click.Context, _parameter: click.Parameter, value: tuple[str, ...] | str | None
+    ) -> VmName | None:
         """Check NAME, and let the configuration say what the other options are by default."""
         _refuse_missing_directory()
+        words = (value,) if isinstance(value, str) else (value or ())
+        if then_point:
+            words, context.params["point"] = _split_point(words)
+        invocation = Invocation.of(context)
+        chosen = invocation.only or Selection(words, bool(several and invocation.typed.get("everything")))
         try:
-            name = vm_name(value) if value is not None else None
+            chosen.check()
+            name = chosen.one
         except InvalidName as err:
             if needs_vm:
                 raise UsageError(err.message) from err
             raise
-        said = Invocation.of(context).config.of(name)
-        if name or defaults_for_all:
-            context.default_map = {**(context.default_map or {}), **option_defaults(said)}
+        invocation.selection = chosen
+        if chosen.is_empty and not optional:
+            raise click.MissingParameter(ctx=context, param_hint="'NAME'", param_type="argument")
+        config = invocation.config
+        said = option_defaults(config.of(name)) if name or defaults_for_all else {}
+        of_run = msgspec.to_builtins(config.content.run)
+        context.default_map = {**(context.default_map or {}), **of_run, **said}
         return name
 
     def decorate(function: Callable[Concatenate[Target, P], Any]) -> Callable[..., Any]:
@@ -135,15 +178,26 @@ def named(
         declared: Callable[..., Any] = config_option(call)
         for option in reversed((*(_VM_OPTIONS if needs_vm else ()), *_REPOSITORY_OPTIONS)):
             declared = option(declared)
+        if several:
+            declared = _ALL_OPTION(declared)
         return click.argument(
             "name",
-            required=not optional,
+            nargs=-1 if several else 1,
+            metavar="[NAME]... [POINT]" if then_point else "NAME..." if several and not optional else None,
+            required=not (optional or several),
             is_eager=True,
-            callback=use_name,
-            shell_complete=completion.vms,
+            callback=use_names,
+            shell_complete=completion.vms_then_points if then_point else completion.vms,
         )(declared)
 
     return decorate
+
+
+def _split_point(words: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
+    """Take the POINT off NAME POINT; with more names there is none."""
+    if len(words) == 2 and param_types.is_point(words[1]):
+        return words[:1], words[1]
+    return words, None
 
 
 def _timeout(name: str, what: str, default: float) -> Callable[[Declared], Declared]:
@@ -157,6 +211,13 @@ def _timeout(name: str, what: str, default: float) -> Callable[[Declared], Decla
     )
 
 
+_ALL_OPTION = click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    is_eager=True,
+    help="All VMs. A NAME may also be a pattern such as 'web*'.",
+)
 _REPOSITORY_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--repository", type=param_types.PATH, metavar="DIR", help="The repository's directory."),
 )
@@ -188,6 +249,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 def _target(context: click.Context, given: dict[str, Any]) -> Target:
     """Take what `named` added out of a command's parameters."""
     given.pop("config")
+    given.pop("everything", None)
     of_vm = {name: given.pop(name) for name in ("qmp", "agent", "scratch") if name in given}
     waits = {
         f"{name}_seconds": given.pop(f"{name}_timeout")
@@ -197,6 +259,7 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
     return Target(
         config=Invocation.of(context).config,
         name=given.pop("name"),
+        selection=Invocation.of(context).selection,
         repository_path=given.pop("repository"),
         typed_repository=context.get_parameter_source("repository") is ParameterSource.COMMANDLINE,
         timeouts=Timeouts(**waits),
@@ -251,13 +314,7 @@ _MEANINGS: tuple[tuple[type[BackupctlError] | None, str], ...] = (
 )
 
 
-def exit_codes() -> dict[int, str]:
-    """Return every exit code with its meaning, from the error classes."""
-    return {kind.exit_code if kind else 0: text for kind, text in _MEANINGS}
-
-
-def exit_help(*codes: int) -> str:
-    """Return the part of a command's help that tells its exit codes."""
-    known = exit_codes()
-    lines = "\n".join(f"  {code:<4}{known[code]}" for code in codes or known)
-    return f"\b\nExit codes:\n{lines}"
+def exit_codes(*codes: int) -> dict[int, str]:
+    """Return exit codes with their meanings, from the error classes; without arguments, all."""
+    found = {kind.exit_code if kind else 0: text for kind, text in _MEANINGS}
+    return {code: found[code] for code in codes or found}

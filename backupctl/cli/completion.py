@@ -15,7 +15,6 @@ from backupctl.cli import param_types
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import BackupctlError
 from backupctl.names import vm_name
-from backupctl.repository.repository import Repository
 
 
 def vms(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -23,6 +22,14 @@ def vms(context: click.Context, _parameter: click.Parameter, incomplete: str) ->
     with suppress(BackupctlError, OSError):
         return _beginning(incomplete, Invocation.of(context).config.vms)
     return []
+
+
+def vms_then_points(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Return VMs; and behind the first of them points, too."""
+    named = vms(context, parameter, incomplete)
+    return [*points(context, parameter, incomplete), *named] if context.params.get("name") else named
 
 
 def points(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -39,6 +46,8 @@ def points(context: click.Context, _parameter: click.Parameter, incomplete: str)
 
 
 def _ids(place: Path, name: str) -> list[str]:
+    from backupctl.repository.repository import Repository  # noqa: PLC0415 - each command loads this module
+
     folder = Repository.open(place).vm(vm_name(name))
     return [point.id for point in reversed(folder.scan_points(tolerant=True).points)]
 

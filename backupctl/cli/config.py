@@ -2,20 +2,26 @@
 """`backupctl config check` and `backupctl config show`."""
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import click
+import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import backup, common, configuration, output, prune, settings
+from backupctl.cli import backup, common, configuration, output, prune, run, settings
+from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
+from backupctl.cli.help import Group
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
 from backupctl.errors import UsageError
 from backupctl.progress import counted
+from backupctl.system.log import HIDDEN
 
 Source = Literal["command line", "environment", "file", "default"]
 _SOURCES: dict[ParameterSource | None, Source] = {
@@ -25,12 +31,25 @@ _SOURCES: dict[ParameterSource | None, Source] = {
 }
 
 
-@click.group("config", epilog=common.exit_help(0, 2))
+@click.group(
+    "config",
+    cls=Group,
+    exit_codes=common.exit_codes(0, 2),
+    examples=(
+        ("Every mistake in the file", "backupctl config check"),
+        ("The settings in force for a VM", "backupctl config show web"),
+    ),
+)
 def config() -> None:
     """Check the configuration, or show the settings in force and where they come from."""
 
 
-@config.command("check", cls=common.Command, epilog=common.exit_help(0, 2))
+@config.command(
+    "check",
+    cls=common.Command,
+    exit_codes=common.exit_codes(0, 2),
+    examples=(("Before it is put in place", "backupctl config check --config ./backupctl.toml"),),
+)
 @common.config_option
 @common.json_option
 @click.pass_context
@@ -73,11 +92,21 @@ class Setting:
     line: int | None = None
 
 
-@config.command("show", cls=common.Command, epilog=common.exit_help(0, 2))
+@config.command(
+    "show",
+    cls=common.Command,
+    exit_codes=common.exit_codes(0, 2),
+    examples=(
+        ("What an incremental of a VM would use", "backupctl config show web"),
+        ("Which settings hold for every VM", "backupctl config show"),
+    ),
+)
 @click.pass_context
 @common.named(optional=True, defaults_for_all=True)
 @backup.run_options(incremental=True)
 @prune.rule_options
+@thresholds.threshold_options
+@run.run_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
     """Show the settings in force for a VM, and where each comes from.
@@ -97,8 +126,9 @@ def show(target: Target, context: click.Context, /, *, as_json: bool, **_options
 
 def _settings(context: click.Context, target: Target) -> Iterator[Setting]:
     yield _file(Invocation.of(context), target.config)
-    for name in settings.settable():
+    for name in (*settings.settable(), *settings.settable_for_run()):
         yield _setting(context, target, name)
+    yield from _tables(target)
     for name, program in (("QEMU_IMG", "qemu-img"), ("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")):
         named = os.environ.get(name)
         yield Setting(name, named or program, "environment" if named else "default")
@@ -110,7 +140,9 @@ def _file(invocation: Invocation, config: Config) -> Setting:
 
 def _setting(context: click.Context, target: Target, name: str) -> Setting:
     """Return one setting, its value as it was written."""
-    configured = getattr(target.config.of(target.name), name, None)
+    of_run = name in settings.settable_for_run()
+    place = target.config.content.run if of_run else target.config.of(target.name)
+    configured = getattr(place, name, None)
     source = _SOURCES.get(context.get_parameter_source(name), "default")
     if source == "command line":
         return Setting(name, Invocation.of(context).typed[name], source)
@@ -120,9 +152,28 @@ def _setting(context: click.Context, target: Target, name: str) -> Setting:
     return Setting(name, str(default) if isinstance(default, Path) else default, "default")
 
 
+def _tables(target: Target) -> Iterator[Setting]:
+    """Yield what is set for metrics, hooks and notices. A URL is a secret: only its host is shown."""
+    of_vm = target.config.of(target.name)
+    tables = {"metrics": target.config.content.metrics, "hooks": of_vm.hooks, "notify": of_vm.notify}
+    for table, said in tables.items():
+        for name, value in msgspec.to_builtins(said).items():
+            line = target.config.line(target.name, name, table)
+            yield Setting(f"{table}.{name}", _redacted(name, value), "file", target.config.file, line)
+
+
+def _redacted(name: str, value: Any) -> Any:
+    if name not in settings.SECRETS:
+        return value
+    parts = urlsplit(value)
+    return f"{parts.scheme}://{parts.hostname}/{HIDDEN}"
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{disk} = {stored}" for disk, stored in value.items())
+    if isinstance(value, list):
+        return shlex.join(value)
     return "-" if value is None else str(value)
 
 

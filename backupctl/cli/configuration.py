@@ -6,6 +6,9 @@
     [defaults]                       what holds for every VM
     repository = "/backup"
 
+    [run]                            how `backupctl run` goes about it
+    jobs = 4
+
     [vm.web]
     qmp = "unix:/run/qemu/web.qmp"
     agent = "unix:/run/qemu/web.agent"
@@ -66,13 +69,18 @@ class Config:
     def of(self, vm: str | None) -> VmSettings:
         """Return what the file says of a VM: its own settings, or else those for all."""
         own = self.content.vm.get(vm or "", VmSettings())
-        said = {**msgspec.to_builtins(self.content.defaults), **msgspec.to_builtins(own)}
+        tables = {name: _over(getattr(self.content, name), getattr(own, name)) for name in settings.TABLES}
+        said = {**msgspec.to_builtins(self.content.defaults), **msgspec.to_builtins(own), **tables}
         return VmSettings(**said)
 
-    def line(self, vm: str | None, name: str) -> int:
-        """Return the line on which a setting of a VM stands, its own or the one for all; 0 for none."""
-        own = self._lines.get(("vm", vm or "", name), 0)
-        return own or self._lines.get(("defaults", name), 0)
+    def line(self, vm: str | None, name: str, table: str = "") -> int:
+        """Return the line on which a setting stands: the VM's own, or the one for all; 0 for none.
+
+        table: the one that it is in, if not [vm.NAME] itself.
+        """
+        general = [(table, name)] if table else [("defaults", name), ("run", name)]
+        places = [("vm", vm or "", *filter(None, [table]), name), *general]
+        return next((self._lines[place] for place in places if place in self._lines), 0)
 
     @cached_property
     def _lines(self) -> dict[Key, int]:
@@ -82,6 +90,14 @@ class Config:
         """Return the folder of each repository that the file names, in its order."""
         named = (self.content.defaults.repository, *(self.of(vm).repository for vm in self.vms))
         return tuple(dict.fromkeys(param_types.absolute(one) for one in named if one))
+
+
+def _over(general: msgspec.Struct, own: msgspec.Struct) -> msgspec.Struct:
+    """Return the settings of one table for a VM: each key its own, or else the one for all."""
+    said = {name: getattr(own, name) for name in own.__struct_fields__}
+    return msgspec.structs.replace(
+        general, **{name: value for name, value in said.items() if value is not None}
+    )
 
 
 def load(given: str | None) -> Config:

@@ -14,8 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from backupctl import __version__
+from backupctl.cli import logs
+from backupctl.errors import BackupctlError, Failed, Interrupted, NeedsRecovery
 
 MOST = 10
+_WORTH_A_LOG = (Failed.exit_code, NeedsRecovery.exit_code)
 _PREFIX, _SUFFIX = "backupctl-error-", ".log"
 
 
@@ -33,6 +36,16 @@ def write(transcript: Iterable[str] = ()) -> str:
             traceback.print_exc(file=log)
         return path
     return ""
+
+
+def of(err: BackupctlError, *, bug: bool = False) -> str:
+    """Return the file that has the details of a failure; "" for errors that are wholly told by their text."""
+    found = logs.current()
+    if err.exit_code not in _WORTH_A_LOG or isinstance(err, Interrupted):
+        return ""
+    if found.file and not bug:  # it has all but a traceback
+        return str(found.file)
+    return write(found.transcript) if found.transcript or bug else ""
 
 
 def _make_room(folder: Path) -> None:

@@ -28,7 +28,7 @@ _WRITING_SECONDS = 0.5
 _STEPS = {"freeze": "freeze…thaw"}  # the transaction between them is too short to show
 
 
-@common.command("demo", 0, 1, 2, 4)
+@common.command("demo", 0, 1, 2, 4, examples=(("All of it; takes seconds", "backupctl demo"),))
 @click.option("--seed", default=1, show_default=True, help="Seed for the simulated guest writes.")
 def demo(seed: int) -> None:
     """Show a full, incrementals, a run that fails, and restores, on a simulated VM; takes seconds.

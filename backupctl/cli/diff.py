@@ -20,7 +20,21 @@ _LABEL = 12
 _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
 
 
-@common.command("diff", 0, 1, 2, 4, 75)
+@common.command(
+    "diff",
+    0,
+    1,
+    2,
+    4,
+    75,
+    examples=(
+        ("What changed since a point", "backupctl diff web 20261123T041500Z latest"),
+        (
+            "Every changed range of one disk, for a program",
+            "backupctl diff web 20261123T041500Z latest --disk vda --json",
+        ),
+    ),
+)
 @common.named(needs_vm=False)
 @common.point("before")
 @common.point("after")

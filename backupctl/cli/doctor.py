@@ -13,9 +13,16 @@ from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
 
 
-@common.command("doctor", 0, 1, 2)
+@common.command(
+    "doctor",
+    0,
+    1,
+    2,
+    for_each=True,
+    examples=(("Before the first backup, and after a failed one", "backupctl doctor web"),),
+)
 @click.pass_context
-@common.named()
+@common.named(several=True)
 @common.json_option
 def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Check that a VM can be backed up. Changes nothing.
@@ -28,7 +35,11 @@ def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     vm, path = target.vm(), target.folder()
     options = backup.options_of(target, "incremental", backup.configured(context))
     found = core.examine(vm, path, options, target.other_repositories)
-    around = (*exposure.configuration(target.config), *exposure.repository(path, vm.name))
+    around = (
+        *exposure.configuration(target.config),
+        *exposure.named_programs(target.config.of(vm.name)),
+        *exposure.repository(path, vm.name),
+    )
     found = replace(found, findings=(*around, *found.findings))
     if as_json:
         output.print_json(documents.doctor(found, target.config.file))

@@ -16,13 +16,25 @@ from backupctl.drills.catalog import DRILLS, Drill
 from backupctl.drills.demo import check_tools
 from backupctl.drills.runner import Outcome, Place
 from backupctl.errors import DamageFound, UsageError
+from backupctl.names import did_you_mean
 
 _MAX_MESSAGE = 100
 _WIDE = 130  # columns; a narrower table shows the fault and the message below the drill's name
 _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 
 
-@common.command("drill", 0, 1, 2, 4)
+@common.command(
+    "drill",
+    0,
+    1,
+    2,
+    4,
+    examples=(
+        ("All drills, on the simulator", "backupctl drill"),
+        ("One of them, on a throw-away real QEMU", "backupctl drill sigterm --on qemu"),
+        ("The names of all drills", "backupctl drill --list"),
+    ),
+)
 @click.argument("names", nargs=-1)
 @click.option("--list", "listing", is_flag=True, help="List the drills instead of running them.")
 @click.option(
@@ -70,9 +82,11 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
 
 
 def _chosen(names: tuple[str, ...]) -> list[Drill]:
-    unknown = sorted(set(names) - {one.name for one in DRILLS})
-    if unknown:
-        raise UsageError(f"unknown drill {unknown[0]!r:.60}", next_command="backupctl drill --list")
+    known = {one.name for one in DRILLS}
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise UsageError(f"unknown drill {name!r:.60}", hint=hint, next_command="backupctl drill --list")
     return [one for one in DRILLS if not names or one.name in names]
 
 

@@ -10,10 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from backupctl.cli.configuration import Config
+from backupctl.cli.settings import VmSettings
 from backupctl.errors import UsageError
 from backupctl.finding import Finding
 from backupctl.names import VmName
-from backupctl.system import trusted
+from backupctl.system import programs, trusted
+from backupctl.system.programs import SENDMAIL
 
 PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON")
 _READ, _WRITE = stat.S_IRGRP | stat.S_IROTH, stat.S_IWGRP | stat.S_IWOTH
@@ -38,6 +40,16 @@ def _program(name: str, program: str) -> Finding:
     if why:
         return Finding("configuration", "warning", f"{said}; {why.message}", f"unset {name}")
     return Finding("configuration", "ok", said)
+
+
+def named_programs(said: VmSettings) -> Iterator[Finding]:
+    """Warn of hooks, and of a sendmail, that would not be started. said: what is configured for the VM."""
+    commands = {f"the hook `{name}`": getattr(said.hooks, name) for name in ("before", "after", "failed")}
+    if said.notify.mail:
+        commands["sendmail"] = [said.notify.sendmail or SENDMAIL]
+    for what, command in commands.items():
+        if command and (why := programs.objection(Path(command[0]))):
+            yield Finding("configuration", "warning", f"{what} will not run: {why.message}", why.next_command)
 
 
 def _objection(path: Path) -> UsageError | None:

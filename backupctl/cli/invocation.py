@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from backupctl.cli import configuration
 from backupctl.cli.configuration import Config
+from backupctl.cli.selection import Selection
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Invocation:
     words: the command line. as_json: whether the outcome is to be a document; it is read off the words,
     because an error in the words themselves must be a document as well. typed: the command's parameters, as
     typed.
-    config_path: the configuration file that is named. config_source: what names it.
+    config_path: the configuration file that is named. config_source: what names it. selection: the VMs that
+    are named. only: the one of them for which a command is called that is called for each.
     """
 
     words: Sequence[str] = ()
@@ -29,6 +31,8 @@ class Invocation:
     typed: Mapping[str, Any] = field(default_factory=dict)
     config_path: str | None = None
     config_source: ParameterSource = ParameterSource.DEFAULT
+    selection: Selection = field(default_factory=Selection)
+    only: Selection | None = None
 
     def __post_init__(self) -> None:
         self.as_json = "--json" in takewhile(lambda word: word != "--", self.words)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl list` and `backupctl show`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from backupctl.cli import common, output, reporters, units
@@ -15,17 +16,26 @@ from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 
 
-@common.command("list", 0, 2, 4)
-@common.named(needs_vm=False, optional=True)
+@common.command(
+    "list",
+    0,
+    2,
+    4,
+    examples=(
+        ("All VMs", "backupctl list"),
+        ("One VM, for a program", "backupctl list web --json"),
+    ),
+)
+@common.named(needs_vm=False, optional=True, several=True)
 @common.json_option
 def list_points(target: Target, *, as_json: bool) -> None:
-    """List the recovery points of a VM, or of all VMs in every configured repository, newest last."""
+    """List the recovery points of VMs, or of all VMs in every configured repository, newest last."""
     found: dict[Path, list[ScannedPoints]] = {}
     failures: list[BackupctlError] = []
     problems: list[HistoryMismatch] = []
-    for path in target.folders():
+    for path, names in target.by_repository().items():
         try:
-            folders = _folders(target.open(path), target.name)
+            folders = _folders(target.open(path), names)
             found[path] = [folder.scan_points(tolerant=True) for folder in folders]
             problems += [
                 HistoryMismatch(folder.name, one.point, one.message)
@@ -62,8 +72,8 @@ def list_points(target: Target, *, as_json: bool) -> None:
         raise common.worst(failures)
 
 
-def _folders(repository: Repository, name: VmName | None) -> list[VmFolder]:
-    return [repository.vm(vm) for vm in ([name] if name else repository.vms())]
+def _folders(repository: Repository, names: Sequence[VmName | None]) -> list[VmFolder]:
+    return [repository.vm(vm) for name in names for vm in ([name] if name else repository.vms())]
 
 
 def _tell(path: Path, surveys: list[ScannedPoints], *, alone: bool) -> None:
@@ -102,7 +112,7 @@ def _kind(point: Point) -> str:
     return f"incremental ({full} full)" if kind == "mixed" else kind
 
 
-@common.command("show", 0, 2, 4)
+@common.command("show", 0, 2, 4, examples=(("The newest point", "backupctl show web latest"),))
 @common.named(needs_vm=False)
 @common.point()
 @common.json_option

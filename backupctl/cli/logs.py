@@ -20,6 +20,7 @@ from typing import Any, Self, TextIO
 import click
 
 from backupctl.cli import output
+from backupctl.cli.invocation import Invocation
 from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.outcome import documents
 
@@ -85,7 +86,7 @@ class _Stderr(_Handler):
         else:
             message = output.clean(f"{_room(record)}: {record.getMessage()}")
             self._waiting.append(output.message_line(message[:_MOST_CHARACTERS], "debug"))
-        while self._waiting and _takes_more(sys.stderr):
+        while self._waiting and takes_more(sys.stderr):
             output.print_to_stderr([self._waiting.popleft()])
 
 
@@ -182,8 +183,9 @@ def _verbose(_context: click.Context, _parameter: click.Parameter, given: bool) 
         current().show()
 
 
-def _log_file(_context: click.Context, _parameter: click.Parameter, given: str | None) -> None:
-    if given is not None:
+def _log_file(context: click.Context, _parameter: click.Parameter, given: str | None) -> None:
+    again = Invocation.of(context).only is not None  # parsed once more, for one VM of several
+    if given is not None and not again:
         current().append_to(Path(given))
 
 
@@ -224,7 +226,7 @@ def add_options(command: click.Command, *, hidden: bool = False) -> click.Comman
     return command
 
 
-def _takes_more(stream: TextIO) -> bool:
+def takes_more(stream: TextIO) -> bool:
     """Whether a line can be written without waiting: poll promises a pipe 4096 bytes, more than any line."""
     try:
         descriptor = stream.fileno()

@@ -6,7 +6,6 @@ import io
 import os
 import resource
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +13,8 @@ from typing import Any, NoReturn
 import click
 
 from backupctl import __version__
-from backupctl.cli import common, configuration, crash_log, logs, output, requirements
+from backupctl.cli import common, configuration, logs, output, requirements
+from backupctl.cli.help import NAMES, Group
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import (
     UNTOUCHED,
@@ -22,60 +22,51 @@ from backupctl.errors import (
     Failed,
     Interrupted,
     InvalidName,
-    NeedsRecovery,
     UsageError,
 )
 
 PRIVATE = 0o077
 """The umask of every file we create, whatever the caller's is: the files hold the guests' disks."""
 _MANY_FILES = 1 << 16
-_WORTH_A_LOG = (Failed.exit_code, NeedsRecovery.exit_code)
-_COMMANDS = {
-    "full": "backup.full",
-    "incremental": "backup.incremental",
-    "list": "list_show.list_points",
-    "show": "list_show.show",
-    "restore": "restore.restore",
-    "serve": "serve.serve",
-    "diff": "diff.diff",
-    "verify": "verify.verify",
-    "prune": "prune.prune",
-    "protect": "prune.protect",
-    "unprotect": "prune.unprotect",
-    "status": "status_recover.status",
-    "recover": "status_recover.recover",
-    "bitmaps": "bitmaps.bitmaps",
-    "doctor": "doctor.doctor",
-    "config": "config.config",
-    "simulate": "simulate.simulate",
-    "demo": "demo.demo",
-    "drill": "drill.drill",
+SECTIONS = {
+    "Back up": {
+        "run": "run.run",
+        "full": "backup.full",
+        "incremental": "backup.incremental",
+    },
+    "Look": {
+        "list": "list_show.list_points",
+        "show": "list_show.show",
+        "diff": "diff.diff",
+        "status": "status_recover.status",
+        "check": "check.check",
+        "bitmaps": "bitmaps.bitmaps",
+    },
+    "Restore": {
+        "restore": "restore.restore",
+        "serve": "serve.serve",
+    },
+    "Care": {
+        "doctor": "doctor.doctor",
+        "verify": "verify.verify",
+        "prune": "prune.prune",
+        "protect": "prune.protect",
+        "unprotect": "prune.unprotect",
+        "recover": "status_recover.recover",
+        "config": "config.config",
+        "install-timers": "install_timers.install_timers",
+    },
+    "Try": {
+        "demo": "demo.demo",
+        "drill": "drill.drill",
+        "simulate": "simulate.simulate",
+    },
 }
+"""The commands as the help groups them, each with the module and function that it is loaded from."""
+_COMMANDS = {name: place for section in SECTIONS.values() for name, place in section.items()}
 
 
-class _Formatter(click.HelpFormatter):
-    """Help that is wrapped between words, and at no hyphen: `--only-changed` stays in one piece."""
-
-    _HYPHEN = "\u2011"  # a line is not broken there; written as an ordinary hyphen
-
-    def write(self, string: str) -> None:
-        """Write what was wrapped."""
-        super().write(string.replace(self._HYPHEN, "-"))
-
-    def write_text(self, text: str) -> None:
-        """Write a paragraph."""
-        super().write_text(text.replace("-", self._HYPHEN))
-
-    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        """Write options or commands, each with its text."""
-        kept = [(name, text.replace("-", self._HYPHEN)) for name, text in rows]
-        super().write_dl(kept, col_max, col_spacing)
-
-
-click.Context.formatter_class = _Formatter
-
-
-class _Commands(click.Group):
+class _Commands(Group):
     """The commands, each loaded only when it is needed: loading all takes three times as long as one."""
 
     def make_context(
@@ -88,12 +79,6 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         """Name them all."""
         return sorted(_COMMANDS)
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write each command with the whole first sentence of its help, wrapped where click would cut it."""
-        found = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, one.get_short_help_str(limit=1000)) for name, one in found if one])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as above
         """Load one."""
@@ -112,15 +97,28 @@ def _use_config(context: click.Context, parameter: click.Parameter, value: str |
     return value
 
 
-@click.group(cls=_Commands, epilog=common.exit_help())
+@click.group(
+    cls=_Commands,
+    sections=SECTIONS,
+    exit_codes=common.exit_codes(),
+    examples=(
+        ("Check that a VM can be backed up", "backupctl doctor web"),
+        ("The first backup", "backupctl full web"),
+        ("Every night, all that is due for every VM", "backupctl run --all --quiet"),
+        ("All disks of the newest point, as qcow2 images", "backupctl restore web --to /srv/restored/"),
+        ("Try it without a VM", "backupctl demo"),
+    ),
+    context_settings={"help_option_names": NAMES},
+)
 @click.option(
+    "-c",
     "--config",
     metavar="FILE",
     envvar=configuration.ENVIRONMENT,
     callback=_use_config,
     help=common.CONFIG_HELP,
 )
-@click.version_option(__version__, prog_name="backupctl")
+@click.version_option(__version__, "-V", "--version", prog_name="backupctl")
 def cli(config: str | None) -> None:
     """Incremental backups of running QEMU virtual machines, through QEMU's own monitor.
 
@@ -182,18 +180,10 @@ def _failed(err: BackupctlError, invocation: Invocation, *, say: bool = True, bu
     if isinstance(err, UsageError | InvalidName):
         err.add(state=UNTOUCHED)
     if say:
-        output.print_error(err, as_json=invocation.as_json, log=_log_of(err, bug=bug))
+        from backupctl.cli import crash_log  # noqa: PLC0415 - few calls need it
+
+        output.print_error(err, as_json=invocation.as_json, log=crash_log.of(err, bug=bug))
     return err.exit_code
-
-
-def _log_of(err: BackupctlError, *, bug: bool) -> str:
-    """Return the file that has the details of a failure; "" for errors that are wholly told by their text."""
-    found = logs.current()
-    if err.exit_code not in _WORTH_A_LOG or isinstance(err, Interrupted):
-        return ""
-    if found.file and not bug:  # it has all but a traceback
-        return str(found.file)
-    return crash_log.write(found.transcript) if found.transcript or bug else ""
 
 
 def prepare_streams() -> None:

@@ -8,7 +8,7 @@ what the core wants to be different: ``backupctl incremental web --view fleecing
 """
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import click
@@ -94,6 +94,12 @@ def _given(context: click.Context) -> dict[str, object]:
     if invocation.config_source is ParameterSource.COMMANDLINE:
         given["config"] = invocation.config_path
     return given
+
+
+def spelt(command: click.Command, given: Mapping[str, object]) -> list[str]:
+    """Return options of a command, as they were typed, as words."""
+    flags = {one.name: max(one.opts, key=len) for one in command.params if isinstance(one, click.Option)}
+    return [word for name, value in given.items() if name in flags for word in _spelt(flags[name], value)]
 
 
 def _spelt(flag: str, value: object) -> list[str]:

@@ -14,8 +14,8 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
@@ -25,7 +25,7 @@ from backupctl.outcome import documents
 if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most errors need none
     from backupctl.events import Event, Severity
 
-_LINE_SECONDS = 10.0
+LINE_SECONDS = 10.0
 
 
 def clean(text: object) -> str:
@@ -42,12 +42,14 @@ def clean(text: object) -> str:
 class _Output:
     """What became of stdout. document: it holds that of `--json`. lost: why it takes no more.
 
-    done: what the command did for good, whatever becomes of its words.
+    done: what the command did for good, whatever becomes of its words. kept: where documents go instead,
+    while a command is called for one VM of several.
     """
 
     document: bool = False
     lost: OSError | None = None
     done: str = ""
+    kept: "list[object] | None" = None
 
     def write(self, text: str) -> None:
         """Write, as far as it can be done: a reader that has left must not fail what is done."""
@@ -75,7 +77,7 @@ _output = _Output()
 
 def start() -> None:
     """Forget what an earlier call in this process wrote: its document must not pass for one of this call."""
-    _output.document, _output.lost, _output.done = False, None, ""
+    _output.document, _output.lost, _output.done, _output.kept = False, None, "", None
 
 
 def done(what: str) -> None:
@@ -110,9 +112,23 @@ def finish(code: int) -> int:
 
 def print_json(document: object) -> None:
     """Write the one document to stdout."""
+    if _output.kept is not None:
+        _output.kept.append(document)
+        return
     _output.document = True
     _output.write(json.dumps(document, indent=2, ensure_ascii=True) + "\n")
     _output.flush()
+
+
+@contextmanager
+def keeping_documents() -> Iterator[list[object]]:
+    """Have the documents of the block put into a list, in place of stdout."""
+    kept: list[object] = []
+    _output.kept = kept
+    try:
+        yield kept
+    finally:
+        _output.kept = None
 
 
 def print_line(text: str) -> None:
@@ -252,10 +268,15 @@ class LineReporter:
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
         now = time.monotonic()
-        if now - self._told >= _LINE_SECONDS:
+        if now - self._told >= LINE_SECONDS:
             self._told = now
-            share = 100 * done_bytes // total_bytes if total_bytes else 100
-            print_message(f"{disk}: {share} % of {total_bytes >> 20} MiB", "step")
+            print_message(progress_text(disk, done_bytes, total_bytes), "step")
+
+
+def progress_text(label: str, done_bytes: int, total_bytes: int) -> str:
+    """Say how much is done."""
+    share = 100 * done_bytes // total_bytes if total_bytes else 100
+    return f"{label}: {share} % of {total_bytes >> 20} MiB"
 
 
 class WarningReporter:

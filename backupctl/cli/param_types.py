@@ -2,18 +2,22 @@
 """Types of option values, of the command line and of the configuration: sizes, sockets, paths, points."""
 
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
 from backupctl.cli import units
 from backupctl.errors import InvalidName, UsageError
-from backupctl.names import point_id
+from backupctl.names import did_you_mean, point_id
 from backupctl.operations.prune import retention
 from backupctl.system.address import Address
 
 LATEST = "latest"
+_ADDRESS = re.compile(r"[A-Za-z0-9._%+=-]+(@[A-Za-z0-9.-]+)?", re.ASCII)
 
 
 class _Size(click.ParamType[int]):
@@ -100,7 +104,62 @@ class _PointType(click.ParamType[str]):
             return point_id(value)
         except InvalidName as err:
             vm = ctx.params.get("name") if ctx else None
-            raise err.add(next_command=f"backupctl list {vm or ''}".strip()) from err
+            hint = did_you_mean(value, [LATEST])
+            raise err.add(hint=hint, next_command=f"backupctl list {vm or ''}".strip()) from err
+
+
+def is_point(text: str) -> bool:
+    """Whether a text is the id of a point, or `latest`."""
+    try:
+        return text == LATEST or bool(point_id(text))
+    except InvalidName:
+        return False
+
+
+class _Url(click.ParamType[str]):
+    """An http or https URL. It is a secret, so no message repeats it."""
+
+    name = "url"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            parts = urlsplit(value)
+            port = parts.port
+        except ValueError:
+            self.fail("it is not a URL", param, ctx)
+        if not value.isascii() or not value.isprintable() or " " in value:
+            self.fail("it is not a URL", param, ctx)
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            self.fail('it must begin with "https://" or "http://" and the name of a host', param, ctx)
+        if "@" in parts.netloc or parts.fragment:
+            self.fail("it must hold no user, password or fragment", param, ctx)
+        return value
+
+
+class _Mail(click.ParamType[str]):
+    """One mail address, or several with commas between them."""
+
+    name = "addresses"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not all(_ADDRESS.fullmatch(one.strip()) for one in value.split(",")):
+            self.fail(f'{value!r:.120} is not a mail address, e.g. "root" or "a@example.org"', param, ctx)
+        return value
+
+
+class _Command(click.ParamType[Sequence[str]]):
+    """A program, by its absolute path, and its arguments; an empty list stands for none."""
+
+    name = "command"
+
+    def convert(
+        self, value: Sequence[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> Sequence[str]:
+        if value and not value[0].startswith("/"):
+            self.fail(f"the program must be an absolute path, not {value[0]!r:.120}", param, ctx)
+        if any("\0" in one for one in value):
+            self.fail("it holds a null byte", param, ctx)
+        return value
 
 
 def absolute(text: str) -> Path:
@@ -130,4 +189,7 @@ SECONDS = _Seconds(most=3600)
 DURATION = _Duration()
 SOCKET = _Socket()
 PATH = _AbsolutePath()
+URL = _Url()
+MAIL = _Mail()
+COMMAND = _Command()
 POINT = _PointType()

@@ -9,18 +9,20 @@ import msgspec
 from click.core import ParameterSource
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli import common, monitored, output, param_types, reporters, units
 from backupctl.cli.common import Declared
+from backupctl.cli.monitored import Ending
+from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, DamageFound, Interrupted, UsageError
+from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import PointId
+from backupctl.operations import verdict
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import PruneReport
 from backupctl.outcome import documents
-from backupctl.progress import Reporter
 
 _COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 _KEYS = (*(f"keep_{name}" for name in _COUNTED), "keep_within")
@@ -79,11 +81,22 @@ def rule_options(command: Declared) -> Declared:
     return command
 
 
-@common.command("prune", 0, 1, 2, 4, 75)
+@common.command(
+    "prune",
+    0,
+    1,
+    2,
+    4,
+    75,
+    examples=(
+        ("Every configured VM, by its own rules", "backupctl prune"),
+        ("What rules would drop, and why", "backupctl prune web --keep-daily 30 --keep-monthly 12 --dry-run"),
+    ),
+)
 @click.pass_context
-@common.named(needs_vm=False, optional=True)
+@common.named(needs_vm=False, optional=True, several=True)
 @rule_options
-@click.option("--dry-run", is_flag=True, help="Only show which points would be kept or dropped, and why.")
+@common.dry_run("Only show which points would be kept or dropped, and why.")
 @click.option(
     "--max-chain",
     "longest",
@@ -96,7 +109,7 @@ def rule_options(command: Declared) -> Declared:
 @common.gathered(RuleArguments)
 @common.gathered(PruneArguments)
 def prune(target: Target, context: click.Context, rules: RuleArguments, asked: PruneArguments) -> None:
-    """Drop the recovery points of a VM, or of every configured VM, that no retention rule keeps.
+    """Drop the recovery points of VMs, or of every configured VM, that no retention rule keeps.
 
     The rules are those of the command line, if it names any, or else those of the configuration, never both.
 
@@ -150,6 +163,11 @@ class _Policy:
         return cls(rules, bool(typed), said, unused)
 
 
+def configured_rules(target: Target) -> Rules:
+    """Return what the configuration keeps of a VM's points."""
+    return _Policy.of(target, {}).rules
+
+
 @dataclass(frozen=True)
 class _Done:
     """What became of one VM."""
@@ -167,15 +185,19 @@ class _Work:
 
     asked: PruneArguments
     typed: dict[str, Any]
-    reporter: Reporter
+    reporter: RecordingReporter
     stop: Cancellation
     done: dict[str, _Done] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[str, BackupctlError] = field(default_factory=dict)
 
     def all(self, target: Target) -> None:
-        """Prune each configured VM, or each that is in the repository that was typed. Raises Interrupted."""
-        vms = target.repository().vms() if target.typed_repository else target.config.vms
+        """Prune each VM that is named; or each configured one, or each in the repository that was typed.
+
+        Raises Interrupted, UsageError.
+        """
+        known = target.repository().vms() if target.typed_repository else target.config.vms
+        vms = known if target.selection.is_empty else target.selection.of(known)
         if not vms:
             raise UsageError(
                 "no VM is configured or named, so there is nothing to prune", next_command="backupctl list"
@@ -212,6 +234,10 @@ class _Work:
         self._prune(target, _Policy.of(target, self.typed))
 
     def _prune(self, target: Target, policy: _Policy) -> None:
+        with monitored.prune(target, self.reporter, dry_run=self.asked.dry_run) as ending:
+            self._prune_watched(target, policy, ending)
+
+    def _prune_watched(self, target: Target, policy: _Policy, ending: Ending) -> None:
         folder = target.vm_folder()
         if policy.unused:
             self.reporter.event(ConfiguredRulesNotUsed(folder.name, policy.unused))
@@ -220,22 +246,21 @@ class _Work:
             report = PruneReport(core.plan(folder, policy.rules), long_chains=core.long_chains(folder, most))
         else:
             report = core.prune(folder, policy.rules, self.reporter, self.stop, most)
-        self.done[folder.name] = _Done(policy, report)
-        if report.damage:
-            self.failed[folder.name] = DamageFound(
-                "; ".join(report.damage),
-                state="the kept points are unchanged; damaged layers are not merged",
-                next_command=f"backupctl verify {folder.name}",
-            )
+        done = self.done[folder.name] = _Done(policy, report)
+        for damage in verdict.of_prune(folder.name, report):
+            self.failed[folder.name] = ending.failure = damage
+        ending.report = self._document_of(folder.name, done)
 
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""
-        dry_run = self.asked.dry_run
-        vms = [
-            documents.prune(vm, one.report, one.policy.said, one.policy.unused, dry_run=dry_run)
-            for vm, one in self.done.items()
-        ]
-        return vms[0] if alone else documents.prune_all(vms, self.skipped, self.failed, dry_run=dry_run)
+        vms = [self._document_of(vm, one) for vm, one in self.done.items()]
+        if alone:
+            return vms[0]
+        return documents.prune_all(vms, self.skipped, self.failed, dry_run=self.asked.dry_run)
+
+    def _document_of(self, vm: str, done: _Done) -> dict[str, Any]:
+        rules, dry_run = done.policy, self.asked.dry_run
+        return documents.prune(vm, done.report, rules.said, rules.unused, dry_run=dry_run)
 
 
 def _print(report: PruneReport, *, dry_run: bool) -> None:
@@ -253,7 +278,9 @@ def _print(report: PruneReport, *, dry_run: bool) -> None:
     )
 
 
-@common.command("protect", 0, 1, 2, 4, 75)
+@common.command(
+    "protect", 0, 1, 2, 4, 75, examples=(("Before an upgrade of the guest", "backupctl protect web latest"),)
+)
 @common.named(needs_vm=False)
 @common.point()
 @common.json_option
@@ -263,7 +290,15 @@ def protect(target: Target, *, point: str, as_json: bool) -> None:
     _print_protection(target, found, protected=True, as_json=as_json)
 
 
-@common.command("unprotect", 0, 1, 2, 4, 75)
+@common.command(
+    "unprotect",
+    0,
+    1,
+    2,
+    4,
+    75,
+    examples=(("When the point is no longer needed", "backupctl unprotect web 20261123T041500Z"),),
+)
 @common.named(needs_vm=False)
 @common.point()
 @common.json_option

@@ -41,7 +41,26 @@ class RestoreArguments:
     as_json: bool
 
 
-@common.command("restore", 0, 1, 2, 4, 75)
+@common.command(
+    "restore",
+    0,
+    1,
+    2,
+    4,
+    75,
+    examples=(
+        ("All disks of the newest point, as qcow2 images", "backupctl restore web --to /srv/restored/"),
+        (
+            "One disk of an older point, as a raw image",
+            "backupctl restore web 20261123T041500Z --disk vda --to /srv/vda.raw",
+        ),
+        ("Overlays from which a VM boots at once", "backupctl restore web latest --to /srv/try/ --thin"),
+        (
+            "Only the differences, onto a device in place",
+            "backupctl restore web --disk vda --to /dev/vg/web --only-changed",
+        ),
+    ),
+)
 @common.named(needs_vm=False)
 @common.point(default="latest")
 @click.option(

@@ -15,7 +15,21 @@ from backupctl.operations.serve import Export
 from backupctl.outcome import documents
 
 
-@common.command("serve", 0, 1, 2, 4, 75)
+@common.command(
+    "serve",
+    0,
+    1,
+    2,
+    4,
+    75,
+    examples=(
+        ("Every disk, on a private socket; prints the URIs", "backupctl serve web latest"),
+        (
+            "One disk, with writes kept in a file of their own",
+            "backupctl serve web latest --disk vda --writable-overlay /srv/try.qcow2",
+        ),
+    ),
+)
 @common.named(needs_vm=False)
 @common.point()
 @click.option("--disk", metavar="D", help="Only this disk.")

@@ -5,7 +5,6 @@ A key that is not known is an error: a misspelt `limit` must not silently mean n
 depends on where backupctl is started, and what would lead two VMs, or two disks, into one directory.
 """
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,21 +18,33 @@ from msgspec import Meta
 from backupctl.cli import param_types
 from backupctl.cli.toml_lines import Key, key_lines
 from backupctl.errors import InvalidName
-from backupctl.names import disk_name, vm_name
+from backupctl.names import did_you_mean, disk_name, vm_name
 from backupctl.options import FreezeMode, OnBrokenChain, ViewKind
 from backupctl.sizes import MAX_CHAIN
 from backupctl.system.address import Address
 
 MAX_SECONDS = 3600
 MAX_COUNT = 1000
+MAX_WAIT_SECONDS = 7 * 24 * 3600
+MAX_JOBS = 100
 
 Text = Annotated[str, Meta(description="a quoted string")]
 Rate = Annotated[str, Meta(description='a quoted string such as "200M"')]
+Flag = Annotated[bool, Meta(description="true or false")]
+Command = Annotated[
+    tuple[str, ...], Meta(description="a list of quoted strings: a program's path, and its arguments")
+]
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT, description=f"a whole number, 0 to {MAX_COUNT}")]
 Layers = Annotated[int, Meta(ge=0, le=MAX_CHAIN, description=f"a whole number, 0 to {MAX_CHAIN}")]
 Seconds = Annotated[
     float, Meta(gt=0, le=MAX_SECONDS, description=f"a number of seconds, above 0, at most {MAX_SECONDS}")
 ]
+
+Wait = Annotated[
+    float, Meta(ge=0, le=MAX_WAIT_SECONDS, description=f"a number of seconds, 0 to {MAX_WAIT_SECONDS}")
+]
+Jobs = Annotated[int, Meta(ge=1, le=MAX_JOBS, description=f"a whole number, 1 to {MAX_JOBS}")]
+Percent = Annotated[float, Meta(ge=0, le=100, description="a number, 0 to 100")]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,35 +70,104 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     keep_monthly: Count | None = None
     keep_yearly: Count | None = None
     keep_within: Text | None = None
+    max_age: Text | None = None
+    warn_age: Text | None = None
+    full_every: Text | None = None
+    verify_percent: Percent | None = None
+
+
+class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of [hooks], and of [vm.NAME.hooks], which wins one by one."""
+
+    before: Command | None = None
+    after: Command | None = None
+    failed: Command | None = None
+    timeout: Seconds | None = None
+
+
+class NotifySettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """The keys of [notify], and of [vm.NAME.notify], which wins one by one."""
+
+    mail: Text | None = None
+    sendmail: Text | None = None
+    webhook: Text | None = None
+    ntfy: Text | None = None
+    healthchecks: Text | None = None
+    success: Flag | None = None
+    repeat: Text | None = None
+    timeout: Seconds | None = None
+
+
+class MetricsSettings(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """The keys of [metrics]. state: where results are remembered, for notices and `check` as well."""
+
+    textfile: Text | None = None
+    state: Text | None = None
 
 
 class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The keys of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under."""
+    """The keys and tables of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under."""
 
     qmp: Text | None = None
     agent: Text | None = None
     disks: dict[str, str] = {}
+    hooks: HookSettings = HookSettings()
+    notify: NotifySettings = NotifySettings()
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of [run]: how `run` goes about it. None: not set."""
+
+    jobs: Jobs | None = None
+    jobs_per_storage: Jobs | None = None
+    random_delay: Wait | None = None
+    wait_lock: Wait | None = None
+    max_time: Wait | None = None
 
 
 class File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A whole file."""
 
     defaults: Settings = Settings()
+    run: RunSettings = RunSettings()
     vm: dict[str, VmSettings] = {}
+    hooks: HookSettings = HookSettings()
+    notify: NotifySettings = NotifySettings()
+    metrics: MetricsSettings = MetricsSettings()
 
 
-_PATHS = ("repository", "scratch")
+TABLES: Mapping[str, type[msgspec.Struct]] = {"hooks": HookSettings, "notify": NotifySettings}
+"""The tables that a file has for all VMs, and [vm.NAME] for itself."""
+SECRETS = ("webhook", "ntfy", "healthchecks")
+"""Keys whose values are never shown."""
+_PATHS = ("repository", "scratch", "sendmail", "textfile", "state")
 _SOCKETS = ("qmp", "agent")
+_VM_TABLES = ("disks", *TABLES)
 _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "repository": param_types.PATH,
     "scratch": param_types.PATH,
     "scratch_size": param_types.SIZE,
     "limit": param_types.SIZE,
     "keep_within": param_types.DURATION,
+    "max_age": param_types.DURATION,
+    "warn_age": param_types.DURATION,
+    "repeat": param_types.DURATION,
+    "mail": param_types.MAIL,
+    "webhook": param_types.URL,
+    "ntfy": param_types.URL,
+    "healthchecks": param_types.URL,
+    "before": param_types.COMMAND,
+    "after": param_types.COMMAND,
+    "failed": param_types.COMMAND,
+    "full_every": param_types.DURATION,
     "qmp": param_types.SOCKET,
     "agent": param_types.SOCKET,
 }
-"""What the text of a key must say: the type of the option of that name."""
+"""What the text of a key must say: the type of the option of that name, if there is one."""
 
 
 @dataclass(frozen=True, order=True)
@@ -111,9 +191,16 @@ class _Check:
         """Return what is right of a file's content."""
         self._known(content, (), _fields(File), "at the top level")
         defaults = self._table(content.get("defaults", {}), ("defaults",))
+        run = self._table(content.get("run", {}), ("run",))
         vms = self._table(content.get("vm", {}), ("vm",))
         kept = {name: self._vm(name, self._table(value, ("vm", name))) for name, value in vms.items()}
-        whole = File(defaults=Settings(**self._values(defaults, ("defaults",), Settings)), vm=kept)
+        whole = File(
+            defaults=Settings(**self._values(defaults, ("defaults",), Settings)),
+            run=RunSettings(**self._values(run, ("run",), RunSettings)),
+            vm=kept,
+            metrics=self._of(content, (), "metrics", MetricsSettings),
+            **{name: self._of(content, (), name, model) for name, model in TABLES.items()},
+        )
         self._shared(whole)
         return whole
 
@@ -124,8 +211,9 @@ class _Check:
         except InvalidName as err:
             self._add(key, f"{_where(key)}: {err.message}")
         found = VmSettings(
-            **self._values({one: value for one, value in table.items() if one != "disks"}, key, VmSettings),
+            **self._values({one: table[one] for one in table if one not in _VM_TABLES}, key, VmSettings),
             disks=self._disks(self._table(table.get("disks", {}), (*key, "disks")), (*key, "disks")),
+            **{one: self._of(table, key, one, model) for one, model in TABLES.items()},
         )
         for socket in _SOCKETS:
             address = getattr(found, socket)
@@ -151,7 +239,12 @@ class _Check:
             kept[disk] = name
         return kept
 
-    def _values(self, table: dict[str, Any], key: Key, model: type[Settings]) -> dict[str, Any]:
+    def _of(self, content: dict[str, Any], key: Key, name: str, model: type[msgspec.Struct]) -> Any:
+        """Return what is right of a table inside another one."""
+        inner = (*key, name)
+        return model(**self._values(self._table(content.get(name, {}), inner), inner, model))
+
+    def _values(self, table: dict[str, Any], key: Key, model: type[msgspec.Struct]) -> dict[str, Any]:
         """Return the right values of a table."""
         fields = _fields(model)
         self._known(table, key, fields, f"in {_where(key)}")
@@ -221,8 +314,13 @@ def check(content: dict[str, Any], text: str) -> tuple[File, list[Mistake]]:
 
 
 def settable() -> tuple[str, ...]:
-    """Return the keys of [vm.NAME], in order."""
-    return VmSettings.__struct_fields__
+    """Return the keys of [vm.NAME], in order; not those of its tables for hooks and notices."""
+    return tuple(name for name in VmSettings.__struct_fields__ if name not in TABLES)
+
+
+def settable_for_run() -> tuple[str, ...]:
+    """Return the keys of [run], in order."""
+    return RunSettings.__struct_fields__
 
 
 def _line(lines: Mapping[Key, int], key: Key) -> int:
@@ -257,10 +355,6 @@ def _parts(kind: Any) -> Iterator[Any]:
 def _suggestion(name: str, key: Key, known: Iterable[str]) -> str:
     if key == ("defaults",) and name in settable():
         return "; it belongs in [vm.NAME]"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return what might have been meant by a name, or ""."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), "")
+    if name in settable_for_run():
+        return "; it belongs in [run]"
+    return f"; {did_you_mean(name, known) or 'known keys: ' + ', '.join(sorted(known))}"

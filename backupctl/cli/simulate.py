@@ -49,7 +49,19 @@ class _Version(click.ParamType[tuple[int, int, int]]):
         return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
-@common.command("simulate", 0, 1, 2)
+@common.command(
+    "simulate",
+    0,
+    1,
+    2,
+    examples=(
+        (
+            "A VM with one disk that changes all the time",
+            "backupctl simulate --disk vda=1G --qmp /tmp/web.qmp --writes 100",
+        ),
+        ("A QEMU of another version", "backupctl simulate --disk vda=1G --qmp /tmp/web.qmp --version 10.0"),
+    ),
+)
 @click.option(
     "--disk",
     "disks",

@@ -12,9 +12,16 @@ from backupctl.operations.status import Status
 from backupctl.outcome import documents
 
 
-@common.command("status", 0, 1, 2)
+@common.command(
+    "status",
+    0,
+    1,
+    2,
+    for_each=True,
+    examples=(("What the next incremental will do", "backupctl status web"),),
+)
 @click.pass_context
-@common.named()
+@common.named(several=True)
 @common.json_option
 def status(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing."""
@@ -59,8 +66,10 @@ def _show(found: Status, configuration: str | None) -> None:
                 output.print_line(f"{one.name} on {one.node}: {one.why}")
 
 
-@common.command("recover", 0, 1, 2, 3, 75)
-@common.named()
+@common.command(
+    "recover", 0, 1, 2, 3, 75, for_each=True, examples=(("After a run was killed", "backupctl recover web"),)
+)
+@common.named(several=True)
 @common.json_option
 def recover(target: Target, *, as_json: bool) -> None:
     """Finish or undo what an earlier run left in the VM. Running it again changes nothing more."""

@@ -2,23 +2,28 @@
 """Which VM and which repository a command line and the configuration mean, and how they are opened."""
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from backupctl.cli import configuration, param_types, settings
+from backupctl.cli import configuration, param_types
 from backupctl.cli.configuration import Config
+from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
-from backupctl.names import VmName, vm_name
+from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.options import DEFAULT_TIMEOUTS, ScratchOptions, Timeouts, VmConfig
-from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
 from backupctl.system.address import Address
+
+if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
+    from backupctl.repository.repository import Repository
+    from backupctl.repository.vm_folder import VmFolder
 
 
 @dataclass(frozen=True)
 class Target:
     """Which VM and which repository a command line means.
 
+    name: the only VM; None for any other number of them, see `selection`.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
 
@@ -26,6 +31,7 @@ class Target:
     name: VmName | None
     repository_path: Path | None
     typed_repository: bool
+    selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
     scratch: Path = ScratchOptions().folder
@@ -51,9 +57,8 @@ class Target:
             why = f"VM {self.vm_name!r} is not configured: no configuration file found"
         else:
             listed = ", ".join(sorted(self.config.vms)) or "none"
-            close = settings.closest(self.vm_name, self.config.vms)
-            meant = f"; did you mean {close!r}?" if close else ""
-            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant}"
+            meant = did_you_mean(self.vm_name, self.config.vms)
+            why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant and f'; {meant}'}"
         return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
 
     def of(self, vm: str) -> "Target":
@@ -66,21 +71,37 @@ class Target:
         )
         return replace(self, name=vm_name(vm), repository_path=path)
 
+    def by_repository(self) -> dict[Path, tuple[VmName | None, ...]]:
+        """Return the repositories that are meant, and the VMs of each; (None,) for all that are in it.
+
+        A pattern is one of VMs that are there. Raises UsageError, RepositoryError.
+        """
+        if self.name or self.selection.is_empty or self.selection.everything:
+            return dict.fromkeys(self.folders(), (self.name,))
+        there: dict[VmName, Path] = {}
+        if any(map(is_pattern, self.selection.words)):
+            there = {vm: path for path in self.folders() for vm in self.open(path).vms()}
+        found: dict[Path, tuple[VmName | None, ...]] = {}
+        for vm in self.selection.of(tuple(there)):
+            path = self.of(vm).folder() if vm in self.config.vms or vm not in there else there[vm]
+            found[path] = (*found.get(path, ()), vm)
+        return found
+
     def has_repository(self) -> bool:
         """Whether there is one. Raises UsageError, RepositoryError."""
         try:
-            Repository.open(self.folder())
+            _repositories().open(self.folder())
         except NotARepository:
             return False
         except RepositoryError as err:
             raise err.add(state=UNTOUCHED) from err
         return True
 
-    def repository(self) -> Repository:
+    def repository(self) -> "Repository":
         """Open the repository. Raises UsageError, RepositoryError."""
         return self.open(self.folder())
 
-    def vm_folder(self) -> VmFolder:
+    def vm_folder(self) -> "VmFolder":
         """Open the repository; return the VM's part of it. Raises UsageError, RepositoryError."""
         return self.repository().vm(self.vm_name)
 
@@ -102,10 +123,10 @@ class Target:
         everything = () if self.name or self.typed_repository else self.config.repositories()
         return everything or (self.folder(),)
 
-    def open(self, path: Path) -> Repository:
+    def open(self, path: Path) -> "Repository":
         """Open a repository. Raises UsageError, RepositoryError."""
         try:
-            return Repository.open(path)
+            return _repositories().open(path)
         except NotARepository as err:
             raise UsageError(
                 err.message,
@@ -121,22 +142,28 @@ class Target:
         vms = (vm for vm in self.config.vms if self.of(vm).repository_path == path)
         return self.name or next(vms, "")
 
-    def new_repository(self) -> Repository:
+    def new_repository(self) -> "Repository":
         """Make the repository, or open the one that another run has just made. Raises RepositoryError."""
         try:
-            return Repository.open_or_create(self.folder())
+            return _repositories().open_or_create(self.folder())
         except NotARepository as err:
             raise UsageError(err.message) from err
         except RepositoryError as err:
             raise err.add(state=UNTOUCHED) from err
 
-    def other_repositories(self) -> list[Repository]:
+    def other_repositories(self) -> "list[Repository]":
         """Return the repositories that the configuration names besides this one, as far as they open."""
         opened: dict[str, Repository] = {}
         for path in sorted(set(self.config.repositories()) - {self.folder()}):
             with suppress(BackupctlError, OSError):
-                found = Repository.open(path)
+                found = _repositories().open(path)
                 opened[found.id] = found
         with suppress(BackupctlError, OSError):
-            opened.pop(Repository.open(self.folder()).id, None)
+            opened.pop(_repositories().open(self.folder()).id, None)
         return list(opened.values())
+
+
+def _repositories() -> "type[Repository]":
+    from backupctl.repository.repository import Repository  # noqa: PLC0415 - as above
+
+    return Repository

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl verify`."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, reporters, units
+from backupctl.cli import common, monitored, output, reporters, units
+from backupctl.cli.monitored import Ending
+from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, DamageFound, Interrupted, RepositoryUnreadable, UsageError
+from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.repository import SampleChosen
+from backupctl.operations import verdict
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
@@ -39,9 +43,19 @@ class Scope:
         return VerifyScope(data=not self.fast, percent=self.sample or 100.0, **chosen)
 
 
-@common.command("verify", 0, 1, 2, 4)
-@common.named(needs_vm=False, optional=True)
-@common.point(optional=True)
+@common.command(
+    "verify",
+    0,
+    1,
+    2,
+    4,
+    examples=(
+        ("All VMs of every configured repository", "backupctl verify"),
+        ("Everything except the data, of one VM", "backupctl verify web --fast"),
+        ("Another 5 % of the data every night", "backupctl verify --sample 5 --quiet"),
+    ),
+)
+@common.named(needs_vm=False, optional=True, several=True, then_point=True)
 @click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(
     "--sample",
@@ -54,7 +68,7 @@ class Scope:
 @common.quiet
 @common.gathered(Scope)
 def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, quiet: bool) -> None:
-    """Check the integrity of the repository: all VMs of every configured repository, one VM, or one POINT.
+    """Check the integrity of the repository: all VMs of every configured repository, some, or one POINT.
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
@@ -65,13 +79,19 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
     with stop.on_signals(), reporters.reporter(quiet=quiet) as reporter:
         if depth.percent < 100:
             reporter.event(_sample(depth))
-        for path in target.folders():
+        follow = _Following(target, reporter, depth, partial=point is not None or not depth.is_whole)
+        for path, vm in [(path, vm) for path, vms in target.by_repository().items() for vm in vms]:
             try:
-                reports[str(path)] = core.verify(target.open(path), target.name, point, depth, reporter, stop)
+                report = core.verify(target.open(path), vm, point, depth, reporter, stop)
             except Interrupted:
                 raise
             except BackupctlError as err:
                 failures.append(err)
+                follow.failed(path, [vm] if vm else target.config.vms, err)
+            else:
+                follow.done(path, report)
+                before = [reports[str(path)]] if str(path) in reports else []
+                reports[str(path)] = _together([*before, report])
     if not reports:
         raise common.worst(failures)
     report = _together(reports.values())
@@ -79,31 +99,42 @@ def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, qu
         output.print_json(documents.verify(report, depth))
     elif report.damage or report.unchecked or not quiet:
         _tell(report, depth)
-    failures += _findings(reports, report, target)
+    failures += verdict.of_verify(reports, target.name)
     if failures:
         raise common.worst(failures)
 
 
-def _findings(
-    reports: Mapping[str, VerifyReport], report: VerifyReport, target: Target
-) -> Iterator[BackupctlError]:
-    """Yield an error for damage, and one for what could not be read. report: all of them as one."""
-    if report.damage:
-        damaged = ", ".join(path for path, one in reports.items() if one.damage)
-        yield DamageFound(
-            f"damage found in {damaged}, {len(report.damage)} times",
-            state="nothing was changed; all other points and ranges were verified",
-            hint="a new full creates a complete point; damaged points need restore --allow-damage",
-            next_command=f"backupctl full {report.damage[0].vm}",
-        )
-    if report.unchecked:
-        unread = ", ".join(path for path, one in reports.items() if one.unchecked)
-        yield RepositoryUnreadable(
-            f"{counted(len(report.unchecked), 'part')} of {unread} could not be checked",
-            state="nothing was changed; no damage was found in what could be read",
-            hint="run it as root; look for disk errors in `dmesg`",
-            next_command=f"backupctl verify {target.name or ''}".strip(),
-        )
+@dataclass(frozen=True)
+class _Following:
+    """What follows a verify, for each VM in the repository that is configured for it."""
+
+    target: Target
+    reporter: RecordingReporter
+    scope: VerifyScope
+    partial: bool
+
+    def done(self, path: Path, report: VerifyReport) -> None:
+        """Do it for each VM that was verified."""
+        for vm in report.vms:
+            own = replace(
+                report,
+                vms=(vm,),
+                damage=tuple(one for one in report.damage if one.vm == vm),
+                unchecked=tuple(one for one in report.unchecked if one.vm == vm),
+            )
+            failure = next(verdict.of_verify({str(path): own}, vm), None)
+            ending = Ending(documents.verify(own, self.scope), failure=failure, partial=self.partial)
+            self._follow(path, vm, ending, report.seconds)
+
+    def failed(self, path: Path, vms: Sequence[str], err: BackupctlError) -> None:
+        """Do it for each VM that could not be verified."""
+        for vm in vms:
+            self._follow(path, vm, Ending(failure=err), 0.0)
+
+    def _follow(self, path: Path, vm: str, ending: Ending, seconds: float) -> None:
+        target = self.target.of(vm)
+        if target.repository_path == path:
+            monitored.verified(target, self.reporter, ending, seconds)
 
 
 def _together(reports: Iterable[VerifyReport]) -> VerifyReport:

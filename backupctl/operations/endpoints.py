@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The two ends of every copy inside the repository: chains and images opened to be read or written.
 
-Each is a context manager that starts a storage daemon for the images and connects to it. A writable end is
-flushed and fsynced when its block ends without an error; otherwise the image must be thrown away.
+Chains are read, and new images written, without a server; a storage daemon writes into what exists. A
+writable end is flushed and fsynced when its block ends without an error; otherwise the image must be thrown
+away.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,14 @@ from pathlib import Path
 
 from backupctl.images import nbd_server
 from backupctl.images.create import ImageFormat
+from backupctl.images.layered_image import LayeredImage
 from backupctl.images.open_image import OpenImage
+from backupctl.images.qcow2_writer import Qcow2Writer
+from backupctl.operations.chain_reader import ChainReader
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
+from backupctl.system.threads import side_by_side
+from backupctl.targets.raw_writer import RawWriter
 from backupctl.transfer import sink
 from backupctl.transfer.sink import Sink
 from backupctl.transfer.source import Source
@@ -23,40 +29,23 @@ CONNECTIONS = 2
 
 
 @contextmanager
-def read_chain(layers: Sequence[Layer], *, tolerate_errors: bool = False) -> Iterator[Source]:
+def read_chain(layers: Sequence[Layer]) -> Iterator[ChainReader]:
     """Open a disk at a point. layers: newest first; each image is checked as it is opened.
 
-    tolerate_errors: as for `Source.connect`. Raises DamageFound, ReadFailed, RepositoryError.
+    Raises DamageFound, RepositoryError.
     """
     with (
-        chain.opened(layers) as opened,
-        read_images(opened, tolerate_errors=tolerate_errors) as source,
+        chain.opened(layers) as images,
+        LayeredImage(images) as disk,
+        ChainReader(disk) as reader,
     ):
-        yield source
+        yield reader
 
 
 @contextmanager
-def read_images(
-    images: Sequence[OpenImage], *, depth: bool = False, tolerate_errors: bool = False
-) -> Iterator[Source]:
-    """Open images of one chain, newest first, without what is below them.
-
-    depth, tolerate_errors: as for `Source.connect`. Raises ReadFailed, RepositoryError.
-    """
-    with (
-        nbd_server.serve(images) as address,
-        read_server(address, depth=depth, tolerate_errors=tolerate_errors) as source,
-    ):
-        yield source
-
-
-@contextmanager
-def read_server(address: Path, *, depth: bool = False, tolerate_errors: bool = False) -> Iterator[Source]:
+def read_server(address: Path) -> Iterator[Source]:
     """Read from a server of `images.nbd_server`. Raises ReadFailed."""
-    addresses = [address] * CONNECTIONS
-    with closing(
-        Source.connect(addresses, nbd_server.EXPORT, depth=depth, tolerate_errors=tolerate_errors)
-    ) as source:
+    with closing(Source.connect([address] * CONNECTIONS, nbd_server.EXPORT)) as source:
         yield source
 
 
@@ -89,15 +78,19 @@ def write_target(
     *,
     onto_device: bool,
 ) -> Iterator[Sink]:
-    """Write into what `images.create.create_target` has prepared. size: of the disk, in bytes.
+    """Write a disk of `size` bytes into an empty file or a device; it is durable when the block has ended.
 
-    check: as for `write_images`.
+    check: called at least every 100 ms while it is made durable; what it raises ends the wait. Raises
+    WriteFailed.
     """
-    with (
-        nbd_server.serve_target(target, image_format, onto_device=onto_device) as address,
-        write_server(address, check, size=size) as opened,
-    ):
-        yield opened
+    writer: Qcow2Writer | RawWriter
+    if image_format == "qcow2":
+        writer = Qcow2Writer(target, size, None)
+    else:
+        writer = RawWriter(target, size, onto_device=onto_device)
+    with writer:
+        yield writer
+        side_by_side([lambda _go_on: writer.finish()], 1, check)
 
 
 @contextmanager

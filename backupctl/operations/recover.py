@@ -166,14 +166,15 @@ def newest_recorded(driver: Driver, namespace: Namespace) -> PointId | None:
     return max(found, default=None)
 
 
-def gone(driver: Driver, facts: FolderFacts) -> tuple[PointId, ...]:
+def gone(facts: FolderFacts, recorded: PointId | None) -> tuple[PointId, ...]:
     """Return the points that are gone: the history says so, or a bitmap names one of which nothing is there.
 
-    The latter is what an older copy of the repository looks like, put back in its place. To be asked before
-    `recover_vm`, which takes such a bitmap for an unfinished run's. Raises MonitorError, RepositoryError.
+    recorded: of `newest_recorded`. The latter is what an older copy of the repository looks like, put back in
+    its place. To be asked before `recover_vm`, which takes such a bitmap for an unfinished run's. Raises
+    RepositoryError.
     """
     found = set(facts.lost())
-    recorded, newest = newest_recorded(driver, facts.namespace), facts.folder.newest()
+    newest = facts.folder.newest()
     if recorded and (newest is None or recorded > newest) and not audit.is_unfinished(facts.folder, recorded):
         found.add(recorded)
     return tuple(sorted(found))

@@ -44,6 +44,7 @@ class Status:
 
     damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
     problem). missing_disks: those that the last points hold and the VM has not. bitmaps: all of ours.
+    refusal: why the next run would be refused, "" if it would not.
     """
 
     vm: VmName
@@ -56,6 +57,7 @@ class Status:
     next_run: str
     missing_disks: tuple[planning.MissingDisk, ...] = ()
     bitmaps: tuple[StoredBitmap, ...] = ()
+    refusal: str = ""
 
 
 def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
@@ -83,7 +85,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             inventory = foreseen.inventory
             left += foreseen.leftovers
             version = driver.version
-            gone = recover.gone(driver, facts)
+            gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))
             refusal = _refusal(driver, inventory, left)
             stored = bitmap_survey.survey(driver, vm, repository, known)
     except MonitorError as err:
@@ -117,6 +119,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
         next_run=next_run,
         missing_disks=plan.missing,
         bitmaps=stored,
+        refusal=refusal,
     )
 
 

@@ -21,8 +21,11 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
+    from backupctl.operations.routine.forecast import Forecast
+    from backupctl.operations.routine.run import RoutineReport, TaskResult
     from backupctl.operations.serve import Export
     from backupctl.operations.status import Status
+    from backupctl.operations.timers.install import Change
     from backupctl.operations.verify.layer import VerifyScope
     from backupctl.operations.verify.run import VerifyReport
     from backupctl.repository.point import Point
@@ -33,6 +36,14 @@ _DISK_KEYS = (
     *("name", "kind", "size", "dirty_bytes", "copied_bytes", "zero_bytes", "unchanged_bytes"),
     *("stored_bytes", "scanned", "reason"),
 )
+
+
+_NOT_OF_TASK = {
+    "backup": ("vm", "warnings", "notes"),
+    "prune": ("vm", "dry_run", "rules", "unused_rules"),
+    "verify": ("vms",),
+}
+"""Keys that the report of a task has not: the document of its VM tells of it."""
 
 
 def run(report: "RunReport", events: Sequence["Event"]) -> Document:
@@ -261,6 +272,22 @@ def bitmaps_removed(done: "Removal", *, dry_run: bool) -> Document:
     }
 
 
+def timers(changes: "Iterable[Change]", commands: Sequence[str], *, dry_run: bool) -> Document:
+    """Return what became of systemd units. commands: to be run next."""
+    return {
+        "dry_run": dry_run,
+        "units": [
+            {
+                "path": str(one.path),
+                "action": one.action,
+                "content": one.content.decode() if one.content is not None else None,
+            }
+            for one in changes
+        ],
+        "commands": list(commands),
+    }
+
+
 def diff(report: "DiffReport") -> Document:
     """Return what changed between two points."""
     return {
@@ -292,6 +319,104 @@ def error(err: "BackupctlError") -> Document:
         "hint": err.hint,
         "next": err.next_command,
         "exit_code": err.exit_code,
+    }
+
+
+def of_each(vm: str, report: object, err: "BackupctlError | None") -> Document:
+    """Return what a command for each of several VMs came to for one. report: its document, None for none."""
+    return {
+        "vm": vm,
+        "exit_code": err.exit_code if err else 0,
+        "report": report,
+        "error": error(err) if err else None,
+    }
+
+
+def each(told: Sequence[Document]) -> Document:
+    """Return what a command for each of several VMs came to. told: by `of_each`."""
+    return {"vms": list(told)}
+
+
+def routine(vm: str, report: "RoutineReport", events: Sequence["Event"], logs: Mapping[str, str]) -> Document:
+    """Return what `run` did for one VM. events: what happened meanwhile. logs: the log of a failed task."""
+    tasks = [
+        {
+            "task": one.task,
+            "outcome": "skipped" if one.skipped else "failed" if one.error else "done",
+            "reason": one.skipped,
+            "report": _of_task(vm, one),
+            "error": {**error(one.error), "log": logs.get(one.task) or None} if one.error else None,
+        }
+        for one in report.tasks
+    ]
+    return {
+        **routine_failed(vm, report.error),
+        "seconds": round(report.seconds, 3),
+        "tasks": tasks,
+        **_by_severity(events),
+    }
+
+
+def _of_task(vm: str, one: "TaskResult") -> Document | None:
+    """Return the report of a task under the keys that the command of its own has."""
+    report: Any = one.report
+    if report is None:
+        return None
+    if one.task == "backup":
+        found = run(report, ())
+    elif one.task == "prune":
+        found = prune(vm, report, {}, {}, dry_run=False)
+    else:
+        assert one.scope is not None
+        found = verify(report, one.scope)
+    return {key: value for key, value in found.items() if key not in _NOT_OF_TASK[one.task]}
+
+
+def routine_failed(vm: str, err: "BackupctlError | None") -> Document:
+    """Return what `run` came to for a VM that nothing else is known of."""
+    return {
+        "vm": vm,
+        "exit_code": err.exit_code if err else 0,
+        "seconds": 0.0,
+        "tasks": [],
+        "error": error(err) if err else None,
+        "warnings": [],
+        "notes": [],
+    }
+
+
+def forecast(vm: str, found: "Forecast") -> Document:
+    """Return what `run` would do for one VM."""
+    planned: dict[str, Document | None] = {
+        "backup": {
+            "kind": found.kind,
+            "full_due": found.full_due,
+            "most_bytes": found.most_bytes,
+            "disks": [asdict(one) for one in found.disks],
+        },
+        "prune": None if found.dropped is None else {"dropped": list(found.dropped)},
+        "verify": {"percent": found.verify_percent} if found.verify_percent else None,
+    }
+    tasks = [
+        {
+            "task": task,
+            "outcome": "planned" if plan else "skipped",
+            "reason": "",
+            "report": plan,
+            "error": None,
+        }
+        for task, plan in planned.items()
+    ]
+    return {**routine_failed(vm, None), "tasks": tasks}
+
+
+def routines(vms: Sequence[Document], seconds: float, exit_code: int, *, dry_run: bool) -> Document:
+    """Return what `run` came to for all VMs."""
+    return {
+        "dry_run": dry_run,
+        "exit_code": exit_code,
+        "seconds": round(seconds, 3),
+        "vms": list(vms),
     }
 
 

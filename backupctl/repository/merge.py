@@ -37,7 +37,7 @@ import numpy as np
 from backupctl.digests import clusters, digest_map
 from backupctl.digests.clusters import EffectiveContent, Records
 from backupctl.errors import DamageFound, RepositoryError, WriteFailed
-from backupctl.images import create, qcow2_header
+from backupctl.images import create, qcow2_check, qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.repository import chain, history, markers
 from backupctl.repository import manifest as manifests
@@ -74,7 +74,7 @@ class Merge:
         with lower.open() as image:
             if lower.merging:
                 _drop_cache(lower.path)
-            return cls(point, layers, fits and not create.check(image).errors)
+            return cls(point, layers, fits and not qcow2_check.check_tables(image).errors)
 
     @property
     def upper(self) -> Layer:

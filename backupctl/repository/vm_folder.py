@@ -23,7 +23,7 @@ from backupctl.errors import (
     RepositoryUnreadable,
     UnknownFormat,
 )
-from backupctl.names import PointId, RepositoryId, VmName, point_id, vm_name
+from backupctl.names import PointId, RepositoryId, VmName, did_you_mean, point_id, vm_name
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
 from backupctl.repository import markers, strict_json
@@ -160,14 +160,19 @@ class VmFolder:
         if wanted == "latest":
             ids = self._committed()
             if not ids:
-                raise self._missing(f"{self.name} has no recovery points in this repository")
+                raise self._missing(
+                    f"{self.name} has no recovery points in this repository", self._meant_vm()
+                )
             return self._open(ids[-1])
         try:
             found = point_id(wanted)
         except InvalidName as err:
             raise err.add(next_command=f"backupctl list {self.name}") from err
         if not self.is_committed(found):
-            raise self._missing(f"{self.name} has no recovery point {found} in this repository")
+            raise self._missing(
+                f"{self.name} has no recovery point {found} in this repository",
+                did_you_mean(found, self._committed()) or self._meant_vm(),
+            )
         return self._open(found)
 
     def all_points(self) -> list[PointId]:
@@ -222,8 +227,22 @@ class VmFolder:
             raise RepositoryError(f"cannot write to {partial.path}: {err.strerror}") from err
         return partial
 
-    def _missing(self, message: str) -> NoSuchPoint:
-        return NoSuchPoint(message, state=UNTOUCHED, next_command=f"backupctl list {self.name}")
+    def refuse_unknown(self) -> None:
+        """Raise NoSuchPoint if there was no run of this VM."""
+        if not self.exists():
+            raise NoSuchPoint(
+                f"{self.path.parent} has no backup of the VM {self.name}",
+                state=UNTOUCHED,
+                hint=self._meant_vm(),
+                next_command="backupctl list",
+            )
+
+    def _meant_vm(self) -> str:
+        """Return the hint for the name of a VM that may have been misspelt; "" if it was not."""
+        return "" if self.exists() else did_you_mean(self.name, safe_open.folders(self.path.parent))
+
+    def _missing(self, message: str, hint: str = "") -> NoSuchPoint:
+        return NoSuchPoint(message, state=UNTOUCHED, hint=hint, next_command=f"backupctl list {self.name}")
 
     def _exists(self, point: PointId) -> bool:
         try:

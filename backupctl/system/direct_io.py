@@ -26,6 +26,7 @@ from backupctl.system import durable
 _log = logging.getLogger("backupctl.system.direct_io")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _MOST_PARTS = 1024  # IOV_MAX
+_PUNCH_HOLE_KEEP_SIZE = 3
 _PIECES_KEPT = 64  # in the page cache, before they are dropped
 _STEP_BYTES = 16 << 20, 256 << 20
 
@@ -179,6 +180,12 @@ class DirectWriter(_DirectFile):
             if end > self._aside:
                 step = min(max(end // 4, _STEP_BYTES[0]), _STEP_BYTES[1])
                 self._aside = _set_aside(file, int(self._aside), end, end + step)
+
+    def punch(self, offset: int, length: int) -> bool:
+        """Make a run of bytes zeroes without writing them. Return whether the file or device can do that."""
+        with self._in_use() as file:
+            run = ctypes.c_int64(offset), ctypes.c_int64(length)
+            return not _LIBC.fallocate64(file, _PUNCH_HOLE_KEEP_SIZE, *run)
 
     def cut(self, end: int) -> None:
         """Make the file end there, in bytes. Raises OSError."""

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How much space files take, and how much is free."""
+"""How much space files take, where they have holes, and how much space is free."""
 
+import errno
 import os
+from array import array
 from contextlib import suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the guard imports this, and must start quickly
+    from pathlib import Path
 
 
 def used_bytes(descriptor: int) -> int:
@@ -17,7 +22,28 @@ def used_bytes(descriptor: int) -> int:
     return used
 
 
-def free_bytes(folder: Path) -> int:
+def free_bytes(folder: "Path") -> int:
     """Return the bytes that an ordinary user can still write to the folder's file system."""
     stat = os.statvfs(folder)
     return stat.f_bavail * stat.f_frsize
+
+
+def holes(descriptor: int) -> "array[int]":
+    """Return where an open file has holes, which read as zeroes: begin, end, begin, end, ... in bytes.
+
+    A file system that does not know calls nothing a hole. Raises OSError.
+    """
+    found = array("q")
+    at, end = 0, os.fstat(descriptor).st_size
+    while at < end:
+        begin = os.lseek(descriptor, at, os.SEEK_HOLE)
+        if begin >= end:
+            break
+        try:
+            at = os.lseek(descriptor, begin, os.SEEK_DATA)
+        except OSError as err:
+            if err.errno != errno.ENXIO:
+                raise
+            at = end  # no data behind it
+        found.extend((begin, at))
+    return found

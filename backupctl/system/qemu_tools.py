@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """QEMU's tools as child processes: they are killed when we end, and their error messages are kept."""
 
-import ctypes
 import errno
 import logging
 import os
@@ -15,7 +14,7 @@ from contextlib import suppress
 from typing import IO, TypeAlias
 
 from backupctl.errors import UNTOUCHED, Failed, RepositoryError
-from backupctl.system import log
+from backupctl.system import log, parent_death
 
 _log = logging.getLogger("backupctl.system.qemu_tools")
 
@@ -25,13 +24,11 @@ END_SECONDS = 120.0
 _AGAIN_SECONDS = 1.0
 _IMG_SECONDS = 300.0
 _NO_LOCK = re.compile(r'Failed to get (shared )?"[a-z ]+" lock')
-_PR_SET_PDEATHSIG = 1
 # Not EIO: QEMU reports invalid tables with it, too.
 _HINDRANCES = (
     *(errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
     *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOLCK),
 )
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def img(
@@ -102,7 +99,7 @@ def start(
             env={**os.environ, **(environment or {})},
             pass_fds=descriptors,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not the child's
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, no lock can be held in it
+            preexec_fn=parent_death.signalled(signal.SIGKILL),  # noqa: PLW1509 - one system call, no lock can be held in it
         )
     except OSError as err:
         raise Failed(f"cannot start {command[0]}: {err.strerror}") from err
@@ -138,7 +135,3 @@ def is_os_error(message: str) -> bool:
 def in_use(message: str) -> bool:
     """Whether QEMU's message is that another process keeps an image locked."""
     return "Is another process using the image" in message or bool(_NO_LOCK.search(message))
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

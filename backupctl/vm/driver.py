@@ -201,6 +201,9 @@ class Session(Resolver, Protocol):
     def guarded(self) -> bool:
         """Whether the guard is alive, and so has the guest agent, which serves one client at a time."""
 
+    def stand_by(self) -> None:
+        """Wait until the guard is there. To be called before the VM is touched. Raises GuardLost."""
+
     def ping_guest(self) -> None:
         """Check that the guest can be frozen, and is not. Raises AgentError, Refused if it is frozen.
 
@@ -295,7 +298,7 @@ class Driver(Resolver, Protocol):
         """Return the VM as it will be after `resolve`. Changes nothing. Raises MonitorError, Refused."""
 
     def begin(self, lock: int) -> AbstractContextManager[Session]:
-        """Start the guard, and with it a session; the VM is not touched yet.
+        """Start the guard, and with it a session; the VM is not touched, and the driver goes on.
 
         lock: the descriptor of the VM's lock, which the guard holds for as long as it works. Raises
         GuardLost, Refused.

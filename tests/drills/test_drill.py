@@ -19,7 +19,6 @@ PLANTED_IN = (
     "incremental",
     "recover",
     "restore",
-    "backupctl.vm.guest.guard_process",
 )
 UNMET = {
     "kill-full-transaction": "the guest is thawed",
@@ -34,11 +33,9 @@ PLANTED = {
     # A job is left behind.
     "sigterm": "from backupctl.vm.qmp import teardown\nteardown.teardown = lambda *a, **k: []\n",
     # The guard leaves the guest frozen when its run dies. (It is started without our folder in its path.)
-    "kill-full-transaction": "if 'backupctl.vm.guest.guard_process' in sys.orig_argv:\n"
-    "    import threading\n    start = threading.Thread.start\n"
-    "    threading.Thread.start = lambda self: self._target.__name__ == '_go_on_thawing' or start(self)\n"
-    "else:\n    from backupctl.vm.guest import guard\n"
-    "    guard._PACKAGE = f'{guard._PACKAGE}:' + __file__.rpartition('/')[0]\n",
+    "kill-full-transaction": "from backupctl.vm.guest import guard\n"
+    "guard.PROGRAM = 'import threading; start = threading.Thread.start; threading.Thread.start = "
+    'lambda self: self._target.__name__ == "_go_on_thawing" or start(self); \' + guard.PROGRAM\n',
     # A run changes a point that was committed.
     "bitmap-removed": "from backupctl.repository import pending_point\n"
     "commit = pending_point.PendingPoint.commit\n"

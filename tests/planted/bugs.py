@@ -31,6 +31,8 @@ COPY = "unit/transfer/test_copy.py::"
 HISTORY = "unit/repository/test_history.py::"
 EXTENTS = "unit/transfer/test_extents.py::"
 CLUSTER_MAP = "unit/transfer/test_cluster_map.py::"
+FLEET = "unit/operations/test_fleet.py::"
+ROUTINE = "unit/operations/test_routine.py::"
 GUARD = "unit/vm/test_guard.py::"
 IOTHREAD = (
     "integration/test_guest.py::"
@@ -103,8 +105,8 @@ BUGS = (
     Bug(
         "a run that met damage is silent",
         "_run",
-        "    _tell_damage(report)\n",
-        "",
+        "            raise damage\n",
+        "            pass\n",
         "integration/test_missing_points.py::test_reason_and_damage_of_each_disk_are_in_the_document",
     ),
     Bug(
@@ -451,5 +453,40 @@ BUGS = (
         "(used > stored) | (used > 1)",
         "used > 1",
         TABLES + "test_errors_and_leaks_are_counted_as_qemu_counts_them",
+    ),
+    Bug(
+        "older points are dropped after a backup that failed",
+        "_Work.prune",
+        "        if before is not None:\n",
+        "        if self.stop.requested:\n",
+        ROUTINE + "test_after_a_backup_that_failed_nothing_is_dropped_but_the_rest_is_verified",
+    ),
+    Bug(
+        "a policy without rules prunes",
+        "_Work.prune",
+        "        if rules.hold_nothing():\n",
+        "        if rules is None:\n",
+        ROUTINE + "test_without_rules_nothing_is_pruned_and_without_a_percentage_nothing_verified",
+    ),
+    Bug(
+        "one monitor is spoken to by two",
+        "next_job",
+        "one.monitor not in busy and ",
+        "",
+        FLEET + "test_one_monitor_is_never_spoken_to_by_two",
+    ),
+    Bug(
+        "the processes of a run that was killed go on",
+        "signalled",
+        "        _LIBC.prctl(_PR_SET_PDEATHSIG, number)\n",
+        "        pass\n",
+        FLEET + "test_a_parent_that_is_killed_has_its_children_roll_back",
+    ),
+    Bug(
+        "a killed run passes for one that was rolled back",
+        "_without_document",
+        "    if result.code is not None and result.code > 0:\n",
+        "    if result.code is not None:\n",
+        "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
 )

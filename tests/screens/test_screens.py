@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Every screen is as it is kept in `golden/`. After a change: `make screens`, then read the difference."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -32,9 +33,19 @@ from backupctl.operations.backup.plan import MissingDisk
 from backupctl.operations.bitmaps import Removal, StoredBitmap
 from backupctl.operations.doctor import run as doctor
 from backupctl.operations.doctor.run import Diagnosis, Finding
+from backupctl.operations.fleet import run as fleet
+from backupctl.operations.fleet.run import JobResult
+from backupctl.operations.prune.run import PruneReport
 from backupctl.operations.recover import Recovered
+from backupctl.operations.routine import forecast
+from backupctl.operations.routine import run as routine
+from backupctl.operations.routine.forecast import DiskForecast, Forecast
+from backupctl.operations.routine.run import RoutineReport, TaskResult
 from backupctl.operations.status import DiskStatus, Status
 from backupctl.operations.verify import run as verify
+from backupctl.operations.verify.layer import VerifyScope
+from backupctl.operations.verify.run import VerifyReport
+from backupctl.outcome import documents
 from backupctl.repository.repository import Repository
 from tests.screens.terminal import every_look, look_at
 from tests.unit.points import P1, P2, P3, Builder, disk_entry
@@ -153,6 +164,7 @@ def test_configuration(show, tmp_path):
     show("config-check", "config", "check", "--config", "right.toml")
     show("config-check-wrong", "config", "check", "--config", "wrong.toml")
     show("wrong-configuration", "list", "--config", "wrong.toml")
+    show("install-timers", "install-timers", "--root", "root", "--dry-run", "--config", "right.toml")
     show("vm-not-configured", "full", "wbe", "--config", "right.toml")
     show("help-config-check", "config", "check", "--help")
     show("help-config-show", "config", "show", "--help")
@@ -338,3 +350,100 @@ def test_every_screen_that_is_kept_is_shown():
     failures = {f"error-{name}" for name in FAILURES}
     assert {name for name in kept - helps - runs - failures if f'show("{name}"' not in text} == set()
     assert RENEW or kept >= helps | runs | failures
+
+
+RUN_CONFIGURATION = """
+[defaults]
+repository = "repository"
+keep_daily = 14
+verify_percent = 5
+[run]
+jobs = 2
+[vm.web]
+qmp = "unix:/run/web.qmp"
+[vm.db]
+qmp = "unix:/run/db.qmp"
+[vm.shop]
+qmp = "unix:/run/shop.qmp"
+[vm.mail]
+qmp = "unix:/run/mail.qmp"
+"""
+
+
+def routine_report(_asked=None, reporter=None, _stop=None) -> RoutineReport:
+    """Return what a run of one VM comes to; tell what it tells."""
+    if reporter:
+        reporter.event(StepStarted("copy"))
+        reporter.event(CrashConsistent("no agent is configured"))
+    taken = TaskResult("backup", report("incremental"))
+    pruned = TaskResult("prune", PruneReport((), (P1,)))
+    verified = TaskResult("verify", VerifyReport((VmName("web"),), 3, 3, 1 << 30, (), (), 1.0), scope=SCOPE)
+    return RoutineReport((taken, pruned, verified), 12.0)
+
+
+SCOPE = VerifyScope(percent=5.0, seed=7)
+
+
+def job_result(vm: str, found: RoutineReport) -> JobResult:
+    one = documents.routine(vm, found, (), {})
+    return JobResult(VmName(vm), 0, json.dumps({"vms": [one]}).encode(), 12.0)
+
+
+def fake_fleet(jobs, _limits, _patience, watcher, _stop) -> list[JobResult]:
+    """Work on four VMs: one is well, one is locked, one finds damage, one is killed."""
+    well = routine_report()
+    damage = replace(well.tasks[2], error=FAILURES["damage-found"])
+    locked = TaskResult("backup", error=FAILURES["locked"])
+    skipped = TaskResult("prune", skipped="the backup failed, or found damage")
+    results = [
+        job_result("web", well),
+        job_result("db", RoutineReport((locked, skipped), 4.0)),
+        job_result("shop", RoutineReport((*well.tasks[:2], damage), 9.0)),
+        JobResult(VmName("mail"), -9, b"", 3.0),
+    ]
+    for job, result in zip(jobs, results, strict=True):
+        watcher.started(job)
+        watcher.line(job.vm, json.dumps({"backupctl": {"severity": "step", "text": "attach"}}))
+        watcher.line(job.vm, json.dumps({"backupctl": {"severity": "warning", "text": LONG}}))
+        watcher.ended(result)
+    return results
+
+
+@pytest.fixture
+def configured(tmp_path, monkeypatch):
+    Repository.create(tmp_path / "repository")
+    text = RUN_CONFIGURATION.replace('"repository"', f'"{tmp_path}/repository"')
+    (tmp_path / "run.toml").write_text(text)
+    monkeypatch.setattr(routine, "run", routine_report)
+    monkeypatch.setattr(fleet, "run", fake_fleet)
+    monkeypatch.setattr(
+        documents,
+        "routines",
+        lambda vms, _seconds, code, *, dry_run, real=documents.routines: real(
+            vms, 0.5, code, dry_run=dry_run
+        ),
+    )
+
+
+def test_a_run_of_what_is_due(show, configured):
+    show("run", "run", "web", "--config", "run.toml")
+    show("run-json", "run", "web", "--config", "run.toml", "--json")
+    show("run-all", "run", "--all", "--config", "run.toml")
+    show("run-all-quiet", "run", "--all", "--config", "run.toml", "--quiet")
+    show("run-no-name", "run", "--config", "run.toml")
+    show("run-no-match", "run", "x*", "--config", "run.toml")
+
+
+def test_what_a_run_would_do(show, configured, monkeypatch):
+    disks = (
+        DiskForecast(DiskName("vda"), "incremental", "", 3 << 20),
+        DiskForecast(DiskName("vdb"), "scan", "its bitmap is gone", 1 << 34),
+    )
+    found = Forecast("incremental", False, disks, (P1,), 5.0)
+    monkeypatch.setattr(forecast, "look", lambda *_: found)
+    show("run-dry-run", "run", "web", "--dry-run", "--config", "run.toml")
+
+
+def test_each_of_several_vms(show, configured, monkeypatch):
+    monkeypatch.setattr(backup, "run", fake_run)
+    show("incremental-several", "incremental", "web", "db", "--config", "run.toml")

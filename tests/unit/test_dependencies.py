@@ -15,11 +15,19 @@ from tests.conftest import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-@pytest.mark.parametrize(("hook", "parameters"), [("_do_recv", ["self"]), ("_on_message", ["self", "msg"])])
-def test_the_hooks_of_qemu_qmp_that_the_monitor_overrides_are_there(hook, parameters):
+@pytest.mark.parametrize(
+    ("hook", "parameters", "awaited"),
+    [
+        ("_do_recv", ["self"], True),
+        ("_on_message", ["self", "msg"], True),
+        ("_cb_outbound", ["self", "msg"], False),
+        ("_cb_inbound", ["self", "msg"], False),
+    ],
+)
+def test_the_hooks_of_qemu_qmp_that_the_monitor_overrides_are_there(hook, parameters, awaited):
     for owner in (QMPClient, monitor._Client):
         found = getattr(owner, hook)
-        assert inspect.iscoroutinefunction(found)
+        assert inspect.iscoroutinefunction(found) == awaited
         assert list(inspect.signature(found).parameters) == parameters
     assert hook in vars(monitor._Client)
 

@@ -11,7 +11,7 @@ CODES = {
     *("Refused", "ViewUnavailable", "MonitorError", "MonitorUnreachable", "CommandFailed", "OutcomeUnknown"),
     *("AgentError", "AgentUnavailable", "AgentRefused", "AgentTimeout", "FreezeOverrun", "GuardLost"),
     *("TransferError", "ReadFailed", "WriteFailed", "RepositoryError", "NotARepository"),
-    *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists"),
+    *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists", "HookFailed"),
 }
 """Interface, whatever the classes are called: a code is never changed, and none is taken out."""
 

@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from backupctl import events
-from backupctl.events import Event, Severity, backup, prune, repository, restore
+from backupctl.events import Event, Severity, backup, monitoring, prune, repository, restore, routine
 from backupctl.events.backup import BitmapNotPersistent, DiskScanned
 from backupctl.names import DiskName, PointId
 from backupctl.outcome import documents
@@ -15,14 +15,15 @@ from backupctl.outcome import documents
 CODES = """
 attributes-not-kept bitmap-not-persistent configured-rules-not-used crash-consistent damage-detected
 damage-unknown disk-encrypted disk-from-earlier-point disk-missing disk-scanned disk-skipped disk-taken-full
-disks-not-restored history-mismatch left-for-next-prune no-point-to-build-on not-checked nothing-to-verify
-overlay-kept point-damaged point-dropped point-must-stay recovered-from-earlier-run repository-created
-restored-unverified restored-with-damage sample-chosen scratch-may-not-suffice served-to-local-users
-step-started target-larger target-resized vm-failed vm-skipped
+disks-not-restored full-due history-mismatch hook-failed left-for-next-prune metrics-not-written
+no-point-to-build-on not-checked nothing-to-verify notice-not-sent overlay-kept point-damaged point-dropped
+point-must-stay recovered-from-earlier-run repository-created restored-unverified restored-with-damage
+sample-chosen scratch-may-not-suffice served-to-local-users start-delayed step-started target-larger
+target-resized task-skipped vm-ended vm-failed vm-skipped vm-started waiting-for-lock
 """.split()  # noqa: SIM905 - one a line would be a page
 """Scripts rest on these: one may be added, and none may be changed or go."""
 
-MODULES = events, backup, prune, repository, restore
+MODULES = events, backup, monitoring, prune, repository, restore, routine
 KINDS = [
     kind
     for module in MODULES

@@ -17,7 +17,7 @@ FLOORS = (
     {"targets", "transfer"},
     {"vm", "repository"},
     {"operations"},
-    {"drills", "outcome"},
+    {"drills", "outcome", "monitoring"},
     {"cli"},
     {"__main__"},
 )

@@ -102,7 +102,7 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     facts = recover.FolderFacts(folder, ctx.repository.owner)
     # Both before recovery, which takes a bitmap without a point for an unfinished run's, and removes it.
     recorded = recover.newest_recorded(driver, facts.namespace)
-    gone = recover.gone(driver, facts)
+    gone = recover.gone(facts, recorded)
     for done in recover.recover_vm(vm, facts, driver, options.scratch.folder, options.timeouts):
         reporter.event(RecoveredFromEarlierRun(done))
     audit.reconcile(folder)

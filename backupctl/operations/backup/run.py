@@ -62,10 +62,14 @@ def run(ctx: RunContext) -> RunReport:
     with prepare.explained(ctx.vm, ctx.options):
         ctx.step("prepare")
         timeouts = ctx.options.timeouts
-        with ctx.folder.lock() as lock, open_driver(ctx.vm, timeouts, ctx.cancel) as driver:
+        with (
+            ctx.folder.lock() as lock,
+            open_driver(ctx.vm, timeouts, ctx.cancel) as driver,
+            driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
+        ):
             prepared = prepare.prepare(ctx, driver)
-            with driver.begin(lock) as session:
-                return _Run(ctx, session, prepared).make()
+            session.stand_by()
+            return _Run(ctx, session, prepared).make()
 
 
 class _Run:

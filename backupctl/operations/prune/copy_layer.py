@@ -12,11 +12,9 @@ from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.repository.merge import Merge
 from backupctl.sizes import Range
-from backupctl.system import safe_open
 from backupctl.transfer import sink
 from backupctl.transfer.batch import Part
 from backupctl.transfer.copy import Copy
-from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.verify_filter import VerifyFilter
 
 _WINDOW_RECORDS = 1 << 16
@@ -42,8 +40,8 @@ def copy_layer(
         raise _damage(read, ranges)
 
     def on_unreadable(numbers: Clusters) -> None:
-        for layer in read:
-            safe_open.prove_readable(layer.path, check)
+        if source.refused is not None:
+            raise source.refused
         raise _damage(read, clusters.ranges(numbers, one.size))
 
     verify = VerifyFilter(chain.effective_content(read, one.size), on_mismatch, one.size, zeroes=True)
@@ -57,7 +55,7 @@ def copy_layer(
         # A short last cluster is written whole, with zeroes behind it, where lower's image is larger. That
         # image is cut later, and its old bytes would come back when the disk grows again.
         copied = Copy(
-            NbdReader(source),
+            source,
             target,
             check=check,
             progress=lambda done_bytes: progress(done_bytes, total),

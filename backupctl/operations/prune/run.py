@@ -13,14 +13,14 @@ Step 3 depends only on what is in the repository, so after a crash at any point 
 where this one ended. The VM's lock is taken for each step of it, so that a backup need not wait for all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import UNTOUCHED, BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
+from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
 from backupctl.events import StepStarted
 from backupctl.events.prune import LeftForNextPrune, PointDropped
 from backupctl.names import DiskName, PointId
@@ -70,13 +70,16 @@ class PruneReport:
     damage: tuple[str, ...] = ()
 
 
-def plan(folder: VmFolder, rules: Rules) -> tuple[Decision, ...]:
-    """Decide for each point of a VM. Raises UsageError, NoSuchPoint, DamageFound, RepositoryError."""
-    _refuse_unknown(folder)
-    return _decide(Survey(folder), rules)
+def plan(folder: VmFolder, rules: Rules, coming: Sequence[RetentionCandidate] = ()) -> tuple[Decision, ...]:
+    """Decide for each point of a VM. coming: points that are still to be made.
+
+    Raises UsageError, NoSuchPoint, DamageFound, RepositoryError.
+    """
+    folder.refuse_unknown()  # taking its lock would make it
+    return _decide(Survey(folder), rules, coming)
 
 
-def _decide(survey: Survey, rules: Rules) -> tuple[Decision, ...]:
+def _decide(survey: Survey, rules: Rules, coming: Sequence[RetentionCandidate] = ()) -> tuple[Decision, ...]:
     survey.update()
     held = [
         RetentionCandidate(
@@ -87,7 +90,7 @@ def _decide(survey: Survey, rules: Rules) -> tuple[Decision, ...]:
         )
         for point in survey.current()
     ]
-    return retention.decide(held, rules, datetime.now(UTC))
+    return retention.decide([*held, *coming], rules, datetime.now(UTC))
 
 
 def prune(
@@ -99,7 +102,7 @@ def prune(
     prune, and reported. Raises UsageError, NoSuchPoint, Locked, DamageFound if a manifest is damaged: then it
     is not known what is based on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
-    _refuse_unknown(folder)
+    folder.refuse_unknown()  # taking its lock would make it
     outcome, survey = _Outcome(), Survey(folder)
     steps = _Steps(folder, reporter, stop, Filling(folder.path), survey, outcome)
     try:
@@ -317,12 +320,3 @@ class _Steps:
     def _leave(self, why: str) -> None:
         self.outcome.left.append(why)
         self.reporter.event(LeftForNextPrune(why))
-
-
-def _refuse_unknown(folder: VmFolder) -> None:
-    if not folder.exists():  # taking its lock would make it
-        raise NoSuchPoint(
-            f"{folder.path.parent} has no backup of the VM {folder.name}",
-            state=UNTOUCHED,
-            next_command="backupctl list",
-        )

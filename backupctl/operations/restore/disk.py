@@ -3,8 +3,8 @@
 
 ::
 
-    chain of layers ─► QEMU's server ─► compared ─► QEMU's server ─► an image, a raw file or a device
-                                            └─────────────────────► a stream of bytes
+    chain of layers ─► compared ─► an image, a raw file or a device
+                           └─────► a stream of bytes
 
 What does not match its digest is refused; with `allow_damage` it is written, and reported.
 """
@@ -19,21 +19,19 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.digests.clusters import Clusters, EffectiveContent
 from backupctl.errors import DamageFound, ReadFailed, RepositoryUnreadable
-from backupctl.images import create
 from backupctl.images.create import ImageFormat
 from backupctl.images.open_image import OpenImage
 from backupctl.names import PointId, VmName
-from backupctl.operations import endpoints
+from backupctl.operations import chain_reader, endpoints
+from backupctl.operations.chain_reader import ChainReader
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.sizes import Range
-from backupctl.system import safe_open
-from backupctl.transfer import batch, cluster_map
+from backupctl.system.threads import Workers
+from backupctl.transfer import batch
 from backupctl.transfer.batch import Part
 from backupctl.transfer.copy import Copy
-from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.sink import Sink
-from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
 from backupctl.transfer.verify_filter import VerifyFilter
 
@@ -75,17 +73,17 @@ class DiskReader:
         Raises DamageFound, ReadFailed, WriteFailed, RepositoryError, Interrupted.
         """
         verify = VerifyFilter(self._expected(), self._on_mismatch, self.size, zeroes=onto_device)
-        create.create_target(target, image_format, self.size, onto_device=onto_device)
         with (
             self._source() as source,
             endpoints.write_target(
                 target, image_format, self.size, self.stop.check, onto_device=onto_device
             ) as sink,
+            Workers(chain_reader.WORKERS) as workers,
         ):
             count = clusters.count(self.size)
             head = min(_HEAD_CLUSTERS, count) if onto_device else 0
             zero_clusters = _DEVICE_ZERO_CLUSTERS if onto_device else batch.ZERO_CLUSTERS
-            pipeline = _Pipeline(self, source, sink, verify, zero_clusters)
+            pipeline = _Pipeline(self, source, sink, verify, zero_clusters, workers)
             # The start of a device, with its partition table, stays zeroes until everything else is written:
             # otherwise a device whose restore was given up halfway would look complete.
             pipeline.write_zeroes(np.arange(head, dtype=np.uint64))
@@ -98,8 +96,8 @@ class DiskReader:
         verify = VerifyFilter(self._expected(), self._on_mismatch, self.size, zeroes=True)
         with self._source() as source:
             stream(
-                NbdReader(source),
-                cluster_map.all_parts(source),
+                source,
+                source.parts(),
                 descriptor,
                 check=self.stop.check,
                 progress=self.progress,
@@ -107,14 +105,12 @@ class DiskReader:
             )
 
     @contextmanager
-    def _source(self) -> Iterator[Source]:
-        with endpoints.read_chain(self.layers, tolerate_errors=True) as source:
+    def _source(self) -> Iterator[ChainReader]:
+        with endpoints.read_chain(self.layers) as source:
             try:
                 yield source
             except ReadFailed as err:
-                if not all(connection.alive() for connection in source.connections):
-                    raise  # a lost server says nothing about what is stored
-                self._require_readable_files()
+                self._raise_refused(source)
                 raise DamageFound(
                     f"cannot read {self.layers[0].entry.name} of {self.vm} at {self.point}: {err.message}",
                     state=_GIVEN_UP,
@@ -138,22 +134,16 @@ class DiskReader:
             raise self._damage(ranges)
         self.damaged += ranges
 
-    def on_unreadable(self, numbers: Clusters) -> None:
-        """Refuse what QEMU cannot read, unless damage is allowed.
-
-        Raises DamageFound, RepositoryUnreadable.
-        """
+    def on_unreadable(self, source: ChainReader, numbers: Clusters) -> None:
+        """Refuse what cannot be read, unless damage is allowed. Raises DamageFound, RepositoryUnreadable."""
         if not self.allow_damage:
-            self._require_readable_files()
+            self._raise_refused(source)
             raise self._damage(clusters.ranges(numbers, self.size))
 
-    def _require_readable_files(self) -> None:
-        """Raise RepositoryUnreadable if the operating system cannot read an image either: not damage then."""
-        try:
-            for layer in self.layers:
-                safe_open.prove_readable(layer.path, self.stop.check)
-        except RepositoryUnreadable as err:
-            raise err.add(state=_GIVEN_UP, hint=_ALLOW_DAMAGE, next_command=self._verify_command()) from err
+    def _raise_refused(self, source: ChainReader) -> None:
+        """Raise RepositoryUnreadable if the operating system refused to read an image: not damage then."""
+        if source.refused is not None:
+            raise source.refused.add(state=_GIVEN_UP, hint=_ALLOW_DAMAGE, next_command=self._verify_command())
 
     def _damage(self, ranges: Sequence[Range]) -> DamageFound:
         return DamageFound(
@@ -173,10 +163,11 @@ class _Pipeline:
     """What is copied from where to where. zero_clusters: as for Copy."""
 
     reader: DiskReader
-    source: Source
+    source: ChainReader
     sink: Sink
     verify: VerifyFilter
     zero_clusters: int
+    workers: Workers
 
     def copy(self, first: int, stop: int) -> None:
         """Copy some neighbours. With `allow_damage` what cannot be read becomes zeroes."""
@@ -184,18 +175,19 @@ class _Pipeline:
         lost: list[Clusters] = []
 
         def on_unreadable(numbers: Clusters) -> None:
-            self.reader.on_unreadable(numbers)
+            self.reader.on_unreadable(self.source, numbers)
             lost.append(numbers)
 
         Copy(
-            NbdReader(self.source),
+            self.source,
             self.sink,
             check=self.reader.stop.check,
             progress=self.reader.progress,
             filter_batch=self.verify,
             on_unreadable=on_unreadable,
             zero_clusters=self.zero_clusters,
-        ).run(_within(cluster_map.all_parts(self.source), first, stop))
+            workers=self.workers,
+        ).run(_within(self.source.parts(), first, stop))
         for numbers in lost:
             self.write_zeroes(numbers)
             self.reader.damaged += clusters.ranges(numbers, self.reader.size)
@@ -203,10 +195,11 @@ class _Pipeline:
     def write_zeroes(self, numbers: Clusters) -> None:
         """Write zeroes."""
         Copy(
-            NbdReader(self.source),
+            self.source,
             self.sink,
             check=self.reader.stop.check,
             zero_clusters=self.zero_clusters,
+            workers=self.workers,
         ).run([Part(numbers, zero=True)])
 
 

@@ -35,7 +35,6 @@ from backupctl.operations.restore.selection import MissingDisk
 from backupctl.progress import Reporter
 from backupctl.repository import chain
 from backupctl.sizes import WINDOW_CLUSTERS, Range
-from backupctl.system import safe_open
 from backupctl.targets import in_place
 from backupctl.targets.in_place import Target
 from backupctl.transfer import cluster_map, sink
@@ -222,8 +221,8 @@ def _write(one: _Target, address: Path, differing: NDArray[np.bool_]) -> int:
         )
 
     def on_unreadable(numbers: Clusters) -> None:
-        for layer in one.task.layers:
-            safe_open.prove_readable(layer.path, one.stop.check)
+        if source.refused is not None:
+            raise source.refused
         on_mismatch(clusters.ranges(numbers, size))
 
     size = one.expected.size_bytes
@@ -237,7 +236,7 @@ def _write(one: _Target, address: Path, differing: NDArray[np.bool_]) -> int:
     ):
         try:
             Copy(
-                NbdReader(source),
+                source,
                 target,
                 check=one.stop.check,
                 progress=_progress(one, total),

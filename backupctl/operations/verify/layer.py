@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The check of one layer: its image, its digest map, and whether both describe the same bytes.
 
-The layer is read without those below it. What is found wrong becomes a `Problem`; it is not raised. What the
-operating system cannot read is not a problem of the layer, which may be sound: it is `unchecked`. QEMU
-reports the same error for both, so where it cannot read something the file is read without QEMU.
+The layer is read without those below it, and without QEMU. What is found wrong becomes a `Problem`; it is not
+raised. What the operating system cannot read is not a problem of the layer, which may be sound: it is
+`unchecked`.
 """
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,19 +18,20 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters, digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES, Clusters, EffectiveContent, Records
 from backupctl.digests.digest_map import DigestMap
-from backupctl.errors import DamageFound, ReadFailed, RepositoryError, RepositoryUnreadable
-from backupctl.images import create
+from backupctl.errors import DamageFound, RepositoryUnreadable
+from backupctl.images import qcow2_check
+from backupctl.images.layered_image import LayeredImage
 from backupctl.images.open_image import OpenImage
-from backupctl.operations import endpoints
+from backupctl.operations.chain_reader import ChainReader
+from backupctl.operations.verify.stored import Stored, joined
 from backupctl.repository.chain import Layer
-from backupctl.system import safe_open
+from backupctl.system import files, safe_open
+from backupctl.system.threads import Workers
 from backupctl.transfer import read_layer
-from backupctl.transfer.reader import NbdReader
-from backupctl.transfer.source import Source
+from backupctl.transfer.batch import Part
 
 Kind = Literal["manifest", "history", "chain", "image", "digests", "data"]
 
-_BLOCK = 16  # clusters: a sample consists of whole MiB, since a disk seeks for as long as it reads one
 _NONE: Clusters = np.empty(0, np.uint64)
 
 
@@ -41,6 +42,11 @@ class VerifyScope:
     data: bool = True
     percent: float = 100.0
     seed: int = field(default_factory=lambda: secrets.randbits(32))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte is read."""
+        return self.data and self.percent >= 100
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class LayerCheck:
     """The check of a layer; `run` does it.
 
     digests: its digest map, or why that cannot be read. merging: a prune was overwriting the image.
-    rng: chooses the sample.
+    rng: chooses the sample. workers: read.
     """
 
     layer: Layer
@@ -81,6 +87,7 @@ class LayerCheck:
     rng: np.random.Generator
     stop: Cancellation
     merging: bool
+    workers: Workers
     report: LayerReport = field(default_factory=LayerReport, init=False)
 
     def run(self, progress: Callable[[int], None]) -> LayerReport:
@@ -110,14 +117,11 @@ class LayerCheck:
             raise self.digests
         try:
             self._compare(image, self.digests.records, progress)
-        except RepositoryUnreadable:
-            raise
-        except (ReadFailed, RepositoryError) as err:
-            self._require_readable_file()
-            self._add("image", f"cannot read {self.layer.path}: {err.message}", None)
+        except DamageFound as err:
+            self._add("image", err.message, None)
 
     def _can_be_opened(self, image: OpenImage) -> bool:
-        """Check the image's header; returns whether QEMU can open the image safely.
+        """Check the image's header; returns whether the image can be read.
 
         A truncated image can be opened: reading its data shows what is lost.
         """
@@ -137,59 +141,66 @@ class LayerCheck:
 
     def _check_tables(self, image: OpenImage) -> None:
         path = self.layer.path
-        tables = create.check(image)
+        tables = qcow2_check.check_tables(image, self.stop.check)
         if tables.leaks:
             self.report.notes.append(f"{path}: {tables.leaks} leaked clusters (harmless)")
         if tables.errors:
-            self._require_readable_file()
-            self._add("image", f"{path}: qemu-img check: {tables.message}", _NONE)
+            self._add("image", f"{path}: {tables.message}", _NONE)
 
     def _compare(self, image: OpenImage, records: Records, progress: Callable[[int], None]) -> None:
-        """Compare what the layer stores with its digest map."""
-        named = records["cluster"]
-        with endpoints.read_images((image,), depth=True, tolerate_errors=True) as source:
-            data, zero = read_layer.stored(source)
-            stored = np.concatenate([data, zero])
-            zeroed = np.intersect1d(zero, named[~clusters.is_zero(records)], assume_unique=True)
-            self._add_damage("missing from the image", np.setdiff1d(named, stored))
-            self._add_damage("stored, but not in the digest map", np.setdiff1d(stored, named))
-            self._add_damage("read as zeroes but should contain data", zeroed)
-            if self.scope.data:
-                wanted = self._sample(np.intersect1d(data, named, assume_unique=True))
-                self._compare_data(records, source, wanted, progress)
+        """Compare what the layer stores with its digest map. Raises RepositoryUnreadable, DamageFound."""
+        with safe_open.unreadable(image.path):
+            holes = files.holes(image.descriptor)
+        with LayeredImage((image,)) as disk:
+            stored = Stored(disk, records, holes, self.stop.check)
+            found = stored.compare()
+            self._add_damage("missing from the image", found.missing)
+            self._add_damage("stored, but not in the digest map", found.unnamed)
+            self._add_damage("read as zeroes but should contain data", found.zeroed)
+            lost = found.lost
+            if self.scope.data and found.data_clusters:
+                blocks = self._sample(joined(found.blocks))
+                lost = [*lost, self._compare_data(records, disk, stored.data(blocks), progress)]
+                if disk.refused is not None:
+                    raise disk.refused
+            self._add_damage("unreadable", lost)
 
     def _compare_data(
-        self, records: Records, source: Source, wanted: Clusters, progress: Callable[[int], None]
-    ) -> None:
+        self,
+        records: Records,
+        disk: LayeredImage,
+        wanted: Iterable[Part],
+        progress: Callable[[int], None],
+    ) -> Clusters:
+        """Read data and compare it with its digests; returns what cannot be read."""
         size = self.layer.entry.size
         expected = EffectiveContent([(records, size)], size)
-        differing = [_NONE]
+        differing: list[Clusters] = []
+        counts: list[int] = []  # a sum would be changed by several threads at once
 
         def compare(found: Records) -> None:
-            should = expected.of(found["cluster"])
-            differing.append(found["cluster"][clusters.differ(found, should)])
+            counts.append(len(found))
+            wrong = clusters.differ(found, expected.of(found["cluster"]))
+            if wrong.any():
+                differing.append(found["cluster"][wrong])
 
-        lost = read_layer.read(NbdReader(source), wanted, compare, check=self.stop.check, progress=progress)
-        self.report.read_bytes += len(wanted) * CLUSTER_BYTES
-        self._add_damage("not what was read from the VM", np.sort(np.concatenate(differing)))
-        if len(lost):
-            self._require_readable_file()
-        self._add_damage("unreadable", lost)
+        with ChainReader(disk) as reader:
+            lost = read_layer.read(
+                reader, wanted, compare, check=self.stop.check, progress=progress, workers=self.workers
+            )
+        self.report.read_bytes += sum(counts) * CLUSTER_BYTES
+        self._add_damage("not what was read from the VM", differing)
+        return lost
 
-    def _require_readable_file(self) -> None:
-        """Raise RepositoryUnreadable if the operating system cannot read the image either."""
-        safe_open.prove_readable(self.layer.path, self.stop.check)
-
-    def _sample(self, stored: Clusters) -> Clusters:
-        """Choose a sample of whole MiB, at least one."""
-        if self.scope.percent >= 100 or not len(stored):
-            return stored
-        blocks = np.unique(stored // _BLOCK)
+    def _sample(self, blocks: Clusters) -> Clusters | None:
+        """Choose a sample of whole MiB, at least one; None for all."""
+        if self.scope.percent >= 100:
+            return None
         count = max(1, round(len(blocks) * self.scope.percent / 100))
-        chosen = self.rng.choice(blocks, count, replace=False)
-        return stored[np.isin(stored // _BLOCK, chosen)]
+        return np.sort(self.rng.choice(blocks, count, replace=False))
 
-    def _add_damage(self, what: str, damaged: Clusters) -> None:
+    def _add_damage(self, what: str, parts: list[Clusters]) -> None:
+        damaged = np.sort(joined(parts))
         if len(damaged):
             number = f"{len(damaged)} {'cluster' if len(damaged) == 1 else 'clusters'}"
             self._add("data", f"{self.layer.path}: {number} {what}", damaged)

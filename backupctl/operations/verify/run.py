@@ -31,6 +31,7 @@ from backupctl.errors import UNTOUCHED, DamageFound, Locked, NoSuchPoint, Reposi
 from backupctl.events import StepStarted
 from backupctl.events.repository import DamageDetected, NotChecked, NothingToVerify
 from backupctl.names import DiskName, PointId, VmName
+from backupctl.operations import chain_reader
 from backupctl.operations.verify.impact import Affected, Impact
 from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope
 from backupctl.progress import Reporter
@@ -41,7 +42,8 @@ from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import ScannedPoints, VmFolder
 from backupctl.sizes import Range
-from backupctl.system import locks, qemu_tools, safe_open
+from backupctl.system import locks, safe_open
+from backupctl.system.threads import Workers
 
 _LOCK_SECONDS = 30.0
 _MAX_SCANS = 5
@@ -102,23 +104,19 @@ def verify(
     RepositoryUnreadable if the point asked for has no manifest to start from, RepositoryError, Interrupted.
     """
     started = time.monotonic()
-    qemu_tools.require_tools()
     folders = [repository.vm(name) for name in (repository.vms() if vm is None else [vm])]
-    if vm is not None and not folders[0].exists():
-        raise NoSuchPoint(
-            f"{repository.path} has no backup of the VM {vm}",
-            state=UNTOUCHED,
-            next_command="backupctl list",
-        )
+    if vm is not None:
+        folders[0].refuse_unknown()
     found = _Findings(reporter)
-    for folder in folders:
-        rng = np.random.default_rng(scope.seed)
-        try:
-            _VmCheck(folder, scope, rng, reporter, stop, found).run(point)
-        except RepositoryUnreadable as err:
-            if vm is not None:
-                raise
-            found.add_unchecked(folder, folder.path, "", err)
+    with Workers(chain_reader.WORKERS) as workers:
+        for folder in folders:
+            rng = np.random.default_rng(scope.seed)
+            try:
+                _VmCheck(folder, scope, rng, reporter, stop, found, workers).run(point)
+            except RepositoryUnreadable as err:
+                if vm is not None:
+                    raise
+                found.add_unchecked(folder, folder.path, "", err)
     if not found.points and not found.damage:
         _refuse_empty(repository, vm)
         reporter.event(NothingToVerify(repository.path))
@@ -256,7 +254,7 @@ class _DigestMaps:
 
 @dataclass(frozen=True)
 class _VmCheck:
-    """The verification of one VM; `run` does it. rng: chooses the sample."""
+    """The verification of one VM; `run` does it. rng: chooses the sample. workers: read."""
 
     folder: VmFolder
     scope: VerifyScope
@@ -264,6 +262,7 @@ class _VmCheck:
     reporter: Reporter
     stop: Cancellation
     found: _Findings
+    workers: Workers
 
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs. Raises as `verify`."""
@@ -356,7 +355,9 @@ class _VmCheck:
     ) -> None:
         layer = _layer(point, entry)
         merging = markers.has(point.path, markers.merging(entry.name))
-        check = LayerCheck(layer, maps.open(point, entry), self.scope, self.rng, self.stop, merging)
+        check = LayerCheck(
+            layer, maps.open(point, entry), self.scope, self.rng, self.stop, merging, self.workers
+        )
         report = check.run(progress)
         self.found.notes += report.notes
         self.found.read_bytes += report.read_bytes

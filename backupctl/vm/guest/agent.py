@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest agent (qemu-ga), as plain calls; standard library only, because the guard imports it.
+"""The guest agent (qemu-ga), as plain calls. The guard imports this: only what loads quickly.
 
 Each conversation begins with `guest-sync-delimited`: the agent answers with the byte 0xFF before its
 reply, so whatever stale answers still lie in the channel end there. After a time-out the same again.
@@ -7,13 +7,12 @@ Source: QEMU's qga/qapi-schema.json.
 """
 
 import json
-import secrets
+import os
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from backupctl.errors import AgentRefused, AgentTimeout, AgentUnavailable
 from backupctl.system.address import Address
@@ -28,14 +27,13 @@ def _no_log(_format: str, *_arguments: object) -> None:
 _DELIMITER = b"\xff"
 
 
-@dataclass(frozen=True)
-class Thaw:
+class Thaw(NamedTuple):
     """How a thaw was answered, after which the guest is thawed.
 
-    count: the file systems that it thawed. refusal: the agent's words if it refused, "" if it did not.
+    thawed: the file systems that it thawed. refusal: the agent's words if it refused, "" if it did not.
     """
 
-    count: int
+    thawed: int
     refusal: str
 
 
@@ -157,7 +155,7 @@ class Agent:
         self._in_step = True
 
     def _sync_once(self, before: bytes, deadline: float) -> None:
-        mark = secrets.randbits(31)
+        mark = int.from_bytes(os.urandom(4), "big") >> 1
         message = {"execute": "guest-sync-delimited", "arguments": {"id": mark}}
         self._send(before + _line(message), deadline)
         while True:

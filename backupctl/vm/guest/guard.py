@@ -41,6 +41,11 @@ _PROBE_SECONDS = 5.0
 _SOCKET_BYTES = 107
 _PROBE_PATIENCE_SECONDS = 30.0
 _PACKAGE = Path(backupctl.__file__).parent.parent
+PROGRAM = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from backupctl.vm.guest.guard_process import main; main()"
+)
+"""With the package's folder as its first argument. The interpreter is told to look for no site-packages,
+which takes longer than all that the guard does."""
 
 
 class GuardClient:
@@ -63,10 +68,11 @@ class GuardClient:
         self._due: float | None = None  # while the guest may be frozen: when that has to be over
         self._probed = time.monotonic()
         self._probing = False
+        self._stands_by = False
 
     @classmethod
     def start(cls, monitor: Address, agent: Address | None, agent_timeout_seconds: float, lock: int) -> Self:
-        """Start the process and wait until it stands by.
+        """Start the process; `stand_by` waits until it is there.
 
         lock: the descriptor of the VM's lock, which the guard holds for as long as it works. Raises
         GuardLost, Refused.
@@ -80,13 +86,13 @@ class GuardClient:
         except OSError as err:
             ours.close()
             raise GuardLost(f"cannot start the guard process: {err.strerror}") from err
-        guard = cls(process, ours, agent, agent_timeout_seconds)
-        try:
-            guard._receive(_START_SECONDS)
-        except BackupctlError:
-            guard.close()
-            raise
-        return guard
+        return cls(process, ours, agent, agent_timeout_seconds)
+
+    def stand_by(self) -> None:
+        """Wait until the guard stands by, unless it does already. Raises GuardLost."""
+        if not self._stands_by:
+            self._receive(_START_SECONDS)
+            self._stands_by = True
 
     def ping_agent(self) -> None:
         """See whether the guest agent answers, with the guest not frozen. Raises AgentError, Refused."""
@@ -138,13 +144,14 @@ class GuardClient:
         with suppress(GuardLost):
             self._ask({"do": "release"})
 
-    def watch(self, job: str, scratch: int, give_up_bytes: int | None, *, limited: bool) -> None:
+    def watch(self, job: str, scratch: int, give_up_bytes: int | None, group: str | None) -> None:
         """Have the guard end a job if we die, and us if we let its scratch file fill up.
 
         scratch: a descriptor of the file. give_up_bytes: used of it when we should have ended the job; None
-        if it can't be used up. limited: whether QEMU holds the guest back before. Raises GuardLost.
+        if it can't be used up. group: the throttle group by which QEMU holds the guest back before that, None
+        if it does not. Raises GuardLost.
         """
-        self._ask({"do": "watch", "job": job, "give_up": give_up_bytes, "limited": limited}, (scratch,))
+        self._ask({"do": "watch", "job": job, "give_up": give_up_bytes, "group": group}, (scratch,))
 
     def unwatch(self) -> None:
         """The jobs have ended."""
@@ -169,8 +176,7 @@ class GuardClient:
             busy = self.may_be_frozen()
         self._pair.close()
         if not busy:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_ANSWER_SECONDS)
+            self._await_end()
         self._process.poll()
         # A guard that goes on is nobody's child to wait for: Python must not warn of it.
         self._process.returncode = self._process.returncode or 0
@@ -182,6 +188,15 @@ class GuardClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _await_end(self) -> None:
+        # Popen.wait with a time limit looks now and then, with ever longer pauses.
+        with suppress(OSError):
+            handle = os.pidfd_open(self._process.pid)
+            waiting = select.poll()
+            waiting.register(handle, select.POLLIN)
+            waiting.poll(_ANSWER_SECONDS * 1000)
+            os.close(handle)
 
     def _ping(self) -> None:
         self._ask({"do": "ping"}, seconds=_PING_TIMEOUTS * self._timeout)
@@ -218,6 +233,7 @@ class GuardClient:
         return answer.get("value")
 
     def _send(self, request: dict[str, object], descriptors: tuple[int, ...]) -> None:
+        self.stand_by()
         _log.debug("guard %d -> %s", self._process.pid, request)
         try:
             self._pair.settimeout(_OVERDUE_SECONDS)
@@ -270,16 +286,21 @@ def _from_anywhere(address: Address) -> str:
 
 def _spawn(arguments: list[str], descriptors: tuple[int, ...]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [sys.executable, "-m", "backupctl.vm.guest.guard_process", *arguments],
+        [sys.executable, "-I", "-S", *_bytecode(), "-c", PROGRAM, str(_PACKAGE), *arguments],
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         # Not ours: who waits for the end of our output must not wait for the guard's.
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd="/",
-        env={**os.environ, "PYTHONPATH": str(_PACKAGE)},
         start_new_session=True,
     )
+
+
+def _bytecode() -> list[str]:
+    """Return what the environment said of compiled modules, since the guard does not look at it."""
+    found = ["-B"] if sys.dont_write_bytecode else []
+    return [*found, "-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else found
 
 
 def _error(answer: dict[str, Any]) -> BackupctlError:

@@ -9,8 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from backupctl.system.address import Address
 from backupctl.vm.qmp import throttle
@@ -23,8 +22,7 @@ Execute = Callable[..., dict[str, Any]]
 """Sends a command with its arguments; returns the answer, which may be an error."""
 
 
-@dataclass(frozen=True)
-class Leftovers:
+class Leftovers(NamedTuple):
     """What a dead run left in QEMU that can't stay. groups: the throttle groups below its jobs."""
 
     exports: tuple[str, ...]

@@ -11,8 +11,8 @@ It holds three things for the run:
 - an eye on the scratch files, see `guard_watch`.
 
 The run talks to it over a socket pair, one JSON object a message, one answer to each; the end of that
-socket is the end of the run. It imports little and outlives the run by minutes at the most, unless QEMU
-still has an export that nobody may leave.
+socket is the end of the run. It imports only what loads quickly (`guard.PROGRAM`), and outlives the run by
+minutes at the most, unless QEMU still has an export that nobody may leave.
 """
 
 import json
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from backupctl.errors import (
     AgentError,
@@ -227,7 +227,7 @@ def _doubt(before: str, thaw: Thaw, frozen: int) -> str:
     """Say why a freeze may have ended before its thaw; "" if it lasted."""
     if thaw.refusal:
         return f"{thaw.refusal}; the guest is thawed, but since when is not known"
-    if before == "thawed" or thaw.count < frozen:
+    if before == "thawed" or thaw.thawed < frozen:
         return "somebody in the guest thawed its file systems before the point in time was taken"
     return ""
 
@@ -350,8 +350,8 @@ class GuardServer:
             case "release":
                 self._held.release()
             case "watch":
-                job, give_up, limited = request["job"], request["give_up"], request["limited"]
-                self._watch.add(Watched(job, descriptors[0], give_up, limited))
+                job, give_up, group = request["job"], request["give_up"], request["group"]
+                self._watch.add(Watched(job, descriptors[0], give_up, group))
             case "unwatch":
                 self._watch.forget()
             case "frozen":
@@ -359,7 +359,7 @@ class GuardServer:
         return None
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Serve the run on the descriptor that is given as the first argument."""
     os.umask(0o077)
     for number in IGNORED_SIGNALS:
@@ -372,7 +372,5 @@ def main() -> None:
         guard = GuardServer(run, Address.parse(monitor), freeze, Watch(os.getppid()))
         guard.serve()
     guard.take_over()
-
-
-if __name__ == "__main__":
-    main()
+    # At once: the run waits for our end, and the interpreter would take all apart before it.
+    os._exit(0)

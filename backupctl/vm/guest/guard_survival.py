@@ -7,20 +7,20 @@ As far as it is allowed: each of these needs rights that an ordinary user has no
 import ctypes
 import resource
 from contextlib import suppress
-from pathlib import Path
 
 NEVER_KILLED = -1000
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
 _CAP_IPC_LOCK = 1 << 14
-_SCORE = Path("/proc/self/oom_score_adj")
+_SCORE = "/proc/self/oom_score_adj"
 
 
 def outlive() -> None:
     """Ask not to be killed for memory, nor to be swapped out. Never raises."""
     for score in (NEVER_KILLED, 0):
         with suppress(OSError, ValueError):
-            if int(_SCORE.read_text()) > score:
-                _SCORE.write_text(str(score))
+            if int(_read(_SCORE)) > score:
+                with open(_SCORE, "w", encoding="ascii") as file:  # noqa: PTH123 - as in `_read`
+                    file.write(str(score))
             break
     _lock_memory()
 
@@ -34,6 +34,11 @@ def _lock_memory() -> None:
 
 def _lift_limit() -> None:
     """Let any amount of memory be locked. Raises OSError or ValueError if that is not allowed."""
-    status = Path("/proc/self/status").read_text()
+    status = _read("/proc/self/status")
     if not int(status.partition("CapEff:")[2].split()[0], 16) & _CAP_IPC_LOCK:  # which knows no limit
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - pathlib loads slowly
+        return file.read()

@@ -10,9 +10,8 @@ import os
 import signal
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from backupctl.names import NodeKind, sibling
 from backupctl.system import files
 
 LOOK_SECONDS = 0.2
@@ -21,18 +20,17 @@ PATIENCE_UNLIMITED_SECONDS = 1.0
 """Where QEMU itself does not hold the guest back meanwhile."""
 
 
-@dataclass(frozen=True)
-class Watched:
+class Watched(NamedTuple):
     """One scratch file.
 
-    job: that fills it. abort_at: bytes at which the run must end, None for never. limited: whether QEMU
-    holds the guest back before it is full.
+    job: that fills it. abort_at: bytes at which the run must end, None for never. group: the throttle group
+    by which QEMU holds the guest back before it is full, None if it does not.
     """
 
     job: str
     descriptor: int
     abort_at: int | None
-    limited: bool
+    group: str | None
 
     def overdue(self) -> bool:
         """Whether more of it is used than the run should have let happen."""
@@ -55,7 +53,7 @@ class Watch:
     @property
     def groups(self) -> tuple[str, ...]:
         """The throttle groups below those jobs."""
-        return tuple(sibling(one.job, NodeKind.LIMIT) for one in self._watched if one.limited)
+        return tuple(one.group for one in self._watched if one.group is not None)
 
     @property
     def active(self) -> bool:
@@ -80,7 +78,7 @@ class Watch:
             return
         now = time.monotonic()
         self._overdue_since = self._overdue_since or now
-        limited = all(one.limited for one in overdue)
+        limited = all(one.group is not None for one in overdue)
         patience = PATIENCE_SECONDS if limited else PATIENCE_UNLIMITED_SECONDS
         if now - self._overdue_since > patience and os.getppid() == self._run:
             with suppress(ProcessLookupError):

@@ -94,8 +94,7 @@ class QmpDriver:
 
     def filling(self, folders: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
         """See `shared_files`."""
-        nodes = inventory.named_nodes(self._monitor)
-        return tuple(shared_files.filling(folder, self._monitor, disks, nodes) for folder in folders)
+        return tuple(shared_files.filling(folder, self._monitor, disks) for folder in folders)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""
@@ -107,7 +106,7 @@ class QmpDriver:
 
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:
-        """Start the guard, and with it a session."""
+        """Start the guard, and with it a session. It loads while the caller goes on."""
         vm, timeouts = self._vm, self._timeouts
         with GuardClient.start(vm.qmp, vm.agent, timeouts.agent_seconds, lock) as guard:
             session = QmpSession(vm, timeouts, self._monitor, guard)

@@ -52,7 +52,7 @@ class Fleecing:
         self._disks = tuple(disks)
         self._budgets = tuple(budgets)
         self._scratch = scratch
-        self._relaxed_at = 0.0
+        self._relaxed_at = time.monotonic()  # each group is made with what its file has
         self._started = False
         self.atomic = True
 
@@ -81,7 +81,8 @@ class Fleecing:
         """Have the guard end the jobs if this process dies, and watch that no scratch file is used up."""
         for number, (made, budget) in enumerate(zip(self._scratch.made, self._budgets, strict=True)):
             job, limited = self._namespace.node(NodeKind.JOB, number), budget.throttle_at is not None
-            guard.watch(job, made.descriptor, budget.abort_at, limited=limited)
+            group = self._namespace.node(NodeKind.LIMIT, number) if limited else None
+            guard.watch(job, made.descriptor, budget.abort_at, group)
 
     def start(self) -> None:
         """One transaction: new bitmaps, old bitmaps disabled, copy-before-write on; for all disks."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from backupctl.errors import CommandFailed
 from backupctl.names import DiskName, NodeKind, NodeName
+from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.driver import Foreseen, PointFacts
 from backupctl.vm.qmp import bitmaps, inventory, teardown
 from backupctl.vm.qmp.monitor import Monitor
@@ -77,19 +78,24 @@ def _bitmap_plans(
     monitor: Monitor, facts: PointFacts
 ) -> Iterator[tuple[bitmaps.BitmapPlan, Mapping[str, Any]]]:
     """Yield what must happen to each node's bitmaps, with the node's reply. Raises MonitorError."""
-    checkpoints, lost = facts.checkpoints(), facts.lost()
-    for node, reply in inventory.named_nodes(monitor).items():
+    checkpoints = facts.checkpoints()
+    found = [
+        (inventory.bitmaps_of(node, reply), reply) for node, reply in inventory.named_nodes(monitor).items()
+    ]
+    lost = facts.lost() if any(_is_undone(each, facts) for each, _ in found) else ()
+    for each, reply in found:
         yield (
             bitmaps.plan_bitmap_recovery(
-                inventory.bitmaps_of(node, reply),
-                facts.namespace,
-                facts.is_committed,
-                checkpoints,
-                lost,
-                facts.is_another_vms,
+                each, facts.namespace, facts.is_committed, checkpoints, lost, facts.is_another_vms
             ),
             reply,
         )
+
+
+def _is_undone(found: Iterable[Bitmap], facts: PointFacts) -> bool:
+    """Whether a bitmap of a node names a point that is not committed."""
+    points = (facts.namespace.point_of(one.name) for one in found)
+    return any(point is not None and not facts.is_committed(point) for point in points)
 
 
 def _try_apart(monitor: Monitor, plan: bitmaps.BitmapPlan) -> list[str]:

@@ -9,7 +9,6 @@ qemu-storage-daemon) it is a named file in a private folder, which recovery find
 import ctypes
 import errno
 import os
-import subprocess
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from backupctl.errors import Failed
 from backupctl.names import NodeName
 from backupctl.system.files import free_bytes
-from backupctl.vm.qmp import reply
+from backupctl.vm.qmp import empty_qcow2, reply
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.scratch_folder import LOW_BYTES
 
@@ -64,7 +63,7 @@ class ScratchFiles:
         else:
             descriptor = _nameless(self.folder)
         try:
-            _format(descriptor, size)
+            _format(descriptor, size, self.folder)
             reserved = _reserve(descriptor, reserve_bytes, self.folder)
             filename = str(path) if self._private is not None else self._hand_over(descriptor, node)
         except BaseException:
@@ -147,15 +146,8 @@ def _nameless(folder: Path) -> int:
         raise Failed(f"cannot create a scratch file in {folder}: {err.strerror}") from err
 
 
-def _format(descriptor: int, size: int) -> None:
-    program, filename = os.environ.get("QEMU_IMG", "qemu-img"), f"/proc/self/fd/{descriptor}"
-    done = subprocess.run(
-        [program, "create", "-q", "-f", "qcow2", filename, str(size)],
-        pass_fds=(descriptor,),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if done.returncode:
-        raise Failed(f"qemu-img cannot create a scratch file: {done.stderr.strip():.500}")
+def _format(descriptor: int, size: int, folder: Path) -> None:
+    try:
+        empty_qcow2.write(descriptor, size)
+    except OSError as err:
+        raise Failed(f"cannot write a scratch file in {folder}: {err.strerror}") from err

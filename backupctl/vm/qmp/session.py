@@ -44,6 +44,10 @@ class QmpSession:
         """Whether the guard is alive."""
         return self._guard.alive
 
+    def stand_by(self) -> None:
+        """Wait until the guard is there."""
+        self._guard.stand_by()
+
     def ping_guest(self) -> None:
         """Have the guard ask the agent."""
         self._guard.ping_agent()

@@ -11,6 +11,7 @@ from backupctl.system import open_files
 from backupctl.system.open_files import Place
 from backupctl.vm.disk import Disk
 from backupctl.vm.filling import Filling
+from backupctl.vm.qmp import inventory
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.reply import flag, understood
 
@@ -19,12 +20,8 @@ def filling(
     folder: Path,
     monitor: Monitor,
     disks: Iterable[Disk],
-    nodes: Mapping[NodeName, Mapping[str, Any]],
 ) -> Filling:
-    """Look which disks of a VM are on a folder's file system. nodes: of `inventory.named_nodes`.
-
-    Raises MonitorError.
-    """
+    """Look which disks of a VM are on a folder's file system. Raises MonitorError."""
     place = Place.of(folder)
     # Somebody else may have made the socket, or be in between.
     process = monitor.process if monitor.process and open_files.is_qemu(monitor.process) else None
@@ -32,6 +29,7 @@ def filling(
         return Filling(folder, f"{names} is on it too", process)
     if process is not None and open_files.written(process) is not None:
         return Filling(folder, "", process)
+    nodes = inventory.named_nodes(monitor)
     with understood("description of its block nodes"):
         return Filling(folder, _named(nodes, place), process)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Taking a point-in-time view down: in a fixed order, as often as needed, from whatever state.
 
-Nothing is remembered; QEMU is asked what there is of ours. So the same lines serve the end of a good
-run, the end of a failed one, and `recover` after a death anywhere.
+Nothing is remembered; QEMU is asked what there is of ours, and where there was anything, whether it has gone.
+So the same lines serve the end of a good run, the end of a failed one, and `recover` after a death anywhere.
 
 The order: first the limits on scratch files are eased, since what waits in them could keep an export or a
 job; then exports (the SERVER closes first, while the client is still connected: on Debian's QEMU 7.2
@@ -12,7 +12,7 @@ descriptors.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
@@ -75,7 +75,8 @@ def teardown(
         clients.drain()
         return not _ours(monitor, namespace, "query-block-exports", "id")
 
-    _until(gone, "its exports", patience_seconds)
+    if ours:
+        _until(gone, "its exports", patience_seconds)
     clients.close()
     # Our nodes stand from before the server starts until after it stops, so without them it isn't ours.
     if (ours or nodes) and server_is_ours and not _others_use_nbd(monitor):
@@ -84,23 +85,23 @@ def teardown(
         _unless_gone(monitor, "closefd", {"fdname": descriptor_name(namespace)})
     done += _remove_filters(monitor, namespace, actives)
     throttle.disable(monitor, namespace)
-    for name in _ours(monitor, namespace, "query-jobs", "id"):
-        _end_job(monitor, name)
-        done.append(f"ended the job {name}")
-    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", patience_seconds)
+    if jobs := _ours(monitor, namespace, "query-jobs", "id"):
+        for name in jobs:
+            _end_job(monitor, name)
+            done.append(f"ended the job {name}")
+        _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", patience_seconds)
     # A node before those that it is on top of: QEMU removes none that another uses.
     for name in sorted(nodes, key=removal_order):
         if _kind(name) is NodeKind.FILE:  # QEMU removes it with the scratch node
             continue
         _unless_gone(monitor, "blockdev-del", {"node-name": name})
         done.append(f"removed the node {name}")
-    if left := _ours(monitor, namespace, "query-named-block-nodes", "node-name"):
+    if nodes and (left := _ours(monitor, namespace, "query-named-block-nodes", "node-name")):
         raise MonitorError(f"QEMU did not remove the node {left[0]}: something else uses it")
     done += [f"removed the limit {name}" for name in throttle.remove(monitor, namespace)]
     clients.free_scratch()
-    if "query-fdsets" in monitor.commands:
-        done += _remove_fdsets(monitor, namespace)
-        done += _empty_fdsets(monitor, namespace)
+    if "query-fdsets" in monitor.commands and (fdsets := _fdsets(monitor, namespace)):
+        done += _remove_fdsets(monitor, namespace, fdsets)
     return done
 
 
@@ -146,13 +147,13 @@ def _held_bytes(monitor: Monitor, numbers: Iterable[int]) -> int | None:
         return None
 
 
-def _empty_fdsets(monitor: Monitor, namespace: Namespace) -> list[str]:
+def _empty_fdsets(monitor: Monitor, fdsets: Mapping[int, Iterable[int]]) -> list[str]:
     """Free the space of scratch files that QEMU keeps open although it was told to remove them.
 
     No node stands on them any more. Returns what was done.
     """
     done = []
-    for each, numbers in _fdsets(monitor, namespace).items():
+    for each, numbers in fdsets.items():
         if held := _held_bytes(monitor, numbers):
             for descriptor in numbers:
                 _empty(monitor, descriptor)
@@ -245,18 +246,18 @@ def _child_of(monitor: Monitor, root: str) -> NodeName | None:
     return below[0] if below else None
 
 
-def _remove_fdsets(monitor: Monitor, namespace: Namespace) -> list[str]:
-    """Remove our descriptor sets.
+def _remove_fdsets(monitor: Monitor, namespace: Namespace, before: Collection[int]) -> list[str]:
+    """Remove our descriptor sets; free the space of those that QEMU keeps.
 
     QEMU marks them and lets go at once while the guest runs, else (before 9.1) when they are removed again
     or the monitor's last client leaves while it runs (conformance script
     `a_stopped_machine_may_keep_a_removed_set`; its monitor/fds.c asks runstate_is_running).
     """
-    before = _fdsets(monitor, namespace)
     for each in before:
         _unless_gone(monitor, "remove-fd", {"fdset-id": each})
-    gone = before.keys() - _fdsets(monitor, namespace).keys() if before else set()
-    return [f"removed the descriptor set {each}" for each in sorted(gone)]
+    kept = _fdsets(monitor, namespace)
+    done = [f"removed the descriptor set {each}" for each in sorted(before) if each not in kept]
+    return done + _empty_fdsets(monitor, kept)
 
 
 def _fdsets(monitor: Monitor, namespace: Namespace) -> dict[int, tuple[int, ...]]:

@@ -14,10 +14,10 @@ since a job that ends while a write waits in a throttle node stops QEMU's main l
 from typing import TYPE_CHECKING
 
 from backupctl.errors import CommandFailed
-from backupctl.names import Namespace, NodeName
 from backupctl.vm.qmp.reply import text, understood
 
-if TYPE_CHECKING:  # the guard uses this module too, and imports little
+if TYPE_CHECKING:  # the guard uses this module too, and must start quickly
+    from backupctl.names import Namespace, NodeName
     from backupctl.vm.qmp.monitor import Monitor
 
 TRICKLE_BYTES_PER_SECOND = 2 << 20
@@ -37,7 +37,7 @@ def rate_limits(bytes_per_second: int) -> dict[str, int]:
     return {"bps-write": bytes_per_second, "bps-write-max": 0}
 
 
-def make(monitor: "Monitor", name: NodeName, room_bytes: int) -> None:
+def make(monitor: "Monitor", name: "NodeName", room_bytes: int) -> None:
     """Make a throttle group that lets `room_bytes` pass. Raises MonitorError."""
     arguments = {"qom-type": "throttle-group", "id": name, "limits": burst_limits(room_bytes)}
     monitor.execute("object-add", arguments)
@@ -48,13 +48,13 @@ def change(monitor: "Monitor", name: str, limits: dict[str, int]) -> None:
     monitor.execute("qom-set", {"path": f"/objects/{name}", "property": "limits", "value": limits})
 
 
-def relax(monitor: "Monitor", namespace: Namespace) -> None:
+def relax(monitor: "Monitor", namespace: "Namespace") -> None:
     """Let what waits in our groups get on. Raises MonitorError."""
     for name in ours(monitor, namespace):
         change(monitor, name, rate_limits(SLOW_BYTES_PER_SECOND))
 
 
-def disable(monitor: "Monitor", namespace: Namespace) -> None:
+def disable(monitor: "Monitor", namespace: "Namespace") -> None:
     """Let everything pass, and wait for what is under way. Not while a client of ours has replies to read.
 
     Raises MonitorError.
@@ -67,7 +67,7 @@ def disable(monitor: "Monitor", namespace: Namespace) -> None:
         monitor.execute("transaction", {"actions": []})
 
 
-def remove(monitor: "Monitor", namespace: Namespace) -> list[str]:
+def remove(monitor: "Monitor", namespace: "Namespace") -> list[str]:
     """Remove our groups, which no node uses any more; returns their names. Raises MonitorError."""
     names = ours(monitor, namespace)
     for name in names:
@@ -75,7 +75,7 @@ def remove(monitor: "Monitor", namespace: Namespace) -> list[str]:
     return names
 
 
-def ours(monitor: "Monitor", namespace: Namespace) -> list[str]:
+def ours(monitor: "Monitor", namespace: "Namespace") -> list[str]:
     """Name our groups. Raises MonitorError."""
     if "qom-list" not in monitor.commands:
         return []

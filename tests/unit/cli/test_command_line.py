@@ -59,7 +59,7 @@ def test_every_error_stands_in_the_tree_that_is_drawn():
 def test_every_command_tells_its_exit_codes_in_its_help(name):
     said = backupctl(name, "--help").stdout
     assert "Exit codes:" in said
-    assert "  0   done" in said
+    assert f"  0   {'OK: ' if name == 'check' else 'done'}" in said  # a plugin has codes of its own
 
 
 @pytest.mark.parametrize("name", COMMANDS)

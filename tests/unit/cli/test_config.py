@@ -126,10 +126,20 @@ def test_every_key_says_what_it_must_be(tmp_path):
 
 def test_every_key_but_disks_is_an_option_of_the_same_name():
     options = {option.name: option for option in command("incremental").params}
-    rules = {option.name: option for option in command("prune").params}
-    for key in settings.settable():
+    options |= {option.name: option for name in ("prune", "run", "check") for option in command(name).params}
+    for key in (*settings.settable(), *settings.settable_for_run()):
         if key != "disks":
-            assert (options.get(key) or rules[key]).opts == [f"--{key.replace('_', '-')}"]
+            assert options[key].opts == [f"--{key.replace('_', '-')}"]
+
+
+def test_how_a_run_is_gone_about_has_a_table_of_its_own(tmp_path):
+    path = tmp_path / "backupctl.toml"
+    path.write_text('[run]\njobs = 4\nwait_lock = 600\n[vm.web]\nqmp = "/q"\nfull_every = "30d"\n')
+    found = shown("web", "--config", str(path), "--wait-lock", "5")
+    assert (found["jobs"], found["wait_lock"]) == ((4, "file"), ("5", "command line"))
+    assert (found["full_every"], found["max_time"]) == (("30d", "file"), (0.0, "default"))
+    done = CliRunner().invoke(cli, ["config", "show", "--config", str(path)])
+    assert f"{path}:2" in next(line for line in done.stdout.splitlines() if line.startswith("jobs "))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +206,12 @@ def test_a_value_of_many_lines_is_passed_over_in_no_long_time():
             "[vm.a] and [vm.b] have the same agent",
         ),
         ('[vm.web.disks]\nvda = "x"\nvdb = "x"\n', "vda and vdb in [vm.web.disks]"),
+        ("[run]\njobs = 0\n", "jobs in [run] must be a whole number, 1 to 100"),
+        ("[run]\nrandom_delay = -1\n", "random_delay in [run] must be a number of seconds"),
+        ("[run]\nlimit = 1\n", "unknown key 'limit' in [run]"),
+        ("[defaults]\njobs = 2\n", "it belongs in [run]"),
+        ('[defaults]\nfull_every = "monthly"\n', "full_every in [defaults]"),
+        ("[vm.web]\nverify_percent = 101\n", "a number, 0 to 100"),
         ("#" * 300_000, "larger"),
     ],
 )
@@ -279,3 +295,109 @@ def test_a_freeze_budget_that_can_not_be_is_wrong_use(tmp_path, budget):
     with pytest.raises(click.BadParameter) as caught:
         cli.main([*command, f"--freeze-budget={budget}"], standalone_mode=False)
     assert "--freeze-budget" in caught.value.format_message()
+
+
+@pytest.mark.parametrize(
+    ("table", "model"),
+    [
+        ("metrics", settings.MetricsSettings),
+        *settings.TABLES.items(),
+        *((f"vm.web.{name}", model) for name, model in settings.TABLES.items()),
+    ],
+)
+def test_every_key_of_a_table_says_what_it_must_be(tmp_path, table, model):
+    keys = model.__struct_fields__
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, f"[{table}]\n" + "".join(f"{key} = {{}}\n" for key in keys))
+    assert [key for key in keys if f"{key} in [{table}] must be " not in caught.value.message] == []
+
+
+MONITORING = """
+[metrics]
+textfile = "/var/lib/metrics"
+[hooks]
+before = ["/bin/a", "b c"]
+after = ["/bin/d"]
+timeout = 5
+[notify]
+mail = "root, a@example.org"
+webhook = "https://hooks.example.org/s3cr3t?key=s3cr3t"
+success = true
+[vm.web]
+qmp = "/q"
+[vm.web.hooks]
+after = []
+[vm.web.notify]
+ntfy = "https://ntfy.example.org/s3cr3t"
+success = false
+"""
+
+
+def test_a_vm_overrides_single_keys_of_hooks_and_notices(tmp_path):
+    found = load(tmp_path, MONITORING)
+    own, other = found.of("web"), found.of(None)
+    assert (own.hooks.before, own.hooks.after, own.hooks.timeout) == (["/bin/a", "b c"], [], 5)
+    assert other.hooks.after == ["/bin/d"]
+    assert (own.notify.mail, own.notify.success, other.notify.success) == ("root, a@example.org", False, True)
+    assert (own.notify.ntfy is None, other.notify.ntfy) == (False, None)
+
+
+def test_show_names_hooks_and_notices_and_no_secret(tmp_path):
+    path = tmp_path / "backupctl.toml"
+    path.write_text(MONITORING)
+    done = CliRunner().invoke(cli, ["config", "show", "web", "--config", str(path)])
+    assert "s3cr3t" not in done.stdout
+    rows = {line.split()[0]: line.split(None, 1)[1] for line in done.stdout.splitlines() if line.strip()}
+    assert rows["metrics.textfile"].split() == ["/var/lib/metrics", f"{path}:3"]
+    assert rows["hooks.before"].split("  ")[0] == "/bin/a 'b c'"
+    assert rows["hooks.after"].endswith(f"{path}:15")
+    assert rows["notify.webhook"].split() == ["https://hooks.example.org/***", f"{path}:10"]
+    assert rows["notify.ntfy"].split() == ["https://ntfy.example.org/***", f"{path}:17"]
+    assert "s3cr3t" not in CliRunner().invoke(cli, ["config", "show", "--config", str(path), "--json"]).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[hooks]\nbefore = "/bin/a b"\n', "before in [hooks] must be a list of quoted strings"),
+        ('[hooks]\nbefore = ["a"]\n', "before in [hooks]: the program must be an absolute path, not 'a'"),
+        ("[hooks]\nbefore = [7]\n", "before in [hooks] must be a list"),
+        ('[hooks]\nbefore = ["/bin/a", "\\u0000"]\n', "null byte"),
+        ("[hooks]\ntimeout = 0\n", "timeout in [hooks] must be a number of seconds"),
+        ('[hooks]\nbefor = ["/bin/a"]\n', "did you mean 'before'?"),
+        ('[vm.web.hooks]\nbefor = ["/bin/a"]\n', "line 2: unknown key 'befor' in [vm.web.hooks]"),
+        ('[defaults]\nhooks = "x"\n', "unknown key 'hooks' in [defaults]"),
+        ('hooks = "x"\n', "[hooks] must be a table"),
+        ('[notify]\nmail = "a b"\n', "is not a mail address"),
+        ('[notify]\nmail = "a\\nBcc: b"\n', "is not a mail address"),
+        ('[notify]\nsendmail = "sendmail"\n', "sendmail in [notify] must be an absolute path"),
+        ("[notify]\nsuccess = 1\n", "success in [notify] must be true or false"),
+        ('[notify]\nrepeat = "soon"\n', "repeat in [notify]"),
+        *(
+            (f'[notify]\nwebhook = "{url}"\n', "webhook in [notify]: it must")
+            for url in (
+                "ftp://h/s3cr3t",
+                "file:///s3cr3t",
+                "https:///s3cr3t",
+                "s3cr3t",
+                "https://u:s3cr3t@h/",
+            )
+        ),
+        *(
+            (f'[notify]\nwebhook = "{url}"\n', "webhook in [notify]: it is not a URL")
+            for url in (
+                "https://h/s3cr3t x",
+                "https://h:s3cr3t/",
+                "https://h/s3cr3t\\r\\nX: y",
+                "https://h/é",
+            )
+        ),
+        ('[metrics]\ntextfile = "metrics"\n', "textfile in [metrics] must be an absolute path"),
+        ('[vm.web]\nmax_age = "1 day"\n', "max_age in [vm.web]"),
+    ],
+)
+def test_what_is_wrong_about_monitoring_is_named_and_no_secret_shown(tmp_path, text, said):
+    with pytest.raises(UsageError) as caught:
+        load(tmp_path, text)
+    assert said in caught.value.message
+    assert "s3cr3t" not in caught.value.message

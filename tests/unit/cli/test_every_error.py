@@ -23,6 +23,7 @@ NEXT = {
     "NeedsRecovery": "recover",
     "Failed": "doctor",
     "Interrupted": SAME,
+    "HookFailed": "doctor",
     "Refused": "doctor",
     "ViewUnavailable": f"{SAME} --view fleecing",
     "MonitorError": "doctor",

@@ -253,9 +253,3 @@ def test_lines_for_systemds_journal_begin_with_their_priority(tmp_path, monkeypa
     told = ["backupctl: note: skipped db: for a test", "backupctl: debug: test: details"]
     told += ["backupctl: warning: look here", "backupctl: no room", "  next:  backupctl full web"]
     assert lines == [head + line for head, line in zip(heads, told, strict=True)]
-
-
-def test_the_guard_imports_no_logging():
-    """It starts anew for each run, and the guest may wait for it."""
-    program = "import sys, backupctl.vm.guest.guard_process; sys.exit('logging' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0

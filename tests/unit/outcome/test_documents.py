@@ -22,8 +22,11 @@ from backupctl.operations.restore.in_place import InPlaceDisk, InPlaceReport
 from backupctl.operations.restore.overlay import OverlayDisk, OverlayReport
 from backupctl.operations.restore.selection import MissingDisk
 from backupctl.operations.restore.whole import RestoredDisk, RestoreReport
+from backupctl.operations.routine.forecast import DiskForecast, Forecast
+from backupctl.operations.routine.run import RoutineReport, TaskResult
 from backupctl.operations.serve import Export
 from backupctl.operations.status import DiskStatus, Status
+from backupctl.operations.timers.install import Change
 from backupctl.operations.verify.impact import Affected
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, Unchecked, VerifyReport
@@ -82,7 +85,7 @@ def test_a_status():
     disk = DiskStatus(VDA, "node", 1, None, "none", "full", "new")
     document = documents.status(Status(WEB, (P1,), (), "10.0.2", "", (disk,), (), "full"), None)
     assert keys(document) == (
-        "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps configuration"
+        "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps refusal configuration"
     )
     assert keys(document["disks"][0]) == "name node size bitmap bitmap_state next reason"
 
@@ -126,6 +129,52 @@ def test_a_prune():
     assert everything["skipped"] == [{"vm": "shop", "reason": "no points"}]
     assert keys(everything["failed"][0]["error"]) == "kind message step state hint next exit_code"
     assert keys(documents.protection(WEB, P1, protected=True)) == "vm point protected"
+
+
+def test_a_routine():
+    backup = RunReport(WEB, P2, "incremental", P1, (disk_entry("vda", parent=P1),), None, "crash", 1.0)
+    prune = PruneReport((Decision(P1, False, ("no rule holds it",)),), (P1,))
+    verify = VerifyReport((WEB,), 1, 2, 3, (), (), 1.0)
+    tasks = (
+        TaskResult("backup", backup),
+        TaskResult("prune", prune, DamageFound("spoilt")),
+        TaskResult("verify", verify, scope=VerifyScope(percent=10.0)),
+    )
+    document = documents.routine(WEB, RoutineReport(tasks, 2.0), EVENTS, {"prune": "/tmp/x.log"})
+    assert keys(document) == "vm exit_code seconds tasks error warnings notes"
+    assert (document["exit_code"], len(document["warnings"]), len(document["notes"])) == (4, 1, 1)
+    assert keys(document["tasks"][0]) == "task outcome reason report error"
+    assert [(one["task"], one["outcome"]) for one in document["tasks"]] == [
+        *(("backup", "done"), ("prune", "failed"), ("verify", "done"))
+    ]
+    reports = [keys(one["report"]) for one in document["tasks"]]
+    assert reports == [
+        "point kind parent disks frozen_ms consistency seconds missing_disks",
+        "points dropped removed merged left long_chains",
+        "points layers data percent seed read_bytes seconds notes unchecked damage",
+    ]
+    assert document["tasks"][1]["error"]["log"] == "/tmp/x.log"
+    skipped = documents.routine(WEB, RoutineReport((TaskResult("prune", skipped="no rule"),), 0.0), (), {})
+    assert (skipped["tasks"][0]["outcome"], skipped["tasks"][0]["reason"]) == ("skipped", "no rule")
+    assert keys(documents.routine_failed(WEB, None)) == keys(document)
+    assert keys(documents.routines([document], 1.0, 4, dry_run=False)) == "dry_run exit_code seconds vms"
+
+
+def test_a_forecast():
+    disk = DiskForecast(VDA, "incremental", "", 65536)
+    document = documents.forecast(WEB, Forecast("incremental", False, (disk,), (P1,), 0.0))
+    assert keys(document) == "vm exit_code seconds tasks error warnings notes"
+    assert [one["outcome"] for one in document["tasks"]] == ["planned", "planned", "skipped"]
+    assert keys(document["tasks"][0]["report"]) == "kind full_due most_bytes disks"
+    assert keys(document["tasks"][0]["report"]["disks"][0]) == "name how reason most_bytes"
+    assert document["tasks"][1]["report"] == {"dropped": [P1]}
+
+
+def test_what_a_command_for_several_vms_came_to():
+    document = documents.each([documents.of_each(WEB, {"x": 1}, DamageFound("spoilt"))])
+    assert keys(document) == "vms"
+    assert keys(document["vms"][0]) == "vm exit_code report error"
+    assert (document["vms"][0]["exit_code"], document["vms"][0]["report"]) == (4, {"x": 1})
 
 
 def test_a_point(builder):
@@ -187,3 +236,11 @@ def test_bitmaps():
         assert keys(document) == "vm dry_run removed would_remove left"
         assert (len(document["removed"]), len(document["would_remove"])) == (removed, would)
         assert keys(document["left"][0]) == f"{listed} reason"
+
+
+def test_timers():
+    changes = [Change(Path("/u"), "create", b"[Timer]\n"), Change(Path("/v"), "remove")]
+    document = documents.timers(changes, ["systemctl daemon-reload"], dry_run=True)
+    assert keys(document) == "dry_run units commands"
+    assert [keys(one) for one in document["units"]] == ["path action content"] * 2
+    assert [one["content"] for one in document["units"]] == ["[Timer]\n", None]

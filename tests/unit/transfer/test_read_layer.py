@@ -8,6 +8,7 @@ from backupctl.digests import hashing
 from backupctl.errors import Interrupted, ReadFailed
 from backupctl.images import create, nbd_server
 from backupctl.transfer import read_layer
+from backupctl.transfer.batch import Part
 from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.source import Source
 from tests.unit.transfer.conftest import qcow2_node, qemu_io, tool
@@ -33,32 +34,30 @@ def layer(tmp_path):
     return path
 
 
+def parts(*numbers):
+    return [Part(np.array(numbers, np.uint64), zero=False)]
+
+
 def connect(address, export=nbd_server.EXPORT):
-    return closing(Source.connect([address] * 2, export, depth=True))
+    return closing(Source.connect([address] * 2, export))
 
 
-def test_only_what_the_layer_itself_stores_is_named(layer):
-    with nbd_server.serve((layer,)) as address, connect(address) as source:
-        data, zero = read_layer.stored(source)
-    assert data.tolist() == [1, 2, 40, 64]
-    assert zero.tolist() == [5]
-
-
-def test_an_empty_layer_stores_nothing(tmp_path):
+def test_nothing_is_read_of_nothing(tmp_path):
     create.create_layer(tmp_path / "empty.qcow2", MIB, None)
     with nbd_server.serve((tmp_path / "empty.qcow2",)) as address, connect(address) as source:
-        data, zero = read_layer.stored(source)
         lost = read_layer.read(
-            NbdReader(source), data, pytest.fail, check=lambda: None, progress=lambda _done: None
+            NbdReader(source), [], pytest.fail, check=lambda: None, progress=lambda _done: None
         )
-    assert (len(data), len(zero), len(lost)) == (0, 0, 0)
+    assert len(lost) == 0
 
 
 def test_the_records_are_those_of_the_bytes(layer):
     seen, told = [], []
     with nbd_server.serve((layer,)) as address, connect(address) as source:
-        data, _ = read_layer.stored(source)
-        lost = read_layer.read(NbdReader(source), data, seen.append, check=lambda: None, progress=told.append)
+        wanted = parts(1, 2, 40, 64)
+        lost = read_layer.read(
+            NbdReader(source), wanted, seen.append, check=lambda: None, progress=told.append
+        )
     found = np.sort(np.concatenate(seen), order="cluster")
     expected = np.concatenate(
         [
@@ -81,7 +80,7 @@ def test_only_the_clusters_that_cannot_be_read_are_lost(serve, tmp_path):
     export = serve({"driver": "blkdebug", "image": node, "inject-error": rules})
     seen = []
     with closing(Source.connect([export.address] * 2, export.name)) as source:
-        wanted = np.arange(64, dtype=np.uint64)
+        wanted = parts(*range(64))
         lost = read_layer.read(
             NbdReader(source), wanted, seen.append, check=lambda: None, progress=lambda _done: None
         )
@@ -92,7 +91,7 @@ def test_only_the_clusters_that_cannot_be_read_are_lost(serve, tmp_path):
 def test_a_server_that_is_lost_is_no_damage_of_a_cluster(serve, layer):
     export = serve(qcow2_node(layer))
 
-    wanted = np.arange(4, dtype=np.uint64)
+    wanted = parts(*range(4))
     with closing(Source.connect([export.address], export.name)) as source:
         export.process.kill()
         export.process.wait(10)
@@ -107,8 +106,7 @@ def test_a_request_to_stop_ends_the_reading(layer):
         raise Interrupted("stopped")
 
     with nbd_server.serve((layer.parent / "parent.qcow2",)) as address, connect(address) as source:
-        data, _ = read_layer.stored(source)
-        wanted = np.tile(data, 400)  # longer than the first look at `check`
+        wanted = parts(*range(64)) * 25  # longer than the first look at `check`
         with pytest.raises(Interrupted):
             read_layer.read(
                 NbdReader(source), wanted, lambda _records: None, check=check, progress=lambda _done: None

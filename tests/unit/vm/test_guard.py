@@ -29,20 +29,22 @@ from backupctl.errors import (
 from backupctl.system.address import Address
 from backupctl.vm.guest import guard_process, guard_survival
 from backupctl.vm.guest.agent import Agent, Thaw, thaw_if_frozen
-from backupctl.vm.guest.guard import GuardClient
+from backupctl.vm.guest.guard import PROGRAM, GuardClient
 from fixtures.agent import VSS, PlayedAgent
 from fixtures.simulated import Simulated
 from fixtures.simulated_guest import SimulatedAgent
+from tests.conftest import ROOT
 
 PLAYED = pytest.mark.parametrize("agent", ["played"], indirect=True)  # where the agent has no part in it
 NO_MONITOR = Address(path="/nowhere")
 RUN = """
 import fcntl, os, sys, time
 from backupctl.options import Address
-from backupctl.vm.guest.guard import GuardClient
+from backupctl.vm.guest.guard import PROGRAM, GuardClient
 lock = os.open(sys.argv[2], os.O_RDWR | os.O_CREAT)
 fcntl.flock(lock, fcntl.LOCK_EX)
 guard = GuardClient.start(Address(path="/nowhere"), Address(path=sys.argv[1]), 2.0, lock)
+guard.stand_by()
 for step in sys.argv[3:]:
     if step == "freeze":
         guard.freeze(10.0)
@@ -74,6 +76,7 @@ def start(agent, tmp_path):
             made.append(GuardClient.start(NO_MONITOR, Address(path=str(agent.path)), timeout, lock))
         finally:
             os.close(lock)
+        made[-1].stand_by()
         return made[-1]
 
     yield begin
@@ -309,7 +312,7 @@ def test_a_guard_that_hangs_while_it_freezes_is_killed_and_the_run_thaws_itself(
 REQUESTS = {
     "ping": lambda guard, _: guard.ping_agent(),
     "hold": lambda guard, sock: guard.hold(sock, "e"),
-    "watch": lambda guard, sock: guard.watch("job", sock.fileno(), None, limited=False),
+    "watch": lambda guard, sock: guard.watch("job", sock.fileno(), None, None),
     "frozen": lambda guard, _: guard.may_be_frozen(),
 }
 
@@ -543,3 +546,13 @@ def test_an_endless_line_is_given_up_in_bounded_memory_and_time():
         ours.close()
         its.close()
         thread.join(5)
+
+
+def test_the_guard_loads_little():
+    """It starts anew for each run, which waits for it."""
+    program = f"{PROGRAM.removesuffix('main()')}print(*sys.modules)"
+    command = [sys.executable, "-I", "-S", "-c", program, str(ROOT)]
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    slow = {"asyncio", "dataclasses", "inspect", "logging", "numpy", "pathlib", "secrets", "subprocess"}
+    assert "backupctl.vm.guest.guard_process" in loaded
+    assert slow.isdisjoint(loaded)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from qemu.qmp.message import Message
 
 from backupctl.system.address import Address
 from backupctl.vm.qmp.monitor import Monitor
@@ -100,3 +101,12 @@ def test_an_interrupt_while_nobody_greets_leaves_without_a_complaint(tmp_path, c
         signal.signal(signal.SIGUSR1, before)
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+def test_no_text_is_made_of_messages_that_nobody_reads(tmp_path, monkeypatch):
+    """Of a VM with many disks that took longer than all the rest of a command."""
+    made = []
+    monkeypatch.setattr(Message, "__str__", lambda _: made.append(1) or "")
+    with speaking(tmp_path / "qmp", event("RESUME", {})) as monitor:
+        heard(monitor, 0.3)
+    assert made == []

@@ -83,7 +83,13 @@ def test_a_name_says_that_a_file_is_there_or_that_nobody_can_tell(named, said, t
     class Monitor:
         process = None
 
-    found = shared_files.filling(tmp_path, Monitor(), [], {"n0": node(named)})  # type: ignore[arg-type, dict-item]
+        def __init__(self, **nodes: dict[str, Any]) -> None:
+            self.nodes = nodes
+
+        def execute(self, *_: object) -> list[dict[str, Any]]:
+            return [{"node-name": name.replace("_", "-"), **one} for name, one in self.nodes.items()]
+
+    found = shared_files.filling(tmp_path, Monitor(n0=node(named)), [])  # type: ignore[arg-type]
     assert said in found.who() if said else found.who() == ""
-    hidden = {"n0": node(named, ro=True), "n1": node(named, drv="nbd"), "backupctl-x": node(named)}
-    assert shared_files.filling(tmp_path, Monitor(), [], hidden).who() == ""  # type: ignore[arg-type]
+    hidden = Monitor(n0=node(named, ro=True), n1=node(named, drv="nbd"), backupctl_x=node(named))
+    assert shared_files.filling(tmp_path, hidden, []).who() == ""  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Prometheus's text format, and a file of it that a node_exporter's textfile collector reads.
+
+The format: https://prometheus.io/docs/instrumenting/exposition_formats/. There are no time stamps in it:
+the collector refuses them.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from backupctl.errors import UsageError
+from backupctl.system import path_walk
+
+_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
+_READABLE = 0o644
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """One metric with one value. labels: their values by their names."""
+
+    name: str
+    help: str
+    labels: Mapping[str, str]
+    value: float
+
+
+def text(gauges: Iterable[Gauge]) -> str:
+    """Return the text of a file."""
+    return "".join(map(_lines, gauges))
+
+
+def _lines(one: Gauge) -> str:
+    sample = f"{one.name}{_labels(one.labels)} {_number(one.value)}"
+    return f"# HELP {one.name} {one.help}\n# TYPE {one.name} gauge\n{sample}\n"
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return "{" + ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items()) + "}"
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
+
+
+def file_of(configured: Path, vm: str) -> tuple[Path, str]:
+    """Return the directory and the name of a VM's own file.
+
+    configured: that directory, or a file in it, `NAME.prom`, which becomes NAME-VM.prom. Each VM has a file
+    of its own, so that runs at the same time never overwrite what another one wrote.
+    """
+    if configured.suffix == ".prom":
+        return configured.parent, f"{configured.stem}-{vm}.prom"
+    return configured, f"backupctl-{vm}.prom"
+
+
+def write(folder: Path, name: str, content: str) -> None:
+    """Replace a file, which is the old or the new one at any time. Raises OSError, UsageError."""
+    temporary = f".{name}.new"  # the collector reads *.prom only
+    descriptor = _open_folder(folder)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=descriptor)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=descriptor), "wb") as file:
+            file.write(content.encode())
+            # The collector runs as a user of its own. The file names VMs, times and sizes, and nothing else.
+            os.fchmod(file.fileno(), _READABLE)
+        os.rename(temporary, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(path: Path) -> int:
+    """Open the directory. Raises OSError, UsageError.
+
+    It may be the collector's own: whoever owns it can only read and remove what is in it. But a link on the
+    way would let them choose another directory, so links must be root's or ours.
+    """
+    with closing(path_walk.walk(path)) as steps:
+        for step in steps:
+            assert step.status is not None
+            if step.is_link and step.status.st_uid not in (0, os.geteuid()):
+                raise UsageError(f"{step.path} is a symbolic link of user {step.status.st_uid}")
+            if step.last and not step.is_link:
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                return os.open(step.name, flags, dir_fd=step.folder)
+    raise AssertionError("a walk ends with a last step")

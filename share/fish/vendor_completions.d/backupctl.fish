@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+function _backupctl_completion;
+    set -l response (env _BACKUPCTL_COMPLETE=fish_complete COMP_WORDS=(commandline -cp) COMP_CWORD=(commandline -t) backupctl);
+
+    for completion in $response;
+        set -l metadata (string split "," $completion);
+
+        if test $metadata[1] = "dir";
+            __fish_complete_directories $metadata[2];
+        else if test $metadata[1] = "file";
+            __fish_complete_path $metadata[2];
+        else if test $metadata[1] = "plain";
+            echo $metadata[2];
+        end;
+    end;
+end;
+
+complete --no-files --command backupctl --arguments "(_backupctl_completion)";
