@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A process for each of several VMs: how many at once, and however one ends, the others go on."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -95,6 +96,19 @@ def test_however_one_ends_the_others_go_on():
     assert results["dead"].document == b"{\n"
     assert "cannot start" in results["none"].why
     assert [line for vm, line in seen.lines if vm == "failed"] == ["oh", "no end"]
+
+
+def test_one_that_could_not_be_watched_is_ended_and_told(monkeypatch):
+    started: list[int] = []
+
+    def fail(pid: int) -> int:
+        started.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    results, _ = do(job("web", "exec sleep 60"))
+    assert (results["web"].code, "Too many open files" in results["web"].why) == (None, True)
+    assert not Path(f"/proc/{started[0]}").exists()
 
 
 def test_much_that_is_written_holds_up_nobody():
