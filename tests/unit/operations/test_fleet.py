@@ -155,7 +155,7 @@ from backupctl.cancel import Cancellation
 from backupctl.operations.fleet import run as fleet
 from backupctl.operations.fleet.limits import Job, Limits
 from tests.unit.operations.test_fleet import Seen
-script = "trap ': > $0.rolled-back; exit' TERM; : > $0; while :; do sleep 0.05; done"
+script = "trap ': > $0.rolled-back; exit' TERM; echo $$ > $0; while :; do sleep 0.05; done"
 command = ("sh", "-c", script, sys.argv[1])
 fleet.run([Job("web", command, "", "")], Limits(1, 1), fleet.Patience(), Seen(), Cancellation())
 """
@@ -167,7 +167,11 @@ def test_a_parent_that_is_killed_has_its_children_roll_back(tmp_path):
     with subprocess.Popen([sys.executable, "-c", PARENT, str(up)], env=environment, cwd=ROOT) as parent:
         wait_for(up)
         parent.kill()
-    wait_for(Path(f"{up}.rolled-back"))
+    try:
+        wait_for(Path(f"{up}.rolled-back"))
+    except AssertionError:
+        os.kill(int(up.read_text()), signal.SIGKILL)
+        raise
 
 
 def wait_for(path: Path) -> None:
