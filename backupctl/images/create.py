@@ -10,7 +10,6 @@ checks the chain against the manifests (`chain.py`) and gives it to QEMU link by
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,21 +81,6 @@ def blockdev(chain: Sequence[OpenImage], *, writable: bool = False, in_use: bool
             options["discard"] = "unmap"
     assert options is not None
     return options
-
-
-def create_target(
-    target: OpenImage, image_format: ImageFormat, size_bytes: int, *, onto_device: bool
-) -> None:
-    """Prepare what a restore writes to: a qcow2 image, or a sparse raw file.
-
-    Raises WriteFailed, OSError.
-    """
-    if onto_device:
-        return
-    if image_format == "qcow2":
-        create_layer(target, size_bytes, None)
-    else:
-        os.ftruncate(target.descriptor, size_bytes)
 
 
 def resize(image: OpenImage, size_bytes: int) -> None:

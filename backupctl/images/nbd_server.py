@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from backupctl.errors import Failed, Locked, RepositoryError, RepositoryUnreadable, WriteFailed
 from backupctl.images import open_image
-from backupctl.images.create import ImageFormat, blockdev, complete
+from backupctl.images.create import blockdev, complete
 from backupctl.images.open_image import OpenImage
 from backupctl.system import private_dir, qemu_tools, safe_open
 
@@ -30,19 +30,6 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "268435456",
     "MALLOC_ARENA_MAX": "1",
 }
-
-
-@contextmanager
-def serve_target(target: OpenImage, image_format: ImageFormat, *, onto_device: bool) -> Iterator[Path]:
-    """Serve what `create_target` prepared, for writing; otherwise like `serve`."""
-    options = blockdev((target,), writable=True)
-    if image_format == "raw":
-        options["driver"] = "raw"
-        del options["backing"]
-        options["file"]["driver"] = "host_device" if onto_device else "file"
-    with served(options, writable=True, images=[target]) as address:
-        yield address
-    complete(target)
 
 
 @contextmanager

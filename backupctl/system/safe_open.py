@@ -10,14 +10,13 @@ RepositoryUnreadable, which is never treated as damage.
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 from backupctl.errors import RepositoryUnreadable
 
-_PIECE_BYTES = 1 << 20
 _ANOTHER_KIND = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
 
 
@@ -83,21 +82,6 @@ def read(path: Path, most_bytes: int) -> bytes:
     """
     with open_file(path) as file:
         return file.read(most_bytes + 1)
-
-
-def prove_readable(path: Path, check: Callable[[], None]) -> None:
-    """Read a file from start to end; a missing one is ignored.
-
-    QEMU reports the same error for an invalid table and for a failing disk. If the whole file can be read,
-    the error is in its bytes. check: called between pieces, may raise to cancel. Raises
-    RepositoryUnreadable.
-    """
-    try:
-        with open_file(path) as file:
-            while file.read(_PIECE_BYTES):
-                check()
-    except NotThere:
-        return
 
 
 def there(path: Path) -> bool:

@@ -42,6 +42,7 @@ class ClusterMap:
         self._clusters = clusters.count(size_bytes)
         self._kinds = np.zeros(-(-self._clusters // WINDOW_CLUSTERS), np.uint8)
         self._mixed: dict[int, tuple[_Kinds, _Kinds]] = {}
+        self._open: tuple[int, _Kinds] | None = None
 
     def data(self, offsets: Bytes, lengths: Bytes) -> None:
         """Mark ranges to be read. They ascend and do not overlap; each has at least a byte."""
@@ -72,7 +73,6 @@ class ClusterMap:
                 part[(part == _ZERO) & clusters.is_zero(below.window(first, count))] = _NOTHING
             else:
                 part[part == _ZERO] = _NOTHING
-            self._store(index, part)
 
     def mark_differences(self, before: EffectiveContent, after: EffectiveContent) -> None:
         """Mark as data what differs between the two and is not marked yet."""
@@ -81,7 +81,6 @@ class ClusterMap:
                 part = self._load(index)
                 differ = clusters.differ(before.window(first, count), after.window(first, count))
                 part[(part == _NOTHING) & differ] = _DATA
-                self._store(index, part)
 
     def marked_bytes(self) -> int:
         """Return how many bytes are marked."""
@@ -107,6 +106,7 @@ class ClusterMap:
 
     def _windows(self) -> Iterator[tuple[int, int, int]]:
         """Yield each window: its index, its first cluster, and how many it has."""
+        self._pack()
         for index in range(len(self._kinds)):
             first = index * WINDOW_CLUSTERS
             yield index, first, min(WINDOW_CLUSTERS, self._clusters - first)
@@ -129,26 +129,38 @@ class ClusterMap:
         if firsts[0] <= 0 and stops[0] >= count and (kind == _DATA or self._kinds[index] == _NOTHING):
             self._kinds[index] = kind
             self._mixed.pop(index, None)
+            self._open = None if self._open and self._open[0] == index else self._open
             return
-        edges = np.bincount(np.maximum(firsts, 0), minlength=count + 1) - np.bincount(
-            np.minimum(stops, count), minlength=count + 1
-        )
-        marked = np.cumsum(edges[:count]) > 0
-        kinds = self._load(index)
+        begin, stop = max(int(firsts[0]), 0), min(int(stops[-1]), count)
+        edges = np.bincount(np.maximum(firsts - begin, 0), minlength=stop - begin + 1)
+        edges -= np.bincount(np.minimum(stops, count) - begin, minlength=stop - begin + 1)
+        marked = np.cumsum(edges[:-1]) > 0
+        kinds = self._load(index)[begin:stop]
         kinds[marked if kind == _DATA else marked & (kinds != _DATA)] = kind
-        self._store(index, kinds)
 
     def _load(self, index: int) -> _Kinds:
+        """Return a window to look at or to change, until another one is loaded."""
+        if self._open and self._open[0] == index:
+            return self._open[1]
+        self._pack()
         count = min(WINDOW_CLUSTERS, self._clusters - index * WINDOW_CLUSTERS)
-        if self._kinds[index] != _MIXED:
-            return np.full(count, self._kinds[index], np.uint8)
-        data, zero = (np.unpackbits(bits, count=count) for bits in self._mixed[index])
-        return np.asarray(data * np.uint8(_DATA) + zero * np.uint8(_ZERO))
+        if self._kinds[index] == _MIXED:
+            data, zero = (np.unpackbits(bits, count=count) for bits in self._mixed[index])
+            kinds = np.asarray(data * np.uint8(_DATA) + zero * np.uint8(_ZERO))
+        else:
+            kinds = np.full(count, self._kinds[index], np.uint8)
+        self._open = index, kinds
+        self._kinds[index] = _MIXED
+        return kinds
 
-    def _store(self, index: int, kinds: _Kinds) -> None:
+    def _pack(self) -> None:
+        """Store the window that was loaded last."""
+        if self._open is None:
+            return
+        index, kinds = self._open
+        self._open = None
         if (kinds == kinds[0]).all():
             self._kinds[index] = kinds[0]
             self._mixed.pop(index, None)
         else:
-            self._kinds[index] = _MIXED
             self._mixed[index] = (np.packbits(kinds == _DATA), np.packbits(kinds == _ZERO))

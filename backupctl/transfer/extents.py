@@ -32,9 +32,11 @@ from numpy.typing import NDArray
 DIRTY = 1  # qemu:dirty-bitmap:X, NBD_STATE_DIRTY
 ZERO = 2  # base:allocation, NBD_STATE_ZERO
 
-MAX_QUESTION_BYTES = 1 << 30
+QUESTION_BYTES = 1 << 30
+"""QEMU answers a question without a pause, in which its guest waits: 16,384 extents at most are kind."""
+MAX_QUESTION_BYTES = (4 << 30) - 65536
 """Lengths are 32 bits on the wire (libnbd 1.14 has no block_status_64)."""
-
+_FEW_EXTENTS = 64
 
 MAX_SHORT_REPLIES = 10_000
 """This many replies in a row may each describe less than a cluster; a server that sends more never ends."""
@@ -68,14 +70,16 @@ def query_extents(ask: Ask, size: int, contexts: tuple[str, ...], start: int = 0
     """Yield the block status from `start` to `size`, asking as often as needed. Raises BadReply."""
     offset = start
     short = 0
+    most = QUESTION_BYTES
     while offset < size:
-        asked = min(size - offset, MAX_QUESTION_BYTES)
+        asked = min(size - offset, most)
         reply = ask(offset, asked)
         missing = [context for context in contexts if context not in reply]
         if missing:
             raise BadReply(f"no block status for the context {missing[0]}")
         found = intersect(offset, asked, [reply[context] for context in contexts])
         yield found
+        most = MAX_QUESTION_BYTES if len(found.offsets) <= _FEW_EXTENTS else QUESTION_BYTES
         short = short + 1 if found.end - offset < min(asked, _SHORT_BYTES) else 0
         offset = found.end
         if short > MAX_SHORT_REPLIES:

@@ -273,11 +273,11 @@ BUGS = (
     Bug(
         "recovery leaves the job",
         "teardown",
-        "        _end_job(monitor, name)\n"
-        '        done.append(f"ended the job {name}")\n'
-        '    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
+        "            _end_job(monitor, name)\n"
+        '            done.append(f"ended the job {name}")\n'
+        '        _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
         "patience_seconds)\n",
-        "        pass\n",
+        "            pass\n",
         FAILURES + "test_sigkill_in_mid_copy_is_undone_by_the_next_run[simulator]",
     ),
     Bug(
@@ -404,6 +404,34 @@ BUGS = (
         "    if path_walk.others_may_write(status):\n",
         "    if status.st_mode & stat.S_ISUID:\n",
         "unit/system/test_trusted.py::test_a_file_that_others_may_write_is_not_believed",
+    ),
+    Bug(
+        "a layer that ends shows what lies behind its end",
+        "LayeredImage._read",
+        "            if shown < CLUSTER_BYTES:\n",
+        "            if shown < 0:\n",
+        "unit/images/test_layered_image.py::test_any_chain_is_read_as_qemu_reads_it",
+    ),
+    Bug(
+        "an older layer hides a newer one",
+        "_overlay",
+        "        new = (layer[:end] == _NO_LAYER) & (",
+        "        new = (layer[:end] >= _NO_LAYER) & (",
+        "unit/images/test_layered_image.py::test_any_chain_is_read_as_qemu_reads_it",
+    ),
+    Bug(
+        "a prune goes by a manifest that has been replaced",
+        "Survey.update",
+        "        for point in names & changed if changed is not None else ():\n",
+        "        for point in ():\n",
+        "unit/operations/test_growth.py::test_a_survey_sees_all_that_others_change",
+    ),
+    Bug(
+        "the last cluster of a device is written beyond the end of the disk",
+        "RawWriter._write",
+        "        if self._onto_device:\n",
+        "        if not self._onto_device:\n",
+        "unit/targets/test_raw_writer.py::test_a_device_gets_the_disk_and_keeps_what_is_behind_it",
     ),
     Bug(
         "an image counts before what it leads to is durable",

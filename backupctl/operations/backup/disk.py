@@ -10,6 +10,7 @@ from the older bitmaps, and from the digests of the two points. Both count. The 
 that one in between was removed by hand after its point had been pruned.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -37,7 +38,8 @@ from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.source import Source
 
-DISKS_AT_ONCE = 4
+DISKS_AT_ONCE = 2 * (os.cpu_count() or 1)
+"""Reading one disk waits for its source most of the time."""
 
 
 class DiskProgress:

@@ -16,6 +16,8 @@ from backupctl.errors import DamageFound
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.survey import Survey
+from backupctl.operations.restore.request import RestoreRequest
+from backupctl.operations.restore.whole import restore
 from backupctl.operations.verify import run as verify
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.progress import Silent
@@ -140,6 +142,19 @@ def test_a_look_at_all_opens_each_file_a_few_times(tmp_path, look: Callable[[VmF
         assert files["a process"] == 0
         counted.append(sum(files.values()))
     assert counted[1] <= 3 * counted[0] + 5, counted
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+def test_a_restore_of_a_long_chain_starts_no_process_and_opens_each_layer_a_few_times(tmp_path, image_format):
+    vm = make(tmp_path / "repository", [60])
+    last = point_number(59)
+    request = RestoreRequest(
+        folder=vm, point=last, to=str(tmp_path / f"out.{image_format}"), image_format=image_format
+    )
+    with opened() as files:
+        restore(request, Silent(), Cancellation())
+    assert files["a process"] == 0
+    assert files["vda.qcow2"] <= 4 * 60
 
 
 def test_a_thousand_tiny_points_are_verified_and_a_chain_of_them_is_dropped_in_seconds(tmp_path):

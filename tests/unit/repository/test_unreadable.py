@@ -5,7 +5,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,8 +28,8 @@ from backupctl.operations.verify.run import VerifyReport, verify
 from backupctl.options import VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import chain
-from backupctl.system import safe_open
 from backupctl.system.address import Address
+from backupctl.system.direct_io import DirectReader
 from backupctl.vm.qmp.monitor import Monitor
 from tests.unit.points import P1, P2, P3, Builder
 
@@ -137,30 +137,34 @@ def test_a_point_asked_for_says_what_below_it_could_not_be_checked(two_points, s
     assert (report.damage, len(report.unchecked)) == ((), 1)
 
 
-def test_a_disk_that_fails_under_qemu_is_told_from_tables_that_lead_nowhere(
-    two_points, tmp_path, monkeypatch
-):
-    """QEMU has one error for both; here its tables lead nowhere, and then the file can't be read either."""
-    builder, _ = two_points
+def test_a_disk_that_fails_is_told_from_tables_that_lead_nowhere(two_points, tmp_path, monkeypatch):
+    builder, content = two_points
     image = builder.folder.path / P1 / "vda.qcow2"
-    content = bytearray(image.read_bytes())
-    (first,) = struct.unpack_from(">Q", content, 40)
-    second = struct.unpack_from(">Q", content, first)[0] & (1 << 56) - 512
-    content[second + 8 * 4 + 6] ^= 2  # of the last cluster; now between two clusters, which QEMU refuses
-    image.write_bytes(content)
+    sound = image.read_bytes()
+    damaged = bytearray(sound)
+    (first,) = struct.unpack_from(">Q", damaged, 40)
+    second = struct.unpack_from(">Q", damaged, first)[0] & (1 << 56) - 512
+    damaged[second + 8 * 4 + 6] ^= 2  # of the last cluster; now between two clusters, which QEMU refuses
+    image.write_bytes(damaged)
     assert {damage.kind for damage in verified(builder).damage} == {"image", "data"}
     with pytest.raises(DamageFound):
         restored(builder, tmp_path / "out.raw")
+    image.write_bytes(sound)
+    real = DirectReader.read
 
-    def failing(path: Path, _check: object) -> None:
-        raise RepositoryUnreadable(f"{path} can't be read: {os.strerror(errno.EIO)}")
+    def failing(reader: DirectReader, parts: Sequence[memoryview], offset: int) -> int:
+        if offset <= sound.index(b"tail") < offset + sum(part.nbytes for part in parts):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(reader, parts, offset)
 
-    monkeypatch.setattr(safe_open, "prove_readable", failing)
+    monkeypatch.setattr(DirectReader, "read", failing)
     report = verified(builder)
     assert (report.damage, [one.path for one in report.unchecked]) == ((), [image])
-    with pytest.raises(RepositoryUnreadable):
+    with pytest.raises(RepositoryUnreadable, match="Input/output"):
         restored(builder, tmp_path / "out.raw")
     assert not (tmp_path / "out.raw").exists()
+    restored(builder, tmp_path / "out.raw", allow_damage=True)
+    assert (tmp_path / "out.raw").read_bytes() == content[: 4 * CLUSTER_BYTES].ljust(len(content), b"\0")
 
 
 def test_a_restore_is_refused_by_an_unreadable_map_and_let_through_by_force(two_points, spoil, tmp_path):
