@@ -105,7 +105,7 @@ BUGS = (
     Bug(
         "a run that met damage is silent",
         "_run",
-        "            raise damage\n",
+        "            raise ending.failure\n",
         "            pass\n",
         "integration/test_missing_points.py::test_reason_and_damage_of_each_disk_are_in_the_document",
     ),
