@@ -79,6 +79,7 @@ demo: setup ## The main job live, on a real Linux guest; on the simulator where 
 bench: setup ## Measure every command beside what else people would use; AGAINST=PROGRAM for another backupctl (10 min)
 	$(VENV)/bin/python -m fixtures.bench --json docs/performance.json $(if $(AGAINST),--against $(AGAINST))
 	$(VENV)/bin/python -m fixtures.bench.report
+	$(VENV)/bin/python -m fixtures.bench_fixed --rounds 3 $(if $(AGAINST),--against $(AGAINST))
 	$(VENV)/bin/python -m fixtures.bench_simulator
 
 bench-quick: setup ## Fail if a ratio to qemu-img is half of what docs/performance.json has (1 min)

@@ -96,11 +96,15 @@ def threshold_options(command: Declared) -> Declared:
     )(command)
 
 
-def _exit_help() -> str:
-    return "\b\nExit codes:\n" + "\n".join(f"  {code:<4}{_CODES[code]}" for code in Level)
-
-
-@click.command("check", cls=PluginCommand, epilog=_exit_help())
+@click.command(
+    "check",
+    cls=PluginCommand,
+    exit_codes={code.value: text for code, text in _CODES.items()},
+    examples=(
+        ("All VMs of the configuration, by their own limits", "backupctl check"),
+        ("One VM that is backed up every night", "backupctl check web --max-age 26h --warn-age 25h"),
+    ),
+)
 @click.pass_context
 @click.argument("names", metavar="[NAME]...", nargs=-1, shell_complete=completion.vms)
 @click.option("--all", "everything", is_flag=True, help="Every VM of the configuration; so is no NAME.")

@@ -13,6 +13,7 @@ from backupctl.cli import common, completion, configuration, output, param_types
 from backupctl.cli.configuration import Config
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import UNTOUCHED, UsageError
+from backupctl.monitoring import exposition
 from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.operations.timers import install, units
 from backupctl.operations.timers.install import Change
@@ -124,7 +125,7 @@ def _timer(vm: VmName) -> str:
 
 def _paths(config: Config, vms: Sequence[str]) -> Paths:
     """Return where the backups of VMs write. Raises UsageError."""
-    repositories, scratch = [], []
+    written = []
     for vm in vms:
         said = config.of(vm)
         if said.repository is None:
@@ -133,10 +134,17 @@ def _paths(config: Config, vms: Sequence[str]) -> Paths:
                 state=UNTOUCHED,
                 hint=f"set repository in [vm.{vm}] or [defaults] of {config.path}",
             )
-        repositories.append(param_types.absolute(said.repository))
-        scratch.append(param_types.absolute(said.scratch) if said.scratch else ScratchOptions().folder)
-    named = config.path if config.path != configuration.SYSTEM_FILE else None
-    return Paths(tuple(repositories), tuple(scratch), named)
+        written.append(param_types.absolute(said.repository))
+    for vm in vms:
+        scratch = config.of(vm).scratch
+        written.append(param_types.absolute(scratch) if scratch else ScratchOptions().folder)
+    metrics = config.content.metrics
+    if metrics.textfile:
+        folder, _ = exposition.file_of(param_types.absolute(metrics.textfile), vms[0])
+        written.append(folder)
+    if metrics.state:
+        written.append(param_types.absolute(metrics.state))
+    return Paths(tuple(written), config.path if config.path != configuration.SYSTEM_FILE else None)
 
 
 def _program(asked: TimerArguments) -> str:

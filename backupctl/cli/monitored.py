@@ -100,7 +100,7 @@ def note_tasks(ending: Ending, document: Mapping[str, Any], report: "RoutineRepo
                 seconds=found.get("seconds"),
                 partial=one.scope is not None and not one.scope.is_whole,
             )
-    ending.point = ending.tasks["backup"].point
+            ending.point = ending.point or ending.tasks[one.task].point
 
 
 def state_folder(config: Config) -> Path:

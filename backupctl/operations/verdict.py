@@ -2,13 +2,16 @@
 """The error with which a command ends that has done its work, because of what it has found meanwhile."""
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from backupctl.errors import BackupctlError, DamageFound, RepositoryUnreadable
 from backupctl.names import VmName
 from backupctl.operations.backup.outcome import RunReport
-from backupctl.operations.prune.run import PruneReport
-from backupctl.operations.verify.run import VerifyReport
 from backupctl.progress import counted
+
+if TYPE_CHECKING:  # a backup needs neither, and would load both
+    from backupctl.operations.prune.run import PruneReport
+    from backupctl.operations.verify.run import VerifyReport
 
 
 def of_backup(report: RunReport) -> Iterator[BackupctlError]:
@@ -24,7 +27,7 @@ def of_backup(report: RunReport) -> Iterator[BackupctlError]:
     )
 
 
-def of_prune(vm: VmName, report: PruneReport) -> Iterator[BackupctlError]:
+def of_prune(vm: VmName, report: "PruneReport") -> Iterator[BackupctlError]:
     """Yield an error if a prune met damage."""
     if report.damage:
         yield DamageFound(
@@ -34,7 +37,7 @@ def of_prune(vm: VmName, report: PruneReport) -> Iterator[BackupctlError]:
         )
 
 
-def of_verify(reports: Mapping[str, VerifyReport], vm: VmName | None) -> Iterator[BackupctlError]:
+def of_verify(reports: "Mapping[str, VerifyReport]", vm: VmName | None) -> Iterator[BackupctlError]:
     """Yield an error for damage, and one for what could not be read.
 
     reports: by the path of the repository. vm: the one that was named.

@@ -105,7 +105,7 @@ BUGS = (
     Bug(
         "a run that met damage is silent",
         "_run",
-        "            raise damage\n",
+        "            raise ending.failure\n",
         "            pass\n",
         "integration/test_missing_points.py::test_reason_and_damage_of_each_disk_are_in_the_document",
     ),
@@ -273,11 +273,11 @@ BUGS = (
     Bug(
         "recovery leaves the job",
         "teardown",
-        "        _end_job(monitor, name)\n"
-        '        done.append(f"ended the job {name}")\n'
-        '    _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
+        "            _end_job(monitor, name)\n"
+        '            done.append(f"ended the job {name}")\n'
+        '        _until(lambda: not _ours(monitor, namespace, "query-jobs", "id"), "its jobs", '
         "patience_seconds)\n",
-        "        pass\n",
+        "            pass\n",
         FAILURES + "test_sigkill_in_mid_copy_is_undone_by_the_next_run[simulator]",
     ),
     Bug(

@@ -150,8 +150,14 @@ class _Process:
                 )
             finally:
                 os.close(theirs)
+            try:
+                pidfd = os.pidfd_open(child.pid)
+            except OSError:  # too many open files: nobody would see how it ends
+                child.terminate()
+                child.wait()
+                raise
             held.pop_all()
-        made = cls(job, patience, child, selector, output, lines, os.pidfd_open(child.pid))
+        made = cls(job, patience, child, selector, output, lines, pidfd)
         selector.register(made.lines, selectors.EVENT_READ, made.read)
         selector.register(made.pidfd, selectors.EVENT_READ, made.has_ended)
         return made

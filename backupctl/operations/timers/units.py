@@ -40,11 +40,11 @@ class Unit:
 class Paths:
     """Where backups of VMs write, and what the units must say of it.
 
+    written: repositories, scratch directories and others; one may come several times.
     configuration: the file to use; None for the one that is found without being named.
     """
 
-    repositories: tuple[Path, ...]
-    scratch: tuple[Path, ...]
+    written: tuple[Path, ...]
     configuration: Path | None = None
 
     def drop_in(self) -> str:
@@ -53,7 +53,7 @@ class Paths:
             [f"Environment={_quoted(f'BACKUPCTL_CONFIG={self.configuration}')}"] if self.configuration else []
         )
         # `-`: without it systemd would not start the unit for want of a directory, and could not say why.
-        written = dict.fromkeys((*self.repositories, *self.scratch))
+        written = tuple(dict.fromkeys(self.written))
         return "\n".join(
             [
                 "# SPDX-License-Identifier: GPL-2.0-or-later",

@@ -76,6 +76,14 @@ def test_one_timer_is_for_all_vms_and_may_write_where_they_are_stored(call, fold
     assert "systemctl enable --now backupctl.timer" in done.output
 
 
+def test_metrics_are_where_a_run_may_write(call, folder, tmp_path):
+    more = '[metrics]\ntextfile = "/var/lib/node_exporter/all.prom"\nstate = "/var/state"\n'
+    (tmp_path / "c.toml").write_text(CONFIGURED + more)
+    call()
+    text = (folder / "backupctl.service.d/paths.conf").read_text()
+    assert " -/var/lib/node_exporter -/var/state\n" in text
+
+
 def test_a_timer_is_for_each_vm_that_is_named(call, folder):
     assert "systemctl enable --now backupctl@web.timer" in call("web").output
     assert names(folder) == WEB
@@ -223,13 +231,13 @@ def test_the_program_that_root_will_run_is_one_that_nobody_else_can_write(tmp_pa
 
 
 def test_a_path_is_written_as_systemd_reads_it_back():
-    found = Paths((Path('/a "b" \\c %h'),), ()).drop_in()
+    found = Paths((Path('/a "b" \\c %h'),)).drop_in()
     assert r'ReadWritePaths="-/a \"b\" \\c %%h"' in found
     with pytest.raises(UsageError):
-        Paths((Path("/a\nExecStart=/bin/false"),), ()).drop_in()
+        Paths((Path("/a\nExecStart=/bin/false"),)).drop_in()
 
 
 def test_the_program_is_named_where_it_is():
-    (unit, *_) = units.for_each({VmName("web"): Paths((Path("/r"),), ())}, "/opt/back up/bin/backupctl")
+    (unit, *_) = units.for_each({VmName("web"): Paths((Path("/r"),))}, "/opt/back up/bin/backupctl")
     assert 'ExecStart="/opt/back up/bin/backupctl" ' in unit.content
     assert units.PROGRAM not in unit.content

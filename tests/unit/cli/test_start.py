@@ -18,12 +18,24 @@ def call(*arguments, **options):
     )
 
 
-def test_the_command_line_loads_no_repository_no_monitor_and_no_arrays():
-    program = "import sys, backupctl.cli.main; print(*sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "slow"),
+    [
+        (
+            "main",
+            {"asyncio", "numpy", "rich", "nbd", "blake3", "qemu.qmp", "backupctl.repository.repository"},
+        ),
+        (
+            "backup",
+            {"rich", "numpy.random", "backupctl.operations.verify.run", "backupctl.operations.prune.run"},
+        ),
+    ],
+)
+def test_a_command_loads_nothing_slow_that_it_does_not_need(module, slow):
+    program = f"import sys, backupctl.cli.main, backupctl.cli.{module}; print(*sys.modules)"
     command = [sys.executable, "-c", program]
     loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
-    slow = {"asyncio", "numpy", "rich", "nbd", "blake3", "qemu.qmp", "backupctl.repository.repository"}
-    assert "backupctl.cli.main" in loaded.split()
+    assert f"backupctl.cli.{module}" in loaded.split()
     assert slow.isdisjoint(loaded.split())
 
 

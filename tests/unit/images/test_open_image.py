@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""No name can be turned between our look at a file and QEMU's opening of it.
+"""No name can be turned between our look at a file and the second opening of it, by QEMU or by ourselves.
 
 Whoever owns a folder exchanges what is in it at the worst moment: when all was checked and one of QEMU's
-tools is about to be started. Each test tries that at every start of one.
+tools is about to be started, or the file is about to be opened once more for direct I/O. Each test tries that
+at every such moment.
 """
 
 import os
@@ -11,6 +12,7 @@ import subprocess
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import pytest
 from backupctl.cancel import Cancellation
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import BackupctlError, DamageFound, TargetExists, UsageError, WriteFailed
-from backupctl.images import create, nbd_server
+from backupctl.images import create, nbd_server, qcow2_check
 from backupctl.images.open_image import OpenImage, named
 from backupctl.names import VmName
 from backupctl.operations import serve
@@ -32,6 +34,7 @@ from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.repository.point import Point
 from backupctl.system import qemu_tools, safe_open
+from backupctl.system.direct_io import _DirectFile
 from backupctl.targets import output
 from backupctl.transfer.source import Source
 from tests.unit.operations.test_restore_whole import as_raw, run
@@ -44,8 +47,12 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="the rule is for root, 
 
 @pytest.fixture
 def at_start(monkeypatch) -> Callable[[int, Callable[[], object]], list[int]]:
-    """Have something happen before the nth start of one of QEMU's tools; gives the list of starts."""
+    """Have something happen before the nth further use of an open file; gives the list of them.
+
+    That is a start of one of QEMU's tools, a check of an image's tables, or an opening for direct I/O.
+    """
     real_img, real_start = qemu_tools.img, qemu_tools.start
+    real_check, real_open = qcow2_check.check_tables, _DirectFile.__init__
 
     def arrange(wanted: int, happen: Callable[[], object]) -> list[int]:
         starts: list[int] = []
@@ -61,6 +68,8 @@ def at_start(monkeypatch) -> Callable[[int, Callable[[], object]], list[int]]:
 
         monkeypatch.setattr(qemu_tools, "img", before(real_img))
         monkeypatch.setattr(qemu_tools, "start", before(real_start))
+        monkeypatch.setattr(qcow2_check, "check_tables", before(real_check))
+        monkeypatch.setattr(_DirectFile, "__init__", before(real_open))
         return starts
 
     return arrange
@@ -92,8 +101,9 @@ def thinly(builder: Builder, point: Point, target: Path) -> None:
     thin.restore(RestoreRequest(folder=builder.folder, point=point.id, to=str(target)), Silent())
 
 
-@pytest.mark.parametrize("number", range(3))
-@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
+@pytest.mark.parametrize(
+    ("image_format", "number"), [*product(["raw"], range(3)), *product(["qcow2"], range(4))]
+)
 def test_a_restore_whose_file_is_exchanged_for_a_link_writes_nothing_elsewhere(
     two_points, tmp_path, at_start, victim, image_format, number
 ):
@@ -102,12 +112,9 @@ def test_a_restore_whose_file_is_exchanged_for_a_link_writes_nothing_elsewhere(
     target.parent.mkdir()
     starts = at_start(number, lambda: turn(temporary_of(target), victim))
     point = builder.folder.point(P2)
-    if image_format == "raw" and number == 2:
-        run(point, target)  # two servers, and no qemu-img
-        assert len(starts) == 2
-        return
     with pytest.raises(WriteFailed, match="another process replaced"):
         run(point, target)
+    assert len(starts) == {"raw": 3, "qcow2": 4}[image_format]  # of each layer, and of what is written
     assert victim.read_bytes() == before
     assert not os.path.lexists(target)
 
@@ -167,7 +174,7 @@ def test_an_image_that_is_being_resized_is_the_one_that_was_opened(tmp_path, at_
 
 @pytest.mark.parametrize("place", ["link", "other file"])
 @pytest.mark.parametrize("point", [P1, P2])
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(3))
 def test_a_layer_that_is_exchanged_after_its_check_is_not_what_is_restored(
     two_points, tmp_path, at_start, victim, number, point, place
 ):
@@ -180,8 +187,9 @@ def test_a_layer_that_is_exchanged_after_its_check_is_not_what_is_restored(
         else:
             victim.rename(image)
 
-    at_start(number, exchange)
+    starts = at_start(number, exchange)
     run(builder.folder.point(P2), tmp_path / "out.raw")
+    assert len(starts) == 3
     assert (tmp_path / "out.raw").read_bytes() == content
 
 
@@ -198,7 +206,7 @@ def test_a_layer_that_was_exchanged_before_it_is_opened_is_checked_as_it_is_then
 
 
 def test_a_verify_proves_the_image_that_it_opened(two_points, at_start):
-    """A broken copy takes the name between the check of the header, qemu-img's check, and the reading."""
+    """A broken copy takes the name between the check of the header, that of the tables, and the reading."""
     builder, _ = two_points
     image = builder.folder.path / P1 / "vda.qcow2"
     real = image.read_bytes()

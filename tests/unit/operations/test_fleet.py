@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A process for each of several VMs: how many at once, and however one ends, the others go on."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -97,6 +98,19 @@ def test_however_one_ends_the_others_go_on():
     assert [line for vm, line in seen.lines if vm == "failed"] == ["oh", "no end"]
 
 
+def test_one_that_could_not_be_watched_is_ended_and_told(monkeypatch):
+    started: list[int] = []
+
+    def fail(pid: int) -> int:
+        started.append(pid)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", fail)
+    results, _ = do(job("web", "exec sleep 60"))
+    assert (results["web"].code, "Too many open files" in results["web"].why) == (None, True)
+    assert not Path(f"/proc/{started[0]}").exists()
+
+
 def test_much_that_is_written_holds_up_nobody():
     results, seen = do(job("loud", "yes 0123456789 | head -100000 >&2; yes | head -100000"))
     assert (results["loud"].code, len(seen.lines)) == (0, 100_000)
@@ -141,7 +155,7 @@ from backupctl.cancel import Cancellation
 from backupctl.operations.fleet import run as fleet
 from backupctl.operations.fleet.limits import Job, Limits
 from tests.unit.operations.test_fleet import Seen
-script = "trap ': > $0.rolled-back; exit' TERM; : > $0; while :; do sleep 0.05; done"
+script = "trap ': > $0.rolled-back; exit' TERM; echo $$ > $0; while :; do sleep 0.05; done"
 command = ("sh", "-c", script, sys.argv[1])
 fleet.run([Job("web", command, "", "")], Limits(1, 1), fleet.Patience(), Seen(), Cancellation())
 """
@@ -153,7 +167,11 @@ def test_a_parent_that_is_killed_has_its_children_roll_back(tmp_path):
     with subprocess.Popen([sys.executable, "-c", PARENT, str(up)], env=environment, cwd=ROOT) as parent:
         wait_for(up)
         parent.kill()
-    wait_for(Path(f"{up}.rolled-back"))
+    try:
+        wait_for(Path(f"{up}.rolled-back"))
+    except AssertionError:
+        os.kill(int(up.read_text()), signal.SIGKILL)
+        raise
 
 
 def wait_for(path: Path) -> None:
