@@ -27,7 +27,6 @@ from backupctl.transfer.polling import poll_once
 _log = logging.getLogger("backupctl.transfer")
 
 BASE_ALLOCATION = "base:allocation"
-ALLOCATION_DEPTH = "qemu:allocation-depth"
 _HANDSHAKE_BYTES = 64 << 20  # of memory; an honest handshake needs almost none
 _CHECK_SECONDS = 0.1
 _DISCONNECT_SECONDS = 2.0  # a server that hangs must not delay the roll back

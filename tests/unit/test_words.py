@@ -37,7 +37,6 @@ REPLACED = {
     "Prover": "VerifyFilter",
     "Recorder": "DedupFilter",
     "bell": "Wakeup",
-    "borne": "tolerate_errors",
     "data_where_they_differ": "mark_differences",
     "keep_vanished": "drop_unneeded_zeroes",
     "marks": "cluster_map",

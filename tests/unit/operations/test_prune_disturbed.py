@@ -16,7 +16,7 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import DamageFound, Locked, WriteFailed
-from backupctl.images import create, nbd_server
+from backupctl.images import nbd_server, qcow2_check
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import layer
@@ -248,7 +248,7 @@ def test_a_merge_that_is_begun_again_reads_the_image_from_the_disk(builder, monk
     """After a sync that failed the kernel shows in memory, as written, what never reached the disk."""
     content = three(builder)
     image = builder.folder.path / P1 / "vda.qcow2"
-    seen, real = [], create.check
+    seen, real = [], qcow2_check.check_tables
 
     def fail(image):
         raise WriteFailed(f"{image.path}: Input/output error")
@@ -265,7 +265,7 @@ def test_a_merge_that_is_begun_again_reads_the_image_from_the_disk(builder, monk
     if in_memory(image):
         pytest.skip("this file system has its files in memory only")
     image.read_bytes()
-    monkeypatch.setattr(create, "check", check)
+    monkeypatch.setattr(qcow2_check, "check_tables", check)
     assert pruned(builder).left == ()
     assert not seen[0]
     assert converted(builder.folder.point(P3), "vda") == content
