@@ -98,9 +98,9 @@ def test_no_tool_of_qemu_is_given_the_name_of_an_image(any_build, make_lab, tmp_
     (out / "copy.qcow2").hardlink_to(cli.repository / "web" / points[1] / "vda.qcow2")
     cli.run("prune", "web", "--keep-last", "1", vm=False)
     every = [(call[0], name) for call in calls(log) for name in named(call)]
-    assert len(every) > 60
+    assert len(every) > 12
     assert [found for found in every if not DESCRIPTOR.fullmatch(found[1])] == []
-    assert {call[1] for call in calls(log) if call[0] == "qemu-img"} >= {"create", "check"}
+    assert {call[1] for call in calls(log) if call[0] == "qemu-img"} >= {"create"}
     lab.assert_point(points[-1], lab.writer.model)
 
 
