@@ -67,7 +67,9 @@ def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
     return {
         "taken": len(when),
         "left": len(points),
-        "longest chain": max(chain.length(folder, points[-1], entry, {}) for entry in points[-1].manifest.disks),
+        "longest chain": max(
+            chain.length(folder, points[-1], entry, {}) for entry in points[-1].manifest.disks
+        ),
         "merges": merged,
         "MiB written by merges": written / MIB,
         "MiB stored by all runs": changed / MIB,
