@@ -4,7 +4,6 @@
 import numpy as np
 from blake3 import blake3
 
-from backupctl.digests import clusters
 from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, Clusters, Records
 
 DIGEST_BYTES = 16
@@ -38,15 +37,3 @@ def of_zeroes(numbers: Clusters) -> Records:
     records = np.zeros(len(numbers), RECORD)
     records["cluster"] = numbers
     return records
-
-
-def of_piece(offset: int, content: memoryview) -> Records:
-    """Return the records of the neighbours in a buffer that starts at a cluster boundary.
-
-    Only the disk's last cluster may be short; it is padded with zeroes.
-    """
-    first, count = offset // CLUSTER_BYTES, clusters.count(len(content))
-    numbers = np.arange(first, first + count, dtype=np.uint64)
-    if len(content) % CLUSTER_BYTES:
-        content = memoryview(bytes(content).ljust(count * CLUSTER_BYTES, b"\0"))
-    return of_clusters(numbers, content)

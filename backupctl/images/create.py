@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The images of the repository: plain qcow2, made by qemu-img, written and read through QEMU's own server.
+"""Images that qemu-img creates or resizes, and how QEMU's tools open one of ours with its chain.
 
-`create_layer` makes an image; `nbd_server.serve` serves it over NBD, on a private unix socket, for as long as
-a block lasts. Readers and writers use NBD only, so the server can be replaced by another.
+A backup and a restore write their images themselves (`qcow2_writer.py`), and chains are read without QEMU
+(`layered_image.py`). What is merged, changed in place or served to others goes through QEMU, with images from
+here: `nbd_server.serve` serves them over NBD, on a private unix socket, for as long as a block lasts.
 
 No file name that is stored in an image is ever opened, and QEMU's tools get no names at all: each file is
 opened once (`open_image.py`), checked by its descriptor, and handed over as that descriptor. The repository
@@ -12,11 +13,10 @@ checks the chain against the manifests (`chain.py`) and gives it to QEMU link by
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from backupctl.errors import Locked, RepositoryError, RepositoryUnreadable, WriteFailed
+from backupctl.errors import Locked, WriteFailed
 from backupctl.images import open_image
 from backupctl.images.open_image import OpenImage
 from backupctl.sizes import CLUSTER_BYTES
@@ -96,38 +96,6 @@ def resize(image: OpenImage, size_bytes: int) -> None:
     if done.returncode:
         raise WriteFailed(_why(done.stderr, [image]), subject=f"cannot resize {image.path}")
     complete(image)
-
-
-@dataclass(frozen=True)
-class Soundness:
-    """What `qemu-img check` reports of an image's own tables. leaks: unused clusters, which are harmless."""
-
-    errors: int
-    leaks: int
-    message: str
-
-
-def check(image: OpenImage) -> Soundness:
-    """Check a single image's tables, without those below it.
-
-    Raises RepositoryError if qemu-img was killed, RepositoryUnreadable if the operating system refused it
-    the image.
-    """
-    command = ["check", "--output=json", f"json:{json.dumps(blockdev((image,)))}"]
-    done = qemu_tools.img(command, [image.descriptor])
-    try:
-        found = json.loads(done.stdout)
-        errors = int(found["check-errors"]) + int(found.get("corruptions", 0))
-        return Soundness(errors, int(found.get("leaks", 0)), f"{errors} errors in its tables")
-    except (ValueError, KeyError, TypeError):
-        if done.returncode < 0:
-            raise RepositoryError(
-                f"qemu-img check of {image.path} was killed by signal {-done.returncode}"
-            ) from None
-        if qemu_tools.is_os_error(done.stderr):
-            raise RepositoryUnreadable(f"cannot read {image.path}: {_why(done.stderr, [image])}") from None
-        words = open_image.named(done.stderr, [image]).strip().splitlines()
-        return Soundness(1, 0, words[-1][:500] if words else "qemu-img printed no reason")
 
 
 def complete(image: OpenImage) -> None:

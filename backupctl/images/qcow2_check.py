@@ -8,12 +8,12 @@ count says, and so is a compressed one: nothing that we make has either.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backupctl.errors import DamageFound
-from backupctl.images.create import Soundness
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_format import (
     BLOCK_ENTRIES,
@@ -40,6 +40,15 @@ _COMPARED = 1 << 20  # at once
 
 Clusters = NDArray[np.intp]
 """Numbers of clusters of the file."""
+
+
+@dataclass(frozen=True)
+class Soundness:
+    """What is wrong with an image's own tables. leaks: unused clusters, which are harmless."""
+
+    errors: int
+    leaks: int
+    message: str
 
 
 def check_tables(image: OpenImage, check: Callable[[], None] = lambda: None) -> Soundness:

@@ -5,7 +5,6 @@ import errno
 import logging
 import os
 import re
-import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, TypeAlias
 
-from backupctl.errors import UNTOUCHED, Failed, RepositoryError
+from backupctl.errors import Failed, RepositoryError
 from backupctl.system import log, parent_death
 
 _log = logging.getLogger("backupctl.system.qemu_tools")
@@ -68,13 +67,6 @@ def img_program() -> str:
 def server_program() -> str:
     """Return the qemu-storage-daemon to use."""
     return os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")
-
-
-def require_tools() -> None:
-    """Raise RepositoryError if one of QEMU's tools is missing: no image could be checked without them."""
-    for program in (img_program(), server_program()):
-        if shutil.which(program) is None:
-            raise RepositoryError(f"{program} not found", state=UNTOUCHED)
 
 
 def start(

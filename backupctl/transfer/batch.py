@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
 from backupctl.errors import TransferError
 from backupctl.system.direct_io import aligned
@@ -93,8 +91,3 @@ def each(numbers: Clusters) -> Iterator[Part]:
     """Yield clusters one by one, as data."""
     for place in range(len(numbers)):
         yield Part(numbers[place : place + 1], zero=False)
-
-
-def of_range(first: int, stop: int, *, zero: bool) -> Part:
-    """Return neighbours, from number `first` up to `stop`."""
-    return Part(np.arange(first, stop, dtype=np.uint64), zero)

@@ -18,7 +18,6 @@ from typing import Any
 
 from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
-from backupctl.digests.hashing import of_piece
 from backupctl.errors import BackupctlError
 from backupctl.names import PointId, VmName, next_point_id, point_time
 from backupctl.operations import recover
@@ -30,6 +29,7 @@ from backupctl.repository import audit, chain, history
 from backupctl.repository.journal import Journal
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
+from fixtures.pieces import of_piece
 from tests.powerloss import disk, qcow2
 from tests.powerloss.disk import EMPTY, GARBAGE, HALF, MIXED, OLD, TORN, WHOLE, ZEROES, Content, Tree
 

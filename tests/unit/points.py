@@ -16,7 +16,6 @@ import pytest
 
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, Records
-from backupctl.digests.hashing import of_piece
 from backupctl.errors import WriteFailed
 from backupctl.images import create, nbd_server
 from backupctl.images.open_image import OpenImage
@@ -29,6 +28,7 @@ from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_folder import VmFolder
 from backupctl.transfer.nbd_client import Connection
+from fixtures.pieces import of_piece
 
 P1 = PointId("20260101T000000Z")
 P2 = PointId("20260102T000000Z")

@@ -15,20 +15,18 @@ import os
 import struct
 
 from backupctl.errors import Failed
+from backupctl.images.qcow2_format import MOST_L1_ENTRIES, TABLE_ENTRIES, pieces
 from backupctl.sizes import CLUSTER_BYTES
 
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")
 _CLUSTER_BITS, _SIXTEEN_BITS = 16, 4
-_TABLE_ENTRIES = CLUSTER_BYTES // 8
-_MOST_L1_BYTES = 32 << 20
-"""QEMU opens no image with a larger one."""
 
 
 def write(descriptor: int, size_bytes: int) -> None:
     """Write an image of that virtual size into an empty file. Raises OSError, Failed if it is too large."""
-    l1_entries = _pieces(size_bytes, CLUSTER_BYTES * _TABLE_ENTRIES)
-    l1_clusters = _pieces(l1_entries * 8, CLUSTER_BYTES)
-    if l1_clusters * CLUSTER_BYTES > _MOST_L1_BYTES:
+    l1_entries = max(1, pieces(size_bytes, CLUSTER_BYTES * TABLE_ENTRIES))
+    l1_clusters = pieces(l1_entries, TABLE_ENTRIES)
+    if l1_entries > MOST_L1_ENTRIES:
         raise Failed(f"a qcow2 image cannot have {size_bytes} bytes")
     clusters = 3 + l1_clusters
     os.ftruncate(descriptor, clusters * CLUSTER_BYTES)
@@ -53,7 +51,3 @@ def write(descriptor: int, size_bytes: int) -> None:
 def _write(descriptor: int, content: bytes, offset: int) -> None:
     if os.pwrite(descriptor, content, offset) != len(content):
         raise Failed("a scratch file could be written in part only")
-
-
-def _pieces(whole: int, piece: int) -> int:
-    return max(1, -(-whole // piece))

@@ -11,12 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backupctl.errors import DamageFound, RepositoryUnreadable
-from backupctl.images import create, qcow2_check, qcow2_tables
-from backupctl.images.create import Soundness
+from backupctl.images import qcow2_check, qcow2_tables
 from backupctl.images.open_image import OpenImage
+from backupctl.images.qcow2_check import Soundness
 from backupctl.images.qcow2_format import COMPRESSED, COPIED
 from backupctl.images.qcow2_tables import Tables
 from backupctl.sizes import CLUSTER_BYTES
+from fixtures import qemu_check
 from tests.unit.images.test_qcow2_writer import make
 
 # An image of these: header, 3 clusters of data, 2 L2 tables, L1, table of reference counts, their block.
@@ -36,7 +37,7 @@ def image(tmp_path: Path) -> Path:
 def both(path: Path) -> tuple[Soundness, Soundness]:
     """What we find, and what QEMU does."""
     with OpenImage.open(path) as image:
-        return qcow2_check.check_tables(image), create.check(image)
+        return qcow2_check.check_tables(image), qemu_check.check(image)
 
 
 def put(path: Path, offset: int, value: int, kind: str = ">Q") -> None:

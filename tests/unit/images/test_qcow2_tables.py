@@ -13,6 +13,7 @@ from backupctl.images import create
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_tables import Tables
 from backupctl.sizes import CLUSTER_BYTES
+from fixtures import qemu_check
 from tests.unit.images.test_qcow2_writer import disks, make
 
 KIB = 1 << 10
@@ -96,7 +97,7 @@ def test_what_qemu_wrote_and_resized_is_found_where_qemu_finds_it(tmp_path, ours
     play(path, size, played)
     assert by_us(path) == by_qemu(path)
     with OpenImage.open(path) as image:
-        found = create.check(image)
+        found = qemu_check.check(image)
     assert (found.errors, found.leaks) == (0, 0)
 
 

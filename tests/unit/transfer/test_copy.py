@@ -16,7 +16,7 @@ from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import Interrupted, ReadFailed, WriteFailed
 from backupctl.transfer import batch, cluster_map, reader
 from backupctl.transfer import copy as copies
-from backupctl.transfer.batch import Part, of_range
+from backupctl.transfer.batch import Part
 from backupctl.transfer.cluster_map import ClusterMap
 from backupctl.transfer.copy import Copied, Copy, pass_all
 from backupctl.transfer.extents import DIRTY, ZERO
@@ -26,6 +26,7 @@ from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.sink import open_nbd_sink
 from backupctl.transfer.source import Source
 from backupctl.transfer.stream import stream
+from fixtures.pieces import of_range
 from tests.unit.transfer.conftest import noise, qcow2_node, qemu_io, raw_node, tool
 
 MIB = 1 << 20

@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
-from backupctl.digests.hashing import of_piece
 from backupctl.digests.record_table import RecordTable
-from backupctl.transfer.batch import of_range
 from backupctl.transfer.copy import Copied, Copy
 from backupctl.transfer.dedup_filter import DedupFilter
 from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.sink import open_nbd_sink
 from backupctl.transfer.source import Source
+from fixtures.pieces import of_piece, of_range
 from tests.unit.transfer.conftest import qcow2_node, raw_node, tool
 
 DATA = st.sampled_from([b"\0", b"a", b"b"])

@@ -4,13 +4,13 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from backupctl.digests import hashing
 from backupctl.errors import Interrupted, ReadFailed
 from backupctl.images import create, nbd_server
 from backupctl.transfer import read_layer
 from backupctl.transfer.batch import Part
 from backupctl.transfer.reader import NbdReader
 from backupctl.transfer.source import Source
+from fixtures.pieces import of_piece
 from tests.unit.transfer.conftest import qcow2_node, qemu_io, tool
 
 MIB = 1 << 20
@@ -61,9 +61,9 @@ def test_the_records_are_those_of_the_bytes(layer):
     found = np.sort(np.concatenate(seen), order="cluster")
     expected = np.concatenate(
         [
-            hashing.of_piece(CLUSTER, memoryview(bytes([1]) * 2 * CLUSTER)),
-            hashing.of_piece(40 * CLUSTER, memoryview(bytes([3]) * CLUSTER)),
-            hashing.of_piece(64 * CLUSTER, memoryview(bytes([4]) * 512)),
+            of_piece(CLUSTER, memoryview(bytes([1]) * 2 * CLUSTER)),
+            of_piece(40 * CLUSTER, memoryview(bytes([3]) * CLUSTER)),
+            of_piece(64 * CLUSTER, memoryview(bytes([4]) * 512)),
         ]
     )
     assert found.tolist() == expected.tolist()
