@@ -24,11 +24,17 @@ def failure(text: str, seconds: float = 10.0) -> str:
 
 
 def is_gone(pid: Path) -> bool:
-    """Whether a process has ended, which its parent may not have noticed yet."""
-    try:
-        return Path(f"/proc/{int(pid.read_text())}/stat").read_text().rsplit(") ", 1)[1][0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+    """Whether a process has ended, which its parent may not have noticed yet. A killed one takes a moment."""
+    status = Path(f"/proc/{int(pid.read_text())}/stat")
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            if status.read_text().rsplit(") ", 1)[1][0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_it_gets_stdin_and_environment_and_its_output_is_logged(tmp_path, caplog):
