@@ -120,16 +120,21 @@ class Logs:
         self._formatter = _Formatter()
         self._transcript = _Transcript()
         self._file: _File | None = None
+        self._handlers: list[logging.Handler] = [self._transcript]
+        self._entered = False
         self.verbose = False
 
     def __enter__(self) -> Self:
+        self._entered = True
         self._logger.setLevel(logging.DEBUG)
         self._logger.propagate = False
-        self._logger.addHandler(self._transcript)
+        for handler in self._handlers:
+            self._logger.addHandler(handler)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handler in list(self._logger.handlers):
+        self._entered = False
+        for handler in self._handlers:
             self._logger.removeHandler(handler)
             handler.close()
         self._logger.setLevel(logging.NOTSET)
@@ -139,18 +144,24 @@ class Logs:
         """Show the lines on stderr, too."""
         if not self.verbose:
             self.verbose = True
-            self._logger.addHandler(_Stderr(self._formatter))
+            self._add(_Stderr(self._formatter))
 
     def append_to(self, path: Path) -> None:
         """Append the lines to a file, too. Raises UsageError."""
         if self._file is not None:
             raise UsageError("--log-file was given twice", state=UNTOUCHED)
         self._file = _File(path, self._formatter)
-        self._logger.addHandler(self._file)
+        self._add(self._file)
 
     def as_json(self) -> None:
         """Write JSON, a line for each record, in place of text."""
         self._formatter.as_json = True
+
+    def _add(self, handler: logging.Handler) -> None:
+        self._handlers.append(handler)
+        # Options may be parsed where no call is under way: a handler of those would stay for ever.
+        if self._entered:
+            self._logger.addHandler(handler)
 
     @property
     def file(self) -> Path | None:

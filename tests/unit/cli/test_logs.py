@@ -253,3 +253,13 @@ def test_lines_for_systemds_journal_begin_with_their_priority(tmp_path, monkeypa
     told = ["backupctl: note: skipped db: for a test", "backupctl: debug: test: details"]
     told += ["backupctl: warning: look here", "backupctl: no room", "  next:  backupctl full web"]
     assert lines == [head + line for head, line in zip(heads, told, strict=True)]
+
+
+def test_options_parsed_outside_of_a_call_leave_no_handler(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "_current", [])
+    log = tmp_path / "log"
+    main.cli.make_context("backupctl", ["-v", "--log-file", str(log), "list"]).close()
+    assert logging.getLogger("backupctl").handlers == []
+    with logs.current():
+        logging.getLogger("backupctl.test").debug("in the call")
+    assert "in the call" in log.read_text()
