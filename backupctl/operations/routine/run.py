@@ -4,7 +4,8 @@
 ::
 
     backup   incremental, or full where one is due
-    prune    only after a backup that found nothing wrong: what is older may be all that there is
+    prune    only after a backup that found nothing wrong: what is older may be all that there is; none after
+             one that was skipped because the VM is off
     verify   a sample of the data, whatever became of the backup
 
 A task that fails does not hide another one's result; the worst error decides the exit code.
@@ -18,7 +19,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from backupctl import errors
 from backupctl.cancel import Cancellation
-from backupctl.errors import BackupctlError, Interrupted, Locked
+from backupctl.errors import BackupctlError, Interrupted, Locked, VmIsOff
 from backupctl.events.repository import SampleChosen
 from backupctl.events.routine import FullDue, TaskSkipped, WaitingForLock
 from backupctl.operations import verdict
@@ -93,7 +94,7 @@ def run(asked: Routine, reporter: Reporter, stop: Cancellation) -> RoutineReport
     begun = time.monotonic()
     work = _Work(asked, reporter, stop)
     taken = work.backup()
-    pruned = work.prune(taken.error)
+    pruned = work.prune(taken)
     verified = work.verify(taken.error, pruned.error)
     return RoutineReport((taken, pruned, verified), time.monotonic() - begun)
 
@@ -119,17 +120,21 @@ class _Work:
 
         try:
             report = self._patiently(take)
+        except VmIsOff as err:
+            return self._skip("backup", err.message)
         except BackupctlError as err:
             return TaskResult("backup", error=err)
         return TaskResult("backup", report, next(verdict.of_backup(report), None))
 
-    def prune(self, before: BackupctlError | None) -> TaskResult:
+    def prune(self, taken: TaskResult) -> TaskResult:
         """Drop what no rule holds."""
         rules, directory = self.asked.policy.rules, self.asked.directory
         if rules.hold_nothing():
             return self._skip("prune", "no retention rule is configured (keep_last, keep_daily, ...)")
-        if before is not None:
+        if taken.error is not None:
             return self._skip("prune", "the backup failed, or found damage")
+        if taken.skipped:  # time alone must not drop points that nothing replaces
+            return self._skip("prune", "no backup was taken")
         try:
             report = self._patiently(lambda: prune.prune(directory, rules, self.reporter, self.stop))
         except BackupctlError as err:
