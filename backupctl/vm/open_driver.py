@@ -17,9 +17,7 @@ from backupctl.vm.guest import agent
 from backupctl.vm.offline import driver as offline
 from backupctl.vm.qmp import driver as qmp
 
-_HOW_TO_BACK_UP = (
-    'to back it up while it is off, name its images: image = {DISK = "FILE"}, or --image DISK=FILE'
-)
+_HOW_TO_BACK_UP = "if it is off, it can be backed up by its images (--image DISK=FILE)"
 
 
 @contextmanager
@@ -69,7 +67,8 @@ def _opened(
             if not err.nobody_listens:
                 raise
             if decided == "fail" or (decided == "backup" and not _images(vm)):
-                raise err.add(hint=_HOW_TO_BACK_UP) from err
+                err.hint = err.hint if _images(vm) else f"{err.hint}; {_HOW_TO_BACK_UP}"
+                raise
             why = err.message
     if decided == "skip":
         raise VmIsOff(f"{vm.name} is off ({why}), so it was skipped", state=UNTOUCHED)

@@ -88,15 +88,17 @@ class Daemon:
 
     def check(self) -> None:
         """Take in what the daemon said on its own. Raises OutcomeUnknown if it has ended."""
-        if self._process is None or self._process.poll() is not None:
+        if self._ended:
             raise OutcomeUnknown("(between commands)", f"qemu-storage-daemon has ended: {self._reason()}")
         self.monitor.pump()
 
-    def restart(self) -> None:
-        """Start another daemon if this one has ended or does not answer. Raises as `start`."""
-        if not self.monitor.alive:
-            self._kill()
-            self._start_patiently()
+    def restart(self) -> bool:
+        """Start another daemon if this one ended or does not answer; whether it did. Raises as `start`."""
+        if not self._ended and self.monitor.alive:
+            return False
+        self._kill()
+        self._start_patiently()
+        return True
 
     def close(self) -> None:
         """End it. Never raises; all that must last was stored by `writable`."""
@@ -106,6 +108,10 @@ class Daemon:
             if self._process.poll() is None and qemu_tools.end(self._process) is None:
                 self._process.kill()
         self._kill()
+
+    @property
+    def _ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
 
     def _start_patiently(self) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS

@@ -27,12 +27,11 @@ _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass(frozen=True)
 class OpenFile:
-    """One file of a disk. device: a block device. seen: its size and time of change when it was opened."""
+    """One file of a disk. device: a block device."""
 
     image: OpenImage
     format: ImageFormat
     device: bool
-    seen: tuple[int, int]
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -40,9 +39,10 @@ class OpenFile:
         found = self.image.stat()
         return (0, found.st_rdev) if self.device else (found.st_dev, found.st_ino)
 
-    def was_changed(self) -> bool:
-        """Whether somebody wrote to it since it was opened, as far as its file system tells."""
-        return not self.device and _seen(self.image.stat()) != self.seen
+    def state(self) -> tuple[int, int]:
+        """Return what differs once somebody has written to it, as far as its file system tells."""
+        found = self.image.stat()
+        return (0, 0) if self.device else (found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _opened(file: ImageFile, held: ExitStack) -> OpenFile:
     device = stat.S_ISBLK(found.st_mode)
     if not (device or stat.S_ISREG(found.st_mode)):
         raise _refused(path, "is neither a file nor a block device")
-    return OpenFile(image, file.format, device, _seen(found))
+    return OpenFile(image, file.format, device)
 
 
 def _check_header(one: OpenFile, below: OpenFile | None) -> None:
@@ -216,10 +216,6 @@ def _refuse_doubles(disks: Iterable[DiskImages]) -> None:
         other = seen.setdefault(one.files[0].identity, one.disk)
         if other != one.disk:
             raise _refused(one.path, f"is the image of both {other} and {one.disk}")
-
-
-def _seen(found: os.stat_result) -> tuple[int, int]:
-    return found.st_size, found.st_mtime_ns
 
 
 def _refused(path: Path, why: str, *, hint: str = "", next_command: str = "") -> Refused:

@@ -27,6 +27,7 @@ class OfflineSession:
         self._clients = ExitStack()
         self._request: Request | None = None
         self._exports: tuple[Export, ...] = ()
+        self._before: list[tuple[int, int]] = []
 
     @property
     def has_guest(self) -> bool:
@@ -48,6 +49,7 @@ class OfflineSession:
     def attach(self, request: Request) -> None:
         """Note what is asked for. The images are locked since before they were listed."""
         self._request = request
+        self._before = self._states()
 
     def refuse_unfrozen(self) -> None:
         """Without a guest all disks are of one point in time."""
@@ -91,12 +93,8 @@ class OfflineSession:
     def confirm(self) -> None:
         """Raise Failed if an image was written to, by somebody who does not heed QEMU's lock."""
         self._daemon.check()
-        for path in (
-            file.image.path for disk in self._daemon.disks for file in disk.files if file.was_changed()
-        ):
-            raise Failed(
-                f"{path} was changed by another process during the backup, which ignored QEMU's lock"
-            )
+        if self._states() != self._before:
+            raise Failed("an image was changed by a process that ignores QEMU's lock, while it was read")
 
     def end(self, facts: PointFacts) -> None:
         """Remove the exports; then hand the bitmaps over, and have QEMU store them."""
@@ -110,9 +108,8 @@ class OfflineSession:
 
     def resolve(self, facts: PointFacts) -> list[str]:
         """As for anybody's runs. A daemon that ended or does not answer is replaced first."""
-        if not self._daemon.monitor.alive:
+        if self._daemon.restart():
             self._close_clients()
-            self._daemon.restart()
         return recovery.resolve(self._daemon, facts, self._our_clients())
 
     def await_thaw(self) -> None:
@@ -121,6 +118,9 @@ class OfflineSession:
     def close(self) -> None:
         """Close our clients. Never raises."""
         self._clients.close()
+
+    def _states(self) -> list[tuple[int, int]]:
+        return [file.state() for disk in self._daemon.disks for file in disk.files]
 
     @property
     def _disks(self) -> tuple[DiskSnapshot, ...]:
