@@ -53,6 +53,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     repository: Text | None = None
     scratch: Text | None = None
     scratch_size: Rate | None = None
+    when_off: WhenOff | None = None
     freeze: FreezeMode | None = None
     freeze_budget: Seconds | None = None
     limit: Rate | None = None
@@ -117,7 +118,6 @@ class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     qmp: Text | None = None
     agent: Text | None = None
-    when_off: WhenOff | None = None
     disks: dict[str, str] = {}
     image: dict[str, str] = {}
     hooks: HookSettings = HookSettings()

@@ -19,7 +19,6 @@ from backupctl.options import (
     Timeouts,
     VmConfig,
     VmImage,
-    WhenOff,
 )
 from backupctl.system.address import Address
 
@@ -59,17 +58,19 @@ class Target:
         """Return the VM. Raises UsageError."""
         said = self.config.of(self.name)
         images = self.images or image_texts.parse_all(said.image)
-        when_off: WhenOff | None = "skip" if self.if_running else said.when_off
-        if self.qmp is None and not images:
-            raise self._unconfigured()
-        if self.qmp is None and when_off in ("skip", "fail"):
-            raise UsageError(
-                f"VM {self.vm_name!r} has no monitor that could tell whether it is off, so it cannot be "
-                f"{'skipped' if when_off == 'skip' else 'required to run'}",
-                hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
-            )
-        access = QmpAccess(self.qmp, self.agent) if self.qmp else NoMonitor()
-        return VmConfig(self.vm_name, access, dict(said.disks), images, when_off)
+        if self.qmp is None:
+            if not images:
+                raise self._unconfigured()
+            if self.if_running:
+                raise UsageError(
+                    f"VM {self.vm_name!r} has no monitor that could tell whether it runs (--if-running)",
+                    hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
+                )
+            return VmConfig(self.vm_name, NoMonitor(), dict(said.disks), images)
+        access, when_off = QmpAccess(self.qmp, self.agent), said.when_off
+        return VmConfig(
+            self.vm_name, access, dict(said.disks), images, "skip" if self.if_running else when_off
+        )
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE

@@ -34,7 +34,7 @@ class ExportSpec:
     bitmap: BitmapName | None
 
 
-class Holder(Protocol):
+class SocketHolder(Protocol):
     """Who holds duplicates of our clients' sockets, and outlives us: the guard."""
 
     def hold(self, connection: socket.socket, export: str) -> None:
@@ -43,7 +43,7 @@ class Holder(Protocol):
 
 def start_exports(
     monitor: Monitor,
-    guard: Holder,
+    guard: SocketHolder,
     namespace: Namespace,
     specs: Sequence[ExportSpec],
     connections: int = 2,
@@ -111,7 +111,7 @@ def _arguments(monitor: Monitor, name: str, one: ExportSpec) -> dict[str, object
     return arguments
 
 
-def _connected(guard: Holder, name: str, path: str) -> socket.socket:
+def _connected(guard: SocketHolder, name: str, path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         made.connect(path)
