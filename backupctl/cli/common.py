@@ -248,7 +248,6 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--image",
-        "images",
         type=image_texts.IMAGE,
         multiple=True,
         metavar=f"DISK={image_texts.SYNTAX}",
@@ -273,7 +272,7 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
     given.pop("config")
     given.pop("everything", None)
     of_vm = {
-        name: given.pop(name) for name in ("qmp", "agent", "images", "scratch", "if_running") if name in given
+        name: given.pop(name) for name in ("qmp", "agent", "image", "scratch", "if_running") if name in given
     }
     waits = {
         f"{name}_seconds": given.pop(f"{name}_timeout")

@@ -113,7 +113,7 @@ def show(target: Target, context: click.Context, /, *, as_json: bool, **_options
 
     Without NAME: those for any VM. Options given here override, as they do for the commands that take them.
     """
-    if target.name and target.name not in target.config.vms and not (target.qmp or target.images):
+    if target.name and target.name not in target.config.vms and not (target.qmp or target.image):
         target.vm()  # which says that it is not configured
     found = list(_settings(context, target))
     if as_json:
@@ -148,7 +148,7 @@ def _setting(context: click.Context, target: Target, name: str) -> Setting:
         return Setting(name, Invocation.of(context).typed[name], source)
     if configured:  # a 0 is as if it was not set, and disks are no option
         return Setting(name, configured, "file", target.config.file, target.config.line(target.name, name))
-    default = context.params.get(name)
+    default = context.params.get(name) if context.params.get(name) != () else None
     return Setting(name, str(default) if isinstance(default, Path) else default, "default")
 
 

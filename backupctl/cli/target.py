@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open
 class Target:
     """Which VM and which repository a command line means.
 
-    name: the only VM; None for any other number of them, see `selection`. images: those that were typed.
+    name: the only VM; None for any other number of them, see `selection`. image: those that were typed.
     if_running: whether a VM that is off is to be skipped, whatever is configured.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
@@ -43,7 +43,7 @@ class Target:
     selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
-    images: tuple[VmImage, ...] = ()
+    image: tuple[VmImage, ...] = ()
     if_running: bool = False
     scratch: Path = ScratchOptions().directory
     timeouts: Timeouts = DEFAULT_TIMEOUTS
@@ -57,7 +57,7 @@ class Target:
     def vm(self) -> VmConfig:
         """Return the VM. Raises UsageError."""
         said = self.config.of(self.name)
-        images = self.images or image_texts.parse_all(said.image)
+        images = self.image or image_texts.parse_all(said.image)
         if self.qmp is None:
             if not images:
                 raise self._unconfigured()
