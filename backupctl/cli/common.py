@@ -250,8 +250,8 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--image",
         type=image_texts.IMAGE,
         multiple=True,
-        metavar=f"DISK={image_texts.SYNTAX}",
-        help="The image of a disk, for when the VM is off; may be repeated.",
+        metavar="DISK=FILE",
+        help="The image of a disk, for when the VM is off: a qcow2, or FILE,format=raw; may be repeated.",
     ),
     click.option(
         "--scratch",
