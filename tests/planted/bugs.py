@@ -518,4 +518,32 @@ BUGS = (
         "    if result.code is not None:\n",
         "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
+    Bug(
+        "a monitor that is silent is taken for a VM that is off",
+        "_opened",
+        "            if not err.nobody_listens:\n                raise\n",
+        "",
+        "unit/vm/test_open_driver.py::test_a_monitor_that_is_silent_is_never_taken_for_a_vm_that_is_off",
+    ),
+    Bug(
+        "a raw image that a VM writes to is backed up",
+        "keep_from_writers",
+        "        if kind != fcntl.F_UNLCK:\n",
+        "        if kind is None:\n",
+        "unit/system/test_image_lock.py::test_a_writer_or_one_that_lets_nobody_read_is_noticed",
+    ),
+    Bug(
+        "an image leads to a file of the host",
+        "_check_header",
+        "    if below is None and header.backing:\n",
+        "    if below is None and header.corrupt:\n",
+        "unit/vm/test_offline_images.py::test_a_header_that_leads_elsewhere_or_cannot_be_trusted_is_refused",
+    ),
+    Bug(
+        "a skipped backup is followed by a prune",
+        "_Work.prune",
+        "        if taken.skipped:",
+        "        if taken.skipped and False:",
+        ROUTINE + "test_after_a_backup_that_was_skipped_nothing_is_dropped",
+    ),
 )
