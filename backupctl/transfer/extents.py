@@ -119,4 +119,4 @@ def _each_once(ascending: list[Bytes]) -> Bytes:
     # Not np.unique: its first call loads numpy.ma, a thirtieth of an incremental without changes, and it
     # hashes each number. A stable sort merges runs that are in order already: 0.1 ms in place of 4.
     found = np.sort(np.concatenate(ascending), kind="stable")
-    return found[np.diff(found, prepend=-1) != 0]
+    return np.asarray(found[np.diff(found, prepend=-1) != 0])
