@@ -109,7 +109,7 @@ class LayerCopier:
                     progress=lambda done_bytes: self.progress.note(disk.name, done_bytes, total),
                     limiter=self.limiter,
                     stall_seconds=self.stall_seconds,
-                    filter_batch=dedup,
+                    filter_records=dedup,
                     workers=self.workers,
                 ).run(cluster_map.parts())
                 sink.finish()
