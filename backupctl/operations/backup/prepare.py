@@ -4,6 +4,7 @@
 Which disks there are, from which base each is taken, what would stop the run later, how much room there is.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from backupctl.operations.backup.plan import Plan
 from backupctl.options import Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
 from backupctl.vm import scratch_directory
@@ -57,12 +59,13 @@ _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 class Prepared:
     """What step 1 found out.
 
-    budgets: the scratch space of each disk of the plan. filling: the file systems that the run writes to.
-    recorded: the newest point from which a bitmap in the VM records, of whatever copy of the repository.
-    version: of what runs the VM.
+    chains: those that the plan builds on. budgets: the scratch space of each disk of the plan. filling: the
+    file systems that the run writes to. recorded: the newest point from which a bitmap in the VM records, of
+    whatever copy of the repository. version: of what runs the VM.
     """
 
     plan: Plan
+    chains: CheckedChains
     budgets: tuple[ScratchBudget, ...]
     filling: tuple[Filling, ...]
     recorded: PointId | None
@@ -105,14 +108,16 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     gone = recover.gone(facts, recorded)
     for done in recover.recover_vm(vm, facts, driver, options.scratch.directory, options.timeouts):
         reporter.event(RecoveredFromEarlierRun(done))
-    audit.reconcile(directory)
-    for problem in audit.problems(directory):
+    points = directory.scan_all()
+    audit.reconcile(directory, points)
+    for problem in audit.problems(directory, points.committed):
         reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
     refuse_directories(ctx.repository.path, options.scratch.directory, driver)
     inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:
         reporter.event(DiskSkipped(name, why))
-    plan = _plan(ctx, inventory, chosen, gone)
+    chains = CheckedChains(directory, points)
+    plan = _plan(ctx, inventory, chosen, points.committed, chain_facts(chains, options, gone))
     _report(plan, options, reporter)
     scratch_directory.check(options.scratch.directory)
     filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
@@ -120,12 +125,17 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
     ctx.cancel.check()
-    return Prepared(plan, budgets, filling, recorded, driver.version)
+    return Prepared(plan, chains, budgets, filling, recorded, driver.version)
 
 
-def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
+def _plan(
+    ctx: RunContext,
+    inventory: Inventory,
+    chosen: tuple[Disk, ...],
+    scanned: ScannedPoints,
+    chains: planning.ChainFacts,
+) -> Plan:
     directory, options = ctx.directory, ctx.options
-    scanned = directory.scan_points()
     for path, err in scanned.damaged:
         ctx.reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
@@ -135,7 +145,7 @@ def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone:
         scanned.points,
         ctx.repository.owner,
         options.chain.on_broken,
-        chain_facts(directory, options, gone),
+        chains,
         since=directory.point(options.since) if options.since else None,
     )
     if scanned.damaged or any(one.damaged for one in plan.disks):
@@ -143,13 +153,11 @@ def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone:
     return plan
 
 
-def chain_facts(
-    directory: VmDirectory, options: RunOptions, gone: tuple[PointId, ...]
-) -> planning.ChainFacts:
+def chain_facts(chains: CheckedChains, options: RunOptions, gone: tuple[PointId, ...]) -> planning.ChainFacts:
     """Return what the repository knows of the chains that a run could go on with."""
     return planning.ChainFacts(
-        error=lambda point, disk: chain.chain_error(directory, point, disk),
-        too_long=lambda point, disk: chain.chain_too_long(directory, options.chain.max_layers, point, disk),
+        error=chains.error,
+        too_long=functools.partial(chains.too_long, options.chain.max_layers),
         gone=gone,
     )
 
