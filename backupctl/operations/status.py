@@ -12,6 +12,7 @@ from backupctl.operations.backup import prepare
 from backupctl.operations.bitmaps import Known, StoredBitmap, nobody_else
 from backupctl.options import OnBrokenChain, RunOptions, VmConfig
 from backupctl.repository import audit, chain
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
@@ -137,13 +138,14 @@ def _plan(
     gone: tuple[PointId, ...],
 ) -> tuple[planning.Plan, str]:
     """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
+    chains = prepare.chain_facts(CheckedChains(facts.directory), facts.namespace, points, gone, options.chain)
 
     def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
         return planning.plan(
             "incremental",
             inventory.disks,
             inventory,
-            prepare.chain_facts(facts.directory, facts.namespace, points, gone, options.chain),
+            chains,
             on_broken_chain,
         )
 

@@ -5,6 +5,7 @@ It has a checksum over all its other fields, so any changed byte is found before
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -27,6 +28,7 @@ from backupctl.repository.strict_json import (
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
 PointKind = Literal["full", "incremental"]
 
@@ -187,4 +189,7 @@ def _check_parent(kind: PointKind, parent: PointId | None, point: PointId) -> No
 
 
 def _moment(text: str) -> datetime:
+    # What we write is read without strptime, whose first call loads two modules, and each takes 0.1 ms.
+    if _TIME.fullmatch(text):
+        return datetime.fromisoformat(text)
     return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z")

@@ -222,7 +222,7 @@ class _Run:
 
         with Workers(copy.WORKERS) as workers:
             stall_seconds = ctx.options.timeouts.stall_seconds
-            copier = LayerCopier(ctx.directory, partial, limiter, workers, progress, stall_seconds)
+            copier = LayerCopier(self.prepared.chains, partial, limiter, workers, progress, stall_seconds)
             disks = zip(self.plan.disks, sources, strict=True)
             tasks = [functools.partial(copier.copy_disk, one, source) for one, source in disks]
             entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)
