@@ -55,6 +55,7 @@ SECTIONS = {
         "recover": "status_recover.recover",
         "config": "config.config",
         "install-timers": "install_timers.install_timers",
+        "version": "version.version",
     },
     "Try": {
         "demo": "demo.demo",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.timers.install import Change
     from backupctl.operations.verify.layer import VerifyScope
     from backupctl.operations.verify.run import VerifyReport
+    from backupctl.operations.versions import Component
     from backupctl.repository.point import Point
 
 Document = dict[str, Any]
@@ -86,6 +87,11 @@ def doctor(found: "Diagnosis", configuration: str | None) -> Document:
         "configuration": configuration,
         "findings": [asdict(one) for one in found.findings],
     }
+
+
+def versions(found: "Iterable[Component]") -> Document:
+    """Return the versions of everything that is at work."""
+    return {"components": [asdict(one) for one in found]}
 
 
 def verify(report: "VerifyReport", scope: "VerifyScope") -> Document:
