@@ -112,12 +112,21 @@ def _kind(point: Point) -> str:
     return f"incremental ({full} full)" if kind == "mixed" else kind
 
 
-@common.command("show", 0, 2, 4, examples=(("The newest point", "backupctl show web latest"),))
+@common.command(
+    "show",
+    0,
+    2,
+    4,
+    examples=(
+        ("The newest point", "backupctl show web latest"),
+        ("The one before it", "backupctl show web latest~1"),
+    ),
+)
 @common.named(needs_vm=False)
 @common.point()
 @common.json_option
 def show(target: Target, *, point: str, as_json: bool) -> None:
-    """Show one recovery point: POINT is an id, or `latest`."""
+    """Show one recovery point: POINT is an id, the beginning of one, `latest`, or `latest~N`."""
     found = target.vm_folder().point(point)
     if as_json:
         output.print_json(documents.point(found))

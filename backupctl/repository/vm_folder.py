@@ -26,7 +26,7 @@ from backupctl.errors import (
 from backupctl.names import PointId, RepositoryId, VmName, did_you_mean, point_id, vm_name
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
-from backupctl.repository import markers, strict_json
+from backupctl.repository import markers, point_names, strict_json
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 from backupctl.repository.pending_point import PARTIAL, PendingPoint
@@ -156,24 +156,22 @@ class VmFolder:
         return self._open(point)
 
     def point(self, wanted: str) -> Point:
-        """Return one point by id, or the newest for "latest". Raises NoSuchPoint, DamageFound."""
-        if wanted == "latest":
-            ids = self._committed()
-            if not ids:
-                raise self._missing(
-                    f"{self.name} has no recovery points in this repository", self._meant_vm()
-                )
-            return self._open(ids[-1])
+        """Return one point, by any of its names. Raises NoSuchPoint, AmbiguousPoint, DamageFound.
+
+        wanted: see `point_names`.
+        """
+        return self._open(self.resolve(wanted))
+
+    def resolve(self, wanted: str) -> PointId:
+        """Return the id of the point that a name means. Raises NoSuchPoint, AmbiguousPoint, InvalidName."""
+        if point_names.is_id(wanted) and self.is_committed(PointId(wanted)):
+            return PointId(wanted)
         try:
-            found = point_id(wanted)
+            return point_names.resolve(wanted, self._committed(), self.name)
         except InvalidName as err:
             raise err.add(next_command=f"backupctl list {self.name}") from err
-        if not self.is_committed(found):
-            raise self._missing(
-                f"{self.name} has no recovery point {found} in this repository",
-                did_you_mean(found, self._committed()) or self._meant_vm(),
-            )
-        return self._open(found)
+        except NoSuchPoint as err:
+            raise err.add(hint=self._meant_vm()) from err
 
     def all_points(self) -> list[PointId]:
         """Return the ids of all points, retired ones and damaged ones too, oldest first."""
