@@ -52,10 +52,10 @@ def diff(
     The points may belong to different chains. Only digests are compared; no data is read.
     """
     first, second = _chosen(before, after, at)
-    folder = target.vm_folder()
+    directory = target.vm_directory()
     stop = Cancellation()
     with stop.on_signals():
-        report = core.diff(folder, folder.point(first), folder.point(second), disk=disk, stop=stop)
+        report = core.diff(directory, directory.point(first), directory.point(second), disk=disk, stop=stop)
         if as_json:
             output.print_json(documents.diff(report))
         else:

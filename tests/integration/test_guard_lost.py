@@ -16,7 +16,7 @@ from backupctl.errors import NeedsRecovery
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
-from backupctl.options import RunOptions, ScratchOptions, Timeouts, VmConfig
+from backupctl.options import QmpAccess, RunOptions, ScratchOptions, Timeouts, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
@@ -35,11 +35,11 @@ def lab(any_build, make_lab):
 
 def guard_of(run: int) -> int:
     """Find the guard of a run by its process id."""
-    for folder in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            child = f"\nPPid:\t{run}\n" in (folder / "status").read_text()
-            if child and b"backupctl.vm.guest.guard_process" in (folder / "cmdline").read_bytes():
-                return int(folder.name)
+            child = f"\nPPid:\t{run}\n" in (directory / "status").read_text()
+            if child and b"backupctl.vm.guest.guard_process" in (directory / "cmdline").read_bytes():
+                return int(directory.name)
     raise AssertionError("there is no guard")
 
 
@@ -59,8 +59,10 @@ def test_a_guest_that_neither_run_nor_guard_could_thaw_is_thawed_by_recover(lab)
     lab.agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
     vm = VmConfig(
         vm_name("web"),
-        Address(path=str(lab.machine.qmp_path)),
-        Address(path=str(lab.machine.agent_path)),
+        QmpAccess(
+            Address(path=str(lab.machine.qmp_path)),
+            Address(path=str(lab.machine.agent_path)),
+        ),
     )
     scratch, timeouts = ScratchOptions(lab.cli.scratch), Timeouts(agent_seconds=0.5)
     options = RunOptions(kind="incremental", scratch=scratch, timeouts=timeouts)
@@ -88,7 +90,7 @@ def test_a_silent_agent_holds_up_nothing_but_the_thaw(lab):
             os.kill(each, signal.SIGKILL)
         return "after"
 
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, kill):
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         with lab.cli.start("incremental", "web") as run:

@@ -9,7 +9,7 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, NodeName
-from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
+from backupctl.options import QmpAccess, RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
@@ -29,17 +29,20 @@ from backupctl.vm.qmp.session import QmpSession
 
 
 @contextmanager
-def connect(vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None) -> Iterator["QmpDriver"]:
+def connect(
+    vm: VmConfig, access: QmpAccess, timeouts: Timeouts, cancel: Cancellation | None = None
+) -> Iterator["QmpDriver"]:
     """Connect to the monitor for as long as the block lasts. Raises MonitorUnreachable, Interrupted."""
-    with Monitor.connect(vm.qmp, timeouts.command_seconds, cancel) as monitor:
-        yield QmpDriver(vm, timeouts, monitor)
+    with Monitor.connect(access.qmp, timeouts.command_seconds, cancel) as monitor:
+        yield QmpDriver(vm, access, timeouts, monitor)
 
 
 class QmpDriver:
     """See `vm.driver.Driver`."""
 
-    def __init__(self, vm: VmConfig, timeouts: Timeouts, monitor: Monitor) -> None:
+    def __init__(self, vm: VmConfig, access: QmpAccess, timeouts: Timeouts, monitor: Monitor) -> None:
         self._vm = vm
+        self._access = access
         self._timeouts = timeouts
         self._monitor = monitor
 
@@ -72,15 +75,15 @@ class QmpDriver:
         """Fleecing is always there."""
         return snapshot_access.view_error(self._monitor, disks) if view == "snapshot-access" else ""
 
-    def check_scratch(self, folder: Path) -> None:
-        """Where QEMU gets scratch files as descriptors, it needs no name of their folder."""
+    def check_scratch(self, directory: Path) -> None:
+        """Where QEMU gets scratch files as descriptors, it needs no name of their directory."""
         if self._monitor.passes_descriptors:
             return
         try:
-            str(folder.absolute()).encode()
+            str(directory.absolute()).encode()
         except UnicodeEncodeError as err:
             raise Refused(
-                f"the path {folder} is not UTF-8, so it cannot be passed to QEMU; use another name",
+                f"the path {directory} is not UTF-8, so it cannot be passed to QEMU; use another name",
                 state=UNTOUCHED,
             ) from err
 
@@ -89,12 +92,12 @@ class QmpDriver:
     ) -> tuple[ScratchBudget, ...]:
         """See `scratch_space`."""
         return scratch_space.plan_scratch(
-            self._monitor, disks, options.folder, options.size_bytes, guests=guests
+            self._monitor, disks, options.directory, options.size_bytes, guests=guests
         )
 
-    def filling(self, folders: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
+    def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
         """See `shared_files`."""
-        return tuple(shared_files.filling(folder, self._monitor, disks) for folder in folders)
+        return tuple(shared_files.filling(directory, self._monitor, disks) for directory in directories)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""
@@ -107,9 +110,9 @@ class QmpDriver:
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:
         """Start the guard, and with it a session. It loads while the caller goes on."""
-        vm, timeouts = self._vm, self._timeouts
-        with GuardClient.start(vm.qmp, vm.agent, timeouts.agent_seconds, lock) as guard:
-            session = QmpSession(vm, timeouts, self._monitor, guard)
+        access, timeouts = self._access, self._timeouts
+        with GuardClient.start(access.qmp, access.agent, timeouts.agent_seconds, lock) as guard:
+            session = QmpSession(self._vm.name, access, timeouts, self._monitor, guard)
             try:
                 yield session
             finally:
@@ -117,4 +120,4 @@ class QmpDriver:
 
     def findings(self, options: RunOptions) -> Iterator[Finding]:
         """See `diagnosis`."""
-        return diagnosis.findings(self._monitor, self._vm, options)
+        return diagnosis.findings(self._monitor, self._access, options)

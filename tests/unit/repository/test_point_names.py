@@ -81,8 +81,8 @@ def test_the_name_of_a_time_is_in_utc():
 def test_a_dropped_point_is_not_counted(builder):
     for point in IDS:
         builder.point(point, (disk_entry(), [(0, b"x")]))
-    markers.put(builder.folder.path / P2, markers.RETIRED)
-    assert builder.folder.point("latest~1").id == P1
-    assert builder.folder.point("at:20260102T120000Z").id == P1
+    markers.put(builder.directory.path / P2, markers.RETIRED)
+    assert builder.directory.point("latest~1").id == P1
+    assert builder.directory.point("at:20260102T120000Z").id == P1
     with pytest.raises(NoSuchPoint):
-        builder.folder.point("20260102")
+        builder.directory.point("20260102")
