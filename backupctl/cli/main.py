@@ -37,6 +37,7 @@ SECTIONS = {
     "Look": {
         "list": "list_show.list_points",
         "show": "list_show.show",
+        "du": "du.du",
         "diff": "diff.diff",
         "status": "status_recover.status",
         "check": "check.check",

@@ -44,6 +44,11 @@ def _from_local(found: datetime, text: str) -> datetime:
     return first.astimezone(UTC)
 
 
+def now() -> datetime:
+    """Return what the clock shows."""
+    return datetime.now(UTC)
+
+
 def local(time: datetime, *, utc: bool = False) -> str:
     """Return a time with its zone: "2026-11-26 18:00:04 CET"; such as `parse` reads, but for the zone."""
     shown = time.astimezone(UTC) if utc else time.astimezone()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.serve import Export
     from backupctl.operations.status import Status
     from backupctl.operations.timers.install import Change
+    from backupctl.operations.usage import VmUsage
     from backupctl.operations.verify.layer import VerifyScope
     from backupctl.operations.verify.run import VerifyReport
     from backupctl.repository.point import Point
@@ -40,7 +41,7 @@ _DISK_KEYS = (
 
 _NOT_OF_TASK = {
     "backup": ("vm", "warnings", "notes"),
-    "prune": ("vm", "dry_run", "rules", "unused_rules"),
+    "prune": ("vm", "dry_run", "rules", "unused_rules", "freed_is_estimate"),
     "verify": ("vms",),
 }
 """Keys that the report of a task has not: the document of its VM tells of it."""
@@ -132,13 +133,21 @@ def prune(
         "rules": dict(rules),
         "unused_rules": dict(unused),
         "points": [
-            {"point": one.point, "keep": one.keep, "reasons": list(one.reasons)} for one in report.decisions
+            {
+                "point": one.point,
+                "keep": one.keep,
+                "reasons": list(one.reasons),
+                "freed_bytes": (report.freed or {}).get(one.point),
+            }
+            for one in report.decisions
         ],
         "dropped": list(report.dropped),
         "removed": list(report.removed),
         "merged": [asdict(one) for one in report.merged],
         "left": list(report.left),
         "long_chains": list(report.long_chains),
+        "freed_bytes": report.freed_bytes,
+        "freed_is_estimate": dry_run,
     }
 
 
@@ -163,11 +172,11 @@ def protection(vm: str, point: str, *, protected: bool) -> Document:
     return {"vm": vm, "point": point, "protected": protected}
 
 
-def point(found: "Point") -> Document:
-    """Return a point: its manifest under the names of the reports."""
+def point(found: "Point", chain_bytes: int | None) -> Document:
+    """Return a point: its manifest under the names of the reports. chain_bytes: what a restore reads."""
     manifest = found.manifest.to_dict()
     return {
-        "vm": manifest["vm"],
+        "vm": found.path.parent.name,
         "point": manifest["point"],
         "kind": manifest["kind"],
         "disks_kind": disks_kind(found),
@@ -182,6 +191,48 @@ def point(found: "Point") -> Document:
         "disks": manifest["disks"],
         "protected": found.protected,
         "path": str(found.path),
+        "stored_bytes": sum(entry.stored_bytes for entry in found.manifest.disks),
+        "chain_bytes": chain_bytes,
+    }
+
+
+def usage(vms: "Sequence[VmUsage]") -> Document:
+    """Return what VMs take."""
+    return {"vms": [_vm_usage(one) for one in vms], "stored_bytes": sum(one.stored_bytes for one in vms)}
+
+
+def _vm_usage(found: "VmUsage") -> Document:
+    points = [
+        {
+            "point": one.point.id,
+            "kind": disks_kind(one.point),
+            "dropped": one.dropped,
+            "protected": one.point.protected,
+            "image_bytes": one.image_bytes,
+            "metadata_bytes": one.metadata_bytes,
+            "stored_bytes": one.stored_bytes,
+            "alone_bytes": one.alone_bytes,
+            "chain_bytes": one.chain_bytes,
+        }
+        for one in found.points
+    ]
+    chains = [
+        {
+            "disk": one.disk,
+            "root": one.root,
+            "layers": len(one.points),
+            "points": list(one.points),
+            "stored_bytes": one.stored_bytes,
+        }
+        for one in found.chains
+    ]
+    return {
+        "vm": found.vm,
+        "path": str(found.path),
+        "points": points,
+        "chains": chains,
+        "other_bytes": found.other_bytes,
+        "stored_bytes": found.stored_bytes,
     }
 
 
