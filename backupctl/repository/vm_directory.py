@@ -33,6 +33,9 @@ from backupctl.repository.pending_point import PARTIAL, PendingPoint
 from backupctl.repository.point import Point
 from backupctl.system import durable, locks, safe_open
 
+LOCK = "lock"
+"""The file that whoever works on a VM has locked: its process id, and what it is doing (activity.py)."""
+
 
 @dataclass(frozen=True)
 class ScannedPoints:
@@ -73,7 +76,7 @@ class VmDirectory:
                 with suppress(FileExistsError):
                     durable.make_directory(self.path)
             descriptor = os.open(
-                self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+                self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
             )
         except OSError as err:
             raise RepositoryError(
@@ -90,7 +93,7 @@ class VmDirectory:
     def lock_holder(self) -> str | None:
         """Describe who holds the lock; None if nobody does or there is no lock yet. Changes nothing."""
         try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(self.path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return None
         try:
@@ -115,7 +118,8 @@ class VmDirectory:
     def _holder(self, descriptor: int) -> str:
         number = ""
         with suppress(OSError):
-            number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+            first, _, _ = os.pread(descriptor, 20, 0).decode("ascii", "replace").partition("\n")
+            number = first.strip()
         if number.isdigit() and not Path("/proc", number).exists():
             return (
                 f"the guard of a killed run (process {number}) is still working on {self.name}: "

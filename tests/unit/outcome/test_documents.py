@@ -89,7 +89,8 @@ def test_a_status():
     disk = DiskStatus(VDA, "node", 1, None, "none", "full", "new")
     document = documents.status(Status(WEB, (P1,), (), "10.0.2", "", (disk,), (), "full"), None)
     assert keys(document) == (
-        "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps refusal configuration"
+        "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps refusal "
+        "running configuration"
     )
     assert keys(document["disks"][0]) == "name node size bitmap bitmap_state next reason"
 
