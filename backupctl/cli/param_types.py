@@ -12,7 +12,7 @@ import click
 
 from backupctl.cli import times, units
 from backupctl.errors import InvalidName, UsageError
-from backupctl.names import did_you_mean
+from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.operations.prune import retention
 from backupctl.repository import point_names
 from backupctl.system.address import Address
@@ -104,6 +104,29 @@ class _PointType(click.ParamType[str]):
             vm = ctx.params.get("name") if ctx else None
             hint = did_you_mean(value, [point_names.LATEST])
             raise err.add(hint=hint, next_command=f"backupctl list {vm or ''}".strip()) from err
+
+
+class _PointId(click.ParamType[str]):
+    """The id of a recovery point, or the beginning of one: for what must not mean another point tomorrow."""
+
+    name = "point"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not (point_names.is_id(value) or point_names.is_prefix(value)):
+            self.fail(f"{value!r:.120} is not the id of a recovery point, nor its beginning.", param, ctx)
+        return value
+
+
+class _VmName(click.ParamType[VmName]):
+    """The name of a VM."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> VmName:
+        try:
+            return vm_name(value)
+        except InvalidName as err:
+            self.fail(err.message, param, ctx)
 
 
 class _Time(click.ParamType[str]):
@@ -203,4 +226,6 @@ URL = _Url()
 MAIL = _Mail()
 COMMAND = _Command()
 POINT = _PointType()
+POINT_ID = _PointId()
+VM_NAME = _VmName()
 TIME = _Time()

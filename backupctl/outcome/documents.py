@@ -14,10 +14,12 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.events import Event
     from backupctl.operations.backup.outcome import RunReport
     from backupctl.operations.bitmaps import Removal, StoredBitmap
+    from backupctl.operations.delete import Deletion
     from backupctl.operations.diff import DiffReport
     from backupctl.operations.doctor.run import Diagnosis
     from backupctl.operations.prune.run import PruneReport
     from backupctl.operations.recover import Recovered
+    from backupctl.operations.remove_vm import VmRemoval
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
@@ -165,6 +167,40 @@ def prune_all(
         "skipped": [{"vm": vm, "reason": why} for vm, why in skipped.items()],
         "failed": [{"vm": vm, "error": error(err)} for vm, err in failed.items()],
     }
+
+
+def deletion(vm: str, done: "Deletion", *, dry_run: bool) -> Document:
+    """Return what `delete` did, or would do."""
+    points = list(done.points)
+    return {
+        "vm": vm,
+        "dry_run": dry_run,
+        "deleted": [] if dry_run else points,
+        "would_delete": points if dry_run else [],
+        "already_deleted": list(done.already),
+        "newest": [{"disk": disk, "point": point} for disk, point in done.newest],
+        "freed_bytes": done.freed_bytes,
+        "freed_is_estimate": dry_run,
+        "left": list(done.left),
+    }
+
+
+def vm_removal(done: "VmRemoval", *, dry_run: bool) -> Document:
+    """Return what `remove` did, or would do."""
+    return {
+        "vm": done.vm,
+        "dry_run": dry_run,
+        "points": list(done.points),
+        "protected": list(done.protected),
+        "unfinished": list(done.unfinished),
+        "freed_bytes": done.freed_bytes,
+        "finished_earlier_removal": done.finished,
+    }
+
+
+def vm_rename(old: str, new: str, *, renamed: bool, configured: bool, dry_run: bool) -> Document:
+    """Return what `rename` did. renamed: not before. configured: whether the file still has the old name."""
+    return {"vm": old, "new_name": new, "dry_run": dry_run, "renamed": renamed, "configured": configured}
 
 
 def protection(vm: str, point: str, *, protected: bool) -> Document:

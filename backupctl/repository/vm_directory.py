@@ -24,9 +24,9 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import PointId, RepositoryId, VmName, did_you_mean, point_id, vm_name
+from backupctl.repository import former_names, history, markers, point_names, strict_json
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
-from backupctl.repository import markers, point_names, strict_json
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 from backupctl.repository.pending_point import PARTIAL, PendingPoint
@@ -85,6 +85,7 @@ class VmDirectory:
             ) from err
         try:
             self._acquire(descriptor, patience_seconds)
+            self._refuse_moved(descriptor)
             self._sync_names()
             yield descriptor
         finally:
@@ -114,6 +115,21 @@ class VmDirectory:
         with suppress(OSError):  # for messages only; a full disk must not stop the run here
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+    def _refuse_moved(self, descriptor: int) -> None:
+        """Raise Locked if the directory got another name, or was removed, while we waited for the lock."""
+        # Without this look, two runs could work on one VM: the lock that was taken is that of another name.
+        mine = os.fstat(descriptor)
+        try:
+            there = (self.path / LOCK).lstat()
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise Locked(
+                f"{self.name} was renamed or removed in this repository just now",
+                state=UNTOUCHED,
+                next_command="backupctl list",
+            )
 
     def _holder(self, descriptor: int) -> str:
         number = ""
@@ -182,9 +198,15 @@ class VmDirectory:
         return _ids(safe_open.directories(self.path))
 
     def newest(self) -> PointId | None:
-        """Return the newest id of the committed, retired and unfinished points."""
-        ids = [*self.all_points(), *(partial.point for partial in self.pending_points())]
-        return max(ids, default=None)
+        """Return the newest id of the committed, retired, dropped and unfinished points.
+
+        Raises RepositoryError.
+        """
+        known = history.read(self.path)
+        # Dropped ones, too: the newest may have been deleted, and an id must never be used twice.
+        dropped = [point for point, one in known.points.items() if one.dropped] if known else []
+        pending = (partial.point for partial in self.pending_points())
+        return max((*self.all_points(), *pending, *dropped), default=None)
 
     def uses(self, point: PointId) -> bool:
         """Whether a committed point or an unfinished one has this id."""
@@ -296,9 +318,13 @@ class VmDirectory:
         except BackupctlError as err:
             err.add(subject=str(path))
             raise
-        if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
+        if (manifest.point, manifest.repository) != (point, self.repository) or not self._bears(manifest):
             raise DamageFound(f"{path}: the manifest belongs to another point, VM or repository")
         return Point(path, manifest)
+
+    def _bears(self, manifest: Manifest) -> bool:
+        """Whether a manifest is of this VM, by the name that it has or had."""
+        return manifest.vm == self.name or former_names.may_bear(self.path, manifest.point, manifest.vm)
 
 
 def _ids(names: list[str]) -> list[PointId]:
