@@ -55,8 +55,8 @@ def du(target: Target, *, as_json: bool) -> None:
 def _show(found: Sequence[VmUsage]) -> None:
     for one in found:
         output.print_line(
-            f"{one.vm}: {units.size(one.stored_bytes)} in {counted(len(one.points), 'point')}, "
-            f"{units.size(one.other_bytes)} of that beside them"
+            f"{one.vm}: {units.size(one.stored_bytes)}: {counted(len(one.points), 'point')}, and "
+            f"{units.size(one.other_bytes)} of other files"
         )
         output.print_table(
             ("  POINT", "KIND", "IMAGES>", "METADATA>", "STORED>", "ALONE>", "CHAIN>", ""), _rows(one.points)

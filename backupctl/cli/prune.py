@@ -282,17 +282,21 @@ def _print(report: PruneReport, *, dry_run: bool) -> None:
     for text in report.long_chains:
         output.print_line(f"longer than --max-chain: {text}")
     if dry_run:
-        about = _freed(report.freed_bytes) or "an unknown amount (a digest map is damaged)"
-        output.print_line(
-            f"{len(retention.dropped(report.decisions))} would be dropped, which would free about {about}; "
-            "nothing was changed"
-        )
+        output.print_line(_foretold(report))
         return
     written = units.size(sum(one.written_bytes for one in report.merged))
     output.print_line(
         f"dropped {len(report.dropped)}, merged {len(report.merged)} layers ({written} written), "
         f"freed {_freed(report.freed_bytes)}, left {len(report.left)} for the next prune"
     )
+
+
+def _foretold(report: PruneReport) -> str:
+    """Say what a prune would come to."""
+    count = len(retention.dropped(report.decisions))
+    about = _freed(report.freed_bytes) or "an unknown amount (a digest map is damaged)"
+    frees = f", which would free about {about}" if count else ""
+    return f"{count} would be dropped{frees}; nothing was changed"
 
 
 def _freed(count: int | None) -> str:
