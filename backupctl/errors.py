@@ -32,6 +32,7 @@
              ├─ UnknownFormat               written by a newer backupctl
              ├─ InvalidName                 a name that could lead out of the repository
              ├─ NoSuchPoint
+             ├─ AmbiguousPoint              the beginning of an id that several points have
              └─ TargetExists                a restore overwrites only with --force
 
 Each error has what an administrator needs: what failed (the message), at which step, what state things
@@ -312,6 +313,13 @@ class NoSuchPoint(RepositoryError):
     """No recovery point of that id, or none at all."""
 
     code = "NoSuchPoint"
+    exit_code = 2
+
+
+class AmbiguousPoint(RepositoryError):
+    """The beginning of an id, with which the ids of several recovery points begin."""
+
+    code = "AmbiguousPoint"
     exit_code = 2
 
 

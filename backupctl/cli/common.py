@@ -6,7 +6,7 @@ What an option's value is, click decides: typed on the command line, or else con
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -114,17 +114,53 @@ def dry_run(text: str) -> Callable[[Declared], Declared]:
     return click.option("-n", "--dry-run", is_flag=True, help=text)
 
 
+def at_option(text: str) -> Callable[[Declared], Declared]:
+    """Give a command `--at`. text: which point it stands for."""
+    return click.option(
+        "--at",
+        type=param_types.TIME,
+        metavar='"DATE TIME"',
+        help=f"{text}, in local time unless it names UTC or an offset.",
+    )
+
+
+def point_argument(name: str, *, required: bool) -> Callable[[Declared], Declared]:
+    """Give a command the argument for a point, without `--at`."""
+    return click.argument(
+        name, type=param_types.POINT, default=None, required=required, shell_complete=completion.points
+    )
+
+
 def point(
     name: str = "point", *, default: str | None = None, optional: bool = False
-) -> Callable[[Declared], Declared]:
-    """Give a command a POINT."""
-    return click.argument(
-        name,
-        type=param_types.POINT,
-        default=default,
-        required=not (optional or default),
-        shell_complete=completion.points,
-    )
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command a POINT, or instead of it `--at`. default: what is meant without either."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, at: str | None, **given: Any) -> Any:
+            given[name] = point_or_time(given[name], at) or default
+            if given[name] is None and not optional:
+                raise _missing_argument(name)
+            return function(*arguments, **given)
+
+        option = at_option(f"In place of {name.upper()}: the newest point not younger than this")
+        return point_argument(name, required=False)(option(call))
+
+    return decorate
+
+
+def point_or_time(point: str | None, at: str | None) -> str | None:
+    """Return the point that was named in one of two ways. Raises UsageError if it was in both."""
+    if point and at:
+        raise UsageError("a point and --at are mutually exclusive")
+    return point or at
+
+
+def _missing_argument(name: str) -> click.MissingParameter:
+    context = click.get_current_context()
+    found = next(one for one in context.command.params if one.name == name)
+    return click.MissingParameter(ctx=context, param=found)
 
 
 def named(
@@ -149,7 +185,7 @@ def named(
         _refuse_missing_directory()
         words = (value,) if isinstance(value, str) else (value or ())
         if then_point:
-            words, context.params["point"] = _split_point(words)
+            words, context.params["point"] = _split_point(words, Invocation.of(context).config.vms)
         invocation = Invocation.of(context)
         chosen = invocation.only or Selection(words, bool(several and invocation.typed.get("everything")))
         try:
@@ -193,9 +229,12 @@ def named(
     return decorate
 
 
-def _split_point(words: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-    """Take the POINT off NAME POINT; with more names there is none."""
-    if len(words) == 2 and param_types.is_point(words[1]):
+def _split_point(words: tuple[str, ...], vms: Container[str]) -> tuple[tuple[str, ...], str | None]:
+    """Take the POINT off NAME POINT; with more names there is none. vms: those of the configuration.
+
+    Some people name VMs by numbers, with which the id of a point may begin: then the VM is meant.
+    """
+    if len(words) == 2 and words[1] not in vms and param_types.is_point(words[1]):
         return words[:1], words[1]
     return words, None
 

@@ -38,6 +38,7 @@ from backupctl.events.backup import CrashConsistent
 from backupctl.names import PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import outcome, prepare
+from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.disk import DISKS_AT_ONCE, DiskProgress, LayerCopier
 from backupctl.operations.backup.outcome import RunReport
@@ -67,6 +68,8 @@ def run(ctx: RunContext) -> RunReport:
             open_driver(ctx.vm, timeouts, ctx.cancel) as driver,
             driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
         ):
+            ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
+            ctx.activity.step("prepare", None)
             prepared = prepare.prepare(ctx, driver)
             session.stand_by()
             return _Run(ctx, session, prepared).make()
@@ -108,6 +111,7 @@ class _Run:
         with ctx.repository.next_point(ctx.directory, started, self.prepared.recorded) as self.point:
             journal = outcome.journal(self.point, ctx.vm.name, ctx.repository.id, self.plan, started)
             partial = ctx.directory.begin(self.point, journal)
+            ctx.point = self.point
         session.attach(self._request(self.point, freezes=freezes))
         freeze = self._point_in_time(partial, freezes=freezes)
         self._begin("export")
@@ -214,7 +218,8 @@ class _Run:
         """Step 7: some disks at once. This thread goes on with looking at what must end the run."""
         ctx = self.ctx
         limiter = TokenBucket(ctx.options.limit_bytes_per_second)
-        progress = DiskProgress(ctx.reporter)
+        sizes = {one.disk.name: one.disk.size for one in self.plan.disks}
+        progress = DiskProgress(ctx.reporter, sizes, ctx.activity)
 
         def check() -> None:
             self._check()
