@@ -99,10 +99,23 @@ class DiskMap:
 
 
 @dataclass(frozen=True)
+class RunFacts:
+    """A command that works on a VM now. kind: full, incremental, or other: a prune, a verify, a recovery.
+
+    point: the one that is being made. written_bytes: so far.
+    """
+
+    kind: str
+    point: PointId | None = None
+    started: datetime | None = None
+    written_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class VmFacts:
     """One VM. points: oldest first. pruning_problem: why it is not known what the next prune does, or "".
 
-    running: a command works on it now.
+    run: what works on it now, None if nothing does.
     """
 
     name: VmName
@@ -113,7 +126,7 @@ class VmFacts:
     pruning_problem: str = ""
     last: LastResults | None = None
     maps: tuple[DiskMap, ...] = ()
-    running: bool = False
+    run: RunFacts | None = None
 
     @property
     def stored_bytes(self) -> int:

@@ -17,6 +17,7 @@ from backupctl.operations import check
 from backupctl.operations.check import Finding, Limits
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Decision, Rules
+from backupctl.operations.report import progress
 from backupctl.operations.report.facts import (
     BadPoint,
     DiskMap,
@@ -74,7 +75,7 @@ class _Vm:
         verdict = check.examine(directory, self.asked.limits, self.now, self._look)
         verdict = verdict.also(*self.asked.findings)
         try:
-            scanned, running = directory.scan_points(tolerant=True), directory.lock_holder() is not None
+            scanned, run = directory.scan_points(tolerant=True), progress.of(directory)
         except BackupctlError:  # the verdict says it
             return VmFacts(directory.name, verdict, rules=self.asked.rules, last=self.asked.last)
         decisions, problem = self._decisions(scanned)
@@ -87,7 +88,7 @@ class _Vm:
             problem,
             self.asked.last,
             self._maps(scanned.points),
-            running,
+            run,
         )
 
     def _look(self, directory: VmDirectory) -> tuple[Broken, ...]:

@@ -90,7 +90,9 @@ def _repository(one: RepositoryFacts, number: int, report: Report) -> Markup:
     heading = f"repository-{number}"
     keys = [f"vm-{number}-{count}" for count in range(len(one.vms))]
     scale = Scale.of(one.vms, report.made)
-    content = [vm_section.section(vm, key, scale, report.made) for vm, key in zip(one.vms, keys, strict=True)]
+    content = [
+        vm_section.section(vm, number, key, scale, report.made) for vm, key in zip(one.vms, keys, strict=True)
+    ]
     return tag(
         "section",
         tag("h2", "Repository ", tag("code", one.path), id=heading),

@@ -24,8 +24,8 @@ def badge(vm: VmFacts) -> Markup:
     return tag("span", word, class_=f"badge {class_}")
 
 
-def section(vm: VmFacts, key: str, scale: Scale, now: datetime) -> Markup:
-    """Return the part about one VM. key: an id that no other part of the page has."""
+def section(vm: VmFacts, repository: int, key: str, scale: Scale, now: datetime) -> Markup:
+    """Return the part about one VM. repository: its number. key: an id that no other part of the page has."""
     return tag(
         "section",
         tag("h3", vm.name, " ", badge(vm), id=key),
@@ -36,6 +36,8 @@ def section(vm: VmFacts, key: str, scale: Scale, now: datetime) -> Markup:
         _table(vm, f"{key}-points", scale) if vm.points or vm.bad else "",
         class_="vm",
         aria_labelledby=key,
+        data_vm=vm.name,
+        data_repository=repository,
     )
 
 
@@ -72,9 +74,10 @@ def _facts(vm: VmFacts, now: datetime) -> Markup:
         ]
     else:
         said.append(("Last verify", "not remembered: no [metrics] or [notify] is configured"))
-    if vm.running:
-        said.append(("Now", "a command works on this VM"))
-    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in said))
+    entries = [tag("div", tag("dt", name), tag("dd", value)) for name, value in said]
+    doing = words.doing(vm.run, now)
+    entries.append(tag("div", tag("dt", "Now"), tag("dd", doing), class_="now", hidden=not doing))
+    return tag("dl", *entries)
 
 
 def _figure(vm: VmFacts, key: str, scale: Scale) -> Markup:

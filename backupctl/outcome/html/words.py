@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from backupctl.operations import check
 from backupctl.operations.check import Level
 from backupctl.operations.prune.retention import Rules
-from backupctl.operations.report.facts import LastResult, PointFacts, VmFacts
+from backupctl.operations.report.facts import LastResult, PointFacts, RunFacts, VmFacts
 
 LEVELS = {
     Level.OK: ("ok", "OK"),
@@ -85,6 +85,17 @@ def next_prune(vm: VmFacts) -> str:
     if not vm.dropped:
         return f"drops nothing (rules: {said})"
     return f"drops {number(len(vm.dropped), 'point')} of {len(vm.points)} (rules: {said})"
+
+
+def doing(run: RunFacts | None, now: datetime) -> str:
+    """Return what works on a VM now, "" if nothing does."""
+    if run is None:
+        return ""
+    if run.kind == "other":
+        return "a command works on it"
+    seconds = (now - run.started).total_seconds() if run.started else 0.0
+    taking = f", for {duration(seconds)}" if seconds > 0 else ""
+    return f"{run.kind} to {run.point}{taking}, {size(run.written_bytes)} written"
 
 
 def result(found: LastResult | None, now: datetime) -> str:

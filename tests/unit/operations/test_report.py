@@ -2,7 +2,7 @@
 """What a report gathers of a repository, whatever state that is in, and the file it is written into."""
 
 import os
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -102,8 +102,11 @@ def test_a_vm_that_was_never_backed_up_is_reported_without_points(builder):
 def test_a_run_in_progress_is_seen_and_not_disturbed(chain):
     with chain.directory.lock():
         chain.directory.begin(P3, chain.journal(P3))
-        assert facts(chain).running
-    assert not facts(chain).running
+        (chain.directory.pending_points()[0].path / "vda.qcow2").write_bytes(b"x" * 8192)
+        found = facts(chain).run
+        assert (found.kind, found.point, found.started) == ("full", P3, datetime(2026, 1, 1, tzinfo=UTC))
+        assert found.written_bytes >= 8192
+    assert facts(chain).run is None
     assert [one.point for one in chain.directory.pending_points()] == [P3]
 
 

@@ -26,6 +26,7 @@ from backupctl.operations.report.facts import (
     PointFacts,
     Report,
     RepositoryFacts,
+    RunFacts,
     VmFacts,
 )
 from backupctl.outcome.html import map_image, markup, page, words
@@ -84,7 +85,7 @@ def report() -> Report:
             LastResult("run", NOW, 9.0, "ReadFailed"), LastResult("verify", NOW, 9.0, partial=True), None
         ),
         maps=(DiskMap(DiskName("vda"), 4 * 65536, 4, rows, 123),),
-        running=True,
+        run=RunFacts("full", PointId("20260301T000000Z"), NOW, 5 << 20),
     )
     empty = VmFacts(VmName("new"), Verdict("new", (Finding(Level.CRITICAL, "no point"),)))
     refused = replace(vm, name=VmName("db"), maps=(), pruning_problem="a manifest is damaged")
