@@ -102,6 +102,11 @@ def report(found: "Report", path: Path, size_bytes: int) -> Document:
     }
 
 
+def report_served(address: str) -> Document:
+    """Return where `report --web` serves the page."""
+    return {"uri": address}
+
+
 def _reported(vm: "VmFacts") -> Document:
     return {
         "vm": vm.name,

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The page of `report` in a real browser: how it looks, how it is used, and what a screen reader gets."""
 
+import itertools
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,9 +15,14 @@ import pytest
 from click.testing import CliRunner
 
 from backupctl.cli.main import cli
+from backupctl.names import VmName
+from backupctl.repository import history
+from backupctl.repository.history import PointEvent
+from backupctl.repository.repository import Repository
 from fixtures import browser as browsers
 from fixtures import report_repository
 from fixtures.debian import CannotBeHad
+from tests.unit.points import P1, Builder
 
 SMALL = 1 << 20
 MACHINES = (
@@ -171,6 +181,35 @@ def test_the_page_asks_the_network_for_nothing_and_runs_no_foreign_script(page):
     )
     assert ran
     assert any("Content Security Policy" in one for one in page.messages())
+
+
+def test_a_served_page_shows_a_run_as_it_works_and_says_when_points_come(window, path):
+    command = [sys.executable, "-m", "backupctl", "report", "--config", str(path.parent / "backupctl.toml")]
+    repository = Repository.open(path.parent / "repository")
+    builder = Builder(repository)
+    directory = repository.vm(VmName("vm1"))
+    shown = "document.querySelector('[data-vm=vm1] .now')"
+    with subprocess.Popen([*command, "--web", "0", "--json"], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            builder.begin(P1).drop()  # which makes the VM known
+            window.visit(json.loads("".join(itertools.islice(server.stdout, 3)))["uri"])
+            assert window.run(f"return {shown}.hidden")
+            with directory.lock():
+                made = directory.begin(P1, builder.journal(P1))
+                window.wait(f"!{shown}.hidden && {shown}.textContent.includes('full to {P1}')")
+                made.drop()
+            window.wait(f"{shown}.hidden")
+            assert window.run("return document.querySelector('.live').hidden")
+            with directory.lock():
+                history.record(directory.path, PointEvent("dropped", P1))
+            window.wait("document.querySelector('.live').textContent.startsWith('Points have come or gone')")
+            assert window.messages() == []
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+    window.wait("document.querySelector('.live').textContent.startsWith('backupctl does not answer')")
+    window.visit("about:blank")
+    window.messages()  # that the server is gone is in the console, too
 
 
 def test_every_drawing_is_drawn(page):

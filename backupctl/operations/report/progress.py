@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from backupctl.errors import BackupctlError
 from backupctl.operations.report.facts import RunFacts
-from backupctl.repository import markers
+from backupctl.repository import history, markers
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.vm_directory import VmDirectory
 
@@ -25,6 +25,11 @@ def of(directory: VmDirectory) -> RunFacts | None:
             if journal is not None and not markers.has(pending.path, markers.RETIRED):
                 return RunFacts(journal.kind, pending.point, _time(journal.started), _written(pending))
     return RunFacts("other")
+
+
+def version(directory: VmDirectory) -> str:
+    """Return a text that changes when points of a VM come or go. Raises RepositoryError."""
+    return f"{directory.name} {history.end(directory.path)} {','.join(directory.all_points()[-1:])}"
 
 
 def _written(pending: PendingPoint) -> int:

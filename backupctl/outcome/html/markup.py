@@ -20,7 +20,7 @@ class Markup(str):
 
 Content = object
 """Markup, or anything else that is shown as a text."""
-_NO_END = ("meta", "img", "td", "th", "tr")
+_NO_END = ("meta", "link", "img", "td", "th", "tr")
 """Elements without content, and those of a table, which end where the next one begins (fewer bytes)."""
 _PLAIN = re.compile(r"[A-Za-z0-9-]+")
 """Values that need no quotes."""

@@ -20,12 +20,12 @@ MARK = b'<!doctype html>\n<html lang=en data-made-by="backupctl report">'
 _COLUMNS = ("VM", "State", "Newest point", "Points", "Stored", "Layers", "Last verify", "Next prune drops")
 
 
-def render(report: Report) -> bytes:
-    """Return the page as a file's content."""
+def render(report: Report, live: str | None = None) -> bytes:
+    """Return the page as a file's content. live: its version, of a page that `live.py` serves."""
     style, script = _of_ours("report.css"), _of_ours("report.js")
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        "base-uri 'none'; form-action 'none'" + ("; connect-src 'self'" if live else "")
     )
     head = tag(
         "head",
@@ -34,6 +34,7 @@ def render(report: Report) -> bytes:
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("meta", name="referrer", content="no-referrer"),
+        tag("link", rel="icon", href="data:,"),  # else a browser asks the server for one
         tag("title", "Backup report"),
         tag("style", style),
     )
@@ -41,9 +42,11 @@ def render(report: Report) -> bytes:
         "body",
         tag("a", "Skip to the VMs", href="#vms", class_="skip"),
         _header(report),
+        tag("p", role="status", class_="live", hidden=True) if live else "",
         tag("main", *_sections(report), id="vms"),
         _footer(report),
         tag("script", script),
+        data_live=live,
     )
     html = tag("html", head, body, lang="en", data_made_by="backupctl report")
     return document(html).encode()

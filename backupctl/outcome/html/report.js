@@ -72,3 +72,35 @@ for (const figure of document.querySelectorAll(".timeline")) {
     choose(chosen);
   }
 }
+
+// A page that is served: what works on each VM now, every two seconds. It never loads itself anew unasked.
+if (document.body.dataset.live !== undefined) {
+  const line = document.querySelector(".live");
+  const say = (text) => {
+    if (line.textContent !== text) line.textContent = text;
+    line.hidden = !text;
+  };
+
+  const show = ({ repository, vm, doing }) => {
+    const part = Array.from(document.querySelectorAll(".vm")).find(
+      (one) => one.dataset.vm === vm && one.dataset.repository === String(repository)
+    );
+    const now = part?.querySelector(".now");
+    if (!now) return;
+    now.hidden = !doing;
+    now.lastElementChild.textContent = doing;
+  };
+
+  const update = async () => {
+    try {
+      const answer = await fetch("live.json", { cache: "no-store", signal: AbortSignal.timeout(10000) });
+      const found = await answer.json();
+      found.vms.forEach(show);
+      say(found.version === document.body.dataset.live ? "" : "Points have come or gone: reload the page to see them.");
+    } catch {
+      say("backupctl does not answer: this page is not kept up to date any more.");
+    }
+    setTimeout(update, 2000);
+  };
+  update();
+}

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl report`: which VMs are on the page, what is remembered of them, and how it ends."""
 
+import itertools
 import json
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from backupctl.cli.main import cli
-from tests.unit.points import P1, P2
+from backupctl.errors import UsageError
+from tests.unit.points import P1, P2, P3, disk_entry
 
 
 @pytest.fixture
@@ -90,6 +96,47 @@ def test_a_report_that_is_not_one_is_refused_before_any_work(place):
     assert call(place, code=2) == ""
     assert (place / "r.html").read_text() == "mine"
     call(place, "--force")
+
+
+def test_a_file_or_a_port_is_asked_for_and_not_both(place):
+    for arguments in ([], ["--html", "x.html", "--web", "0"]):
+        done = CliRunner().invoke(cli, ["report", "--config", str(place / "backupctl.toml"), *arguments])
+        assert isinstance(done.exception, UsageError)
+
+
+def test_the_page_is_served_on_this_machine_only(place):
+    base = ["report", "--config", str(place / "backupctl.toml"), "--web", "192.0.2.1:80"]
+    done = CliRunner().invoke(cli, base)
+    assert "refusing to listen" in done.exception.message
+    assert "NBD" not in done.exception.message + done.exception.hint
+
+
+def test_a_served_page_shows_a_run_as_it_works_and_ends_when_asked(place, two_points):
+    command = [sys.executable, "-m", "backupctl", "report", "--config", str(place / "backupctl.toml")]
+    builder = two_points[0]
+    with subprocess.Popen([*command, "--web", "0", "--json"], stdout=subprocess.PIPE, text=True) as server:
+        try:
+            address = json.loads("".join(itertools.islice(server.stdout, 3)))["uri"]
+
+            def ask(name: str = "") -> str:
+                with urllib.request.urlopen(address + name, timeout=60) as answer:
+                    return answer.read().decode()
+
+            assert P2 in ask()
+            before = json.loads(ask("live.json"))
+            assert {one["doing"] for one in before["vms"]} == {""}
+            with builder.directory.lock():
+                partial = builder.directory.begin(P3, builder.journal(P3))
+                doing = {one["vm"]: one["doing"] for one in json.loads(ask("live.json"))["vms"]}
+                assert f"full to {P3}" in doing["vm1"]
+                assert doing["new"] == ""
+                partial.drop()
+            builder.point(P3, (disk_entry(), []))
+            assert json.loads(ask("live.json"))["version"] != before["version"]
+            assert P3 in ask()
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
 
 
 def test_a_second_report_replaces_the_first(place):
