@@ -16,8 +16,8 @@ LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras
 QUICK := $(addprefix tests/,unit screens drills/test_drill.py integration/test_known_moment.py \
     integration/test_protocol_page.py integration/test_prune_command.py)
 
-.PHONY: help setup packages check test test-quick test-long explore planted screens man drills fuzz demo bench bench-quick \
-    dist site lock clean
+.PHONY: help setup packages check test test-quick test-long explore planted screens report-picture man drills fuzz demo \
+    bench bench-quick dist site lock clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -56,6 +56,9 @@ test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an
 
 screens: $(VENV)/.tools ## Keep every screen as it is now, after a change of what is seen; then read the difference (20 s)
 	BACKUPCTL_RENEW_SCREENS=1 $(VENV)/bin/pytest -q -n $(WORKERS) tests/screens
+
+report-picture: setup ## Make the picture of a report in docs/ anew, after a change of its looks (10 s)
+	$(VENV)/bin/python -m fixtures.report_picture docs/report.png
 
 man: setup ## Make the manual pages and shell completions in share/ anew, after a change of commands or options (3 s)
 	$(VENV)/bin/python -m fixtures.manual

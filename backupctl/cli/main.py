@@ -41,6 +41,7 @@ SECTIONS = {
         "diff": "diff.diff",
         "status": "status_recover.status",
         "check": "check.check",
+        "report": "report.report",
         "bitmaps": "bitmaps.bitmaps",
     },
     "Restore": {

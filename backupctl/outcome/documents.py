@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.prune.run import PruneReport
     from backupctl.operations.recover import Recovered
     from backupctl.operations.remove_vm import VmRemoval
+    from backupctl.operations.report.facts import Report, VmFacts
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
@@ -95,6 +96,37 @@ def doctor(found: "Diagnosis", configuration: str | None) -> Document:
 def versions(found: "Iterable[Component]") -> Document:
     """Return the versions of everything that is at work."""
     return {"components": [asdict(one) for one in found]}
+
+
+def report(found: "Report", path: Path, size_bytes: int) -> Document:
+    """Return what the page of `report` says, in short. path: the file. size_bytes: its length."""
+    return {
+        "file": str(path),
+        "bytes": size_bytes,
+        "made": f"{found.made:%Y-%m-%dT%H:%M:%SZ}",
+        "repositories": [
+            {"path": one.path, "problem": one.problem, "vms": [_reported(vm) for vm in one.vms]}
+            for one in found.repositories
+        ],
+    }
+
+
+def report_served(address: str) -> Document:
+    """Return where `report --web` serves the page."""
+    return {"uri": address}
+
+
+def _reported(vm: "VmFacts") -> Document:
+    return {
+        "vm": vm.name,
+        "state": vm.verdict.level.name,
+        "points": len(vm.points),
+        "damaged": sum(bool(one.broken) for one in vm.points) + sum(not one.unreadable for one in vm.bad),
+        "unreadable": sum(one.unreadable for one in vm.bad),
+        "stored_bytes": vm.stored_bytes,
+        "next_prune_drops": [point.id for point in vm.dropped],
+        "findings": [one.text for one in vm.verdict.findings if one.level],
+    }
 
 
 def verify(report: "VerifyReport", scope: "VerifyScope") -> Document:

@@ -145,6 +145,11 @@ class Manifest(Document):
         """The time when the run began, by its clock."""
         return _moment(self.start)
 
+    @property
+    def ended(self) -> datetime:
+        """The time when the run was about to commit, by its clock."""
+        return _moment(self.end)
+
     def disk(self, name: str) -> DiskEntry | None:
         """Return the entry of a disk."""
         return next((entry for entry in self.disks if entry.name == name), None)
