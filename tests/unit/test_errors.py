@@ -12,6 +12,7 @@ CODES = {
     *("AgentError", "AgentUnavailable", "AgentRefused", "AgentTimeout", "FreezeOverrun", "GuardLost"),
     *("TransferError", "ReadFailed", "WriteFailed", "RepositoryError", "NotARepository"),
     *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists", "HookFailed"),
+    "FilesystemError",
 }
 """Interface, whatever the classes are called: a code is never changed, and none is taken out."""
 

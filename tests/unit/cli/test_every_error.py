@@ -35,6 +35,7 @@ NEXT = {
     "AgentRefused": "doctor",
     "AgentTimeout": SAME,
     "FreezeOverrun": "doctor",
+    "FilesystemError": "doctor",
     "GuardLost": "doctor",
     "TransferError": "doctor",
     "ReadFailed": SAME,
