@@ -294,7 +294,7 @@ class RepositoryError(Failed):
 
 
 class NotARepository(RepositoryError):
-    """The folder holds no repository of ours."""
+    """The directory holds no repository of ours."""
 
     code = "NotARepository"
 

@@ -30,12 +30,12 @@ _POINT = re.compile(r"[0-9]{8}T[0-9]{6}Z", re.ASCII)
 _BITMAP = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-([0-9]{{8}}T[0-9]{{6}}Z)(-{_SAFE.pattern})?", re.ASCII)
 _UNION = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-since", re.ASCII)
 _TAKEN = ("lost+found", "repository.json")
-"""Names that a repository's folder has already: of what fsck finds, and of what we put there."""
+"""Names that a repository's directory has already: of what fsck finds, and of what we put there."""
 _POINT_FORMAT = "%Y%m%dT%H%M%SZ"
 
 
 def vm_name(text: str) -> VmName:
-    """Check a VM's name, which becomes a folder's name. Raises InvalidName."""
+    """Check a VM's name, which becomes a directory's name. Raises InvalidName."""
     return VmName(_checked(text, "VM name"))
 
 
@@ -46,7 +46,7 @@ def disk_name(text: str) -> DiskName:
 
 @lru_cache(1 << 16)  # a prune looks at the names of all points after each step
 def point_id(text: str) -> PointId:
-    """Check a point's id, which becomes a folder's name. Raises InvalidName."""
+    """Check a point's id, which becomes a directory's name. Raises InvalidName."""
     try:
         if _POINT.fullmatch(text) and datetime.fromisoformat(text):
             return PointId(text)

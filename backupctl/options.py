@@ -67,7 +67,7 @@ class ScratchOptions:
     at most.
     """
 
-    folder: Path = Path("/var/tmp")  # noqa: S108 - large, survives a reboot, and the files in it have no name
+    directory: Path = Path("/var/tmp")  # noqa: S108 - large, survives a reboot, and the files in it have no name
     size_bytes: int | None = None
 
 

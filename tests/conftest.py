@@ -42,9 +42,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # a worker of xdist has inherited it
     # pytest keeps its own directories, which show what failed.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    folder = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bt-")
-    Path(folder).chmod(0o1777)  # like the system's own: a QEMU of another user has its sockets there, too
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    directory = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bt-")
+    Path(directory).chmod(0o1777)  # like the system's own: a QEMU of another user has its sockets there, too
+    config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 
 
 def get_build(which: str) -> Build:
@@ -204,9 +204,9 @@ class Cli:
             text=True,
         )
 
-    def raw(self, point: str, disk: str, folder: Path) -> bytes:
+    def raw(self, point: str, disk: str, directory: Path) -> bytes:
         """Return the bytes of a disk at a point, restored."""
-        target = folder / f"{disk}-{time.monotonic_ns()}.raw"
+        target = directory / f"{disk}-{time.monotonic_ns()}.raw"
         self.run("restore", "web", point, "--to", str(target), "--disk", disk, vm=False)
         content = target.read_bytes()
         target.unlink()
@@ -224,7 +224,7 @@ class Lab:
     agent: Agent
     writer: Writer
     cli: Cli
-    folder: Path
+    directory: Path
 
     def backup(self, kind: str, *options: str, code: int = 0) -> Any:
         return self.cli.json(kind, "web", *options, code=code)
@@ -232,8 +232,8 @@ class Lab:
     def assert_point(self, point: str, moment: dict[str, bytes]) -> None:
         """The point is byte-equal to the moment, by restore and by qemu-img straight from the repository."""
         for disk, content in moment.items():
-            assert self.cli.raw(point, disk, self.folder) == content, f"{disk} of {point} by restore"
-            raw = self.folder / "convert.raw"
+            assert self.cli.raw(point, disk, self.directory) == content, f"{disk} of {point} by restore"
+            raw = self.directory / "convert.raw"
             image = self.cli.repository / "web" / point / f"{disk}.qcow2"
             subprocess.run(
                 [self.machine.build.tool("qemu-img"), "convert", "-O", "raw", image, raw],
@@ -250,9 +250,9 @@ class Lab:
                 name for name in self.machine.bitmaps().get(disk.node, []) if name.startswith("backupctl-")
             ]
             assert bitmaps_each in (None, len(ours)), ours
-        folder = self.cli.repository / "web"
-        if folder.exists():
-            assert [name for name in os.listdir(folder) if name.endswith(".partial")] == []
+        directory = self.cli.repository / "web"
+        if directory.exists():
+            assert [name for name in os.listdir(directory) if name.endswith(".partial")] == []
         assert list(self.cli.scratch.iterdir()) == []
         assert not self.agent.frozen
 
@@ -265,8 +265,8 @@ class Lab:
 
 
 @pytest.fixture
-def fuse_folder(tmp_path: Path, held: ExitStack) -> Path:
-    """An empty folder on FUSE. A machine without FUSE skips the test; one that lacks a package fails it."""
+def fuse_directory(tmp_path: Path, held: ExitStack) -> Path:
+    """An empty directory on FUSE. Without FUSE the test is skipped; a missing package fails it."""
     if not fuse.can_be_had():
         pytest.skip("there is no /dev/fuse here")
     (tmp_path / "fuse").mkdir()
@@ -331,9 +331,9 @@ def make_guest(machine: Machine, sizes: dict[str, int], seed: int, held: ExitSta
     return writer, held.enter_context(PlayedAgent(machine.agent_path, writer.freeze, writer.thaw))
 
 
-def make_cli(machine: Machine, folder: Path) -> Cli:
+def make_cli(machine: Machine, directory: Path) -> Cli:
     """Return the command line for a machine."""
-    scratch = folder / "scratch"
+    scratch = directory / "scratch"
     scratch.mkdir(exist_ok=True)
     environment = {
         **os.environ,
@@ -343,7 +343,7 @@ def make_cli(machine: Machine, folder: Path) -> Cli:
     }
     environment.pop("BACKUPCTL_CONFIG", None)
     return Cli(
-        repository=folder / "repository",
+        repository=directory / "repository",
         environment=environment,
         scratch=scratch,
         vm=["--qmp", f"unix:{machine.qmp_path}", "--agent", f"unix:{machine.agent_path}"],

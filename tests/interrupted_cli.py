@@ -39,7 +39,7 @@ WATCHED = {
     Monitor: ("execute", "send_fd"),
     GuardClient: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
     Agent: ("freeze_status", "thaw"),
-    durable: ("sync_file", "sync_folder", "make_folder", "write_new", "append", "replace", "rename"),
+    durable: ("sync_file", "sync_directory", "make_directory", "write_new", "append", "replace", "rename"),
     create: ("create_layer",),
 }
 ERRORS = {"eio": errno.EIO, "enospc": errno.ENOSPC}

@@ -158,10 +158,10 @@ class _Given:
         except BackupctlError as err:
             return _Checked(Verdict(vm, (Finding(Level.UNKNOWN, err.message),)), limits)
         try:
-            folder = target.vm_folder()
+            directory = target.vm_directory()
         except BackupctlError as err:  # most likely a file system that is not mounted
             return _Checked(core.refused(vm, err), limits)
-        verdict = core.examine(folder, limits, datetime.now(UTC))
+        verdict = core.examine(directory, limits, datetime.now(UTC))
         return _Checked(verdict.also(*_remembered(target)), limits)
 
     def _target(self, vm: str) -> Target:
@@ -170,7 +170,7 @@ class _Given:
         target = Target(self.config, vm_name(vm), self.repository, typed_repository=typed).of(vm)
         if not typed and vm not in self.config.vms:
             target.vm()  # which says that it is not configured
-        target.folder()  # which says that it has no repository
+        target.directory()  # which says that it has no repository
         return target
 
     def _limits(self, vm: str) -> Limits:
@@ -184,7 +184,7 @@ def _remembered(target: Target) -> Iterator[Finding]:
     """Yield what the last commands on a VM found, if that is remembered."""
     if not monitored.is_remembered(target):
         return
-    known = memory.read(monitored.state_folder(target.config), target.vm_name, str(target.folder()))
+    known = memory.read(monitored.state_directory(target.config), target.vm_name, str(target.directory()))
     for past in (known.backup, known.verify, known.prune):
         if past.last and past.last.reason:
             ended = datetime.fromtimestamp(past.last.ended, UTC)

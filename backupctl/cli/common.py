@@ -236,7 +236,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--scratch",
         type=param_types.PATH,
         metavar="DIR",
-        default=DEFAULTS.scratch.folder,
+        default=DEFAULTS.scratch.directory,
         show_default=True,
         help="Directory for scratch files.",
     ),

@@ -48,8 +48,8 @@ def points(context: click.Context, _parameter: click.Parameter, incomplete: str)
 def _ids(place: Path, name: str) -> list[str]:
     from backupctl.repository.repository import Repository  # noqa: PLC0415 - each command loads this module
 
-    folder = Repository.open(place).vm(vm_name(name))
-    return [point.id for point in reversed(folder.scan_points(tolerant=True).points)]
+    directory = Repository.open(place).vm(vm_name(name))
+    return [point.id for point in reversed(directory.scan_points(tolerant=True).points)]
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[CompletionItem]:

@@ -15,9 +15,9 @@
     [vm.web.disks]                   QEMU's name of a disk = the name it is stored under
     virtio0 = "system"
 
-Looked for in: ``--config``, ``$BACKUPCTL_CONFIG``, the user's and the system's configuration folder; never in
-the current folder, and believed only if nobody else could have written it (`trusted.py`). What it may hold is
-in `settings.py`; the command line overrides it by click's own rules (`common.named`).
+Looked for in: ``--config``, ``$BACKUPCTL_CONFIG``, the user's and the system's configuration directory; never
+in the current directory, and believed only if nobody else could have written it (`trusted.py`). What it may
+hold is in `settings.py`; the command line overrides it by click's own rules (`common.named`).
 """
 
 import os
@@ -87,7 +87,7 @@ class Config:
         return key_lines(self.text)
 
     def repositories(self) -> tuple[Path, ...]:
-        """Return the folder of each repository that the file names, in its order."""
+        """Return the directory of each repository that the file names, in its order."""
         named = (self.content.defaults.repository, *(self.of(vm).repository for vm in self.vms))
         return tuple(dict.fromkeys(param_types.absolute(one) for one in named if one))
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a failed run leaves for whoever looks into it: its last log lines, and the traceback of a bug.
 
-They are kept in the temporary folder, for us alone, and only a few.
+They are kept in the temporary directory, for us alone, and only a few.
 """
 
 import os
@@ -48,10 +48,10 @@ def of(err: BackupctlError, *, bug: bool = False) -> str:
     return write(found.transcript) if found.transcript or bug else ""
 
 
-def _make_room(folder: Path) -> None:
+def _make_room(directory: Path) -> None:
     """Remove the oldest of our own logs; links and those of other users are left alone."""
     ours = []
-    for path in folder.glob(f"{_PREFIX}*{_SUFFIX}"):
+    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
         with suppress(FileNotFoundError):
             found = path.lstat()
             if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():

@@ -33,7 +33,7 @@ _STEPS = {"freeze": "freeze…thaw"}  # the transaction between them is too shor
 def demo(seed: int) -> None:
     """Show a full, incrementals, a run that fails, and restores, on a simulated VM; takes seconds.
 
-    Nothing of yours is touched: VM and repository are in a temporary folder that is removed at the end.
+    Nothing of yours is touched: VM and repository are in a temporary directory that is removed at the end.
     The demo needs qemu-img and qemu-storage-daemon, but no QEMU system emulator.
     """
     drill.check_tools()

@@ -45,10 +45,10 @@ def diff(target: Target, *, before: str, after: str, disk: str | None, as_json: 
 
     The points may belong to different chains. Only digests are compared; no data is read.
     """
-    folder = target.vm_folder()
+    directory = target.vm_directory()
     stop = Cancellation()
     with stop.on_signals():
-        report = core.diff(folder, folder.point(before), folder.point(after), disk=disk, stop=stop)
+        report = core.diff(directory, directory.point(before), directory.point(after), disk=disk, stop=stop)
         if as_json:
             output.print_json(documents.diff(report))
         else:

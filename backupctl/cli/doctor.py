@@ -32,7 +32,7 @@ def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
     guest agent, and what earlier runs have left behind. What a run will do in the repository, in the scratch
     directory and in the temporary directory is tried there, and removed again.
     """
-    vm, path = target.vm(), target.folder()
+    vm, path = target.vm(), target.directory()
     options = backup.options_of(target, "incremental", backup.configured(context))
     found = core.examine(vm, path, options, target.other_repositories)
     around = (

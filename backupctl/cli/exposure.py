@@ -59,22 +59,24 @@ def _objection(path: Path) -> UsageError | None:
 
 
 def repository(path: Path, vm: VmName) -> Iterator[Finding]:
-    """Warn of folders of a repository, or above it, that others than their owner may read or write."""
-    for folder in (path, path / vm):
+    """Warn of directories of a repository, or above it, that others than their owner may read or write."""
+    for directory in (path, path / vm):
         try:
-            found = folder.lstat()
+            found = directory.lstat()
         except OSError:  # an unreadable repository is reported elsewhere
             return
         if not stat.S_ISDIR(found.st_mode):
             continue
         if found.st_uid not in (0, os.geteuid()):
-            said = f"{folder} belongs to user {found.st_uid}, who can replace every point in it"
-            yield Finding("repository", "warning", said, f"chown {os.geteuid()} {shlex.quote(str(folder))}")
+            said = f"{directory} belongs to user {found.st_uid}, who can replace every point in it"
+            yield Finding(
+                "repository", "warning", said, f"chown {os.geteuid()} {shlex.quote(str(directory))}"
+            )
         can = [what for what, bits in (("readable", _READ), ("writable", _WRITE)) if found.st_mode & bits]
         if can:
             mode = f"{stat.S_IMODE(found.st_mode):04o}"
-            said = f"{folder} is {' and '.join(can)} by other users (mode {mode})"
-            yield Finding("repository", "warning", said, f"chmod go-rw {shlex.quote(str(folder))}")
+            said = f"{directory} is {' and '.join(can)} by other users (mode {mode})"
+            yield Finding("repository", "warning", said, f"chmod go-rw {shlex.quote(str(directory))}")
     why = _objection(path / "repository.json")
     if why and not why.message.startswith(f"{path} "):
         said = f"{why.message}, so other users can replace the repository below it"

@@ -35,9 +35,9 @@ class TimerArguments:
     program: Path | None
 
     @property
-    def folder(self) -> Path:
+    def directory(self) -> Path:
         """The directory of the units."""
-        return (self.root or Path("/")) / install.FOLDER.relative_to("/")
+        return (self.root or Path("/")) / install.DIRECTORY.relative_to("/")
 
 
 @common.command(
@@ -94,13 +94,13 @@ def install_timers(
     if asked.uninstall:
         if asked.names or asked.each:
             raise UsageError("--uninstall removes all units; it takes no NAME and no --each")
-        changes = install.plan_removal(asked.folder)
+        changes = install.plan_removal(asked.directory)
     else:
         wanted, timers = _wanted(Invocation.of(context).config, asked)
-        changes = install.plan(asked.folder, wanted)
+        changes = install.plan(asked.directory, wanted)
     if not dry_run:
         install.carry_out(changes, force=asked.force)
-        output.done(f"the units in {asked.folder} are written")
+        output.done(f"the units in {asked.directory} are written")
     _print(changes, timers, dry_run=dry_run, as_json=as_json)
 
 
@@ -137,11 +137,11 @@ def _paths(config: Config, vms: Sequence[str]) -> Paths:
         written.append(param_types.absolute(said.repository))
     for vm in vms:
         scratch = config.of(vm).scratch
-        written.append(param_types.absolute(scratch) if scratch else ScratchOptions().folder)
+        written.append(param_types.absolute(scratch) if scratch else ScratchOptions().directory)
     metrics = config.content.metrics
     if metrics.textfile:
-        folder, _ = exposition.file_of(param_types.absolute(metrics.textfile), vms[0])
-        written.append(folder)
+        directory, _ = exposition.file_of(param_types.absolute(metrics.textfile), vms[0])
+        written.append(directory)
     if metrics.state:
         written.append(param_types.absolute(metrics.state))
     return Paths(tuple(written), config.path if config.path != configuration.SYSTEM_FILE else None)

@@ -13,7 +13,7 @@ from backupctl.outcome import documents
 from backupctl.repository import audit
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import ScannedPoints, VmFolder
+from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 
 
 @common.command(
@@ -35,12 +35,12 @@ def list_points(target: Target, *, as_json: bool) -> None:
     problems: list[HistoryMismatch] = []
     for path, names in target.by_repository().items():
         try:
-            folders = _folders(target.open(path), names)
-            found[path] = [folder.scan_points(tolerant=True) for folder in folders]
+            directories = _directories(target.open(path), names)
+            found[path] = [directory.scan_points(tolerant=True) for directory in directories]
             problems += [
-                HistoryMismatch(folder.name, one.point, one.message)
-                for folder in folders
-                for one in audit.problems(folder)
+                HistoryMismatch(directory.name, one.point, one.message)
+                for directory in directories
+                for one in audit.problems(directory)
             ]
         except BackupctlError as err:
             failures.append(err)
@@ -72,7 +72,7 @@ def list_points(target: Target, *, as_json: bool) -> None:
         raise common.worst(failures)
 
 
-def _folders(repository: Repository, names: Sequence[VmName | None]) -> list[VmFolder]:
+def _directories(repository: Repository, names: Sequence[VmName | None]) -> list[VmDirectory]:
     return [repository.vm(vm) for name in names for vm in ([name] if name else repository.vms())]
 
 
@@ -118,7 +118,7 @@ def _kind(point: Point) -> str:
 @common.json_option
 def show(target: Target, *, point: str, as_json: bool) -> None:
     """Show one recovery point: POINT is an id, or `latest`."""
-    found = target.vm_folder().point(point)
+    found = target.vm_directory().point(point)
     if as_json:
         output.print_json(documents.point(found))
     else:
@@ -139,7 +139,7 @@ def _show(point: Point) -> None:
         ("frozen", f"{frozen} (asked: {freeze.asked})"),
         ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
         ("protected", "yes, prune never drops it" if point.protected else "no"),
-        ("folder", point.path),
+        ("directory", point.path),
     ):
         output.print_line(f"{name:<12} {value}")
     output.print_line("")

@@ -255,7 +255,7 @@ def _room(record: logging.LogRecord) -> str:
 def _opened(path: Path) -> int:
     """Open a log file for appending. Raises UsageError.
 
-    In a folder that others may write to, somebody could put a link there, or a file of his own in which he
+    In a directory that others may write to, somebody could put a link there, or a file of his own in which he
     would read what we log: neither is written to.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

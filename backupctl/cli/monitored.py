@@ -103,12 +103,12 @@ def note_tasks(ending: Ending, document: Mapping[str, Any], report: "RoutineRepo
             ending.point = ending.point or ending.tasks[one.task].point
 
 
-def state_folder(config: Config) -> Path:
+def state_directory(config: Config) -> Path:
     """Return the directory in which results are remembered."""
     from backupctl.monitoring import memory  # noqa: PLC0415 - as above
 
     configured = config.content.metrics.state
-    return param_types.absolute(configured) if configured else memory.default_folder()
+    return param_types.absolute(configured) if configured else memory.default_directory()
 
 
 def is_remembered(target: Target) -> bool:
@@ -150,7 +150,7 @@ class _Watch:
             target.vm_name,
             place,
             _channels(said.notify),
-            state_folder(target.config) if is_remembered(target) else None,
+            state_directory(target.config) if is_remembered(target) else None,
             param_types.absolute(metrics.textfile) if metrics.textfile else None,
         )
         started = Result(target.vm_name, command, str(place), time.time())

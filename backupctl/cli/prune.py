@@ -220,7 +220,7 @@ class _Work:
             self._skip(name, "it is not configured")
         elif policy.rules.hold_nothing():
             self._skip(name, _NO_RULE)
-        elif not target.vm_folder().exists():
+        elif not target.vm_directory().exists():
             self._skip(name, "it has no recovery points yet")
         else:
             self._prune(target, policy)
@@ -238,18 +238,20 @@ class _Work:
             self._prune_watched(target, policy, ending)
 
     def _prune_watched(self, target: Target, policy: _Policy, ending: Ending) -> None:
-        folder = target.vm_folder()
+        directory = target.vm_directory()
         if policy.unused:
-            self.reporter.event(ConfiguredRulesNotUsed(folder.name, policy.unused))
+            self.reporter.event(ConfiguredRulesNotUsed(directory.name, policy.unused))
         most = self.asked.longest
         if self.asked.dry_run:
-            report = PruneReport(core.plan(folder, policy.rules), long_chains=core.long_chains(folder, most))
+            report = PruneReport(
+                core.plan(directory, policy.rules), long_chains=core.long_chains(directory, most)
+            )
         else:
-            report = core.prune(folder, policy.rules, self.reporter, self.stop, most)
-        done = self.done[folder.name] = _Done(policy, report)
-        for damage in verdict.of_prune(folder.name, report):
-            self.failed[folder.name] = ending.failure = damage
-        ending.report = self._document_of(folder.name, done)
+            report = core.prune(directory, policy.rules, self.reporter, self.stop, most)
+        done = self.done[directory.name] = _Done(policy, report)
+        for damage in verdict.of_prune(directory.name, report):
+            self.failed[directory.name] = ending.failure = damage
+        ending.report = self._document_of(directory.name, done)
 
     def document(self, *, alone: bool) -> dict[str, Any]:
         """Return what was done for programs: of the one VM, or of all."""
@@ -286,7 +288,7 @@ def _print(report: PruneReport, *, dry_run: bool) -> None:
 @common.json_option
 def protect(target: Target, *, point: str, as_json: bool) -> None:
     """Protect POINT (an id, or `latest`): prune never drops it, until `unprotect`."""
-    found = core.protect(target.vm_folder(), point)
+    found = core.protect(target.vm_directory(), point)
     _print_protection(target, found, protected=True, as_json=as_json)
 
 
@@ -304,7 +306,7 @@ def protect(target: Target, *, point: str, as_json: bool) -> None:
 @common.json_option
 def unprotect(target: Target, *, point: str, as_json: bool) -> None:
     """Let prune drop POINT (an id, or `latest`) again, if no rule keeps it."""
-    found = core.unprotect(target.vm_folder(), point)
+    found = core.unprotect(target.vm_directory(), point)
     _print_protection(target, found, protected=False, as_json=as_json)
 
 

@@ -102,23 +102,23 @@ class RestoreArguments:
 def restore(target: Target, asked: RestoreArguments) -> None:
     """Restore a VM's disks as they were at POINT (an id, or `latest`).
 
-    --to: an existing folder, a name that ends in `/`, and a new name without a suffix are folders; each disk
-    becomes DIR/<disk>.<format>. A name that ends in .qcow2, .raw or .img is a file of that format; a new file
-    with another suffix needs --format. The folder above must exist.
+    --to: an existing directory, a name that ends in `/`, and a new name without a suffix are directories;
+    each disk becomes DIR/<disk>.<format>. A name that ends in .qcow2, .raw or .img is a file of that format;
+    a new file with another suffix needs --format. The directory above must exist.
 
     With --only-changed the format of the image is that of the disk in the VM (raw for a block device), unless
     --format says otherwise; it is never guessed from a name or from content.
 
     The VM is not touched, and the repository is only read.
     """
-    folder = target.vm_folder()
+    directory = target.vm_directory()
     run = _way(asked)
     stop = Cancellation()
     with stop.on_signals():
         with reporters.reporter() as reporter:
             request = RestoreRequest(
-                folder=folder,
-                point=folder.point(asked.point).id,
+                directory=directory,
+                point=directory.point(asked.point).id,
                 to=asked.to,
                 disk=asked.disk,
                 all_disks=asked.all_disks,

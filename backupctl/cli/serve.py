@@ -37,7 +37,7 @@ from backupctl.outcome import documents
     "--socket",
     type=param_types.PATH,
     metavar="PATH",
-    help="Serve on this unix socket, accessible to you and root only (default: one in a private folder).",
+    help="Serve on this unix socket, accessible to you and root only (default: one in a private directory).",
 )
 @click.option(
     "--tcp",
@@ -67,12 +67,12 @@ def serve(
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
     """
-    folder = target.vm_folder()
-    found = folder.point(point)
+    directory = target.vm_directory()
+    found = directory.point(point)
 
     def ready(exports: tuple[Export, ...]) -> None:
         if as_json:
-            output.print_json(documents.served(folder.name, found.id, exports))
+            output.print_json(documents.served(directory.name, found.id, exports))
             return
         output.print_table(
             ("DISK", "SIZE>", "ACCESS", "URI"),
@@ -84,11 +84,11 @@ def serve(
 
     stop = Cancellation()
     with stop.on_signals(), reporters.reporter() as reporter:
-        reporter.event(StepStarted(f"serving {folder.name} {found.id}, until Ctrl-C"))
+        reporter.event(StepStarted(f"serving {directory.name} {found.id}, until Ctrl-C"))
         if tcp:
             reporter.event(ServedToLocalUsers(disk, writable_overlay))
         core.serve(
-            folder,
+            directory,
             found,
             disk=disk,
             unix=socket,

@@ -19,9 +19,9 @@ _PATH = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class SimulatorArguments:
-    """What is asked of the simulator. folder: None for a temporary one. version: major, minor, micro."""
+    """What is asked of the simulator. directory: None for a temporary one. version: major, minor, micro."""
 
-    folder: Path | None
+    directory: Path | None
     disks: tuple[str, ...]
     cdroms: tuple[str, ...]
     monitors: tuple[Path, ...]
@@ -73,7 +73,7 @@ class _Version(click.ParamType[tuple[int, int, int]]):
 @click.option("--qmp", "monitors", multiple=True, required=True, type=_PATH, help="The monitor's socket.")
 @click.option("--agent", type=_PATH, help="The guest agent's socket.")
 @click.option("--control", type=_PATH, help="The socket for controlling the simulator from tests.")
-@click.option("--state", "folder", type=_PATH, help="Directory for the disks. Default: a temporary one.")
+@click.option("--state", "directory", type=_PATH, help="Directory for the disks. Default: a temporary one.")
 @click.option(
     "--version",
     type=_Version(),
@@ -110,11 +110,11 @@ def simulate(asked: SimulatorArguments) -> None:
     # A simulated abort must not leave a core file.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with ExitStack() as stack:
-        folder = asked.folder or Path(
+        directory = asked.directory or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="backupctl-simulate-"))
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        options = SimulatorOptions(**{**vars(asked), "folder": folder})
+        directory.mkdir(parents=True, exist_ok=True)
+        options = SimulatorOptions(**{**vars(asked), "directory": directory})
         try:
             asyncio.run(serve(options, lambda: click.echo("ready")))
         except ValueError as err:

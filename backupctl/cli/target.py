@@ -16,7 +16,7 @@ from backupctl.system.address import Address
 
 if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
     from backupctl.repository.repository import Repository
-    from backupctl.repository.vm_folder import VmFolder
+    from backupctl.repository.vm_directory import VmDirectory
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Target:
     selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
-    scratch: Path = ScratchOptions().folder
+    scratch: Path = ScratchOptions().directory
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
     @property
@@ -77,20 +77,20 @@ class Target:
         A pattern is one of VMs that are there. Raises UsageError, RepositoryError.
         """
         if self.name or self.selection.is_empty or self.selection.everything:
-            return dict.fromkeys(self.folders(), (self.name,))
+            return dict.fromkeys(self.directories(), (self.name,))
         there: dict[VmName, Path] = {}
         if any(map(is_pattern, self.selection.words)):
-            there = {vm: path for path in self.folders() for vm in self.open(path).vms()}
+            there = {vm: path for path in self.directories() for vm in self.open(path).vms()}
         found: dict[Path, tuple[VmName | None, ...]] = {}
         for vm in self.selection.of(tuple(there)):
-            path = self.of(vm).folder() if vm in self.config.vms or vm not in there else there[vm]
+            path = self.of(vm).directory() if vm in self.config.vms or vm not in there else there[vm]
             found[path] = (*found.get(path, ()), vm)
         return found
 
     def has_repository(self) -> bool:
         """Whether there is one. Raises UsageError, RepositoryError."""
         try:
-            _repositories().open(self.folder())
+            _repositories().open(self.directory())
         except NotARepository:
             return False
         except RepositoryError as err:
@@ -99,13 +99,13 @@ class Target:
 
     def repository(self) -> "Repository":
         """Open the repository. Raises UsageError, RepositoryError."""
-        return self.open(self.folder())
+        return self.open(self.directory())
 
-    def vm_folder(self) -> "VmFolder":
+    def vm_directory(self) -> "VmDirectory":
         """Open the repository; return the VM's part of it. Raises UsageError, RepositoryError."""
         return self.repository().vm(self.vm_name)
 
-    def folder(self) -> Path:
+    def directory(self) -> Path:
         """Return the repository's directory, which need not exist. Raises UsageError."""
         if self.repository_path is None:
             raise UsageError(
@@ -115,13 +115,13 @@ class Target:
             )
         return self.repository_path
 
-    def folders(self) -> tuple[Path, ...]:
+    def directories(self) -> tuple[Path, ...]:
         """Return the directories that are meant: the one typed, the VM's, or all of the configuration.
 
         Raises UsageError.
         """
         everything = () if self.name or self.typed_repository else self.config.repositories()
-        return everything or (self.folder(),)
+        return everything or (self.directory(),)
 
     def open(self, path: Path) -> "Repository":
         """Open a repository. Raises UsageError, RepositoryError."""
@@ -145,7 +145,7 @@ class Target:
     def new_repository(self) -> "Repository":
         """Make the repository, or open the one that another run has just made. Raises RepositoryError."""
         try:
-            return _repositories().open_or_create(self.folder())
+            return _repositories().open_or_create(self.directory())
         except NotARepository as err:
             raise UsageError(err.message) from err
         except RepositoryError as err:
@@ -154,12 +154,12 @@ class Target:
     def other_repositories(self) -> "list[Repository]":
         """Return the repositories that the configuration names besides this one, as far as they open."""
         opened: dict[str, Repository] = {}
-        for path in sorted(set(self.config.repositories()) - {self.folder()}):
+        for path in sorted(set(self.config.repositories()) - {self.directory()}):
             with suppress(BackupctlError, OSError):
                 found = _repositories().open(path)
                 opened[found.id] = found
         with suppress(BackupctlError, OSError):
-            opened.pop(_repositories().open(self.folder()).id, None)
+            opened.pop(_repositories().open(self.directory()).id, None)
         return list(opened.values())
 
 

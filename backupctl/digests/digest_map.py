@@ -90,7 +90,7 @@ class DigestMap:
 
 
 def write(path: Path, size_bytes: int, records: Records) -> str:
-    """Write a new map and fsync it (not yet the folder that names it); returns its checksum.
+    """Write a new map and fsync it (not yet the directory that names it); returns its checksum.
 
     records: ascending by cluster. Raises WriteFailed.
     """

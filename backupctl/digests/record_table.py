@@ -28,10 +28,10 @@ _NONE: Records = np.empty(0, RECORD)
 
 
 class RecordTable:
-    """Collects records. folder: for the file, if one is needed; it is freed with the table."""
+    """Collects records. directory: for the file, if one is needed; it is freed with the table."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory
         self._lock = threading.Lock()
         self._added: list[Records] = []
         self._added_count = 0
@@ -78,7 +78,7 @@ class RecordTable:
 
     def _write(self, records: Records) -> None:
         if self._file < 0:
-            with tempfile.TemporaryFile(dir=self._folder) as made:
+            with tempfile.TemporaryFile(dir=self._directory) as made:
                 self._file = os.dup(made.fileno())
             # Not earlier: a worker that hangs may still write, perhaps to another file of that number.
             weakref.finalize(self, os.close, self._file)

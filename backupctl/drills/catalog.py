@@ -117,7 +117,11 @@ def _damaged_manifest(site: Site) -> None:
     content[len(content) // 2] ^= 1
     manifest.write_bytes(content)
     point = manifest.parent.name
-    for arguments in (("list", VM), ("verify", VM), ("restore", VM, point, "--to", str(site.folder / "x"))):
+    for arguments in (
+        ("list", VM),
+        ("verify", VM),
+        ("restore", VM, point, "--to", str(site.directory / "x")),
+    ):
         result = site.last = site.run(*arguments)
         expect(result.code == 4, f"{arguments[0]} ends with 4, not {result.code}")
     del site.moments[point]
@@ -131,11 +135,11 @@ def _damaged_data(site: Site) -> None:
     content = bytearray(image.read_bytes())
     content[-65536 // 2] ^= 1
     image.write_bytes(content)
-    arguments = ("restore", VM, "latest", "--disk", "vda", "--to", str(site.folder / "x.raw"))
+    arguments = ("restore", VM, "latest", "--disk", "vda", "--to", str(site.directory / "x.raw"))
     expect(site.run("verify", VM).code == 4, "verify ends with 4")
     site.last = site.run(*arguments)
     expect(site.last.code == 4, f"restore ends with 4, not {site.last.code}")
-    expect(not (site.folder / "x.raw").exists(), "no damaged data are restored")
+    expect(not (site.directory / "x.raw").exists(), "no damaged data are restored")
     content[-65536 // 2] ^= 1
     image.write_bytes(content)
     site.check_next_run()

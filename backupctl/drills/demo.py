@@ -62,24 +62,24 @@ def check_tools() -> None:
 class Stage:
     """A running simulated VM, a repository, and the expected disks of the points so far.
 
-    folder: of everything. moments: by point, copies of the disks as raw files.
+    directory: of everything. moments: by point, copies of the disks as raw files.
     """
 
-    folder: Path
+    directory: Path
     machine: SimulatedVm
     reporter: Reporter
     stop: Cancellation
     moments: dict[PointId, dict[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.repository = Repository.create(self.folder / "repository")
-        self.scratch = self.folder / "scratch"
+        self.repository = Repository.create(self.directory / "repository")
+        self.scratch = self.directory / "scratch"
         self.scratch.mkdir()
 
     @classmethod
-    def machine_for(cls, folder: Path, seed: int) -> SimulatedVm:
+    def machine_for(cls, directory: Path, seed: int) -> SimulatedVm:
         """Return the VM, not yet started."""
-        return SimulatedVm(VM, folder, DISKS, ("--seed", str(seed), "--keep-moments"))
+        return SimulatedVm(VM, directory, DISKS, ("--seed", str(seed), "--keep-moments"))
 
     def guest_writes(self, writes: int) -> None:
         """Let the guest make this many changes now, and then go on writing in the background."""
@@ -103,7 +103,7 @@ class Stage:
         report = backup.run(RunContext(self.machine.vm, self.repository, options, self.reporter, self.stop))
         kept = self.machine.order("moment")["disks"]
         self.moments[report.point] = {
-            disk: Path(path).rename(self.folder / f"{report.point}-{disk}.moment")
+            disk: Path(path).rename(self.directory / f"{report.point}-{disk}.moment")
             for disk, path in kept.items()
         }
         return report
@@ -147,10 +147,10 @@ class Stage:
 
     def compare(self, point: PointId) -> Iterator[Comparison]:
         """Restore a point and compare each disk with the original, byte by byte."""
-        vm_folder = self.repository.vm(self.machine.vm.name)
-        target = self.folder / "restored"
+        vm_directory = self.repository.vm(self.machine.vm.name)
+        target = self.directory / "restored"
         target.mkdir()
-        request = RestoreRequest(folder=vm_folder, point=point, to=str(target), image_format="raw")
+        request = RestoreRequest(directory=vm_directory, point=point, to=str(target), image_format="raw")
         report = whole.restore(request, Silent(), self.stop)
         for one in report.images:
             at = first_difference(Path(one.path), self.moments[point][one.name])

@@ -41,12 +41,12 @@ _END_SECONDS = 5.0
 class CallSpec:
     """A function to be called as a program.
 
-    environment: all of it. folder: the working directory. entry: module:function.
+    environment: all of it. directory: the working directory. entry: module:function.
     """
 
     arguments: Sequence[str]
     environment: Mapping[str, str]
-    folder: str
+    directory: str
     entry: str = CLI
 
 
@@ -232,7 +232,7 @@ def _become(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
             os.dup2(descriptor, number)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(request["folder"])
+        os.chdir(request["directory"])
         os.environ.clear()
         os.environ.update(request["environment"])
         sys.argv = ["backupctl", *request["arguments"]]

@@ -26,7 +26,7 @@ _END_SECONDS = 5.0
 
 
 class SimulatedVm:
-    """`backupctl simulate` in a folder; a context manager that starts and ends it.
+    """`backupctl simulate` in a directory; a context manager that starts and ends it.
 
     disks: as `--disk` takes them. options: more arguments. fork_server: starts it; None to start a program of
     its own. It ends with this process.
@@ -35,16 +35,16 @@ class SimulatedVm:
     def __init__(
         self,
         name: str,
-        folder: Path,
+        directory: Path,
         disks: Sequence[str],
         options: Sequence[str] = (),
         fork_server: ForkServer | None = None,
     ) -> None:
-        self.folder = folder
-        self.vm = VmConfig(vm_name(name), _address(folder, "qmp"), _address(folder, "agent"))
-        self._arguments = ["simulate", "--state", str(folder / "state")]
+        self.directory = directory
+        self.vm = VmConfig(vm_name(name), _address(directory, "qmp"), _address(directory, "agent"))
+        self._arguments = ["simulate", "--state", str(directory / "state")]
         for word in ("qmp", "agent", "control"):
-            self._arguments += [f"--{word}", str(folder / word)]
+            self._arguments += [f"--{word}", str(directory / word)]
         for disk in disks:
             self._arguments += ["--disk", disk]
         self._arguments += options
@@ -67,7 +67,7 @@ class SimulatedVm:
         try:
             with socket.socket(socket.AF_UNIX) as control:
                 control.settimeout(_ORDER_SECONDS)
-                control.connect(str(self.folder / "control"))
+                control.connect(str(self.directory / "control"))
                 control.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
                 with control.makefile("rb") as stream:
                     reply = json.loads(stream.readline())
@@ -79,7 +79,7 @@ class SimulatedVm:
 
     def _start(self, complaints: IO[bytes], held: ExitStack) -> "subprocess.Popen[bytes] | ForkedProcess":
         if self._fork_server is not None:
-            program = CallSpec(self._arguments, dict(os.environ), str(self.folder))
+            program = CallSpec(self._arguments, dict(os.environ), str(self.directory))
             call = self._fork_server.start(program, complaints, complaints)
             return held.enter_context(call)
         process = qemu_tools.start(
@@ -93,7 +93,7 @@ class SimulatedVm:
     ) -> None:
         deadline = time.monotonic() + _START_SECONDS
         while not (
-            self.folder / "qmp"
+            self.directory / "qmp"
         ).exists():  # the last socket to appear; it listens as soon as it has its name
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"the simulator did not start: {qemu_tools.last_message(complaints)}")
@@ -109,5 +109,5 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
-def _address(folder: Path, socket_name: str) -> Address:
-    return Address(path=str(folder / socket_name))
+def _address(directory: Path, socket_name: str) -> Address:
+    return Address(path=str(directory / socket_name))

@@ -2,7 +2,7 @@
 """The site of a drill: a throw-away VM, a repository, and the command line as users call it.
 
 Nothing of the user's is touched: sockets, repository, scratch, configuration and home are in one temporary
-folder. A drill is not judged by what backupctl reports: the expected bytes are the simulator's own copy of
+directory. A drill is not judged by what backupctl reports: the expected bytes are the simulator's own copy of
 the disks, or, on a real QEMU, a model of all writes; the VM itself is asked for what is left in it.
 """
 
@@ -78,13 +78,13 @@ class Result:
 class Site(ABC):
     """A VM with two disks and a repository.
 
-    folder: of everything. fork_server: makes the calls. qmp, agent: addresses, as on the command line.
+    directory: of everything. fork_server: makes the calls. qmp, agent: addresses, as on the command line.
     options: of every backup. moments: by point, the expected disks as raw files. last: the result of the call
     that met the fault. next_run_notes: what the next run cleaned up, as it reported. committed: hashes of the
     files of points that must not change.
     """
 
-    folder: Path
+    directory: Path
     fork_server: ForkServer
     qmp: str = ""
     agent: str | None = None
@@ -96,9 +96,9 @@ class Site(ABC):
     committed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.repository = self.folder / "repository"
-        self.scratch = self.folder / "scratch"
-        self.home = self.folder / "home"
+        self.repository = self.directory / "repository"
+        self.scratch = self.directory / "scratch"
+        self.home = self.directory / "home"
         for path in (self.scratch, self.home):
             path.mkdir(exist_ok=True)
 
@@ -161,7 +161,7 @@ class Site(ABC):
         """Return the arguments of a call with JSON output, including those that every call needs."""
         # Without --log-file each failure here would leave a log in the place of a real one's.
         found = [*arguments, "--repository", str(self.repository), "--json"]
-        found += ["--log-file", str(self.folder / "log")]
+        found += ["--log-file", str(self.directory / "log")]
         if arguments[0] in ("full", "incremental", "recover", "status"):
             found += ["--qmp", self.qmp, "--scratch", str(self.scratch)]
             found += ["--agent", self.agent] if self.agent else []
@@ -239,7 +239,7 @@ class Site(ABC):
 
     def compare(self, point: str) -> None:
         """Restore a point and compare each disk with the expected one. Raises ExpectationFailed."""
-        restored = self.folder / "restored"
+        restored = self.directory / "restored"
         result = self.run("restore", VM, point, "--format", "raw", "--to", f"{restored}/")
         expect(result.code == 0, f"{point} can be restored (its message: {result.message})")
         for disk, moment in self.moments[point].items():
@@ -286,14 +286,14 @@ class Site(ABC):
         expect(not self.guest_failure(), f"no write of the guest failed ({self.guest_failure()})")
 
     def _image(self, name: str, size: int) -> Path:
-        path = self.folder / f"{name}.qcow2"
+        path = self.directory / f"{name}.qcow2"
         made = qemu_tools.img(["create", "-q", "-f", "qcow2", str(path), str(size)])
         if made.returncode:
             raise Failed(f"cannot create {path}: {made.stderr.strip():.300}")
         return path
 
     def _kept(self, point: str, moment: dict[str, Path]) -> dict[str, Path]:
-        return {disk: path.rename(self.folder / f"{point}-{disk}.moment") for disk, path in moment.items()}
+        return {disk: path.rename(self.directory / f"{point}-{disk}.moment") for disk, path in moment.items()}
 
 
 def _result(code: int, out: str, stderr: str) -> Result:

@@ -30,14 +30,14 @@ _COMMAND_SECONDS = 30.0
 
 
 @contextmanager
-def simulator(folder: Path, fork_server: ForkServer) -> Iterator[Site]:
+def simulator(directory: Path, fork_server: ForkServer) -> Iterator[Site]:
     """Yield a site with a simulated VM, guest and agent."""
     disks = [f"{name}={size},node=node-{name}" for name, size in DISKS.items()]
-    options = ("--seed", "7", "--keep-moments", "--version", _VERSION, "--qmp", str(folder / "look"))
+    options = ("--seed", "7", "--keep-moments", "--version", _VERSION, "--qmp", str(directory / "look"))
     with ExitStack() as held:
-        vm = held.enter_context(SimulatedVm("drilled", folder, disks, options, fork_server))
+        vm = held.enter_context(SimulatedVm("drilled", directory, disks, options, fork_server))
         site = SimulatorSite(
-            folder, fork_server, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
+            directory, fork_server, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
         )
         held.callback(site.close)
         vm.order("workload", **{"per-second": 50})  # the guest keeps writing
@@ -45,7 +45,7 @@ def simulator(folder: Path, fork_server: ForkServer) -> Iterator[Site]:
 
 
 @contextmanager
-def real(folder: Path, fork_server: ForkServer) -> Iterator[Site]:
+def real(directory: Path, fork_server: ForkServer) -> Iterator[Site]:
     """Yield a site with a real QEMU, to whose disks only the drill writes. Raises Failed without QEMU."""
     program = os.environ.get("QEMU", "qemu-system-x86_64")
     if shutil.which(program.split()[0]) is None:
@@ -55,11 +55,11 @@ def real(folder: Path, fork_server: ForkServer) -> Iterator[Site]:
             next_command="apt install qemu-system-x86",
         )
     for name, size in DISKS.items():
-        made = qemu_tools.img(["create", "-q", "-f", "qcow2", str(folder / f"{name}.qcow2"), str(size)])
+        made = qemu_tools.img(["create", "-q", "-f", "qcow2", str(directory / f"{name}.qcow2"), str(size)])
         if made.returncode:
             raise Failed(f"cannot create a disk for the drill's VM: {made.stderr.strip():.300}")
     site = QemuSite(
-        folder, fork_server, f"unix:{folder / 'qmp'}", None, ("--freeze", "never"), program=program
+        directory, fork_server, f"unix:{directory / 'qmp'}", None, ("--freeze", "never"), program=program
     )
     try:
         site.restart()
@@ -95,7 +95,7 @@ class SimulatorSite(Site):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._observer = _Observer(self.folder / "look")
+        self._observer = _Observer(self.directory / "look")
 
     def write(self, changes: int) -> None:
         """Let the seeded guest write."""
@@ -112,7 +112,7 @@ class SimulatorSite(Site):
     def restart(self) -> None:
         """Wait until it runs again: the simulator restarts by itself."""
         deadline = time.monotonic() + _START_SECONDS
-        while not _listens(self.folder / "look"):
+        while not _listens(self.directory / "look"):
             if time.monotonic() > deadline:
                 raise Failed("the simulator did not restart")
             time.sleep(0.02)
@@ -152,7 +152,7 @@ class QemuSite(Site):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._observer = _Observer(self.folder / "look")
+        self._observer = _Observer(self.directory / "look")
         self._random = random.Random(7)  # noqa: S311 - reproducible, not secret
         self._model = {name: bytearray(size) for name, size in DISKS.items()}
         self._held = ExitStack()
@@ -176,7 +176,7 @@ class QemuSite(Site):
         """Write the model to files."""
         found = {}
         for name, content in self._model.items():
-            found[name] = self.folder / f"{name}.model"
+            found[name] = self.directory / f"{name}.model"
             found[name].write_bytes(content)
         return found
 
@@ -197,7 +197,7 @@ class QemuSite(Site):
         self.process = qemu_tools.start([*self.program.split(), *self._arguments()], complaints=complaints)
         self._held.callback(self._kill, self.process)
         deadline = time.monotonic() + _START_SECONDS
-        while not _listens(self.folder / "look"):
+        while not _listens(self.directory / "look"):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"QEMU did not start: {qemu_tools.last_message(complaints)}")
             time.sleep(0.02)
@@ -212,7 +212,7 @@ class QemuSite(Site):
         self._observer.close()
         self.process.wait(_COMMAND_SECONDS)
         for name in ("qmp", "look"):
-            (self.folder / name).unlink(missing_ok=True)
+            (self.directory / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """End QEMU if it runs."""
@@ -222,10 +222,10 @@ class QemuSite(Site):
     def _arguments(self) -> list[str]:
         found = ["-machine", "q35", "-nodefaults", "-display", "none", "-S"]
         for name in ("qmp", "look"):
-            found += ["-qmp", f"unix:{self.folder / name},server=on,wait=off"]
+            found += ["-qmp", f"unix:{self.directory / name},server=on,wait=off"]
         found += ["-device", "pcie-root-port,id=rp1,chassis=1"]  # for the disk that a drill plugs in
         for name in DISKS:
-            file = {"driver": "file", "filename": str(self.folder / f"{name}.qcow2")}
+            file = {"driver": "file", "filename": str(self.directory / f"{name}.qcow2")}
             node = {"driver": "qcow2", "node-name": f"node-{name}", "file": file}
             found += ["-blockdev", json.dumps(node)]
             found += ["-device", f"virtio-blk-pci,id={name},drive=node-{name}"]

@@ -168,13 +168,13 @@ class ScratchMayNotSuffice(WarningEvent):
 
     code = "scratch-may-not-suffice"
     disks: tuple[DiskName, ...]
-    folder: Path
+    directory: Path
     allocated_bytes: int
     needed_bytes: int
 
     def _text(self) -> str:
         return (
             f"the scratch file of {', '.join(self.disks)} may not suffice: {self.allocated_bytes >> 20} MiB "
-            f"are allocated in {self.folder}; {self.needed_bytes >> 20} MiB are needed if the guest "
+            f"are allocated in {self.directory}; {self.needed_bytes >> 20} MiB are needed if the guest "
             "overwrites all of its data. If it fills up, the backup is aborted and the guest goes on"
         )

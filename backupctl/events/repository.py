@@ -10,7 +10,7 @@ from backupctl.names import DiskName, PointId, VmName
 
 @dataclass(frozen=True)
 class HistoryMismatch(WarningEvent):
-    """A VM's folder is not as its history says. point: which point; None if the history was changed."""
+    """A VM's directory is not as its history says. point: which point; None if the history was changed."""
 
     code = "history-mismatch"
     vm: VmName

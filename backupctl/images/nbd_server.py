@@ -63,11 +63,11 @@ def served(options: dict[str, Any], *, writable: bool, images: Sequence[OpenImag
 
     images: all images that the options name by descriptors.
     """
-    with private_dir.folder() as folder, _complaints() as complaints:
-        server = _start(options, folder, complaints, writable=writable, images=images)
+    with private_dir.directory() as directory, _complaints() as complaints:
+        server = _start(options, directory, complaints, writable=writable, images=images)
         try:
-            await_ready(server, folder / _READY, complaints, images)
-            yield folder / _SOCKET
+            await_ready(server, directory / _READY, complaints, images)
+            yield directory / _SOCKET
             status = qemu_tools.end(server)
         except BaseException:
             _kill(server)
@@ -103,10 +103,15 @@ def _reason(complaints: IO[bytes], images: Sequence[OpenImage]) -> str:
 
 
 def _start(
-    image: dict[str, Any], folder: Path, complaints: IO[bytes], *, writable: bool, images: Sequence[OpenImage]
+    image: dict[str, Any],
+    directory: Path,
+    complaints: IO[bytes],
+    *,
+    writable: bool,
+    images: Sequence[OpenImage],
 ) -> qemu_tools.Child:
     image = {**image, "node-name": "image"}
-    server = {"addr": {"type": "unix", "path": str(folder / _SOCKET)}}
+    server = {"addr": {"type": "unix", "path": str(directory / _SOCKET)}}
     export = {"type": "nbd", "id": EXPORT, "name": EXPORT, "node-name": "image", "writable": writable}
     export["allocation-depth"] = not writable
     command = [
@@ -114,7 +119,7 @@ def _start(
         *("--blockdev", json.dumps(image)),
         *("--nbd-server", json.dumps(server)),
         *("--export", json.dumps(export)),
-        *("--pidfile", str(folder / _READY)),
+        *("--pidfile", str(directory / _READY)),
     ]
     return qemu_tools.start(
         command, complaints=complaints, environment=ALLOCATOR, descriptors=open_image.descriptors(images)

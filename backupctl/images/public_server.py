@@ -68,15 +68,15 @@ class Server:
 def serve(shown: Sequence[ServedImage], listening: socket.socket) -> Iterator[Server]:
     """Serve some exports on a listening socket until the block ends. Raises RepositoryError."""
     every = [image for one in shown for image in one.images]
-    with private_dir.folder() as folder, tempfile.TemporaryFile() as complaints:
+    with private_dir.directory() as directory, tempfile.TemporaryFile() as complaints:
         child = qemu_tools.start(
-            _command(shown, listening.fileno(), folder / _READY),
+            _command(shown, listening.fileno(), directory / _READY),
             complaints=complaints,
             environment=nbd_server.ALLOCATOR,
             descriptors=[listening.fileno(), *open_image.descriptors(every)],
         )
         try:
-            nbd_server.await_ready(child, folder / _READY, complaints, every)
+            nbd_server.await_ready(child, directory / _READY, complaints, every)
             yield Server(child, complaints)
             if qemu_tools.end(child) is None:
                 raise RepositoryError(f"qemu-storage-daemon did not end within {qemu_tools.END_SECONDS:g} s")

@@ -57,10 +57,10 @@ def file_of(configured: Path, vm: str) -> tuple[Path, str]:
     return configured, f"backupctl-{vm}.prom"
 
 
-def write(folder: Path, name: str, content: str) -> None:
+def write(directory: Path, name: str, content: str) -> None:
     """Replace a file, which is the old or the new one at any time. Raises OSError, UsageError."""
     temporary = f".{name}.new"  # the collector reads *.prom only
-    descriptor = _open_folder(folder)
+    descriptor = _open_directory(directory)
     try:
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=descriptor)
@@ -74,7 +74,7 @@ def write(folder: Path, name: str, content: str) -> None:
         os.close(descriptor)
 
 
-def _open_folder(path: Path) -> int:
+def _open_directory(path: Path) -> int:
     """Open the directory. Raises OSError, UsageError.
 
     It may be the collector's own: whoever owns it can only read and remove what is in it. But a link on the
@@ -87,5 +87,5 @@ def _open_folder(path: Path) -> int:
                 raise UsageError(f"{step.path} is a symbolic link of user {step.status.st_uid}")
             if step.last and not step.is_link:
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                return os.open(step.name, flags, dir_fd=step.folder)
+                return os.open(step.name, flags, dir_fd=step.directory)
     raise AssertionError("a walk ends with a last step")

@@ -66,12 +66,12 @@ class Follower:
     def _write_metrics(self, known: Memory) -> Iterator[Event]:
         if self.textfile is None:
             return
-        folder, name = exposition.file_of(self.textfile, self.vm)
+        directory, name = exposition.file_of(self.textfile, self.vm)
         try:
             found = metrics.gauges(self.vm, known, self.repository, self._stored())
-            exposition.write(folder, name, exposition.text(found))
+            exposition.write(directory, name, exposition.text(found))
         except (OSError, BackupctlError) as err:
-            yield MetricsNotWritten(folder / name, _why(err))
+            yield MetricsNotWritten(directory / name, _why(err))
 
     def _stored(self) -> Stored | None:
         try:

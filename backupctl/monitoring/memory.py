@@ -15,11 +15,11 @@ import msgspec
 
 from backupctl.errors import RepositoryUnreadable
 from backupctl.monitoring.result import Kind, Result
-from backupctl.system import durable, locks, safe_folder, safe_open
+from backupctl.system import durable, locks, safe_directory, safe_open
 
 _MAX_BYTES = 1 << 16
 _PATIENCE_SECONDS = 5.0
-_SYSTEM_FOLDER = Path("/var/lib/backupctl")
+_SYSTEM_DIRECTORY = Path("/var/lib/backupctl")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,43 +106,43 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **{kind: past})
 
 
-def default_folder() -> Path:
+def default_directory() -> Path:
     """Return where it is kept if the configuration does not say: for root /var/lib/backupctl.
 
     For others it is the directory of the XDG Base Directory Specification for a program's state.
     """
     if os.geteuid() == 0:
-        return _SYSTEM_FOLDER
+        return _SYSTEM_DIRECTORY
     named = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
     with suppress(RuntimeError):  # there is no home
         named = named.expanduser()
     return named / "backupctl"
 
 
-def read(folder: Path, vm: str, repository: str) -> Memory:
+def read(directory: Path, vm: str, repository: str) -> Memory:
     """Return what is known of a VM; nothing if the file is missing, damaged, or of another repository."""
     empty = Memory(repository=repository)
     try:
-        content = safe_open.read(_file(folder, vm), _MAX_BYTES)
+        content = safe_open.read(_file(directory, vm), _MAX_BYTES)
         found = msgspec.json.decode(content, type=Memory)
     except (safe_open.NotThere, RepositoryUnreadable, msgspec.DecodeError, RecursionError):
         return empty
     return found if found.repository == repository else empty
 
 
-def write(folder: Path, vm: str, memory: Memory) -> None:
+def write(directory: Path, vm: str, memory: Memory) -> None:
     """Write down what is known of a VM. The caller holds its lock. Raises OSError."""
-    durable.replace(_file(folder, vm), msgspec.json.encode(memory) + b"\n")
+    durable.replace(_file(directory, vm), msgspec.json.encode(memory) + b"\n")
 
 
 @contextmanager
-def locked(folder: Path, vm: str) -> Iterator[None]:
+def locked(directory: Path, vm: str) -> Iterator[None]:
     """Make the directory if it is missing, and keep other commands on this VM out for as long as the block.
 
     Raises OSError, UsageError if root must not write there.
     """
-    where = safe_folder.resolve(folder)
-    durable.make_folders(where)
+    where = safe_directory.resolve(directory)
+    durable.make_directories(where)
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     descriptor = os.open(where / f"{vm}.lock", flags, 0o600)
     try:
@@ -153,5 +153,5 @@ def locked(folder: Path, vm: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _file(folder: Path, vm: str) -> Path:
-    return folder / f"{vm}.json"
+def _file(directory: Path, vm: str) -> Path:
+    return directory / f"{vm}.json"

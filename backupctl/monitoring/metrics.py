@@ -16,7 +16,7 @@ from backupctl.monitoring.exposition import Gauge
 from backupctl.monitoring.memory import Memory, Past
 from backupctl.repository import chain
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Stored:
     layers: int | None = None
 
 
-def look(folder: VmFolder) -> Stored | None:
+def look(directory: VmDirectory) -> Stored | None:
     """Return what the repository holds of a VM; None if it cannot be read."""
     try:
-        points = folder.scan_points(tolerant=True).points
+        points = directory.scan_points(tolerant=True).points
     except BackupctlError:
         return None
     if not points:
         return Stored(0)
     newest, layers = points[-1], None
     with suppress(BackupctlError):  # damage is what `check` and `verify` report
-        layers = max(chain.length(folder, newest, entry, {}) for entry in newest.manifest.disks)
+        layers = max(chain.length(directory, newest, entry, {}) for entry in newest.manifest.disks)
     return Stored(len(points), newest, layers)
 
 

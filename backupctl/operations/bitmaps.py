@@ -151,9 +151,9 @@ class _Judge:
 
     @classmethod
     def of(cls, driver: Driver, vm: VmConfig, repository: Repository) -> "_Judge":
-        namespace, folder = repository.owner, repository.vm(vm.name)
-        inventory = driver.foresee(recover.FolderFacts(folder, namespace)).inventory
-        points = folder.scan_points().points
+        namespace, directory = repository.owner, repository.vm(vm.name)
+        inventory = driver.foresee(recover.DirectoryFacts(directory, namespace)).inventory
+        points = directory.scan_points().points
         live, unusable = set(), {}
         for disk in inventory.disks:
             if newest := plan.newest_with(disk.name, points):
@@ -172,8 +172,8 @@ class _Judge:
             frozenset(live),
             unusable,
             frozenset((one.node, one.name) for one in all_left),
-            folder.is_committed,
-            folder.user_elsewhere,
+            directory.is_committed,
+            directory.user_elsewhere,
         )
 
     def use(self, bitmap: Bitmap, parts: BitmapParts) -> tuple[Use, str]:

@@ -14,7 +14,7 @@ from backupctl.errors import BackupctlError, RepositoryUnreadable
 from backupctl.progress import counted
 from backupctl.repository import audit, chain
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 CLOCK_SKEW = timedelta(minutes=5)
 """How far a point may lie in the future before that is worth a warning."""
@@ -83,25 +83,25 @@ def _refusal(err: BackupctlError) -> Finding:
     return Finding(level, err.message)
 
 
-def examine(folder: VmFolder, limits: Limits, now: datetime) -> Verdict:
+def examine(directory: VmDirectory, limits: Limits, now: datetime) -> Verdict:
     """Look at the points of a VM. Changes and locks nothing, and raises nothing for what it finds."""
     findings: list[Finding] = []
     sound: tuple[Point, ...] = ()
     try:
-        scanned = folder.scan_points(tolerant=True)
+        scanned = directory.scan_points(tolerant=True)
         sound = scanned.points
         findings += [Finding(Level.CRITICAL, err.message) for _, err in scanned.damaged]
         findings += [_refusal(err) for _, err in scanned.unreadable]
-        broken = () if scanned.unreadable else chain.damaged(folder)
+        broken = () if scanned.unreadable else chain.damaged(directory)
         sound = tuple(point for point in sound if point.id not in {one.point for one in broken})
         findings += _of_chains(broken)
-        findings += [Finding(Level.CRITICAL, one.message) for one in audit.problems(folder)]
-        findings += _of_killed_runs(folder)
+        findings += [Finding(Level.CRITICAL, one.message) for one in audit.problems(directory)]
+        findings += _of_killed_runs(directory)
     except BackupctlError as err:
         findings.append(_refusal(err))
     age = now - _taken(sound[-1]) if sound else None
     findings.append(_of_age(age, limits))
-    verdict = Verdict(folder.name, (), None if age is None else max(0.0, age.total_seconds()))
+    verdict = Verdict(directory.name, (), None if age is None else max(0.0, age.total_seconds()))
     return verdict.also(*findings)
 
 
@@ -111,10 +111,10 @@ def _of_chains(broken: tuple[chain.Broken, ...]) -> Iterator[Finding]:
         yield Finding(Level.CRITICAL, f"{counted(points, 'point')} damaged: {broken[0]}")
 
 
-def _of_killed_runs(folder: VmFolder) -> Iterator[Finding]:
+def _of_killed_runs(directory: VmDirectory) -> Iterator[Finding]:
     """Yield a warning for a run that was killed: the next one recovers, if there is a next one."""
-    left = folder.pending_points()
-    if left and folder.lock_holder() is None and folder.pending_points() == left:
+    left = directory.pending_points()
+    if left and directory.lock_holder() is None and directory.pending_points() == left:
         text = f"a run did not finish ({left[-1].point}); the next one, or `backupctl recover`, cleans up"
         yield Finding(Level.WARNING, text)
 

@@ -17,7 +17,7 @@ from backupctl.errors import UsageError
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.repository import chain, read_locks
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.sizes import WINDOW_CLUSTERS
 
 
@@ -66,14 +66,16 @@ class DiffReport:
 
 
 def diff(
-    folder: VmFolder, before: Point, after: Point, *, disk: str | None, stop: Cancellation
+    directory: VmDirectory, before: Point, after: Point, *, disk: str | None, stop: Cancellation
 ) -> DiffReport:
     """Compare two points, or one disk of them. Raises NoSuchPoint, UsageError, DamageFound, Interrupted."""
-    with read_locks.reading(folder, before.id) as first, read_locks.reading(folder, after.id) as second:
-        return _diff(folder, first, second, disk, stop)
+    with read_locks.reading(directory, before.id) as first, read_locks.reading(directory, after.id) as second:
+        return _diff(directory, first, second, disk, stop)
 
 
-def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop: Cancellation) -> DiffReport:
+def _diff(
+    directory: VmDirectory, before: Point, after: Point, disk: str | None, stop: Cancellation
+) -> DiffReport:
     held = [[entry.name for entry in point.manifest.disks] for point in (before, after)]
     if disk is not None:
         for point, names in zip((before, after), held, strict=True):
@@ -84,17 +86,19 @@ def _diff(folder: VmFolder, before: Point, after: Point, disk: str | None, stop:
     if not shared:
         raise UsageError(f"{before.id} and {after.id} have no disk in common")
     return DiffReport(
-        folder.name,
+        directory.name,
         before.id,
         after.id,
-        tuple(_compare(folder, before, after, name, stop) for name in shared),
+        tuple(_compare(directory, before, after, name, stop) for name in shared),
         tuple(name for name in held[0] if name not in shared),
         tuple(name for name in held[1] if name not in shared),
     )
 
 
-def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop: Cancellation) -> DiskDiff:
-    old, new = _content(folder, before, name), _content(folder, after, name)
+def _compare(
+    directory: VmDirectory, before: Point, after: Point, name: DiskName, stop: Cancellation
+) -> DiskDiff:
+    old, new = _content(directory, before, name), _content(directory, after, name)
     smaller, larger = sorted((old.size_bytes, new.size_bytes))
     changed = np.zeros(clusters.count(larger), np.bool_)
     for first in range(0, len(changed), WINDOW_CLUSTERS):
@@ -106,6 +110,6 @@ def _compare(folder: VmFolder, before: Point, after: Point, name: DiskName, stop
     return DiskDiff(name, old.size_bytes, new.size_bytes, changed)
 
 
-def _content(folder: VmFolder, point: Point, name: DiskName) -> EffectiveContent:
-    layers = chain.layers(folder, point, name)
+def _content(directory: VmDirectory, point: Point, name: DiskName) -> EffectiveContent:
+    layers = chain.layers(directory, point, name)
     return chain.effective_content(layers, layers[0].entry.size)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Finishing or undoing a run: after a good one, a failed one, or one that was killed anywhere.
 
-The question is always the same: does the point's folder have its final name? Yes: the run is finished (its
+The question is always the same: does the point's directory have its final name? Yes: the run is finished (its
 base bitmap is removed). No: it is undone (what its bitmap recorded goes back to the base). Either way export,
 server, job, node and scratch file go. Nothing is taken from memory: the VM and the repository are asked, so
 every line may be the last one of a dying process, and the next call goes on.
@@ -36,8 +36,8 @@ from backupctl.repository import audit
 from backupctl.repository.journal import Journal
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
-from backupctl.vm import scratch_folder
+from backupctl.repository.vm_directory import VmDirectory
+from backupctl.vm import scratch_directory
 from backupctl.vm.driver import Driver, Resolver, RunDisk, UnfinishedRun
 from backupctl.vm.open_driver import open_driver, thaw_if_frozen
 
@@ -50,31 +50,31 @@ class Recovered:
 
 
 @dataclass(frozen=True)
-class FolderFacts:
-    """What a VM's folder tells a driver: see `vm.driver.PointFacts`."""
+class DirectoryFacts:
+    """What a VM's directory tells a driver: see `vm.driver.PointFacts`."""
 
-    folder: VmFolder
+    directory: VmDirectory
     namespace: Namespace
 
     def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder has its final name."""
-        return self.folder.is_committed(point)
+        """Whether the point's directory has its final name."""
+        return self.directory.is_committed(point)
 
     def is_another_vms(self, point: PointId) -> bool:
         """Whether a point is another VM's of this repository."""
-        return not self.folder.is_committed(point) and self.folder.user_elsewhere(point) is not None
+        return not self.directory.is_committed(point) and self.directory.user_elsewhere(point) is not None
 
     def lost(self) -> Collection[PointId]:
         """Return the points that were committed and are gone; none if that cannot be told."""
         try:
-            return audit.missing(self.folder)
+            return audit.missing(self.directory)
         except RepositoryError:
             return ()
 
     def checkpoints(self) -> int:
         """Return how many older bitmaps the newest point wants kept; all if it cannot be read."""
         try:
-            return self.folder.point("latest").manifest.checkpoints
+            return self.directory.point("latest").manifest.checkpoints
         except NoSuchPoint:
             return 0
         except (DamageFound, RepositoryUnreadable, UnknownFormat):
@@ -82,7 +82,7 @@ class FolderFacts:
 
     def unfinished(self) -> tuple[UnfinishedRun, ...]:
         """Return what the journals tell. Raises RepositoryUnreadable."""
-        return tuple(_unfinished(partial.journal()) for partial in self.folder.pending_points())
+        return tuple(_unfinished(partial.journal()) for partial in self.directory.pending_points())
 
 
 def recover(
@@ -96,19 +96,19 @@ def recover(
     """Finish or undo whatever an earlier run left of this VM.
 
     cancel: obeyed until the clean-up begins; that is never interrupted, since half of it would be left to do.
-    scratch: the folder for scratch files. Raises Locked while a run is under way, MonitorUnreachable,
+    scratch: the directory for scratch files. Raises Locked while a run is under way, MonitorUnreachable,
     Interrupted, NeedsRecovery.
     """
-    folder = repository.vm(vm.name)
-    facts = FolderFacts(folder, repository.owner)
+    directory = repository.vm(vm.name)
+    facts = DirectoryFacts(directory, repository.owner)
     try:
-        with folder.lock():
-            thawed = _thaw_first(vm, folder, timeouts, reporter)
+        with directory.lock():
+            thawed = _thaw_first(vm, directory, timeouts, reporter)
             with open_driver(vm, timeouts, cancel) as driver:
                 cancel.check()
                 done = recover_vm(vm, facts, driver, scratch, timeouts)
     except (MonitorUnreachable, Interrupted) as err:
-        if folder.pending_points():
+        if directory.pending_points():
             raise needs_recovery(err, vm.name) from err
         raise err.add(state=UNTOUCHED, next_command=_what_next(err, vm.name)) from err
     except RepositoryUnreadable as err:  # so nobody can tell what a dead run left
@@ -120,7 +120,7 @@ def recover(
 
 def recover_vm(
     vm: VmConfig,
-    facts: FolderFacts,
+    facts: DirectoryFacts,
     resolver: Resolver,
     scratch: Path,
     timeouts: Timeouts,
@@ -135,16 +135,16 @@ def recover_vm(
     asked again when all else is done, which spares the guest the rest. Returns what was done, in words.
     Raises NeedsRecovery.
     """
-    folder = facts.folder
+    directory = facts.directory
     done: list[str] = []
     try:
         if await_thaw is None:
             with suppress(AgentError):
-                done += _thaw(vm, folder, timeouts)
+                done += _thaw(vm, directory, timeouts)
         done += resolver.resolve(facts)
         # The journal alone tells that a freeze is ours to end, so it stays for as long as there may be one.
         if await_thaw is None:
-            done += _thaw(vm, folder, timeouts)
+            done += _thaw(vm, directory, timeouts)
         else:
             await_thaw()
         done += drop_leftover_files(vm, facts, scratch)
@@ -166,7 +166,7 @@ def newest_recorded(driver: Driver, namespace: Namespace) -> PointId | None:
     return max(found, default=None)
 
 
-def gone(facts: FolderFacts, recorded: PointId | None) -> tuple[PointId, ...]:
+def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]:
     """Return the points that are gone: the history says so, or a bitmap names one of which nothing is there.
 
     recorded: of `newest_recorded`. The latter is what an older copy of the repository looks like, put back in
@@ -174,19 +174,23 @@ def gone(facts: FolderFacts, recorded: PointId | None) -> tuple[PointId, ...]:
     RepositoryError.
     """
     found = set(facts.lost())
-    newest = facts.folder.newest()
-    if recorded and (newest is None or recorded > newest) and not audit.is_unfinished(facts.folder, recorded):
+    newest = facts.directory.newest()
+    if (
+        recorded
+        and (newest is None or recorded > newest)
+        and not audit.is_unfinished(facts.directory, recorded)
+    ):
         found.add(recorded)
     return tuple(sorted(found))
 
 
-def drop_leftover_files(vm: VmConfig, facts: FolderFacts, scratch: Path) -> list[str]:
-    """Drop unfinished points and scratch folders. The caller holds the VM's lock."""
+def drop_leftover_files(vm: VmConfig, facts: DirectoryFacts, scratch: Path) -> list[str]:
+    """Drop unfinished points and scratch directories. The caller holds the VM's lock."""
     done = []
-    for partial in facts.folder.pending_points():
+    for partial in facts.directory.pending_points():
         partial.drop()
         done.append(f"dropped the unfinished point {partial.point}")
-    return done + scratch_folder.sweep(facts.namespace, vm.name, scratch)
+    return done + scratch_directory.sweep(facts.namespace, vm.name, scratch)
 
 
 def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:
@@ -216,21 +220,21 @@ def _unfinished(journal: Journal | None) -> UnfinishedRun:
     return UnfinishedRun(disks, may_export=journal.step == "export")
 
 
-def _thaw(vm: VmConfig, folder: VmFolder, timeouts: Timeouts) -> list[str]:
+def _thaw(vm: VmConfig, directory: VmDirectory, timeouts: Timeouts) -> list[str]:
     """Thaw the guest if a dead run of ours had frozen it. A freeze by anybody else is not ours to end."""
-    if any(map(froze, folder.pending_points())) and thaw_if_frozen(vm, timeouts):
+    if any(map(froze, directory.pending_points())) and thaw_if_frozen(vm, timeouts):
         return ["thawed the guest's file systems"]
     return []
 
 
-def _thaw_first(vm: VmConfig, folder: VmFolder, timeouts: Timeouts, reporter: Reporter) -> list[str]:
+def _thaw_first(vm: VmConfig, directory: VmDirectory, timeouts: Timeouts, reporter: Reporter) -> list[str]:
     """Thaw before anything else: somebody else may hold the monitor, and the guest must not wait for it.
 
     An agent that is silent is asked again by `recover_vm`.
     """
     done: list[str] = []
     with suppress(AgentError):
-        done = _thaw(vm, folder, timeouts)
+        done = _thaw(vm, directory, timeouts)
     for line in done:
         reporter.event(RecoveredFromEarlierRun(line))
     return done

@@ -18,7 +18,7 @@ from backupctl.repository import chain, read_locks
 from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system import listen, private_dir
 from backupctl.targets import overlay
 
@@ -36,7 +36,7 @@ class Export:
 
 
 def serve(
-    folder: VmFolder,
+    directory: VmDirectory,
     point: Point,
     *,
     disk: str | None,
@@ -48,17 +48,17 @@ def serve(
 ) -> None:
     """Serve one disk of a point, or all, until `stop` is requested; then return.
 
-    unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a private folder.
+    unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a private directory.
     writable_overlay: what is written goes into this qcow2 file (one disk only), which stays. ready: called
     once with what is served where. The repository is only read. Raises UsageError, NoSuchPoint, TargetExists,
     Locked, DamageFound, RepositoryError, WriteFailed.
     """
-    with read_locks.reading(folder, point.id) as held:
-        _serve(folder, held, disk, unix, tcp, writable_overlay, ready, stop)
+    with read_locks.reading(directory, point.id) as held:
+        _serve(directory, held, disk, unix, tcp, writable_overlay, ready, stop)
 
 
 def _serve(
-    folder: VmFolder,
+    directory: VmDirectory,
     point: Point,
     disk: str | None,
     unix: Path | None,
@@ -68,13 +68,13 @@ def _serve(
     stop: Cancellation,
 ) -> None:
     entries = _entries(point, disk)
-    chains = {entry.name: chain.layers(folder, point, entry.name) for entry in entries}
+    chains = {entry.name: chain.layers(directory, point, entry.name) for entry in entries}
     if writable_overlay is not None and len(entries) > 1:
         names = ", ".join(entry.name for entry in entries)
         raise UsageError(f"--writable-overlay is for one disk: choose one of {names} with --disk")
     with _listen(unix, tcp) as open_socket, ExitStack() as held:
         shown = [
-            held.enter_context(_shown(folder, one, chains[one.name], writable_overlay)) for one in entries
+            held.enter_context(_shown(directory, one, chains[one.name], writable_overlay)) for one in entries
         ]
         with public_server.serve(shown, open_socket) as server:
             uris = (listen.uri(open_socket, one.name) for one in shown)
@@ -108,11 +108,11 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
     elif unix is not None:
         chosen = listen.unix(unix.absolute())
     else:
-        with private_dir.folder() as locked:
-            # A folder of its own: for the outer one `listen.unix` would wait, since we hold its lock.
-            folder = locked / "public"
-            folder.mkdir(mode=0o700)
-            with listen.unix(folder / "nbd.sock") as found:
+        with private_dir.directory() as locked:
+            # A directory of its own: for the outer one `listen.unix` would wait, since we hold its lock.
+            directory = locked / "public"
+            directory.mkdir(mode=0o700)
+            with listen.unix(directory / "nbd.sock") as found:
                 yield found
         return
     with chosen as found:
@@ -121,13 +121,13 @@ def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
 
 @contextmanager
 def _shown(
-    folder: VmFolder, entry: DiskEntry, layers: tuple[Layer, ...], writable_overlay: Path | None
+    directory: VmDirectory, entry: DiskEntry, layers: tuple[Layer, ...], writable_overlay: Path | None
 ) -> Iterator[ServedImage]:
     """Open everything that QEMU needs to serve a disk."""
     with ExitStack() as held:
         own = None
         if writable_overlay is not None:
-            own = held.enter_context(_overlay(folder, writable_overlay, entry, layers))
+            own = held.enter_context(_overlay(directory, writable_overlay, entry, layers))
         opened = held.enter_context(chain.opened(layers))
         if own is None:
             yield ServedImage.read_only(entry.name, opened)
@@ -137,12 +137,14 @@ def _shown(
 
 @contextmanager
 def _overlay(
-    folder: VmFolder, target: Path, entry: DiskEntry, layers: tuple[Layer, ...]
+    directory: VmDirectory, target: Path, entry: DiskEntry, layers: tuple[Layer, ...]
 ) -> Iterator[OpenImage]:
     paths = [layer.path for layer in layers]
     with ExitStack() as held:
         try:
-            image = held.enter_context(overlay.made_or_taken(folder.path.parent, target, entry.size, paths))
+            image = held.enter_context(
+                overlay.made_or_taken(directory.path.parent, target, entry.size, paths)
+            )
         except OSError as err:
             why = f"cannot make {target}: {err.strerror}"
             raise WriteFailed(why, state=UNTOUCHED) from err

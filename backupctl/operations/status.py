@@ -15,8 +15,8 @@ from backupctl.repository import audit, chain
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
-from backupctl.vm import scratch_folder
+from backupctl.repository.vm_directory import VmDirectory
+from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver
 from backupctl.vm.open_driver import open_driver
@@ -66,18 +66,18 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     The next run recovers first, so it is planned from what there will be then. known: for bitmaps of
     other repositories.
     """
-    folder, namespace = repository.vm(vm.name), repository.owner
-    facts = recover.FolderFacts(folder, namespace)
-    survey = folder.scan_points()
+    directory, namespace = repository.vm(vm.name), repository.owner
+    facts = recover.DirectoryFacts(directory, namespace)
+    survey = directory.scan_points()
     points = survey.points
-    damaged = (*(err.message for _, err in survey.damaged), *problems(folder))
-    left = [_unfinished(one) for one in folder.pending_points()]
-    in_scratch = scratch_folder.left_folders(namespace, vm.name, options.scratch.folder)
-    left += [f"scratch folder {path}" for path in in_scratch]
+    damaged = (*(err.message for _, err in survey.damaged), *problems(directory))
+    left = [_unfinished(one) for one in directory.pending_points()]
+    in_scratch = scratch_directory.left_directories(namespace, vm.name, options.scratch.directory)
+    left += [f"scratch directory {path}" for path in in_scratch]
     ids = tuple(point.id for point in points)
     unmerged = tuple(
         f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
-        for point in folder.retired().points
+        for point in directory.retired().points
     )
     try:
         with open_driver(vm, options.timeouts.brief()) as driver:
@@ -90,7 +90,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             stored = bitmap_survey.survey(driver, vm, repository, known)
     except MonitorError as err:
         worker = (
-            folder.lock_holder()
+            directory.lock_holder()
         )  # it has the monitor, which serves one client, and all that looks unfinished
         return Status(
             vm.name,
@@ -123,15 +123,15 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     )
 
 
-def problems(folder: VmFolder) -> tuple[str, ...]:
+def problems(directory: VmDirectory) -> tuple[str, ...]:
     """Tell which points can't be restored, and which are missing, beside those with a damaged manifest."""
-    missing = (one.message for one in audit.problems(folder))
-    return (*map(str, chain.damaged(folder)), *missing)
+    missing = (one.message for one in audit.problems(directory))
+    return (*map(str, chain.damaged(directory)), *missing)
 
 
 def _plan(
     inventory: Inventory,
-    facts: recover.FolderFacts,
+    facts: recover.DirectoryFacts,
     points: tuple[Point, ...],
     options: RunOptions,
     gone: tuple[PointId, ...],
@@ -146,7 +146,7 @@ def _plan(
             points,
             facts.namespace,
             on_broken_chain,
-            prepare.chain_facts(facts.folder, options, gone),
+            prepare.chain_facts(facts.directory, options, gone),
         )
 
     try:

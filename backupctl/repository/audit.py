@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a VM's history says, compared with its folder: which points are missing, or were replaced.
+"""What a VM's history says, compared with its directory: which points are missing, or were replaced.
 
 A repository that has no history yet, or into which somebody copied a point, is not a problem: the next run or
 prune records what is there. Nor does a crash between any two steps leave a problem: see history.py.
@@ -16,7 +16,7 @@ from backupctl.repository import history
 from backupctl.repository.history import History, Known, PointEvent
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 _LOOKS = 5
 
@@ -33,61 +33,61 @@ class Problem:
     missing: bool = False
 
 
-def problems(folder: VmFolder) -> tuple[Problem, ...]:
-    """Compare a VM's folder with its history. Changes and locks nothing. Raises RepositoryError.
+def problems(directory: VmDirectory) -> tuple[Problem, ...]:
+    """Compare a VM's directory with its history. Changes and locks nothing. Raises RepositoryError.
 
     A run or a prune may be running: a difference counts only if the history is still the same afterwards.
     """
     found: tuple[Problem, ...] = ()
     for _ in range(_LOOKS):
-        known = history.read(folder.path)
+        known = history.read(directory.path)
         if known is None:
             return ()
-        found = (*_flaws(folder, known), *_differences(folder, known))
-        again = history.read(folder.path)
+        found = (*_flaws(directory, known), *_differences(directory, known))
+        again = history.read(directory.path)
         if not found or (again is not None and again.content == known.content):
             break
     return found
 
 
-def missing(folder: VmFolder) -> tuple[PointId, ...]:
+def missing(directory: VmDirectory) -> tuple[PointId, ...]:
     """Return the points that were committed, that no prune dropped, and that are gone, oldest first."""
-    return tuple(sorted(one.point for one in problems(folder) if one.missing and one.point is not None))
+    return tuple(sorted(one.point for one in problems(directory) if one.missing and one.point is not None))
 
 
-def is_unfinished(folder: VmFolder, point: PointId) -> bool:
-    """Whether a point that is not there was never committed, by its folder or by the history."""
-    known = history.read(folder.path)
+def is_unfinished(directory: VmDirectory, point: PointId) -> bool:
+    """Whether a point that is not there was never committed, by its directory or by the history."""
+    known = history.read(directory.path)
     undone = known is not None and point in known.points and not known.points[point].there
-    return undone or any(partial.point == point for partial in folder.pending_points())
+    return undone or any(partial.point == point for partial in directory.pending_points())
 
 
-def refuse_missing(folder: VmFolder, wanted: str) -> None:
+def refuse_missing(directory: VmDirectory, wanted: str) -> None:
     """Raise DamageFound if the history says that a point must be there, and it is missing.
 
     wanted: its id, or "latest" where there is none at all.
     """
-    for one in reversed(problems(folder)):
+    for one in reversed(problems(directory)):
         if one.missing and wanted in (one.point, "latest"):
             raise DamageFound(
-                one.message, state="nothing was changed", next_command=f"backupctl verify {folder.name}"
+                one.message, state="nothing was changed", next_command=f"backupctl verify {directory.name}"
             )
 
 
-def reconcile(folder: VmFolder) -> None:
+def reconcile(directory: VmDirectory) -> None:
     """Record what a crash, or somebody who copied points, left unrecorded. Raises RepositoryError.
 
     The caller holds the VM's lock. What `problems` reports stays reported.
     """
-    found = history.read(folder.path)
+    found = history.read(directory.path)
     known = {} if found is None else found.points
-    scanned, retired = folder.scan_points(), folder.retired()
+    scanned, retired = directory.scan_points(), directory.retired()
     events = [event for point in scanned.points for event in _owed(point, known.get(point.id, Known()))]
     dropped = [*(point.path for point in retired.points), *(path for path, _ in retired.damaged)]
     ids = [PointId(path.name) for path in dropped]
     events += [PointEvent("dropped", point) for point in ids if known.get(point, Known()).there]
     if events or found is None:
-        history.record(folder.path, *events)
+        history.record(directory.path, *events)
 
 
 def _owed(point: Point, known: Known) -> Iterator[PointEvent]:
@@ -98,22 +98,22 @@ def _owed(point: Point, known: Known) -> Iterator[PointEvent]:
         yield PointEvent("changed", point.id, point.manifest.checksum)
 
 
-def _flaws(folder: VmFolder, known: History) -> Iterator[Problem]:
+def _flaws(directory: VmDirectory, known: History) -> Iterator[Problem]:
     for flaw in known.flaws:
-        path = folder.path / history.FILE_NAME
+        path = directory.path / history.FILE_NAME
         yield Problem(None, f"{path}: {flaw}, so points may be missing without a record")
 
 
-def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
+def _differences(directory: VmDirectory, known: History) -> Iterator[Problem]:
     for point, one in sorted(known.points.items()):
-        if one.there and not _is_there(folder, point):
+        if one.there and not _is_there(directory, point):
             yield Problem(
                 point,
-                f"the recovery point {point} of {folder.name} is missing: it was committed, "
-                f"no prune dropped it, and {folder.path / point} is gone",
+                f"the recovery point {point} of {directory.name} is missing: it was committed, "
+                f"no prune dropped it, and {directory.path / point} is gone",
                 missing=True,
             )
-    for found in folder.scan_points(tolerant=True).points:  # what cannot be read is reported as that
+    for found in directory.scan_points(tolerant=True).points:  # what cannot be read is reported as that
         one = known.points.get(found.id, Known())
         checksum = found.manifest.checksum
         if one.dropped:
@@ -124,19 +124,20 @@ def _differences(folder: VmFolder, known: History) -> Iterator[Problem]:
             text = "was replaced by an older copy, from before a prune"
         else:
             text = "was replaced: its manifest is not the one that was committed"
-        yield Problem(found.id, f"the recovery point {found.id} of {folder.name} {text}; see {found.path}")
+        yield Problem(found.id, f"the recovery point {found.id} of {directory.name} {text}; see {found.path}")
 
 
-def _is_there(folder: VmFolder, point: PointId) -> bool:
+def _is_there(directory: VmDirectory, point: PointId) -> bool:
     """Whether a point is there, unfinished or not."""
     # In the order of the commit's rename: the other way round, a commit between the looks would hide the
     # point.
     return any(
-        _is_folder(path) for path in (PendingPoint(folder.path, folder.name, point).path, folder.path / point)
+        _is_directory(path)
+        for path in (PendingPoint(directory.path, directory.name, point).path, directory.path / point)
     )
 
 
-def _is_folder(path: Path) -> bool:
+def _is_directory(path: Path) -> bool:
     try:
         return stat.S_ISDIR(path.lstat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

@@ -23,7 +23,7 @@ from backupctl.names import DiskName, PointId
 from backupctl.repository import markers
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.sizes import MOST_LAYERS
 from backupctl.system import safe_open
 
@@ -133,12 +133,12 @@ def effective_content(layers: Sequence[Layer], size: int) -> EffectiveContent:
     return EffectiveContent([(layer.digests().records, layer.entry.size) for layer in layers], size)
 
 
-def paths(folder: VmFolder, point: Point, disk: str) -> tuple[Path, ...]:
+def paths(directory: VmDirectory, point: Point, disk: str) -> tuple[Path, ...]:
     """Return the images of a disk at a point, newest first, each checked. Raises as `layers`."""
-    return tuple(layer.path for layer in layers(folder, point, disk))
+    return tuple(layer.path for layer in layers(directory, point, disk))
 
 
-def layers(folder: VmFolder, point: Point, disk: str) -> tuple[Layer, ...]:
+def layers(directory: VmDirectory, point: Point, disk: str) -> tuple[Layer, ...]:
     """Return the layers of a disk at a point, newest first, each image checked.
 
     Raises NoSuchPoint if the point does not hold the disk, DamageFound.
@@ -146,7 +146,7 @@ def layers(folder: VmFolder, point: Point, disk: str) -> tuple[Layer, ...]:
     entry = point.manifest.disk(disk)
     if entry is None:
         raise no_such_disk(point, disk)
-    return _follow(folder, point, entry)
+    return _follow(directory, point, entry)
 
 
 @contextmanager
@@ -168,12 +168,12 @@ def no_such_disk(point: Point, disk: str, newest: PointId | None = None) -> NoSu
     )
 
 
-def below(folder: VmFolder, parent: PointId | None, disk: str) -> tuple[Layer, ...]:
+def below(directory: VmDirectory, parent: PointId | None, disk: str) -> tuple[Layer, ...]:
     """Return the chain that would be below a new layer on `parent`; empty for a full."""
-    return () if parent is None else layers(folder, _parent(folder, parent), disk)
+    return () if parent is None else layers(directory, _parent(directory, parent), disk)
 
 
-def chain_error(folder: VmFolder, point: PointId, disk: str) -> str | None:
+def chain_error(directory: VmDirectory, point: PointId, disk: str) -> str | None:
     """Return the damage of a disk's chain at a point, on which nothing can be built; None if there is none.
 
     Raises RepositoryUnreadable.
@@ -181,7 +181,7 @@ def chain_error(folder: VmFolder, point: PointId, disk: str) -> str | None:
     # RepositoryUnreadable passes: as damage it would cost a full backup each time that a disk or network
     # fails.
     try:
-        found = below(folder, point, disk)
+        found = below(directory, point, disk)
         effective_content(found, found[0].entry.size)
     except DamageFound as err:
         return err.message
@@ -200,31 +200,31 @@ class Broken:
         return f"{self.disk} of {self.point} cannot be restored: {self.why}"
 
 
-def damaged(folder: VmFolder) -> tuple[Broken, ...]:
+def damaged(directory: VmDirectory) -> tuple[Broken, ...]:
     """Check the chain of each disk at each point: headers, backing files, digest maps; not the data.
 
-    Points with a damaged manifest are in `VmFolder.scan_points`. Locks nothing: what a prune may have
+    Points with a damaged manifest are in `VmDirectory.scan_points`. Locks nothing: what a prune may have
     changed is checked again. Raises RepositoryError.
     """
-    found = _look(folder)
+    found = _look(directory)
     if not found:
         return ()
-    again = {(one.point, one.disk) for one in _look(folder)}
+    again = {(one.point, one.disk) for one in _look(directory)}
     return tuple(one for one in found if (one.point, one.disk) in again)
 
 
-def _look(folder: VmFolder) -> list[Broken]:
-    scanned, retired = folder.scan_points(), folder.retired()
+def _look(directory: VmDirectory) -> list[Broken]:
+    scanned, retired = directory.scan_points(), directory.retired()
     there = {point.id for point in scanned.points}
     known: dict[tuple[PointId, DiskName], str | None] = {}
     for point in sorted((*scanned.points, *retired.points), key=lambda one: one.id):  # parents come first
         for entry in point.manifest.disks:
-            known[point.id, entry.name] = _why_broken(folder, point, entry, known)
+            known[point.id, entry.name] = _why_broken(directory, point, entry, known)
     return [Broken(*key, why) for key, why in known.items() if why and key[0] in there]
 
 
 def _why_broken(
-    folder: VmFolder, point: Point, entry: DiskEntry, known: dict[tuple[PointId, DiskName], str | None]
+    directory: VmDirectory, point: Point, entry: DiskEntry, known: dict[tuple[PointId, DiskName], str | None]
 ) -> str | None:
     """Return what is wrong with a layer, or else with those below it; None if nothing is found."""
     try:
@@ -235,13 +235,15 @@ def _why_broken(
         return err.message
     parent = layer.entry.parent
     return (
-        known.get((parent, entry.name), f"{folder.path / parent} is missing or damaged") if parent else None
+        known.get((parent, entry.name), f"{directory.path / parent} is missing or damaged")
+        if parent
+        else None
     )
 
 
-def chain_too_long(folder: VmFolder, most: int, point: PointId, disk: str) -> str | None:
+def chain_too_long(directory: VmDirectory, most: int, point: PointId, disk: str) -> str | None:
     """Return why a disk's chain at a point may get no more layers; None if it may. Raises DamageFound."""
-    layers_there = len(below(folder, point, disk))
+    layers_there = len(below(directory, point, disk))
     if layers_there < most:
         return None
     return f"its chain has {layers_there} layers, as many as --max-chain allows"
@@ -251,7 +253,7 @@ Lengths = dict[tuple[PointId, DiskName], int]
 """How many layers disks have at points."""
 
 
-def length(folder: VmFolder, point: Point, entry: DiskEntry, known: Lengths) -> int:
+def length(directory: VmDirectory, point: Point, entry: DiskEntry, known: Lengths) -> int:
     """Count the layers of a disk at a point, without checking them. Raises DamageFound.
 
     known: lengths that were counted before; those of this disk are added.
@@ -263,7 +265,7 @@ def length(folder: VmFolder, point: Point, entry: DiskEntry, known: Lengths) -> 
         if entry.parent is None:
             known[above.pop()] = 1
             break
-        point = _parent(folder, entry.parent)
+        point = _parent(directory, entry.parent)
         held = point.manifest.disk(entry.name)
         if held is None:
             raise DamageFound(f"{point.path} has no disk {entry.name}, and newer points depend on it")
@@ -274,7 +276,7 @@ def length(folder: VmFolder, point: Point, entry: DiskEntry, known: Lengths) -> 
     return counted
 
 
-def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:
+def _follow(directory: VmDirectory, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:
     found: list[Layer] = []
     while len(found) < MOST_LAYERS:
         layer = Layer.of(point, entry)
@@ -284,7 +286,7 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
         if entry.parent is None:
             return tuple(found)
         # Each parent's id is smaller than its child's (the manifest was checked for it), so this ends.
-        point = _parent(folder, entry.parent)
+        point = _parent(directory, entry.parent)
         below_it = point.manifest.disk(entry.name)
         if below_it is None:
             raise DamageFound(f"{layer.path} depends on {point.id}, which has no disk {entry.name}")
@@ -295,8 +297,8 @@ def _follow(folder: VmFolder, point: Point, entry: DiskEntry) -> tuple[Layer, ..
     )
 
 
-def _parent(folder: VmFolder, parent: PointId) -> Point:
+def _parent(directory: VmDirectory, parent: PointId) -> Point:
     try:
-        return folder.point_or_retired(parent)
+        return directory.point_or_retired(parent)
     except NoSuchPoint as err:
-        raise DamageFound(f"{folder.path / parent} is missing, and newer points depend on it") from err
+        raise DamageFound(f"{directory.path / parent} is missing, and newer points depend on it") from err

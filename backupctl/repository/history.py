@@ -129,9 +129,9 @@ class History:
     flaws: tuple[str, ...]
 
 
-def read(folder: Path) -> History | None:
-    """Read the history of a VM's folder; None if there is none. Raises RepositoryError."""
-    content = _content(folder)
+def read(directory: Path) -> History | None:
+    """Read the history of a VM's directory; None if there is none. Raises RepositoryError."""
+    content = _content(directory)
     return None if content is None else parse(content)
 
 
@@ -158,13 +158,13 @@ def parse(content: bytes) -> History:
     return History(content, points, tuple(flaws))
 
 
-def record(folder: Path, *events: PointEvent) -> None:
-    """Append to the history of a VM's folder, durably; begin it if there is none. Raises RepositoryError.
+def record(directory: Path, *events: PointEvent) -> None:
+    """Append to the history of a VM's directory, durably; begin it if there is none. Raises RepositoryError.
 
     The caller holds the VM's lock.
     """
-    path = folder / FILE_NAME
-    last = _last(folder)
+    path = directory / FILE_NAME
+    last = _last(directory)
     try:
         if last is None:
             durable.replace(path, _lines("", (PointEvent("begun"), *events)))
@@ -175,36 +175,36 @@ def record(folder: Path, *events: PointEvent) -> None:
         raise RepositoryError(f"cannot write {path}: {err.strerror}") from err
 
 
-def undo(folder: Path, point: PointId) -> None:
+def undo(directory: Path, point: PointId) -> None:
     """Record that a point was not committed, if its commit was recorded already. Raises RepositoryError.
 
-    To be called before the folder is removed: else a crash in between would leave a missing point.
+    To be called before the directory is removed: else a crash in between would leave a missing point.
     """
     known = Known()
-    for line in (_content(folder) or b"").split(b"\n")[:-1]:
+    for line in (_content(directory) or b"").split(b"\n")[:-1]:
         # Only its own lines are read: to read all of them for each point would be quadratic.
         entry = Entry.from_line(line) if point.encode() in line else None
         if entry is not None and entry.point == point:
             known = known.after(entry)
     if known.there:
-        record(folder, PointEvent("undone", point))
+        record(directory, PointEvent("undone", point))
 
 
-def end(folder: Path) -> int:
+def end(directory: Path) -> int:
     """Return where the last readable line ends, for `points_since`; 0 if there is none.
 
     Raises RepositoryError.
     """
-    last = _last(folder)
+    last = _last(directory)
     return last.end if last is not None and last.checksum else 0
 
 
-def points_since(folder: Path, before: int) -> frozenset[PointId] | None:
+def points_since(directory: Path, before: int) -> frozenset[PointId] | None:
     """Return the points of which lines tell that were appended after `end` returned `before`.
 
     None: the history is another file now, or was cut. Raises RepositoryError.
     """
-    content = _read(folder, before - 1) if before else None
+    content = _read(directory, before - 1) if before else None
     if content is None or content[:1] != b"\n":
         return None
     entries = (Entry.from_line(line) for line in content.split(b"\n")[1:-1])
@@ -218,26 +218,26 @@ class _Line(NamedTuple):
     checksum: str
 
 
-def _content(folder: Path) -> bytes | None:
-    return _read(folder, 0)
+def _content(directory: Path) -> bytes | None:
+    return _read(directory, 0)
 
 
-def _read(folder: Path, begin: int) -> bytes | None:
+def _read(directory: Path, begin: int) -> bytes | None:
     """Read the history from some byte on; None if there is none. Raises RepositoryError."""
-    with _opened(folder) as file:
+    with _opened(directory) as file:
         if file is None:
             return None
         file.seek(begin)
         return file.read(MAX_BYTES)
 
 
-def _last(folder: Path) -> _Line | None:
+def _last(directory: Path) -> _Line | None:
     """Return the last readable line; None if there is no history. Raises RepositoryError.
 
     If no line is readable it ends at the end of the file, so that nothing is cut off: no crash does that, and
     it must stay visible.
     """
-    with _opened(folder) as file:
+    with _opened(directory) as file:
         if file is None:
             return None
         size = os.fstat(file.fileno()).st_size
@@ -265,9 +265,9 @@ def _last_in(content: bytes) -> _Line | None:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[BufferedReader | None]:
-    """Open the history of a VM's folder; None if there is none. Raises RepositoryError."""
-    path = folder / FILE_NAME
+def _opened(directory: Path) -> Iterator[BufferedReader | None]:
+    """Open the history of a VM's directory; None if there is none. Raises RepositoryError."""
+    path = directory / FILE_NAME
     with ExitStack() as held:
         try:
             file = held.enter_context(safe_open.open_file(path))

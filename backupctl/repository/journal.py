@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The journal of a run under way: `run.json` in its `.partial` folder.
+"""The journal of a run under way: `run.json` in its `.partial` directory.
 
 It says what QEMU cannot be asked: whether we froze the guest, and which node a device used before a
 filter was inserted. It is never believed for anything outside the run.

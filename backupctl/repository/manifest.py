@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The manifest: what a recovery point is. `manifest.json` in the point's folder; only prune changes it.
+"""The manifest: what a recovery point is. `manifest.json` in the point's directory; only prune changes it.
 
 It has a checksum over all its other fields, so any changed byte is found before a field is believed.
 """

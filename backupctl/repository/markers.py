@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Markers: empty files in a point's folder; each is a flag that is set if the file exists.
+"""Markers: empty files in a point's directory; each is a flag that is set if the file exists.
 
 ::
 
@@ -24,24 +24,24 @@ def merging(disk: str) -> str:
     return f"{disk}.merging"
 
 
-def has(folder: Path, marker: str) -> bool:
-    """Whether a point's folder has a marker. Raises RepositoryUnreadable if that cannot be found out."""
-    return safe_open.there(folder / marker)
+def has(directory: Path, marker: str) -> bool:
+    """Whether a point's directory has a marker. Raises RepositoryUnreadable if that cannot be found out."""
+    return safe_open.there(directory / marker)
 
 
-def put(folder: Path, marker: str) -> None:
+def put(directory: Path, marker: str) -> None:
     """Set a marker, durably, if it is not set. Raises RepositoryError."""
     try:
         with suppress(FileExistsError):
-            durable.write_new(folder / marker, b"")
-        durable.sync_folder(folder)
+            durable.write_new(directory / marker, b"")
+        durable.sync_directory(directory)
     except OSError as err:
-        raise RepositoryError(f"cannot create {folder / marker}: {err.strerror}") from err
+        raise RepositoryError(f"cannot create {directory / marker}: {err.strerror}") from err
 
 
-def remove(folder: Path, marker: str) -> None:
+def remove(directory: Path, marker: str) -> None:
     """Remove a marker, durably, if it is set. Raises RepositoryError."""
     try:
-        durable.remove(folder / marker)
+        durable.remove(directory / marker)
     except OSError as err:
-        raise RepositoryError(f"cannot remove {folder / marker}: {err.strerror}") from err
+        raise RepositoryError(f"cannot remove {directory / marker}: {err.strerror}") from err

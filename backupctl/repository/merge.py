@@ -21,8 +21,8 @@ step 4 is left. Step 2 is done by the caller: transfer moves the bytes.
 Three cases cannot be written in place. If the disk grew from lower to upper, and base has data beyond
 lower's end, that data would become visible as soon as lower's image grows. If the image has a second hard
 link (`cp -al`, `rsync --link-dest`), that copy would change. If its own tables are damaged, and call a used
-cluster free, QEMU would overwrite that cluster. Then the merged image is a new file in upper's folder, made
-of both layers, and step 4 renames that one over upper's.
+cluster free, QEMU would overwrite that cluster. Then the merged image is a new file in upper's directory,
+made of both layers, and step 4 renames that one over upper's.
 """
 
 from bisect import bisect_left
@@ -135,7 +135,7 @@ class Merge:
         checksum = digest_map.write_parts(ready, self.size, count, self.records)
         # The map is durable before the manifest names it: from then on a crash leads to step 4, which needs
         # it.
-        _sync_folder(ready.parent)
+        _sync_directory(ready.parent)
         with safe_open.unreadable(self.image):
             stored = image.stat()
         merged = Merged(self.lower.entry.parent, stored.st_size, stored.st_blocks * 512, checksum)
@@ -249,10 +249,10 @@ def _within(records: Records, first: int, size_bytes: int) -> Records:
 def _move(source: Path, target: Path) -> None:
     """Rename over a file, durably."""
     source.rename(target)
-    # Its new folder first: after a power failure it may have two names, but not none.
-    durable.sync_folder(target.parent)
+    # Its new directory first: after a power failure it may have two names, but not none.
+    durable.sync_directory(target.parent)
     if source.parent != target.parent:
-        durable.sync_folder(source.parent)
+        durable.sync_directory(source.parent)
 
 
 def _remove(path: Path) -> None:
@@ -273,8 +273,8 @@ def _drop_cache(path: Path) -> None:
         raise WriteFailed(str(err.strerror), subject=f"cannot sync {path}") from err
 
 
-def _sync_folder(path: Path) -> None:
+def _sync_directory(path: Path) -> None:
     try:
-        durable.sync_folder(path)
+        durable.sync_directory(path)
     except OSError as err:
         raise WriteFailed(str(err.strerror), subject=f"cannot sync {path}") from err

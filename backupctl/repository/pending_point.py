@@ -28,14 +28,14 @@ PARTIAL = ".partial"
 class PendingPoint:
     """A point that is not committed."""
 
-    folder: Path
+    directory: Path
     vm: VmName
     point: PointId
 
     @property
     def path(self) -> Path:
-        """Its folder."""
-        return self.folder / f"{self.point}{PARTIAL}"
+        """Its directory."""
+        return self.directory / f"{self.point}{PARTIAL}"
 
     def journal(self) -> Journal | None:
         """Return the run's journal; None if it is missing, damaged, or of another run.
@@ -80,25 +80,25 @@ class PendingPoint:
                 durable.sync_file(self.path / f"{entry.name}.digests")
             durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
             (self.path / journals.FILE_NAME).unlink()
-            durable.sync_folder(self.path)
+            durable.sync_directory(self.path)
             # Before the rename: a point that is removed later is missed only if the history knows of it.
-            history.record(self.folder, PointEvent("committed", self.point, manifest.checksum))
-            # A crash before the next line leaves a folder that recovery drops; after it, a complete point.
-            durable.rename(self.path, self.folder / self.point)
+            history.record(self.directory, PointEvent("committed", self.point, manifest.checksum))
+            # A crash before the next line leaves a directory that recovery drops; after it, a complete point.
+            durable.rename(self.path, self.directory / self.point)
         except OSError as err:
             raise RepositoryError(f"cannot commit {self.path}: {err.strerror}") from err
-        _log.debug("%s is committed", self.folder / self.point)
-        return Point(self.folder / self.point, manifest)
+        _log.debug("%s is committed", self.directory / self.point)
+        return Point(self.directory / self.point, manifest)
 
     def uncommit(self) -> None:
         """Make a committed point an unfinished one again, for `drop`. Raises RepositoryError."""
         try:
-            durable.rename(self.folder / self.point, self.path)
+            durable.rename(self.directory / self.point, self.path)
         except OSError as err:
-            raise RepositoryError(f"cannot rename {self.folder / self.point}: {err.strerror}") from err
+            raise RepositoryError(f"cannot rename {self.directory / self.point}: {err.strerror}") from err
 
     def drop(self) -> None:
-        """Remove the folder and all in it; after a crash in between it can be dropped again.
+        """Remove the directory and all in it; after a crash in between it can be dropped again.
 
         Raises RepositoryError.
         """
@@ -106,18 +106,18 @@ class PendingPoint:
         try:
             with suppress(FileNotFoundError):
                 _empty(self.path)  # first: on a full disk this frees the space for the history's line
-                # Before the folder goes: a crash in between would leave a point that the history calls
+                # Before the directory goes: a crash in between would leave a point that the history calls
                 # committed, and nothing else of it: it would be reported as missing.
-                history.undo(self.folder, self.point)
+                history.undo(self.directory, self.point)
                 shutil.rmtree(self.path)  # follows no symbolic link
         except OSError as err:
             raise RepositoryError(f"cannot remove {self.path}: {err.strerror}") from err
 
 
-def _empty(folder: Path) -> None:
-    if folder.is_symlink():
-        raise NotADirectoryError(errno.ENOTDIR, "it is a symbolic link", str(folder))
-    for path in folder.iterdir():
+def _empty(directory: Path) -> None:
+    if directory.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "it is a symbolic link", str(directory))
+    for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -18,7 +18,7 @@ class Point:
 
     @property
     def id(self) -> PointId:
-        """Its id, the folder's name."""
+        """Its id, the directory's name."""
         return self.manifest.point
 
     @property

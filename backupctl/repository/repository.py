@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The repository's folders.
+"""The repository's directories.
 
 ::
 
@@ -9,7 +9,7 @@
     REPOSITORY/VM/POINT/                  a committed recovery point
     REPOSITORY/VM/POINT.partial/          a run in progress, or one that was killed
 
-vm_folder.py says what is in a VM's folder.
+vm_directory.py says what is in a VM's directory.
 """
 
 import json
@@ -32,7 +32,7 @@ from backupctl.errors import (
 )
 from backupctl.names import Namespace, PointId, RepositoryId, VmName, next_point_id, vm_name
 from backupctl.repository import strict_json
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system import durable, locks, safe_open
 
 FORMAT = 1
@@ -52,14 +52,14 @@ class _Identity(strict_json.Document):
 
 @dataclass(frozen=True)
 class Repository:
-    """A folder of recovery points of any number of VMs."""
+    """A directory of recovery points of any number of VMs."""
 
     path: Path
     id: RepositoryId
 
     @classmethod
     def create(cls, path: Path) -> "Repository":
-        """Make a repository in an empty or missing folder. Raises RepositoryError."""
+        """Make a repository in an empty or missing directory. Raises RepositoryError."""
         try:
             return cls._make(path)
         except FileExistsError as err:
@@ -85,7 +85,7 @@ class Repository:
 
     @classmethod
     def open_or_create(cls, path: Path) -> "Repository":
-        """Open a repository, or make one in an empty or missing folder."""
+        """Open a repository, or make one in an empty or missing directory."""
         try:
             return cls.open(path)
         except NotARepository:
@@ -100,10 +100,10 @@ class Repository:
         made = RepositoryId(secrets.token_hex(16))
         content = (json.dumps({"format": FORMAT, "id": made}) + "\n").encode()
         try:
-            durable.make_folders(path)
+            durable.make_directories(path)
             cls.refuse_foreign(path)
             durable.publish(path / _FILE_NAME, content)
-            durable.sync_folder(path.absolute().parent)
+            durable.sync_directory(path.absolute().parent)
         except FileExistsError:
             raise
         except OSError as err:
@@ -112,10 +112,12 @@ class Repository:
 
     @staticmethod
     def refuse_foreign(path: Path) -> None:
-        """Raise NotARepository if a folder holds other files; OSError if it is not a folder."""
+        """Raise NotARepository if a directory holds other files; OSError if it is not a directory."""
         present = {entry.name for entry in path.iterdir()}
         if _FILE_NAME not in present and any(map(_is_foreign, present)):
-            raise NotARepository(f"{path} is not empty and is not a repository; use a new or an empty folder")
+            raise NotARepository(
+                f"{path} is not empty and is not a repository; use a new or an empty directory"
+            )
 
     @property
     def owner(self) -> Namespace:
@@ -123,27 +125,27 @@ class Repository:
         return Namespace.of(self.id)
 
     def vms(self) -> list[VmName]:
-        """Return the VMs that have a folder here."""
+        """Return the VMs that have a directory here."""
         found = []
-        for name in safe_open.folders(self.path):
+        for name in safe_open.directories(self.path):
             with suppress(InvalidName):
                 found.append(vm_name(name))
         return sorted(found)
 
-    def vm(self, name: VmName) -> VmFolder:
-        """Return a VM's folder, which need not exist yet. Raises RepositoryError."""
+    def vm(self, name: VmName) -> VmDirectory:
+        """Return a VM's directory, which need not exist yet. Raises RepositoryError."""
         if os.path.islink(self.path / vm_name(name)):  # noqa: PTH114 - other errors are reported by the open
             raise RepositoryError(
                 f"{self.path / name} is a symbolic link; a VM's points must be in the repository itself",
                 state=UNTOUCHED,
             )
-        return VmFolder(self.path / vm_name(name), name, self.id)
+        return VmDirectory(self.path / vm_name(name), name, self.id)
 
     @contextmanager
     def next_point(
-        self, folder: VmFolder, now: datetime, recorded: PointId | None = None
+        self, directory: VmDirectory, now: datetime, recorded: PointId | None = None
     ) -> Iterator[PointId]:
-        """Choose the id of a VM's next point; its folder is made in the block.
+        """Choose the id of a VM's next point; its directory is made in the block.
 
         recorded: the newest id that was found in QEMU. Raises Locked, RepositoryError.
         """
@@ -158,9 +160,9 @@ class Repository:
         try:
             if not locks.take(descriptor, _NAMING_SECONDS):
                 raise Locked(f"another run keeps {path} locked for longer than {_NAMING_SECONDS:g} s")
-            used = [known for known in (folder.newest(), recorded) if known]
+            used = [known for known in (directory.newest(), recorded) if known]
             point = next_point_id(now, max(used, default=None))
-            others = [other for name in self.vms() if (other := self.vm(name)).path != folder.path]
+            others = [other for name in self.vms() if (other := self.vm(name)).path != directory.path]
             while any(other.uses(point) for other in others):
                 point = next_point_id(now, point)
             yield point
@@ -178,6 +180,6 @@ def path_error(path: Path) -> str | None:
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a file of that name shows that a folder is used for something else."""
+    """Whether a file of that name shows that a directory is used for something else."""
     # A crash while a repository was being created leaves its temporary file: that is ours.
     return name != _LOST_AND_FOUND and not name.startswith(IN_THE_MAKING)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The virtual machine's own disks: their options, their files, their devices.
 
-In the state folder each disk has NAME.qcow2 or NAME.raw; a qcow2 also NAME.map (which clusters hold data)
+In the state directory each disk has NAME.qcow2 or NAME.raw; a qcow2 also NAME.map (which clusters hold data)
 and NAME.bitmaps. A raw disk's file is the disk. A qcow2's file has a real header, but its data are stored as
 `opening` describes.
 """
@@ -101,9 +101,9 @@ class Device:
             raise
 
 
-def open_disk(spec: DiskSpec, folder: Path, graph: Graph, emit_event: EventSink, opener: Opener) -> Node:
-    """Open a disk of the state folder, or create it; its bitmaps are loaded."""
-    path = folder / f"{spec.name}.{spec.format}"
+def open_disk(spec: DiskSpec, directory: Path, graph: Graph, emit_event: EventSink, opener: Opener) -> Node:
+    """Open a disk of the state directory, or create it; its bitmaps are loaded."""
+    path = directory / f"{spec.name}.{spec.format}"
     if not path.exists():
         _create(path, spec)
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -114,7 +114,7 @@ def open_disk(spec: DiskSpec, folder: Path, graph: Graph, emit_event: EventSink,
     )
     graph.add(file)
     node = (
-        _qcow2(spec, folder, path, emit_event)
+        _qcow2(spec, directory, path, emit_event)
         if spec.format == "qcow2"
         else RawNode(spec.node, "raw", emit_event)
     )
@@ -124,12 +124,12 @@ def open_disk(spec: DiskSpec, folder: Path, graph: Graph, emit_event: EventSink,
     return node
 
 
-def _qcow2(spec: DiskSpec, folder: Path, path: Path, emit_event: EventSink) -> Qcow2Node:
+def _qcow2(spec: DiskSpec, directory: Path, path: Path, emit_event: EventSink) -> Qcow2Node:
     with path.open("rb") as file:
         size = int(struct.unpack(">Q", file.read(32)[24:])[0])
-    store = kept_clusters(path, folder / f"{spec.name}.map", size, DATA_OFFSET)
+    store = kept_clusters(path, directory / f"{spec.name}.map", size, DATA_OFFSET)
     node = Qcow2Node(spec.node, "qcow2", emit_event, store=store)
-    bitmaps = BitmapFile(folder / f"{spec.name}.bitmaps")
+    bitmaps = BitmapFile(directory / f"{spec.name}.bitmaps")
     bitmaps.load(node)
     node.unstore, node.store_bitmaps = bitmaps.forget, lambda: bitmaps.save(node)
     return node

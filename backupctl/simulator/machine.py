@@ -30,11 +30,11 @@ disconnects (measured: tests/integration/test_guest.py)."""
 class Settings:
     """What a simulated QEMU is started with.
 
-    folder: of its disks. version: that it reports. cdroms: names of empty drives. paused: like -S.
+    directory: of its disks. version: that it reports. cdroms: names of empty drives. paused: like -S.
     keep_moments: copy the disks at the point in time of each backup.
     """
 
-    folder: Path
+    directory: Path
     disks: tuple[DiskSpec, ...]
     version: tuple[int, int, int] = (7, 2, 22)
     seed: int = 0
@@ -144,7 +144,7 @@ class Machine:
             return
         moment = Moment(self.moment.number + 1 if self.moment else 1, time.time())
         for name in [name for name, device in self.devices.items() if device.link]:
-            path = self.settings.folder / f"{name}.moment"
+            path = self.settings.directory / f"{name}.moment"
             guest.copy_out(self.top(name), path)
             moment.disks[name] = path
         self.moment = moment
@@ -179,7 +179,7 @@ class Machine:
         self.descriptors.close()
 
     def _plug(self, spec: DiskSpec) -> Node:
-        node = disks.open_disk(spec, self.settings.folder, self.graph, self.emit_event, self.opener)
+        node = disks.open_disk(spec, self.settings.directory, self.graph, self.emit_event, self.opener)
         iothread = f"io-{spec.name}" if spec.iothread else ""
         device = Device(spec.name, "virtio-blk-pci", None, iothread)
         device.write_to(self.graph, node)

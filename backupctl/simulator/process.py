@@ -35,7 +35,7 @@ class Sockets:
 class SimulatorOptions:
     """The options of `backupctl simulate`; disks and faults as text, in the simulator's own notation."""
 
-    folder: Path
+    directory: Path
     disks: tuple[str, ...]
     cdroms: tuple[str, ...]
     monitors: tuple[Path, ...]
@@ -57,7 +57,7 @@ async def serve(options: SimulatorOptions, ready: Callable[[], None]) -> None:
     disks = tuple(DiskSpec.parse(text) for text in options.disks)
     check_names(disks, options.cdroms)
     settings = Settings(
-        options.folder,
+        options.directory,
         disks,
         options.version,
         options.seed,

@@ -33,7 +33,7 @@ class Address(NamedTuple):
         return cls(path=path)
 
     def absolute(self) -> "Address":
-        """Return the same address for a process in another folder."""
+        """Return the same address for a process in another directory."""
         return Address(path=os.path.join(os.getcwd(), self.path)) if self.path else self  # noqa: PTH109, PTH118
 
     def connect(self, timeout_seconds: float) -> socket.socket:

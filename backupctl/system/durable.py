@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The few steps that make a change of a repository durable. All writes go through here.
 
-A file is durable after its own fsync and the fsync of the folder that names it. A failed fsync is never tried
-again: the kernel may have dropped the data, and a second fsync may then succeed without it.
+A file is durable after its own fsync and the fsync of the directory that names it. A failed fsync is never
+tried again: the kernel may have dropped the data, and a second fsync may then succeed without it.
 """
 
 import ctypes
@@ -40,8 +40,8 @@ def sync_and_forget(path: Path) -> None:
     _sync(path, os.O_RDONLY, forget=True)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to stable storage.
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to stable storage.
 
     Some file systems (FUSE, network) do not support it. Nothing in them is sure to survive a power failure,
     so no point is committed there. Raises OSError.
@@ -50,38 +50,38 @@ def sync_folder(path: Path) -> None:
         _sync(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as err:
         if err.errno in _NO_SYNC:
-            why = "its file system does not support fsync of folders, so no point would be durable in it"
+            why = "its file system does not support fsync of directories, so no point would be durable in it"
             raise OSError(err.errno, why, str(path)) from err
         raise
 
 
-def sync_folder_if_it_can(path: Path) -> None:
-    """Flush a folder's entries, if its file system supports that. Raises OSError."""
+def sync_directory_if_it_can(path: Path) -> None:
+    """Flush a directory's entries, if its file system supports that. Raises OSError."""
     try:
-        sync_folder(path)
+        sync_directory(path)
     except OSError as err:
         if err.errno not in _NO_SYNC:
             raise
 
 
-def make_folder(path: Path, mode: int = 0o700) -> None:
-    """Create a folder, durably. Raises FileExistsError, OSError."""
+def make_directory(path: Path, mode: int = 0o700) -> None:
+    """Create a directory, durably. Raises FileExistsError, OSError."""
     _log.debug("mkdir %s", path)
     path.mkdir(mode=mode)
-    sync_folder(path.parent)
+    sync_directory(path.parent)
 
 
-def make_folders(path: Path) -> None:
-    """Create a folder and the missing ones above it, durably, accessible to us only. Raises OSError."""
-    for folder in reversed([path, *path.parents]):
-        if not folder.is_dir():
-            _log.debug("mkdir %s", folder)
-            folder.mkdir(mode=0o700, exist_ok=True)
-            sync_folder(folder.parent)
+def make_directories(path: Path) -> None:
+    """Create a directory and the missing ones above it, durably, accessible to us only. Raises OSError."""
+    for directory in reversed([path, *path.parents]):
+        if not directory.is_dir():
+            _log.debug("mkdir %s", directory)
+            directory.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(directory.parent)
 
 
 def write_new(path: Path, content: bytes, more: Iterable[memoryview] = ()) -> None:
-    """Write and fsync a new file (not yet the folder that names it). Raises OSError."""
+    """Write and fsync a new file (not yet the directory that names it). Raises OSError."""
     _log.debug("write %s, %d bytes", path, len(content))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -102,7 +102,7 @@ def replace(path: Path, content: bytes) -> None:
     write_new(temporary, content)
     _log.debug("rename %s to %s", temporary, path)
     temporary.rename(path)
-    sync_folder(path.parent)
+    sync_directory(path.parent)
 
 
 def append(path: Path, end: int, content: bytes) -> None:
@@ -129,11 +129,11 @@ def publish(path: Path, content: bytes) -> None:
         place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_directory(path.parent)
 
 
 def place(temporary: Path, target: Path) -> None:
-    """Give a complete file its name, replacing nothing; not durable before the folder is synced.
+    """Give a complete file its name, replacing nothing; not durable before the directory is synced.
 
     Raises FileExistsError, OSError.
     """
@@ -162,14 +162,14 @@ def _rename_to_new(source: Path, target: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Rename a folder or file within its parent, durably.
+    """Rename a directory or file within its parent, durably.
 
     If the parent cannot be synced, the rename is undone. Raises OSError.
     """
     _log.debug("rename %s to %s", source, target)
     source.rename(target)
     try:
-        sync_folder(target.parent)
+        sync_directory(target.parent)
     except OSError:
         # The rename is the commit of a point. One that is not durable must not look committed: the VM's
         # bitmaps would be cleared for a point that a power failure takes away.
@@ -181,7 +181,7 @@ def remove(path: Path) -> None:
     """Remove a file, if it exists, durably. Raises OSError."""
     _log.debug("remove %s", path)
     path.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    sync_directory(path.parent)
 
 
 def _append(file: FileIO, end: int, content: bytes) -> None:

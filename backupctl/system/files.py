@@ -22,9 +22,9 @@ def used_bytes(descriptor: int) -> int:
     return used
 
 
-def free_bytes(folder: "Path") -> int:
-    """Return the bytes that an ordinary user can still write to the folder's file system."""
-    stat = os.statvfs(folder)
+def free_bytes(directory: "Path") -> int:
+    """Return the bytes that an ordinary user can still write to the directory's file system."""
+    stat = os.statvfs(directory)
     return stat.f_bavail * stat.f_frsize
 
 

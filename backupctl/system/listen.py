@@ -93,12 +93,12 @@ def _bind(listening: socket.socket, path: Path) -> os.stat_result:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(directory: Path) -> Iterator[None]:
     """Keep out other processes of ours, which may be about to replace the same stale socket."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if not locks.acquire(descriptor, _PATIENCE_SECONDS):
-            raise BlockingIOError(errno.EAGAIN, f"another process keeps {folder} locked")
+            raise BlockingIOError(errno.EAGAIN, f"another process keeps {directory} locked")
         yield
     finally:
         os.close(descriptor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Locks of files and folders: flock, which the kernel releases when the holder's process ends."""
+"""Locks of files and directories: flock, which the kernel releases when the holder's process ends."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from backupctl.errors import Locked, RepositoryError, RepositoryUnreadable
 
 
 def acquire(descriptor: int, patience_seconds: float, *, shared: bool = False) -> bool:
-    """Lock an open file or folder; False if others held it all that time. Raises OSError."""
+    """Lock an open file or directory; False if others held it all that time. Raises OSError."""
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
@@ -25,7 +25,7 @@ def acquire(descriptor: int, patience_seconds: float, *, shared: bool = False) -
 
 
 def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> bool:
-    """Lock a file or folder of a repository as `acquire` does. Raises RepositoryError."""
+    """Lock a file or directory of a repository as `acquire` does. Raises RepositoryError."""
     try:
         return acquire(descriptor, patience_seconds, shared=shared)
     except OSError as err:
@@ -33,11 +33,11 @@ def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> b
 
 
 @contextmanager
-def folder(path: Path, patience_seconds: float, *, shared: bool = False) -> Iterator[None]:
-    """Lock a folder for as long as the block lasts. Raises Locked, FileNotFoundError, RepositoryError.
+def directory(path: Path, patience_seconds: float, *, shared: bool = False) -> Iterator[None]:
+    """Lock a directory for as long as the block lasts. Raises Locked, FileNotFoundError, RepositoryError.
 
-    Some network file systems cannot lock folders. There, a reader goes on without a shared lock: nobody can
-    have the exclusive one either, so nothing is changed under the reader.
+    Some network file systems cannot lock directories. There, a reader goes on without a shared lock: nobody
+    can have the exclusive one either, so nothing is changed under the reader.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

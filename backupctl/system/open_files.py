@@ -34,7 +34,7 @@ class Place:
 
     @classmethod
     def of(cls, path: str | Path) -> "Place":
-        """Return the place of a file or folder. Raises OSError, ValueError."""
+        """Return the place of a file or directory. Raises OSError, ValueError."""
         found = os.statvfs(path)
         return cls(os.stat(path).st_dev, found.f_bavail * found.f_frsize)  # noqa: PTH116 - any text
 
@@ -116,12 +116,12 @@ def _is_emulator(process: int) -> bool:
 
 
 def _program(process: int) -> str:
-    folder = Path("/proc", str(process))
+    directory = Path("/proc", str(process))
     try:
-        return (folder / "exe").readlink().name.removesuffix(_DELETED)
+        return (directory / "exe").readlink().name.removesuffix(_DELETED)
     except PermissionError:  # another user's process
         with suppress(OSError):
-            return (folder / "comm").read_text(errors="replace").strip()
+            return (directory / "comm").read_text(errors="replace").strip()
     except OSError:  # a kernel thread, or the process has ended
         pass
     return ""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The one walk along a path, from the root to its end, by descriptors, at each folder and each link.
+"""The one walk along a path, from the root to its end, by descriptors, at each directory and each link.
 
-Whoever owns a folder, or may write to it, can replace what is in it at any moment, with a link to another
+Whoever owns a directory, or may write to it, can replace what is in it at any moment, with a link to another
 file or with a file of their own. So a look at a path's end alone says nothing of where the path leads next.
 """
 
@@ -13,27 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MOST_LINKS = 40  # as many as the kernel follows
-_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
 class Step:
-    """A folder, a link, or what the path ends at.
+    """A directory, a link, or what the path ends at.
 
     path: where it is, all links on the way followed. status: None if there is nothing of that name.
-    last: whether the path ends here. folder, name: the descriptor of the folder that it is in, open until the
-    next step, and its name there.
+    last: whether the path ends here. directory, name: the descriptor of the directory that it is in, open
+    until the next step, and its name there.
     """
 
     path: Path
     status: os.stat_result | None
     last: bool
-    folder: int
+    directory: int
     name: str
 
     @property
-    def is_folder(self) -> bool:
-        """Whether it is a folder."""
+    def is_directory(self) -> bool:
+        """Whether it is a directory."""
         return self.status is not None and stat.S_ISDIR(self.status.st_mode)
 
     @property
@@ -50,48 +50,48 @@ def walk(path: Path, *, may_be_missing: bool = False) -> Generator[Step]:
     """
     rest = list(reversed(path.absolute().parts[1:]))
     place, links, missing = Path("/"), 0, 0
-    folder = os.open("/", _FOLDER)
+    directory = os.open("/", _DIRECTORY)
     try:
-        yield Step(place, os.fstat(folder), not rest, folder, ".")
+        yield Step(place, os.fstat(directory), not rest, directory, ".")
         while rest:
             name = rest.pop()
             there = place.parent if name == ".." else place / name
             if missing:
                 place, missing = there, missing + (-1 if name == ".." else 1)
-                yield Step(place, None, not rest, folder, name)
+                yield Step(place, None, not rest, directory, name)
                 continue
             try:
                 # O_PATH: a pipe or a device is looked at, and not opened.
-                found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+                found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
             except FileNotFoundError:
                 if not may_be_missing:
                     raise
                 place, missing = there, 1
-                yield Step(place, None, not rest, folder, name)
+                yield Step(place, None, not rest, directory, name)
                 continue
             try:
-                step = Step(there, os.fstat(found), not rest, folder, name)
+                step = Step(there, os.fstat(found), not rest, directory, name)
                 yield step
                 if step.is_link:
                     links += 1
                     target = Path(_target(found, links, path))
                     rest += reversed(target.parts[1:] if target.is_absolute() else target.parts)
                     if target.is_absolute():
-                        place, root = Path("/"), os.open("/", _FOLDER)
-                        os.close(folder)
-                        folder = root
+                        place, root = Path("/"), os.open("/", _DIRECTORY)
+                        os.close(directory)
+                        directory = root
                     continue
                 place = there
-                folder, found = found, folder
+                directory, found = found, directory
             finally:
                 os.close(found)
     finally:
-        os.close(folder)
+        os.close(directory)
 
 
 def others_may_write(status: os.stat_result) -> bool:
-    """Whether group or others may write to a file, or replace what is in a folder."""
-    # In a sticky folder (/tmp) nobody else may rename or remove what is ours.
+    """Whether group or others may write to a file, or replace what is in a directory."""
+    # In a sticky directory (/tmp) nobody else may rename or remove what is ours.
     sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     return bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)) and not sticky
 

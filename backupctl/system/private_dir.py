@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Folders for sockets, which no other user may enter; those of killed processes are removed later."""
+"""Directories for sockets, which no other user may enter; those of killed processes are removed later."""
 
 import fcntl
 import os
@@ -17,15 +17,15 @@ from backupctl.system import locks
 _PREFIX = "bctl-"  # short: the path of a unix socket has at most 107 bytes
 _SOCKET_BYTES = 107
 _LONGEST = f"/{_PREFIX}xxxxxxxx/public/nbd.sock"
-_ELSEWHERE = ("/tmp", "/var/tmp")  # noqa: S108 - a folder of our own is made in it
+_ELSEWHERE = ("/tmp", "/var/tmp")  # noqa: S108 - a directory of our own is made in it
 _NEW_SECONDS = 60.0  # one that is being made is not locked yet
 
 
 @contextmanager
-def folder() -> Iterator[Path]:
-    """Create a folder for a socket, locked until the block ends; remove those of killed processes.
+def directory() -> Iterator[Path]:
+    """Create a directory for a socket, locked until the block ends; remove those of killed processes.
 
-    It is in the user's temporary folder, or in the system's if that path is too long for a socket or not
+    It is in the user's temporary directory, or in the system's if that path is too long for a socket or not
     UTF-8. Raises Failed.
     """
     with ExitStack() as made:
@@ -37,29 +37,29 @@ def folder() -> Iterator[Path]:
             made.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as err:
-            raise Failed(f"cannot use a temporary folder: {err.strerror or err}") from err
+            raise Failed(f"cannot use a temporary directory: {err.strerror or err}") from err
         yield Path(name)
 
 
 def check() -> None:
-    """Check that `folder` works, by making a socket in one. Raises Failed, naming the folder."""
-    with folder() as made, socket.socket(socket.AF_UNIX) as trial:
+    """Check that `directory` works, by making a socket in one. Raises Failed, naming the directory."""
+    with directory() as made, socket.socket(socket.AF_UNIX) as trial:
         try:
             trial.bind(str(made / "trial"))
         except OSError as err:
             why = err.strerror or str(err)
-            raise Failed(f"cannot make a socket in the temporary folder {made.parent}: {why}") from err
+            raise Failed(f"cannot make a socket in the temporary directory {made.parent}: {why}") from err
 
 
 def _base() -> Path:
-    """Return the first folder whose path is valid for QEMU and for a socket. Raises Failed."""
+    """Return the first directory whose path is valid for QEMU and for a socket. Raises Failed."""
     wanted = tempfile.gettempdir()
     for each in (wanted, *_ELSEWHERE):
         if _fits(each) and os.access(each, os.W_OK | os.X_OK):
             return Path(each)
     raise Failed(
-        f"cannot use the temporary folder {wanted} for a socket: its path must be UTF-8 and have "
-        f"{_SOCKET_BYTES - len(_LONGEST)} bytes at most; set TMPDIR to another folder"
+        f"cannot use the temporary directory {wanted} for a socket: its path must be UTF-8 and have "
+        f"{_SOCKET_BYTES - len(_LONGEST)} bytes at most; set TMPDIR to another directory"
     )
 
 
@@ -71,7 +71,7 @@ def _fits(path: str) -> bool:
 
 
 def _sweep(temporary: Path) -> None:
-    """Remove the folders of killed processes: those that nobody keeps locked."""
+    """Remove the directories of killed processes: those that nobody keeps locked."""
     for path in temporary.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             found = path.lstat()

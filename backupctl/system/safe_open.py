@@ -94,8 +94,8 @@ def there(path: Path) -> bool:
     return True
 
 
-def folders(path: Path) -> list[str]:
-    """Return the names of the folders in a folder, links not followed. Raises RepositoryUnreadable."""
+def directories(path: Path) -> list[str]:
+    """Return the names of the directories in a directory, links not followed. Raises RepositoryUnreadable."""
     with unreadable(path):
         try:
             with os.scandir(path) as entries:

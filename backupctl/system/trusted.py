@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which files may be believed: those that nobody but root and we could have written, as for ssh and sudo.
 
-A configuration says which monitor a root process speaks to and where it writes. So each folder and each link
-on the way to it is checked by its descriptor, the file is opened in the last folder that was checked, and
-what is read comes from the descriptor that was checked.
+A configuration says which monitor a root process speaks to and where it writes. So each directory and each
+link on the way to it is checked by its descriptor, the file is opened in the last directory that was checked,
+and what is read comes from the descriptor that was checked.
 """
 
 import errno
@@ -20,8 +20,8 @@ from backupctl.system import path_walk
 def read(path: Path, most_bytes: int) -> bytes:
     """Read a regular file that nobody else can change. Raises UsageError, OSError.
 
-    The path may be relative: the folders above the current one count as well. One byte more than `most_bytes`
-    is read of a file that is larger.
+    The path may be relative: the directories above the current one count as well. One byte more than
+    `most_bytes` is read of a file that is larger.
     """
     descriptor = _open(path)
     with os.fdopen(descriptor, "rb") as file:
@@ -45,16 +45,16 @@ def _open(path: Path) -> int:
             if step.is_link:
                 _refuse_owner(step.path, step.status)
             elif step.last:
-                return _open_file(step.path, step.name, step.folder, step.status)
+                return _open_file(step.path, step.name, step.directory, step.status)
             else:
-                _refuse_folder(step.path, step.status)
+                _refuse_directory(step.path, step.status)
     raise AssertionError("a walk ends with a last step")
 
 
-def _open_file(shown: Path, name: str, folder: int, seen: os.stat_result) -> int:
+def _open_file(shown: Path, name: str, directory: int, seen: os.stat_result) -> int:
     """Open the file itself; anything but a regular file is not even opened. Raises UsageError, OSError."""
     _refuse_file(shown, seen)
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
     try:
         _refuse_file(shown, os.fstat(descriptor))
     except BaseException:
@@ -70,7 +70,7 @@ def _refuse_file(shown: Path, status: os.stat_result) -> None:
     _refuse_writable(shown, status)
 
 
-def _refuse_folder(shown: Path, status: os.stat_result) -> None:
+def _refuse_directory(shown: Path, status: os.stat_result) -> None:
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(shown))
     _refuse_owner(shown, status)

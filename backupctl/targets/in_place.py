@@ -23,7 +23,7 @@ from backupctl.images import foreign_header, nbd_server, open_image
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ForeignHeader, ImageFeature
 from backupctl.images.open_image import OpenImage
-from backupctl.system import qemu_tools, safe_folder
+from backupctl.system import qemu_tools, safe_directory
 
 if TYPE_CHECKING:
     import subprocess
@@ -146,7 +146,7 @@ def opened(path: Path, image_format: ImageFormat, allowed: Collection[ImageFeatu
             hint="restore without --only-changed, or name an image that exists",
         )
     try:
-        found = safe_folder.resolve(path)
+        found = safe_directory.resolve(path)
     except UsageError as err:
         raise err.add(state=UNTOUCHED) from err
     device = found.is_block_device()

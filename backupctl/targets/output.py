@@ -19,7 +19,7 @@ from backupctl.images import foreign_header
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import ImageFeature
 from backupctl.images.open_image import OpenImage
-from backupctl.system import durable, locks, safe_folder
+from backupctl.system import durable, locks, safe_directory
 from backupctl.targets import ownership
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid
@@ -112,16 +112,16 @@ def file(
 ) -> Iterator[OpenImage]:
     """Yield an open, empty file to write to; when the block ends, it is `target`, durably.
 
-    What is written to its descriptor goes into it, whatever happens to its name. A missing folder is made.
+    What is written to its descriptor goes into it, whatever happens to its name. A missing directory is made.
     Temporary files that killed restores to the same target left are removed. A file that is replaced passes
     on its owner, mode, ACL and labels; warn: called with those that could not be set.
 
     Raises TargetExists, Locked, WriteFailed, OSError; UsageError for a file in use, and, as root, for a
-    folder that others may write to.
+    directory that others may write to.
     """
     target = place_of(target)
     if not target.parent.is_dir():
-        durable.make_folder(target.parent)
+        durable.make_directory(target.parent)
     descriptor, temporary = _claim(target)
     with OpenImage(temporary, descriptor) as image:
         try:
@@ -133,20 +133,21 @@ def file(
             with suppress(OSError):  # the first error is the one to report
                 temporary.unlink()
             raise
-        durable.sync_folder_if_it_can(target.parent)  # else a power failure costs the restore, no backup
+        durable.sync_directory_if_it_can(target.parent)  # else a power failure costs the restore, no backup
 
 
 def place_of(target: Path, option: str = "--to") -> Path:
-    """Return where a target really is. As root, raises UsageError if others may write to its folder.
+    """Return where a target really is. As root, raises UsageError if others may write to its directory.
 
     option: the one that named the target, for the hint.
     """
     try:
-        return safe_folder.resolve(target)
+        return safe_directory.resolve(target)
     except UsageError as err:
         raise err.add(
             state=UNTOUCHED,
-            hint=f"use a folder that only root can write to, e.g. {option} {safe_folder.SAFE}{target.name}",
+            hint="use a directory that only root can write to, e.g. "
+            f"{option} {safe_directory.SAFE}{target.name}",
         ) from err
 
 

@@ -54,7 +54,7 @@ def _attributes(old: int, new: int, acls: Collection[str]) -> list[str]:
             if name in wanted:
                 os.setxattr(new, name, wanted[name])
             elif name in acls:
-                os.removexattr(new, name)  # inherited from the folder
+                os.removexattr(new, name)  # inherited from the directory
         except OSError as err:
             lost.append(f"{name} ({err.strerror})")
     return lost

@@ -88,7 +88,7 @@ class PointFacts(Protocol):
         """The names of what this repository has in the VM."""
 
     def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder has its final name: THE question of every recovery."""
+        """Whether the point's directory has its final name: THE question of every recovery."""
 
     def is_another_vms(self, point: PointId) -> bool:
         """Whether a point belongs to another VM of the repository, whose disk this one was."""
@@ -141,7 +141,7 @@ class Request:
     facts: PointFacts
     disks: tuple[DiskSnapshot, ...]
     budgets: tuple[ScratchBudget, ...]
-    scratch_folder: Path
+    scratch_directory: Path
     view: ViewKind
     will_freeze: bool
 
@@ -280,8 +280,8 @@ class Driver(Resolver, Protocol):
     def view_error(self, view: ViewKind, disks: Sequence[Disk]) -> str:
         """Say why these disks cannot have this view; "" if they can. Raises MonitorError."""
 
-    def check_scratch(self, folder: Path) -> None:
-        """Refuse a scratch folder whose path cannot be passed to the VM. Raises Refused."""
+    def check_scratch(self, directory: Path) -> None:
+        """Refuse a scratch directory whose path cannot be passed to the VM. Raises Refused."""
 
     def plan_scratch(
         self, disks: Sequence[Disk], options: ScratchOptions, guests: str = ""
@@ -291,8 +291,8 @@ class Driver(Resolver, Protocol):
         Raises Refused if there is too little, MonitorError.
         """
 
-    def filling(self, folders: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
-        """Return for each folder that a run fills who else needs its file system. Raises MonitorError."""
+    def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
+        """Return for each directory that a run fills who else needs its file system. Raises MonitorError."""
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """Return the VM as it will be after `resolve`. Changes nothing. Raises MonitorError, Refused."""

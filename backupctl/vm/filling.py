@@ -16,20 +16,20 @@ from backupctl.errors import Failed, WriteFailed
 from backupctl.system import open_files
 from backupctl.system.files import free_bytes
 from backupctl.system.open_files import Place
-from backupctl.vm.scratch_folder import LOW_BYTES
+from backupctl.vm.scratch_directory import LOW_BYTES
 
 _AGAIN_SECONDS = 2.0
 
 
 class Filling:
-    """The file system of a folder that we fill.
+    """The file system of a directory that we fill.
 
     guests: what of the VM at hand lies on it, in words, "" if nothing is known to. process: that VM's QEMU,
     None if that is not known.
     """
 
-    def __init__(self, folder: Path, guests: str = "", process: int | None = None) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path, guests: str = "", process: int | None = None) -> None:
+        self.directory = directory
         self._guests = guests
         self._process = process
         self._asked = -_AGAIN_SECONDS
@@ -37,15 +37,15 @@ class Filling:
     def check(self, error: type[Failed] = Failed) -> None:
         """Raise `error` if room is becoming scarce that a virtual machine may need.
 
-        A folder that can't be looked at is left to whoever writes there.
+        A directory that can't be looked at is left to whoever writes there.
         """
         with suppress(OSError):
-            left = free_bytes(self.folder)
+            left = free_bytes(self.directory)
             if left >= LOW_BYTES or time.monotonic() - self._asked < _AGAIN_SECONDS:
                 return
             if who := self.who():
                 raise error(
-                    f"the file system of {self.folder} is filling up ({left >> 20} MiB left), and {who}: "
+                    f"the file system of {self.directory} is filling up ({left >> 20} MiB left), and {who}: "
                     "gave up before the guest's own writes could fail"
                 )
             self._asked = time.monotonic()
@@ -57,7 +57,7 @@ class Filling:
         """
         if self._guests:
             return self._guests
-        place, doubt = Place.of(self.folder), ""
+        place, doubt = Place.of(self.directory), ""
         for process in sorted({*open_files.emulators(), *([self._process] if self._process else [])}):
             files = open_files.written(process)
             if files is None:
@@ -75,5 +75,5 @@ def watching(cancel: Cancellation, target: Path) -> Cancellation:
     """
     if target.exists() and not target.is_file():
         return cancel
-    filling = Filling(next(folder for folder in target.absolute().parents if folder.is_dir()))
+    filling = Filling(next(directory for directory in target.absolute().parents if directory.is_dir()))
     return cancel.also(lambda: filling.check(WriteFailed))

@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """Hand out a private folder whose name is short: a unix socket's path has 107 bytes at most."""
+def short_directory() -> Iterator[Path]:
+    """Hand out a private directory whose name is short: a unix socket's path has 107 bytes at most."""
     with tempfile.TemporaryDirectory(prefix="bc-") as name:
         yield Path(name)

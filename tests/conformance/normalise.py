@@ -4,7 +4,7 @@
 - the time of events, and the name of the package in the version;
 - numbers of descriptors, bytes that a file takes on disk;
 - by how much the file below a qcow2 (`fil…`) went over its write threshold: in pieces that no one promises;
-- the folder of the run, and `json:` file names, whose order of members is nobody's promise;
+- the directory of the run, and `json:` file names, whose order of members is nobody's promise;
 - names that QEMU makes up (``#block123``), numbered by their first appearance;
 - JOB_STATUS_CHANGE to `paused` and back: a job is paused whenever QEMU drains its node, and how often is
   no part of the protocol;
@@ -22,8 +22,8 @@ _AUTOMATIC = re.compile(r"#block\d+")
 class Normaliser:
     """Makes values comparable. One for each transcript, since it numbers names."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = str(folder)
+    def __init__(self, directory: Path) -> None:
+        self._directory = str(directory)
         self._names: dict[str, str] = {}
 
     def __call__(self, value: Any) -> Any:
@@ -51,7 +51,7 @@ class Normaliser:
     def _text(self, text: str) -> str:
         if text.startswith("json:"):
             return "<json: file name>"
-        text = text.replace(self._folder, "<folder>")
+        text = text.replace(self._directory, "<directory>")
         if text.startswith("Permission conflict"):
             # Which of the jobs' nameless filters QEMU counts first depends on what it refused before.
             return _AUTOMATIC.sub("<auto>", text)

@@ -54,11 +54,11 @@ class Session:
 
     def __init__(self, subject: subjects.Subject, *, greeted: bool = True) -> None:
         self.subject = subject
-        self.folder = subject.folder
-        self.nbd_socket = subject.folder / "nbd"
+        self.directory = subject.directory
+        self.nbd_socket = subject.directory / "nbd"
         self.transcript = Transcript()
         self.monitor = Monitor(subject.qmp)
-        self._tidy = normalise.Normaliser(subject.folder)
+        self._tidy = normalise.Normaliser(subject.directory)
         if greeted:
             self.monitor.receive()
             self.monitor.execute("qmp_capabilities")
@@ -153,7 +153,7 @@ class Session:
         self, node: str = "tmp0", backing: str | None = "drive-vda", file: str = "", **more: Any
     ) -> Any:
         """Add an empty qcow2 node, over a backing node unless that is None."""
-        path = subjects.image(self.folder / (file or f"{node}.img"))
+        path = subjects.image(self.directory / (file or f"{node}.img"))
         over = {"backing": backing} | more
         return self.do("blockdev-add", driver="qcow2", node_name=node, file=_file(path), **over)
 
@@ -200,11 +200,11 @@ def _file(path: Path) -> dict[str, str]:
     return {"driver": "file", "filename": str(path)}
 
 
-def play(name: str, subject: str, folder: Path) -> Transcript:
+def play(name: str, subject: str, directory: Path) -> Transcript:
     """Play a script on a subject, return its transcript. Raises subjects.Missing."""
     chosen = SCRIPTS[name]
     subjects.available(subject)
-    with subjects.started(subject, folder, chosen.extras) as running:
+    with subjects.started(subject, directory, chosen.extras) as running:
         session = Session(running, greeted=not name.endswith("negotiation"))
         chosen.play(session)
         return session.finish()

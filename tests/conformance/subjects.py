@@ -41,9 +41,9 @@ _START_SECONDS = 20.0
 
 
 class Subject(Protocol):
-    """A running VM. qmp: its monitor's socket. folder: where scripts may put files."""
+    """A running VM. qmp: its monitor's socket. directory: where scripts may put files."""
 
-    folder: Path
+    directory: Path
     qmp: Path
 
     def restart(self, *, kill: bool) -> None:
@@ -64,34 +64,34 @@ class Missing(Exception):
 
 
 @contextmanager
-def started(name: str, folder: Path, extras: frozenset[str] = frozenset()) -> Iterator[Subject]:
+def started(name: str, directory: Path, extras: frozenset[str] = frozenset()) -> Iterator[Subject]:
     """Start a subject and end it when the block is left. Raises Missing."""
-    command = (_simulator_command if name in SIMULATED else _qemu_command)(name, folder, extras)
-    with closing(Process(command, folder)) as process:
+    command = (_simulator_command if name in SIMULATED else _qemu_command)(name, directory, extras)
+    with closing(Process(command, directory)) as process:
         subject = Simulator(process) if name in SIMULATED else RealQemu(process)
         with subject:
             yield subject
 
 
 class Process:
-    """What runs behind a subject's sockets in `folder`."""
+    """What runs behind a subject's sockets in `directory`."""
 
-    def __init__(self, command: list[str], folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, command: list[str], directory: Path) -> None:
+        self.directory = directory
         self._command = command
         self._running = self._start()
 
     def _start(self) -> "subprocess.Popen[bytes] | ForkedProcess":
         for name in ("qmp", "hmp", "control", "agent", "nbd"):
-            (self.folder / name).unlink(missing_ok=True)
-        with (self.folder / "log").open("ab") as log:
+            (self.directory / name).unlink(missing_ok=True)
+        with (self.directory / "log").open("ab") as log:
             if self._command[0] == "simulate":
-                program = CallSpec(self._command, ENVIRONMENT, str(self.folder))
+                program = CallSpec(self._command, ENVIRONMENT, str(self.directory))
                 process = fork_server.shared().start(program, log, log)
             else:
                 process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            _wait_for(self.folder / "qmp", process, self.folder / "log")
+            _wait_for(self.directory / "qmp", process, self.directory / "log")
         except BaseException:
             process.kill()
             process.wait(10)
@@ -116,12 +116,12 @@ class RealQemu:
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        self.folder = process.folder
-        self.qmp = self.folder / "qmp"
+        self.directory = process.directory
+        self.qmp = self.directory / "qmp"
         self._guest = self._take_pen()
 
     def _take_pen(self) -> Monitor:
-        guest = Monitor(self.folder / "hmp")
+        guest = Monitor(self.directory / "hmp")
         guest.receive()
         guest.execute("qmp_capabilities")
         return guest
@@ -147,7 +147,7 @@ class RealQemu:
         self._io(disk, f"discard {offset} {length}")
 
     def _io(self, disk: str, command: str) -> None:
-        log = self.folder / "log"
+        log = self.directory / "log"
         before = log.stat().st_size
         backend = disk if disk.startswith("sd") else f"/machine/peripheral/{disk}/virtio-backend"
         line = f'qemu-io -d {backend} "{command}"'
@@ -165,13 +165,13 @@ class Simulator:
 
     def __init__(self, process: Process) -> None:
         self._process = process
-        self.folder = process.folder
-        self.qmp = self.folder / "qmp"
+        self.directory = process.directory
+        self.qmp = self.directory / "qmp"
         self._connect()
 
     def _connect(self) -> None:
-        self._control = Monitor(self.folder / "control")
-        self._second = Monitor(self.folder / "hmp")
+        self._control = Monitor(self.directory / "control")
+        self._second = Monitor(self.directory / "hmp")
 
     def restart(self, *, kill: bool) -> None:
         self.__exit__()
@@ -241,7 +241,7 @@ def image(path: Path, form: str = "qcow2", size: int = SIZE) -> Path:
     return path
 
 
-def _qemu_command(version: str, folder: Path, extras: frozenset[str]) -> list[str]:
+def _qemu_command(version: str, directory: Path, extras: frozenset[str]) -> list[str]:
     command = [
         *builds.build(version).system,
         "-machine",
@@ -255,10 +255,10 @@ def _qemu_command(version: str, folder: Path, extras: frozenset[str]) -> list[st
     if "running" not in extras:
         command += ["-S"]
     for monitor in ("hmp", "qmp"):
-        command += ["-qmp", f"unix:{folder / monitor},server=on,wait=off"]
-    command += _disk("vda", "qcow2", folder) + _disk("vdb", "raw", folder)
+        command += ["-qmp", f"unix:{directory / monitor},server=on,wait=off"]
+    command += _disk("vda", "qcow2", directory) + _disk("vdb", "raw", directory)
     if "readonly" in extras:
-        command += _disk("vdc", "qcow2", folder, readonly=True)
+        command += _disk("vdc", "qcow2", directory, readonly=True)
     if "cd" in extras:
         command += ["-device", "ide-cd,id=cd0,bus=ide.0"]
     if "scsi" in extras:
@@ -268,25 +268,25 @@ def _qemu_command(version: str, folder: Path, extras: frozenset[str]) -> list[st
     return command
 
 
-def _disk(name: str, form: str, folder: Path, *, readonly: bool = False) -> list[str]:
-    path = image(folder / f"{name}.{form}", form)
+def _disk(name: str, form: str, directory: Path, *, readonly: bool = False) -> list[str]:
+    path = image(directory / f"{name}.{form}", form)
     node = {"driver": form, "node-name": f"drive-{name}", "discard": "unmap", "read-only": readonly}
     node["file"] = {"driver": "file", "filename": str(path), "discard": "unmap"}
     return ["-blockdev", json.dumps(node), "-device", f"virtio-blk-pci,id={name},drive=drive-{name}"]
 
 
-def _simulator_command(name: str, folder: Path, extras: frozenset[str]) -> list[str]:
+def _simulator_command(name: str, directory: Path, extras: frozenset[str]) -> list[str]:
     command = ["simulate", "--version", SIMULATED[name]]
-    command += ["--state", str(folder), "--disk", "vda=4M", "--disk", "vdb=4M,format=raw"]
+    command += ["--state", str(directory), "--disk", "vda=4M", "--disk", "vdb=4M,format=raw"]
     if "running" not in extras:
         command += ["--paused"]
     if "readonly" in extras:
         command += ["--disk", "vdc=4M,readonly=on"]
     if "cd" in extras:
         command += ["--cdrom", "cd0"]
-    command += ["--qmp", str(folder / "hmp")]
+    command += ["--qmp", str(directory / "hmp")]
     for socket in ("qmp", "agent", "control"):
-        command += [f"--{socket}", str(folder / socket)]
+        command += [f"--{socket}", str(directory / socket)]
     return command
 
 

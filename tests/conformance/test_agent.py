@@ -54,21 +54,21 @@ class Agent:
 
 
 @pytest.fixture(params=[REAL, *subjects.SIMULATED])
-def agent(request: pytest.FixtureRequest, short_folder: Path) -> Iterator[Agent]:
-    with _started(request.param, short_folder) as found:
+def agent(request: pytest.FixtureRequest, short_directory: Path) -> Iterator[Agent]:
+    with _started(request.param, short_directory) as found:
         yield found
 
 
 @pytest.fixture(params=list(subjects.SIMULATED))
-def freezer(request: pytest.FixtureRequest, short_folder: Path) -> Iterator[Agent]:
-    with _started(request.param, short_folder) as found:
+def freezer(request: pytest.FixtureRequest, short_directory: Path) -> Iterator[Agent]:
+    with _started(request.param, short_directory) as found:
         yield found
 
 
 @contextmanager
-def _started(name: str, folder: Path) -> Iterator[Agent]:
-    with _qemu_ga(folder) if name == REAL else _simulator(name, folder):
-        found = Agent(folder / "agent")
+def _started(name: str, directory: Path) -> Iterator[Agent]:
+    with _qemu_ga(directory) if name == REAL else _simulator(name, directory):
+        found = Agent(directory / "agent")
         try:
             yield found
         finally:
@@ -76,26 +76,26 @@ def _started(name: str, folder: Path) -> Iterator[Agent]:
 
 
 @contextmanager
-def _simulator(name: str, folder: Path) -> Iterator[None]:
+def _simulator(name: str, directory: Path) -> Iterator[None]:
     subjects.required(name)
-    with subjects.started(name, folder):
+    with subjects.started(name, directory):
         yield
 
 
 @contextmanager
-def _qemu_ga(folder: Path) -> Iterator[None]:
+def _qemu_ga(directory: Path) -> Iterator[None]:
     program = os.environ.get("QEMU_GA") or _debians_qemu_ga()
     # What may harm the host is asked of the program itself, so that a newer one's commands are blocked too.
     listed = subprocess.run([program, "-b", "help"], capture_output=True, text=True, timeout=20, check=True)
     blocked = sorted(set(listed.stdout.split()) - set(HARMLESS))
     assert set(FREEZING) <= set(blocked), f"{program} does not list its commands"
-    command = [program, "-m", "unix-listen", "-p", str(folder / "agent"), "-t", str(folder)]
-    with (folder / "log").open("wb") as log:
+    command = [program, "-m", "unix-listen", "-p", str(directory / "agent"), "-t", str(directory)]
+    with (directory / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "-b", ",".join(blocked)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
     try:
-        _wait_for(folder / "agent", process)
+        _wait_for(directory / "agent", process)
         yield
     finally:
         process.kill()

@@ -45,10 +45,10 @@ def test_equal_transcripts_have_no_difference() -> None:
 
 
 def test_what_varies_from_run_to_run_is_taken_out() -> None:
-    """Times, folders and made-up names; equal names stay equal, different ones different."""
+    """Times, directories and made-up names; equal names stay equal, different ones different."""
     tidy = Normaliser(Path("/run/x"))
     value = tidy({"timestamp": 5, "file": "/run/x/f", "a": "#block12", "b": "#block99", "c": "#block12"})
-    expected = {"timestamp": "<timestamp>", "file": "<folder>/f", "a": "<auto 0>", "b": "<auto 1>"}
+    expected = {"timestamp": "<timestamp>", "file": "<directory>/f", "a": "<auto 0>", "b": "<auto 1>"}
     assert value == expected | {"c": "<auto 0>"}
 
 
@@ -73,19 +73,19 @@ def test_the_readme_lists_exactly_the_allowed_differences() -> None:
 
 
 @pytest.mark.parametrize("entry", OF_REAL_QEMUS, ids=lambda entry: entry.name)
-def test_an_allowed_difference_still_happens(entry: differences.Allowed, short_folder: Path) -> None:
+def test_an_allowed_difference_still_happens(entry: differences.Allowed, short_directory: Path) -> None:
     """An entry that no script needs any more must leave the list."""
-    assert any(_happens(entry, name, short_folder) for name in _scripts_of(entry))
+    assert any(_happens(entry, name, short_directory) for name in _scripts_of(entry))
 
 
 def _scripts_of(entry: differences.Allowed) -> list[str]:
     return [name for name in sorted(session.SCRIPTS) if differences.matches(entry.scripts, name)]
 
 
-def _happens(entry: differences.Allowed, name: str, folder: Path) -> bool:
+def _happens(entry: differences.Allowed, name: str, directory: Path) -> bool:
     played = []
     for subject in entry.pair:
-        own = folder / f"{name.replace(':', '-')[:40]}-{subject}"
+        own = directory / f"{name.replace(':', '-')[:40]}-{subject}"
         own.mkdir()
         subjects.required(subject)
         played.append(session.play(name, subject, own))

@@ -44,10 +44,12 @@ DANGERS = [
 
 @pytest.mark.parametrize("version", subjects.REAL)
 @pytest.mark.parametrize("danger", DANGERS, ids=lambda danger: danger.__name__)
-def test_this_command_kills_qemu(danger: Callable[[Session], None], version: str, short_folder: Path) -> None:
+def test_this_command_kills_qemu(
+    danger: Callable[[Session], None], version: str, short_directory: Path
+) -> None:
     """QEMU dies of a command that should have been answered."""
     subjects.required(version)
-    with subjects.started(version, short_folder) as subject:
+    with subjects.started(version, short_directory) as subject:
         session = Session(subject)
         session.do("block-dirty-bitmap-add", node="drive-vda", name="b0")
         with pytest.raises(MonitorClosed):

@@ -15,37 +15,37 @@ LONG = range(1000, 1000 + int(os.environ.get("BACKUPCTL_SEQUENCES", "1000")))
 
 
 @pytest.mark.parametrize("seed", QUICK)
-def test_a_random_sequence_is_answered_alike(seed: int, short_folder: Path) -> None:
+def test_a_random_sequence_is_answered_alike(seed: int, short_directory: Path) -> None:
     """Replies, events, bitmaps and bytes of a random sequence are the same on the oldest and the newest."""
-    _compare(sequences.draw(seed), seed, short_folder, subjects.ENDS)
+    _compare(sequences.draw(seed), seed, short_directory, subjects.ENDS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", LONG)
-def test_a_longer_random_sequence_is_answered_alike(seed: int, short_folder: Path) -> None:
+def test_a_longer_random_sequence_is_answered_alike(seed: int, short_directory: Path) -> None:
     """The same for many sequences more, of twice the length, on all subjects."""
-    _compare(sequences.draw(seed, 50), seed, short_folder, subjects.PAIRS)
+    _compare(sequences.draw(seed, 50), seed, short_directory, subjects.PAIRS)
 
 
-def _compare(steps: list[sequences.Step], seed: int, folder: Path, among: list[Pair]) -> None:
-    for pair, found in together.check("random", _player(steps, folder / "whole"), among).items():
-        story = "\n".join(f"  {step}" for step in _cut_down(steps, pair, folder))
+def _compare(steps: list[sequences.Step], seed: int, directory: Path, among: list[Pair]) -> None:
+    for pair, found in together.check("random", _player(steps, directory / "whole"), among).items():
+        story = "\n".join(f"  {step}" for step in _cut_down(steps, pair, directory))
         unlike = "\n".join(found[:20])
         pytest.fail(f"seed {seed}, {'~'.join(pair)}:\n{unlike}\nwhat is enough to see a difference:\n{story}")
 
 
-def _cut_down(steps: list[sequences.Step], pair: Pair, folder: Path) -> list[sequences.Step]:
+def _cut_down(steps: list[sequences.Step], pair: Pair, directory: Path) -> list[sequences.Step]:
     """Leave out, one at a time from the last, the steps without which the subjects still differ."""
     for number in reversed(range(len(steps))):
         fewer = steps[:number] + steps[number + 1 :]
-        if together.differing("random", _player(fewer, folder / f"without-{number}"), [pair]):
+        if together.differing("random", _player(fewer, directory / f"without-{number}"), [pair]):
             steps = fewer
     return steps
 
 
-def _player(steps: list[sequences.Step], folder: Path) -> Callable[[str], Transcript]:
+def _player(steps: list[sequences.Step], directory: Path) -> Callable[[str], Transcript]:
     def play(name: str) -> Transcript:
-        own = folder / name
+        own = directory / name
         own.mkdir(parents=True)
         with subjects.started(name, own) as subject:
             session = Session(subject)

@@ -9,11 +9,11 @@ assert scripts.bitmaps  # registers the scripts
 
 
 @pytest.mark.parametrize("name", sorted(session.SCRIPTS))
-def test_all_answer_alike(name: str, short_folder: Path) -> None:
+def test_all_answer_alike(name: str, short_directory: Path) -> None:
     """All subjects answer a script alike, field by field, but for what `differences` allows."""
 
     def play(subject: str) -> session.Transcript:
-        own = short_folder / subject
+        own = short_directory / subject
         own.mkdir()
         return session.play(name, subject, own)
 

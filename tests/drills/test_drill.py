@@ -32,7 +32,7 @@ PLANTED = {
     "+ ([bitmaps._on(base.node, base.name, 'enable')] if new and base and not base.recording else [])\n",
     # A job is left behind.
     "sigterm": "from backupctl.vm.qmp import teardown\nteardown.teardown = lambda *a, **k: []\n",
-    # The guard leaves the guest frozen when its run dies. (It is started without our folder in its path.)
+    # The guard leaves the guest frozen when its run dies. (It is started without our directory in its path.)
     "kill-full-transaction": "from backupctl.vm.guest import guard\n"
     "guard.PROGRAM = 'import threading; start = threading.Thread.start; threading.Thread.start = "
     'lambda self: self._target.__name__ == "_go_on_thawing" or start(self); \' + guard.PROGRAM\n',
@@ -49,16 +49,16 @@ PLANTED = {
 
 
 def drill(
-    folder: Path, *arguments: str, planted: str = "", **environment: str
+    directory: Path, *arguments: str, planted: str = "", **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     """Call it; planted: Python that each run of backupctl begins with."""
     body = textwrap.indent(planted or "pass", "    ")
-    (folder / "sitecustomize.py").write_text(
+    (directory / "sitecustomize.py").write_text(
         f"import sys\nif {{{', '.join(map(repr, PLANTED_IN))}}} & set(sys.orig_argv):\n{body}"
     )
     return subprocess.run(
         [sys.executable, "-m", "backupctl", "drill", *arguments],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "COLUMNS": "120", **environment},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{directory}", "COLUMNS": "120", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -109,5 +109,5 @@ def test_nothing_is_left_behind(tmp_path):
     done = drill(tmp_path, "kill-full-copy", "qemu-crashes", TMPDIR=str(tmp_path / "tmp"))
     assert done.returncode == 0, done.stderr
     left = [path.name for path in (tmp_path / "tmp").iterdir()]
-    # A folder for the socket of a run that was killed is swept by a later one.
+    # A directory for the socket of a run that was killed is swept by a later one.
     assert [name for name in left if not name.startswith("bctl-")] == []

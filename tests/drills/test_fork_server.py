@@ -30,8 +30,8 @@ def server(tmp_path):
         yield one
 
 
-def call(server: ForkServer, body: str, folder: Path = Path("/"), timeout: float = 30, **environment: str):
-    return server.run(CallSpec([body], environment, str(folder), ENTRY), timeout)
+def call(server: ForkServer, body: str, directory: Path = Path("/"), timeout: float = 30, **environment: str):
+    return server.run(CallSpec([body], environment, str(directory), ENTRY), timeout)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_an_exception_is_told_as_by_the_interpreter(server):
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-def test_a_call_has_its_own_environment_folder_and_streams_and_no_other_descriptors(server, tmp_path):
+def test_a_call_has_its_own_environment_directory_and_streams_and_no_other_descriptors(server, tmp_path):
     body = "print(dict(os.environ), os.getcwd(), sys.stdin.read() == '', os.listdir('/proc/self/fd'))"
     done = call(server, body, tmp_path, A="b")
     assert done.stdout == f"{{'A': 'b'}} {tmp_path} True ['0', '1', '2', '3']\n"  # 3: of the listing itself
@@ -116,8 +116,8 @@ def test_running_calls_end_with_the_fork_server(tmp_path):
         call(server, "pass")
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{folder}"}
+def environment(directory: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{directory}"}
 
 
 def await_end(process: int) -> None:

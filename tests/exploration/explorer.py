@@ -94,7 +94,7 @@ class Explorer:
         crashed = "crash" in (first.action, again and again.action)
         self._right(before, crashed=crashed)
         self.cases += 1
-        if crashed or len(list(self._folder.glob("*Z"))) > POINTS:
+        if crashed or len(list(self._directory.glob("*Z"))) > POINTS:
             self._begin()  # a crash loses the checkpoints, too
         return came
 
@@ -116,10 +116,10 @@ class Explorer:
     @property
     def _log(self) -> Path:
         """The file with the steps of the last call."""
-        return self.lab.folder / "steps"
+        return self.lab.directory / "steps"
 
     @property
-    def _folder(self) -> Path:
+    def _directory(self) -> Path:
         return self.lab.cli.repository / "web"
 
     def _start_again(self) -> None:
@@ -131,25 +131,25 @@ class Explorer:
 
     def _begin(self) -> None:
         """Start a new chain, and delete the old one."""
-        old = list(self._folder.glob("*Z")) if self._folder.exists() else []
+        old = list(self._directory.glob("*Z")) if self._directory.exists() else []
         for kind in ("full", *["incremental"] * len(self._keep)):
             self.lab.writer.write(5)
             code, words = self._call(kind, "web", *self._keep)
             assert code == 0, words
-        for folder in old:
-            shutil.rmtree(folder)
+        for directory in old:
+            shutil.rmtree(directory)
 
     def _run(self, interruption: Interruption | None = None) -> tuple[int, str]:
         kind, *options = SHAPES[self.shape]
         if self.shape == "differential":
-            options += ["--since", sorted(path.name for path in self._folder.glob("*Z"))[-2]]
+            options += ["--since", sorted(path.name for path in self._directory.glob("*Z"))[-2]]
         return self._call(kind, "web", *options, interruption=interruption)
 
     def _right(self, committed: dict[str, tuple[int, ...]], *, crashed: bool) -> None:
         assert committed.items() <= self._committed().items(), "a committed point was changed"
         self.lab.assert_at_rest(bitmaps_each=None)
         assert self.lab.machine.control("status")["failed-writes"] == 0, "a write of the guest failed"
-        newest = max(path.name for path in self._folder.glob("*Z"))
+        newest = max(path.name for path in self._directory.glob("*Z"))
         code, words = self._call("incremental", "web", "--json", *self._keep)
         assert code == 0, words
         report = json.loads(self._last.stdout)
@@ -172,8 +172,8 @@ class Explorer:
 
     def _content(self, point: str, disk: str) -> bytes:
         """Return a disk's bytes at a point, as QEMU's own tools read them."""
-        raw = self.lab.folder / "compared.raw"
-        image = self._folder / point / f"{disk}.qcow2"
+        raw = self.lab.directory / "compared.raw"
+        image = self._directory / point / f"{disk}.qcow2"
         command = [self.lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", image, raw]
         subprocess.run(command, check=True, timeout=SECONDS)
         return raw.read_bytes()
@@ -181,7 +181,7 @@ class Explorer:
     def _committed(self) -> dict[str, tuple[int, ...]]:
         """Return inode, size and time of each file of each committed point, to notice changes."""
         found = {}
-        for path in self._folder.glob("*Z/*"):
+        for path in self._directory.glob("*Z/*"):
             stat = path.stat()
             found[str(path)] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
         return found
@@ -189,7 +189,7 @@ class Explorer:
     def _call(self, *arguments: str, interruption: Interruption | None = None) -> tuple[int, str]:
         """Make a call, interrupted if asked for; return its exit code and stderr."""
         self._log.unlink(missing_ok=True)
-        environment = {"STEPS": str(self._log), "CONTROL": str(self.lab.machine.folder / "control")}
+        environment = {"STEPS": str(self._log), "CONTROL": str(self.lab.machine.directory / "control")}
         if interruption is not None:
             environment |= {
                 "KILL_AT": str(interruption.step),

@@ -56,8 +56,8 @@ from backupctl.vm.qmp import bitmaps, monitor, reply, teardown
 from backupctl.vm.qmp import inventory as disks
 from tests.unit.points import P1, P2, disk_entry
 
-FOLDER = Path(tempfile.mkdtemp(prefix="backupctl-fuzz-"))
-atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+DIRECTORY = Path(tempfile.mkdtemp(prefix="backupctl-fuzz-"))
+atexit.register(shutil.rmtree, DIRECTORY, ignore_errors=True)
 OWNER = Namespace.of(RepositoryId("0" * 32))
 VM = vm_name("vm1")
 
@@ -203,8 +203,8 @@ def in_file(name: str, parse: Callable[[Path], object]) -> Callable[[bytes], obj
     """Parse from a file of that name."""
 
     def from_file(content: bytes) -> object:
-        (FOLDER / name).write_bytes(content)
-        return parse(FOLDER / name)
+        (DIRECTORY / name).write_bytes(content)
+        return parse(DIRECTORY / name)
 
     return from_file
 
@@ -213,7 +213,7 @@ def in_clusters(parse: Callable[[OpenImage], object]) -> Callable[[bytes], objec
     """Parse an image, of which 512 bytes of each cluster are given."""
 
     def from_pieces(content: bytes) -> object:
-        path = FOLDER / "tables.qcow2"
+        path = DIRECTORY / "tables.qcow2"
         with path.open("wb") as file:
             for number, at in enumerate(range(0, len(content), 512)):
                 file.seek(number * CLUSTER_BYTES)
@@ -244,7 +244,7 @@ def in_text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
 def _digest_map() -> bytes:
     records = np.zeros(3, RECORD)
     records["cluster"] = [0, 2, 15]
-    path = FOLDER / "seed.digests"
+    path = DIRECTORY / "seed.digests"
     path.unlink(missing_ok=True)
     digest_map.write(path, 1 << 20, records)
     return path.read_bytes()
@@ -258,7 +258,7 @@ def _image_header() -> bytes:
 
 def _image() -> bytes:
     """512 bytes of each cluster of an image of our writer."""
-    path = FOLDER / "seed.qcow2"
+    path = DIRECTORY / "seed.qcow2"
     path.unlink(missing_ok=True)
     with OpenImage.create(path) as image, Qcow2Writer(image, 1 << 30, None) as writer:
         writer.write(np.array([0, 5, 9000], np.uint64), [aligned(3 * CLUSTER_BYTES)])
@@ -269,7 +269,7 @@ def _image() -> bytes:
 
 
 def names(text: str) -> None:
-    """A checked name is the one given, and stays in its folder."""
+    """A checked name is the one given, and stays in its directory."""
     for check in (vm_name, disk_name, point_id):
         try:
             assert check(text) == text

@@ -45,14 +45,14 @@ class Done:
 
 
 class Victim:
-    """A VM of one disk, a repository with one full point, and a folder that nobody may write to."""
+    """A VM of one disk, a repository with one full point, and a directory that nobody may write to."""
 
-    def __init__(self, vm: Simulated, folder: Path) -> None:
-        self.vm, self.folder, self.code, self.cases = vm, folder, 0, 0
-        self.repository = folder / "repository"
-        self.scratch = folder / "scratch"
-        self.outside = folder / "outside"
-        self.temporary = folder / "tmp"
+    def __init__(self, vm: Simulated, directory: Path) -> None:
+        self.vm, self.directory, self.code, self.cases = vm, directory, 0, 0
+        self.repository = directory / "repository"
+        self.scratch = directory / "scratch"
+        self.outside = directory / "outside"
+        self.temporary = directory / "tmp"
         for made in (self.scratch, self.outside, self.temporary):
             made.mkdir()
         (self.outside / "precious").write_text("untouched")
@@ -67,7 +67,7 @@ class Victim:
         if vm:
             words += ["--qmp", f"unix:{qmp or self.vm.qmp_path}"]
             words += ["--agent", f"unix:{agent or self.vm.agent_path}", "--scratch", str(self.scratch)]
-        begun, peak = time.monotonic(), self.folder / "peak"
+        begun, peak = time.monotonic(), self.directory / "peak"
         peak.write_text("-1")
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             environment = self._environment() | {"PEAK": str(peak)}
@@ -103,10 +103,10 @@ class Victim:
         with ExitStack() as peers:
             monitor, guest = self.vm.qmp_path, self.vm.agent_path
             if qmp is not None or nbd is not None:
-                monitor = self.folder / "lying-peer.qmp"
+                monitor = self.directory / "lying-peer.qmp"
                 peers.enter_context(LyingPeer(monitor, self.vm.qmp_path, qmp or {}, nbd))
             if agent is not None:
-                guest = self.folder / "lying-peer.agent"
+                guest = self.directory / "lying-peer.agent"
                 peers.enter_context(LyingPeer(guest, self.vm.agent_path, agent))
             done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
             self._settled()
@@ -127,7 +127,7 @@ class Victim:
         if self.cases % 3 != 1:
             return
         point = self.good("incremental")["point"]
-        restored = self.folder / "restored.raw"
+        restored = self.directory / "restored.raw"
         assert self.run("restore", "web", point, "--to", str(restored), vm=False).code == 0
         assert restored.read_bytes() == self.vm.content("vda")
         restored.unlink()

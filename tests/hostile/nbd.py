@@ -29,7 +29,7 @@ class LyingServer:
     def __init__(self, size: int) -> None:
         self.size = size
         self.contexts: dict[bytes, int] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="bc-nbd-")
+        self._directory = tempfile.TemporaryDirectory(prefix="bc-nbd-")
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
 
@@ -39,7 +39,7 @@ class LyingServer:
         self._sockets.append(listener)
         self._run(self._accept, listener)
         other = socket.socket(socket.AF_UNIX)
-        other.bind(str(Path(self._folder.name, str(len(self._sockets)))))
+        other.bind(str(Path(self._directory.name, str(len(self._sockets)))))
         other.listen(4)
         return other.detach()
 
@@ -52,7 +52,7 @@ class LyingServer:
             thread.join(10)
         for sock in self._sockets:
             sock.close()
-        self._folder.cleanup()
+        self._directory.cleanup()
 
     # What may be lied about.
 

@@ -22,7 +22,7 @@ def guards(victim) -> Iterator[int]:
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             told = (entry / "cmdline").read_bytes()
-            if b"guard_process" in told and bytes(victim.folder) in told:
+            if b"guard_process" in told and bytes(victim.directory) in told:
                 yield int(entry.name)
 
 
@@ -85,7 +85,7 @@ def killed_while_frozen(victim, guard: int) -> Iterator[tuple[Path, Path]]:
         return line
 
     victim.vm.control("step", count=20)
-    qmp, agent = victim.folder / "killing.qmp", victim.folder / "killing.agent"
+    qmp, agent = victim.directory / "killing.qmp", victim.directory / "killing.agent"
     with (
         LyingPeer(qmp, victim.vm.qmp_path, {"transaction": kill}),
         LyingPeer(agent, victim.vm.agent_path, {}),
@@ -117,7 +117,7 @@ def test_recover_right_after_a_run_was_killed_with_the_guest_frozen_thaws_it(vic
 def test_recover_thaws_before_it_asks_for_the_monitor(victim):
     """Somebody else may have that; the guest does not wait for it."""
     with killed_while_frozen(victim, signal.SIGKILL) as (_, agent):
-        done = victim.run("recover", "web", qmp=victim.folder / "nowhere", agent=agent)
+        done = victim.run("recover", "web", qmp=victim.directory / "nowhere", agent=agent)
     assert done.code == 3, done
     assert frozen_seconds(victim) < 10
     victim.code = done.code
@@ -157,14 +157,14 @@ def test_a_freeze_that_was_none_or_may_have_ended_is_not_called_one(victim, agen
 
 def test_a_repository_whose_name_is_no_utf_8_is_refused_before_the_freeze(victim):
     before = victim.vm.control("status")["freezes"]
-    odd = os.fsdecode(bytes(victim.folder) + b"/o\xff")
+    odd = os.fsdecode(bytes(victim.directory) + b"/o\xff")
     done = victim.run("full", "web", "--json", "--repository", odd)
     assert (done.code, done.error["kind"]) == (2, "UsageError"), done
     assert victim.vm.control("status")["freezes"] == before
 
 
 @pytest.mark.parametrize("name", ["x" * 110, os.fsdecode(b"t\xff")], ids=["too long", "no utf-8"])
-def test_a_temporary_folder_that_no_socket_can_lie_in_costs_nothing(victim, name, monkeypatch):
-    monkeypatch.setattr(victim, "temporary", victim.folder / name)
+def test_a_temporary_directory_that_no_socket_can_lie_in_costs_nothing(victim, name, monkeypatch):
+    monkeypatch.setattr(victim, "temporary", victim.directory / name)
     victim.temporary.mkdir()
     victim.good("incremental")

@@ -216,7 +216,7 @@ def test_what_is_strange_but_not_ours_does_not_stop_a_run(victim, lie):
 
 
 DEVICES = {
-    "name that leaves the folder": device(qdev="/machine/peripheral/..%2f/x", device="../../etc/passwd"),
+    "name that leaves the directory": device(qdev="/machine/peripheral/..%2f/x", device="../../etc/passwd"),
     "name of escapes": device(qdev=ESCAPES),
     "name without end": device(qdev="x" * 1_000_000),
     "inserted is a text": device(inserted="yes"),

@@ -39,10 +39,10 @@ def pipe_that_somebody_holds(path: Path) -> None:
 
 def listening_socket(path: Path) -> None:
     path.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    directory = os.open(path.parent, os.O_RDONLY)
     with socket.socket(socket.AF_UNIX) as made:
-        made.bind(f"/proc/self/fd/{folder}/{path.name}")
-    os.close(folder)
+        made.bind(f"/proc/self/fd/{directory}/{path.name}")
+    os.close(directory)
 
 
 def zeroes_without_end(path: Path) -> None:
@@ -50,7 +50,7 @@ def zeroes_without_end(path: Path) -> None:
     os.mknod(path, 0o600 | 0o020000, os.makedev(1, 5))
 
 
-def folder(path: Path) -> None:
+def directory(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.mkdir()
 
@@ -104,7 +104,7 @@ def escapes(path: Path) -> None:
 
 
 FILES = [
-    *(pipe, pipe_that_somebody_holds, listening_socket, zeroes_without_end, folder, link_to_outside),
+    *(pipe, pipe_that_somebody_holds, listening_socket, zeroes_without_end, directory, link_to_outside),
     *(link_to_itself, gigabyte, cut, empty, missing, deep, deep_but_legal, many_digits),
     *(as_much_as_may_be, escapes),
 ]
@@ -131,9 +131,9 @@ def every_command(victim, allowed: set[int]) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "vda.qcow2", "vda.digests"])
 def test_a_point_whose_file_is_something_else_is_damage_or_not_needed(victim, point, name, spoil):
     spoil(point / name)
-    shown = victim.run("restore", "web", point.name, "--to", str(victim.folder / "x.raw"), vm=False)
+    shown = victim.run("restore", "web", point.name, "--to", str(victim.directory / "x.raw"), vm=False)
     assert shown.code == 4, shown
-    assert not (victim.folder / "x.raw").exists()
+    assert not (victim.directory / "x.raw").exists()
     if name == "manifest.json":
         every_command(victim, {0, 4})
     done = victim.run("incremental", "web", "--json")
@@ -159,7 +159,7 @@ def test_a_journal_that_is_something_else_is_not_believed_and_cleared_away(victi
     assert not partial.exists()
 
 
-def test_a_linked_vm_folder_leads_nowhere(victim, point):
+def test_a_linked_vm_directory_leads_nowhere(victim, point):
     outside = victim.outside
     (victim.repository / "other").symlink_to(outside)
     for command in ("list", "restore", "full", "incremental", "recover", "status"):
@@ -190,7 +190,7 @@ def test_a_point_at_the_end_of_time_does_not_break_anything(victim, point, name)
     assert done.code in (0, 1, 4), done
 
 
-@pytest.mark.parametrize("spoil", [pipe, folder, link_to_outside, zeroes_without_end])
+@pytest.mark.parametrize("spoil", [pipe, directory, link_to_outside, zeroes_without_end])
 def test_a_lock_that_is_something_else_is_told(victim, point, spoil):
     (point.parent / "lock").unlink()
     spoil(point.parent / "lock")

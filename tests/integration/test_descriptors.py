@@ -25,13 +25,13 @@ exec {real} "$@"
 """
 
 
-def recorded(lab: Lab, folder: Path) -> Path:
+def recorded(lab: Lab, directory: Path) -> Path:
     """Have the command line's tools write their arguments down first; returns where."""
-    log = folder / "arguments"
-    folder.mkdir()
+    log = directory / "arguments"
+    directory.mkdir()
     for variable, name in (("QEMU_IMG", "qemu-img"), ("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")):
         real = lab.cli.environment.get(variable) or shutil.which(name)
-        program = folder / name
+        program = directory / name
         program.write_text(RECORDER.format(name=name, log=log, real=real))
         program.chmod(0o755)
         lab.cli.environment[variable] = str(program)

@@ -21,7 +21,7 @@ def test_a_vm_that_can_be_backed_up_has_nothing_bad_and_nothing_is_changed(any_b
             "configuration",
             "tools",
             "repository",
-            "folders",
+            "directories",
             "monitor",
             "disks",
             "file system",

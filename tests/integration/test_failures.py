@@ -174,7 +174,7 @@ def test_a_monitor_closed_at_a_command_is_asked_again_what_is_the_case(any_build
             return verdict
         return ""
 
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, spoil):
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         lab.cli.run("incremental", "web", code=1)
@@ -185,7 +185,7 @@ def test_a_monitor_closed_at_a_command_is_asked_again_what_is_the_case(any_build
 
 
 def test_a_monitor_that_stays_away_needs_recovery_and_says_so(lab):
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path) as proxy:
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         with lab.cli.start("incremental", "web", *SLOW) as run:
@@ -254,7 +254,7 @@ def test_a_freeze_that_somebody_ended_early_is_not_called_consistent(lab):
             lab.agent.thawed_by_somebody()
         return ""
 
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, end_it):
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         error = lab.backup("incremental", "--freeze", "require", code=1)["error"]
@@ -295,11 +295,11 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file s
 def mounted(held):
     """Mount a tmpfs; unmounted at the end."""
 
-    def mount(folder, options: str) -> None:
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False)
+    def mount(directory, options: str) -> None:
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], check=False)
         if done.returncode:
             pytest.skip("no file system can be mounted here")
-        held.callback(subprocess.run, ["umount", "-l", folder], check=True)
+        held.callback(subprocess.run, ["umount", "-l", directory], check=True)
 
     return mount
 
@@ -418,7 +418,7 @@ def test_of_eight_runs_at_once_one_goes_on(any_build, make_lab):
 
 
 def test_the_nbd_server_of_somebody_else_is_left_alone(lab):
-    path = lab.machine.folder / "foreign"
+    path = lab.machine.directory / "foreign"
     lab.machine.qmp("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
     error = lab.backup("incremental", code=1)["error"]
     assert "NBD server already running" in error["message"]
@@ -436,7 +436,7 @@ def test_the_nbd_server_of_somebody_else_outlives_the_recovery_of_a_run_that_had
         run.kill()
         run.communicate(timeout=30)
     lab.agent.behaviour.clear()
-    address = {"type": "unix", "data": {"path": str(lab.machine.folder / "foreign")}}
+    address = {"type": "unix", "data": {"path": str(lab.machine.directory / "foreign")}}
     assert lab.machine.qmp("nbd-server-start", addr=address) == {}
     assert lab.cli.json("recover", "web")["actions"]
     assert lab.machine.qmp("nbd-server-stop") == {}, "it was to be still there"
@@ -451,11 +451,11 @@ def test_an_external_snapshot_while_the_run_begins_is_noticed(lab):
     def spoil(content: bytes) -> str:
         if not spoilt and b'"add-fd"' in content:
             spoilt.append(content)
-            snapshot = {"snapshot-file": str(lab.folder / "over.qcow2"), "snapshot-node-name": "over"}
+            snapshot = {"snapshot-file": str(lab.directory / "over.qcow2"), "snapshot-node-name": "over"}
             assert lab.machine.qmp("blockdev-snapshot-sync", **{"node-name": "node-vda"}, **snapshot) == {}
         return ""
 
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, spoil):
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         error = lab.backup("full", code=1)["error"]
@@ -481,7 +481,7 @@ def test_a_base_that_somebody_disables_while_the_run_begins_is_noticed(lab):
             lab.writer.do("vda", "data", 0, 65536, 0x77)
         return ""
 
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, spoil):
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         error = lab.backup("incremental", code=1)["error"]
@@ -507,7 +507,7 @@ def test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed(la
             lab.machine.qmp("block-dirty-bitmap-remove", node="node-vdb", name=name)
         return ""
 
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, spoil):
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         error = lab.backup("incremental", code=1)["error"]
@@ -575,7 +575,7 @@ def test_a_scratch_file_that_fills_up_ends_the_run_before_it_is_full():
     """QEMU tells that its write threshold is passed; on the simulator, which never makes the guest wait."""
     with Simulated("--disk", "vda=600M", "--version", "10.0.2") as vm:
         vm.control("write", disk="vda", offset=0, length=600 << 20, pattern=1)
-        cli = make_cli(vm, vm.folder)
+        cli = make_cli(vm, vm.directory)
         cli.run("full", "web")
         with cli.start("full", "web", "--limit", "4M", "--scratch-size", "512M") as run:
             wait_for(lambda: vm.qmp("query-block-exports"))

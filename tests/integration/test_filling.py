@@ -19,18 +19,18 @@ GIVEN_UP = "gave up before the guest's own writes could fail"
 
 @pytest.fixture
 def mount(held):
-    """Mount a tmpfs of so many MiB on a folder; again to change its size."""
+    """Mount a tmpfs of so many MiB on a directory; again to change its size."""
 
-    def mount(folder: Path, size_mib: int) -> Path:
-        if folder.is_mount():
-            subprocess.run(["mount", "-o", f"remount,size={size_mib}m", folder], check=True, timeout=30)
-            return folder
-        folder.mkdir(exist_ok=True)
+    def mount(directory: Path, size_mib: int) -> Path:
+        if directory.is_mount():
+            subprocess.run(["mount", "-o", f"remount,size={size_mib}m", directory], check=True, timeout=30)
+            return directory
+        directory.mkdir(exist_ok=True)
         options = ["-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs"]
-        if subprocess.run(["mount", *options, folder], check=False, timeout=30).returncode:
+        if subprocess.run(["mount", *options, directory], check=False, timeout=30).returncode:
             pytest.skip("no file system can be mounted here")
-        held.callback(subprocess.run, ["umount", "-l", folder], check=True, timeout=30)
-        return folder
+        held.callback(subprocess.run, ["umount", "-l", directory], check=True, timeout=30)
+        return directory
 
     return mount
 
@@ -64,14 +64,14 @@ KINDS: dict[str, type[Machine]] = {
 }
 
 
-def data_file(folder: Path) -> type[Machine]:
+def data_file(directory: Path) -> type[Machine]:
     """A disk whose image lies elsewhere than its data."""
-    return shaped(dict, "-f", "qcow2", "-o", f"data_file={folder}/data,data_file_raw=on")
+    return shaped(dict, "-f", "qcow2", "-o", f"data_file={directory}/data,data_file_raw=on")
 
 
-def told_of(lab, folder: Path) -> list[dict[str, str]]:
+def told_of(lab, directory: Path) -> list[dict[str, str]]:
     findings = json.loads(lab.cli.call("doctor", "web", "--json").stdout)["findings"]
-    return [one for one in findings if f"on the file system of {folder}, " in one["said"]]
+    return [one for one in findings if f"on the file system of {directory}, " in one["said"]]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_repository_beside_the_guests_disk_is_known_whatever_qemu_calls_it(
 
 
 def test_the_data_file_of_a_disk_counts_and_a_repository_apart_does_not(any_build, make_lab, mount, tmp_path):
-    data, repository = mount(tmp_path / "data-folder", 100), mount(tmp_path / "repository", 60)
+    data, repository = mount(tmp_path / "data-directory", 100), mount(tmp_path / "repository", 60)
     lab = make_lab(any_build, {"vda": 8 * MIB}, kind_of_machine=data_file(data))
     lab.backup("full")  # 60 MiB of its own, and no guest needs them
     assert told_of(lab, repository) == []
@@ -106,14 +106,14 @@ def test_a_name_that_nobody_can_look_up_counts_as_there(any_build, make_lab, mou
     lab = make_lab(any_build, {"vda": 8 * MIB}, kind_of_machine=KINDS["relative"])
     mount(lab.cli.repository, 100)
     lab.backup("full")
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path):
         lab.cli.vm[1] = f"unix:{path}"
         message = lab.backup("incremental", code=1)["error"]["message"]
     assert "of the VM may be on it; its path cannot be looked up from here" in message
 
 
-def test_a_scratch_folder_beside_a_disk_leaves_room_to_the_guest(any_build, make_lab, mount, tmp_path):
+def test_a_scratch_directory_beside_a_disk_leaves_room_to_the_guest(any_build, make_lab, mount, tmp_path):
     lab = make_lab(any_build, {"vda": 64 * MIB})
     lab.cli.scratch = mount(tmp_path / "images", 300)
     lab.backup("full", "--scratch-size", "100M")
@@ -125,9 +125,9 @@ def test_a_scratch_folder_beside_a_disk_leaves_room_to_the_guest(any_build, make
         lab.backup("full", "--scratch-size", "100M")
 
 
-def make_other(lab, folder: Path) -> Machine:
-    """Return another VM, with its disk in a folder."""
-    disk = lab.machine.disks[0].__class__("vdx", folder / "other.raw", "raw")
+def make_other(lab, directory: Path) -> Machine:
+    """Return another VM, with its disk in a directory."""
+    disk = lab.machine.disks[0].__class__("vdx", directory / "other.raw", "raw")
     disk.path.write_bytes(bytes(MIB))
     return Machine(lab.machine.build, [disk])
 
@@ -136,13 +136,13 @@ def test_a_restore_ends_before_it_takes_the_room_of_other_vms(any_build, make_la
     lab = make_lab(any_build, {"vda": 32 * MIB})
     lab.writer.do("vda", "data", 0, 32 * MIB, 0x33)
     point = lab.backup("full")["point"]
-    folder = mount(tmp_path / "images", 280)
-    target = folder / "vda.raw"
+    directory = mount(tmp_path / "images", 280)
+    target = directory / "vda.raw"
     restore = ("restore", "web", point, "--to", str(target))
-    with make_other(lab, folder):
+    with make_other(lab, directory):
         told = lab.cli.json(*restore, code=1, vm=False)["error"]
         assert "other.raw of the VM of process" in told["message"]
-        assert os.listdir(folder) == ["other.raw"]
+        assert os.listdir(directory) == ["other.raw"]
     lab.cli.run(*restore, vm=False)
     assert target.read_bytes() == lab.writer.moment["vda"]
 

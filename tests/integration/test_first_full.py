@@ -53,7 +53,7 @@ def test_a_first_full_that_dies_anywhere_can_be_repeated(lab):
     """Before its repository is there, and after."""
     made = set()
     for step in (0, 5, 12, 17):
-        lab.cli.repository = lab.folder / f"r{step}"
+        lab.cli.repository = lab.directory / f"r{step}"
         died = lab.cli.call("full", "web", entry=interrupted_cli.ENTRY, KILL_AT=str(step))
         assert died.returncode == -signal.SIGKILL, died.stderr
         made.add((lab.cli.repository / "repository.json").exists())

@@ -16,9 +16,9 @@ STEPS = 5  # so many of them, evenly, and those around the commit
 
 def call(lab: Lab, *arguments: str, **environment: str) -> tuple[int, list[str]]:
     """Make a call that may be killed; returns its exit code and its steps."""
-    log = lab.folder / "steps"
+    log = lab.directory / "steps"
     log.unlink(missing_ok=True)
-    told = {"STEPS": str(log), "CONTROL": str(lab.machine.folder / "control"), **environment}
+    told = {"STEPS": str(log), "CONTROL": str(lab.machine.directory / "control"), **environment}
     done = lab.cli.call(*arguments, entry=interrupted_cli.ENTRY, **told)
     return done.returncode, log.read_text().splitlines()
 

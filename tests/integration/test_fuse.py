@@ -8,12 +8,12 @@ import pytest
 from tests.conftest import MIB
 
 
-def test_a_repository_on_fuse_is_one_like_any_other(any_build, make_lab, fuse_folder):
-    (fuse_folder / "file").write_bytes(b"x")
-    with (fuse_folder / "file").open("rb") as file, pytest.raises(OSError, match="No such device"):
+def test_a_repository_on_fuse_is_one_like_any_other(any_build, make_lab, fuse_directory):
+    (fuse_directory / "file").write_bytes(b"x")
+    with (fuse_directory / "file").open("rb") as file, pytest.raises(OSError, match="No such device"):
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     lab = make_lab(any_build, {"vda": 4 * MIB})
-    lab.cli.repository = fuse_folder / "repository"
+    lab.cli.repository = fuse_directory / "repository"
     assert lab.cli.json("doctor", "web")["ok"]
     lab.writer.write(10)
     lab.backup("full")

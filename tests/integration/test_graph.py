@@ -30,9 +30,9 @@ DATA_FILE = shaped(lambda node: node, "-f", "qcow2", "-o", "data_file={}.data,da
 
 def exchange_data(lab, content: bytes) -> None:
     """Write to the data file while the VM is off. What the qcow2 calls zeroes the guest goes on to see so."""
-    (lab.folder / "vda.qcow2.data").write_bytes(content)
-    raw = lab.folder / "seen.raw"
-    command = [lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", lab.folder / "vda.qcow2", raw]
+    (lab.directory / "vda.qcow2.data").write_bytes(content)
+    raw = lab.directory / "seen.raw"
+    command = [lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", lab.directory / "vda.qcow2", raw]
     subprocess.run(command, check=True, timeout=60)
     lab.writer.model["vda"][:] = raw.read_bytes()
 
@@ -48,7 +48,7 @@ def test_the_bitmap_of_a_disk_with_a_data_file_is_not_trusted_after_a_restart(bu
     assert report["disks"][0]["scanned"] is False, "within one life of QEMU the bitmap serves"
     lab.assert_point(report["point"], lab.writer.moment)
     lab.machine.quit()
-    exchange_data(lab, lab.cli.raw(first, "vda", lab.folder))
+    exchange_data(lab, lab.cli.raw(first, "vda", lab.directory))
     lab.machine.start()
     report = lab.backup("incremental")
     assert report["disks"][0]["scanned"] is True

@@ -35,11 +35,11 @@ def lab(any_build, make_lab):
 
 def guard_of(run: int) -> int:
     """Find the guard of a run by its process id."""
-    for folder in Path("/proc").glob("[0-9]*"):
+    for directory in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            child = f"\nPPid:\t{run}\n" in (folder / "status").read_text()
-            if child and b"backupctl.vm.guest.guard_process" in (folder / "cmdline").read_bytes():
-                return int(folder.name)
+            child = f"\nPPid:\t{run}\n" in (directory / "status").read_text()
+            if child and b"backupctl.vm.guest.guard_process" in (directory / "cmdline").read_bytes():
+                return int(directory.name)
     raise AssertionError("there is no guard")
 
 
@@ -88,7 +88,7 @@ def test_a_silent_agent_holds_up_nothing_but_the_thaw(lab):
             os.kill(each, signal.SIGKILL)
         return "after"
 
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, kill):
         direct, lab.cli.vm[1] = lab.cli.vm[1], f"unix:{path}"
         with lab.cli.start("incremental", "web") as run:

@@ -14,12 +14,12 @@ from tests.conftest import Cli, get_build
 pytestmark = pytest.mark.guest
 
 
-def assert_restored(cli: Cli, point: str, folder: Path) -> int:
+def assert_restored(cli: Cli, point: str, directory: Path) -> int:
     """The restored file system is clean and its files are what the guest's journal says."""
-    raw = folder / f"{point}.raw"
+    raw = directory / f"{point}.raw"
     cli.run("restore", "web", point, "--to", str(raw), vm=False)
     guests.check_file_system(raw)
-    lines = guests.check_journal(raw, folder)
+    lines = guests.check_journal(raw, directory)
     raw.unlink()
     return lines
 
@@ -106,7 +106,7 @@ def test_sigkill_while_a_real_guest_is_frozen_thaws_it(boot, tmp_path):
         killed.append(run.kill())
         return "after"
 
-    path = guest.folder / "proxy"
+    path = guest.directory / "proxy"
     with Proxy(path, guest.qmp_path, kill):
         direct, cli.vm[1] = cli.vm[1], f"unix:{path}"
         with cli.start("incremental", "web", "--freeze", "require") as run:

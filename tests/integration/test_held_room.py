@@ -16,8 +16,8 @@ MIB = 1 << 20
 
 def kept_bytes(lab) -> int:
     """Return what QEMU's open files without a name take on the disk."""
-    folder, total = Path(f"/proc/{lab.machine.process.pid}/fd"), 0
-    for one in folder.iterdir():
+    directory, total = Path(f"/proc/{lab.machine.process.pid}/fd"), 0
+    for one in directory.iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
             if str(lab.cli.scratch) in os.readlink(one):
                 total += one.stat().st_blocks * 512
@@ -42,7 +42,7 @@ def test_runs_of_a_vm_that_stands_still_keep_no_room(state, build, make_lab):
 def test_the_room_is_given_back_by_the_run_itself_where_it_can_not_reach_qemus_process(any_build, make_lab):
     lab = make_lab(any_build, {"vda": 16 * MIB})
     lab.machine.qmp("stop")
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path):
         lab.cli.vm[1] = f"unix:{path}"
         lab.backup("full")

@@ -45,7 +45,7 @@ def test_images_that_were_exchanged_are_scanned(build, make_lab):
     lab.writer.write(60)
     lab.backup("full")
     lab.machine.quit()
-    one, two, aside = (lab.folder / name for name in ("vda.qcow2", "vdb.qcow2", "aside"))
+    one, two, aside = (lab.directory / name for name in ("vda.qcow2", "vdb.qcow2", "aside"))
     one.rename(aside)
     two.rename(one)
     aside.rename(two)
@@ -65,7 +65,7 @@ def test_an_image_that_was_copied_over_another_is_scanned(any_build, make_lab):
     lab.writer.write(60)
     lab.backup("full")
     lab.machine.quit()
-    (lab.folder / "vdb.qcow2").write_bytes((lab.folder / "vda.qcow2").read_bytes())
+    (lab.directory / "vdb.qcow2").write_bytes((lab.directory / "vda.qcow2").read_bytes())
     lab.writer.model["vdb"][:] = lab.writer.model["vda"]
     lab.machine.start()
     lab.writer.write(3)
@@ -109,11 +109,11 @@ def test_a_volume_that_was_extended_is_read_where_it_is_new(build, make_lab):
     lab = make_lab(build, {"vda": 16 * MIB}, formats={"vda": "raw"})
     lab.writer.write(40)
     lab.backup("full")
-    with (lab.folder / "vda.raw").open("ab") as image:
+    with (lab.directory / "vda.raw").open("ab") as image:
         image.write(os.urandom(MIB + 512))
     size = 17 * MIB + 512
     assert lab.machine.qmp("block_resize", **{"node-name": "node-vda", "size": size}) == {}
-    lab.writer.model["vda"][:] = (lab.folder / "vda.raw").read_bytes()
+    lab.writer.model["vda"][:] = (lab.directory / "vda.raw").read_bytes()
     lab.writer.write(3)
     report = lab.backup("incremental")
     assert taken(report) == {"vda": "incremental"}
@@ -149,7 +149,7 @@ def test_a_job_of_a_dead_run_whose_guard_died_too_is_not_taken_for_that_of_the_n
     lab.backup("full")
     lab.writer.write(10)
     tag = lab.machine.bitmaps()["node-vda"][0].split("-")[1]
-    target = lab.folder / "scratch.raw"
+    target = lab.directory / "scratch.raw"
     target.write_bytes(bytes(8 * MIB))
     scratch, job = f"backupctl-{tag}-tmp0", f"backupctl-{tag}-job0"
     node = {"driver": "raw", "node-name": scratch, "file": {"driver": "file", "filename": str(target)}}
@@ -164,7 +164,7 @@ def test_a_snapshot_below_our_filter_is_what_the_device_gets_back(newest_build, 
     """Of the node that it had before, it would lose what the guest wrote since."""
     lab = make_lab(newest_build, {"vda": 16 * MIB})
     lab.writer.do("vda", "data", 0, 16 * MIB, 0x11)
-    overlay = lab.folder / "over.qcow2"
+    overlay = lab.directory / "over.qcow2"
     make = [newest_build.tool("qemu-img"), "create", "-q", "-f", "qcow2", overlay, "16M"]
     subprocess.run(make, check=True, timeout=30)
     node = {"driver": "qcow2", "node-name": "over", "file": {"driver": "file", "filename": str(overlay)}}
@@ -227,7 +227,7 @@ def test_a_copy_of_the_repository_and_a_clock_set_back_make_no_id_twice(any_buil
     lab.cli.command = command
     lab.writer.write(60)
     lab.backup("full")
-    first, second = lab.cli.repository, lab.folder / "copy"
+    first, second = lab.cli.repository, lab.directory / "copy"
     subprocess.run(["cp", "-a", first, second], check=True)
     clock[0] = "2026-11-22T12:00:00"
     points = {}

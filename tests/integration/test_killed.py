@@ -31,7 +31,7 @@ def run(lab, shape: str, **environment: str) -> "subprocess.CompletedProcess[str
 
 def steps_of(lab, shape: str) -> list[str]:
     """Run once to the end; returns the names of its steps."""
-    log = lab.folder / "steps"
+    log = lab.directory / "steps"
     done = run(lab, shape, STEPS=str(log))
     assert done.returncode == 0, done.stderr
     return log.read_text().splitlines()
@@ -50,7 +50,7 @@ def explore(lab, shape: str, chunk: int) -> int:
             case = f"KILL_AT={number} KILL_WHEN={when} ({steps[number]})"
             committed = {point["point"] for point in lab.cli.json("list", "web", vm=False)}
             lab.writer.write(3)
-            log = lab.folder / f"steps-{number}-{when}"
+            log = lab.directory / f"steps-{number}-{when}"
             died = run(lab, shape, KILL_AT=str(number), KILL_WHEN=when, STEPS=str(log))
             if died.returncode == 0 and len(log.read_text().splitlines()) <= number:
                 continue  # it asked QEMU once less whether a job had ended, so there is no such step
@@ -133,7 +133,7 @@ def restart(lab) -> None:
     """Start a QEMU that has ended; the guest then has what is in its images."""
     lab.machine.kill()
     for disk in lab.machine.disks:
-        raw = lab.folder / "after.raw"
+        raw = lab.directory / "after.raw"
         command = [lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", disk.path, raw]
         subprocess.run(command, check=True, timeout=60)
         lab.writer.model[disk.name][:] = raw.read_bytes()

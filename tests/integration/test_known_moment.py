@@ -61,7 +61,7 @@ def test_what_zeroes_overwrite_is_lost_from_snapshot_access_before_10_0(make_lab
     cluster = 65536
     lab = make_lab(build, {"vda": 4 << 20})
     lab.machine.io("vda", "write -q -P 1 0 4M")
-    scratch, address = lab.folder / "tmp0.qcow2", lab.machine.folder / "nbd"
+    scratch, address = lab.directory / "tmp0.qcow2", lab.machine.directory / "nbd"
     subprocess.run(
         [build.tool("qemu-img"), "create", "-q", "-f", "qcow2", scratch, "4M"], check=True, timeout=30
     )
@@ -127,7 +127,7 @@ def test_an_offset_beyond_4_gib_is_kept(any_build, make_lab):
     point = lab.backup("full")["point"]
     lab.machine.io("vda", f"write -q -P 6 {(5 << 30) + 512} 65536")
     lab.backup("incremental")
-    target = lab.folder / "big.raw"
+    target = lab.directory / "big.raw"
     lab.cli.run("restore", "web", "latest", "--to", str(target), vm=False)
     with target.open("rb") as file:
         file.seek((8 << 30) + 65536)

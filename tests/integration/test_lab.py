@@ -28,7 +28,7 @@ KINDS = pytest.mark.parametrize("kind", [Machine, StorageDaemon])
 
 def content(lab, disk):
     """The bytes of a disk's image, read by QEMU's own tool once the machine has ended."""
-    raw = lab.folder / "content.raw"
+    raw = lab.directory / "content.raw"
     image = next(entry.path for entry in lab.machine.disks if entry.name == disk)
     subprocess.run(
         [lab.machine.build.tool("qemu-img"), "convert", "-O", "raw", image, raw], check=True, timeout=60
@@ -142,7 +142,7 @@ def test_a_freeze_stops_the_writer_and_the_moment_is_what_qemu_copies_meanwhile(
     lab.writer.start()
     converse(lab.machine.agent_path, "guest-fsfreeze-freeze")
     count = lab.writer.count
-    target = lab.folder / "copy.raw"
+    target = lab.directory / "copy.raw"
     target.write_bytes(bytes(8 * MIB))
     node = {"driver": "raw", "node-name": "copy", "file": {"driver": "file", "filename": str(target)}}
     assert lab.machine.qmp("blockdev-add", **node) == {}
@@ -179,33 +179,33 @@ def test_a_write_that_fails_is_an_error_of_the_test(any_build, make_lab):
 
 
 @KINDS
-def test_a_closed_machine_leaves_no_process_and_no_folder(any_build, tmp_path, kind):
+def test_a_closed_machine_leaves_no_process_and_no_directory(any_build, tmp_path, kind):
     path = tmp_path / "vda.qcow2"
     subprocess.run([any_build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "1M"], check=True)
     with kind(any_build, [Disk("vda", path)]) as machine:
-        process, folder = machine.process, machine.folder
+        process, directory = machine.process, machine.directory
         assert machine.alive()
         assert len(str(machine.qmp_path)) < 60, "a unix socket's path has 107 bytes"
     assert process.returncode is not None
-    assert not folder.exists()
+    assert not directory.exists()
 
 
 def test_a_machine_ends_with_a_test_that_is_killed(any_build, tmp_path):
     program = (
         "from fixtures import builds, machine; import time\n"
         "m = machine.Machine(builds.build('installed'), []); m.start()\n"
-        "print(m.process.pid, m.folder, flush=True); time.sleep(60)"
+        "print(m.process.pid, m.directory, flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as test:
-        pid, folder = test.stdout.readline().split()
+        pid, directory = test.stdout.readline().split()
         test.kill()
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}/status").exists() and "zombie" not in Path(f"/proc/{pid}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    shutil.rmtree(folder)
+    shutil.rmtree(directory)
 
 
 def test_a_scsi_disk_is_written_through_its_backend_too(any_build, tmp_path, held):

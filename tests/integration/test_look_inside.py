@@ -35,7 +35,7 @@ def test_every_way_to_a_point_of_a_real_run_shows_the_same_bytes(build, make_lab
 
 
 def _raw(lab, image, image_format: str) -> bytes:
-    out = lab.folder / "looked.raw"
+    out = lab.directory / "looked.raw"
     command = [lab.machine.build.tool("qemu-img"), "convert", "-f", image_format, "-O", "raw", image, out]
     subprocess.run(command, check=True, timeout=60)
     return out.read_bytes()
@@ -72,10 +72,10 @@ def _assert_diff(lab, first: str, second: str, before: dict[str, bytes], after: 
         assert changed == really
 
 
-def _assert_reader(lab, point: str, moment: dict[str, bytes], folder) -> None:
+def _assert_reader(lab, point: str, moment: dict[str, bytes], directory) -> None:
     for disk, content in moment.items():
-        (folder / "moment.raw").write_bytes(content)
-        arguments = [str(lab.cli.repository), "web", point, disk, str(folder / "moment.raw")]
+        (directory / "moment.raw").write_bytes(content)
+        arguments = [str(lab.cli.repository), "web", point, disk, str(directory / "moment.raw")]
         command = [sys.executable, "-I", "-c", READER, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -20,10 +20,10 @@ SECRET = "s3cr3t-token"
 class Site:
     """A lab with a configuration; `hook` writes what it gets to files."""
 
-    def __init__(self, lab, folder: Path) -> None:
-        self.lab, self.folder, self.cli = lab, folder, lab.cli
-        self.config = folder / "backupctl.toml"
-        self.metrics, self.state = folder / "metrics", folder / "state"
+    def __init__(self, lab, directory: Path) -> None:
+        self.lab, self.directory, self.cli = lab, directory, lab.cli
+        self.config = directory / "backupctl.toml"
+        self.metrics, self.state = directory / "metrics", directory / "state"
         self.metrics.mkdir()
         self.cli.environment["BACKUPCTL_CONFIG"] = str(self.config)
         self.configure("")
@@ -36,12 +36,14 @@ class Site:
 
     def hook(self, more: str = "") -> str:
         """Return a command, as the configuration takes it."""
-        text = f"cat > {self.folder}/$BACKUPCTL_HOOK.json; env > {self.folder}/$BACKUPCTL_HOOK.env; {more}"
+        text = (
+            f"cat > {self.directory}/$BACKUPCTL_HOOK.json; env > {self.directory}/$BACKUPCTL_HOOK.env; {more}"
+        )
         return json.dumps(["/bin/sh", "-c", text])
 
     def got(self, hook: str) -> tuple[dict, dict[str, str]]:
         """Return what a hook got, and forget it."""
-        document, around = self.folder / f"{hook}.json", self.folder / f"{hook}.env"
+        document, around = self.directory / f"{hook}.json", self.directory / f"{hook}.env"
         found = dict(line.split("=", 1) for line in around.read_text().splitlines() if "=" in line)
         found = {name: value for name, value in found.items() if name.startswith("BACKUPCTL_")}
         read = json.loads(document.read_text())
@@ -50,7 +52,7 @@ class Site:
         return read, found
 
     def ran(self, hook: str) -> bool:
-        return (self.folder / f"{hook}.json").exists()
+        return (self.directory / f"{hook}.json").exists()
 
     def values(self) -> dict[str, float]:
         """Return the metrics by their names, without the prefix."""
@@ -73,14 +75,14 @@ def server():
 
 def frozen_asker(site) -> str:
     """Return shell text that asks the agent whether the guest is frozen, and notes the answer."""
-    program = site.folder / "ask.py"
+    program = site.directory / "ask.py"
     program.write_text(
         "import json, socket, sys\n"
         "s = socket.socket(socket.AF_UNIX)\ns.settimeout(5)\ns.connect(sys.argv[1])\n"
         's.sendall(b\'{"execute": "guest-fsfreeze-status"}\\n\')\n'
         'print(json.loads(s.makefile().readline())["return"], file=open(sys.argv[2], "a"))\n'
     )
-    return f"/usr/bin/python3 {program} {site.lab.machine.agent_path} {site.folder}/frozen"
+    return f"/usr/bin/python3 {program} {site.lab.machine.agent_path} {site.directory}/frozen"
 
 
 def test_hooks_run_around_a_backup_and_never_while_the_guest_is_frozen(site):
@@ -109,7 +111,7 @@ def test_hooks_run_around_a_backup_and_never_while_the_guest_is_frozen(site):
     assert document["error"]["message"] == around["BACKUPCTL_ERROR_MESSAGE"]
     assert (around["BACKUPCTL_POINT"], around["BACKUPCTL_EXIT_CODE"]) == ("", "1")
     assert not site.ran("after")
-    assert (site.folder / "frozen").read_text().split() == ["thawed"] * 4
+    assert (site.directory / "frozen").read_text().split() == ["thawed"] * 4
     site.lab.assert_at_rest()
 
 
@@ -177,7 +179,7 @@ def test_metrics_tell_of_success_and_failure_and_keep_the_last_success(site):
     site.cli.run("prune", "web", "--keep-last", "5", vm=False)
     assert site.values()["last_prune_success"] == 1
     assert site.values()["last_run_success"] == 0
-    (site.cli.repository / "repository.json").rename(site.folder / "away")
+    (site.cli.repository / "repository.json").rename(site.directory / "away")
     site.cli.run("incremental", "web", code=2)
     assert "points" not in site.values()
     assert site.values()["last_success_timestamp_seconds"] >= first["last_success_timestamp_seconds"]
@@ -186,7 +188,7 @@ def test_metrics_tell_of_success_and_failure_and_keep_the_last_success(site):
 def test_a_backup_to_another_repository_is_not_taken_for_one_to_the_configured(site):
     site.lab.backup("full")
     before = site.values()
-    site.cli.repository = site.folder / "other"
+    site.cli.repository = site.directory / "other"
     site.lab.backup("full")
     assert site.values() == before
 
@@ -202,7 +204,7 @@ def test_what_can_not_be_written_is_a_warning(site, broken):
 
 
 def test_one_notice_for_a_failure_and_one_for_its_end(site, server):
-    program, mails = sendmail(site.folder)
+    program, mails = sendmail(site.directory)
     site.configure(
         f'[notify]\nwebhook = "{server.url}/{SECRET}"\nmail = "root"\nsendmail = "{program}"\n'
         f'healthchecks = "{server.url}/ping"\n'
@@ -212,7 +214,7 @@ def test_one_notice_for_a_failure_and_one_for_its_end(site, server):
     right, server.seen[:] = site.cli.vm[1], []
     site.cli.vm[1] += ".gone"
     for _ in range(2):
-        log = site.folder / "log"
+        log = site.directory / "log"
         said = site.cli.run("incremental", "web", "-v", "--log-file", str(log), code=1).stderr
         assert SECRET not in said + log.read_text()
     assert server.paths() == ["/ping/start", f"/{SECRET}", "/ping/fail", "/ping/start", "/ping/fail"]
@@ -278,7 +280,7 @@ def test_a_run_is_surrounded_once_and_each_of_its_tasks_is_remembered(site):
         of_vm="keep_last = 5\nverify_percent = 100\n",
     )
     site.lab.backup("full")
-    (site.folder / "after.json").unlink()
+    (site.directory / "after.json").unlink()
     site.cli.run("run", "web")
     assert site.got("before")[1]["BACKUPCTL_COMMAND"] == "run"
     document, around = site.got("after")
@@ -306,7 +308,7 @@ def test_a_run_whose_repository_is_not_there_is_a_failure_that_is_told(site, ser
 
 def test_a_hook_before_a_run_may_mount_the_repository(site):
     site.lab.backup("full")
-    away = site.folder / "away"
+    away = site.directory / "away"
     site.cli.repository.rename(away)
     mount = json.dumps(["/bin/mv", str(away), str(site.cli.repository)])
     site.configure(f"[hooks]\nbefore = {mount}\n")
@@ -322,7 +324,7 @@ def test_of_several_vms_each_has_its_hooks_and_metrics(site):
         f"[hooks]\nafter = {site.hook()}\nfailed = {site.hook()}\n",
         of_vm=f'qmp = "unix:{machine.qmp_path}"\nagent = "unix:{machine.agent_path}"\n'
         f'scratch = "{site.cli.scratch}"\n'
-        f'[vm.db]\nqmp = "unix:{site.folder}/none"\nrepository = "{site.cli.repository}"\n',
+        f'[vm.db]\nqmp = "unix:{site.directory}/none"\nrepository = "{site.cli.repository}"\n',
     )
     site.cli.run("run", "--all", "--jobs", "2", vm=False, code=1)
     assert site.got("after")[1]["BACKUPCTL_VM"] == "web"

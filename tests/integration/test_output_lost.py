@@ -69,8 +69,8 @@ def test_a_list_that_can_not_be_written_is_a_failure_and_says_why(tmp_path):
 
 
 def test_damage_is_told_by_the_exit_code_though_nobody_reads_the_report(tmp_path):
-    folder = Repository.create(tmp_path / "r").vm(vm_name("web")).path
-    (folder / "20260101T000000Z").mkdir(parents=True)
+    directory = Repository.create(tmp_path / "r").vm(vm_name("web")).path
+    (directory / "20260101T000000Z").mkdir(parents=True)
     command = [sys.executable, "-m", "backupctl", "verify", "--repository", str(tmp_path / "r")]
     for target in ("/dev/full", "/dev/null"):
         with Path(target).open("w") as output:

@@ -22,7 +22,7 @@ def lab(make_lab):
 
 
 def open_to_others(root: Path) -> list[str]:
-    """Name all below a folder, itself too, that others than its owner may read, write or enter."""
+    """Name all below a directory, itself too, that others than its owner may read, write or enter."""
     return [
         f"{stat.S_IMODE(path.lstat().st_mode):o} {path}"
         for path in (root, *root.rglob("*"))
@@ -53,10 +53,10 @@ def test_a_repository_and_what_is_restored_from_it_are_private(lab):
     lab.cli.run("prune", "web", "--keep-last", "1", vm=False)
     assert open_to_others(lab.cli.repository) == []
     for options in ((), ("--format", "raw"), ("--thin",)):
-        restored = lab.folder / f"restored{len(options)}{options[-1:]}"
+        restored = lab.directory / f"restored{len(options)}{options[-1:]}"
         lab.cli.run("restore", "web", "latest", "--to", f"{restored}/", *options, vm=False)
         assert open_to_others(restored) == []
-    image = lab.folder / "one.qcow2"
+    image = lab.directory / "one.qcow2"
     call(lab, "restore", "web", "--to", str(image), "--disk", "vda", vm=False)
     assert open_to_others(image) == []
 
@@ -68,24 +68,24 @@ def test_doctor_warns_of_a_repository_that_others_may_read_or_write(lab):
         told = lab.cli.json("doctor", "web")["findings"]
         return [one for one in told if (one["subject"], one["verdict"]) == ("repository", "warning")]
 
-    folder = lab.cli.repository / "web"
-    folder.chmod(0o711)  # as a thin restore's QEMU may need it: only who knows a name gets at it
+    directory = lab.cli.repository / "web"
+    directory.chmod(0o711)  # as a thin restore's QEMU may need it: only who knows a name gets at it
     assert warned() == []
     lab.cli.repository.chmod(0o777)
-    folder.chmod(0o740)
+    directory.chmod(0o740)
     both = warned()
     assert [one["said"] for one in both] == [
         f"{lab.cli.repository} is readable and writable by other users (mode 0777)",
-        f"{folder} is readable by other users (mode 0740)",
+        f"{directory} is readable by other users (mode 0740)",
     ]
     for one in both:
         subprocess.run(one["advice"].split(), check=True, timeout=10)
     assert warned() == []
-    lab.folder.chmod(0o777)  # where anybody could put another repository in its place
+    lab.directory.chmod(0o777)  # where anybody could put another repository in its place
     (above,) = warned()
-    assert above["said"].startswith(f"{lab.folder} is not trusted")
+    assert above["said"].startswith(f"{lab.directory} is not trusted")
     subprocess.run(above["advice"].split(), check=True, timeout=10)
     assert warned() == []
     if os.geteuid() == 0:
-        os.chown(folder, 12345, -1)
+        os.chown(directory, 12345, -1)
         assert "belongs to user 12345" in warned()[0]["said"]

@@ -35,7 +35,7 @@ def test_the_page_shows_the_commands_of_an_incremental_in_their_order(build, mak
     first = lab.backup("full")["point"]
     lab.writer.write(5)
     sent: list[bytes] = []
-    path = lab.machine.folder / "proxy"
+    path = lab.machine.directory / "proxy"
     with Proxy(path, lab.machine.qmp_path, lambda content: sent.append(content) or ""):
         lab.cli.vm[1] = f"unix:{path}"
         second = lab.backup("incremental")["point"]

@@ -90,7 +90,7 @@ def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
     assert any(points[1] in line and "merged" in line for line in status["leftovers"])
     assert "clears up" not in status["next_run"]
     assert listed(lab) == [points[0], points[2]]
-    lab.cli.run("restore", "web", points[1], "--to", str(lab.folder / "no"), vm=False, code=2)
+    lab.cli.run("restore", "web", points[1], "--to", str(lab.directory / "no"), vm=False, code=2)
     lab.cli.run("verify", "web", vm=False)
     assert prune(lab, "--keep-last", "9")["removed"] == [points[1]]
     lab.assert_point(points[2], held[points[2]])
@@ -108,7 +108,7 @@ def test_by_default_no_chain_gets_longer_than_qemus_tools_follow(monkeypatch, la
 def test_a_chain_that_is_long_enough_is_begun_anew(lab):
     take(lab, 3)
     lab.writer.write(5)
-    config = lab.folder / "backupctl.toml"
+    config = lab.directory / "backupctl.toml"
     config.write_text("[defaults]\nmax_chain = 3\n")
     lab.cli.environment["BACKUPCTL_CONFIG"] = str(config)
     status = lab.cli.json("status", "web")

@@ -31,13 +31,13 @@ SIZE = 2 * MIB
 class Host:
     """Simulated VMs, one repository, and a configuration that names them."""
 
-    folder: Path
+    directory: Path
     held: ExitStack
 
     def __post_init__(self) -> None:
-        self.repository = Repository.create(self.folder / "r")
-        self.config = self.folder / "backupctl.toml"
-        self.text = f'[defaults]\nrepository = "{self.folder}/r"\nscratch = "{self.folder}"\n'
+        self.repository = Repository.create(self.directory / "r")
+        self.config = self.directory / "backupctl.toml"
+        self.text = f'[defaults]\nrepository = "{self.directory}/r"\nscratch = "{self.directory}"\n'
         self.environment = {**os.environ, "PYTHONPATH": str(ROOT), "BACKUPCTL_CONFIG": str(self.config)}
 
     def defaults(self, text: str) -> None:
@@ -45,13 +45,13 @@ class Host:
 
     def vm(self, name: str, *keys: str, runs: bool = True, faults: tuple[str, ...] = ()) -> None:
         """Add a VM; one that runs has a simulator."""
-        folder = self.folder / name
-        folder.mkdir()
-        self.text += "\n".join([f'[vm.{name}]\nqmp = "unix:{folder}/qmp"', *keys, ""])
+        directory = self.directory / name
+        directory.mkdir()
+        self.text += "\n".join([f'[vm.{name}]\nqmp = "unix:{directory}/qmp"', *keys, ""])
         self.config.write_text(self.text)
         if runs:
             options = [word for fault in faults for word in ("--fault", fault)]
-            simulator = SimulatedVm(name, folder, [f"vda={SIZE}"], options, fork_server.shared())
+            simulator = SimulatedVm(name, directory, [f"vda={SIZE}"], options, fork_server.shared())
             self.held.enter_context(simulator).order("write", disk="vda", offset=0, length=SIZE, pattern=7)
 
     def command(self, *words: str) -> list[str]:
@@ -59,7 +59,7 @@ class Host:
 
     def run(self, *words: str, code: int) -> tuple[Any, str]:
         """Call the command line with --json; return its document, and what was told meanwhile."""
-        called = CallSpec([*words, "--json"], self.environment, str(self.folder))
+        called = CallSpec([*words, "--json"], self.environment, str(self.directory))
         done = fork_server.shared().run(called, SECONDS)
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
@@ -83,11 +83,11 @@ class Host:
         """Return all that there is in the repository, with the time of its last change."""
         return {
             str(path): (path.lstat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
-            for path in sorted((self.folder / "r").rglob("*"))
+            for path in sorted((self.directory / "r").rglob("*"))
         }
 
     def unfinished(self, *vms: str) -> list[Path]:
-        return [path for vm in vms for path in (self.folder / "r" / vm).glob("*.partial/vda.qcow2")]
+        return [path for vm in vms for path in (self.directory / "r" / vm).glob("*.partial/vda.qcow2")]
 
 
 @pytest.fixture
@@ -121,11 +121,11 @@ def test_what_fails_for_one_vm_is_told_and_stops_no_other(host):
     host.vm("stuck", faults=("qmp:blockdev-del@*=error:no",))
     host.vm("agentless", 'freeze = "require"')
     host.vm("blocked", runs=False)
-    host.vm("unmounted", f'repository = "{host.folder}/mnt"', runs=False)
-    (host.folder / "r" / "blocked").write_text("")
+    host.vm("unmounted", f'repository = "{host.directory}/mnt"', runs=False)
+    (host.directory / "r" / "blocked").write_text("")
     rotten = Points(host.repository, "rotten")
     rotten.point(P1, (replace(disk_entry(), size=SIZE), [(0, b"a" * MIB)]))
-    image = rotten.folder.path / P1 / "vda.qcow2"
+    image = rotten.directory.path / P1 / "vda.qcow2"
     image.write_bytes(image.read_bytes().replace(b"a" * 65536, b"a" * 65535 + b"x", 1))
     with host.repository.vm(VmName("busy")).lock():
         before = host.tree()
@@ -170,7 +170,7 @@ def test_a_run_that_is_asked_to_end_has_every_vm_roll_back(host):
     assert codes(document) == {"web": 1, "db": 1, "shop": 1}
     assert "stopped before it was started" in document["vms"][2]["error"]["message"]
     assert {one["error"]["kind"] for one in document["vms"]} == {"Interrupted"}
-    assert list((host.folder / "r").glob("*/*.partial")) == []
+    assert list((host.directory / "r").glob("*/*.partial")) == []
     host.run("run", "web", "--limit", "100M", code=2)  # no option of a run of this kind
 
 
@@ -180,7 +180,7 @@ def test_a_run_that_is_killed_has_every_vm_roll_back_and_the_next_run_goes_on(ho
     until(lambda: len(host.unfinished("web", "db")) == 2)
     process.kill()
     process.wait()
-    until(lambda: not list((host.folder / "r").glob("*/*.partial")))
+    until(lambda: not list((host.directory / "r").glob("*/*.partial")))
     host.config.write_text(host.text.replace('limit = "200K"\n', ""))
     document, _ = host.run("run", "--all", "--wait-lock", "30", code=0)
     assert [len(host.points(vm)) for vm in codes(document)] == [1, 1, 1]
@@ -191,7 +191,7 @@ def test_the_process_of_one_vm_that_is_killed_is_told_and_the_next_run_recovers(
     slow(host)
     process = host.start("run", "web", "db")
     until(lambda: len(host.unfinished("web", "db")) == 2)
-    killed = json.loads(next((host.folder / "r" / "web").glob("*.partial/run.json")).read_text())["pid"]
+    killed = json.loads(next((host.directory / "r" / "web").glob("*.partial/run.json")).read_text())["pid"]
     os.kill(killed, signal.SIGKILL)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 3, err
@@ -205,7 +205,7 @@ def test_the_process_of_one_vm_that_is_killed_is_told_and_the_next_run_recovers(
 
 def test_by_its_policies_a_vm_is_backed_up_pruned_and_verified(any_build, make_lab):
     lab = make_lab(any_build)
-    config = lab.folder / "backupctl.toml"
+    config = lab.directory / "backupctl.toml"
     config.write_text('[vm.web]\nkeep_last = 2\nverify_percent = 100\nfull_every = "30d"\n')
     lab.cli.environment["BACKUPCTL_CONFIG"] = str(config)
     lab.writer.write(10)

@@ -37,18 +37,18 @@ def view_id(case: tuple[str, str, bool]) -> str:
 
 @pytest.fixture
 def small(tmp_path, held):
-    """Mount a tmpfs of so many MiB; returns its folder."""
+    """Mount a tmpfs of so many MiB; returns its directory."""
 
     def mount(size_mib: int):
-        folder = tmp_path / "small"
-        folder.mkdir()
+        directory = tmp_path / "small"
+        directory.mkdir()
         done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", folder], check=False, timeout=30
+            ["mount", "-t", "tmpfs", "-o", f"size={size_mib}m", "tmpfs", directory], check=False, timeout=30
         )
         if done.returncode:
             pytest.skip("no file system can be mounted here")
-        held.callback(subprocess.run, ["umount", "-l", folder], check=True, timeout=30)
-        return folder
+        held.callback(subprocess.run, ["umount", "-l", directory], check=True, timeout=30)
+        return directory
 
     return mount
 

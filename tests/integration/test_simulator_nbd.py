@@ -42,7 +42,7 @@ def serve(vm, node, name, **more):
 
 def fleece(vm):
     """Begin a point in time of vda, with the old bitmap handed over to a new one."""
-    path = vm.folder / "scratch.qcow2"
+    path = vm.directory / "scratch.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True, timeout=20)
     file = {"driver": "file", "filename": str(path)}
     added = vm.qmp("blockdev-add", driver="qcow2", **{"node-name": "tmp0"}, file=file, backing="drive-vda")

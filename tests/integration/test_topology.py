@@ -41,7 +41,7 @@ def remove_bitmap(lab, disk: str) -> None:
 
 def snapshot(lab, *bitmaps: str) -> None:
     """Have vda write to an overlay from now on, with bitmaps of its own."""
-    path = lab.folder / "overlay.qcow2"
+    path = lab.directory / "overlay.qcow2"
     command = [lab.machine.build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "16M"]
     subprocess.run(command, check=True)
     overlay = {"driver": "qcow2", "node-name": "over", "discard": "unmap", "backing": None}
@@ -233,7 +233,7 @@ def test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes(build, make_lab,
 
 def test_a_disk_added_in_mid_chain_is_full_and_then_incremental(build, make_lab):
     lab = begun(make_lab, build)
-    path = lab.folder / "vdc.qcow2"
+    path = lab.directory / "vdc.qcow2"
     subprocess.run([build.tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "4M"], check=True)
     disk = Disk("vdc", path)
     node = json.loads(disk.arguments()[1])
@@ -321,7 +321,7 @@ def test_foreign_bitmaps_are_not_touched(any_build, make_lab):
 
 def test_a_disk_on_which_somebody_elses_job_works_is_refused_and_the_job_left_alone(build, make_lab):
     lab = begun(make_lab, build, sizes={"vda": 8 * MIB})
-    target = lab.folder / "theirs.raw"
+    target = lab.directory / "theirs.raw"
     target.write_bytes(bytes(8 * MIB))
     node = {"driver": "raw", "node-name": "theirs", "file": {"driver": "file", "filename": str(target)}}
     job = {"job-id": "theirs", "device": "node-vda", "target": "theirs", "sync": "none"}
@@ -356,7 +356,7 @@ def test_two_repositories_back_up_one_vm_each_with_its_own_chain(any_build, make
 
 @pytest.mark.needs_qemu("the simulator is no program of another user's")
 @pytest.mark.skipif(os.geteuid() != 0, reason="starts QEMU as another user, which takes root")
-def test_a_qemu_of_another_user_needs_no_rights_on_our_folders(build, make_lab):
+def test_a_qemu_of_another_user_needs_no_rights_on_our_directories(build, make_lab):
     if not shutil.which("setpriv"):
         pytest.skip("no setpriv")
     lab = make_lab(build, {"vda": 16 * MIB}, user="nobody", open_to_user=True)

@@ -37,7 +37,7 @@ def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
     """Take a point at each moment and prune; each that is left is byte-equal. Returns figures."""
     vm = VmConfig(vm_name("web"), Address.parse(str(lab.machine.qmp_path)), None)
     repository = Repository.open_or_create(lab.cli.repository)
-    folder = repository.vm(vm.name)
+    directory = repository.vm(vm.name)
     options = RunOptions(
         "incremental", freeze=FreezeOptions("never"), scratch=ScratchOptions(lab.cli.scratch)
     )
@@ -51,10 +51,10 @@ def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
         )
         changed += sum(disk.stored_bytes for disk in taken.disks)
         held[taken.point] = dict(lab.writer.moment)
-        pruned = prune.prune(folder, rules, Silent(), Cancellation())
+        pruned = prune.prune(directory, rules, Silent(), Cancellation())
         assert pruned.left == ()
         kept = {one.point for one in pruned.decisions if one.keep}
-        assert kept == {point.id for point in folder.points()}
+        assert kept == {point.id for point in directory.points()}
         held = {point: content for point, content in held.items() if point in kept}
         merged += len(pruned.merged)
         written += sum(one.written_bytes for one in pruned.merged)
@@ -63,18 +63,18 @@ def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
     lab.assert_at_rest()
     report = verify.verify(repository, vm.name, None, verify.VerifyScope(), Silent(), Cancellation())
     assert report.damage == ()
-    points = folder.points()
+    points = directory.points()
     return {
         "taken": len(when),
         "left": len(points),
         "longest chain": max(
-            chain.length(folder, points[-1], entry, {}) for entry in points[-1].manifest.disks
+            chain.length(directory, points[-1], entry, {}) for entry in points[-1].manifest.disks
         ),
         "merges": merged,
         "MiB written by merges": written / MIB,
         "MiB stored by all runs": changed / MIB,
         "MiB in the repository": sum(
-            path.stat().st_blocks * 512 for path in folder.path.rglob("*") if path.is_file()
+            path.stat().st_blocks * 512 for path in directory.path.rglob("*") if path.is_file()
         )
         / MIB,
         "MiB the layers left name": sum(

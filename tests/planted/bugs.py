@@ -84,21 +84,22 @@ BUGS = (
     Bug(
         "a point is committed before the history has it",
         "PendingPoint.commit",
-        '            history.record(self.folder, PointEvent("committed", self.point, manifest.checksum))\n',
+        "            history.record(self.directory, "
+        'PointEvent("committed", self.point, manifest.checksum))\n',
         "",
         HISTORY + "test_points_that_were_removed_are_named[newest]",
     ),
     Bug(
         "a dropped point is not written down",
         "_Steps.retire",
-        '                history.record(self.folder.path, PointEvent("dropped", point))\n',
+        '                history.record(self.directory.path, PointEvent("dropped", point))\n',
         "",
         HISTORY + "test_what_a_prune_drops_and_changes_is_no_problem",
     ),
     Bug(
         "an unfinished point goes before the history has it",
         "PendingPoint.drop",
-        "                history.undo(self.folder, self.point)\n",
+        "                history.undo(self.directory, self.point)\n",
         "",
         HISTORY + "test_a_death_at_any_step_raises_no_false_alarm_and_hides_no_loss",
     ),
@@ -229,9 +230,9 @@ BUGS = (
         COMMIT + "test_a_failed_sync_is_never_a_commit",
     ),
     Bug(
-        "the folder is not synced after the rename",
+        "the directory is not synced after the rename",
         "rename",
-        "    source.rename(target)\n    try:\n        sync_folder(target.parent)\n",
+        "    source.rename(target)\n    try:\n        sync_directory(target.parent)\n",
         "    source.rename(target)\n    try:\n        pass\n",
         COMMIT + "test_all_that_the_manifest_names_is_synced_before_the_rename_and_the_parent_after_it",
     ),
@@ -256,18 +257,18 @@ BUGS = (
         KNOWN + "test_dirty_zeroes_are_stored_as_zeroes[simulator]",
     ),
     Bug(
-        "the base is chosen by the age of its folder",
+        "the base is chosen by the age of its directory",
         "newest_with",
         "for point in reversed(points) if",
         "for point in sorted(points, key=lambda one: -one.path.stat().st_mtime_ns) if",
         "unit/operations/test_backup_plan.py"
-        "::test_the_base_is_the_newest_point_that_holds_the_disk_whichever_folder_was_touched_last",
+        "::test_the_base_is_the_newest_point_that_holds_the_disk_whichever_directory_was_touched_last",
     ),
     Bug(
         "recovery drops a committed point, too",
         "drop_leftover_files",
         "        partial.drop()\n",
-        "        partial.drop()\n        __import__('shutil').rmtree(facts.folder.point('latest').path)\n",
+        "        partial.drop()\n        __import__('shutil').rmtree(facts.directory.point('latest').path)\n",
         EXPLORED + "[incremental]",
     ),
     Bug(
@@ -290,7 +291,7 @@ BUGS = (
     Bug(
         "recover takes no lock",
         "recover",
-        "        with folder.lock():\n            thawed = ",
+        "        with directory.lock():\n            thawed = ",
         "        with suppress():\n            thawed = ",
         FAILURES + "test_a_second_run_is_told_that_the_first_one_works[simulator]",
     ),
@@ -377,11 +378,11 @@ BUGS = (
         "unit/images/test_open_image.py::test_only_a_plain_file_is_opened",
     ),
     Bug(
-        "root restores into anybody's folder",
+        "root restores into anybody's directory",
         "resolve",
         "    if os.geteuid() != _ROOT:\n",
         "    if True:\n",
-        "unit/images/test_open_image.py::test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
+        "unit/images/test_open_image.py::test_a_directory_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made",
     ),
     Bug(
         "an incremental makes a repository",

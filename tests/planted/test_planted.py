@@ -31,23 +31,23 @@ QUICK = ["-p", "no:xdist", "-p", "no:randomly", "-p", "no:cacheprovider", "-q", 
 
 @pytest.fixture
 def copy() -> Iterator[Path]:
-    """A copy of the product and its tests, in a folder of a short name: sockets lie below it."""
+    """A copy of the product and its tests, in a directory of a short name: sockets lie below it."""
     with tempfile.TemporaryDirectory(prefix="bc-") as name:
-        folder = Path(name)
+        directory = Path(name)
         for part in ("backupctl", "tests", "fixtures", "docs"):
-            shutil.copytree(ROOT / part, folder / part)
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        yield folder
+            shutil.copytree(ROOT / part, directory / part)
+        shutil.copy(ROOT / "pyproject.toml", directory)
+        yield directory
 
 
-def play(folder: Path, *tests: str, options: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+def play(directory: Path, *tests: str, options: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
     """Run tests on the copy, with these options of pytest."""
     names = [f"tests/{test}" for test in tests]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *QUICK, *options, f"--basetemp={folder / 't'}", *names],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": str(folder), "BACKUPCTL_CACHE": str(CACHE)},
+        [sys.executable, "-m", "pytest", *QUICK, *options, f"--basetemp={directory / 't'}", *names],
+        cwd=directory,
+        env={**environment, "PYTHONPATH": str(directory), "BACKUPCTL_CACHE": str(CACHE)},
         capture_output=True,
         text=True,
         timeout=SECONDS,

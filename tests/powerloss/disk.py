@@ -4,7 +4,7 @@
 As ALICE and CrashMonkey do, for a file system that promises no more than POSIX:
 
 - what was written to a file since its last fsync may be there, or be missing, cut off, zeroes or garbage;
-- what was done to a folder's names since its last fsync may have happened or not, each on its own, in any
+- what was done to a directory's names since its last fsync may have happened or not, each on its own, in any
   combination that has a meaning; an fsync of a file says nothing of its name;
 - a rename or link is whole or not at all;
 - a file that is appended to keeps what it had; what is new is as above;
@@ -36,14 +36,14 @@ Content = tuple[str, str]
 """A file's content: the digest of a whole one, and what became of it."""
 
 Tree = dict[str, Content | None]
-"""Path to content; None: a folder."""
+"""Path to content; None: a directory."""
 
 
 @dataclass(frozen=True)
 class NameStep:
-    """A change of names. gone, made: (folder, name) or None. inode: what it names.
+    """A change of names. gone, made: (directory, name) or None. inode: what it names.
 
-    unsynced: the folders that must be synced before it is durable.
+    unsynced: the directories that must be synced before it is durable.
     """
 
     gone: tuple[int, str] | None
@@ -79,18 +79,18 @@ class Disk:
     inodes: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def place(self, path: str) -> tuple[int, str]:
-        """Return folder and name of a path."""
-        folder = 0
+        """Return directory and name of a path."""
+        directory = 0
         *above, name = PurePosixPath(path).parts
         for part in above:
-            folder = self.names[folder, part]
-        return folder, name
+            directory = self.names[directory, part]
+        return directory, name
 
     def inode(self, path: str) -> int:
         return 0 if path == "." else self.names[self.place(path)]
 
     def load(self, tree: dict[str, str | None]) -> None:
-        """Begin with a tree that is all durable: path to digest, None for a folder; parents first."""
+        """Begin with a tree that is all durable: path to digest, None for a directory; parents first."""
         for path, content in tree.items():
             inode = next(self.inodes)
             self.names[self.place(path)] = inode
@@ -120,17 +120,17 @@ class Disk:
         elif do == "sync" and "content" in step:
             self.files[self.inode(path)] = File(synced=step["content"])
         elif do == "sync":
-            self._sync_folder(self.inode(path))
+            self._sync_directory(self.inode(path))
 
     def _name(self, step: NameStep) -> None:
         self.pending.append(step)
         apply(self.names, step)
 
-    def _sync_folder(self, folder: int) -> None:
-        """All changes of a folder's names are durable now, and of both folders if there are two."""
+    def _sync_directory(self, directory: int) -> None:
+        """All changes of a directory's names are durable now, and of both directories if there are two."""
         left = []
         for step in self.pending:
-            waiting = step.unsynced - {folder}
+            waiting = step.unsynced - {directory}
             if waiting:
                 left.append(replace(step, unsynced=waiting))
             else:
@@ -143,13 +143,13 @@ class Disk:
         for step in kept:
             apply(names, step)
         below: dict[int, list[tuple[str, int]]] = {}
-        for (folder, name), inode in names.items():
-            below.setdefault(folder, []).append((name, inode))
+        for (directory, name), inode in names.items():
+            below.setdefault(directory, []).append((name, inode))
         found: Tree = {}
         waiting = [("", 0)]
         while waiting:
-            path, folder = waiting.pop()
-            for name, inode in below.get(folder, []):
+            path, directory = waiting.pop()
+            for name, inode in below.get(directory, []):
                 if inode in self.files:
                     found[path + name] = self._content(inode, fates)
                 else:

@@ -28,7 +28,7 @@ from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history
 from backupctl.repository.journal import Journal
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from fixtures.pieces import of_piece
 from tests.powerloss import disk, qcow2
 from tests.powerloss.disk import EMPTY, GARBAGE, HALF, MIXED, OLD, TORN, WHOLE, ZEROES, Content, Tree
@@ -122,11 +122,11 @@ def after_backup(run: Recorded) -> Judge:
         if before and not (state / "repository.json").exists():
             return "repository.json is gone"
         repository = Repository.open_or_create(state)
-        folder = repository.vm(VM)
+        directory = repository.vm(VM)
         must = new if due else None
-        wrong = _points(folder, before, after, must) or (_verified(repository) if deep else "")
-        wrong = wrong or _alarm(folder) or _missed(folder) or _next_run(repository, folder)
-        return wrong or _points(folder, before, after, must) or _alarm(folder) or _missed(folder)
+        wrong = _points(directory, before, after, must) or (_verified(repository) if deep else "")
+        wrong = wrong or _alarm(directory) or _missed(directory) or _next_run(repository, directory)
+        return wrong or _points(directory, before, after, must) or _alarm(directory) or _missed(directory)
 
     return judge
 
@@ -135,35 +135,37 @@ Contents = dict[tuple[str, str], bytes]
 """Point and disk to its bytes."""
 
 
-def after_prune(held: Contents, kept: set[str], again: Callable[[VmFolder], object]) -> Judge:
+def after_prune(held: Contents, kept: set[str], again: Callable[[VmDirectory], object]) -> Judge:
     """Return the judge of a prune's states. again: prunes once more, by the same rules."""
 
     def judge(state: Path, _due: bool, deep: bool) -> str:
         repository = Repository.open(state)
-        folder = repository.vm(VM)
-        wrong = _contents(folder, held, kept) or (_verified(repository) if deep else "")
-        wrong = wrong or _alarm(folder) or _next_run(repository, folder) or _contents(folder, held, kept)
-        wrong = wrong or _alarm(folder) or _missed(folder)
+        directory = repository.vm(VM)
+        wrong = _contents(directory, held, kept) or (_verified(repository) if deep else "")
+        wrong = (
+            wrong or _alarm(directory) or _next_run(repository, directory) or _contents(directory, held, kept)
+        )
+        wrong = wrong or _alarm(directory) or _missed(directory)
         if deep and not wrong:
-            again(folder)
-            there = {point.id for point in folder.points()}
+            again(directory)
+            there = {point.id for point in directory.points()}
             wrong = "" if there == kept else f"after another prune there are {sorted(there)}"
-            wrong = wrong or _contents(folder, held, kept) or _verified(repository)
+            wrong = wrong or _contents(directory, held, kept) or _verified(repository)
         return wrong
 
     return judge
 
 
-def _alarm(folder: VmFolder) -> str:
+def _alarm(directory: VmDirectory) -> str:
     """No power failure is told as a point that is missing or was exchanged, nor as a changed history."""
-    found = audit.problems(folder)
+    found = audit.problems(directory)
     return f"false alarm: {found[0].message}" if found else ""
 
 
-def _missed(folder: VmFolder) -> str:
+def _missed(directory: VmDirectory) -> str:
     """The history knows every point with its manifest: none could go unmissed."""
-    known = history.read(folder.path)
-    for point in folder.points():
+    known = history.read(directory.path)
+    for point in directory.points():
         one = known.points.get(point.id) if known else None
         if one is None or not one.there or point.manifest.checksum not in one.manifests:
             return f"the history does not hold {point.id}"
@@ -175,16 +177,16 @@ def _verified(repository: Repository) -> str:
     return f"verify: {found[0].message}" if found else ""
 
 
-def _contents(folder: VmFolder, held: Contents, kept: set[str]) -> str:
+def _contents(directory: VmDirectory, held: Contents, kept: set[str]) -> str:
     """Compare every point that there is, cluster by cluster with its digests too."""
-    survey = folder.scan_points()
+    survey = directory.scan_points()
     if survey.damaged:
         return f"damaged: {survey.damaged[0][1].message}"
     if not kept <= {point.id for point in survey.points}:
         return f"a point that stays is gone; there are {[point.id for point in survey.points]}"
     for point in survey.points:
         for entry in point.manifest.disks:
-            layers = chain.layers(folder, point, entry.name)
+            layers = chain.layers(directory, point, entry.name)
             content = qcow2.content([layer.path for layer in layers])
             if content != held[point.id, entry.name]:
                 return f"{entry.name} of {point.id} is not what it was"
@@ -200,8 +202,8 @@ def _digests(content: bytes) -> Any:
     return of_piece(0, memoryview(content))
 
 
-def _points(folder: VmFolder, before: Points, after: Points, due: str | None) -> str:
-    survey = folder.scan_points()
+def _points(directory: VmDirectory, before: Points, after: Points, due: str | None) -> str:
+    survey = directory.scan_points()
     if survey.damaged:
         return f"damaged: {survey.damaged[0][1].message}"
     there = {point.id for point in survey.points}
@@ -212,41 +214,41 @@ def _points(folder: VmFolder, before: Points, after: Points, due: str | None) ->
         if names != set(after[point.id]):
             return f"{point.id} holds {sorted(names)}"
         for name, (content, fate) in after[point.id].items():
-            if not os.path.samefile(point.path / name, Pool.path_of(folder.path.parent, (content, fate))):
+            if not os.path.samefile(point.path / name, Pool.path_of(directory.path.parent, (content, fate))):
                 return f"{point.id}/{name} is not whole"
     return ""
 
 
-def _next_run(repository: Repository, folder: VmFolder) -> str:
+def _next_run(repository: Repository, directory: VmDirectory) -> str:
     """Do what the next run does first, and begin a point."""
-    vm, facts = VmConfig(VM, "unix:/nowhere", None), recover.FolderFacts(folder, repository.owner)
-    with folder.lock():
+    vm, facts = VmConfig(VM, "unix:/nowhere", None), recover.DirectoryFacts(directory, repository.owner)
+    with directory.lock():
         facts.unfinished()
         recover.drop_leftover_files(vm, facts, repository.path)
-        audit.reconcile(folder)
-        if folder.pending_points():
+        audit.reconcile(directory)
+        if directory.pending_points():
             return "something unfinished is left"
-        newest = folder.newest()
+        newest = directory.newest()
         point = next_point_id(point_time(newest or PointId("20260101T000000Z")), newest)
         journal = Journal(point, VM, repository.id, "full", "attach", "2026", 1, (), False)
-        folder.begin(point, journal).drop()
+        directory.begin(point, journal).drop()
     return ""
 
 
 class Pool:
     """Every content that a file may have, once; states are made of links to them."""
 
-    def __init__(self, trace: Path, folder: Path) -> None:
+    def __init__(self, trace: Path, directory: Path) -> None:
         self._trace = trace
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
+        self._directory = directory
+        directory.mkdir(exist_ok=True)
 
     @staticmethod
     def path_of(state: Path, content: Content) -> Path:
         return state.parent / "pool" / ".".join(content)
 
     def lay_out(self, tree: Tree, state: Path) -> None:
-        """Make a folder that looks like a tree."""
+        """Make a directory that looks like a tree."""
         state.mkdir()
         for path in sorted(tree):
             content = tree[path]
@@ -258,7 +260,7 @@ class Pool:
                 os.link(self._made(content), state / path)
 
     def _made(self, content: Content) -> Path:
-        path = self._folder / ".".join(content)
+        path = self._directory / ".".join(content)
         if not path.exists():
             path.write_bytes(self._bytes(*content))
         return path

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line, with a record of all that it does to the repository's folders and files.
+"""The command line, with a record of all that it does to the repository's directories and files.
 
-Called with TRACE=FOLDER REPOSITORY=DIR in its environment it writes `FOLDER/trace`, a line of JSON for each
-step, and the content of every file at its fsync, under the name of its digest. FORGET=sync_file (or another
-function of `durable`) makes that one do nothing: a planted bug.
+Called with TRACE=DIRECTORY REPOSITORY=DIR in its environment it writes `DIRECTORY/trace`, a line of JSON for
+each step, and the content of every file at its fsync, under the name of its digest. FORGET=sync_file (or
+another function of `durable`) makes that one do nothing: a planted bug.
 
-What is seen: every file and folder made, renamed, linked or removed by Python (its audit events), and every
-fsync. What is written into an image is not seen, and need not be:
+What is seen: every file and directory made, renamed, linked or removed by Python (its audit events), and
+every fsync. What is written into an image is not seen, and need not be:
 an image counts as dirty from its making to the first fsync; one that is written in place, while others stand
 on it, as `inplace`, and so does one of our own writer that is written after an fsync.
 """
@@ -47,11 +47,11 @@ def note(do: str, path: Path | None = None, **more: Any) -> None:
     _log.flush()
 
 
-def absolute(path: Any, folder: int = -1) -> Path:
-    """Return the path that a call means; folder: the descriptor that it is relative to."""
+def absolute(path: Any, directory: int = -1) -> Path:
+    """Return the path that a call means; directory: the descriptor that it is relative to."""
     if isinstance(path, int):
         return Path(os.readlink(f"/proc/self/fd/{path}"))
-    base = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
+    base = os.readlink(f"/proc/self/fd/{directory}") if directory >= 0 else os.getcwd()
     return Path(base, os.fsdecode(path))
 
 

@@ -29,20 +29,20 @@ SIZES = {"vda": 2 << 20, "vdb": (1 << 20) + 512, "vdc": 1 << 20}
 Steps = list[dict[str, Any]]
 
 
-def record(lab, folder: Path, *words: str, **environment: str) -> Recorded:
+def record(lab, directory: Path, *words: str, **environment: str) -> Recorded:
     """Run the command line with a record of its steps."""
-    folder.mkdir()
+    directory.mkdir()
     repository = lab.cli.repository
-    start = tree(repository, folder)
-    environment |= {"TRACE": str(folder), "REPOSITORY": str(repository)}
+    start = tree(repository, directory)
+    environment |= {"TRACE": str(directory), "REPOSITORY": str(repository)}
     done = lab.cli.call(words[0], "web", *words[1:], vm=words[0] != "prune", entry=RECORDER, **environment)
     assert done.returncode == 0, done.stderr
-    end = tree(repository, folder)
-    return Recorded(folder, disk.read(folder, end), start, end)
+    end = tree(repository, directory)
+    return Recorded(directory, disk.read(directory, end), start, end)
 
 
 def tree(root: Path, keep: Path) -> dict[str, str | None]:
-    """Return what is in a folder, keeping the content of every file."""
+    """Return what is in a directory, keeping the content of every file."""
     found: dict[str, str | None] = {}
     for path in sorted(root.rglob("*")):
         content = path.read_bytes() if path.is_file() else None
@@ -55,7 +55,7 @@ def tree(root: Path, keep: Path) -> dict[str, str | None]:
 
 @pytest.fixture
 def work() -> Iterator[Path]:
-    """A folder whose fsyncs cost nothing, if there is one."""
+    """A directory whose fsyncs cost nothing, if there is one."""
     memory = Path("/dev/shm")
     where = memory if memory.is_dir() else None
     with tempfile.TemporaryDirectory(prefix="backupctl-test-", dir=where) as name:
@@ -98,7 +98,7 @@ def test_every_state_after_a_power_failure_keeps_what_was_committed(
 
 def last_step(lab) -> str:
     """Return the number of the commit's rename among the steps of an incremental."""
-    log = lab.folder / "steps"
+    log = lab.directory / "steps"
     assert lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, STEPS=str(log)).returncode == 0
     names = [line.strip() for line in log.read_text().splitlines()]
     return str(len(names) - 1 - names[::-1].index("rename"))
@@ -114,9 +114,9 @@ def without(suffix: str, do: str = "sync") -> Callable[[Steps], Steps]:
 def rename_first(steps: Steps) -> Steps:
     """Commit before the last that the commit makes durable."""
     at = last_of(steps, "rename", ".partial")
-    folder = steps[at]["path"]
+    directory = steps[at]["path"]
     begin = next(number for number, step in enumerate(steps) if str(step["path"]).endswith("manifest.json"))
-    moved = [{**step, "path": step["path"].replace(folder, steps[at]["to"])} for step in steps[begin:at]]
+    moved = [{**step, "path": step["path"].replace(directory, steps[at]["to"])} for step in steps[begin:at]]
     return [*steps[:begin], steps[at], *moved, *steps[at + 1 :]]
 
 
@@ -142,8 +142,8 @@ BUGS: dict[str, Callable[[Steps], Steps]] = {
     "an image is not synced": without("vda.qcow2"),
     "a digest map is not synced": without("vdb.digests"),
     "the manifest is not synced": without("manifest.json"),
-    "the point's folder is not synced before the rename": without_last("sync", ".partial"),
-    "the VM's folder is not synced after the rename": without_last("sync", "web"),
+    "the point's directory is not synced before the rename": without_last("sync", ".partial"),
+    "the VM's directory is not synced after the rename": without_last("sync", "web"),
     "the rename comes before the manifest is durable": rename_first,
     "the base bitmap is given up before the commit": retired_first,
     "the repository's own file is not synced": without(".new"),
@@ -151,17 +151,17 @@ BUGS: dict[str, Callable[[Steps], Steps]] = {
 }
 
 
-def without_the_first_folders_syncs(steps: Steps) -> Steps:
-    """Forget the folder that a merged image is renamed out of."""
+def without_the_first_directories_syncs(steps: Steps) -> Steps:
+    """Forget the directory that a merged image is renamed out of."""
     move = next(step for step in steps if step["do"] == "rename" and str(step["to"]).endswith(".qcow2"))
-    folder = str(move["path"]).rpartition("/")[0]
-    return [step for step in steps if step["do"] != "sync" or step["path"] != folder]
+    directory = str(move["path"]).rpartition("/")[0]
+    return [step for step in steps if step["do"] != "sync" or step["path"] != directory]
 
 
 PRUNE_BUGS: dict[str, Callable[[Steps], Steps]] = {
     "the merged image is not synced": without(".qcow2"),
     "the merged digest map is not synced": without(".digests.merged"),
-    "the folder that the merged image comes from is not synced": without_the_first_folders_syncs,
+    "the directory that the merged image comes from is not synced": without_the_first_directories_syncs,
 }
 
 
@@ -177,7 +177,7 @@ def test_every_bug_that_is_planted_into_the_order_of_steps_is_caught(first_full,
         assert explore(planted, work, after_backup(first_full), most=MOST, stop_early=True).violations, name
 
 
-@pytest.mark.parametrize("forgotten", ["sync_file", "sync_folder"])
+@pytest.mark.parametrize("forgotten", ["sync_file", "sync_directory"])
 def test_a_step_that_the_product_forgets_is_caught(lab, work, tmp_path, forgotten):
     run = record(lab, tmp_path / "full", "full", FORGET=forgotten)
     assert explore(run, work, after_backup(run), most=MOST, stop_early=True).violations
@@ -203,7 +203,7 @@ def pruned(request, lab, tmp_path) -> tuple[Recorded, Judge]:
         length = 262_144 if points else size
         lab.machine.io("vda", f"write -P {len(points) + 1} {len(points) * 65_536} {length}")
         points.append(lab.backup(kind, "--disk", "vda")["point"])
-        held[points[-1], "vda"] = lab.cli.raw(points[-1], "vda", lab.folder)
+        held[points[-1], "vda"] = lab.cli.raw(points[-1], "vda", lab.directory)
     if dropped:
         lab.cli.run("protect", "web", points[0], vm=False)
     rules = Rules(last=2 - dropped)
@@ -211,8 +211,8 @@ def pruned(request, lab, tmp_path) -> tuple[Recorded, Judge]:
     kept = set(run.points(run.end))
     assert len(kept) == 2
 
-    def again(folder):
-        prune.prune(folder, rules, Silent(), Cancellation())
+    def again(directory):
+        prune.prune(directory, rules, Silent(), Cancellation())
 
     return run, after_prune(held, kept, again)
 
@@ -241,7 +241,7 @@ def test_a_merge_that_forgets_to_sync_is_caught(pruned, work):
 
 
 def test_what_is_kept_of_unsynced_steps_is_any_of_them():
-    """Two files made, one of them synced, in a folder that is synced after the first."""
+    """Two files made, one of them synced, in a directory that is synced after the first."""
     steps = [
         {"do": "create", "path": "a", "coming": "A"},
         {"do": "sync", "path": ".", "coming": None},
@@ -254,7 +254,7 @@ def test_what_is_kept_of_unsynced_steps_is_any_of_them():
     assert last == {frozenset({fate}) for fate in fates} | {frozenset({fate, whole}) for fate in fates}
 
 
-def test_a_rename_between_folders_is_durable_when_both_are_synced():
+def test_a_rename_between_directories_is_durable_when_both_are_synced():
     start = {"x": None, "y": None, "x/file": "F"}
     steps = [
         {"do": "rename", "path": "x/file", "to": "y/file", "coming": None},

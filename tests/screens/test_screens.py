@@ -62,7 +62,7 @@ LONG = "the agent of a virtual machine whose name is long did not answer in five
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """Give a folder whose path is always as long: where lines are wrapped depends on it."""
+    """Give a directory whose path is always as long: where lines are wrapped depends on it."""
     with tempfile.TemporaryDirectory(prefix="bs-", dir="/tmp") as name:
         yield Path(name)
 
@@ -138,10 +138,10 @@ def test_points(show, tmp_path):
 
 def test_damage(show, tmp_path):
     builder = points(tmp_path)
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     content = image.read_bytes()
     image.write_bytes(content.replace(b"a" * 65536, b"a" * 65535 + b"x", 1))
-    (builder.folder.path / P2 / "manifest.json").write_text("{}")
+    (builder.directory.path / P2 / "manifest.json").write_text("{}")
     show("verify-damage", "verify", "vm1", *IN)
     show("list-damage", "list", *IN)
 

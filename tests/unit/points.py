@@ -26,7 +26,7 @@ from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.transfer.nbd_client import Connection
 from fixtures.pieces import of_piece
 
@@ -63,13 +63,13 @@ class Builder:
     repository: Repository
 
     @property
-    def folder(self) -> VmFolder:
+    def directory(self) -> VmDirectory:
         return self.repository.vm(VmName("vm1"))
 
     def journal(self, point: PointId) -> Journal:
         return Journal(
             point=point,
-            vm=self.folder.name,
+            vm=self.directory.name,
             repository=self.repository.id,
             kind="full",
             step="attach",
@@ -85,7 +85,7 @@ class Builder:
             point=point,
             kind="incremental" if parent else "full",
             parent=parent,
-            vm=self.folder.name,
+            vm=self.directory.name,
             repository=self.repository.id,
             disks=disks or (disk_entry(),),
             freeze=FreezeEntry("auto", "none", None),
@@ -98,8 +98,8 @@ class Builder:
         )
 
     def begin(self, point: PointId) -> PendingPoint:
-        with self.folder.lock():
-            return self.folder.begin(point, self.journal(point))
+        with self.directory.lock():
+            return self.directory.begin(point, self.journal(point))
 
     def point(self, point: PointId, *disks: tuple[DiskEntry, Writes]) -> Point:
         """Make a committed point with real images, each written with (offset, bytes)."""
@@ -107,7 +107,7 @@ class Builder:
         entries = []
         for entry, writes in disks:
             path = partial.path / f"{entry.name}.qcow2"
-            below = chain.below(self.folder, entry.parent, entry.name)
+            below = chain.below(self.directory, entry.parent, entry.name)
             create.create_layer(
                 path, entry.size, f"../{entry.parent}/{entry.name}.qcow2" if entry.parent else None
             )

@@ -23,7 +23,7 @@ Components: main
 
 @pytest.fixture
 def etc(tmp_path):
-    """A folder like /etc/apt with these files."""
+    """A directory like /etc/apt with these files."""
 
     def make(**files):
         (tmp_path / "sources.list.d").mkdir()

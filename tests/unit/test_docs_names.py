@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every file, folder, test, make target, command and option that the pages name is there."""
+"""Every file, directory, test, make target, command and option that the pages name is there."""
 
 import re
 from functools import cache
@@ -17,7 +17,7 @@ OUTSIDE = {
     "reader.py",  # the program that docs/repository.md prints, under the name that the page proposes
     "legacy.py",  # a module of qemu.qmp
 }
-FOLDERS = ("backupctl", "docs", "fixtures", "tests", ".ci")
+DIRECTORIES = ("backupctl", "docs", "fixtures", "tests", ".ci")
 """A path that begins with one of these is one in this tree."""
 
 Code = list[str]
@@ -45,16 +45,16 @@ def code(text: str) -> Code:
 
 @cache
 def files() -> frozenset[str]:
-    """Return the paths of all files of the tree, from its root on, and those of its folders."""
+    """Return the paths of all files of the tree, from its root on, and those of its directories."""
     skipped = {".git", ".venv", ".cache", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__"}
     found = set()
-    folders = [ROOT]
-    while folders:
-        for path in folders.pop().iterdir():
+    directories = [ROOT]
+    while directories:
+        for path in directories.pop().iterdir():
             if path.name not in skipped:
                 found.add(str(path.relative_to(ROOT)))
                 if path.is_dir() and not path.is_symlink():
-                    folders.append(path)
+                    directories.append(path)
     return frozenset(found)
 
 
@@ -63,7 +63,7 @@ def is_there(name: str) -> bool:
 
 
 def unknown_files(text: str) -> list[str]:
-    """Return the names of files, folders and modules that are not in the tree."""
+    """Return the names of files, directories and modules that are not in the tree."""
     spans = [*code(text), *(target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target)]
     named = set()
     for span in spans:
@@ -72,7 +72,7 @@ def unknown_files(text: str) -> list[str]:
             for name in re.findall(r"(?<![\w/.~$*{…-])[\w./-]+\.(?:py|sh|md|txt)(?![\w/*{…])", span)
             if not name.startswith("/")
         }
-        named |= set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]+", span))
+        named |= set(re.findall(rf"(?<![\w/.-])(?:{'|'.join(map(re.escape, DIRECTORIES))})/[\w./-]+", span))
         for module in re.findall(r"(?<![\w/])(?:backupctl|fixtures|tests)(?:\.[a-z_]+)+\b", span):
             path = module.replace(".", "/")
             if not module.endswith((".toml", ".service", ".timer", ".md")):
@@ -225,7 +225,7 @@ def test_every_key_of_the_configuration_page_is_in_the_example_and_the_other_way
     [
         (unknown_files, "see `vm/qmp/no_such_module.py`", ["vm/qmp/no_such_module.py"]),
         (unknown_files, "[a page](no-such-page.md)", ["no-such-page.md"]),
-        (unknown_files, "in `tests/no_such_folder/`", ["tests/no_such_folder/"]),
+        (unknown_files, "in `tests/no_such_directory/`", ["tests/no_such_directory/"]),
         (unknown_files, "`python -m fixtures.no_such_bench`", ["fixtures/no_such_bench.py"]),
         (
             unknown_files,

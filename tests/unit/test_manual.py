@@ -110,8 +110,8 @@ def test_mandoc_takes_every_page():
 def test_all_of_it_is_installed_with_the_package():
     files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
     found = {
-        f"{folder}/{path.name}"
-        for folder, globs in files.items()
+        f"{directory}/{path.name}"
+        for directory, globs in files.items()
         for pattern in globs
         for path in ROOT.glob(pattern)
     }

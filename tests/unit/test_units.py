@@ -35,7 +35,7 @@ def service(name: str) -> dict[str, str]:
 
 @pytest.fixture
 def installed(tmp_path):
-    """A folder with all units, and an instance of each template; they start `true` instead of backupctl."""
+    """A directory with all units, and one of each template; they start `true` instead of backupctl."""
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not installed here")
     for name in NAMES:
@@ -45,14 +45,14 @@ def installed(tmp_path):
     return tmp_path
 
 
-def analyze(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def analyze(directory: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         ["systemd-analyze", *words],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
-        env={"SYSTEMD_UNIT_PATH": f"{folder}:", "PATH": "/usr/bin:/bin"},
+        env={"SYSTEMD_UNIT_PATH": f"{directory}:", "PATH": "/usr/bin:/bin"},
     )
 
 

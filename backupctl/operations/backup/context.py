@@ -11,7 +11,7 @@ from backupctl.events import StepStarted
 from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 
 def _now() -> datetime:
@@ -40,8 +40,8 @@ class RunContext:
     current: str = field(default="prepare", init=False)
 
     @cached_property
-    def folder(self) -> VmFolder:
-        """The VM's folder in the repository."""
+    def directory(self) -> VmDirectory:
+        """The VM's directory in the repository."""
         return self.repository.vm(self.vm.name)
 
     def step(self, name: str) -> None:

@@ -28,7 +28,7 @@ from backupctl.progress import Reporter
 from backupctl.repository import chain
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.pending_point import PendingPoint
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system.threads import Workers
 from backupctl.transfer.cluster_map import ClusterMap
 from backupctl.transfer.copy import Copy
@@ -66,7 +66,7 @@ class DiskProgress:
 class LayerCopier:
     """Copies the disks of one point, several at once, each in a thread of its own."""
 
-    folder: VmFolder
+    directory: VmDirectory
     partial: PendingPoint
     limiter: TokenBucket
     workers: Workers
@@ -82,13 +82,13 @@ class LayerCopier:
         disk = one.disk
         source.use_check(check)
         path = self.partial.path / f"{disk.name}.qcow2"
-        layers = chain.below(self.folder, one.base, disk.name)
+        layers = chain.below(self.directory, one.base, disk.name)
         below = chain.effective_content(layers, disk.size)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
         newest = below
         if one.newest is not None:
-            newest = chain.effective_content(chain.below(self.folder, one.newest, disk.name), disk.size)
+            newest = chain.effective_content(chain.below(self.directory, one.newest, disk.name), disk.size)
         known_bytes = min(below.described_bytes, newest.described_bytes)
         cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, known_bytes)
         if newest is not below:
@@ -99,7 +99,7 @@ class LayerCopier:
         dedup = DedupFilter(below, table)
         with create.new_file(path) as image:
             with (
-                moving(disk.name, f"{path.name} in {self.folder.path}"),
+                moving(disk.name, f"{path.name} in {self.directory.path}"),
                 Qcow2Writer(image, disk.size, link) as sink,
             ):
                 copied = Copy(

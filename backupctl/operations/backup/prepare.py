@@ -41,9 +41,9 @@ from backupctl.operations.backup.plan import Plan
 from backupctl.options import Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain
-from backupctl.repository.vm_folder import ScannedPoints, VmFolder
+from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
-from backupctl.vm import scratch_folder
+from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
@@ -98,24 +98,24 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
 
     The caller holds the VM's lock. Raises Refused, Failed, NeedsRecovery, MonitorError, RepositoryError.
     """
-    vm, folder, options, reporter = ctx.vm, ctx.folder, ctx.options, ctx.reporter
-    facts = recover.FolderFacts(folder, ctx.repository.owner)
+    vm, directory, options, reporter = ctx.vm, ctx.directory, ctx.options, ctx.reporter
+    facts = recover.DirectoryFacts(directory, ctx.repository.owner)
     # Both before recovery, which takes a bitmap without a point for an unfinished run's, and removes it.
     recorded = recover.newest_recorded(driver, facts.namespace)
     gone = recover.gone(facts, recorded)
-    for done in recover.recover_vm(vm, facts, driver, options.scratch.folder, options.timeouts):
+    for done in recover.recover_vm(vm, facts, driver, options.scratch.directory, options.timeouts):
         reporter.event(RecoveredFromEarlierRun(done))
-    audit.reconcile(folder)
-    for problem in audit.problems(folder):
+    audit.reconcile(directory)
+    for problem in audit.problems(directory):
         reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
-    refuse_folders(ctx.repository.path, options.scratch.folder, driver)
+    refuse_directories(ctx.repository.path, options.scratch.directory, driver)
     inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:
         reporter.event(DiskSkipped(name, why))
     plan = _plan(ctx, inventory, chosen, gone)
     _report(plan, options, reporter)
-    scratch_folder.check(options.scratch.folder)
-    filling = driver.filling((ctx.repository.path, options.scratch.folder), inventory.disks)
+    scratch_directory.check(options.scratch.directory)
+    filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
     for one in filling:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
@@ -124,8 +124,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
 
 
 def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
-    folder, options = ctx.folder, ctx.options
-    scanned = folder.scan_points()
+    directory, options = ctx.directory, ctx.options
+    scanned = directory.scan_points()
     for path, err in scanned.damaged:
         ctx.reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
@@ -135,25 +135,27 @@ def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone:
         scanned.points,
         ctx.repository.owner,
         options.chain.on_broken,
-        chain_facts(folder, options, gone),
-        since=folder.point(options.since) if options.since else None,
+        chain_facts(directory, options, gone),
+        since=directory.point(options.since) if options.since else None,
     )
     if scanned.damaged or any(one.damaged for one in plan.disks):
-        plan = replace(plan, damaged=_damaged(folder, scanned, ctx.reporter))
+        plan = replace(plan, damaged=_damaged(directory, scanned, ctx.reporter))
     return plan
 
 
-def chain_facts(folder: VmFolder, options: RunOptions, gone: tuple[PointId, ...]) -> planning.ChainFacts:
+def chain_facts(
+    directory: VmDirectory, options: RunOptions, gone: tuple[PointId, ...]
+) -> planning.ChainFacts:
     """Return what the repository knows of the chains that a run could go on with."""
     return planning.ChainFacts(
-        error=lambda point, disk: chain.chain_error(folder, point, disk),
-        too_long=lambda point, disk: chain.chain_too_long(folder, options.chain.max_layers, point, disk),
+        error=lambda point, disk: chain.chain_error(directory, point, disk),
+        too_long=lambda point, disk: chain.chain_too_long(directory, options.chain.max_layers, point, disk),
         gone=gone,
     )
 
 
 def _damaged(
-    folder: VmFolder, survey: ScannedPoints, reporter: Reporter
+    directory: VmDirectory, survey: ScannedPoints, reporter: Reporter
 ) -> tuple[tuple[PointId, DiskName], ...]:
     """Tell which points can't be restored any more, and return them. It hinders no run."""
     found = {
@@ -162,7 +164,7 @@ def _damaged(
         for name in [image.stem for image in path.glob("*.qcow2")] or [""]
     }
     try:
-        broken = chain.damaged(folder)
+        broken = chain.damaged(directory)
     except BackupctlError as err:
         reporter.event(DamageUnknown(err.message))
         broken = ()
@@ -183,10 +185,10 @@ def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk,
     return inventory, chosen
 
 
-def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
+def refuse_directories(repository: Path, directory: Path, driver: Driver) -> None:
     """Refuse what would fail only after the freeze: a path that QEMU cannot open, no place for a socket.
 
-    folder: for scratch files. Raises Refused, Failed.
+    directory: for scratch files. Raises Refused, Failed.
     """
     try:
         str(repository.absolute()).encode()
@@ -195,7 +197,7 @@ def refuse_folders(repository: Path, folder: Path, driver: Driver) -> None:
             f"the path {repository} is not UTF-8, so it cannot be passed to QEMU; use another name",
             state=UNTOUCHED,
         ) from err
-    driver.check_scratch(folder)
+    driver.check_scratch(directory)
     private_dir.check()
 
 
@@ -207,7 +209,7 @@ def _budgets(
     budgets = driver.plan_scratch(chosen, options.scratch, guests)
     if short := [disk.name for disk, one in zip(chosen, budgets, strict=True) if one.size < one.ideal_bytes]:
         has, wants = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
-        reporter.event(ScratchMayNotSuffice(tuple(short), options.scratch.folder, has, wants))
+        reporter.event(ScratchMayNotSuffice(tuple(short), options.scratch.directory, has, wants))
     return budgets
 
 

@@ -11,11 +11,11 @@
     6 export       NBD, read-only, with the base bitmap                      │
     7 copy         the dirty extents into the point's images, fsynced        │
     8 dismantle    export, NBD server, job, node, scratch                    │
-    9 commit       manifest written, the point's folder renamed: THE commit ─┘
+    9 commit       manifest written, the point's directory renamed: THE commit ─┘
     10 settle      base bitmap removed; or, without 9, given back
 
-Whatever happens from step 2 on, `recover.recover_vm` follows, and asks one question: does the point's folder
-have its final name? So this file has no undo of its own that could disagree with it.
+Whatever happens from step 2 on, `recover.recover_vm` follows, and asks one question: does the point's
+directory have its final name? So this file has no undo of its own that could disagree with it.
 """
 
 import functools
@@ -63,7 +63,7 @@ def run(ctx: RunContext) -> RunReport:
         ctx.step("prepare")
         timeouts = ctx.options.timeouts
         with (
-            ctx.folder.lock() as lock,
+            ctx.directory.lock() as lock,
             open_driver(ctx.vm, timeouts, ctx.cancel) as driver,
             driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
         ):
@@ -80,7 +80,7 @@ class _Run:
         self.session = session
         self.prepared = prepared
         self.plan = prepared.plan
-        self.facts = recover.FolderFacts(ctx.folder, ctx.repository.owner)
+        self.facts = recover.DirectoryFacts(ctx.directory, ctx.repository.owner)
         self.point: PointId | None = None
 
     def make(self) -> RunReport:
@@ -105,9 +105,9 @@ class _Run:
         ctx, session = self.ctx, self.session
         freezes = self._will_freeze()
         self._begin("attach")
-        with ctx.repository.next_point(ctx.folder, started, self.prepared.recorded) as self.point:
+        with ctx.repository.next_point(ctx.directory, started, self.prepared.recorded) as self.point:
             journal = outcome.journal(self.point, ctx.vm.name, ctx.repository.id, self.plan, started)
-            partial = ctx.folder.begin(self.point, journal)
+            partial = ctx.directory.begin(self.point, journal)
         session.attach(self._request(self.point, freezes=freezes))
         freeze = self._point_in_time(partial, freezes=freezes)
         self._begin("export")
@@ -195,7 +195,7 @@ class _Run:
                 DiskSnapshot(one.disk, name(point, one.disk.name), one.bitmaps) for one in self.plan.disks
             ),
             budgets=self.prepared.budgets,
-            scratch_folder=options.scratch.folder,
+            scratch_directory=options.scratch.directory,
             view=options.view,
             will_freeze=freezes and options.freeze.mode == "require",
         )
@@ -222,7 +222,7 @@ class _Run:
 
         with Workers(copy.WORKERS) as workers:
             stall_seconds = ctx.options.timeouts.stall_seconds
-            copier = LayerCopier(ctx.folder, partial, limiter, workers, progress, stall_seconds)
+            copier = LayerCopier(ctx.directory, partial, limiter, workers, progress, stall_seconds)
             disks = zip(self.plan.disks, sources, strict=True)
             tasks = [functools.partial(copier.copy_disk, one, source) for one, source in disks]
             entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)
@@ -248,7 +248,7 @@ class _Run:
         thaw = self.session.await_thaw if self.session.guarded else None
         try:
             recover.recover_vm(
-                self.ctx.vm, self.facts, self.session, options.scratch.folder, options.timeouts, thaw
+                self.ctx.vm, self.facts, self.session, options.scratch.directory, options.timeouts, thaw
             )
         except BackupctlError as err:
             raise self._not_finished(failure, failed_in, err) from (failure or err)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What would make a run fail, or may surprise who relies on it: looked for before it matters.
 
-Nothing is changed in the VM. On the disk nothing is left: what is tried in a folder is removed again (see
+Nothing is changed in the VM. On the disk nothing is left: what is tried in a directory is removed again (see
 `trials`). The agent is asked whether the guest is frozen, no more.
 """
 
@@ -29,11 +29,11 @@ from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import counted
 from backupctl.repository.repository import Repository
 from backupctl.system import files, qemu_tools
-from backupctl.vm import scratch_folder
+from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver, Foreseen
 from backupctl.vm.open_driver import can_freeze, freeze_status, open_driver
-from backupctl.vm.scratch_folder import LOW_BYTES
+from backupctl.vm.scratch_directory import LOW_BYTES
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,15 @@ def _tools() -> Iterator[Finding]:
 
 def _repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
     try:
-        folder = Repository.open(path).vm(vm.name)
-        survey, problems = folder.scan_points(), status.problems(folder)
+        directory = Repository.open(path).vm(vm.name)
+        survey, problems = directory.scan_points(), status.problems(directory)
     except NotARepository:
         yield from _no_repository(vm, path)
         return
     except BackupctlError as err:
         yield Finding("repository", "bad", err.message)
         return
-    if locked := _locked(path) or _locked(folder.path):
+    if locked := _locked(path) or _locked(directory.path):
         yield Finding("repository", "bad", locked)
         return
     said = f"{path}: {counted(len(survey.points), 'point')} of {vm.name}; {_free(path)}"
@@ -96,12 +96,12 @@ def _repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
 
 
 def _trials(path: Path, options: RunOptions) -> Iterator[Finding]:
-    """What a run will do in its folders, tried."""
+    """What a run will do in its directories, tried."""
     with suppress(NotARepository, OSError):
         if os.path.lexists(path):
-            Repository.refuse_foreign(path)  # nothing is tried in a folder of somebody else
+            Repository.refuse_foreign(path)  # nothing is tried in a directory of somebody else
         yield from trials.of_repository(path)
-    yield from trials.of_scratch(options.scratch.folder)
+    yield from trials.of_scratch(options.scratch.directory)
     yield from trials.of_temporary()
 
 
@@ -120,7 +120,7 @@ def _no_repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
 
 
 def _locked(path: Path) -> str:
-    """Say why nothing can be written to a folder, or made where it is missing; "" if it can."""
+    """Say why nothing can be written to a directory, or made where it is missing; "" if it can."""
     there = _existing(path)
     if os.access(there, os.W_OK | os.X_OK):
         return ""
@@ -178,7 +178,7 @@ def _foreseen(vm: VmConfig, driver: Driver, repository: Repository | None) -> Fo
     """Return the disks as a run will see them, which cleans up first what a dead one left."""
     if repository is None:
         return Foreseen(driver.inventory(), ())
-    return driver.foresee(recover.FolderFacts(repository.vm(vm.name), repository.owner))
+    return driver.foresee(recover.DirectoryFacts(repository.vm(vm.name), repository.owner))
 
 
 def _media(inventory: Inventory) -> Iterator[Finding]:
@@ -205,28 +205,28 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
 
 def _filling(driver: Driver, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
     """Whether what a run fills is what a guest may need."""
-    folders = tuple(dict.fromkeys((_existing(path), _existing(options.scratch.folder))))
-    for one in driver.filling(folders, inventory.disks):
+    directories = tuple(dict.fromkeys((_existing(path), _existing(options.scratch.directory))))
+    for one in driver.filling(directories, inventory.disks):
         if who := one.who():
-            verdict: Verdict = "bad" if files.free_bytes(one.folder) < LOW_BYTES else "ok"
+            verdict: Verdict = "bad" if files.free_bytes(one.directory) < LOW_BYTES else "ok"
             limit = _mib(LOW_BYTES)
-            said = f"on the file system of {one.folder}, {who}: a run is given up when {limit} are left"
+            said = f"on the file system of {one.directory}, {who}: a run is given up when {limit} are left"
             yield Finding(
                 "file system", verdict, said, "" if verdict == "ok" else "more room, or another disk"
             )
 
 
 def _scratch(driver: Driver, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
-    folder = options.scratch.folder
+    directory = options.scratch.directory
     try:
-        scratch_folder.check(folder)
-        (filling,) = driver.filling((folder,), inventory.disks)
+        scratch_directory.check(directory)
+        (filling,) = driver.filling((directory,), inventory.disks)
         budgets = driver.plan_scratch(inventory.disks, options.scratch, filling.who())
     except Refused as err:
         yield Finding("scratch", "bad", err.message)
         return
     size, wanted = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
-    said = f"{folder}: {_mib(size)} would be reserved for a run"
+    said = f"{directory}: {_mib(size)} would be reserved for a run"
     if size < wanted:
         said += f"; {_mib(wanted)} would be enough if the guest overwrote everything meanwhile"
         yield Finding("scratch", "warning", said, "more space, or another directory: scratch, --scratch")

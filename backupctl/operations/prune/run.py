@@ -5,7 +5,7 @@
 
     1 decide   which points go                                        (retention)
     2 retire   each of them is marked: from here on it is no recovery point
-    3 clear    nothing is based on a retired point: its folder is removed
+    3 clear    nothing is based on a retired point: its directory is removed
                one layer is based on it: that one is merged into it   (merge, copy_layer)
                several are (differentials): it waits until one is left
 
@@ -35,7 +35,7 @@ from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.merge import Merge
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system import locks
 from backupctl.vm.filling import Filling
 
@@ -57,8 +57,8 @@ class PruneReport:
     """The result of a prune.
 
     decisions: for each point that there was. dropped: points that are no longer recovery points. removed:
-    those whose folders are removed too. left: what the next prune has to do, and why. long_chains: disks of
-    kept points with more layers than was asked for. damage: why layers could not be merged.
+    those whose directories are removed too. left: what the next prune has to do, and why. long_chains: disks
+    of kept points with more layers than was asked for. damage: why layers could not be merged.
     """
 
     decisions: tuple[Decision, ...]
@@ -70,13 +70,15 @@ class PruneReport:
     damage: tuple[str, ...] = ()
 
 
-def plan(folder: VmFolder, rules: Rules, coming: Sequence[RetentionCandidate] = ()) -> tuple[Decision, ...]:
+def plan(
+    directory: VmDirectory, rules: Rules, coming: Sequence[RetentionCandidate] = ()
+) -> tuple[Decision, ...]:
     """Decide for each point of a VM. coming: points that are still to be made.
 
     Raises UsageError, NoSuchPoint, DamageFound, RepositoryError.
     """
-    folder.refuse_unknown()  # taking its lock would make it
-    return _decide(Survey(folder), rules, coming)
+    directory.refuse_unknown()  # taking its lock would make it
+    return _decide(Survey(directory), rules, coming)
 
 
 def _decide(survey: Survey, rules: Rules, coming: Sequence[RetentionCandidate] = ()) -> tuple[Decision, ...]:
@@ -94,7 +96,7 @@ def _decide(survey: Survey, rules: Rules, coming: Sequence[RetentionCandidate] =
 
 
 def prune(
-    folder: VmFolder, rules: Rules, reporter: Reporter, stop: Cancellation, max_chain: int | None = None
+    directory: VmDirectory, rules: Rules, reporter: Reporter, stop: Cancellation, max_chain: int | None = None
 ) -> PruneReport:
     """Drop the points that no rule holds, and finish what an earlier prune began.
 
@@ -102,12 +104,12 @@ def prune(
     prune, and reported. Raises UsageError, NoSuchPoint, Locked, DamageFound if a manifest is damaged: then it
     is not known what is based on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
-    folder.refuse_unknown()  # taking its lock would make it
-    outcome, survey = _Outcome(), Survey(folder)
-    steps = _Steps(folder, reporter, stop, Filling(folder.path), survey, outcome)
+    directory.refuse_unknown()  # taking its lock would make it
+    outcome, survey = _Outcome(), Survey(directory)
+    steps = _Steps(directory, reporter, stop, Filling(directory.path), survey, outcome)
     try:
-        with folder.lock():
-            audit.reconcile(folder)
+        with directory.lock():
+            audit.reconcile(directory)
             decisions = _decide(survey, rules)
             steps.remove_leftovers()
             for point in retention.dropped(decisions):
@@ -117,7 +119,7 @@ def prune(
         raise err.add(
             state="every remaining point is complete; a point that was dropped stays dropped",
             hint="the same prune again continues where this one ended",
-            next_command=f"backupctl prune {folder.name}",
+            next_command=f"backupctl prune {directory.name}",
         ) from err
     return PruneReport(
         decisions,
@@ -125,40 +127,40 @@ def prune(
         tuple(outcome.removed),
         tuple(outcome.merged),
         tuple(outcome.left),
-        long_chains(folder, max_chain),
+        long_chains(directory, max_chain),
         tuple(outcome.damage),
     )
 
 
-def protect(folder: VmFolder, wanted: str) -> PointId:
+def protect(directory: VmDirectory, wanted: str) -> PointId:
     """Keep prune from dropping a point, until `unprotect`. Raises NoSuchPoint, Locked, RepositoryError."""
-    point = folder.point(wanted)
+    point = directory.point(wanted)
     try:
         # To retire a point prune needs this lock exclusively. Without it prune could retire the point between
         # the look at it and the marker, and a point that the user believes protected would go.
-        with locks.folder(point.path, _LOCK_SECONDS, shared=True):
-            markers.put(folder.point(point.id).path, markers.PROTECTED)
+        with locks.directory(point.path, _LOCK_SECONDS, shared=True):
+            markers.put(directory.point(point.id).path, markers.PROTECTED)
     except FileNotFoundError as err:
-        raise NoSuchPoint(f"a prune has just removed {point.id} of {folder.name}") from err
+        raise NoSuchPoint(f"a prune has just removed {point.id} of {directory.name}") from err
     return point.id
 
 
-def unprotect(folder: VmFolder, wanted: str) -> PointId:
+def unprotect(directory: VmDirectory, wanted: str) -> PointId:
     """Remove a point's protection. Raises NoSuchPoint, RepositoryError."""
-    point = folder.point(wanted)
+    point = directory.point(wanted)
     markers.remove(point.path, markers.PROTECTED)
     return point.id
 
 
-def long_chains(folder: VmFolder, most: int | None) -> tuple[str, ...]:
+def long_chains(directory: VmDirectory, most: int | None) -> tuple[str, ...]:
     """Name the disks of points whose chains have more than `most` layers."""
     if most is None:
         return ()
     found = []
     known: chain.Lengths = {}
-    for point in folder.points():
+    for point in directory.points():
         for entry in point.manifest.disks:
-            length = chain.length(folder, point, entry, known)
+            length = chain.length(directory, point, entry, known)
             if length > most:
                 found.append(f"{entry.name} of {point.id}: {length} layers")
     return tuple(found)
@@ -168,8 +170,8 @@ def long_chains(folder: VmFolder, most: int | None) -> tuple[str, ...]:
 class _Outcome:
     """What the steps of a prune have done so far, and what they left; see `PruneReport`.
 
-    skipped: merges that cannot be done now, by the upper point and disk. in_use: points whose folders cannot
-    be removed now.
+    skipped: merges that cannot be done now, by the upper point and disk. in_use: points whose directories
+    cannot be removed now.
     """
 
     dropped: list[PointId] = field(default_factory=list)
@@ -185,7 +187,7 @@ class _Outcome:
 class _Steps:
     """Steps 2 and 3."""
 
-    folder: VmFolder
+    directory: VmDirectory
     reporter: Reporter
     stop: Cancellation
     filling: Filling
@@ -194,13 +196,13 @@ class _Steps:
 
     def retire(self, point: PointId) -> None:
         """Do step 2, unless somebody reads the point or has just protected it."""
-        path = self.folder.path / point
+        path = self.directory.path / point
         try:
-            with locks.folder(path, _LOCK_SECONDS):
+            with locks.directory(path, _LOCK_SECONDS):
                 if markers.has(path, markers.PROTECTED):
                     return
                 markers.put(path, markers.RETIRED)
-                history.record(self.folder.path, PointEvent("dropped", point))
+                history.record(self.directory.path, PointEvent("dropped", point))
         except Locked:
             self._leave(
                 f"{point} is in use, by itself or as the base of a point that is: it is not dropped now"
@@ -210,8 +212,8 @@ class _Steps:
         self.reporter.event(PointDropped(point))
 
     def remove_leftovers(self) -> None:
-        """Remove folders that a prune was removing when it crashed; those of backups are for `recover`."""
-        for leftover in self.folder.pending_points():
+        """Remove directories that a killed prune was removing; those of backups are for `recover`."""
+        for leftover in self.directory.pending_points():
             if markers.has(leftover.path, markers.RETIRED):
                 leftover.drop()
 
@@ -220,7 +222,7 @@ class _Steps:
         while True:
             self.stop.check()
             try:
-                with self.folder.lock():
+                with self.directory.lock():
                     step = self._next()
                     if step is None:
                         return
@@ -252,13 +254,13 @@ class _Steps:
 
     def _remove(self, point: Point) -> None:
         try:
-            with locks.folder(point.path, _LOCK_SECONDS):
+            with locks.directory(point.path, _LOCK_SECONDS):
                 merge.detach_from(self.survey.built_on(point.id), point)
-                leftover = PendingPoint(self.folder.path, self.folder.name, point.id)
+                leftover = PendingPoint(self.directory.path, self.directory.name, point.id)
                 leftover.uncommit()
         except Locked as err:
             self.outcome.in_use.add(point.id)
-            self._leave(f"{point.id} is dropped, but its folder stays for now: {err.message}")
+            self._leave(f"{point.id} is dropped, but its directory stays for now: {err.message}")
             return
         leftover.drop()  # what a crash leaves of it the recovery of the next run removes
         self.outcome.removed.append(point.id)
@@ -267,9 +269,9 @@ class _Steps:
         """Do steps 1 to 3 of a merge; `_next` then finds step 4, the exchange of the images."""
         self.reporter.event(StepStarted(f"merge {disk} of {upper.id} into {lower.id}"))
         try:
-            one = Merge.of(upper, chain.layers(self.folder, upper, disk))
+            one = Merge.of(upper, chain.layers(self.directory, upper, disk))
             with ExitStack() as held:
-                with locks.folder(lower.path, _LOCK_SECONDS):
+                with locks.directory(lower.path, _LOCK_SECONDS):
                     # The exclusive lock shows that nobody reads the lower layer itself, and it is no longer a
                     # point. Whoever comes after the marker reads it through the upper layer, which masks
                     # all that will be written. Without the lock an earlier reader would see it change.
@@ -293,10 +295,10 @@ class _Steps:
     def _switch(self, point: Point, entry: DiskEntry) -> None:
         try:
             with ExitStack() as held:
-                held.enter_context(locks.folder(point.path, _LOCK_SECONDS))
+                held.enter_context(locks.directory(point.path, _LOCK_SECONDS))
                 with suppress(FileNotFoundError):  # removed already: a crash came after the rename
-                    below = self.folder.path / str(entry.parent)
-                    held.enter_context(locks.folder(below, _LOCK_SECONDS))
+                    below = self.directory.path / str(entry.parent)
+                    held.enter_context(locks.directory(below, _LOCK_SECONDS))
                 done = merge.swap_images(point, entry)
         except Locked as err:
             self._skip(point, entry.name, f"{entry.name} of {point.id} is not exchanged: {err.message}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The points of a VM while it is pruned: which there are, and what is based on what.
 
-A prune releases the VM's lock after each step, so others may change the folder in between; and each step
+A prune releases the VM's lock after each step, so others may change the directory in between; and each step
 changes it. To read every manifest again after each step would make a prune of thousands of points quadratic.
 """
 
@@ -13,14 +13,14 @@ from backupctl.names import DiskName, PointId
 from backupctl.repository import history, markers
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 
 class Survey:
     """All points of a VM, retired or not, as they were when `update` was called last."""
 
-    def __init__(self, folder: VmFolder) -> None:
-        self._folder = folder
+    def __init__(self, directory: VmDirectory) -> None:
+        self._directory = directory
         self._points: dict[PointId, Point] = {}
         self._retired: set[PointId] = set()
         self._merged: set[PointId] = set()
@@ -34,11 +34,11 @@ class Survey:
         The caller holds the VM's lock, unless it calls this only once.
         """
         # All that a step decides on is in here, or is looked at again when it acts (markers, images). It is
-        # still true: folders come and go by their names, all of which are looked at; and whoever retires a
-        # point or replaces its manifest has the VM's lock, and writes a line into the history.
-        names = set(self._folder.all_points())
-        changed = history.points_since(self._folder.path, self._history_end) if self._points else None
-        self._history_end = history.end(self._folder.path)
+        # still true: directories come and go by their names, all of which are looked at; and whoever retires
+        # a point or replaces its manifest has the VM's lock, and writes a line into the history.
+        names = set(self._directory.all_points())
+        changed = history.points_since(self._directory.path, self._history_end) if self._points else None
+        self._history_end = history.end(self._directory.path)
         for point in self._points.keys() - names if changed is not None else list(self._points):
             self._forget(point)
         for point in names & changed if changed is not None else ():
@@ -76,7 +76,7 @@ class Survey:
 
     def _read(self, wanted: PointId) -> None:
         try:
-            point = self._folder.point_or_retired(wanted)
+            point = self._directory.point_or_retired(wanted)
             retired = markers.has(point.path, markers.RETIRED)
         except NoSuchPoint:
             return  # somebody has just removed it
@@ -84,7 +84,7 @@ class Survey:
             raise DamageFound(
                 f"{err.message}; nothing is pruned while it is not known what {wanted} is based on",
                 state=UNTOUCHED,
-                next_command=f"backupctl verify {self._folder.name}",
+                next_command=f"backupctl verify {self._directory.name}",
             ) from err
         self._points[wanted] = point
         if retired:

@@ -2,8 +2,8 @@
 """What `restore --to` names: where each disk goes, and as what kind of image.
 
 One rule. What exists is taken for what it is. Of what does not exist, a name that ends in "/" or has no
-suffix is a new folder, which gets DIR/<disk>.<format>; .qcow2, .raw and .img name a file of that format; any
-other suffix names a file only together with `--format`. The parent folder must exist.
+suffix is a new directory, which gets DIR/<disk>.<format>; .qcow2, .raw and .img name a file of that format;
+any other suffix names a file only together with `--format`. The parent directory must exist.
 
 A suffix chooses the format that is WRITTEN. The format of an existing image is taken from `--format` or from
 the manifest, and never from its name or its content: a guest could make a raw disk look like a qcow2 image
@@ -34,7 +34,7 @@ def of_new(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[str, 
     """
     if to == STDOUT or Path(to).is_block_device():
         return to, wanted or "raw"
-    if is_folder(to):
+    if is_directory(to):
         kind: ImageFormat = wanted or "qcow2"
         return str(Path(to) / f"{entry.name}.{kind}"), kind
     return to, wanted or _suffixed(entry, Path(to))
@@ -47,11 +47,11 @@ def of_existing(entry: DiskEntry, to: str, wanted: ImageFormat | None) -> tuple[
     if Path(to).is_block_device():
         return to, wanted or "raw"
     kind = wanted or in_the_vm(entry)
-    return (str(Path(to) / f"{entry.name}.{kind}") if is_folder(to) else to), kind
+    return (str(Path(to) / f"{entry.name}.{kind}") if is_directory(to) else to), kind
 
 
-def is_folder(to: str) -> bool:
-    """Whether a name is that of a folder, which exists or is to be made."""
+def is_directory(to: str) -> bool:
+    """Whether a name is that of a directory, which exists or is to be made."""
     path = Path(to)
     return path.is_dir() or to.endswith("/") or not (os.path.lexists(path) or path.suffix)
 
@@ -77,7 +77,7 @@ def _suffixed(entry: DiskEntry, path: Path) -> ImageFormat:
     raise UsageError(
         f"{path}: {path.suffix!r:.60} names no image format that backupctl writes (qcow2, raw)",
         state=UNTOUCHED,
-        hint=f"use --to {path.with_suffix('.qcow2')} or .raw or .img; --to {path}/ for a folder",
+        hint=f"use --to {path.with_suffix('.qcow2')} or .raw or .img; --to {path}/ for a directory",
     )
 
 
@@ -85,7 +85,7 @@ def refuse_one_for_all(targets: Sequence[str], disks: Sequence[str]) -> None:
     """Refuse one target for several disks. Raises UsageError."""
     if len(set(targets)) < len(targets):
         raise UsageError(
-            f"one target, but there are several disks ({', '.join(disks)}): use --disk, or name a folder",
+            f"one target, but there are several disks ({', '.join(disks)}): use --disk, or name a directory",
             state=UNTOUCHED,
         )
 
@@ -97,14 +97,14 @@ def refuse_unplaceable(to: str, target: Path) -> None:
     TargetExists.
     """
     above = (
-        Path(to).absolute().parent if is_folder(to) and not Path(to).is_dir() else target.absolute().parent
+        Path(to).absolute().parent if is_directory(to) and not Path(to).is_dir() else target.absolute().parent
     )
     if not above.is_dir():
-        what = "is not a folder" if os.path.lexists(above) else "does not exist"
+        what = "is not a directory" if os.path.lexists(above) else "does not exist"
         raise UsageError(
-            f"cannot make {target}: the folder {above} {what}",
+            f"cannot make {target}: the directory {above} {what}",
             state=UNTOUCHED,
-            hint="create the folder, then restore again",
+            hint="create the directory, then restore again",
             next_command=f"mkdir -p {shlex.quote(str(above))}",
         )
     if os.path.lexists(target):
@@ -127,7 +127,7 @@ def _require_plain_file(target: Path) -> None:
 
 def _kind_of(mode: int) -> str:
     kinds = {
-        stat.S_IFDIR: "a folder",
+        stat.S_IFDIR: "a directory",
         stat.S_IFCHR: "a character device",
         stat.S_IFIFO: "a pipe",
         stat.S_IFSOCK: "a socket",

@@ -109,7 +109,7 @@ def restore(wanted: RestoreRequest, reporter: Reporter, stop: Cancellation) -> I
             for task, target in zip(tasks.disks, opened, strict=True)
         ]
         done = tuple(_update(one) for one in targets)
-    return InPlaceReport(wanted.folder.name, wanted.point, done, tasks.missing)
+    return InPlaceReport(wanted.directory.name, wanted.point, done, tasks.missing)
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def _target(
     wanted: RestoreRequest, task: DiskTask, target: Target, reporter: Reporter, stop: Cancellation
 ) -> _Target:
     return _Target(
-        wanted.folder.name,
+        wanted.directory.name,
         task,
         target,
         chain.effective_content(task.layers, task.entry.size),

@@ -52,7 +52,7 @@ def restore(wanted: RestoreRequest, reporter: Reporter) -> OverlayReport:
         for task in tasks.disks:
             _refuse(wanted, task)
         made = tuple(_make(wanted, task, reporter) for task in tasks.disks)
-    vm = wanted.folder.name
+    vm = wanted.directory.name
     for needed in sorted({one.point for one in made}):
         reporter.event(PointMustStay(vm, needed))
     return OverlayReport(vm, wanted.point, made, tasks.missing)
@@ -69,6 +69,6 @@ def _make(wanted: RestoreRequest, task: DiskTask, reporter: Reporter) -> Overlay
 
 def _refuse(wanted: RestoreRequest, task: DiskTask) -> None:
     if task.target == STDOUT or Path(task.target).is_block_device():
-        raise UsageError("a thin restore makes files: name a folder, or a file", state=UNTOUCHED)
+        raise UsageError("a thin restore makes files: name a directory, or a file", state=UNTOUCHED)
     # An overlay that replaces another one is opened by the VM in the same way.
     request.refuse_new_file(wanted, task, also_allowed={"backing"})

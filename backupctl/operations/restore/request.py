@@ -20,7 +20,7 @@ from backupctl.progress import Reporter
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.targets import output
 
 
@@ -35,7 +35,7 @@ class RestoreRequest:
     allowed: what an existing image may have that a plain image has not.
     """
 
-    folder: VmFolder
+    directory: VmDirectory
     point: PointId
     to: str
     disk: str | None = None
@@ -76,13 +76,13 @@ def tasks(request: RestoreRequest, place: Place, reporter: Reporter) -> Iterator
     Raises UsageError, NoSuchPoint, DamageFound, Locked, RepositoryError.
     """
     with selection.chosen(
-        request.folder, request.point, request.disk, all_disks=request.all_disks, reporter=reporter
+        request.directory, request.point, request.disk, all_disks=request.all_disks, reporter=reporter
     ) as chosen:
         found = tuple(
             DiskTask(
                 part.entry,
                 part.point.id,
-                chain.layers(request.folder, part.point, part.entry.name),
+                chain.layers(request.directory, part.point, part.entry.name),
                 *place(part.entry, request.to, request.image_format),
             )
             for part in chosen.parts
@@ -93,7 +93,7 @@ def tasks(request: RestoreRequest, place: Place, reporter: Reporter) -> Iterator
 
 def refuse_inside_repository(request: RestoreRequest, target: Path) -> None:
     """Refuse a target within the repository. Raises UsageError."""
-    output.refuse_inside(request.folder.path.parent, target)
+    output.refuse_inside(request.directory.path.parent, target)
 
 
 def refuse_new_file(

@@ -16,7 +16,7 @@ from backupctl.progress import Reporter
 from backupctl.repository import chain, read_locks
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Selection:
 
 @contextmanager
 def chosen(
-    folder: VmFolder, wanted: PointId, disk: str | None, *, all_disks: bool, reporter: Reporter
+    directory: VmDirectory, wanted: PointId, disk: str | None, *, all_disks: bool, reporter: Reporter
 ) -> Iterator[Selection]:
     """Lock one disk of a point, or all; with `all_disks` also the missing ones at their own newest points.
 
@@ -60,10 +60,10 @@ def chosen(
     if all_disks and disk is not None:
         raise UsageError("--all-disks and --disk are mutually exclusive", state=UNTOUCHED)
     with ExitStack() as held:
-        point = held.enter_context(read_locks.reading(folder, wanted))
-        absent = missing(folder, point)
+        point = held.enter_context(read_locks.reading(directory, wanted))
+        absent = missing(directory, point)
         if disk is not None:
-            yield Selection((_one(folder, point, disk, absent),), ())
+            yield Selection((_one(directory, point, disk, absent),), ())
             return
         parts = [Part(point, entry) for entry in point.manifest.disks]
         if not all_disks:
@@ -71,30 +71,30 @@ def chosen(
             yield Selection(tuple(parts), absent)
             return
         for one in absent:
-            other = held.enter_context(read_locks.reading(folder, one.point))
+            other = held.enter_context(read_locks.reading(directory, one.point))
             parts += [Part(other, entry) for entry in other.manifest.disks if entry.name == one.name]
             reporter.event(DiskFromEarlierPoint(one.name, point.id, one.point))
         yield Selection(tuple(parts), ())
 
 
-def missing(folder: VmFolder, point: Point) -> tuple[MissingDisk, ...]:
+def missing(directory: VmDirectory, point: Point) -> tuple[MissingDisk, ...]:
     """Return the disks that points before this one hold, and this one does not. Raises RepositoryError."""
     newest = {
         entry.name: other.id
-        for other in folder.scan_points().points
+        for other in directory.scan_points().points
         if other.id < point.id
         for entry in other.manifest.disks
     }
     return tuple(MissingDisk(name, newest[name]) for name in newest if point.manifest.disk(name) is None)
 
 
-def _one(folder: VmFolder, point: Point, disk: str, absent: tuple[MissingDisk, ...]) -> Part:
+def _one(directory: VmDirectory, point: Point, disk: str, absent: tuple[MissingDisk, ...]) -> Part:
     entry = point.manifest.disk(disk)
     if entry is not None:
         return Part(point, entry)
     newest = next((one.point for one in absent if one.name == disk), None)
     err = chain.no_such_disk(point, disk, newest)
-    raise err.add(next_command=f"backupctl restore {folder.name} {newest} --disk {disk}" if newest else "")
+    raise err.add(next_command=f"backupctl restore {directory.name} {newest} --disk {disk}" if newest else "")
 
 
 def _warn(point: Point, absent: tuple[MissingDisk, ...], reporter: Reporter) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A restore of whole disks: as images of their own, in a folder, a file, a block device or a pipe.
+"""A restore of whole disks: as images of their own, in a directory, a file, a block device or a pipe.
 
 The backup is only read, and each cluster is compared with its digest. A file is made under another name
 beside the target, fsynced, and then renamed: after a crash at any point the target is absent (or as it was),
@@ -69,7 +69,7 @@ def restore(wanted: RestoreRequest, reporter: Reporter, stop: Cancellation) -> R
         for task in tasks.disks:
             _refuse(wanted, task)
         done = tuple(_restore(wanted, task, reporter, stop) for task in tasks.disks)
-    return RestoreReport(wanted.folder.name, wanted.point, done, tasks.missing)
+    return RestoreReport(wanted.directory.name, wanted.point, done, tasks.missing)
 
 
 def _refuse(wanted: RestoreRequest, task: DiskTask) -> None:
@@ -105,7 +105,7 @@ def _restore(wanted: RestoreRequest, task: DiskTask, reporter: Reporter, stop: C
     if task.target != STDOUT:
         stop = filling.watching(stop, Path(task.target))
     reader = DiskReader(
-        wanted.folder.name, task.point, task.layers, stop, progress, allow_damage=wanted.allow_damage
+        wanted.directory.name, task.point, task.layers, stop, progress, allow_damage=wanted.allow_damage
     )
     try:
         _write(reader, task, reporter, overwrite=wanted.overwrite)

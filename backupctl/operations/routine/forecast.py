@@ -53,7 +53,7 @@ def look(asked: Routine, known: Known = nobody_else) -> Forecast:
     """
     found = status.look(asked.vm, asked.repository, asked.options, known)
     if found.qemu is None:
-        if asked.folder.lock_holder():
+        if asked.directory.lock_holder():
             raise Locked(found.problem, state=UNTOUCHED)
         raise Failed(found.problem, state=UNTOUCHED, next_command=f"backupctl doctor {asked.vm.name}")
     if found.refusal:
@@ -83,4 +83,4 @@ def _dropped(asked: Routine, found: Status) -> tuple[PointId, ...] | None:
     now = datetime.now(UTC)
     names = tuple(disk.name for disk in found.disks)
     coming = RetentionCandidate(next_point_id(now, found.points[-1]), now, names, False)
-    return retention.dropped(prune.plan(asked.folder, asked.policy.rules, (coming,)))
+    return retention.dropped(prune.plan(asked.directory, asked.policy.rules, (coming,)))

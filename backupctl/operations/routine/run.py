@@ -35,7 +35,7 @@ from backupctl.operations.verify.run import VerifyReport
 from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 Task = Literal["backup", "prune", "verify"]
 Report: TypeAlias = RunReport | PruneReport | VerifyReport
@@ -55,8 +55,8 @@ class Routine:
     wait_seconds: float = 0.0
 
     @property
-    def folder(self) -> VmFolder:
-        """The VM's folder in the repository."""
+    def directory(self) -> VmDirectory:
+        """The VM's directory in the repository."""
         return self.repository.vm(self.vm.name)
 
 
@@ -125,16 +125,16 @@ class _Work:
 
     def prune(self, before: BackupctlError | None) -> TaskResult:
         """Drop what no rule holds."""
-        rules, folder = self.asked.policy.rules, self.asked.folder
+        rules, directory = self.asked.policy.rules, self.asked.directory
         if rules.hold_nothing():
             return self._skip("prune", "no retention rule is configured (keep_last, keep_daily, ...)")
         if before is not None:
             return self._skip("prune", "the backup failed, or found damage")
         try:
-            report = self._patiently(lambda: prune.prune(folder, rules, self.reporter, self.stop))
+            report = self._patiently(lambda: prune.prune(directory, rules, self.reporter, self.stop))
         except BackupctlError as err:
             return TaskResult("prune", error=err)
-        return TaskResult("prune", report, next(verdict.of_prune(folder.name, report), None))
+        return TaskResult("prune", report, next(verdict.of_prune(directory.name, report), None))
 
     def verify(self, *before: BackupctlError | None) -> TaskResult:
         """Verify a sample."""
@@ -144,7 +144,7 @@ class _Work:
         if any(isinstance(err, Interrupted) for err in before) or self.stop.requested:
             return self._skip("verify", "the run was stopped")
         try:
-            if not asked.folder.scan_points(tolerant=True).points:
+            if not asked.directory.scan_points(tolerant=True).points:
                 return self._skip("verify", "there are no recovery points yet")
             scope = VerifyScope(percent=percent)
             if percent < 100:
@@ -176,7 +176,7 @@ class _Work:
                     )
                     told = True
             # Without a look at who holds it, each try would be a run that begins and fails.
-            while time.monotonic() < deadline and self.asked.folder.lock_holder():
+            while time.monotonic() < deadline and self.asked.directory.lock_holder():
                 self.stop.check()
                 time.sleep(_LOOK_SECONDS)
 
@@ -186,6 +186,6 @@ def is_full_due(asked: Routine) -> bool:
 
     Never for a VM without points: its incremental is one.
     """
-    points = asked.folder.scan_points().points
+    points = asked.directory.scan_points().points
     every = asked.policy.full_every if points else None
     return policy.backup_kind(asked.vm.name, points, every, datetime.now(UTC)) == "full"

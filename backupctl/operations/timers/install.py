@@ -9,11 +9,11 @@ from typing import Literal
 from backupctl.errors import UNTOUCHED, Failed, UsageError
 from backupctl.operations.timers import units
 from backupctl.operations.timers.units import Unit
-from backupctl.system import durable, safe_folder, safe_open
+from backupctl.system import durable, safe_directory, safe_open
 
-FOLDER = Path("/etc/systemd/system")
+DIRECTORY = Path("/etc/systemd/system")
 _MAX_BYTES = 1 << 20
-_FILE_MODE, _FOLDER_MODE = 0o644, 0o755
+_FILE_MODE, _DIRECTORY_MODE = 0o644, 0o755
 """Readable for all, unlike what else we write: units hold no secrets, and systemd warns of hidden ones."""
 
 Action = Literal["create", "replace", "unchanged", "edited", "remove"]
@@ -28,17 +28,17 @@ class Change:
     content: bytes | None = None
 
 
-def plan(folder: Path, wanted: Iterable[Unit]) -> tuple[Change, ...]:
-    """Compare units with what is there. folder: that of the units. Raises RepositoryUnreadable."""
-    return tuple(_change(folder / unit.name, unit.stamped()) for unit in wanted)
+def plan(directory: Path, wanted: Iterable[Unit]) -> tuple[Change, ...]:
+    """Compare units with what is there. directory: that of the units. Raises RepositoryUnreadable."""
+    return tuple(_change(directory / unit.name, unit.stamped()) for unit in wanted)
 
 
-def plan_removal(folder: Path) -> tuple[Change, ...]:
+def plan_removal(directory: Path) -> tuple[Change, ...]:
     """Return the units to remove: all that `install` ever wrote here.
 
     Raises UsageError while a timer is enabled: systemd would go on with it until its next start.
     """
-    enabled = [path.name for path in folder.glob("*.wants/backupctl*.timer") if path.is_symlink()]
+    enabled = [path.name for path in directory.glob("*.wants/backupctl*.timer") if path.is_symlink()]
     if enabled:
         raise UsageError(
             f"still enabled: {', '.join(sorted(enabled))}",
@@ -47,7 +47,7 @@ def plan_removal(folder: Path) -> tuple[Change, ...]:
         )
     return tuple(
         Change(path, "remove" if units.is_unedited(content) else "edited")
-        for path, content in _written(folder)
+        for path, content in _written(directory)
     )
 
 
@@ -86,9 +86,9 @@ def _change(path: Path, content: bytes) -> Change:
     return Change(path, "unchanged" if found == content else "replace", content)
 
 
-def _written(folder: Path) -> Iterator[tuple[Path, bytes]]:
+def _written(directory: Path) -> Iterator[tuple[Path, bytes]]:
     patterns = ("backupctl*.service", "backupctl*.timer", f"backupctl*.service.d/{units.DROP_IN}")
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in directory.glob(pattern)):
         content = _read(path)
         if content is not None and units.is_ours(content):
             yield path, content
@@ -104,16 +104,16 @@ def _read(path: Path) -> bytes | None:
 
 def _write(path: Path, content: bytes) -> None:
     # As root, nobody else may be able to put another file in the place of a unit that root will run.
-    folder = safe_folder.resolve(path.parent)
-    for missing in reversed([one for one in (folder, *folder.parents) if not one.exists()]):
+    directory = safe_directory.resolve(path.parent)
+    for missing in reversed([one for one in (directory, *directory.parents) if not one.exists()]):
         missing.mkdir()
-        missing.chmod(_FOLDER_MODE)
-    durable.replace(folder / path.name, content)
-    (folder / path.name).chmod(_FILE_MODE)
+        missing.chmod(_DIRECTORY_MODE)
+    durable.replace(directory / path.name, content)
+    (directory / path.name).chmod(_FILE_MODE)
 
 
 def _remove(path: Path) -> None:
     path.unlink()
-    durable.sync_folder(path.parent)
+    durable.sync_directory(path.parent)
     if path.name == units.DROP_IN and not any(path.parent.iterdir()):
         path.parent.rmdir()

@@ -40,7 +40,7 @@ from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import ScannedPoints, VmFolder
+from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.sizes import Range
 from backupctl.system import locks, safe_open
 from backupctl.system.threads import Workers
@@ -53,7 +53,7 @@ _MAX_SCANS = 5
 class Damage:
     """One thing found wrong.
 
-    kind: what it is in (data: the stored bytes). path: the file or folder. disk: "" if it is not of one.
+    kind: what it is in (data: the stored bytes). path: the file or directory. disk: "" if it is not of one.
     ranges: of the disk, damaged in this layer. touches: the parts of points that read it.
     """
 
@@ -104,24 +104,24 @@ def verify(
     RepositoryUnreadable if the point asked for has no manifest to start from, RepositoryError, Interrupted.
     """
     started = time.monotonic()
-    folders = [repository.vm(name) for name in (repository.vms() if vm is None else [vm])]
+    directories = [repository.vm(name) for name in (repository.vms() if vm is None else [vm])]
     if vm is not None:
-        folders[0].refuse_unknown()
+        directories[0].refuse_unknown()
     found = _Findings(reporter)
     with Workers(chain_reader.WORKERS) as workers:
-        for folder in folders:
+        for directory in directories:
             rng = np.random.default_rng(scope.seed)
             try:
-                _VmCheck(folder, scope, rng, reporter, stop, found, workers).run(point)
+                _VmCheck(directory, scope, rng, reporter, stop, found, workers).run(point)
             except RepositoryUnreadable as err:
                 if vm is not None:
                     raise
-                found.add_unchecked(folder, folder.path, "", err)
+                found.add_unchecked(directory, directory.path, "", err)
     if not found.points and not found.damage:
         _refuse_empty(repository, vm)
         reporter.event(NothingToVerify(repository.path))
     return VerifyReport(
-        vms=tuple(folder.name for folder in folders),
+        vms=tuple(directory.name for directory in directories),
         points=found.points,
         layers=found.layers,
         read_bytes=found.read_bytes,
@@ -158,12 +158,12 @@ class _Findings:
         self.damage.append(one)
         self.reporter.event(DamageDetected(one.vm, one.kind, one.path, one.disk, one.message))
 
-    def add_unchecked(self, folder: VmFolder, path: Path, disk: str, err: RepositoryUnreadable) -> None:
+    def add_unchecked(self, directory: VmDirectory, path: Path, disk: str, err: RepositoryUnreadable) -> None:
         """Add what cannot be read, once."""
-        one = Unchecked(folder.name, path, disk, err.message)
+        one = Unchecked(directory.name, path, disk, err.message)
         if one not in self.unchecked:
             self.unchecked.append(one)
-            self.reporter.event(NotChecked(folder.name, path, disk, err.message))
+            self.reporter.event(NotChecked(directory.name, path, disk, err.message))
 
 
 @dataclass(frozen=True)
@@ -176,11 +176,11 @@ class _Contents:
     unreadable: Mapping[PointId, RepositoryUnreadable]
 
     @classmethod
-    def scan(cls, folder: VmFolder) -> "_Contents":
-        """Scan a VM's folder, again if a prune seems to have changed it meanwhile."""
-        found = folder.scan_points(tolerant=True), folder.retired(tolerant=True)
+    def scan(cls, directory: VmDirectory) -> "_Contents":
+        """Scan a VM's directory, again if a prune seems to have changed it meanwhile."""
+        found = directory.scan_points(tolerant=True), directory.retired(tolerant=True)
         for _ in range(_MAX_SCANS):
-            again = folder.scan_points(tolerant=True), folder.retired(tolerant=True)
+            again = directory.scan_points(tolerant=True), directory.retired(tolerant=True)
             if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
                 (each.points, [path for path, _ in each.damaged]) for each in found
             ]:
@@ -256,7 +256,7 @@ class _DigestMaps:
 class _VmCheck:
     """The verification of one VM; `run` does it. rng: chooses the sample. workers: read."""
 
-    folder: VmFolder
+    directory: VmDirectory
     scope: VerifyScope
     rng: np.random.Generator
     reporter: Reporter
@@ -266,38 +266,38 @@ class _VmCheck:
 
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs. Raises as `verify`."""
-        self.reporter.event(StepStarted(f"verify {self.folder.name}"))
+        self.reporter.event(StepStarted(f"verify {self.directory.name}"))
         chosen = None if wanted is None else _with_valid_entries(self._point(wanted))
-        contents, maps = _Contents.scan(self.folder), _DigestMaps(self.stop)
+        contents, maps = _Contents.scan(self.directory), _DigestMaps(self.stop)
         retired = {point.id for point in contents.retired.points}
         impact = Impact(contents.points.values(), maps.records, retired)
         layers = contents.all_layers() if chosen is None else contents.layers_of(chosen)
         self.found.points += len(contents.current.points) if chosen is None else 1
         self.found.layers += len(layers)
         if chosen is None:
-            self._check_folder(contents, impact)
+            self._check_directory(contents, impact)
         self._check_parents(contents, impact, layers)
         self._check_layers(maps, impact, layers)
 
     def _point(self, wanted: str) -> Point:
         try:
-            return self.folder.point(wanted)
+            return self.directory.point(wanted)
         except NoSuchPoint:
-            audit.refuse_missing(self.folder, wanted)
+            audit.refuse_missing(self.directory, wanted)
             raise
 
-    def _check_folder(self, contents: _Contents, impact: Impact) -> None:
+    def _check_directory(self, contents: _Contents, impact: Impact) -> None:
         """Report manifests, the history and unfinished points."""
         for path, err in (*contents.current.damaged, *contents.retired.damaged):
             affected = impact.based_on(PointId(path.name))
             self._add_damage("manifest", path, "", err.message, affected)
-        for problem in audit.problems(self.folder):
-            path = self.folder.path / (problem.point or history.FILE_NAME)
+        for problem in audit.problems(self.directory):
+            path = self.directory.path / (problem.point or history.FILE_NAME)
             self._add_damage("history", path, "", problem.message, ())
         for name, unread in contents.unreadable.items():
-            self._add_unchecked(self.folder.path / name, "", unread)
+            self._add_unchecked(self.directory.path / name, "", unread)
         self.found.notes += [
-            f"{pending.path}: an unfinished point" for pending in self.folder.pending_points()
+            f"{pending.path}: an unfinished point" for pending in self.directory.pending_points()
         ]
 
     def _check_parents(
@@ -307,7 +307,7 @@ class _VmCheck:
             parent = contents.points.get(entry.parent) if entry.parent else None
             if entry.parent is None or (parent is not None and parent.manifest.disk(entry.name)):
                 continue
-            path = self.folder.path / entry.parent
+            path = self.directory.path / entry.parent
             if unread := contents.unreadable.get(entry.parent):
                 self._add_unchecked(path, "", unread)
                 continue
@@ -337,13 +337,13 @@ class _VmCheck:
 
     def _progress(self, before: int, total: int) -> Callable[[int], None]:
         # One for all layers of a VM, of which there may be thousands.
-        return lambda done_bytes: self.reporter.progress(self.folder.name, before + done_bytes, total)
+        return lambda done_bytes: self.reporter.progress(self.directory.name, before + done_bytes, total)
 
     def _was_merged(self, point: Point, entry: DiskEntry) -> bool:
         """Whether a prune has merged a layer's image into that of its child, which is the layer now."""
         if safe_open.there(_layer(point, entry).path) or not markers.has(point.path, markers.RETIRED):
             return False
-        return (point.id, entry.name) not in _Contents.scan(self.folder).parents()
+        return (point.id, entry.name) not in _Contents.scan(self.directory).parents()
 
     def _check_layer(
         self,
@@ -388,8 +388,8 @@ class _VmCheck:
         now = None
         with ExitStack() as held:
             try:
-                held.enter_context(locks.folder(point.path, _LOCK_SECONDS, shared=True))
-                now = _with_valid_entries(self.folder.point_or_retired(point.id))
+                held.enter_context(locks.directory(point.path, _LOCK_SECONDS, shared=True))
+                now = _with_valid_entries(self.directory.point_or_retired(point.id))
             except (FileNotFoundError, NoSuchPoint):
                 self.found.notes.append(f"{point.path}: pruned meanwhile")
             except Locked:
@@ -397,7 +397,7 @@ class _VmCheck:
             yield now
 
     def _add_unchecked(self, path: Path, disk: str, err: RepositoryUnreadable) -> None:
-        self.found.add_unchecked(self.folder, path, disk, err)
+        self.found.add_unchecked(self.directory, path, disk, err)
 
     def _add_damage(
         self,
@@ -408,7 +408,7 @@ class _VmCheck:
         affected: tuple[Affected, ...],
         ranges: tuple[Range, ...] = (),
     ) -> None:
-        self.found.add_damage(Damage(self.folder.name, kind, path, disk, message, ranges, affected))
+        self.found.add_damage(Damage(self.directory.name, kind, path, disk, message, ranges, affected))
 
 
 def _with_valid_entries(point: Point) -> Point:

@@ -44,7 +44,7 @@ _PACKAGE = Path(backupctl.__file__).parent.parent
 PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); from backupctl.vm.guest.guard_process import main; main()"
 )
-"""With the package's folder as its first argument. The interpreter is told to look for no site-packages,
+"""With the package's directory as its first argument. The interpreter is told to look for no site-packages,
 which takes longer than all that the guard does."""
 
 
@@ -273,7 +273,7 @@ class GuardClient:
 
 
 def _from_anywhere(address: Address) -> str:
-    """Return an address for the guard, which works in another folder. Raises Refused."""
+    """Return an address for the guard, which works in another directory. Raises Refused."""
     absolute = address.absolute()
     if absolute.path and len(os.fsencode(absolute.path)) > _SOCKET_BYTES:
         raise Refused(

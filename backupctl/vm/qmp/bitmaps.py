@@ -124,7 +124,7 @@ def plan_bitmap_recovery(
 ) -> BitmapPlan:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
-    bitmaps: all of one node. committed: whether a point's folder stands under its final name. checkpoints:
+    bitmaps: all of one node. committed: whether a point's directory stands under its final name. checkpoints:
     how many bitmaps of older points stay. lost: points that were committed and are gone; their bitmaps are
     treated as those of unfinished ones, but not called so. The answer is one list of actions for one
     transaction, empty when there is nothing to do. theirs: bitmaps that came along with a disk of another VM

@@ -22,7 +22,7 @@ def findings(monitor: Monitor, vm: VmConfig, options: RunOptions) -> Iterator[Fi
             "qemu",
             "warning",
             "this monitor cannot pass file descriptors, so QEMU itself needs the rights to open files "
-            f"in {options.scratch.folder}, and to create a socket in the temporary folder",
+            f"in {options.scratch.directory}, and to create a socket in the temporary directory",
             "a monitor on a unix socket needs no rights",
         )
     yield from _iothreads(monitor)
@@ -46,5 +46,5 @@ def _iothreads(monitor: Monitor) -> Iterator[Finding]:
             "warning",
             f"QEMU {version} cannot let a guest with an iothread wait when a scratch file fills up; each "
             "disk has 512 MiB in reserve, so that the run can be given up in time",
-            "have much space in the scratch folder",
+            "have much space in the scratch directory",
         )

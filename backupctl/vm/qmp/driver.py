@@ -72,15 +72,15 @@ class QmpDriver:
         """Fleecing is always there."""
         return snapshot_access.view_error(self._monitor, disks) if view == "snapshot-access" else ""
 
-    def check_scratch(self, folder: Path) -> None:
-        """Where QEMU gets scratch files as descriptors, it needs no name of their folder."""
+    def check_scratch(self, directory: Path) -> None:
+        """Where QEMU gets scratch files as descriptors, it needs no name of their directory."""
         if self._monitor.passes_descriptors:
             return
         try:
-            str(folder.absolute()).encode()
+            str(directory.absolute()).encode()
         except UnicodeEncodeError as err:
             raise Refused(
-                f"the path {folder} is not UTF-8, so it cannot be passed to QEMU; use another name",
+                f"the path {directory} is not UTF-8, so it cannot be passed to QEMU; use another name",
                 state=UNTOUCHED,
             ) from err
 
@@ -89,12 +89,12 @@ class QmpDriver:
     ) -> tuple[ScratchBudget, ...]:
         """See `scratch_space`."""
         return scratch_space.plan_scratch(
-            self._monitor, disks, options.folder, options.size_bytes, guests=guests
+            self._monitor, disks, options.directory, options.size_bytes, guests=guests
         )
 
-    def filling(self, folders: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
+    def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
         """See `shared_files`."""
-        return tuple(shared_files.filling(folder, self._monitor, disks) for folder in folders)
+        return tuple(shared_files.filling(directory, self._monitor, disks) for directory in directories)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""

@@ -99,13 +99,13 @@ class Fleecing:
         return tuple(self._namespace.node(NodeKind.SCRATCH, number) for number in range(len(self._disks)))
 
     def check(self) -> None:
-        """Raise Failed when a scratch file or its folder is filling up: a full one fails GUEST writes."""
+        """Raise Failed when a scratch file or its directory is filling up: a full one fails GUEST writes."""
         passed = self._monitor.thresholds_passed()
         for number, (one, budget) in enumerate(zip(self._disks, self._budgets, strict=True)):
             if self._namespace.node(NodeKind.FILE, number) in passed:
                 raise Failed(
                     f"the guest overwrote much of {one.disk.name}, and its scratch file is filling up "
-                    f"({budget.size >> 20} MiB were reserved in {self._scratch.folder}, "
+                    f"({budget.size >> 20} MiB were reserved in {self._scratch.directory}, "
                     f"{budget.ideal_bytes >> 20} MiB would be enough for all that the disk holds): "
                     "gave up before the guest's own writes could fail"
                 )

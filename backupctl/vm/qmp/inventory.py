@@ -238,14 +238,14 @@ def _driver(medium: _Found, nodes: Mapping[NodeName, Mapping[str, Any]]) -> str:
 def _kinds(monitor: Monitor) -> dict[str, str]:
     """Return the type of each device that a user made, by its path. Raises MonitorError."""
     found = {}
-    for folder in ("/machine/peripheral", "/machine/peripheral-anon"):
+    for directory in ("/machine/peripheral", "/machine/peripheral-anon"):
         try:
-            listed = monitor.execute("qom-list", {"path": folder})
+            listed = monitor.execute("qom-list", {"path": directory})
         except CommandFailed:  # a storage daemon has no machine
             continue
         for entry in listed:
             if (kind := text(entry["type"])).startswith("child<"):
-                found[f"{folder}/{text(entry['name'])}"] = kind[len("child<") : -1]
+                found[f"{directory}/{text(entry['name'])}"] = kind[len("child<") : -1]
     return found
 
 

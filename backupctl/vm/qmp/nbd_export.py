@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The NBD export of a point-in-time view, and the sockets on which it is read.
 
-The listening socket is made here, in a private folder, and handed to QEMU by descriptor: QEMU needs no
-rights on any folder. Where descriptors can't be passed, QEMU makes the socket there. Its name is gone as
+The listening socket is made here, in a private directory, and handed to QEMU by descriptor: QEMU needs no
+rights on any directory. Where descriptors can't be passed, QEMU makes the socket there. Its name is gone as
 soon as our clients are connected.
 
 Every client socket is shared with the guard before anything is said on it: QEMU must drop an export
@@ -74,8 +74,8 @@ def descriptor_name(namespace: Namespace) -> str:
 @contextmanager
 def _served(monitor: Monitor, namespace: Namespace, clients: int) -> Iterator[str]:
     """Start the NBD server for so many clients; yields the path to connect to, gone after the block."""
-    with private_dir.folder() as folder:
-        path = str(folder / "nbd.sock")  # short: a unix socket's path has 107 bytes
+    with private_dir.directory() as directory:
+        path = str(directory / "nbd.sock")  # short: a unix socket's path has 107 bytes
         if monitor.passes_descriptors:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(path)

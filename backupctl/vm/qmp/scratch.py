@@ -2,8 +2,8 @@
 """Scratch files: where QEMU keeps the old content of what the guest overwrites during a run.
 
 An empty qcow2 without a name: the kernel frees it when the last process has ended, and QEMU, which gets it
-as a descriptor, needs no rights on the folder. Where descriptors can't be passed (a monitor over TCP,
-qemu-storage-daemon) it is a named file in a private folder, which recovery finds by its name.
+as a descriptor, needs no rights on the directory. Where descriptors can't be passed (a monitor over TCP,
+qemu-storage-daemon) it is a named file in a private directory, which recovery finds by its name.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from backupctl.names import NodeName
 from backupctl.system.files import free_bytes
 from backupctl.vm.qmp import empty_qcow2, reply
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.scratch_folder import LOW_BYTES
+from backupctl.vm.scratch_directory import LOW_BYTES
 
 _NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
@@ -41,12 +41,12 @@ class Scratch:
 class ScratchFiles:
     """The scratch files of one run, one for each disk, and our descriptors of them.
 
-    folder: where they go. private: a folder of the run for named files; None where descriptors can be
+    directory: where they go. private: a directory of the run for named files; None where descriptors can be
     passed. After `close` the files are QEMU's alone.
     """
 
-    def __init__(self, monitor: Monitor, folder: Path, private: Path | None) -> None:
-        self.folder = folder
+    def __init__(self, monitor: Monitor, directory: Path, private: Path | None) -> None:
+        self.directory = directory
         self.made: list[Scratch] = []
         self._monitor = monitor
         self._private = private
@@ -61,10 +61,10 @@ class ScratchFiles:
             path = self._private / f"{node}.qcow2"
             descriptor = _named(path)
         else:
-            descriptor = _nameless(self.folder)
+            descriptor = _nameless(self.directory)
         try:
-            _format(descriptor, size, self.folder)
-            reserved = _reserve(descriptor, reserve_bytes, self.folder)
+            _format(descriptor, size, self.directory)
+            reserved = _reserve(descriptor, reserve_bytes, self.directory)
             filename = str(path) if self._private is not None else self._hand_over(descriptor, node)
         except BaseException:
             os.close(descriptor)
@@ -75,7 +75,7 @@ class ScratchFiles:
     def check(self) -> None:
         """Raise Failed when space that could not be reserved becomes scarce."""
         if not all(one.reserved for one in self.made):
-            _check_left(self.folder)
+            _check_left(self.directory)
 
     def empty(self) -> None:
         """Free the space of the files; no node may use them any more. Never raises.
@@ -100,16 +100,16 @@ class ScratchFiles:
             return f"/dev/fdset/{reply.number(made['fdset-id'])}"
 
 
-def _check_left(folder: Path) -> None:
-    left = free_bytes(folder)
+def _check_left(directory: Path) -> None:
+    left = free_bytes(directory)
     if left < LOW_BYTES:
         raise Failed(
-            f"the file system of the scratch folder {folder} is filling up ({left >> 20} MiB left): "
+            f"the file system of the scratch directory {directory} is filling up ({left >> 20} MiB left): "
             "gave up before the guest's own writes could fail"
         )
 
 
-def _reserve(descriptor: int, reserve_bytes: int, folder: Path) -> bool:
+def _reserve(descriptor: int, reserve_bytes: int, directory: Path) -> bool:
     """Allocate space behind the end of a file; whether its file system can. Raises Failed."""
     library = ctypes.CDLL(None, use_errno=True)
     library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
@@ -120,7 +120,7 @@ def _reserve(descriptor: int, reserve_bytes: int, folder: Path) -> bool:
         if number != errno.EINTR:
             why = os.strerror(number)
             raise Failed(
-                f"{reserve_bytes >> 20} MiB cannot be reserved in the scratch folder {folder}: {why}"
+                f"{reserve_bytes >> 20} MiB cannot be reserved in the scratch directory {directory}: {why}"
             )
     return True
 
@@ -132,22 +132,22 @@ def _named(path: Path) -> int:
         raise Failed(f"cannot create the scratch file {path}: {err.strerror}") from err
 
 
-def _nameless(folder: Path) -> int:
+def _nameless(directory: Path) -> int:
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as err:
         if err.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise Failed(f"cannot create a scratch file in {folder}: {err.strerror}") from err
+            raise Failed(f"cannot create a scratch file in {directory}: {err.strerror}") from err
     try:  # a file system without O_TMPFILE: the name lives for an instant only
-        descriptor, name = tempfile.mkstemp(prefix="backupctl-", dir=folder)
+        descriptor, name = tempfile.mkstemp(prefix="backupctl-", dir=directory)
         Path(name).unlink()
         return descriptor
     except OSError as err:
-        raise Failed(f"cannot create a scratch file in {folder}: {err.strerror}") from err
+        raise Failed(f"cannot create a scratch file in {directory}: {err.strerror}") from err
 
 
-def _format(descriptor: int, size: int, folder: Path) -> None:
+def _format(descriptor: int, size: int, directory: Path) -> None:
     try:
         empty_qcow2.write(descriptor, size)
     except OSError as err:
-        raise Failed(f"cannot write a scratch file in {folder}: {err.strerror}") from err
+        raise Failed(f"cannot write a scratch file in {directory}: {err.strerror}") from err

@@ -20,7 +20,7 @@ from pathlib import Path
 from backupctl.errors import UNTOUCHED, Refused
 from backupctl.names import DiskName
 from backupctl.system import files
-from backupctl.vm import scratch_folder
+from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk
 from backupctl.vm.driver import ScratchBudget
 from backupctl.vm.qmp.monitor import Monitor
@@ -46,23 +46,23 @@ def limits(monitor: Monitor) -> bool:
 def plan_scratch(
     monitor: Monitor,
     chosen: Sequence[Disk],
-    folder: Path,
+    directory: Path,
     wish_bytes: int | None,
     *,
     guests: str = "",
 ) -> tuple[ScratchBudget, ...]:
-    """Share out the scratch folder's space. wish_bytes: as for `share`. Raises Refused, MonitorError.
+    """Share out the scratch directory's space. wish_bytes: as for `share`. Raises Refused, MonitorError.
 
     guests: which guests need the same file system, in words; then LOW_BYTES are left to them.
     """
-    scratch_folder.check(folder)
-    free = max(files.free_bytes(folder) - (scratch_folder.LOW_BYTES if guests else 0), 0)
+    scratch_directory.check(directory)
+    free = max(files.free_bytes(directory) - (scratch_directory.LOW_BYTES if guests else 0), 0)
     reserve = RESERVE_BYTES if (limited := limits(monitor)) else RESERVE_UNLIMITED_BYTES
     held = [disk.held_bytes for disk in chosen]
     sizes = {disk.name: disk.size for disk in chosen}
     made = share(sizes, held, free, wish_bytes, reserve, limited=limited)
     if made is None:
-        raise _hopeless(sizes, folder, free, wish_bytes, reserve, guests)
+        raise _hopeless(sizes, directory, free, wish_bytes, reserve, guests)
     return made
 
 
@@ -112,7 +112,7 @@ def _budget(size: int, wanted: int, most: int, reserve: int, *, limited: bool) -
 
 def _hopeless(
     sizes: Mapping[DiskName, int],
-    folder: Path,
+    directory: Path,
     free: int,
     wish_bytes: int | None,
     reserve: int,
@@ -120,10 +120,10 @@ def _hopeless(
 ) -> Refused:
     least = sum(min(whole(size), 2 * reserve) for size in sizes.values())
     asked = "" if wish_bytes is None else f", of which {wish_bytes >> 20} MiB were asked for"
-    kept = f" beside {scratch_folder.LOW_BYTES >> 20} MiB for the guests ({guests})" if guests else ""
+    kept = f" beside {scratch_directory.LOW_BYTES >> 20} MiB for the guests ({guests})" if guests else ""
     return Refused(
-        f"the scratch folder {folder} has {free >> 20} MiB left{kept}{asked}; to back up "
+        f"the scratch directory {directory} has {free >> 20} MiB left{kept}{asked}; to back up "
         f"{', '.join(sizes)} at least {-(-least // MIB)} MiB must be set aside, because the guest's own "
-        "writes would fail if it were used up: choose another folder with --scratch",
+        "writes would fail if it were used up: choose another directory with --scratch",
         state=UNTOUCHED,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from backupctl.errors import AgentTimeout, CommandFailed, GuardLost, ViewUnavailable
 from backupctl.names import BitmapName, Namespace
 from backupctl.options import Timeouts, VmConfig
-from backupctl.vm import scratch_folder
+from backupctl.vm import scratch_directory
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, Thawed
 from backupctl.vm.guest import agent
 from backupctl.vm.guest.guard import GuardClient
@@ -180,15 +180,15 @@ class QmpSession:
             can = sure and not snapshot_access.view_error(self._monitor, disks)
             view = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if view == "snapshot-access" else Fleecing
-        folder = request.scratch_folder
-        self._scratch = ScratchFiles(self._monitor, folder, self._private_folder(namespace, folder))
+        directory = request.scratch_directory
+        self._scratch = ScratchFiles(self._monitor, directory, self._private_directory(namespace, directory))
         handed_over = [ViewDisk(one.disk, _bitmap_actions(one, request.facts)) for one in request.disks]
         return kind(self._monitor, namespace, handed_over, request.budgets, self._scratch)
 
-    def _private_folder(self, namespace: Namespace, folder: Path) -> Path | None:
+    def _private_directory(self, namespace: Namespace, directory: Path) -> Path | None:
         if self._monitor.passes_descriptors:
             return None
-        return scratch_folder.make_private(namespace, self._vm.name, folder)
+        return scratch_directory.make_private(namespace, self._vm.name, directory)
 
     def _changes(self) -> list[BitmapName | None]:
         """Return the bitmap that tells what changed on each disk; a differential merges several into one."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which disks of a VM are on the file system of a folder that a run fills, as far as QEMU tells."""
+"""Which disks of a VM are on the file system of a directory that a run fills, as far as QEMU tells."""
 
 import stat
 from collections.abc import Iterable, Mapping
@@ -17,21 +17,21 @@ from backupctl.vm.qmp.reply import flag, understood
 
 
 def filling(
-    folder: Path,
+    directory: Path,
     monitor: Monitor,
     disks: Iterable[Disk],
 ) -> Filling:
-    """Look which disks of a VM are on a folder's file system. Raises MonitorError."""
-    place = Place.of(folder)
+    """Look which disks of a VM are on a directory's file system. Raises MonitorError."""
+    place = Place.of(directory)
     # Somebody else may have made the socket, or be in between.
     process = monitor.process if monitor.process and open_files.is_qemu(monitor.process) else None
     if names := ", ".join(disk.name for disk in disks if _is_there(disk.filename, place)):
-        return Filling(folder, f"{names} is on it too", process)
+        return Filling(directory, f"{names} is on it too", process)
     if process is not None and open_files.written(process) is not None:
-        return Filling(folder, "", process)
+        return Filling(directory, "", process)
     nodes = inventory.named_nodes(monitor)
     with understood("description of its block nodes"):
-        return Filling(folder, _named(nodes, place), process)
+        return Filling(directory, _named(nodes, place), process)
 
 
 def _named(nodes: Mapping[NodeName, Mapping[str, Any]], place: Place) -> str:

@@ -82,6 +82,6 @@ def ours(monitor: "Monitor", namespace: "Namespace") -> list[str]:
     try:
         found = monitor.execute("qom-list", {"path": "/objects"})
     except CommandFailed:
-        return []  # without any object there is no folder for them
+        return []  # without any object there is no directory for them
     with understood("list of objects"):
         return sorted(name for entry in found if namespace.owns(name := text(entry["name"])))

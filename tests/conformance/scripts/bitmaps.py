@@ -120,7 +120,7 @@ def merge_from_itself_and_elsewhere(s: Session) -> None:
 
 @script()
 def merge_of_another_size_fails(s: Session) -> None:
-    path = subjects.image(s.folder / "small", "qcow2", subjects.SIZE // 2)
+    path = subjects.image(s.directory / "small", "qcow2", subjects.SIZE // 2)
     s.execute(
         "blockdev-add",
         {"driver": "qcow2", "node-name": "small", "file": {"driver": "file", "filename": str(path)}},

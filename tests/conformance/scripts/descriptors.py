@@ -25,7 +25,7 @@ def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
 
 @script("running")
 def a_descriptor_set_lives_and_dies(s: Session) -> None:
-    with opened(subjects.image(s.folder / "f")) as fd:
+    with opened(subjects.image(s.directory / "f")) as fd:
         s.do("add-fd", fd=fd, fdset_id=7, opaque="backupctl-x")
         s.do("query-fdsets")
         s.do("add-fd", fd=fd, fdset_id=7)
@@ -38,7 +38,7 @@ def a_descriptor_set_lives_and_dies(s: Session) -> None:
 
 @script("running")
 def add_fd_chooses_an_id(s: Session) -> None:
-    with opened(subjects.image(s.folder / "f")) as fd:
+    with opened(subjects.image(s.directory / "f")) as fd:
         s.do("add-fd", fd=fd)
         s.do("add-fd", fd=fd)
     s.do("query-fdsets", lambda sets: sorted(each["fdset-id"] for each in sets))
@@ -51,7 +51,7 @@ def descriptor_errors(s: Session) -> None:
     s.do("remove-fd", fdset_id=-1)
     s.do("getfd", fdname="x")
     s.do("closefd", fdname="x")
-    with opened(subjects.image(s.folder / "f")) as fd:
+    with opened(subjects.image(s.directory / "f")) as fd:
         s.do("add-fd", fd=fd, fdset_id=-1)
         s.do("getfd", fd=fd, fdname="9x")
         s.do("add-fd", fd=fd, fdset_id=3)
@@ -61,7 +61,7 @@ def descriptor_errors(s: Session) -> None:
 
 @script("running")
 def named_descriptor_is_closed_once(s: Session) -> None:
-    with opened(subjects.image(s.folder / "f")) as fd:
+    with opened(subjects.image(s.directory / "f")) as fd:
         s.do("getfd", fd=fd, fdname="x")
         s.do("getfd", fd=fd, fdname="x")
     s.do("closefd", fdname="x")
@@ -70,7 +70,7 @@ def named_descriptor_is_closed_once(s: Session) -> None:
 
 @script("running")
 def a_scratch_file_without_a_name_serves_a_node(s: Session) -> None:
-    path = subjects.image(s.folder / "f")
+    path = subjects.image(s.directory / "f")
     with opened(path) as fd:
         path.unlink()
         s.do("add-fd", fd=fd, fdset_id=7, opaque="backupctl-x")
@@ -88,7 +88,7 @@ def a_scratch_file_without_a_name_serves_a_node(s: Session) -> None:
 
 @script("running")
 def descriptors_outlive_their_client_while_another_is_there(s: Session) -> None:
-    with opened(subjects.image(s.folder / "f")) as fd:
+    with opened(subjects.image(s.directory / "f")) as fd:
         s.do("add-fd", fd=fd, fdset_id=7)
         s.do("getfd", fd=fd, fdname="x")
     s.monitor.close()
@@ -101,13 +101,13 @@ def descriptors_outlive_their_client_while_another_is_there(s: Session) -> None:
 
 @script()
 def a_stopped_machine_may_keep_a_removed_set(s: Session) -> None:
-    with opened(subjects.image(s.folder / "f")) as fd:
+    with opened(subjects.image(s.directory / "f")) as fd:
         s.do("add-fd", fd=fd, fdset_id=7)
     s.do("remove-fd", fdset_id=7)
     s.do("query-fdsets")
     s.do("cont")
     s.do("query-fdsets")
-    with opened(subjects.image(s.folder / "g")) as fd:
+    with opened(subjects.image(s.directory / "g")) as fd:
         s.do("add-fd", fd=fd, fdset_id=8)
     s.do("remove-fd", fdset_id=8)
     s.do("query-fdsets")
@@ -123,7 +123,7 @@ def a_descriptor_set_that_is_not_there(s: Session) -> None:
 
 @script("running")
 def a_read_only_descriptor_does_not_serve_a_writer(s: Session) -> None:
-    with opened(subjects.image(s.folder / "f"), os.O_RDONLY) as fd:
+    with opened(subjects.image(s.directory / "f"), os.O_RDONLY) as fd:
         s.do("add-fd", fd=fd, fdset_id=7)
     add = {"driver": "qcow2", "node-name": "tmp0", "file": {"driver": "file", "filename": "/dev/fdset/7"}}
     s.execute("blockdev-add", add)

@@ -17,9 +17,9 @@ def the_server_starts_and_stops_once(s: Session) -> None:
 
 @script()
 def a_socket_that_cannot_be_made(s: Session) -> None:
-    s.do("nbd-server-start", addr={"type": "unix", "data": {"path": str(s.folder / "absent" / "socket")}})
+    s.do("nbd-server-start", addr={"type": "unix", "data": {"path": str(s.directory / "absent" / "socket")}})
     s.do("nbd-server-start", addr={"type": "nonsense", "data": {}})
-    for path in ("x" * 109, str(s.folder)):
+    for path in ("x" * 109, str(s.directory)):
         s.do("nbd-server-start", addr={"type": "unix", "data": {"path": path}})
     unix = {"type": "unix", "data": {"path": str(s.nbd_socket)}}
     s.do("nbd-server-start", addr=unix, tls_creds="absent")

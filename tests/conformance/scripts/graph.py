@@ -36,18 +36,20 @@ def node_names_have_31_characters_at_most(s: Session) -> None:
 
 @script()
 def a_file_that_is_none(s: Session) -> None:
-    for path in (s.folder / "absent", s.folder, "/dev/null", "", "a\0b"):
+    for path in (s.directory / "absent", s.directory, "/dev/null", "", "a\0b"):
         node = _node("qcow2", path)
         s.execute("blockdev-add", node)
         s.execute("blockdev-add", node | {"read-only": True})
-    os.mkfifo(s.folder / "pipe")  # for reading only, QEMU would wait for a writer, and serve nobody meanwhile
-    s.execute("blockdev-add", _node("qcow2", s.folder / "pipe"))
+    os.mkfifo(
+        s.directory / "pipe"
+    )  # for reading only, QEMU would wait for a writer, and serve nobody meanwhile
+    s.execute("blockdev-add", _node("qcow2", s.directory / "pipe"))
     s.nodes()
 
 
 @script()
 def a_raw_file_is_no_qcow2(s: Session) -> None:
-    s.execute("blockdev-add", _node("qcow2", subjects.image(s.folder / "f", "raw")))
+    s.execute("blockdev-add", _node("qcow2", subjects.image(s.directory / "f", "raw")))
 
 
 @script()
@@ -61,7 +63,7 @@ def unknown_drivers_and_parents(s: Session) -> None:
 
 @script()
 def a_raw_node_of_a_file(s: Session) -> None:
-    path = subjects.image(s.folder / "f", "raw")
+    path = subjects.image(s.directory / "f", "raw")
     s.execute("blockdev-add", {"driver": "file", "node-name": "file0", "filename": str(path)})
     s.execute("blockdev-add", {"driver": "raw", "node-name": "raw0", "file": "file0"})
     s.do("blockdev-del", node_name="file0")
@@ -73,7 +75,7 @@ def a_raw_node_of_a_file(s: Session) -> None:
 
 @script()
 def an_image_of_a_running_disk_is_locked(s: Session) -> None:
-    s.execute("blockdev-add", _node("qcow2", s.folder / "vda.qcow2"))
+    s.execute("blockdev-add", _node("qcow2", s.directory / "vda.qcow2"))
 
 
 @script()

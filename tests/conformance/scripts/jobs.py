@@ -111,7 +111,7 @@ def a_target_in_use_by_a_job(s: Session) -> None:
 
 @script()
 def a_target_of_another_size(s: Session) -> None:
-    path = subjects.image(s.folder / "small", "qcow2", subjects.SIZE // 2)
+    path = subjects.image(s.directory / "small", "qcow2", subjects.SIZE // 2)
     s.execute(
         "blockdev-add",
         {"driver": "qcow2", "node-name": "small", "file": {"driver": "file", "filename": str(path)}},

@@ -15,7 +15,11 @@ def group(s: Session, name: str = "lim0", **more: Any) -> None:
 
 def scratch(s: Session, group_name: str = "lim0") -> dict[str, Any]:
     """Describe a scratch node tmp0 behind a limit, over the disk vda."""
-    file = {"driver": "file", "node-name": "fil0", "filename": str(subjects.image(s.folder / "scratch.img"))}
+    file = {
+        "driver": "file",
+        "node-name": "fil0",
+        "filename": str(subjects.image(s.directory / "scratch.img")),
+    }
     throttle = {"driver": "throttle", "throttle-group": group_name, "file": file}
     return {"driver": "qcow2", "node-name": "tmp0", "file": throttle, "backing": "drive-vda"}
 

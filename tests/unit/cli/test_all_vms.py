@@ -11,7 +11,7 @@ from backupctl.cli.main import cli
 from backupctl.errors import DamageFound, UsageError
 from backupctl.names import VmName
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from tests.unit.points import P1, P2, P3, Builder, disk_entry
 
 
@@ -22,7 +22,7 @@ class Points(Builder):
     name: str = "web"
 
     @property
-    def folder(self) -> VmFolder:
+    def directory(self) -> VmDirectory:
         return self.repository.vm(VmName(self.name))
 
     def add(self, *points: str) -> None:

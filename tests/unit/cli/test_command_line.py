@@ -89,15 +89,15 @@ def test_an_unreachable_monitor_is_told_and_nothing_is_left_in_the_repository(tm
 
 def test_a_recover_that_can_not_reach_the_vm_says_whether_there_was_something_to_do(tmp_path):
     command = ("recover", "web", "--qmp", "unix:/nowhere", "--repository", str(tmp_path / "r"))
-    folder = Repository.create(tmp_path / "r").vm(vm_name("web"))
-    with folder.lock():
-        pass  # which makes the VM's folder
+    directory = Repository.create(tmp_path / "r").vm(vm_name("web"))
+    with directory.lock():
+        pass  # which makes the VM's directory
     assert backupctl(*command).returncode == 1
-    (folder.path / "20260101T000000Z.partial").mkdir()
+    (directory.path / "20260101T000000Z.partial").mkdir()
     done = backupctl(*command)
     assert done.returncode == 3
     assert "backupctl recover web" in done.stderr
-    assert [path.name for path in folder.path.glob("*.partial")] == ["20260101T000000Z.partial"]
+    assert [path.name for path in directory.path.glob("*.partial")] == ["20260101T000000Z.partial"]
 
 
 @pytest.mark.parametrize("name", ["../web", "a/b", ".web", "web\n", "w" * 101, "web.partial", ""])
@@ -183,7 +183,7 @@ def test_an_image_and_a_document_do_not_share_standard_output(tmp_path):
     assert (done.returncode, json.loads(done.stdout)["error"]["kind"]) == (2, "UsageError")
 
 
-def test_a_folder_that_is_no_repository_is_refused(tmp_path):
+def test_a_directory_that_is_no_repository_is_refused(tmp_path):
     (tmp_path / "something").write_text("else")
     done = backupctl("list", "--repository", str(tmp_path))
     assert done.returncode == 2

@@ -239,7 +239,7 @@ def test_a_home_may_begin_a_path(tmp_path, monkeypatch):
     assert load(tmp_path, '[defaults]\nrepository = "~/r"\n').repositories() == (Path("/home/me/r"),)
 
 
-def test_nothing_is_read_from_the_current_folder(tmp_path, monkeypatch):
+def test_nothing_is_read_from_the_current_directory(tmp_path, monkeypatch):
     """There anybody may have put it."""
     (tmp_path / "backupctl.toml").write_text('[vm.web]\nqmp = "unix:/theirs"\n')
     (tmp_path / "backupctl").mkdir()
@@ -247,8 +247,8 @@ def test_nothing_is_read_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("BACKUPCTL_CONFIG", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for folder in ("", ".", "./"):
-        monkeypatch.setenv("XDG_CONFIG_HOME", folder)
+    for directory in ("", ".", "./"):
+        monkeypatch.setenv("XDG_CONFIG_HOME", directory)
         assert "web" not in configuration.load(None).vms
 
 
@@ -270,8 +270,8 @@ def test_a_file_that_others_may_write_is_refused_wherever_it_was_named(tmp_path,
 def test_a_home_of_somebody_else_is_passed_over_if_there_is_nothing_in_it(tmp_path, monkeypatch):
     """As `sudo -E` leaves it to root."""
     home, system = tmp_path / "home", tmp_path / "system.toml"
-    folder = home / ".config" / "backupctl"
-    folder.mkdir(parents=True)
+    directory = home / ".config" / "backupctl"
+    directory.mkdir(parents=True)
     os.chown(home, 12345, 12345)
     system.write_text('[vm.web]\nqmp = "/q"\n')
     for name in ("BACKUPCTL_CONFIG", "XDG_CONFIG_HOME"):
@@ -279,7 +279,7 @@ def test_a_home_of_somebody_else_is_passed_over_if_there_is_nothing_in_it(tmp_pa
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr(configuration, "SYSTEM_FILE", system)
     assert list(configuration.load(None).vms) == ["web"]
-    (folder / "backupctl.toml").write_text("")
+    (directory / "backupctl.toml").write_text("")
     with pytest.raises(UsageError, match="home is not trusted: it belongs to user 12345"):
         configuration.load(None)
 

@@ -162,13 +162,13 @@ def test_verbose_shows_what_no_reporter_shows(call):
     assert said.count("skipped db") == 1
 
 
-@pytest.mark.parametrize("what", ["link", "folder", "pipe", "second name", "of another user"])
+@pytest.mark.parametrize("what", ["link", "directory", "pipe", "second name", "of another user"])
 def test_a_log_file_that_others_could_have_put_there_is_refused(call, tmp_path, what):
     log, victim = tmp_path / "log", tmp_path / "victim"
     victim.write_text("as it was")
     if what == "link":
         log.symlink_to(victim)
-    elif what == "folder":
+    elif what == "directory":
         log.mkdir()
     elif what == "pipe":
         os.mkfifo(log)

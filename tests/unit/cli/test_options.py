@@ -85,7 +85,7 @@ def test_recover_and_bitmaps_wait_as_long_as_was_said(reach):
 @pytest.mark.parametrize("command", ["status", "doctor"])
 def test_status_and_doctor_look_at_what_an_incremental_would_do(reach, command):
     assert reach(command) == reach("incremental")
-    assert reach(command, "--scratch", "/s").scratch.folder == Path("/s")
+    assert reach(command, "--scratch", "/s").scratch.directory == Path("/s")
 
 
 @pytest.mark.parametrize(

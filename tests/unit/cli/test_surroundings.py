@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Around a call: homes, folders and names that are not as they should be; and what errors of ours leave."""
+"""Around a call: unusual homes, directories and names; and what errors of ours leave."""
 
 import json
 import os
@@ -51,14 +51,14 @@ def test_a_path_that_can_not_be_is_wrong_use(tmp_path, option, path, said):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_relative_repository_below_a_folder_that_is_no_utf8_is_wrong_use(tmp_path):
-    folder = os.fsencode(tmp_path) + b"/\xff"
-    os.mkdir(folder)
-    error = call("full", "web", "--qmp", "unix:/nowhere", "--repository", "r", cwd=folder)
+def test_a_relative_repository_below_a_directory_that_is_no_utf8_is_wrong_use(tmp_path):
+    directory = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(directory)
+    error = call("full", "web", "--qmp", "unix:/nowhere", "--repository", "r", cwd=directory)
     assert (error["kind"], "not UTF-8" in error["message"]) == ("UsageError", True)
 
 
-def test_a_current_folder_that_is_gone_is_wrong_use(tmp_path):
+def test_a_current_directory_that_is_gone_is_wrong_use(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     for repository in ("r", str(tmp_path / "r")):
@@ -84,10 +84,12 @@ def test_a_home_without_a_configuration_is_no_error_and_a_strange_one_is_named(t
 def test_a_home_that_can_not_be_read_is_wrong_use(tmp_path):
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
-    before = [folder for folder in (tmp_path, *tmp_path.parents) if not folder.stat().st_mode & 0o001]
-    modes = {folder: folder.stat().st_mode for folder in before}
-    for folder in before:
-        folder.chmod(modes[folder] | 0o011)
+    before = [
+        directory for directory in (tmp_path, *tmp_path.parents) if not directory.stat().st_mode & 0o001
+    ]
+    modes = {directory: directory.stat().st_mode for directory in before}
+    for directory in before:
+        directory.chmod(modes[directory] | 0o011)
     try:
         command = [
             sys.executable,
@@ -99,8 +101,8 @@ def test_a_home_that_can_not_be_read_is_wrong_use(tmp_path):
             command, env=around, user=SOMEBODY, capture_output=True, text=True, timeout=60, check=False
         )
     finally:
-        for folder, mode in modes.items():
-            folder.chmod(mode)
+        for directory, mode in modes.items():
+            directory.chmod(mode)
     assert f"cannot read the configuration {home}/.config/backupctl/backupctl.toml: Perm" in done.stderr
     assert "UsageError" in done.stderr
 
@@ -149,8 +151,8 @@ def test_of_the_logs_of_our_own_errors_a_few_stay(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("")
     (tmp_path / "backupctl-error-link.log").symlink_to(victim)
-    (tmp_path / "backupctl-error-folder.log").mkdir()
-    others = {"victim", "backupctl-error-link.log", "backupctl-error-folder.log"}
+    (tmp_path / "backupctl-error-directory.log").mkdir()
+    others = {"victim", "backupctl-error-link.log", "backupctl-error-directory.log"}
     if os.geteuid() == 0:
         theirs = tmp_path / "backupctl-error-theirs.log"
         theirs.touch()

@@ -14,10 +14,10 @@ from backupctl.images.foreign_header import ForeignHeader
 SECRET = ["--object", "secret,id=key,data=geheim"]
 
 
-def made(folder: Path, *arguments: str) -> ForeignHeader:
-    path = folder / "image"
+def made(directory: Path, *arguments: str) -> ForeignHeader:
+    path = directory / "image"
     command = ["qemu-img", "create", "-q", "-f", "qcow2", *arguments, str(path), "1M"]
-    subprocess.run(command, check=True, timeout=60, cwd=folder)
+    subprocess.run(command, check=True, timeout=60, cwd=directory)
     return foreign_header.parse(path.read_bytes())
 
 

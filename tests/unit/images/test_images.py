@@ -84,14 +84,14 @@ def test_a_name_that_looks_like_a_protocol_is_only_a_name(tmp_path):
 
 def test_what_is_written_is_read_back_through_the_chain(two_points):
     builder, content = two_points
-    layers = chain.paths(builder.folder, builder.folder.point(P2), "vda")
+    layers = chain.paths(builder.directory, builder.directory.point(P2), "vda")
     assert [path.parent.name for path in layers] == [P2, P1]
     assert read_all(layers, 0, len(content)) == content
 
 
 def test_plain_qemu_tools_read_a_point_straight_from_the_repository(two_points, tmp_path):
     builder, content = two_points
-    qemu_img("convert", "-O", "raw", builder.folder.point(P2).path / "vda.qcow2", tmp_path / "raw")
+    qemu_img("convert", "-O", "raw", builder.directory.point(P2).path / "vda.qcow2", tmp_path / "raw")
     assert (tmp_path / "raw").read_bytes() == content
 
 
@@ -100,10 +100,10 @@ def test_a_server_ends_with_its_block(tmp_path):
     before = servers()
     with nbd_server.serve([tmp_path / "a.qcow2"]) as address:
         assert len(servers() - before) == 1
-        folder = address.parent
-        assert folder.stat().st_mode & 0o777 == 0o700
+        directory = address.parent
+        assert directory.stat().st_mode & 0o777 == 0o700
     assert servers() == before
-    assert not folder.exists()
+    assert not directory.exists()
 
 
 def test_a_server_ends_when_its_block_raises(tmp_path):
@@ -123,7 +123,7 @@ def test_an_image_that_qemu_can_not_open_is_told_with_its_reason(tmp_path):
         raise AssertionError
 
 
-def test_a_temporary_folder_that_can_not_be_had_is_told(tmp_path, monkeypatch):
+def test_a_temporary_directory_that_can_not_be_had_is_told(tmp_path, monkeypatch):
     create.create_layer(tmp_path / "vda.qcow2", 1 << 20, None)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
     with (
@@ -183,27 +183,27 @@ def wait_for_refusal(address: str) -> None:
 
 
 @pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """A folder whose name leaves room for a socket's (108 bytes in all)."""
+def short_directory() -> Iterator[Path]:
+    """A directory whose name leaves room for a socket's (108 bytes in all)."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
-def test_what_a_killed_run_left_is_swept_and_what_lives_is_not(tmp_path, short_folder, monkeypatch):
-    temporary = short_folder
+def test_what_a_killed_run_left_is_swept_and_what_lives_is_not(tmp_path, short_directory, monkeypatch):
+    temporary = short_directory
     create.create_layer(tmp_path / "a.qcow2", 65536, None)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
     dead = temporary / "bctl-dead"
     young = temporary / "bctl-young"
     other = temporary / "somebody-elses"
     linked = temporary / "bctl-link"
-    for folder in (dead, young, other):
-        folder.mkdir()
-        (folder / "nbd.sock").touch()
+    for directory in (dead, young, other):
+        directory.mkdir()
+        (directory / "nbd.sock").touch()
     linked.symlink_to(other)
     with nbd_server.serve([tmp_path / "a.qcow2"]) as address:
-        for folder in (dead, other, address.parent):
-            os.utime(folder, (0, 0))
+        for directory in (dead, other, address.parent):
+            os.utime(directory, (0, 0))
         with nbd_server.serve([tmp_path / "a.qcow2"]) as second:
             assert sorted(temporary.iterdir()) == sorted(
                 [young, other, linked, address.parent, second.parent]
@@ -215,7 +215,7 @@ def test_what_a_killed_run_left_is_swept_and_what_lives_is_not(tmp_path, short_f
 
 def test_a_served_backup_can_not_be_written(two_points):
     builder, _ = two_points
-    layers = chain.paths(builder.folder, builder.folder.point(P2), "vda")
+    layers = chain.paths(builder.directory, builder.directory.point(P2), "vda")
     with (
         nbd_server.serve(layers) as address,
         closing(Source.connect([address], nbd_server.EXPORT)) as source,
@@ -277,34 +277,34 @@ def test_a_sync_that_fails_is_a_write_error(tmp_path, monkeypatch):
 )
 def test_a_foreign_backing_name_is_damage_and_nothing_is_opened(two_points, backing):
     builder, content = two_points
-    path = builder.folder.point(P2).path / "vda.qcow2"
+    path = builder.directory.point(P2).path / "vda.qcow2"
     remake(path, len(content), backing)
     with pytest.raises(DamageFound, match="manifest says"):
-        chain.paths(builder.folder, builder.folder.point(P2), "vda")
+        chain.paths(builder.directory, builder.directory.point(P2), "vda")
 
 
 def test_a_lost_backing_link_is_damage(two_points):
     builder, content = two_points
-    path = builder.folder.point(P2).path / "vda.qcow2"
+    path = builder.directory.point(P2).path / "vda.qcow2"
     remake(path, len(content), None)
     with pytest.raises(DamageFound, match="manifest says"):
-        chain.paths(builder.folder, builder.folder.point(P2), "vda")
+        chain.paths(builder.directory, builder.directory.point(P2), "vda")
 
 
 def test_a_full_image_with_a_backing_link_is_damage(two_points):
     builder, content = two_points
-    remake(builder.folder.point(P1).path / "vda.qcow2", len(content), "/etc/passwd")
+    remake(builder.directory.point(P1).path / "vda.qcow2", len(content), "/etc/passwd")
     with pytest.raises(DamageFound, match="manifest says"):
-        chain.paths(builder.folder, builder.folder.point(P2), "vda")
+        chain.paths(builder.directory, builder.directory.point(P2), "vda")
 
 
 def test_data_in_another_file_is_damage(two_points, tmp_path):
     builder, content = two_points
-    path = builder.folder.point(P1).path / "vda.qcow2"
+    path = builder.directory.point(P1).path / "vda.qcow2"
     path.unlink()
     qemu_img("create", "-f", "qcow2", "-o", f"data_file={tmp_path / 'data'}", path, len(content))
     with pytest.raises(DamageFound, match="features"):
-        chain.paths(builder.folder, builder.folder.point(P1), "vda")
+        chain.paths(builder.directory, builder.directory.point(P1), "vda")
 
 
 @pytest.mark.parametrize("options", ["compat=0.10", "encrypt.format=aes,encrypt.key-secret=s"])
@@ -318,30 +318,30 @@ def test_an_image_of_another_make_is_damage(tmp_path, options):
 
 def test_an_image_of_another_size_is_damage(two_points):
     builder, content = two_points
-    qemu_img("resize", builder.folder.point(P1).path / "vda.qcow2", len(content) + 512)
+    qemu_img("resize", builder.directory.point(P1).path / "vda.qcow2", len(content) + 512)
     with pytest.raises(DamageFound, match="manifest says"):
-        chain.paths(builder.folder, builder.folder.point(P1), "vda")
+        chain.paths(builder.directory, builder.directory.point(P1), "vda")
 
 
 def test_a_linked_image_is_damage(two_points, tmp_path):
     builder, _ = two_points
-    path = builder.folder.point(P1).path / "vda.qcow2"
+    path = builder.directory.point(P1).path / "vda.qcow2"
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DamageFound):
-        chain.paths(builder.folder, builder.folder.point(P1), "vda")
+        chain.paths(builder.directory, builder.directory.point(P1), "vda")
 
 
 def test_a_missing_image_and_a_missing_parent_are_damage(two_points):
     builder, _ = two_points
-    point = builder.folder.point(P2)
-    moved = builder.folder.point(P1).path.rename(builder.folder.path / "away")
+    point = builder.directory.point(P2)
+    moved = builder.directory.point(P1).path.rename(builder.directory.path / "away")
     with pytest.raises(DamageFound, match="is missing"):
-        chain.paths(builder.folder, point, "vda")
-    moved.rename(builder.folder.path / P1)
-    (builder.folder.path / P1 / "vda.qcow2").unlink()
+        chain.paths(builder.directory, point, "vda")
+    moved.rename(builder.directory.path / P1)
+    (builder.directory.path / P1 / "vda.qcow2").unlink()
     with pytest.raises(DamageFound):
-        chain.paths(builder.folder, point, "vda")
+        chain.paths(builder.directory, point, "vda")
 
 
 def test_a_parent_without_the_disk_is_damage(builder: Builder):
@@ -352,20 +352,20 @@ def test_a_parent_without_the_disk_is_damage(builder: Builder):
     (partial.path / "vda.digests").write_bytes(b"")
     point = partial.commit(builder.manifest(P2, replace(disk_entry("vda", P1), file_bytes=length)))
     with pytest.raises(DamageFound, match="has no disk"):
-        chain.paths(builder.folder, point, "vda")
+        chain.paths(builder.directory, point, "vda")
 
 
 def test_a_disk_that_the_point_does_not_hold_is_told_with_those_it_holds(two_points):
     builder, _ = two_points
     with pytest.raises(NoSuchPoint, match="its disks: vda"):
-        chain.paths(builder.folder, builder.folder.point(P2), "vdz")
+        chain.paths(builder.directory, builder.directory.point(P2), "vdz")
 
 
 def test_a_disk_skips_points_that_left_it_out(builder: Builder):
     builder.point(P1, (disk_entry("vda"), [(0, b"1" * 512)]), (disk_entry("vdb"), []))
     builder.point(P2, (disk_entry("vdb", P1), []))
     point = builder.point(P3, (disk_entry("vda", P1), [(512, b"3" * 512)]))
-    layers = chain.paths(builder.folder, point, "vda")
+    layers = chain.paths(builder.directory, point, "vda")
     assert [path.parent.name for path in layers] == [P3, P1]
     assert read_all(layers, 0, 1024) == b"1" * 512 + b"3" * 512
 
@@ -373,7 +373,7 @@ def test_a_disk_skips_points_that_left_it_out(builder: Builder):
 def test_a_grown_disk_reads_zeroes_behind_its_parents_end(builder: Builder):
     builder.point(P1, (disk_entry(size=65536 + 512), [(0, b"1" * (65536 + 512))]))
     point = builder.point(P2, (disk_entry(size=1 << 20, parent=P1), []))
-    layers = chain.paths(builder.folder, point, "vda")
+    layers = chain.paths(builder.directory, point, "vda")
     assert read_all(layers, 65536, 1024) == b"1" * 512 + bytes(512)
 
 
@@ -381,7 +381,7 @@ def test_a_shrunk_disk_ends_where_it_ends(builder: Builder):
     builder.point(P1, (disk_entry(size=1 << 20), [(0, b"1" * (1 << 20))]))
     small = replace(disk_entry(size=65536 + 512), kind="incremental", parent=P1)
     point = builder.point(P2, (small, []))
-    layers = chain.paths(builder.folder, point, "vda")
+    layers = chain.paths(builder.directory, point, "vda")
     with nbd_server.serve(layers) as address, closing(Source.connect([address], nbd_server.EXPORT)) as source:
         assert source.size == 65536 + 512
 
@@ -414,7 +414,7 @@ def test_a_damaged_header_is_damage_and_nothing_worse(tmp_path, place, damage):
 
 def test_a_name_stored_in_a_parent_is_not_opened_by_qemu(two_points, tmp_path):
     builder, content = two_points
-    layers = chain.paths(builder.folder, builder.folder.point(P2), "vda")
+    layers = chain.paths(builder.directory, builder.directory.point(P2), "vda")
     # Changed after the check: QEMU is still given the chain link by link.
     qemu_img("rebase", "-u", "-F", "raw", "-b", tmp_path / "bait", layers[1])
     assert read_all(layers, 0, len(content)) == content
@@ -422,18 +422,18 @@ def test_a_name_stored_in_a_parent_is_not_opened_by_qemu(two_points, tmp_path):
 
 def test_an_image_cut_at_any_cluster_is_damage_and_not_zeroes(two_points):
     builder, _ = two_points
-    path = builder.folder.point(P1).path / "vda.qcow2"
+    path = builder.directory.point(P1).path / "vda.qcow2"
     length = path.stat().st_size
     for shorter in [length - 1, *range(length // 65536 * 65536, -1, -65536)]:
         if shorter < length:
             os.truncate(path, shorter)
             with pytest.raises(DamageFound):
-                chain.paths(builder.folder, builder.folder.point(P2), "vda")
+                chain.paths(builder.directory, builder.directory.point(P2), "vda")
 
 
 def test_writing_one_layer_leaves_its_parents_as_they_were(two_points, tmp_path):
     builder, content = two_points
-    parent = builder.folder.point(P1).path / "vda.qcow2"
+    parent = builder.directory.point(P1).path / "vda.qcow2"
     before = (parent.read_bytes(), parent.stat().st_mtime_ns)
     path = tmp_path / "vda.qcow2"
     create.create_layer(path, len(content), None)

@@ -24,11 +24,11 @@ def tool(*command: str | Path) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
-def chain(folder: Path, seed: int, clusters: int = 40) -> list[Path]:
+def chain(directory: Path, seed: int, clusters: int = 40) -> list[Path]:
     """Make layers of any sizes, newest first, with writes of any length, and zeroes."""
     rand, made = random.Random(seed), []
     for number in range(5):
-        path, size = folder / f"{number}.qcow2", 512 * rand.randrange(1, clusters * 128)
+        path, size = directory / f"{number}.qcow2", 512 * rand.randrange(1, clusters * 128)
         backing = ["-b", made[0], "-F", "qcow2"] if made else []
         tool("qemu-img", "create", "-q", "-f", "qcow2", *backing, path, str(size))
         words = []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """No name can be turned between our look at a file and the second opening of it, by QEMU or by ourselves.
 
-Whoever owns a folder exchanges what is in it at the worst moment: when all was checked and one of QEMU's
+Whoever owns a directory exchanges what is in it at the worst moment: when all was checked and one of QEMU's
 tools is about to be started, or the file is about to be opened once more for direct I/O. Each test tries that
 at every such moment.
 """
@@ -98,7 +98,7 @@ def turn(path: Path, victim: Path) -> None:
 
 def thinly(builder: Builder, point: Point, target: Path) -> None:
     """Make an overlay of a point's only disk."""
-    thin.restore(RestoreRequest(folder=builder.folder, point=point.id, to=str(target)), Silent())
+    thin.restore(RestoreRequest(directory=builder.directory, point=point.id, to=str(target)), Silent())
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_restore_whose_file_is_exchanged_for_a_link_writes_nothing_elsewhere(
     target, before = tmp_path / "out" / f"vda.{image_format}", victim.read_bytes()
     target.parent.mkdir()
     starts = at_start(number, lambda: turn(temporary_of(target), victim))
-    point = builder.folder.point(P2)
+    point = builder.directory.point(P2)
     with pytest.raises(WriteFailed, match="another process replaced"):
         run(point, target)
     assert len(starts) == {"raw": 3, "qcow2": 4}[image_format]  # of each layer, and of what is written
@@ -127,7 +127,7 @@ def test_a_thin_restore_whose_file_is_exchanged_for_a_link_writes_nothing_elsewh
     target.parent.mkdir()
     at_start(0, lambda: turn(temporary_of(target), victim))
     with pytest.raises(WriteFailed, match="another process replaced"):
-        thinly(builder, builder.folder.point(P2), target)
+        thinly(builder, builder.directory.point(P2), target)
     assert victim.read_bytes() == before
     assert not os.path.lexists(target)
 
@@ -179,7 +179,7 @@ def test_a_layer_that_is_exchanged_after_its_check_is_not_what_is_restored(
     two_points, tmp_path, at_start, victim, number, point, place
 ):
     builder, content = two_points
-    image = builder.folder.path / point / "vda.qcow2"
+    image = builder.directory.path / point / "vda.qcow2"
 
     def exchange() -> None:
         if place == "link":
@@ -188,14 +188,14 @@ def test_a_layer_that_is_exchanged_after_its_check_is_not_what_is_restored(
             victim.rename(image)
 
     starts = at_start(number, exchange)
-    run(builder.folder.point(P2), tmp_path / "out.raw")
+    run(builder.directory.point(P2), tmp_path / "out.raw")
     assert len(starts) == 3
     assert (tmp_path / "out.raw").read_bytes() == content
 
 
 def test_a_layer_that_was_exchanged_before_it_is_opened_is_checked_as_it_is_then(two_points, victim):
     builder, _ = two_points
-    layers = chain.layers(builder.folder, builder.folder.point(P2), "vda")
+    layers = chain.layers(builder.directory, builder.directory.point(P2), "vda")
     turn(layers[1].path, victim)
     with pytest.raises(DamageFound, match="cannot open"), chain.opened(layers):
         raise AssertionError
@@ -208,7 +208,7 @@ def test_a_layer_that_was_exchanged_before_it_is_opened_is_checked_as_it_is_then
 def test_a_verify_proves_the_image_that_it_opened(two_points, at_start):
     """A broken copy takes the name between the check of the header, that of the tables, and the reading."""
     builder, _ = two_points
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     real = image.read_bytes()
     for number in range(4):
         other = image.with_name(".other")
@@ -234,10 +234,10 @@ def test_what_is_served_is_what_was_checked(two_points, at_start, victim):
             found.append(bytes(source.connections[0].handle.pread(len(content), 0)))
         stop.request("SIGTERM")
 
-    at_start(0, lambda: turn(builder.folder.path / P1 / "vda.qcow2", victim))
+    at_start(0, lambda: turn(builder.directory.path / P1 / "vda.qcow2", victim))
     serve.serve(
-        builder.folder,
-        builder.folder.point(P2),
+        builder.directory,
+        builder.directory.point(P2),
         disk=None,
         unix=None,
         tcp=None,
@@ -261,8 +261,8 @@ def test_an_overlay_that_is_exchanged_after_its_check_is_not_written(two_points,
 
     at_start(1, lambda: turn(overlay, victim))  # the first one makes it
     serve.serve(
-        builder.folder,
-        builder.folder.point(P2),
+        builder.directory,
+        builder.directory.point(P2),
         disk=None,
         unix=None,
         tcp=None,
@@ -284,10 +284,10 @@ def test_a_merge_writes_into_no_image_but_the_one_that_it_checked(
     size = 2 * MIB if grown else MIB
     upper = replace(entry, kind="incremental", parent=P1, size=size)
     builder.point(P2, (upper, [(0, b"b" * CLUSTER_BYTES), (size - CLUSTER_BYTES, b"c" * CLUSTER_BYTES)]))
-    before, lower = victim.read_bytes(), builder.folder.path / P1 / "vda.qcow2"
+    before, lower = victim.read_bytes(), builder.directory.path / P1 / "vda.qcow2"
     starts = at_start(number, lambda: turn(lower, victim) if lower.exists() else None)
     with suppress(BackupctlError, OSError):
-        prune.prune(builder.folder, Rules(last=1), Silent(), Cancellation())
+        prune.prune(builder.directory, Rules(last=1), Silent(), Cancellation())
     assert starts
     assert victim.read_bytes() == before
 
@@ -296,12 +296,12 @@ def test_a_merge_writes_into_no_image_but_the_one_that_it_checked(
 @pytest.mark.parametrize(
     "restored", [lambda _builder, point, to: run(point, to), thinly], ids=["whole", "thin"]
 )
-def test_root_restores_into_no_folder_that_somebody_else_could_turn(two_points, tmp_path, restored):
+def test_root_restores_into_no_directory_that_somebody_else_could_turn(two_points, tmp_path, restored):
     builder, _ = two_points
     out = tmp_path / "out"
     out.mkdir()
     os.chown(out, NOBODY, NOBODY)
-    point = builder.folder.point(P2)
+    point = builder.directory.point(P2)
     with pytest.raises(UsageError, match="not safe for root") as caught:
         restored(builder, point, out / "vda.qcow2")
     assert "--to /srv/restored/vda." in caught.value.hint
@@ -309,7 +309,7 @@ def test_root_restores_into_no_folder_that_somebody_else_could_turn(two_points, 
 
 
 @root_only
-def test_a_folder_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made(tmp_path):
+def test_a_directory_that_is_turned_after_the_first_look_is_refused_before_a_file_is_made(tmp_path):
     out = tmp_path / "out"
     out.mkdir(mode=0o777)
     out.chmod(0o777)

@@ -103,7 +103,7 @@ def test_what_qemu_wrote_and_resized_is_found_where_qemu_finds_it(tmp_path, ours
 
 def test_what_was_written_through_a_server_is_found_where_qemu_finds_it(two_points):
     builder, _ = two_points
-    for point in builder.folder.points():
+    for point in builder.directory.points():
         path = point.path / "vda.qcow2"
         assert by_us(path) == by_qemu(path) != {}
 

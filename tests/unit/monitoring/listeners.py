@@ -62,9 +62,9 @@ def listener() -> Iterator[Listener]:
             thread.join()
 
 
-def sendmail(folder: Path, *, code: int = 0) -> tuple[Path, Path]:
+def sendmail(directory: Path, *, code: int = 0) -> tuple[Path, Path]:
     """Make a sendmail; returns its path, and that of the file to which it appends what it is given."""
-    program, mails = folder / "sendmail", folder / "mails"
+    program, mails = directory / "sendmail", directory / "mails"
     program.write_text(f'#!/bin/sh\n{{ echo "$@"; cat; }} >> {mails}\necho queue is full\nexit {code}\n')
     program.chmod(0o755)
     return program, mails

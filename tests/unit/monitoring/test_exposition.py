@@ -33,11 +33,11 @@ def found(
 def test_everything_that_is_known_is_told_in_base_units(two_points):
     builder = two_points[0]
     memory = Memory(backup=Past(last=FAILED, success=DONE), verify=Past(last=VERIFIED))
-    seen = found(memory, builder.repository.path, metrics.look(builder.folder))
+    seen = found(memory, builder.repository.path, metrics.look(builder.directory))
     values = {name: one.value for name, one in seen.items()}
     assert values.pop("repository_free_bytes") <= values.pop("repository_size_bytes")
     assert values == {
-        "last_success_timestamp_seconds": builder.folder.point(P2).manifest.started.timestamp(),
+        "last_success_timestamp_seconds": builder.directory.point(P2).manifest.started.timestamp(),
         "last_run_timestamp_seconds": 1e9 + 60,
         "last_run_success": 0,
         "last_run_exit_code": 1,
@@ -47,7 +47,7 @@ def test_everything_that_is_known_is_told_in_base_units(two_points):
         "last_success_frozen_seconds": 0.04,
         "last_run_info": 1,
         "points": 2,
-        "newest_point_timestamp_seconds": builder.folder.point(P2).manifest.started.timestamp(),
+        "newest_point_timestamp_seconds": builder.directory.point(P2).manifest.started.timestamp(),
         "chain_layers": 2,
         "last_verify_timestamp_seconds": 1e9 + 90,
         "last_verify_success": 0,
@@ -71,8 +71,8 @@ def test_what_is_not_known_is_left_out(tmp_path):
 
 def test_a_damaged_chain_has_no_length_and_fails_nothing(two_points):
     builder = two_points[0]
-    (builder.folder.path / P1 / "manifest.json").write_text("{}")
-    seen = metrics.look(builder.folder)
+    (builder.directory.path / P1 / "manifest.json").write_text("{}")
+    seen = metrics.look(builder.directory)
     assert (seen.points, seen.layers) == (1, None)
 
 
@@ -87,9 +87,9 @@ def test_labels_are_escaped():
     [("/d/e", "/d/e/backupctl-web.prom"), ("/d/own.prom", "/d/own-web.prom")],
 )
 def test_each_vm_has_a_file_of_its_own(configured, file):
-    folder, name = exposition.file_of(Path(configured), "web")
-    assert str(folder / name) == file
-    assert exposition.file_of(Path(configured), "db") != (folder, name)
+    directory, name = exposition.file_of(Path(configured), "web")
+    assert str(directory / name) == file
+    assert exposition.file_of(Path(configured), "db") != (directory, name)
 
 
 def test_the_collector_may_read_the_file_whatever_the_umask_is_and_sees_no_other(tmp_path):

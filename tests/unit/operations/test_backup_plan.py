@@ -10,7 +10,7 @@ from backupctl.repository.repository import Repository
 from tests.unit.points import P1, P2, P3, Builder, disk_entry
 
 
-def test_the_base_is_the_newest_point_that_holds_the_disk_whichever_folder_was_touched_last(tmp_path):
+def test_the_base_is_the_newest_point_that_holds_the_disk_whichever_directory_was_touched_last(tmp_path):
     builder = Builder(Repository.create(tmp_path / "repository"))
     points = []
     for age, (point, disk) in enumerate([(P1, "vda"), (P2, "vda"), (P3, "vdb")]):

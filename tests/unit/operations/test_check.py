@@ -55,18 +55,18 @@ def call(*arguments: str) -> tuple[int, str]:
     ],
 )
 def test_the_age_of_the_newest_point_decides(chain, hours, level):
-    found = check.examine(chain.folder, LIMITS, at(hours))
+    found = check.examine(chain.directory, LIMITS, at(hours))
     assert found.level is level
     assert found.age_seconds == pytest.approx(max(0, hours) * 3600)
 
 
 def test_a_vm_without_points_is_critical(builder):
-    assert check.examine(builder.folder, LIMITS, at(0)).level is Level.CRITICAL
+    assert check.examine(builder.directory, LIMITS, at(0)).level is Level.CRITICAL
 
 
 def test_a_point_that_is_missing_is_critical_however_recent_the_newest_is(chain):
-    shutil.rmtree(chain.folder.path / P2)
-    found = check.examine(chain.folder, LIMITS, at(0, P1))
+    shutil.rmtree(chain.directory.path / P2)
+    found = check.examine(chain.directory, LIMITS, at(0, P1))
     assert found.level is Level.CRITICAL
     assert f"{P2} of vm1 is missing" in found.findings[0].text
     assert found.age_seconds == 0
@@ -74,20 +74,20 @@ def test_a_point_that_is_missing_is_critical_however_recent_the_newest_is(chain)
 
 def test_the_age_is_that_of_the_newest_point_that_can_be_restored(chain):
     """A damaged chain makes the points above it useless, whatever their manifests say."""
-    (chain.folder.path / P2 / "vda.digests").write_bytes(b"")
-    found = check.examine(chain.folder, LIMITS, at(1))
+    (chain.directory.path / P2 / "vda.digests").write_bytes(b"")
+    found = check.examine(chain.directory, LIMITS, at(1))
     assert found.level is Level.CRITICAL
     assert "1 point damaged" in found.findings[0].text
     assert found.age_seconds == 25 * 3600
-    (chain.folder.path / P1 / "vda.digests").write_bytes(b"")
-    found = check.examine(chain.folder, LIMITS, at(1))
+    (chain.directory.path / P1 / "vda.digests").write_bytes(b"")
+    found = check.examine(chain.directory, LIMITS, at(1))
     assert found.age_seconds is None
     assert "there is no sound recovery point" in [one.text for one in found.findings]
 
 
 def test_a_damaged_manifest_is_critical(chain):
-    (chain.folder.path / P1 / "manifest.json").write_text("{}")
-    assert check.examine(chain.folder, LIMITS, at(0)).level is Level.CRITICAL
+    (chain.directory.path / P1 / "manifest.json").write_text("{}")
+    assert check.examine(chain.directory, LIMITS, at(0)).level is Level.CRITICAL
 
 
 def test_what_can_not_be_read_is_unknown_and_not_damage(chain, monkeypatch):
@@ -99,16 +99,16 @@ def test_what_can_not_be_read_is_unknown_and_not_damage(chain, monkeypatch):
         return real(path, *arguments, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    found = check.examine(chain.folder, LIMITS, at(0))
+    found = check.examine(chain.directory, LIMITS, at(0))
     assert found.level is Level.UNKNOWN
-    assert check.examine(chain.folder, LIMITS, at(30)).level is Level.CRITICAL
+    assert check.examine(chain.directory, LIMITS, at(30)).level is Level.CRITICAL
 
 
 def test_a_run_that_was_killed_is_a_warning_and_one_that_works_is_none(chain):
     chain.begin(P3)
-    assert check.examine(chain.folder, LIMITS, at(0)).level is Level.WARNING
-    with chain.folder.lock():
-        assert check.examine(chain.folder, LIMITS, at(0)).level is Level.OK
+    assert check.examine(chain.directory, LIMITS, at(0)).level is Level.WARNING
+    with chain.directory.lock():
+        assert check.examine(chain.directory, LIMITS, at(0)).level is Level.OK
 
 
 def test_nothing_is_changed(chain):
@@ -116,7 +116,7 @@ def test_nothing_is_changed(chain):
         return {path: path.lstat().st_mtime_ns for path in chain.repository.path.rglob("*")}
 
     before = tree()
-    check.examine(chain.folder, LIMITS, at(0))
+    check.examine(chain.directory, LIMITS, at(0))
     assert tree() == before
 
 
@@ -167,7 +167,7 @@ def test_a_pattern_names_vms(configured):
 
 
 def test_what_is_worse_is_named_first(configured):
-    history = configured.folder.path / "history"
+    history = configured.directory.path / "history"
     history.write_bytes(b"x\n" + history.read_bytes())
     _, line = call("vm1", "--warn-age", "1h")
     assert line.index("line 1 is damaged") < line.index("d old")
@@ -196,6 +196,6 @@ def test_a_bug_is_unknown_and_has_no_traceback(configured, monkeypatch):
 
 def test_a_message_can_not_break_the_line(configured, monkeypatch):
     nasty = check.Finding(Level.WARNING, "a|b\nc" + "x" * 5000)
-    monkeypatch.setattr(check, "examine", lambda folder, *_: check.Verdict(folder.name, (nasty,), 1.0))
+    monkeypatch.setattr(check, "examine", lambda directory, *_: check.Verdict(directory.name, (nasty,), 1.0))
     code, line = call("vm1")
     assert (code, len(line) < 500) == (1, True)

@@ -23,8 +23,8 @@ SIZE = 40 * CLUSTER_BYTES + 512
 
 
 def compare(builder: Builder, before: str, after: str, disk: str | None = None):
-    folder = builder.folder
-    return diff(folder, folder.point(before), folder.point(after), disk=disk, stop=Cancellation())
+    directory = builder.directory
+    return diff(directory, directory.point(before), directory.point(after), disk=disk, stop=Cancellation())
 
 
 def ranges(report):
@@ -32,7 +32,7 @@ def ranges(report):
 
 
 def bytes_of(builder: Builder, point: str) -> bytes:
-    image = builder.folder.path / point / "vda.qcow2"
+    image = builder.directory.path / point / "vda.qcow2"
     raw = builder.repository.path.parent / "raw"
     subprocess.run(["qemu-img", "convert", "-O", "raw", image, raw], check=True, timeout=60)
     return raw.read_bytes()
@@ -102,7 +102,7 @@ def test_disks_that_only_one_point_holds_are_named(builder: Builder):
 
 def test_a_damaged_digest_map_is_no_basis(two_points):
     builder, _ = two_points
-    path = builder.folder.path / P2 / "vda.digests"
+    path = builder.directory.path / P2 / "vda.digests"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -32,7 +32,7 @@ def test_a_repository_that_is_not_there_is_not_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a file", "somebody else's folder"])
+@pytest.mark.parametrize("name", ["a file", "somebody else's directory"])
 def test_a_repository_that_can_not_be_is_bad(tmp_path, name):
     path = tmp_path / "r"
     if name == "a file":
@@ -61,9 +61,9 @@ def test_missing_tools_are_named_with_where_they_come_from(tmp_path, monkeypatch
 def test_a_run_under_way_is_what_doctor_and_status_tell_of(tmp_path):
     """Its monitor serves one client, so it looks dead to others; and its point looks left over."""
     repository = Repository.create(tmp_path / "r")
-    folder, options = repository.vm(WEB.name), RunOptions("incremental", scratch=ScratchOptions(tmp_path))
-    with folder.lock():
-        (folder.path / "20260101T000000Z.partial").mkdir()
+    directory, options = repository.vm(WEB.name), RunOptions("incremental", scratch=ScratchOptions(tmp_path))
+    with directory.lock():
+        (directory.path / "20260101T000000Z.partial").mkdir()
         (monitor,) = found(tmp_path / "r", "monitor")
         told = status.look(WEB, repository, options)
     assert monitor.verdict == "warning"

@@ -19,7 +19,7 @@ from backupctl.operations.doctor import trials
 from backupctl.repository.repository import Repository
 from backupctl.system import durable, private_dir
 from backupctl.targets import output
-from backupctl.vm import scratch_folder
+from backupctl.vm import scratch_directory
 
 
 def refuse(number: int):
@@ -30,7 +30,7 @@ def refuse(number: int):
 
 
 @pytest.fixture
-def no_folder_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_directory_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.fsync
 
     def sync(descriptor: int) -> None:
@@ -45,30 +45,30 @@ def told(findings, verdict: str) -> list[str]:
     return [one.said for one in findings if one.verdict == verdict]
 
 
-def test_a_folder_that_can_all_is_told_in_a_line_and_left_as_it_was(tmp_path):
+def test_a_directory_that_can_all_is_told_in_a_line_and_left_as_it_was(tmp_path):
     for found in (trials.of_repository(tmp_path), trials.of_scratch(tmp_path), trials.of_temporary()):
         (one,) = found
         assert isinstance(one, Finding)
-        assert (one.verdict, one.subject) == ("ok", "folders")
+        assert (one.verdict, one.subject) == ("ok", "directories")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_a_repository_or_the_folder_it_would_be_made_in_is_tried(tmp_path):
+def test_only_a_repository_or_the_directory_it_would_be_made_in_is_tried(tmp_path):
     (one,) = trials.of_repository(tmp_path / "new")
     assert str(tmp_path) in one.said
     assert list(trials.of_repository(tmp_path / "not" / "there")) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_never_synced_is_refused_before_anything_is_begun(tmp_path, no_folder_syncs):
+def test_a_directory_that_is_never_synced_is_refused_before_anything_is_begun(tmp_path, no_directory_syncs):
     assert any("fsync" in said for said in told(trials.of_repository(tmp_path), "bad"))
-    with pytest.raises(RepositoryError, match="does not support fsync of folders"):
+    with pytest.raises(RepositoryError, match="does not support fsync of directories"):
         Repository.create(tmp_path / "r")
-    durable.sync_folder_if_it_can(tmp_path)
+    durable.sync_directory_if_it_can(tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_restore_does_without_a_sync_of_the_folder(tmp_path, no_folder_syncs):
+def test_a_restore_does_without_a_sync_of_the_directory(tmp_path, no_directory_syncs):
     with output.file(tmp_path / "out.raw", force=False) as made:
         os.write(made.descriptor, b"whole")
     assert (tmp_path / "out.raw").read_bytes() == b"whole"
@@ -85,8 +85,8 @@ def test_locks_that_are_not_to_be_had_are_told_as_that(tmp_path, monkeypatch):
     ):
         pass
     with (
-        pytest.raises(Failed, match="cannot use a temporary folder: No locks available"),
-        private_dir.folder(),
+        pytest.raises(Failed, match="cannot use a temporary directory: No locks available"),
+        private_dir.directory(),
     ):
         pass
 
@@ -114,10 +114,10 @@ def test_a_socket_that_can_not_be_made_is_told(monkeypatch):
     monkeypatch.setattr(private_dir, "_ELSEWHERE", ())
     monkeypatch.setattr(private_dir, "_SOCKET_BYTES", 20)
     (said,) = told(trials.of_temporary(), "bad")
-    assert "cannot use the temporary folder" in said
+    assert "cannot use the temporary directory" in said
 
 
-def test_a_temporary_folder_that_can_not_be_written_to_is_no_bug_of_ours(monkeypatch):
+def test_a_temporary_directory_that_can_not_be_written_to_is_no_bug_of_ours(monkeypatch):
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse(errno.ENOSPC))
     with pytest.raises(Failed, match="No space left"), nbd_server.served({}, writable=False):
         pass
@@ -133,9 +133,9 @@ def test_a_path_that_is_no_utf_8_is_refused_before_anything_is_begun(tmp_path):
     assert bad.verdict == "bad"
 
 
-def test_a_scratch_folder_that_can_not_be_looked_at_is_no_bug_of_ours(tmp_path, monkeypatch):
+def test_a_scratch_directory_that_can_not_be_looked_at_is_no_bug_of_ours(tmp_path, monkeypatch):
     owner = Repository.create(tmp_path / "r").owner
-    assert scratch_folder.sweep(owner, VmName("web"), tmp_path / "none") == []
+    assert scratch_directory.sweep(owner, VmName("web"), tmp_path / "none") == []
     monkeypatch.setattr(os, "scandir", refuse(errno.EACCES))
-    with pytest.raises(Failed, match=r"cannot read the scratch folder .*: Permission denied"):
-        scratch_folder.sweep(owner, VmName("web"), tmp_path)
+    with pytest.raises(Failed, match=r"cannot read the scratch directory .*: Permission denied"):
+        scratch_directory.sweep(owner, VmName("web"), tmp_path)

@@ -25,7 +25,7 @@ from backupctl.repository import audit, chain, history, markers, merge
 from backupctl.repository.history import PointEvent
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from fixtures.many_points import VM, make, point_number
 
 _hooked: list[Counter[str]] = []
@@ -33,7 +33,7 @@ _hooked: list[Counter[str]] = []
 
 @contextmanager
 def opened() -> Iterator[Counter[str]]:
-    """Count the files that are opened until the block ends, by their names without the folder."""
+    """Count the files that are opened until the block ends, by their names without the directory."""
     if not _hooked:
         sys.addaudithook(_count)  # for ever: Python knows no removal
     _hooked.append(Counter())
@@ -50,13 +50,13 @@ def _count(event: str, arguments: tuple[object, ...]) -> None:
         _hooked[-1]["a process"] += 1
 
 
-def drop(vm: VmFolder, number: int) -> prune.PruneReport:
+def drop(vm: VmDirectory, number: int) -> prune.PruneReport:
     """Drop the oldest points."""
     rules = Rules(last=len(vm.scan_points().points) - number)
     return prune.prune(vm, rules, Silent(), Cancellation(), max_chain=5)
 
 
-def check(vm: VmFolder) -> int:
+def check(vm: VmDirectory) -> int:
     repository = Repository.open(vm.path.parent)
     report = verify.verify(repository, VM, None, VerifyScope(), Silent(), Cancellation())
     assert report.damage == ()
@@ -130,10 +130,10 @@ def test_a_survey_sees_all_that_others_change(tmp_path):
 
 @pytest.mark.parametrize(
     "look",
-    [VmFolder.scan_points, audit.problems, audit.reconcile, chain.damaged, check],
+    [VmDirectory.scan_points, audit.problems, audit.reconcile, chain.damaged, check],
     ids=lambda one: one.__name__,
 )
-def test_a_look_at_all_opens_each_file_a_few_times(tmp_path, look: Callable[[VmFolder], object]):
+def test_a_look_at_all_opens_each_file_a_few_times(tmp_path, look: Callable[[VmDirectory], object]):
     counted = []
     for points in (10, 30):
         vm = make(tmp_path / str(points), [points])
@@ -149,7 +149,7 @@ def test_a_restore_of_a_long_chain_starts_no_process_and_opens_each_layer_a_few_
     vm = make(tmp_path / "repository", [60])
     last = point_number(59)
     request = RestoreRequest(
-        folder=vm, point=last, to=str(tmp_path / f"out.{image_format}"), image_format=image_format
+        directory=vm, point=last, to=str(tmp_path / f"out.{image_format}"), image_format=image_format
     )
     with opened() as files:
         restore(request, Silent(), Cancellation())

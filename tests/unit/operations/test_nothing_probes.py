@@ -38,13 +38,13 @@ class Attack:
     """A raw disk that begins as a qcow2 whose data is in `victim`, a file of the host."""
 
     builder: Builder
-    folder: Path
+    directory: Path
     victim: Path
     hostile: bytes
     content: bytes
 
     def disk(self, name: str) -> Path:
-        path = self.folder / name
+        path = self.directory / name
         path.write_bytes(self.hostile)
         return path
 
@@ -52,8 +52,10 @@ class Attack:
         return self.victim.read_bytes() == PRECIOUS and self.victim.stat().st_mtime == 1
 
     def run(self, way: Callable[..., object], to: object, **options: object) -> object:
-        folder = self.builder.folder
-        request = RestoreRequest(folder=folder, point=folder.point("latest").id, to=str(to), **options)  # type: ignore[arg-type]
+        directory = self.builder.directory
+        request = RestoreRequest(
+            directory=directory, point=directory.point("latest").id, to=str(to), **options
+        )  # type: ignore[arg-type]
         return way(request, Silent()) if way is thin.restore else way(request, Silent(), Cancellation())
 
 
@@ -114,8 +116,8 @@ def test_no_overlay_is_made_of_a_raw_disk_that_begins_as_a_qcow2(attack, name):
     disk = attack.disk(name)
     with pytest.raises(TargetExists):
         serve.serve(
-            attack.builder.folder,
-            attack.builder.folder.point("latest"),
+            attack.builder.directory,
+            attack.builder.directory.point("latest"),
             disk=None,
             unix=None,
             tcp=None,
@@ -131,7 +133,7 @@ def test_no_overlay_is_made_of_a_raw_disk_that_begins_as_a_qcow2(attack, name):
 
 def exchanged_after_the_look(attack: Attack, monkeypatch, *options: object) -> Path:
     """Make a plain qcow2 that becomes another one as soon as its header was read."""
-    disk, other = attack.folder / "disk.qcow2", attack.folder / "other"
+    disk, other = attack.directory / "disk.qcow2", attack.directory / "other"
     create = ["qemu-img", "create", "-q", "-f", "qcow2"]
     subprocess.run([*create, disk, str(SIZE)], check=True, timeout=60)
     subprocess.run([*create, *options, other, str(SIZE)], check=True, timeout=60)
@@ -177,7 +179,7 @@ def test_a_header_that_is_exchanged_after_the_look_at_it_opens_no_backing_file(a
     attack.run(in_place.restore, disk, image_format="qcow2")
     monkeypatch.undo()
     command = ["qemu-img", "compare", f"json:{json.dumps(plain(disk))}"]
-    wanted = attack.folder / "wanted.raw"
+    wanted = attack.directory / "wanted.raw"
     wanted.write_bytes(attack.content)
     subprocess.run([*command, f"json:{json.dumps(raw(wanted))}"], check=True, timeout=60)
 
@@ -236,19 +238,19 @@ def images_of(call: list[str]) -> list[str]:
 def test_whoever_calls_qemus_tools_names_every_format(builder: Builder, tmp_path, called):
     builder.point(P1, (disk_entry(size=SIZE), [(0, b"a" * 100_000)]))
     point = builder.point(P2, (disk_entry(size=SIZE, parent=P1), [(65536, b"b" * 100_000)]))
-    folder, stop = builder.folder, Cancellation()
+    directory, stop = builder.directory, Cancellation()
     for kind in ("qcow2", "raw"):
         to = str(tmp_path / f"x.{kind}")
-        whole.restore(RestoreRequest(folder=folder, point=P2, to=to), Silent(), stop)
+        whole.restore(RestoreRequest(directory=directory, point=P2, to=to), Silent(), stop)
         if kind == "raw":
             os.truncate(to, SIZE // 2)
-        earlier = RestoreRequest(folder=folder, point=P1, to=to, image_format=kind)
+        earlier = RestoreRequest(directory=directory, point=P1, to=to, image_format=kind)
         in_place.restore(earlier, Silent(), stop)
-    thin.restore(RestoreRequest(folder=folder, point=P2, to=str(tmp_path / "thin.qcow2")), Silent())
+    thin.restore(RestoreRequest(directory=directory, point=P2, to=str(tmp_path / "thin.qcow2")), Silent())
     for overlay in (None, tmp_path / "over.qcow2", tmp_path / "over.qcow2"):
         ended = Cancellation()
         serve.serve(
-            folder,
+            directory,
             point,
             disk=None,
             unix=None,
@@ -258,7 +260,7 @@ def test_whoever_calls_qemus_tools_names_every_format(builder: Builder, tmp_path
             stop=ended,
         )
     verify(builder.repository, None, None, VerifyScope(), Silent(), stop)
-    prune(folder, Rules(last=1), Silent(), stop)
+    prune(directory, Rules(last=1), Silent(), stop)
     seen = 0
     for call in called():
         for image in images_of(call):

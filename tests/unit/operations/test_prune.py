@@ -34,7 +34,7 @@ LAST = Rules(last=1)
 
 
 def pruned(builder: Builder, rules: Rules = LAST, **options) -> prune.PruneReport:
-    return prune.prune(builder.folder, rules, Silent(), Cancellation(), **options)
+    return prune.prune(builder.directory, rules, Silent(), Cancellation(), **options)
 
 
 @dataclass
@@ -76,9 +76,9 @@ class History:
             content[offset : offset + length] = bytes([value]) * length
         return bytes(content)
 
-    def check(self, folder: Path | None = None) -> None:
+    def check(self, directory: Path | None = None) -> None:
         """Each point is byte-equal, by QEMU's own tools and by what the digests tell; all verifies."""
-        vm = self.builder.folder
+        vm = self.builder.directory
         for point in vm.points():
             for entry in point.manifest.disks:
                 want = self.held[point.id][entry.name]
@@ -133,7 +133,7 @@ def test_whatever_is_dropped_each_point_that_stays_is_byte_equal(builder, seed):
         disks = rand.choice([("vda", "vdb"), ("vda",), ("vdb",)])
         changed = rand.random() < 0.4
         since = rand.choice(
-            [None, *(one.id for one in builder.folder.points() if set(disks) <= set(history.held[one.id]))]
+            [None, *(one.id for one in builder.directory.points() if set(disks) <= set(history.held[one.id]))]
         )
         history.take(
             *disks,
@@ -147,17 +147,17 @@ def test_whatever_is_dropped_each_point_that_stays_is_byte_equal(builder, seed):
     report = pruned(builder, Rules(last=2))
     history.check()
     kept = {one.point for one in report.decisions if one.keep}
-    assert {point.id for point in builder.folder.points()} == kept
+    assert {point.id for point in builder.directory.points()} == kept
     assert report.left == ()
 
 
-def test_a_chain_is_merged_from_below_and_its_folders_go(builder):
+def test_a_chain_is_merged_from_below_and_its_directories_go(builder):
     history = history_of(builder, 1)
     points = [history.take("vda", full=number == 0, size=1 << 20) for number in range(5)]
     report = pruned(builder, Rules(last=2))
     assert list(report.dropped) == list(report.removed) == points[:3]
-    assert sorted(path.name for path in builder.folder.path.iterdir()) == [*points[3:], "history", "lock"]
-    kept = builder.folder.point(points[3]).manifest
+    assert sorted(path.name for path in builder.directory.path.iterdir()) == [*points[3:], "history", "lock"]
+    kept = builder.directory.point(points[3]).manifest
     assert (kept.kind, kept.parent, kept.disks[0].kind) == ("full", None, "full")
     history.check()
 
@@ -170,7 +170,7 @@ def test_a_disk_that_shrank_and_grew_again_does_not_get_its_old_data_back(builde
     middle = history.take("vda", size=CLUSTER_BYTES + 512)
     history.take("vda", size=5 * CLUSTER_BYTES + 1024)
     builder_rules = Rules(last=1)
-    markers.put(builder.folder.path / P1, markers.PROTECTED)
+    markers.put(builder.directory.path / P1, markers.PROTECTED)
     report = pruned(builder, builder_rules)
     assert report.removed == (middle,)
     history.check()
@@ -182,7 +182,7 @@ def test_the_maps_below_a_new_image_are_opened_a_few_times_and_not_for_each_part
     history.content["vda"] = b"old" * CLUSTER_BYTES * 8
     for size in (24, 1, 20):
         history.take("vda", full=size == 24, size=size * CLUSTER_BYTES)
-    markers.put(builder.folder.path / P1, markers.PROTECTED)
+    markers.put(builder.directory.path / P1, markers.PROTECTED)
     opened, real = [], DigestMap.open.__func__
     monkeypatch.setattr(
         DigestMap,
@@ -200,11 +200,11 @@ def test_what_two_differentials_stand_on_waits_until_one_is_left(builder):
     base = history.take("vda", full=True, size=1 << 20)
     first = history.take("vda")
     history.take("vda", since=base)
-    protected = builder.folder.path / first
+    protected = builder.directory.path / first
     markers.put(protected, markers.PROTECTED)
     assert pruned(builder).removed == ()
     with pytest.raises(NoSuchPoint):
-        builder.folder.point(base)
+        builder.directory.point(base)
     history.check()
     markers.remove(protected, markers.PROTECTED)
     assert set(pruned(builder).removed) == {base, first}
@@ -218,7 +218,7 @@ def test_the_newest_point_of_a_disk_that_is_left_out_stays(builder):
     for _ in range(3):
         last = history.take("vda")
     pruned(builder)
-    assert [point.id for point in builder.folder.points()] == [both, last]
+    assert [point.id for point in builder.directory.points()] == [both, last]
     history.check()
 
 
@@ -226,37 +226,37 @@ def test_a_dry_run_says_what_is_then_done_and_touches_nothing(builder):
     history = history_of(builder, 5)
     for number in range(5):
         history.take("vda", full=number == 0, size=1 << 20)
-    before = sorted(path for path in builder.folder.path.rglob("*"))
-    planned = prune.plan(builder.folder, Rules(last=2))
-    assert sorted(path for path in builder.folder.path.rglob("*")) == before
+    before = sorted(path for path in builder.directory.path.rglob("*"))
+    planned = prune.plan(builder.directory, Rules(last=2))
+    assert sorted(path for path in builder.directory.path.rglob("*")) == before
     report = pruned(builder, Rules(last=2))
     assert report.decisions == planned
-    assert [point.id for point in builder.folder.points()] == [one.point for one in planned if one.keep]
+    assert [point.id for point in builder.directory.points()] == [one.point for one in planned if one.keep]
 
 
 def test_no_rule_is_an_error_and_never_everything(builder):
     history_of(builder, 6).take("vda", full=True, size=1 << 20)
     with pytest.raises(UsageError, match="--keep-last"):
         pruned(builder, Rules())
-    assert len(builder.folder.points()) == 1
+    assert len(builder.directory.points()) == 1
 
 
 def test_a_vm_that_was_never_backed_up_is_not_made(builder):
-    for deed in (lambda: pruned(builder), lambda: prune.plan(builder.folder, LAST)):
+    for deed in (lambda: pruned(builder), lambda: prune.plan(builder.directory, LAST)):
         with pytest.raises(NoSuchPoint):
             deed()
-    assert not builder.folder.path.exists()
+    assert not builder.directory.path.exists()
 
 
 def test_a_point_that_is_read_is_left_for_the_next_prune(builder):
     history = history_of(builder, 7)
     old = history.take("vda", full=True, size=1 << 20)
     history.take("vda")
-    with read_locks.reading(builder.folder, old):
+    with read_locks.reading(builder.directory, old):
         report = pruned(builder)
         assert report.removed == ()
         assert "in use" in report.left[0]
-        assert builder.folder.point(old).id == old
+        assert builder.directory.point(old).id == old
     assert pruned(builder).removed == (old,)
     history.check()
 
@@ -266,14 +266,14 @@ def test_a_reader_that_comes_during_the_merge_sees_the_same_bytes(builder, monke
     history = history_of(builder, 8)
     for number in range(2):
         history.take("vda", full=number == 0, size=1 << 20)
-    newest = builder.folder.point("latest")
+    newest = builder.directory.point("latest")
     real, seen = merge.Merge.describe, []
 
     def read_meanwhile(one, image):
         seen.append(converted(newest, "vda"))
         described = real(one, image)
-        reader.enter_context(read_locks.reading(builder.folder, newest.id))
-        chain.layers(builder.folder, builder.folder.point(newest.id), "vda")
+        reader.enter_context(read_locks.reading(builder.directory, newest.id))
+        chain.layers(builder.directory, builder.directory.point(newest.id), "vda")
         return described
 
     monkeypatch.setattr(merge.Merge, "describe", read_meanwhile)
@@ -285,7 +285,7 @@ def test_a_reader_that_comes_during_the_merge_sees_the_same_bytes(builder, monke
     assert seen == [history.held[newest.id]["vda"]]
     assert pruned(builder).left == ()
     history.check()
-    assert len(builder.folder.points()) == len(list(builder.folder.path.glob("2*"))) == 1
+    assert len(builder.directory.points()) == len(list(builder.directory.path.glob("2*"))) == 1
 
 
 def test_a_damaged_layer_is_not_merged(builder):
@@ -294,7 +294,7 @@ def test_a_damaged_layer_is_not_merged(builder):
     history.random = random.Random(1)
     history.content["vda"] = b"x" * (1 << 20)
     newest = history.take("vda")
-    image = builder.folder.path / newest / "vda.qcow2"
+    image = builder.directory.path / newest / "vda.qcow2"
     content = bytearray(image.read_bytes())
     place = content.rindex(b"x" * 512)
     content[place] ^= 1
@@ -314,35 +314,35 @@ def test_nothing_is_pruned_while_a_manifest_is_damaged(builder):
     history = history_of(builder, 10)
     for number in range(3):
         history.take("vda", full=number == 0, size=1 << 20)
-    (builder.folder.path / history.point / "manifest.json").write_text("{}")
+    (builder.directory.path / history.point / "manifest.json").write_text("{}")
     with pytest.raises(DamageFound, match="nothing is pruned"):
         pruned(builder)
-    assert len(builder.folder.scan_points().points) == 2
+    assert len(builder.directory.scan_points().points) == 2
 
 
 def test_protect_and_unprotect(builder):
     history = history_of(builder, 11)
     old = history.take("vda", full=True, size=1 << 20)
     history.take("vda")
-    assert prune.protect(builder.folder, old) == old
+    assert prune.protect(builder.directory, old) == old
     assert pruned(builder).dropped == ()
-    prune.unprotect(builder.folder, old)
+    prune.unprotect(builder.directory, old)
     assert pruned(builder).dropped == (old,)
     with pytest.raises(NoSuchPoint):
-        prune.protect(builder.folder, old)
+        prune.protect(builder.directory, old)
 
 
 def test_a_point_that_is_pruned_while_it_gets_protected_is_told(builder, monkeypatch):
     point = history_of(builder, 11).take("vda", full=True, size=1 << 20)
-    real = locks.folder
+    real = locks.directory
 
     def too_late(path, patience_seconds, **options):
-        PendingPoint(builder.folder.path, builder.folder.name, point).uncommit()
+        PendingPoint(builder.directory.path, builder.directory.name, point).uncommit()
         return real(path, patience_seconds, **options)
 
-    monkeypatch.setattr(locks, "folder", too_late)
+    monkeypatch.setattr(locks, "directory", too_late)
     with pytest.raises(NoSuchPoint):
-        prune.protect(builder.folder, point)
+        prune.protect(builder.directory, point)
 
 
 def test_a_merge_costs_the_layer_and_not_the_full(builder, monkeypatch):
@@ -385,7 +385,7 @@ def story(builder: Builder, shape: str) -> History:
     if shape == "grown":
         history.take("vda", size=CLUSTER_BYTES)
         history.take("vda", size=size + 2 * CLUSTER_BYTES)
-        markers.put(builder.folder.path / P1, markers.PROTECTED)
+        markers.put(builder.directory.path / P1, markers.PROTECTED)
     elif shape == "two disks":
         history.take("vda", "vdb", size=size)
         history.take("vda", "vdb")
@@ -394,10 +394,10 @@ def story(builder: Builder, shape: str) -> History:
     return history
 
 
-def deaths(builder: Builder, shape: str, folder: Path, stride: int) -> int:
+def deaths(builder: Builder, shape: str, directory: Path, stride: int) -> int:
     """Die before every `stride`th step of a prune, look at what is there, prune again; returns the cases."""
     history = story(builder, shape)
-    path, kept = builder.repository.path, folder / "kept"
+    path, kept = builder.repository.path, directory / "kept"
     shutil.copytree(path, kept)
     whole, number = False, -stride
     while not whole:
@@ -405,14 +405,14 @@ def deaths(builder: Builder, shape: str, folder: Path, stride: int) -> int:
         shutil.rmtree(path)
         shutil.copytree(kept, path)
         whole = die_at(number, lambda: pruned(builder), changing_step)
-        assert builder.folder.point("latest").id == history.point
+        assert builder.directory.point("latest").id == history.point
         history.check()
         report = pruned(builder)
         assert report.left == (), f"step {number}"
         history.check()
-        for partial in builder.folder.pending_points():
+        for partial in builder.directory.pending_points():
             partial.drop()  # as each run's recovery does
-        names = {path.name for path in builder.folder.path.iterdir()} - {"lock", "history"}
+        names = {path.name for path in builder.directory.path.iterdir()} - {"lock", "history"}
         assert names == {one.point for one in report.decisions if one.keep}, f"step {number}"
     return number // stride
 
@@ -440,11 +440,11 @@ def test_a_death_while_bytes_are_written_loses_nothing(builder, size_mib):
             pruned(builder)
 
         assert not die_at(sys.maxsize, work)
-        assert any(builder.folder.path.rglob("*.merging"))
+        assert any(builder.directory.path.rglob("*.merging"))
         history.check()
     pruned(builder)
     history.check()
-    assert len(builder.folder.points()) == len(list(builder.folder.path.glob("2*"))) == 1
+    assert len(builder.directory.points()) == len(list(builder.directory.path.glob("2*"))) == 1
 
 
 @pytest.mark.parametrize("shape", ["chain", "grown"])

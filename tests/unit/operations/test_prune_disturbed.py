@@ -58,8 +58,8 @@ def damage(builder: Builder, **options) -> tuple[verify.Damage, ...]:
 
 @contextmanager
 def read(builder: Builder, point):
-    """Hold one point's folder, and no other, as `verify` does."""
-    with locks.folder(builder.folder.path / point, 1, shared=True):
+    """Hold one point's directory, and no other, as `verify` does."""
+    with locks.directory(builder.directory.path / point, 1, shared=True):
         yield
 
 
@@ -74,7 +74,7 @@ SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed > 3 else ()) for seed
 @pytest.mark.parametrize("seed", SEEDS)
 def test_readers_and_deaths_at_any_moment_lose_nothing(builder, monkeypatch, seed):
     rand = random.Random(seed)
-    real = locks.folder
+    real = locks.directory
 
     @contextmanager
     def now_and_then_read(path, patience_seconds, *, shared=False):
@@ -89,16 +89,16 @@ def test_readers_and_deaths_at_any_moment_lose_nothing(builder, monkeypatch, see
         disks = rand.choice([("vda", "vdb"), ("vda",)])
         history.take(*disks, size=sectors(rand) if rand.random() < 0.4 else None)
         rules = Rules(last=rand.randint(1, 4))
-        monkeypatch.setattr(locks, "folder", now_and_then_read)
+        monkeypatch.setattr(locks, "directory", now_and_then_read)
         if rand.random() < 0.5:
             pruned(builder, rules)
         else:
             die_at(rand.randrange(100), lambda rules=rules: pruned(builder, rules), changing_step)
-        monkeypatch.setattr(locks, "folder", real)
-        for partial in builder.folder.pending_points():
+        monkeypatch.setattr(locks, "directory", real)
+        for partial in builder.directory.pending_points():
             partial.drop()  # as each run's recovery does
         history.check()
-        prune.long_chains(builder.folder, 1)  # finds no damage either
+        prune.long_chains(builder.directory, 1)  # finds no damage either
     assert pruned(builder).left == ()
     history.check()
 
@@ -123,28 +123,28 @@ def test_a_layer_takes_nothing_in_before_it_was_exchanged_itself(builder, monkey
     assert [line for line in pruned(builder).left if "not exchanged" in line]
     monkeypatch.undo()
     assert pruned(builder).left == ()
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
     assert damage(builder) == ()
 
 
 @pytest.mark.parametrize("clusters", [(1, 3), (1, 1)])
 def test_a_layer_that_took_another_in_is_not_merged_before_that_ended(builder, clusters):
     content = three(builder, clusters)
-    prune.protect(builder.folder, P1)
+    prune.protect(builder.directory, P1)
     with read(builder, P3):
         assert len(pruned(builder).left) == 1
-        prune.unprotect(builder.folder, P1)
+        prune.unprotect(builder.directory, P1)
         report = pruned(builder)
         assert (report.merged, report.damage) == ((), ())
-        assert converted(builder.folder.point(P3), "vda") == content
+        assert converted(builder.directory.point(P3), "vda") == content
     assert pruned(builder).left == ()
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
     assert damage(builder) == ()
 
 
 def test_a_death_after_the_image_was_cut_is_finished_although_more_is_dropped_now(builder, monkeypatch):
     content = three(builder, clusters=(6, 1), size=4 * CLUSTER_BYTES)
-    prune.protect(builder.folder, P1)
+    prune.protect(builder.directory, P1)
 
     def die(*_arguments):
         raise KeyboardInterrupt
@@ -153,16 +153,16 @@ def test_a_death_after_the_image_was_cut_is_finished_although_more_is_dropped_no
         patched.setattr(digest_map, "write_parts", die)
         with pytest.raises(KeyboardInterrupt):
             pruned(builder)
-    prune.unprotect(builder.folder, P1)
+    prune.unprotect(builder.directory, P1)
     assert pruned(builder).left == ()
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
     assert damage(builder) == ()
 
 
 def test_a_death_after_the_image_was_moved_leaves_the_way_to_what_is_below(builder, monkeypatch):
     """P3's manifest still stands on P2: were P2 to go now, readers of P3 would not find, and hold, P1."""
     content = three(builder)
-    prune.protect(builder.folder, P1)
+    prune.protect(builder.directory, P1)
     real = merge._move
 
     def die_after_it(source, target):
@@ -176,46 +176,46 @@ def test_a_death_after_the_image_was_moved_leaves_the_way_to_what_is_below(build
     with read(builder, P3):
         assert len(pruned(builder).left) == 1
     with (
-        read_locks.reading(builder.folder, P3),
+        read_locks.reading(builder.directory, P3),
         pytest.raises(Locked),
-        locks.folder(builder.folder.path / P1, 0),
+        locks.directory(builder.directory.path / P1, 0),
     ):
         pass
     assert pruned(builder).left == ()
-    assert builder.folder.point(P3).manifest.parent == P1
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert builder.directory.point(P3).manifest.parent == P1
+    assert converted(builder.directory.point(P3), "vda") == content
 
 
 def test_an_image_that_is_not_the_merged_one_is_not_moved(builder, monkeypatch):
     content = three(builder)
-    prune.protect(builder.folder, P1)
+    prune.protect(builder.directory, P1)
     with monkeypatch.context() as patched:
         patched.setattr(
             prune._Steps, "_switch", lambda work, point, entry: work._skip(point, entry.name, "later")
         )
         pruned(builder)
-    image = builder.folder.path / P2 / "vda.qcow2"
+    image = builder.directory.path / P2 / "vda.qcow2"
     shutil.copyfile(image, image.with_suffix(".kept"))
     with image.open("ab") as file:
         file.write(bytes(CLUSTER_BYTES))
     with pytest.raises(DamageFound, match="length is"):
         pruned(builder)
     assert image.exists()
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
     image.with_suffix(".kept").rename(image)
     assert pruned(builder).left == ()
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
 
 
 def test_a_hard_linked_copy_keeps_its_bytes(builder, tmp_path):
     content = three(builder)
     subprocess.run(["cp", "-al", builder.repository.path, tmp_path / "copy"], check=True)
     copy = Builder(Repository.open(tmp_path / "copy"))
-    before = {point: converted(copy.folder.point(point), "vda") for point in (P1, P2, P3)}
+    before = {point: converted(copy.directory.point(point), "vda") for point in (P1, P2, P3)}
     assert pruned(builder).left == ()
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
     assert damage(builder) == damage(copy) == ()
-    assert {point: converted(copy.folder.point(point), "vda") for point in before} == before
+    assert {point: converted(copy.directory.point(point), "vda") for point in before} == before
 
 
 def table_of(content: bytes) -> int:
@@ -231,23 +231,23 @@ def test_an_image_whose_tables_call_used_clusters_free_is_not_written_to(builder
     builder.point(P1, (entry, [(0, b"a" * CLUSTER_BYTES * 4)]))
     new = (6 * CLUSTER_BYTES, b"n" * CLUSTER_BYTES)
     builder.point(P2, (replace(entry, kind="incremental", parent=P1), [new]))
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     stored = bytearray(image.read_bytes())
     (table,) = struct.unpack_from(">Q", stored, 48)
     (counts,) = struct.unpack_from(">Q", stored, table)
     struct.pack_into(">H", stored, counts + 2 * (stored.index(b"a" * 512) // CLUSTER_BYTES), 0)
     image.write_bytes(stored)
     assert damage(builder)
-    content = converted(builder.folder.point(P2), "vda")
+    content = converted(builder.directory.point(P2), "vda")
     assert pruned(builder).left == ()
-    assert converted(builder.folder.point(P2), "vda") == content
+    assert converted(builder.directory.point(P2), "vda") == content
     assert damage(builder) == ()
 
 
 def test_a_merge_that_is_begun_again_reads_the_image_from_the_disk(builder, monkeypatch):
     """After a sync that failed the kernel shows in memory, as written, what never reached the disk."""
     content = three(builder)
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     seen, real = [], qcow2_check.check_tables
 
     def fail(image):
@@ -268,7 +268,7 @@ def test_a_merge_that_is_begun_again_reads_the_image_from_the_disk(builder, monk
     monkeypatch.setattr(qcow2_check, "check_tables", check)
     assert pruned(builder).left == ()
     assert not seen[0]
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
 
 
 def test_a_layer_that_can_not_be_read_is_damage_and_holds_up_no_other(builder):
@@ -277,7 +277,7 @@ def test_a_layer_that_can_not_be_read_is_damage_and_holds_up_no_other(builder):
     history.take("vda", "vdb", full=True, size=SIZE)
     history.content.update(vda=b"b" * SIZE, vdb=b"b" * SIZE)
     newest = history.take("vda", "vdb")
-    image = builder.folder.path / newest / "vda.qcow2"
+    image = builder.directory.path / newest / "vda.qcow2"
     stored = bytearray(image.read_bytes())
     stored[table_of(stored) + 6] ^= 2  # now between two clusters, which QEMU refuses
     image.write_bytes(stored)
@@ -293,7 +293,7 @@ def test_a_layer_that_can_not_be_read_is_damage_and_holds_up_no_other(builder):
 def test_a_merge_that_finds_no_room_does_not_keep_what_there_was(small_file_system):
     builder = Builder(Repository.create(small_file_system / "repository"))
     content = three(builder)
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     copy = small_file_system / "copy"
     os.link(image, copy)  # so the merged image has to be a new one
     room = os.statvfs(small_file_system)
@@ -307,7 +307,7 @@ def test_a_merge_that_finds_no_room_does_not_keep_what_there_was(small_file_syst
     assert room.f_bavail * room.f_bsize > 4 * CLUSTER_BYTES
     (small_file_system / "others").unlink()
     assert pruned(builder).left == ()
-    assert converted(builder.folder.point(P3), "vda") == content
+    assert converted(builder.directory.point(P3), "vda") == content
 
 
 @pytest.mark.parametrize("place", ["before a layer", "within it"])
@@ -318,7 +318,7 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
         history.content.update(vda=os.urandom(SIZE), vdb=os.urandom(SIZE))
         history.take("vda", "vdb", full=number == 0)
     first, second, third = history.held
-    prune.protect(builder.folder, first)
+    prune.protect(builder.directory, first)
     with read(builder, third):
         assert len(pruned(builder).left) == 2
     shutil.copytree(builder.repository.path, tmp_path / "kept")
@@ -350,12 +350,12 @@ def test_a_prune_in_the_middle_of_a_verify_is_no_damage(builder, monkeypatch, tm
 
 def test_a_layer_that_is_read_is_not_exchanged_under_its_reader(builder):
     three(builder)
-    prune.protect(builder.folder, P1)
+    prune.protect(builder.directory, P1)
     with read(builder, P3):
         pruned(builder)
     with read(builder, P2):
         assert any("not exchanged" in line for line in pruned(builder).left)
-        assert (builder.folder.path / P2 / "vda.qcow2").exists()
+        assert (builder.directory.path / P2 / "vda.qcow2").exists()
     assert pruned(builder).left == ()
-    chain.layers(builder.folder, builder.folder.point(P3), "vda")
-    assert not markers.has(builder.folder.path / P3, markers.merging("vda"))
+    chain.layers(builder.directory, builder.directory.point(P3), "vda")
+    assert not markers.has(builder.directory.path / P3, markers.merging("vda"))

@@ -27,7 +27,7 @@ def image(builder: Builder) -> Path:
     builder.point(
         P1, (disk_entry(size=SIZE), [(0, CONTENT[: 16 * CLUSTER]), (16 * CLUSTER, CONTENT[16 * CLUSTER :])])
     )
-    return builder.folder.path / P1 / "vda.qcow2"
+    return builder.directory.path / P1 / "vda.qcow2"
 
 
 def place_of(image: Path, cluster: int) -> int:
@@ -59,14 +59,16 @@ def test_damaged_data_is_refused_by_range_and_nothing_is_left(builder, spoilt, t
     with pytest.raises(
         DamageFound, match=f"vda of vm1 .* {SPOILT * CLUSTER}-{(SPOILT + 1) * CLUSTER - 1}"
     ) as found:
-        run(builder.folder.point(P1), tmp_path / "out", image_format=image_format)
+        run(builder.directory.point(P1), tmp_path / "out", image_format=image_format)
     assert found.value.next_command.startswith(f"backupctl verify vm1 {P1}")
     assert [path.name for path in (tmp_path / "out").iterdir()] == []
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])
 def test_damage_is_restored_if_that_is_allowed_and_is_named(builder, spoilt, tmp_path, image_format):
-    report = run(builder.folder.point(P1), tmp_path / "out.img", image_format=image_format, allow_damage=True)
+    report = run(
+        builder.directory.point(P1), tmp_path / "out.img", image_format=image_format, allow_damage=True
+    )
     found = tmp_path / "out.img"
     assert (found.read_bytes() if image_format == "raw" else as_raw(found)) == with_ruin()
     assert report.images[0].damaged == ((SPOILT * CLUSTER, CLUSTER),)
@@ -81,9 +83,9 @@ def test_a_cluster_that_cannot_be_read_is_zeroes_if_damage_is_allowed_and_no_oth
     (value,) = struct.unpack_from(">Q", content, entry)
     overwrite(image, entry, struct.pack(">Q", value | 512))  # points between two clusters: QEMU refuses it
     with pytest.raises(DamageFound, match="is damaged"):
-        run(builder.folder.point(P1), tmp_path / "out.raw")
+        run(builder.directory.point(P1), tmp_path / "out.raw")
     assert not (tmp_path / "out.raw").exists()
-    report = run(builder.folder.point(P1), tmp_path / "out.raw", allow_damage=True)
+    report = run(builder.directory.point(P1), tmp_path / "out.raw", allow_damage=True)
     hole = slice(20 * CLUSTER, 21 * CLUSTER)
     expected = bytearray(CONTENT)
     expected[hole] = bytes(CLUSTER)
@@ -94,9 +96,9 @@ def test_a_cluster_that_cannot_be_read_is_zeroes_if_damage_is_allowed_and_no_oth
 def test_without_its_digests_nothing_is_restored_unless_damage_is_allowed(builder, image, tmp_path):
     image.with_suffix(".digests").unlink()
     with pytest.raises(DamageFound, match="digest"):
-        run(builder.folder.point(P1), tmp_path / "out.raw")
+        run(builder.directory.point(P1), tmp_path / "out.raw")
     assert not (tmp_path / "out.raw").exists()
-    report = run(builder.folder.point(P1), tmp_path / "out.raw", allow_damage=True)
+    report = run(builder.directory.point(P1), tmp_path / "out.raw", allow_damage=True)
     assert (tmp_path / "out.raw").read_bytes() == CONTENT
     assert "digest" in report.images[0].unverified
 
@@ -107,12 +109,12 @@ def test_a_cluster_that_went_from_the_image_is_no_hole(builder, image, tmp_path)
     second = struct.unpack_from(">Q", content, first)[0] & (1 << 56) - 512
     overwrite(image, second + 8 * 25, bytes(8))
     with pytest.raises(DamageFound, match=f"{25 * CLUSTER}-{26 * CLUSTER - 1}"):
-        run(builder.folder.point(P1), tmp_path / "out.raw")
+        run(builder.directory.point(P1), tmp_path / "out.raw")
 
 
 def test_a_device_that_was_refused_halfway_does_not_look_complete(builder, spoilt, loop_device):
     device = Path(loop_device(SIZE, filled=b"\xff"))
-    point = builder.folder.point(P1)
+    point = builder.directory.point(P1)
     refusing = run_onto_device(point, device)
     assert refusing.returncode == 4, refusing.stderr
     assert not any(device.read_bytes()[: 1 << 20])
@@ -128,10 +130,10 @@ from backupctl.cancel import Cancellation
 from backupctl.repository import chain
 from backupctl.targets import output
 from backupctl.repository.repository import Repository
-folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
-point = folder.point("latest")
-layers = chain.layers(folder, point, "vda")
-reading = DiskReader(folder.name, point.id, layers, Cancellation(), lambda _done: None)
+directory = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
+point = directory.point("latest")
+layers = chain.layers(directory, point, "vda")
+reading = DiskReader(directory.name, point.id, layers, Cancellation(), lambda _done: None)
 try:
     with output.device(Path(sys.argv[2]), reading.size) as target:
         reading.into_image(target, "raw", onto_device=True)
@@ -148,7 +150,7 @@ def run_onto_device(point, device: Path) -> "subprocess.CompletedProcess[str]":
 
 def test_a_sound_device_is_written_whole(builder, image, loop_device):
     device = Path(loop_device(SIZE, filled=b"\xff"))
-    assert run_onto_device(builder.folder.point(P1), device).returncode == 0
+    assert run_onto_device(builder.directory.point(P1), device).returncode == 0
     assert device.read_bytes() == CONTENT
 
 

@@ -19,7 +19,7 @@ RAW = replace(ENTRY, format="raw")
 @pytest.fixture(autouse=True)
 def _there(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("folder.d").mkdir()
+    Path("directory.d").mkdir()
     for name in ("web", "disk.0", "x.vmdk", "x.img"):
         Path(name).touch()
 
@@ -31,7 +31,7 @@ def _there(tmp_path: Path, monkeypatch) -> None:
         ("new", None, ("new/vda.qcow2", "qcow2")),
         ("new", "raw", ("new/vda.raw", "raw")),
         ("new.d/", None, ("new.d/vda.qcow2", "qcow2")),
-        ("folder.d", None, ("folder.d/vda.qcow2", "qcow2")),
+        ("directory.d", None, ("directory.d/vda.qcow2", "qcow2")),
         ("new.qcow2", None, ("new.qcow2", "qcow2")),
         ("new.RAW", None, ("new.RAW", "raw")),
         ("new.img", None, ("new.img", "raw")),
@@ -54,7 +54,7 @@ def test_a_file_whose_name_tells_nothing_is_replaced_by_what_the_disk_was(name):
 def test_another_suffix_is_refused_with_those_that_there_are(to):
     with pytest.raises(UsageError, match="qcow2, raw") as caught:
         destination.of_new(RAW, to, None)
-    assert f"--to {to}/ for a folder" in caught.value.hint
+    assert f"--to {to}/ for a directory" in caught.value.hint
     assert caught.value.state == "nothing was touched"
 
 
@@ -63,7 +63,7 @@ def test_an_image_that_is_there_is_what_the_disk_was_in_the_vm_whatever_its_name
     assert destination.of_existing(RAW, name, None) == (name, "raw")
     assert destination.of_existing(ENTRY, name, None) == (name, "qcow2")
     assert destination.of_existing(ENTRY, name, "raw") == (name, "raw")
-    assert destination.of_existing(RAW, "folder.d", None) == ("folder.d/vda.raw", "raw")
+    assert destination.of_existing(RAW, "directory.d", None) == ("directory.d/vda.raw", "raw")
 
 
 @pytest.mark.parametrize(
@@ -80,19 +80,21 @@ def test_a_driver_that_is_no_format_is_raw_or_asked_for(driver, expected):
 
 
 @pytest.mark.parametrize("to", ["gone/x.raw", "gone/new/", "gone/new", "web/x.raw", "gone/far/x.qcow2"])
-def test_a_missing_folder_above_is_told_as_that(to):
+def test_a_missing_directory_above_is_told_as_that(to):
     target, _ = destination.of_new(ENTRY, to, None)
-    with pytest.raises(UsageError, match=r"folder .*/(gone|web|gone/far) (does not exist|is not a folder)"):
+    with pytest.raises(
+        UsageError, match=r"directory .*/(gone|web|gone/far) (does not exist|is not a directory)"
+    ):
         destination.refuse_unplaceable(to, Path(target))
 
 
-@pytest.mark.parametrize("to", ["new", "new/", "folder.d", "folder.d/x.raw", "x.raw", "web"])
-def test_a_folder_whose_own_folder_is_there_is_none(to):
+@pytest.mark.parametrize("to", ["new", "new/", "directory.d", "directory.d/x.raw", "x.raw", "web"])
+def test_a_directory_whose_own_directory_is_there_is_none(to):
     target, _ = destination.of_new(ENTRY, to, None)
     destination.refuse_unplaceable(to, Path(target))
 
 
-@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "device", "link"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "directory", "device", "link"])
 def test_what_is_no_plain_file_is_named_as_what_it_is(tmp_path, kind):
     path = tmp_path / "vda.raw"
     words = {"device": "a character device", "link": "dangling"}.get(kind, f"a {kind}")
@@ -101,7 +103,7 @@ def test_what_is_no_plain_file_is_named_as_what_it_is(tmp_path, kind):
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(str(path))
-    elif kind == "folder":
+    elif kind == "directory":
         path.mkdir()
     else:
         path.symlink_to("/dev/null" if kind == "device" else "/no/such/file")

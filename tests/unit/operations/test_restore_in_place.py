@@ -39,8 +39,8 @@ def run(
     """By the manifest the disk was qcow2; who has it raw must say so."""
     kind = "raw" if str(to).endswith(".raw") else None
     wanted = {"image_format": kind, **options}
-    chosen = builder.folder.point(point).id
-    request = RestoreRequest(folder=builder.folder, point=chosen, to=str(to), **wanted)
+    chosen = builder.directory.point(point).id
+    request = RestoreRequest(directory=builder.directory, point=chosen, to=str(to), **wanted)
     return restore(request, reporter or Silent(), stop or Cancellation())
 
 
@@ -57,7 +57,7 @@ def disk(builder: Builder) -> tuple[Builder, bytes]:
 
 def as_raw_of(builder: Builder) -> bytes:
     raw = builder.repository.path.parent / "wanted"
-    image = builder.folder.path / P2 / "vda.qcow2"
+    image = builder.directory.path / P2 / "vda.qcow2"
     subprocess.run(["qemu-img", "convert", "-O", "raw", image, raw], check=True, timeout=60)
     return raw.read_bytes()
 
@@ -209,7 +209,7 @@ def test_the_disk_of_a_running_vm_is_refused_untouched(disk, tmp_path, build, im
 def test_damaged_data_is_never_written(disk, tmp_path):
     """A byte of the stored data flipped: the target's cluster keeps what it had."""
     builder, content = disk
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     stored = image.read_bytes()
     at = stored.index(content[2 * CLUSTER_BYTES : 2 * CLUSTER_BYTES + 64])
     image.write_bytes(stored[:at] + bytes([stored[at] ^ 1]) + stored[at + 1 :])
@@ -227,7 +227,7 @@ def test_damaged_data_is_never_written(disk, tmp_path):
 
 def test_a_damaged_digest_map_stops_it_before_anything_is_changed(disk, tmp_path):
     builder, content = disk
-    path = builder.folder.path / P1 / "vda.digests"
+    path = builder.directory.path / P1 / "vda.digests"
     path.write_bytes(path.read_bytes()[:-1])
     target = tmp_path / "vda.raw"
     target.write_bytes(content[:-512])
@@ -280,9 +280,9 @@ def counted(self, buffer, offset):
         number -= 1
     return write(self, buffer, offset)
 Connection.start_write = counted
-folder = Repository.open(Path(repository)).vm(VmName("vm1"))
-point = folder.point("latest").id
-request = RestoreRequest(folder=folder, point=point, to=target, image_format=sys.argv[4])
+directory = Repository.open(Path(repository)).vm(VmName("vm1"))
+point = directory.point("latest").id
+request = RestoreRequest(directory=directory, point=point, to=target, image_format=sys.argv[4])
 in_place.restore(request, Silent(), Cancellation())
 """
 
@@ -324,7 +324,7 @@ def test_what_is_not_there_or_not_what_it_is_called_is_refused(disk, tmp_path):
     with pytest.raises(UsageError, match="not a valid qcow2 image") as caught:
         run(builder, tmp_path / "vda.qcow2")
     assert "--format raw" in caught.value.next_command
-    inside = builder.folder.path / P1 / "vda.qcow2"
+    inside = builder.directory.path / P1 / "vda.qcow2"
     (tmp_path / "link.qcow2").symlink_to(inside)
     for path in (inside, tmp_path / "link.qcow2"):
         with pytest.raises(UsageError, match="repository"):
@@ -374,7 +374,7 @@ def test_an_encrypted_or_corrupt_image_is_refused_with_a_way_out(disk, tmp_path)
 
 
 def test_an_image_of_somebody_elses_is_resized_and_changed_as_well(disk, tmp_path):
-    """qemu-img runs with the owner's rights, and nobody but us may enter the folder."""
+    """qemu-img runs with the owner's rights, and nobody but us may enter the directory."""
     builder, content = disk
     target = tmp_path / "vda.qcow2"
     make(target, bytes(CLUSTER_BYTES), "qcow2")
@@ -386,7 +386,7 @@ def test_an_image_of_somebody_elses_is_resized_and_changed_as_well(disk, tmp_pat
 
 
 def test_an_image_whose_name_others_could_turn_is_not_changed_by_root(disk, tmp_path):
-    """Whoever owns the folder could have us write into any file, by a link."""
+    """Whoever owns the directory could have us write into any file, by a link."""
     if os.geteuid() != 0:
         pytest.skip("only root can be led to files of others")
     builder, content = disk

@@ -25,8 +25,8 @@ MIB = 1 << 20
 
 
 def run(builder: Builder, to: object, *, point: str = "latest", **options):
-    chosen = builder.folder.point(point).id
-    return restore(RestoreRequest(folder=builder.folder, point=chosen, to=str(to), **options), Silent())
+    chosen = builder.directory.point(point).id
+    return restore(RestoreRequest(directory=builder.directory, point=chosen, to=str(to), **options), Silent())
 
 
 def command(builder: Builder, *arguments: object) -> "subprocess.CompletedProcess[str]":
@@ -50,16 +50,16 @@ def command(builder: Builder, *arguments: object) -> "subprocess.CompletedProces
 
 
 def test_it_reads_as_the_point_and_takes_no_room(two_points, tmp_path):
-    """By qemu-img, through a relative name of the repository and from another folder."""
+    """By qemu-img, through a relative name of the repository and from another directory."""
     builder, content = two_points
     report = run(builder, tmp_path / "thin" / "")
     overlay = tmp_path / "thin" / "vda.qcow2"
     (disk,) = report.images
     assert (disk.path, disk.size) == (overlay, len(content))
-    assert disk.backing == (builder.folder.path / P2 / "vda.qcow2").resolve()
+    assert disk.backing == (builder.directory.path / P2 / "vda.qcow2").resolve()
     assert overlay.stat().st_size < MIB // 2
     assert as_raw(overlay) == content
-    same = ["qemu-img", "compare", str(overlay), str(builder.folder.path / P2 / "vda.qcow2")]
+    same = ["qemu-img", "compare", str(overlay), str(builder.directory.path / P2 / "vda.qcow2")]
     assert subprocess.run(same, capture_output=True, timeout=60, check=False).returncode == 0
 
 
@@ -89,18 +89,18 @@ def test_a_prune_below_a_vm_that_runs_on_it_waits_and_one_after_it_changes_no_by
     content = as_raw(tmp_path / "thin.qcow2")
 
     def pruned():
-        return prune(builder.folder, Rules(last=1), Silent(), Cancellation())
+        return prune(builder.directory, Rules(last=1), Silent(), Cancellation())
 
     with Machine(build, [Disk("vda", tmp_path / "thin.qcow2", "qcow2")]) as machine:
         machine.io("vda", "write -q -P 0x77 0 512")
-        below = (builder.folder.path / P1 / "vda.qcow2").read_bytes()
+        below = (builder.directory.path / P1 / "vda.qcow2").read_bytes()
         assert pruned().left
-        assert (builder.folder.path / P1 / "vda.qcow2").read_bytes() == below
+        assert (builder.directory.path / P1 / "vda.qcow2").read_bytes() == below
         machine.quit()
     content = b"\x77" * 512 + content[512:]
     assert as_raw(tmp_path / "thin.qcow2") == content
     assert pruned().left == ()
-    assert not (builder.folder.path / P1).exists()
+    assert not (builder.directory.path / P1).exists()
     assert as_raw(tmp_path / "thin.qcow2") == content
 
 
@@ -130,12 +130,12 @@ def test_what_exists_is_replaced_only_by_force_and_the_repository_never(two_poin
     run(builder, target, overwrite=True)
     assert as_raw(target) == content
     with pytest.raises(UsageError, match="repository"):
-        run(builder, builder.folder.path / P1 / "vda.qcow2", overwrite=True)
+        run(builder, builder.directory.path / P1 / "vda.qcow2", overwrite=True)
 
 
 def test_a_broken_chain_is_told_and_nothing_is_made(two_points, tmp_path):
     builder, _ = two_points
-    (builder.folder.path / P1 / "vda.qcow2").unlink()
+    (builder.directory.path / P1 / "vda.qcow2").unlink()
     with pytest.raises(DamageFound):
         run(builder, tmp_path / "thin.qcow2")
     assert not (tmp_path / "thin.qcow2").exists()
@@ -158,7 +158,7 @@ def test_the_command_tells_what_it_stands_on_and_how_to_keep_it(two_points, tmp_
     builder, _ = two_points
     done = command(builder, P2, "--to", tmp_path / "thin.qcow2", "--thin")
     assert done.returncode == 0, done.stderr
-    assert f"on {builder.folder.path.resolve() / P2}/vda.qcow2" in done.stdout
+    assert f"on {builder.directory.path.resolve() / P2}/vda.qcow2" in done.stdout
     assert f"backupctl protect vm1 {P2}" in done.stderr
     done = command(builder, P2, "--to", f"{tmp_path}/more/", "--thin", "--json")
     document = json.loads(done.stdout)
@@ -168,13 +168,13 @@ def test_the_command_tells_what_it_stands_on_and_how_to_keep_it(two_points, tmp_
 
 def test_a_chain_that_qemu_can_not_follow_by_its_links_is_refused(tmp_path):
     """QEMU names an image below by the name above and the link in it, so names grow; one byte decides."""
-    folder = tmp_path
-    while len(str(folder)) < 900:
-        folder /= "d" * min(200, 901 - len(str(folder)))
+    directory = tmp_path
+    while len(str(directory)) < 900:
+        directory /= "d" * min(200, 901 - len(str(directory)))
     chain: list[Path] = []
     for number in range(170):
-        (folder / f"{number:016}").mkdir(parents=True)
-        chain.insert(0, folder / f"{number:016}" / "vda.qcow2")
+        (directory / f"{number:016}").mkdir(parents=True)
+        chain.insert(0, directory / f"{number:016}" / "vda.qcow2")
         create.create_layer(chain[0], MIB, f"../{chain[1].parent.name}/vda.qcow2" if number else None)
 
     def made(layers: int) -> bool:

@@ -31,8 +31,8 @@ def parted(builder: Builder) -> Builder:
 
 def run(way, builder, to, *, point="latest", **options):
     told = Recording()
-    chosen = builder.folder.point(point).id
-    request = RestoreRequest(folder=builder.folder, point=chosen, to=str(to), overwrite=True, **options)
+    chosen = builder.directory.point(point).id
+    request = RestoreRequest(directory=builder.directory, point=chosen, to=str(to), overwrite=True, **options)
     if way is overlay.restore:
         return way(request, told), told
     return way(request, told, Cancellation()), told
@@ -89,12 +89,12 @@ def test_a_disk_that_the_point_does_not_hold_is_refused_with_the_way_to_it(parte
 
 def test_every_point_that_is_read_is_held(parted):
     """Each with what it stands on: P1 is below both."""
-    with selection.chosen(parted.folder, P3, None, all_disks=True, reporter=Silent()) as chosen:
+    with selection.chosen(parted.directory, P3, None, all_disks=True, reporter=Silent()) as chosen:
         assert [(part.point.id, part.entry.name) for part in chosen.parts] == [(P3, "vda"), (P2, "vdb")]
         for point in (P1, P2, P3):
-            with pytest.raises(Locked), locks.folder(parted.folder.path / point, 0):
+            with pytest.raises(Locked), locks.directory(parted.directory.path / point, 0):
                 raise AssertionError
-    with locks.folder(parted.folder.path / P2, 0):
+    with locks.directory(parted.directory.path / P2, 0):
         pass
 
 

@@ -21,14 +21,14 @@ from backupctl.operations.restore import overlay
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 from backupctl.progress import Silent
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.targets import output
 from tests.unit.points import P1, P2, Builder, die_at, disk_entry
 
 
 def request(point, to, **options) -> RestoreRequest:
-    folder = VmFolder(point.path.parent, point.manifest.vm, point.manifest.repository)
-    return RestoreRequest(folder=folder, point=point.id, to=str(to), **options)
+    directory = VmDirectory(point.path.parent, point.manifest.vm, point.manifest.repository)
+    return RestoreRequest(directory=directory, point=point.id, to=str(to), **options)
 
 
 def run(point, to, *, stop=None, **options):
@@ -55,7 +55,7 @@ def tree(root: Path) -> dict[str, tuple[int, bytes]]:
 def test_a_restored_file_is_byte_equal_and_the_backup_unchanged(two_points, tmp_path, image_format):
     builder, content = two_points
     before = tree(builder.repository.path)
-    report = run(builder.folder.point("latest"), tmp_path / "out.IMG", image_format=image_format)
+    report = run(builder.directory.point("latest"), tmp_path / "out.IMG", image_format=image_format)
     found = tmp_path / "out.IMG"
     assert (found.read_bytes() if image_format == "raw" else as_raw(found)) == content
     assert tree(builder.repository.path) == before
@@ -65,7 +65,7 @@ def test_a_restored_file_is_byte_equal_and_the_backup_unchanged(two_points, tmp_
 
 def test_a_restored_qcow2_stands_alone(two_points, tmp_path):
     builder, _ = two_points
-    run(builder.folder.point(P2), tmp_path / "out.qcow2")
+    run(builder.directory.point(P2), tmp_path / "out.qcow2")
     said = subprocess.run(
         ["qemu-img", "info", tmp_path / "out.qcow2"], capture_output=True, check=True, timeout=60
     )
@@ -75,14 +75,14 @@ def test_a_restored_qcow2_stands_alone(two_points, tmp_path):
 
 def test_an_older_point_does_not_show_what_came_later(two_points, tmp_path):
     builder, content = two_points
-    run(builder.folder.point(P1), tmp_path / "out.raw")
+    run(builder.directory.point(P1), tmp_path / "out.raw")
     restored = (tmp_path / "out.raw").read_bytes()
     assert restored != content
     assert restored[:70_000] == b"a" * 70_000
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
-def test_a_folder_gets_every_disk_under_its_name(builder: Builder, tmp_path, ending):
+def test_a_directory_gets_every_disk_under_its_name(builder: Builder, tmp_path, ending):
     to = f"{tmp_path}/new{ending}"
     point = builder.point(P1, (disk_entry("vda"), [(0, b"A" * 512)]), (disk_entry("vdb"), [(0, b"B" * 512)]))
     run(point, to, image_format="raw")
@@ -102,16 +102,16 @@ def test_what_exists_is_replaced_only_by_force(two_points, tmp_path):
     builder, content = two_points
     (tmp_path / "out.raw").write_bytes(b"precious")
     with pytest.raises(TargetExists):
-        run(builder.folder.point(P2), tmp_path / "out.raw")
+        run(builder.directory.point(P2), tmp_path / "out.raw")
     assert (tmp_path / "out.raw").read_bytes() == b"precious"
-    run(builder.folder.point(P2), tmp_path / "out.raw", overwrite=True)
+    run(builder.directory.point(P2), tmp_path / "out.raw", overwrite=True)
     assert (tmp_path / "out.raw").read_bytes() == content
 
 
 def test_a_file_that_qemu_writes_to_is_not_replaced_even_by_force(two_points, tmp_path):
     """Its VM would go on in a file without a name, and lose all that it writes. One that comes late, too."""
     builder, content = two_points
-    point, target = builder.folder.point(P2), tmp_path / "vda.qcow2"
+    point, target = builder.directory.point(P2), tmp_path / "vda.qcow2"
     run(point, target)
     before = target.stat().st_ino
     with nbd_server.serve((target,), writable=True):
@@ -215,7 +215,7 @@ def test_an_image_that_is_more_than_its_bytes_is_not_replaced_unasked(
 ):
     """Its VM is configured for a key, or for the file beside it, and could not use a plain image."""
     builder, content = two_points
-    target, point = tmp_path / "vda.qcow2", builder.folder.point(P2)
+    target, point = tmp_path / "vda.qcow2", builder.directory.point(P2)
     command = ["qemu-img", "create", "-q", "-f", "qcow2", *options, str(target), "1M"]
     subprocess.run(command, check=True, timeout=60, cwd=tmp_path)
     before = target.read_bytes()
@@ -227,7 +227,7 @@ def test_an_image_that_is_more_than_its_bytes_is_not_replaced_unasked(
     assert as_raw(target) == content
 
 
-@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder"])
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "directory"])
 def test_what_is_no_plain_file_is_refused_before_anything_is_read(two_points, tmp_path, kind, monkeypatch):
     builder, _ = two_points
     target = tmp_path / "to" / "vda.qcow2"
@@ -237,7 +237,7 @@ def test_what_is_no_plain_file_is_refused_before_anything_is_read(two_points, tm
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(str(target))
-    elif kind == "folder":
+    elif kind == "directory":
         target.mkdir()
     else:
         target.symlink_to("/dev/null")
@@ -248,7 +248,7 @@ def test_what_is_no_plain_file_is_refused_before_anything_is_read(two_points, tm
     monkeypatch.setattr(nbd_server, "served", served)
     for way in (run, run_thin):
         with pytest.raises(TargetExists, match="not replaced, even with --force"):
-            way(builder.folder.point(P2), target.parent if kind == "folder" else target, overwrite=True)
+            way(builder.directory.point(P2), target.parent if kind == "directory" else target, overwrite=True)
 
 
 def test_a_file_that_can_not_be_looked_at_is_not_taken_for_unused(two_points, tmp_path, monkeypatch):
@@ -263,11 +263,11 @@ def test_a_file_that_can_not_be_looked_at_is_not_taken_for_unused(two_points, tm
 
     monkeypatch.setattr(os, "open", opened)
     with pytest.raises(UsageError, match="whether it is in use: Permission denied"):
-        run(builder.folder.point(P2), target, overwrite=True)
+        run(builder.directory.point(P2), target, overwrite=True)
     assert target.read_bytes() == b"old"
 
 
-def test_one_existing_image_stops_the_whole_folder_before_a_byte_is_written(builder: Builder, tmp_path):
+def test_one_existing_image_stops_the_whole_directory_before_a_byte_is_written(builder: Builder, tmp_path):
     point = builder.point(P1, (disk_entry("vda"), []), (disk_entry("vdb"), []))
     (tmp_path / "vdb.raw").write_bytes(b"precious")
     with pytest.raises(TargetExists):
@@ -277,7 +277,7 @@ def test_one_existing_image_stops_the_whole_folder_before_a_byte_is_written(buil
 
 def test_the_repository_is_never_a_target_even_by_force(two_points):
     builder, _ = two_points
-    point = builder.folder.point(P2)
+    point = builder.directory.point(P2)
     with pytest.raises(UsageError, match="repository"):
         run(point, point.path / "vda.qcow2", overwrite=True)
 
@@ -302,7 +302,7 @@ def test_a_stopped_restore_leaves_nothing(two_points, tmp_path):
             super().check()
 
     with pytest.raises(Interrupted):
-        run(builder.folder.point(P2), tmp_path / "out.raw", stop=StopsLater())
+        run(builder.directory.point(P2), tmp_path / "out.raw", stop=StopsLater())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["repository"]
 
 
@@ -317,7 +317,7 @@ def test_what_a_dead_restore_left_is_cleared_but_never_written_to(two_points, tm
     os.link(target, leftover)  # died between link and unlink
     held = target.open("rb")
     with held:
-        run(builder.folder.point(P2), target, overwrite=True)
+        run(builder.directory.point(P2), target, overwrite=True)
         assert held.read() == b"complete"
     assert target.read_bytes() == content
     assert not leftover.exists()
@@ -337,7 +337,7 @@ def test_what_a_restore_left_that_had_given_it_away_already_is_cleared(tmp_path)
 
 
 def test_nobody_else_holds_up_a_restore_with_a_file_of_that_name(tmp_path):
-    """Somebody's locked file, link, pipe or folder in a sticky folder is neither waited for nor touched."""
+    """Somebody's locked file, link, pipe or directory in a sticky one is neither waited for nor touched."""
     if os.geteuid() != 0:
         pytest.skip("only root makes files of somebody else's")
     theirs = [
@@ -440,8 +440,9 @@ class Dies(Cancellation):
         self.calls += 1
         if self.calls == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
-restore(RestoreRequest(folder=folder, point=folder.point("latest").id, to=sys.argv[2]), Silent(), Dies())
+directory = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
+request = RestoreRequest(directory=directory, point=directory.point("latest").id, to=sys.argv[2])
+restore(request, Silent(), Dies())
 """
 
 
@@ -467,7 +468,7 @@ def test_a_killed_restore_leaves_no_target_and_no_process_and_can_be_repeated(tw
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not target.exists()
-    run(builder.folder.point(P2), target)
+    run(builder.directory.point(P2), target)
     assert target.read_bytes() == content
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.raw", "repository"]
 
@@ -490,10 +491,10 @@ from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
-folder = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
+directory = Repository.open(Path(sys.argv[1])).vm(VmName("vm1"))
 stop = Cancellation()
 with stop.on_signals():
-    restore(RestoreRequest(folder=folder, point=folder.point("latest").id, to="-"), Silent(), stop)
+    restore(RestoreRequest(directory=directory, point=directory.point("latest").id, to="-"), Silent(), stop)
 """
 
 
@@ -553,8 +554,8 @@ def test_a_block_device_gets_exactly_the_disk(two_points, loop_device):
     builder, content = two_points
     device = loop_device(1 << 20, filled=b"\xff")
     with pytest.raises(TargetExists, match="block device"):
-        run(builder.folder.point(P2), device)
-    run(builder.folder.point(P2), device, overwrite=True)
+        run(builder.directory.point(P2), device)
+    run(builder.directory.point(P2), device, overwrite=True)
     found = Path(device).read_bytes()
     assert found[: len(content)] == content
     assert set(found[len(content) :]) == {0xFF}
@@ -566,7 +567,7 @@ def test_a_block_device_in_use_is_refused_even_by_force(two_points, loop_device)
     held = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         with pytest.raises(UsageError, match="in use"):
-            run(builder.folder.point(P2), device, overwrite=True)
+            run(builder.directory.point(P2), device, overwrite=True)
     finally:
         os.close(held)
 
@@ -575,7 +576,7 @@ def test_a_block_device_that_is_too_small_is_refused_untouched(two_points, loop_
     builder, content = two_points
     device = loop_device(len(content) - 512)
     with pytest.raises(UsageError, match="bytes"):
-        run(builder.folder.point(P2), device, overwrite=True)
+        run(builder.directory.point(P2), device, overwrite=True)
     assert not any(Path(device).read_bytes())
 
 
@@ -583,4 +584,4 @@ def test_a_terminal_is_no_place_for_an_image(two_points, monkeypatch):
     builder, _ = two_points
     monkeypatch.setattr(os, "isatty", lambda _descriptor: True)
     with pytest.raises(UsageError, match="terminal"):
-        run(builder.folder.point(P2), "-")
+        run(builder.directory.point(P2), "-")

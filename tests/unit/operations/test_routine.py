@@ -198,11 +198,11 @@ def test_a_vm_without_points_has_a_full_by_itself(work, tmp_path):
 
 def test_a_lock_is_waited_for_as_long_as_was_said(work, tmp_path, monkeypatch):
     monkeypatch.setattr(routine, "_LOOK_SECONDS", 0.02)
-    folder = Repository.open(tmp_path / "r").vm(WEB)
+    directory = Repository.open(tmp_path / "r").vm(WEB)
     holding, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with folder.lock():
+        with directory.lock():
             holding.set()
             leave.wait(30)
 

@@ -64,7 +64,7 @@ def command(builder: Builder, *arguments: object) -> list[str]:
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Serving]]:
     """Start `backupctl serve` with --json and wait until it tells where.
 
-    Its own temporary folder has a short name: the name of a socket has at most 107 bytes.
+    Its own temporary directory has a short name: the name of a socket has at most 107 bytes.
     """
     with ExitStack() as held:
         temporary = held.enter_context(tempfile.TemporaryDirectory(prefix="bc-"))
@@ -111,7 +111,7 @@ def tree(root: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_every_disk_is_an_export_and_nothing_is_left_at_the_end(builder: Builder, serve, tmp_path):
-    """QEMU's own tools read both disks, byte for byte; neither repository nor temporary folder change."""
+    """QEMU's own tools read both disks, byte for byte; neither repository nor temporary directory change."""
     entries = (disk_entry("vda"), [(0, b"A" * 70_000)]), (disk_entry("vdb"), [(65_536, b"B" * 512)])
     builder.point(P1, *entries)
     before = tree(builder.repository.path)
@@ -256,7 +256,7 @@ def test_an_overlay_is_for_its_own_point_and_never_in_the_repository(two_points,
     assert "not an overlay of this point" in refused(builder, P1, "--writable-overlay", tmp_path / "o")
     (tmp_path / "precious").write_bytes(b"x" * 100)
     assert "not an overlay" in refused(builder, P2, "--writable-overlay", tmp_path / "precious")
-    inside = builder.folder.path / P2 / "o"
+    inside = builder.directory.path / P2 / "o"
     assert "inside the repository" in refused(builder, P2, "--writable-overlay", inside)
     assert not inside.exists()
 
@@ -281,17 +281,17 @@ def test_a_point_is_held_with_all_below_it_for_as_long_as_it_is_shown(two_points
     builder, _ = two_points
     serving = serve(builder, P2)
     for point in (P1, P2):
-        with pytest.raises(Locked), locks.folder(builder.folder.path / point, 0):
+        with pytest.raises(Locked), locks.directory(builder.directory.path / point, 0):
             pass
     serving.end()
     for point in (P1, P2):
-        with locks.folder(builder.folder.path / point, 0):
+        with locks.directory(builder.directory.path / point, 0):
             pass
 
 
 def test_damage_is_told_and_not_served(two_points):
     builder, _ = two_points
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     os.truncate(image, image.stat().st_size - 1)
     assert "bytes" in refused(builder, P2, code=4)
 

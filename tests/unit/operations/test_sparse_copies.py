@@ -100,7 +100,7 @@ def proven(builder: Builder, depth: VerifyScope | None = None) -> VerifyReport:
 def content(builder: Builder, point: PointId, into: Path) -> bytes:
     """Restore a point; it is proven by its digests."""
     request = RestoreRequest(
-        folder=builder.folder, point=point, to=str(into), image_format="raw", overwrite=True
+        directory=builder.directory, point=point, to=str(into), image_format="raw", overwrite=True
     )
     restore(request, Silent(), Cancellation())
     return into.read_bytes()
@@ -117,7 +117,11 @@ def test_a_copy_with_holes_is_restored_compared_and_brought_back(original, copie
     held = {point: content(original, point, tmp_path / "o.raw") for point in (P1, P2, P3)}
     assert {point: content(copied, point, tmp_path / "c.raw") for point in held} == held
     found = diff(
-        copied.folder, copied.folder.point(P1), copied.folder.point(P3), disk=None, stop=Cancellation()
+        copied.directory,
+        copied.directory.point(P1),
+        copied.directory.point(P3),
+        disk=None,
+        stop=Cancellation(),
     )
     changed = [at for at in range(0, SIZE, CLUSTER_BYTES) if held[P1][at:][:65536] != held[P3][at:][:65536]]
     assert found.disks[0].changed_bytes == len(changed) * CLUSTER_BYTES
@@ -126,14 +130,14 @@ def test_a_copy_with_holes_is_restored_compared_and_brought_back(original, copie
     with target.open("r+b") as file:
         file.seek(7 * CLUSTER_BYTES)
         file.write(b"other")
-    request = RestoreRequest(folder=copied.folder, point=P3, to=str(target), image_format="raw")
+    request = RestoreRequest(directory=copied.directory, point=P3, to=str(target), image_format="raw")
     (report,) = in_place.restore(request, Silent(), Cancellation()).images
     assert (report.written_bytes, target.read_bytes()) == (CLUSTER_BYTES, held[P3])
 
 
 def test_a_copy_with_holes_shows_its_bytes_by_nbd(original, copied, tmp_path):
     held = content(original, P3, tmp_path / "o.raw")
-    layers = chain.paths(copied.folder, copied.folder.point(P3), "vda")
+    layers = chain.paths(copied.directory, copied.directory.point(P3), "vda")
     with nbd_server.serve(layers) as address:
         uri = f"nbd+unix:///{nbd_server.EXPORT}?socket={address}"
         subprocess.run(["qemu-img", "convert", "-O", "raw", uri, tmp_path / "s"], check=True, timeout=60)
@@ -145,7 +149,7 @@ def test_points_are_added_to_a_copy_with_holes_and_merged_into_it(copied, tmp_pa
     new = os.urandom(4096).ljust(CLUSTER_BYTES, b"\0")
     held[11 * CLUSTER_BYTES : 12 * CLUSTER_BYTES] = new
     copied.point(P4, (disk_entry(size=SIZE, parent=P3), [(11 * CLUSTER_BYTES, new)]))
-    report = prune.prune(copied.folder, Rules(last=1), Silent(), Cancellation())
+    report = prune.prune(copied.directory, Rules(last=1), Silent(), Cancellation())
     assert (report.damage, report.left, len(report.merged)) == ((), (), 3)
     proven(copied)
     assert content(copied, P4, tmp_path / "after.raw") == held

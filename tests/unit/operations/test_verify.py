@@ -45,12 +45,12 @@ class Stock:
     builder: Builder
 
     def image(self, point: PointId, disk: str = "vda", suffix: str = "qcow2") -> Path:
-        return self.builder.folder.path / point / f"{disk}.{suffix}"
+        return self.builder.directory.path / point / f"{disk}.{suffix}"
 
     def verify(self, point=None, vm="vm1", **depth):
         return verify(
             self.builder.repository,
-            vm and self.builder.folder.name,
+            vm and self.builder.directory.name,
             point,
             VerifyScope(**depth),
             Silent(),
@@ -373,11 +373,11 @@ def test_an_unfinished_merge_is_damage_only_where_nothing_masks_it(stock):
 
 def test_a_prune_at_work_is_not_waited_for_for_ever(stock, monkeypatch):
     monkeypatch.setattr("backupctl.operations.verify.run._LOCK_SECONDS", 0.05)
-    with locks.folder(stock.image(P2).parent, 0):
+    with locks.directory(stock.image(P2).parent, 0):
         report = stock.verify(data=False)
     assert report.damage == ()
     assert [note for note in report.notes if "a prune is changing it" in note] == list(report.notes[:2])
-    with locks.folder(stock.image(P2).parent, 0, shared=True):
+    with locks.directory(stock.image(P2).parent, 0, shared=True):
         assert stock.verify(data=False).notes == ()
 
 

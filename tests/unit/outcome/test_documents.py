@@ -180,7 +180,7 @@ def test_what_a_command_for_several_vms_came_to():
 def test_a_point(builder):
     builder.point(P1, (disk_entry("vda"), [(0, b"x")]))
     builder.point(P2, (disk_entry("vda", parent=P1), [(0, b"y")]), (disk_entry("vdb"), [(0, b"z")]))
-    first, second = builder.folder.points()
+    first, second = builder.directory.points()
     document = documents.point(second)
     assert keys(document) == (
         "vm point kind disks_kind parent consistency frozen_ms start end qemu backupctl freeze disks "

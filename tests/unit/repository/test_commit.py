@@ -78,10 +78,10 @@ def test_a_journal_is_replaced_durably(builder: Builder, steps):
     ]
 
 
-def test_a_new_point_folder_is_durable_before_the_run_goes_on(builder: Builder, steps):
-    with builder.folder.lock():
+def test_a_new_point_directory_is_durable_before_the_run_goes_on(builder: Builder, steps):
+    with builder.directory.lock():
         steps.clear()
-        builder.folder.begin(P1, builder.journal(P1))
+        builder.directory.begin(P1, builder.journal(P1))
     assert steps.index("sync vm1") < steps.index("rename .run.json.new run.json")
     assert steps[-1] == f"sync {P1}.partial"
 
@@ -99,18 +99,18 @@ def test_a_death_at_any_step_of_a_run_leaves_a_whole_point_or_a_partial(builder:
     committed = []
     while True:
         ended = die_at(number, whole_run)
-        with builder.folder.lock():
-            committed.append(builder.folder.is_committed(P2))
-            ids = [point.id for point in builder.folder.points()]
+        with builder.directory.lock():
+            committed.append(builder.directory.is_committed(P2))
+            ids = [point.id for point in builder.directory.points()]
             assert ids == ([P1, P2] if committed[-1] else [P1])
             if committed[-1]:
-                found = builder.folder.point(P2)
+                found = builder.directory.point(P2)
                 assert (found.path / "vda.qcow2").read_bytes() == b"a"
-                assert builder.folder.pending_points() == []
-                found.path.rename(builder.folder.path / f"{P2}.partial")
-            for partial in builder.folder.pending_points():
+                assert builder.directory.pending_points() == []
+                found.path.rename(builder.directory.path / f"{P2}.partial")
+            for partial in builder.directory.pending_points():
                 partial.drop()
-            assert sorted(entry.name for entry in builder.folder.path.iterdir()) == [P1, "history", "lock"]
+            assert sorted(entry.name for entry in builder.directory.path.iterdir()) == [P1, "history", "lock"]
         if ended:
             break
         number += 1
@@ -125,12 +125,12 @@ def test_a_death_at_any_step_of_dropping_leaves_a_partial_to_drop_again(builder:
     while not ended:
         partial, _ = prepared(builder)
         ended = die_at(number, partial.drop)
-        left = builder.folder.pending_points()
+        left = builder.directory.pending_points()
         assert left == ([] if ended else left)
-        assert not builder.folder.is_committed(P2)
+        assert not builder.directory.is_committed(P2)
         for found in left:
             found.drop()
-        assert sorted(entry.name for entry in builder.folder.path.iterdir()) == ["lock"]
+        assert sorted(entry.name for entry in builder.directory.path.iterdir()) == ["lock"]
         number += 1
     assert number > 3
 
@@ -155,8 +155,8 @@ def test_a_failed_sync_is_never_a_commit(builder: Builder, monkeypatch, once):
             partial.commit(manifest)
         monkeypatch.setattr(os, "fsync", real_sync)
         assert count >= failing
-        assert not builder.folder.is_committed(P2)
-        assert builder.folder.pending_points() == [partial]
+        assert not builder.directory.is_committed(P2)
+        assert builder.directory.pending_points() == [partial]
         partial.drop()
 
 
@@ -165,10 +165,10 @@ def test_a_manifest_that_names_a_missing_image_is_not_committed(builder: Builder
     (partial.path / "vdb.qcow2").unlink()
     with pytest.raises(RepositoryError):
         partial.commit(manifest)
-    assert not builder.folder.is_committed(P2)
+    assert not builder.directory.is_committed(P2)
 
 
-def test_a_folder_that_can_not_be_looked_at_is_not_taken_for_uncommitted(builder: Builder, monkeypatch):
+def test_a_directory_that_can_not_be_looked_at_is_not_taken_for_uncommitted(builder: Builder, monkeypatch):
     prepared(builder)
 
     def broken(_path):
@@ -177,7 +177,7 @@ def test_a_folder_that_can_not_be_looked_at_is_not_taken_for_uncommitted(builder
     with monkeypatch.context() as patched:
         patched.setattr(Path, "lstat", broken)
         with pytest.raises(BackupctlError, match="Input/output"):
-            builder.folder.is_committed(P2)
+            builder.directory.is_committed(P2)
 
 
 @pytest.mark.parametrize(
@@ -195,4 +195,4 @@ def test_a_point_that_nobody_could_read_is_not_committed(builder: Builder, chang
     partial, manifest = prepared(builder)
     with pytest.raises(RepositoryError, match="its manifest is invalid"):
         partial.commit(replace(manifest, **changes))
-    assert not builder.folder.is_committed(P2)
+    assert not builder.directory.is_committed(P2)

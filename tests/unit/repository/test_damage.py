@@ -63,8 +63,8 @@ def sound(tmp_path_factory) -> Sound:
     return Sound(builder.repository.path, held)
 
 
-def flip_data(folder: Path, chance: random.Random) -> str:
-    image = some(folder, chance, "qcow2")
+def flip_data(directory: Path, chance: random.Random) -> str:
+    image = some(directory, chance, "qcow2")
     content = image.read_bytes()
     used = [at for at in range(CLUSTER, len(content), CLUSTER) if len(set(content[at : at + CLUSTER])) > 200]
     at = chance.choice(used)
@@ -72,9 +72,9 @@ def flip_data(folder: Path, chance: random.Random) -> str:
     return flip(image, at + chance.randrange(stored), chance)
 
 
-def flip_tables(folder: Path, chance: random.Random) -> str:
+def flip_tables(directory: Path, chance: random.Random) -> str:
     """In the bytes that mean something: the fixed header, L1, L2, reference counts."""
-    image = some(folder, chance, "qcow2")
+    image = some(directory, chance, "qcow2")
     content = image.read_bytes()
     (first,) = struct.unpack_from(">Q", content, 40)
     (counts_table,) = struct.unpack_from(">Q", content, 48)
@@ -92,34 +92,34 @@ def flip_tables(folder: Path, chance: random.Random) -> str:
     return flip(image, chance.choice(places), chance)
 
 
-def flip_papers(folder: Path, chance: random.Random) -> str:
+def flip_papers(directory: Path, chance: random.Random) -> str:
     papers = chance.choice(
-        [some(folder, chance, "digests"), folder / chance.choice(POINTS) / "manifest.json"]
+        [some(directory, chance, "digests"), directory / chance.choice(POINTS) / "manifest.json"]
     )
     return flip(papers, chance.randrange(papers.stat().st_size), chance)
 
 
-def truncate(folder: Path, chance: random.Random) -> str:
-    file = some_file(folder, chance)
+def truncate(directory: Path, chance: random.Random) -> str:
+    file = some_file(directory, chance)
     length = chance.randrange(file.stat().st_size)
     with file.open("r+b") as opened:
         opened.truncate(length)
     return f"{file} cut to {length}"
 
 
-def lose(folder: Path, chance: random.Random) -> str:
-    file = some_file(folder, chance)
+def lose(directory: Path, chance: random.Random) -> str:
+    file = some_file(directory, chance)
     file.unlink()
     return f"{file} lost"
 
 
-def lose_point(folder: Path, chance: random.Random) -> str:
-    point = folder / chance.choice(POINTS)
+def lose_point(directory: Path, chance: random.Random) -> str:
+    point = directory / chance.choice(POINTS)
     shutil.rmtree(point)
     return f"{point} lost"
 
 
-def swap(folder: Path, chance: random.Random) -> str:
+def swap(directory: Path, chance: random.Random) -> str:
     """Between points or between disks, with or without the digest maps; or the manifests."""
     one, other = chance.sample(POINTS, 2)
     disk = chance.choice(list(DISKS))
@@ -127,23 +127,23 @@ def swap(folder: Path, chance: random.Random) -> str:
     how = chance.choice(["points", "disks", "manifests"])
     for suffix in chance.choice([["qcow2"], ["digests"], ["qcow2", "digests"]]):
         if how == "points":
-            pairs.append((folder / one / f"{disk}.{suffix}", folder / other / f"{disk}.{suffix}"))
+            pairs.append((directory / one / f"{disk}.{suffix}", directory / other / f"{disk}.{suffix}"))
         elif how == "disks":
-            pairs.append((folder / one / f"vda.{suffix}", folder / one / f"vdb.{suffix}"))
-    for this, that in pairs or [(folder / one / "manifest.json", folder / other / "manifest.json")]:
+            pairs.append((directory / one / f"vda.{suffix}", directory / one / f"vdb.{suffix}"))
+    for this, that in pairs or [(directory / one / "manifest.json", directory / other / "manifest.json")]:
         content = this.read_bytes()
         this.write_bytes(that.read_bytes())
         that.write_bytes(content)
     return f"{how} swapped: {pairs or (one, other)}"
 
 
-def some(folder: Path, chance: random.Random, suffix: str) -> Path:
-    return folder / chance.choice(POINTS) / f"{chance.choice(list(DISKS))}.{suffix}"
+def some(directory: Path, chance: random.Random, suffix: str) -> Path:
+    return directory / chance.choice(POINTS) / f"{chance.choice(list(DISKS))}.{suffix}"
 
 
-def some_file(folder: Path, chance: random.Random) -> Path:
-    manifest = folder / chance.choice(POINTS) / "manifest.json"
-    return chance.choice([some(folder, chance, "qcow2"), some(folder, chance, "digests"), manifest])
+def some_file(directory: Path, chance: random.Random) -> Path:
+    manifest = directory / chance.choice(POINTS) / "manifest.json"
+    return chance.choice([some(directory, chance, "qcow2"), some(directory, chance, "digests"), manifest])
 
 
 def flip(file: Path, offset: int, chance: random.Random) -> str:
@@ -186,9 +186,11 @@ def check(sound: Sound, case: int, tmp_path: Path) -> None:
 def failure(path: Path, point: PointId, disk: str, target: Path) -> BackupctlError | None:
     """Restore a disk; returns the error, if it was refused."""
     try:
-        folder = Repository.open(path).vm(VM)
-        held = folder.point(point).id
-        request = RestoreRequest(folder=folder, point=held, to=str(target), disk=disk, image_format="raw")
+        directory = Repository.open(path).vm(VM)
+        held = directory.point(point).id
+        request = RestoreRequest(
+            directory=directory, point=held, to=str(target), disk=disk, image_format="raw"
+        )
         restore(request, Silent(), Cancellation())
     except BackupctlError as err:
         return err

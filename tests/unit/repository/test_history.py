@@ -34,14 +34,14 @@ def commit(builder: Builder, *points: str) -> None:
 
 
 def told(builder: Builder) -> list[str]:
-    return [one.message for one in audit.problems(builder.folder)]
+    return [one.message for one in audit.problems(builder.directory)]
 
 
 def reconcile(builder: Builder) -> None:
-    with builder.folder.lock():
-        for partial in builder.folder.pending_points():
+    with builder.directory.lock():
+        for partial in builder.directory.pending_points():
             partial.drop()
-        audit.reconcile(builder.folder)
+        audit.reconcile(builder.directory)
 
 
 def lines(builder: Builder) -> list[dict[str, str]]:
@@ -49,7 +49,7 @@ def lines(builder: Builder) -> list[dict[str, str]]:
 
 
 def path(builder: Builder) -> Path:
-    return builder.folder.path / "history"
+    return builder.directory.path / "history"
 
 
 @pytest.mark.parametrize("gone", [[P2], [P3], [P1, P2, P3]], ids=["middle", "newest", "all"])
@@ -57,27 +57,29 @@ def test_points_that_were_removed_are_named(builder: Builder, gone):
     commit(builder, P1, P2, P3)
     assert told(builder) == []
     for point in gone:
-        shutil.rmtree(builder.folder.path / point)
-    assert [one.point for one in audit.problems(builder.folder)] == gone
+        shutil.rmtree(builder.directory.path / point)
+    assert [one.point for one in audit.problems(builder.directory)] == gone
     assert all("is missing" in text for text in told(builder))
     reconcile(builder)  # what the next run does does not make it good
-    assert audit.missing(builder.folder) == tuple(gone)
+    assert audit.missing(builder.directory) == tuple(gone)
 
 
 def test_a_verify_of_a_vm_whose_points_are_all_gone_finds_damage(builder: Builder):
     commit(builder, P1)
-    shutil.rmtree(builder.folder.path / P1)
-    found = verify(builder.repository, builder.folder.name, None, VerifyScope(), Silent(), Cancellation())
+    shutil.rmtree(builder.directory.path / P1)
+    found = verify(builder.repository, builder.directory.name, None, VerifyScope(), Silent(), Cancellation())
     assert [(one.kind, one.path.name) for one in found.damage] == [("history", P1)]
     for wanted in (P1, "latest"):
         with pytest.raises(DamageFound, match="is missing"):
-            verify(builder.repository, builder.folder.name, wanted, VerifyScope(), Silent(), Cancellation())
+            verify(
+                builder.repository, builder.directory.name, wanted, VerifyScope(), Silent(), Cancellation()
+            )
 
 
 def test_a_verify_of_a_vm_without_any_point_is_an_error(builder: Builder):
     reconcile(builder)
     with pytest.raises(NoSuchPoint, match="no recovery point of vm1"):
-        verify(builder.repository, builder.folder.name, None, VerifyScope(), Silent(), Cancellation())
+        verify(builder.repository, builder.directory.name, None, VerifyScope(), Silent(), Cancellation())
 
 
 def test_a_verify_of_an_empty_repository_says_that_there_is_nothing(builder: Builder):
@@ -88,9 +90,9 @@ def test_a_verify_of_an_empty_repository_says_that_there_is_nothing(builder: Bui
 
 def test_a_point_of_another_content_under_the_same_name_is_found(builder: Builder):
     commit(builder, P1, P2)
-    manifest = builder.folder.path / P2 / "manifest.json"
+    manifest = builder.directory.path / P2 / "manifest.json"
     manifest.write_bytes(builder.manifest(P2, disk_entry("vdb")).to_json())
-    assert [one.point for one in audit.problems(builder.folder)] == [P2]
+    assert [one.point for one in audit.problems(builder.directory)] == [P2]
     assert "not the one that was committed" in told(builder)[0]
 
 
@@ -101,7 +103,7 @@ def pruned(builder: Builder, tmp_path) -> tuple[Builder, Path]:
     builder.point(P2, (disk_entry(size=MIB, parent=P1), [(65536, b"b" * 65536)]))
     before = tmp_path / "before"
     shutil.copytree(builder.repository.path, before)
-    prune.prune(builder.folder, Rules(last=1), Silent(), Cancellation())
+    prune.prune(builder.directory, Rules(last=1), Silent(), Cancellation())
     return builder, before
 
 
@@ -117,8 +119,8 @@ def test_what_a_prune_drops_and_changes_is_no_problem(pruned):
 def test_older_copies_that_are_put_back_are_found(pruned):
     builder, before = pruned
     for point in (P1, P2):
-        shutil.rmtree(builder.folder.path / point, ignore_errors=True)
-        shutil.copytree(before / "vm1" / point, builder.folder.path / point)
+        shutil.rmtree(builder.directory.path / point, ignore_errors=True)
+        shutil.copytree(before / "vm1" / point, builder.directory.path / point)
     texts = told(builder)
     assert any("was dropped by a prune and is there again" in text for text in texts)
     assert any("replaced by an older copy" in text for text in texts)
@@ -129,12 +131,12 @@ def test_older_copies_that_are_put_back_are_found(pruned):
 def test_a_repository_without_a_history_is_whole_and_gets_one(builder: Builder):
     commit(builder, P1, P2)
     path(builder).unlink()
-    shutil.rmtree(builder.folder.path / P1)
+    shutil.rmtree(builder.directory.path / P1)
     assert told(builder) == []
     reconcile(builder)
     assert [(line["event"], line["point"]) for line in lines(builder)] == [("begun", None), ("found", P2)]
-    shutil.rmtree(builder.folder.path / P2)
-    assert audit.missing(builder.folder) == (P2,)
+    shutil.rmtree(builder.directory.path / P2)
+    assert audit.missing(builder.directory) == (P2,)
 
 
 def test_a_point_that_an_older_backupctl_made_is_no_problem_and_written_down(builder: Builder):
@@ -177,10 +179,10 @@ def _without(number: int, content: bytes) -> bytes:
 def test_a_history_that_was_changed_is_told(builder: Builder, change):
     commit(builder, P1, P2)
     path(builder).write_bytes(change(path(builder).read_bytes()))
-    assert [one.point for one in audit.problems(builder.folder)].count(None) == 1
+    assert [one.point for one in audit.problems(builder.directory)].count(None) == 1
     reconcile(builder)
     commit(builder, P3)
-    assert None in [one.point for one in audit.problems(builder.folder)], "and goes on being told"
+    assert None in [one.point for one in audit.problems(builder.directory)], "and goes on being told"
 
 
 def test_a_death_at_any_step_raises_no_false_alarm_and_hides_no_loss(builder: Builder):
@@ -191,10 +193,10 @@ def test_a_death_at_any_step_raises_no_false_alarm_and_hides_no_loss(builder: Bu
         assert told(builder) == [], f"after step {number}"
         reconcile(builder)
         assert told(builder) == [], f"after step {number}, and the next run"
-        if builder.folder.is_committed(P2):
-            builder.folder.point(P2).path.rename(builder.repository.path / "away")
-            assert audit.missing(builder.folder) == (P2,)
-            (builder.repository.path / "away").rename(builder.folder.path / f"{P2}.partial")
+        if builder.directory.is_committed(P2):
+            builder.directory.point(P2).path.rename(builder.repository.path / "away")
+            assert audit.missing(builder.directory) == (P2,)
+            (builder.repository.path / "away").rename(builder.directory.path / f"{P2}.partial")
             reconcile(builder)
         number += 1
     assert number > 15
@@ -211,15 +213,15 @@ def test_a_death_at_any_step_of_a_prune_raises_no_false_alarm(builder: Builder, 
         other = Builder(type(builder.repository).open(copy))
         ended = die_at(
             number,
-            lambda other=other: prune.prune(other.folder, Rules(last=1), Silent(), Cancellation()),
+            lambda other=other: prune.prune(other.directory, Rules(last=1), Silent(), Cancellation()),
             changing_step,
         )
         assert told(other) == [], f"after step {number}"
         reconcile(other)
         assert told(other) == [], f"after step {number}, and the next run"
-        known = history.read(other.folder.path)
+        known = history.read(other.directory.path)
         assert known is not None
-        for point in other.folder.points():
+        for point in other.directory.points():
             assert known.points[point.id].manifests == (point.manifest.checksum,)
         shutil.rmtree(copy)
         number += 9
@@ -247,13 +249,13 @@ def test_a_failed_sync_leaves_no_line_that_counts(builder: Builder, monkeypatch)
 
     monkeypatch.setattr(os, "fsync", sync)
     with pytest.raises(Exception, match="Input/output error"):
-        history.record(builder.folder.path, PointEvent("dropped", P1))
+        history.record(builder.directory.path, PointEvent("dropped", P1))
     assert path(builder).read_bytes() == before
 
 
 def test_a_marker_without_its_line_is_made_good_by_the_next_run(builder: Builder):
     commit(builder, P1, P2)
-    markers.put(builder.folder.path / P1, markers.RETIRED)
+    markers.put(builder.directory.path / P1, markers.RETIRED)
     assert told(builder) == []
     reconcile(builder)
     assert (lines(builder)[-1]["event"], lines(builder)[-1]["point"]) == ("dropped", P1)
@@ -263,6 +265,6 @@ def test_every_point_of_a_damaged_chain_is_named(builder: Builder):
     builder.point(P1, (disk_entry(size=MIB), [(0, b"a" * 65536)]), (disk_entry("vdb"), []))
     builder.point(P2, (disk_entry(size=MIB, parent=P1), []), (disk_entry("vdb"), []))
     builder.point(P3, (disk_entry(size=MIB), []))
-    assert chain.damaged(builder.folder) == ()
-    (builder.folder.path / P1 / "vda.digests").unlink()
-    assert [(one.point, one.disk) for one in chain.damaged(builder.folder)] == [(P1, "vda"), (P2, "vda")]
+    assert chain.damaged(builder.directory) == ()
+    (builder.directory.path / P1 / "vda.digests").unlink()
+    assert [(one.point, one.disk) for one in chain.damaged(builder.directory)] == [(P1, "vda"), (P2, "vda")]

@@ -23,76 +23,78 @@ def chained(builder: Builder) -> Builder:
 
 def is_free(builder: Builder, point: str) -> bool:
     try:
-        with locks.folder(builder.folder.path / point, 0):
+        with locks.directory(builder.directory.path / point, 0):
             return True
     except Locked:
         return False
 
 
 def test_a_reader_holds_its_point_and_all_below_it(chained: Builder):
-    with read_locks.reading(chained.folder, P2) as held:
+    with read_locks.reading(chained.directory, P2) as held:
         assert held.id == P2
         assert [is_free(chained, point) for point in (P1, P2, P3)] == [False, False, True]
     assert is_free(chained, P1)
 
 
 def test_two_readers_do_not_shut_each_other_out(chained: Builder):
-    with read_locks.reading(chained.folder, P2), read_locks.reading(chained.folder, P1) as held:
+    with read_locks.reading(chained.directory, P2), read_locks.reading(chained.directory, P1) as held:
         assert held.id == P1
 
 
 def test_a_reader_waits_for_a_switch_but_not_for_ever(chained: Builder, monkeypatch):
     monkeypatch.setattr(read_locks, "_PATIENCE_SECONDS", 0.1)
     with (
-        locks.folder(chained.folder.path / P1, 0),
+        locks.directory(chained.directory.path / P1, 0),
         pytest.raises(Locked, match="prune"),
-        read_locks.reading(chained.folder, P2),
+        read_locks.reading(chained.directory, P2),
     ):
         pass
 
 
-def test_where_folders_cannot_be_locked_reading_goes_on_and_pruning_does_not(chained: Builder, monkeypatch):
+def test_where_directories_cannot_be_locked_reading_goes_on_and_pruning_does_not(
+    chained: Builder, monkeypatch
+):
     """As on some network file systems."""
 
     def unable(_descriptor: int, _how: int) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")
 
     monkeypatch.setattr(fcntl, "flock", unable)
-    with read_locks.reading(chained.folder, P2) as held:
+    with read_locks.reading(chained.directory, P2) as held:
         assert held.id == P2
-    with pytest.raises(RepositoryError, match="cannot lock"), locks.folder(held.path, 0):
+    with pytest.raises(RepositoryError, match="cannot lock"), locks.directory(held.path, 0):
         pass
 
 
 def test_a_damaged_disk_does_not_keep_the_others_from_being_held(builder: Builder):
     builder.point(P1, (disk_entry(), []), (disk_entry("vdb"), []))
     builder.point(P2, (disk_entry(parent=P1), []), (disk_entry("vdb"), []))
-    (builder.folder.path / P1 / "manifest.json").write_text("{}")
-    with read_locks.reading(builder.folder, P2) as held:
+    (builder.directory.path / P1 / "manifest.json").write_text("{}")
+    with read_locks.reading(builder.directory, P2) as held:
         assert held.id == P2
         assert not is_free(builder, P2)
 
 
 def test_a_retired_point_is_none_but_its_layers_are_still_read(chained: Builder):
-    folder = chained.folder
-    markers.put(folder.path / P1, markers.RETIRED)
-    assert [point.id for point in folder.points()] == [P2, P3]
-    assert not folder.is_committed(P1)
+    directory = chained.directory
+    markers.put(directory.path / P1, markers.RETIRED)
+    assert [point.id for point in directory.points()] == [P2, P3]
+    assert not directory.is_committed(P1)
     with pytest.raises(NoSuchPoint):
-        folder.point(P1)
-    assert [point.id for point in folder.retired().points] == [P1]
-    assert [path.parent.name for path in chain.paths(folder, folder.point(P2), "vda")] == [P2, P1]
+        directory.point(P1)
+    assert [point.id for point in directory.retired().points] == [P1]
+    assert [path.parent.name for path in chain.paths(directory, directory.point(P2), "vda")] == [P2, P1]
 
 
 def test_the_id_of_a_retired_point_still_counts(chained: Builder):
     """Two points of one id would be two bitmaps of one name."""
-    markers.put(chained.folder.path / P3, markers.RETIRED)
-    assert chained.folder.newest() == P3
-    assert chained.folder.point("latest").id == P2
+    markers.put(chained.directory.path / P3, markers.RETIRED)
+    assert chained.directory.newest() == P3
+    assert chained.directory.point("latest").id == P2
 
 
 def test_a_marker_is_put_and_taken_away_any_number_of_times(chained: Builder):
-    path = chained.folder.path / P1
+    path = chained.directory.path / P1
     for _ in range(2):
         markers.put(path, markers.PROTECTED)
         assert markers.has(path, markers.PROTECTED)

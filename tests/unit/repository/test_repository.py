@@ -39,15 +39,15 @@ def test_a_repository_keeps_its_id(tmp_path):
     assert made.owner.tag == made.id[:8]
 
 
-def test_the_name_of_each_folder_that_is_made_for_it_is_durable(tmp_path, monkeypatch):
+def test_the_name_of_each_directory_that_is_made_for_it_is_durable(tmp_path, monkeypatch):
     synced = []
-    real = durable.sync_folder
-    monkeypatch.setattr(durable, "sync_folder", lambda path: (synced.append(path), real(path)))
+    real = durable.sync_directory
+    monkeypatch.setattr(durable, "sync_directory", lambda path: (synced.append(path), real(path)))
     Repository.create(tmp_path / "a" / "b" / "c")
     assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"} <= set(synced)
 
 
-def test_a_folder_with_other_things_is_not_made_a_repository(tmp_path):
+def test_a_directory_with_other_things_is_not_made_a_repository(tmp_path):
     (tmp_path / "letters").mkdir()
     with pytest.raises(NotARepository):
         Repository.open_or_create(tmp_path)
@@ -105,7 +105,7 @@ def test_a_damaged_repository_file_is_damage(tmp_path, content):
         Repository.open_or_create(tmp_path)
 
 
-def test_what_is_no_folder_is_no_repository(tmp_path):
+def test_what_is_no_directory_is_no_repository(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotARepository):
         Repository.open(tmp_path / "file")
@@ -129,19 +129,19 @@ def test_names_that_a_repository_has_already_are_refused(name):
 def test_points_come_oldest_first_and_latest_is_the_last(builder: Builder):
     for point in (P2, P1, P3):
         plain_point(builder, point)
-    assert [point.id for point in builder.folder.points()] == [P1, P2, P3]
-    assert builder.folder.point("latest").id == P3
-    assert builder.folder.point(P1).id == P1
+    assert [point.id for point in builder.directory.points()] == [P1, P2, P3]
+    assert builder.directory.point("latest").id == P3
+    assert builder.directory.point(P1).id == P1
     assert builder.repository.vms() == ["vm1"]
 
 
 def test_a_point_that_is_not_there_is_told(builder: Builder):
     with pytest.raises(NoSuchPoint):
-        builder.folder.point("latest")
+        builder.directory.point("latest")
     with pytest.raises(NoSuchPoint):
-        builder.folder.point(P1)
+        builder.directory.point(P1)
     with pytest.raises(InvalidName):
-        builder.folder.point("../vm1")
+        builder.directory.point("../vm1")
 
 
 def test_a_point_that_a_prune_removes_meanwhile_is_none_and_not_damaged(builder: Builder, monkeypatch):
@@ -152,43 +152,43 @@ def test_a_point_that_a_prune_removes_meanwhile_is_none_and_not_damaged(builder:
 
     def too_late(path: Path, most_bytes: int) -> bytes:
         if path.parent.name == P1:
-            PendingPoint(builder.folder.path, builder.folder.name, P1).uncommit()
+            PendingPoint(builder.directory.path, builder.directory.name, P1).uncommit()
         return real(path, most_bytes)
 
     monkeypatch.setattr(safe_open, "read", too_late)
-    survey = builder.folder.scan_points()
+    survey = builder.directory.scan_points()
     assert ([point.id for point in survey.points], survey.damaged) == ([P2], ())
-    PendingPoint(builder.folder.path, builder.folder.name, P1).path.rename(builder.folder.path / P1)
+    PendingPoint(builder.directory.path, builder.directory.name, P1).path.rename(builder.directory.path / P1)
     with pytest.raises(NoSuchPoint):
-        builder.folder.point(P1)
+        builder.directory.point(P1)
 
 
 def test_a_partial_is_no_point_but_its_id_is_in_use(builder: Builder):
     plain_point(builder, P1)
     partial = builder.begin(P2)
-    assert not builder.folder.is_committed(P2)
-    assert [point.id for point in builder.folder.points()] == [P1]
-    assert builder.folder.newest() == P2
-    assert builder.folder.pending_points() == [partial]
+    assert not builder.directory.is_committed(P2)
+    assert [point.id for point in builder.directory.points()] == [P1]
+    assert builder.directory.newest() == P2
+    assert builder.directory.pending_points() == [partial]
 
 
 def test_one_damaged_point_does_not_hide_the_others(builder: Builder):
     for point in (P1, P2, P3):
         plain_point(builder, point)
-    (builder.folder.path / P2 / "manifest.json").write_text("{}")
-    survey = builder.folder.scan_points()
+    (builder.directory.path / P2 / "manifest.json").write_text("{}")
+    survey = builder.directory.scan_points()
     assert [point.id for point in survey.points] == [P1, P3]
     ((path, error),) = survey.damaged
-    assert path == builder.folder.path / P2
+    assert path == builder.directory.path / P2
     assert str(path) in error.message
     with pytest.raises(DamageFound):
-        builder.folder.points()
+        builder.directory.points()
 
 
-def test_a_point_in_another_ones_folder_is_damage(builder: Builder):
-    plain_point(builder, P1).path.rename(builder.folder.path / P2)
+def test_a_point_in_another_ones_directory_is_damage(builder: Builder):
+    plain_point(builder, P1).path.rename(builder.directory.path / P2)
     with pytest.raises(DamageFound, match="another point"):
-        builder.folder.point(P2)
+        builder.directory.point(P2)
 
 
 def test_a_manifest_behind_a_symbolic_link_is_not_read(builder: Builder, tmp_path):
@@ -196,7 +196,7 @@ def test_a_manifest_behind_a_symbolic_link_is_not_read(builder: Builder, tmp_pat
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DamageFound):
-        builder.folder.point(P1)
+        builder.directory.point(P1)
 
 
 def test_a_manifest_that_is_a_pipe_does_not_hang(builder: Builder):
@@ -204,20 +204,20 @@ def test_a_manifest_that_is_a_pipe_does_not_hang(builder: Builder):
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(DamageFound):
-        builder.folder.point(P1)
+        builder.directory.point(P1)
 
 
-def test_a_linked_folder_is_no_point(builder: Builder, tmp_path):
+def test_a_linked_directory_is_no_point(builder: Builder, tmp_path):
     plain_point(builder, P1).path.rename(tmp_path / "elsewhere")
-    (builder.folder.path / P1).symlink_to(tmp_path / "elsewhere")
-    assert not builder.folder.is_committed(P1)
-    assert builder.folder.points() == ()
+    (builder.directory.path / P1).symlink_to(tmp_path / "elsewhere")
+    assert not builder.directory.is_committed(P1)
+    assert builder.directory.points() == ()
 
 
 def test_a_second_run_is_locked_out_and_told_by_whom(builder: Builder):
-    with builder.folder.lock(), pytest.raises(Locked, match=str(os.getpid())), builder.folder.lock():
+    with builder.directory.lock(), pytest.raises(Locked, match=str(os.getpid())), builder.directory.lock():
         raise AssertionError
-    with builder.folder.lock():
+    with builder.directory.lock():
         pass
 
 
@@ -238,20 +238,20 @@ def test_a_dead_run_leaves_no_lock(builder: Builder):
     )
     try:
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(Locked, match=str(holder.pid)), builder.folder.lock():
+        with pytest.raises(Locked, match=str(holder.pid)), builder.directory.lock():
             raise AssertionError
     finally:
         holder.kill()
         holder.wait(10)
         holder.stdout.close()
-    with builder.folder.lock():
-        assert builder.folder.exists()
+    with builder.directory.lock():
+        assert builder.directory.exists()
 
 
 def test_a_lock_behind_a_symbolic_link_is_refused(builder: Builder, tmp_path):
-    builder.folder.path.mkdir()
-    (builder.folder.path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(RepositoryError), builder.folder.lock():
+    builder.directory.path.mkdir()
+    (builder.directory.path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RepositoryError), builder.directory.lock():
         raise AssertionError
     assert not (tmp_path / "precious").exists()
 
@@ -279,11 +279,11 @@ def test_dropping_leaves_nothing_and_may_be_repeated(builder: Builder):
     (partial.path / "deep").mkdir()
     partial.drop()
     partial.drop()
-    assert builder.folder.pending_points() == []
+    assert builder.directory.pending_points() == []
     assert not partial.path.exists()
 
 
-def test_dropping_does_not_follow_links_out_of_the_folder(builder: Builder, tmp_path):
+def test_dropping_does_not_follow_links_out_of_the_directory(builder: Builder, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "file").write_text("x")
@@ -292,7 +292,7 @@ def test_dropping_does_not_follow_links_out_of_the_folder(builder: Builder, tmp_
     partial.drop()
     assert (precious / "file").exists()
     partial.path.symlink_to(precious)
-    assert builder.folder.pending_points() == []
+    assert builder.directory.pending_points() == []
     with pytest.raises(RepositoryError):
         partial.drop()
     assert (precious / "file").exists()
@@ -322,8 +322,8 @@ def test_choosing_an_id_waits_for_others_who_choose_but_not_for_ever(builder: Bu
     monkeypatch.setattr("backupctl.repository.repository._NAMING_SECONDS", 0.2)
     choose = builder.repository.next_point
     with (
-        choose(builder.folder, point_time(P1)),
+        choose(builder.directory, point_time(P1)),
         pytest.raises(Locked),
-        choose(builder.folder, point_time(P1)),
+        choose(builder.directory, point_time(P1)),
     ):
         pass

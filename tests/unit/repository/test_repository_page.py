@@ -71,17 +71,17 @@ def environment(builder: Builder, point: str) -> dict[str, str]:
     return {"PATH": path, "HOME": "/nonexistent", **values}
 
 
-def follow(builder: Builder, point: str, folder: Path) -> str:
+def follow(builder: Builder, point: str, directory: Path) -> str:
     """Run the page's commands, one after the other, as a stranger would; returns what they print."""
-    folder.mkdir()
-    (folder / "reader.py").write_text(READER)
+    directory.mkdir()
+    (directory / "reader.py").write_text(READER)
     values = environment(builder, point)
     said = [shlex.quote(f"{name}={values[name]}") for name in ("REPOSITORY", "VM", "POINT", "DISK")]
     assert COMMANDS[0].startswith("export REPOSITORY=")
     script = "\n".join([f"export {' '.join(said)}", *COMMANDS[1:]])
     done = subprocess.run(
         ["bash", "-euc", script],
-        cwd=folder,
+        cwd=directory,
         env=values,
         capture_output=True,
         text=True,
@@ -117,13 +117,13 @@ def test_a_stranger_gets_every_point_back_and_can_prove_it(chain, tmp_path, poin
     assert said.rstrip().endswith("0 wrong")
     assert f"\n{P1}\n{P2}\n{P3}\n" in said, "the points are listed, newest last"
     same = ["qemu-img", "compare", "boot.qcow2", "disk.raw"]
-    folder = tmp_path / "stranger"
-    assert subprocess.run(same, cwd=folder, capture_output=True, timeout=60, check=False).returncode == 0
+    directory = tmp_path / "stranger"
+    assert subprocess.run(same, cwd=directory, capture_output=True, timeout=60, check=False).returncode == 0
 
 
 def test_what_is_retired_is_no_point_but_is_read_all_the_same(chain, tmp_path):
     builder, held = chain
-    markers.put(builder.folder.path / P2, markers.RETIRED)
+    markers.put(builder.directory.path / P2, markers.RETIRED)
     said = follow(builder, P3, tmp_path / "stranger")
     assert f"\n{P1}\n{P3}\n" in said
     assert (tmp_path / "stranger" / "disk.raw").read_bytes() == held[P3]
@@ -139,12 +139,12 @@ def test_in_the_middle_of_a_prune_the_page_holds_as_well(chain, tmp_path):
         shutil.copytree(builder.repository.path, copy)
         other = Builder(Repository.open(copy))
         whole = die_at(
-            number, lambda other=other: prune.prune(other.folder, Rules(last=1), Silent(), Cancellation())
+            number, lambda other=other: prune.prune(other.directory, Rules(last=1), Silent(), Cancellation())
         )
-        _convert(other.folder.path / P3 / "vda.qcow2", tmp_path / "raw")
+        _convert(other.directory.path / P3 / "vda.qcow2", tmp_path / "raw")
         assert (tmp_path / "raw").read_bytes() == held[P3]
         assert read(other, P3, tmp_path / "raw").returncode == 0
-        states |= {path.name for path in other.folder.path.glob("*/*")}
+        states |= {path.name for path in other.directory.path.glob("*/*")}
         states |= {"described"} if '"digests"' in _merged(other) else set()
         number += 6
     assert {"retired", "vda.merging", "vda.digests.merged", "described"} <= states, "all of it was met"
@@ -165,7 +165,7 @@ def _convert(image: Path, raw: Path) -> None:
 
 def _merged(builder: Builder) -> str:
     """Return what the newest manifest says between its two descriptions of a disk."""
-    text = (builder.folder.path / P3 / "manifest.json").read_text()
+    text = (builder.directory.path / P3 / "manifest.json").read_text()
     return "".join(re.findall(r'"merged": (\{[^}]*\})', text))
 
 
@@ -174,7 +174,7 @@ def test_the_reader_finds_any_changed_byte_of_what_describes_a_layer(chain, tmp_
     """A dozen bytes of each, each on its own: a reader that only seems to check does not pass this."""
     builder, held = chain
     (tmp_path / "raw").write_bytes(held[P2])
-    path = builder.folder.path / P2 / name
+    path = builder.directory.path / P2 / name
     content = path.read_bytes()
     places = {"vda.qcow2": [0, 4, 8, 16, 20, 24, 31]}.get(name, range(0, len(content), len(content) // 12))
     for at in places:
@@ -223,13 +223,13 @@ def test_a_stranger_can_check_the_history(builder: Builder):
     """By the words of the page alone: each line's checksum, and that it follows from the one before."""
     builder.point(P1, (disk_entry(size=MIB), [(0, b"x" * MIB)]))
     before = ""
-    for line in (builder.folder.path / "history").read_text().splitlines():
+    for line in (builder.directory.path / "history").read_text().splitlines():
         found = json.loads(line)
         said = found.pop("checksum")
         text = json.dumps(found, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         assert (blake3(text.encode()).hexdigest(16), found["before"]) == (said, before)
         before = said
-    manifest = json.loads((builder.folder.path / P1 / "manifest.json").read_text())
+    manifest = json.loads((builder.directory.path / P1 / "manifest.json").read_text())
     assert (found["event"], found["point"], found["manifest"]) == ("committed", P1, manifest["checksum"])
 
 
@@ -239,6 +239,6 @@ def test_the_page_names_every_marker():
 
 def test_a_full_tebibyte_takes_what_the_page_says(builder: Builder):
     builder.point(P1, (disk_entry(size=MIB), [(0, b"x" * MIB)]))
-    path = builder.folder.path / P1 / "vda.digests"
+    path = builder.directory.path / P1 / "vda.digests"
     each = (path.stat().st_size - 64) / len(DigestMap.open(path).records)
     assert f"{each * (1 << 40) / CLUSTER_BYTES / MIB:.0f} MiB" in PAGE

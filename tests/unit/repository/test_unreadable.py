@@ -40,7 +40,7 @@ Spoil = Callable[..., None]
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
-    """Has every open of a file or folder fail from now on whose path ends like that."""
+    """Has every open of a file or directory fail from now on whose path ends like that."""
     real = os.open
 
     def now(ending: str, number: int = errno.EIO) -> None:
@@ -60,7 +60,7 @@ def verified(builder: Builder, **depth: object) -> VerifyReport:
 
 def restored(builder: Builder, to: Path, *, allow_damage: bool = False) -> None:
     request = RestoreRequest(
-        folder=builder.folder, point=P2, to=str(to), image_format="raw", allow_damage=allow_damage
+        directory=builder.directory, point=P2, to=str(to), image_format="raw", allow_damage=allow_damage
     )
     restore(request, Silent(), Cancellation())
 
@@ -72,7 +72,7 @@ def test_a_chain_that_can_not_be_read_is_not_taken_for_damaged(two_points, spoil
     for number in ERRORS:
         spoil(f"{P1}/{name}", number)
         with pytest.raises(RepositoryUnreadable, match=os.strerror(number)) as told:
-            chain.chain_error(builder.folder, P2, VDA)
+            chain.chain_error(builder.directory, P2, VDA)
         assert told.value.exit_code == 1
 
 
@@ -98,9 +98,9 @@ def test_an_error_in_the_middle_of_a_file_is_none_of_its_bytes(two_points, monke
 
     monkeypatch.setattr(os, "fdopen", lambda *arguments: Failing(real(*arguments)))
     with pytest.raises(RepositoryUnreadable, match="Input/output error"):
-        builder.folder.scan_points()
+        builder.directory.scan_points()
     with pytest.raises(RepositoryUnreadable):
-        DigestMap.open(builder.folder.path / P1 / "vda.digests")
+        DigestMap.open(builder.directory.path / P1 / "vda.digests")
 
 
 @pytest.mark.parametrize("name", ["vda.digests", "vda.qcow2", "manifest.json", ""])
@@ -121,7 +121,7 @@ def test_the_exit_code_of_what_could_not_be_checked_is_1_and_damage_elsewhere_wi
     assert isinstance(done.exception, RepositoryUnreadable)
     assert "NOT CHECKED: " in done.output
     assert "no damage, 1 not checked" in done.output
-    with (builder.folder.path / P2 / "vda.digests").open("r+b") as file:
+    with (builder.directory.path / P2 / "vda.digests").open("r+b") as file:
         file.write(b"X")
     done = CliRunner().invoke(cli, [*call, "--json"])
     assert isinstance(done.exception, DamageFound)
@@ -132,14 +132,14 @@ def test_a_point_asked_for_says_what_below_it_could_not_be_checked(two_points, s
     builder, _ = two_points
     spoil(f"{P1}/manifest.json", errno.ETIMEDOUT)
     report = verify(
-        builder.repository, builder.folder.name, P2, VerifyScope(data=False), Silent(), Cancellation()
+        builder.repository, builder.directory.name, P2, VerifyScope(data=False), Silent(), Cancellation()
     )
     assert (report.damage, len(report.unchecked)) == ((), 1)
 
 
 def test_a_disk_that_fails_is_told_from_tables_that_lead_nowhere(two_points, tmp_path, monkeypatch):
     builder, content = two_points
-    image = builder.folder.path / P1 / "vda.qcow2"
+    image = builder.directory.path / P1 / "vda.qcow2"
     sound = image.read_bytes()
     damaged = bytearray(sound)
     (first,) = struct.unpack_from(">Q", damaged, 40)
@@ -185,7 +185,7 @@ def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, tmp_pa
     with pytest.raises(RepositoryUnreadable):
         partial.journal()
     monkeypatch.setattr(Monitor, "connect", lambda *_: nullcontext())
-    vm = VmConfig(builder.folder.name, Address(path="/nowhere"))
+    vm = VmConfig(builder.directory.name, Address(path="/nowhere"))
     with pytest.raises(NeedsRecovery, match=r"cannot read .*run\.json"):
         recover(vm, builder.repository, Silent(), Cancellation(), tmp_path)
     assert partial.path.exists()

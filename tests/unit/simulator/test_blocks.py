@@ -32,10 +32,10 @@ def vm(tmp_path_factory):
     made.end(clean=False)
 
 
-def power_on(folder, faults=None):
+def power_on(directory, faults=None):
     events = []
     disks = (DiskSpec.parse(f"vda={SIZE}"), DiskSpec.parse(f"vdb={SIZE},format=raw"))
-    made = Machine(Settings(folder, disks), faults or Faults(), events.append, Power(events.append))
+    made = Machine(Settings(directory, disks), faults or Faults(), events.append, Power(events.append))
     made.events = events
     return made
 
@@ -46,7 +46,7 @@ def run(vm, command, **arguments):
 
 
 def scratch(vm, name="tmp0", backing="drive-vda"):
-    path = vm.settings.folder / f"{name}.qcow2"
+    path = vm.settings.directory / f"{name}.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True, timeout=20)
     file = {"driver": "file", "filename": str(path)}
     run(vm, "blockdev-add", driver="qcow2", node_name=name, file=file, backing=backing)
@@ -288,7 +288,7 @@ def test_a_new_file_knows_nothing_of_an_older_one_with_its_number(vm):
     tmp = scratch(vm, backing=None)
     tmp.write(0, b"o" * CLUSTER)
     run(vm, "blockdev-del", node_name="tmp0")
-    path = vm.settings.folder / "tmp0.qcow2"
+    path = vm.settings.directory / "tmp0.qcow2"
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE)], check=True, timeout=20)
     file = {"driver": "file", "filename": str(path)}
     vm.guest.change("vda", "write", 0, 512, b"n" * 512)
@@ -301,7 +301,7 @@ def test_a_file_that_is_added_again_still_holds_what_was_written(vm):
     vm.guest.change("vda", "write", 0, 512, b"n" * 512)
     tmp.zero(0, CLUSTER)
     run(vm, "blockdev-del", node_name="tmp0")
-    file = {"driver": "file", "filename": str(vm.settings.folder / "tmp0.qcow2")}
+    file = {"driver": "file", "filename": str(vm.settings.directory / "tmp0.qcow2")}
     run(vm, "blockdev-add", driver="qcow2", node_name="tmp0", file=file, backing="drive-vda")
     assert vm.graph.find("tmp0").read(0, 512) == bytes(512)
 

@@ -79,7 +79,7 @@ def vm(tmp_path_factory):
 def test_a_command_answers_or_refuses(vm, command, data):
     chosen, wanted = TABLE[command], data.draw(given_for(command))
     here = os.getcwd()
-    os.chdir(vm.settings.folder)  # a command may make a socket
+    os.chdir(vm.settings.directory)  # a command may make a socket
     try:
         if chosen.form is not None:
             arguments.check(chosen.form, wanted)

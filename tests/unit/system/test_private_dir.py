@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The folders for sockets, where the user's temporary folder is no good for that."""
+"""The directories for sockets, where the user's temporary directory is no good for that."""
 
 import os
 import socket
@@ -36,36 +36,36 @@ def named(short: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", ["x" * 100, ODD], ids=["too long", "no utf-8"])
-def test_a_temporary_folder_that_no_socket_can_lie_in_is_passed_over(short, monkeypatch, name):
+def test_a_temporary_directory_that_no_socket_can_lie_in_is_passed_over(short, monkeypatch, name):
     made = named(short, name, monkeypatch)
     private_dir.check()
-    with private_dir.folder() as folder, socket.socket(socket.AF_UNIX) as listener:
-        assert made not in folder.parents
-        assert folder.stat().st_mode & 0o777 == 0o700
-        (folder / "public").mkdir()
-        listener.bind(str(folder / "public" / "nbd.sock"))
-    assert not folder.exists()
+    with private_dir.directory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        assert made not in directory.parents
+        assert directory.stat().st_mode & 0o777 == 0o700
+        (directory / "public").mkdir()
+        listener.bind(str(directory / "public" / "nbd.sock"))
+    assert not directory.exists()
     assert list(made.iterdir()) == []
 
 
-def test_the_longest_temporary_folder_that_is_used_has_room_for_the_longest_socket(short, monkeypatch):
+def test_the_longest_temporary_directory_that_is_used_has_room_for_the_longest_socket(short, monkeypatch):
     room = private_dir._SOCKET_BYTES - len(private_dir._LONGEST) - len(str(short)) - 1
     made = named(short, "x" * room, monkeypatch)
-    with private_dir.folder() as folder, socket.socket(socket.AF_UNIX) as listener:
-        assert folder.parent == made
-        (folder / "public").mkdir()
-        listener.bind(str(folder / "public" / "nbd.sock"))
+    with private_dir.directory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        assert directory.parent == made
+        (directory / "public").mkdir()
+        listener.bind(str(directory / "public" / "nbd.sock"))
 
 
 @pytest.mark.parametrize("name", ["x" * 100, ODD], ids=["too long", "no utf-8"])
-def test_without_any_folder_for_a_socket_it_is_a_typed_error(short, monkeypatch, name):
+def test_without_any_directory_for_a_socket_it_is_a_typed_error(short, monkeypatch, name):
     named(short, name, monkeypatch)
     monkeypatch.setattr(private_dir, "_ELSEWHERE", ("/nowhere",))
-    with pytest.raises(Failed, match=r"cannot use the temporary folder.*set TMPDIR"):
+    with pytest.raises(Failed, match=r"cannot use the temporary directory.*set TMPDIR"):
         private_dir.check()
 
 
-def test_a_temporary_folder_that_takes_no_socket_is_told_before_a_run_begins(short, monkeypatch):
+def test_a_temporary_directory_that_takes_no_socket_is_told_before_a_run_begins(short, monkeypatch):
     """As on a file system that has none."""
 
     class Socket(socket.socket):
@@ -74,7 +74,9 @@ def test_a_temporary_folder_that_takes_no_socket_is_told_before_a_run_begins(sho
 
     made = named(short, "t", monkeypatch)
     monkeypatch.setattr(socket, "socket", Socket)
-    with pytest.raises(Failed, match=f"cannot make a socket in the temporary folder {made}: Operation not"):
+    with pytest.raises(
+        Failed, match=f"cannot make a socket in the temporary directory {made}: Operation not"
+    ):
         private_dir.check()
     assert list(made.iterdir()) == []
 
@@ -95,7 +97,7 @@ def test_a_name_that_qemu_can_not_be_told_is_refused_before_anything_is_touched(
     monitor: Any = SimpleNamespace(passes_descriptors=descriptors)
     driver = QmpDriver(VmConfig(VmName("web"), Address(path="/nowhere")), Timeouts(), monitor)
     if not refused:
-        prepare.refuse_folders(short / repository, short / scratch, driver)
+        prepare.refuse_directories(short / repository, short / scratch, driver)
         return
     with pytest.raises(Refused, match="is not UTF-8"):
-        prepare.refuse_folders(short / repository, short / scratch, driver)
+        prepare.refuse_directories(short / repository, short / scratch, driver)

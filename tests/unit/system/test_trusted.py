@@ -41,22 +41,22 @@ def test_a_file_that_others_may_write_is_not_believed(file, mode):
 
 
 @pytest.mark.parametrize("above", [0, 1])
-def test_nor_is_one_below_a_folder_that_others_may_write(file, above):
-    folder = file.parents[above]
-    folder.chmod(0o777)
-    assert f"{folder} is not trusted" in refused(file).message
-    folder.chmod(0o1777)  # sticky, as /tmp
+def test_nor_is_one_below_a_directory_that_others_may_write(file, above):
+    directory = file.parents[above]
+    directory.chmod(0o777)
+    assert f"{directory} is not trusted" in refused(file).message
+    directory.chmod(0o1777)  # sticky, as /tmp
     assert trusted.read(file, 100) == b"believed"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
-@pytest.mark.parametrize("what", ["file", "folder", "a folder above", "link", "sticky folder"])
+@pytest.mark.parametrize("what", ["file", "directory", "a directory above", "link", "sticky directory"])
 def test_what_belongs_to_somebody_else_is_not_believed(file, tmp_path, what):
     link = tmp_path / "link"
     link.symlink_to(file)
-    given = {"file": file, "link": link, "a folder above": file.parent.parent}.get(what, file.parent)
+    given = {"file": file, "link": link, "a directory above": file.parent.parent}.get(what, file.parent)
     os.chown(given, SOMEBODY, 0, follow_symlinks=False)
-    if what == "sticky folder":  # whose owner may rename all that is in it
+    if what == "sticky directory":  # whose owner may rename all that is in it
         file.parent.chmod(0o1755)
     err = refused(link if what == "link" else file)
     assert f"{given} is not trusted: it belongs to user {SOMEBODY}" in err.message
@@ -74,7 +74,7 @@ def test_links_are_followed_where_each_step_may_be_believed(file, tmp_path):
         trusted.read(tmp_path / "loop", 100)
 
 
-def test_a_link_in_a_sticky_folder_that_leads_out_of_it_must_be_ours(file, tmp_path):
+def test_a_link_in_a_sticky_directory_that_leads_out_of_it_must_be_ours(file, tmp_path):
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)

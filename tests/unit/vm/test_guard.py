@@ -62,7 +62,10 @@ def agent(request):
         with Simulated("--disk", "vda=1M") as machine:
             yield SimulatedAgent(machine)
     else:
-        with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as played:
+        with (
+            tempfile.TemporaryDirectory(prefix="bc-") as directory,
+            PlayedAgent(Path(directory, "ga")) as played,
+        ):
             yield played
 
 
@@ -426,7 +429,7 @@ def test_a_freeze_lasted_if_its_status_and_its_count_say_so(before, refusal, cou
 @pytest.mark.parametrize("behaviour", ["silent", "refuse"])
 def test_a_status_that_is_not_told_before_the_thaw_holds_it_up_for_a_second(behaviour):
     """The count alone then tells that the freeze lasted."""
-    with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as agent:
+    with tempfile.TemporaryDirectory(prefix="bc-") as directory, PlayedAgent(Path(directory, "ga")) as agent:
         freezer = guard_process.FreezeControl(Address(path=str(agent.path)), 5.0)
         freezer.ping()
         freezer.freeze(10)
@@ -498,7 +501,7 @@ def test_sockets_that_the_guard_could_not_reach_are_refused_before_it_starts(tmp
 
 
 def test_a_thaw_is_done_without_a_thread_where_there_can_be_none(monkeypatch):
-    with tempfile.TemporaryDirectory(prefix="bc-") as folder, PlayedAgent(Path(folder, "ga")) as agent:
+    with tempfile.TemporaryDirectory(prefix="bc-") as directory, PlayedAgent(Path(directory, "ga")) as agent:
         freezer = guard_process.FreezeControl(Address(path=str(agent.path)), 2.0)
         freezer.ping()
         freezer.freeze(0.5)

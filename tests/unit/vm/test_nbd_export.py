@@ -22,14 +22,14 @@ class Monitor:
         assert command == "nbd-server-start"
 
 
-def test_the_folder_of_a_run_that_was_killed_while_it_connected_is_swept(monkeypatch):
+def test_the_directory_of_a_run_that_was_killed_while_it_connected_is_swept(monkeypatch):
     with tempfile.TemporaryDirectory() as temporary:
         monkeypatch.setattr("tempfile.tempdir", temporary)
         with pytest.raises(FileNotFoundError), nbd_export._served(Monitor(), Namespace("0" * 8), 2) as path:  # noqa: PT012
             dead = Path(path).parent.rename(f"{Path(path).parent}-dead")  # as SIGKILL would leave it
             os.utime(dead, (0, 0))
-            with private_dir.folder():
+            with private_dir.directory():
                 assert dead.exists(), "it is locked for as long as its run lives"
             raise FileNotFoundError
-        with private_dir.folder():
+        with private_dir.directory():
             assert not dead.exists()

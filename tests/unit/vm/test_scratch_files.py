@@ -9,7 +9,7 @@ import pytest
 from backupctl.errors import Failed, Refused
 from backupctl.names import Namespace, NodeName, VmName
 from backupctl.vm.qmp.scratch import ScratchFiles
-from backupctl.vm.scratch_folder import make_private
+from backupctl.vm.scratch_directory import make_private
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -35,7 +35,7 @@ def test_a_named_file_is_made_and_what_lies_there_is_not_taken(tmp_path, planted
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="the rule is for root, and takes root to try")
-def test_root_makes_no_named_file_in_a_folder_that_somebody_else_could_turn(tmp_path):
+def test_root_makes_no_named_file_in_a_directory_that_somebody_else_could_turn(tmp_path):
     made = make_private(NAMESPACE, VM, tmp_path)
     assert made.stat().st_mode & 0o777 == 0o700
     made.rmdir()

@@ -13,15 +13,15 @@ from backupctl.system.path_walk import Step
 _ROOT = 0
 
 SAFE = "/srv/restored/"
-"""A folder that root alone may write to, unless somebody changed that."""
+"""A directory that root alone may write to, unless somebody changed that."""
 
 
 def resolve(path: Path) -> Path:
     """Return where a path leads, all links followed; what is not there yet is taken as it is written.
 
-    As root, every folder and every link on the way must be root's own, and no folder may be writable by group
-    or others, unless it is sticky. The file at the end may be anybody's, but a link there must be root's.
-    Raises UsageError, OSError.
+    As root, every directory and every link on the way must be root's own, and no directory may be writable by
+    group or others, unless it is sticky. The file at the end may be anybody's, but a link there must be
+    root's. Raises UsageError, OSError.
     """
     if os.geteuid() != _ROOT:
         return path.resolve()
@@ -32,13 +32,13 @@ def resolve(path: Path) -> Path:
                 _refuse_owner(step, "symbolic link", path)
                 continue
             found = step.path
-            if step.is_folder or not step.last:
-                _refuse_folder(step, path)
+            if step.is_directory or not step.last:
+                _refuse_directory(step, path)
     return found
 
 
-def _refuse_folder(step: Step, path: Path) -> None:
-    _refuse_owner(step, "folder", path)
+def _refuse_directory(step: Step, path: Path) -> None:
+    _refuse_owner(step, "directory", path)
     if step.status is not None and path_walk.others_may_write(step.status):
         mode = stat.S_IMODE(step.status.st_mode)
         raise _refused(path, f"others may write to {step.path} (mode {mode:04o})")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A VM's folder in a repository: its recovery points, and what is to become one.
+"""A VM's directory in a repository: its recovery points, and what is to become one.
 
-A point is committed if its folder has its final name; nothing else decides it. A prune may have retired it
+A point is committed if its directory has its final name; nothing else decides it. A prune may have retired it
 since (see markers.py): then it is not a point any more, but younger ones may depend on it.
 """
 
@@ -36,7 +36,7 @@ from backupctl.system import durable, locks, safe_open
 
 @dataclass(frozen=True)
 class ScannedPoints:
-    """All folders that have a point's final name.
+    """All directories that have a point's final name.
 
     damaged: those with a damaged manifest. unreadable: those that the operating system refused to read, which
     may be undamaged.
@@ -48,7 +48,7 @@ class ScannedPoints:
 
 
 @dataclass(frozen=True)
-class VmFolder:
+class VmDirectory:
     """One VM's part of a repository."""
 
     path: Path
@@ -71,13 +71,13 @@ class VmFolder:
         try:
             if not self.path.is_dir():
                 with suppress(FileExistsError):
-                    durable.make_folder(self.path)
+                    durable.make_directory(self.path)
             descriptor = os.open(
                 self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
             )
         except OSError as err:
             raise RepositoryError(
-                f"cannot write to the repository's folder {self.path}: {err.strerror}",
+                f"cannot write to the repository's directory {self.path}: {err.strerror}",
                 state=UNTOUCHED,
             ) from err
         try:
@@ -127,7 +127,7 @@ class VmFolder:
         """Make durable what a killed run renamed."""
         # Recovery decides by the names: it must not clear bitmaps for a commit that a power failure undoes.
         try:
-            durable.sync_folder(self.path)
+            durable.sync_directory(self.path)
         except OSError as err:
             raise RepositoryError(f"cannot sync {self.path}: {err.strerror}") from err
 
@@ -177,7 +177,7 @@ class VmFolder:
 
     def all_points(self) -> list[PointId]:
         """Return the ids of all points, retired ones and damaged ones too, oldest first."""
-        return _ids(safe_open.folders(self.path))
+        return _ids(safe_open.directories(self.path))
 
     def newest(self) -> PointId | None:
         """Return the newest id of the committed, retired and unfinished points."""
@@ -196,15 +196,15 @@ class VmFolder:
 
         No two VMs have one id (`Repository.next_point`). Raises RepositoryError.
         """
-        for name in safe_open.folders(self.path.parent):
+        for name in safe_open.directories(self.path.parent):
             with suppress(InvalidName):
-                other = VmFolder(self.path.parent / name, vm_name(name), self.repository)
+                other = VmDirectory(self.path.parent / name, vm_name(name), self.repository)
                 if other.name != self.name and other.uses(point):
                     return other.name
         return None
 
     def is_committed(self, point: PointId) -> bool:
-        """Whether the point's folder has its final name, and is not retired.
+        """Whether the point's directory has its final name, and is not retired.
 
         Raises RepositoryError if that cannot be found out: "no" would roll back what may be committed.
         """
@@ -213,15 +213,15 @@ class VmFolder:
     def pending_points(self) -> list["PendingPoint"]:
         """Return the unfinished points, of a run in progress or of killed ones."""
         names = [
-            name.removesuffix(PARTIAL) for name in safe_open.folders(self.path) if name.endswith(PARTIAL)
+            name.removesuffix(PARTIAL) for name in safe_open.directories(self.path) if name.endswith(PARTIAL)
         ]
         return [PendingPoint(self.path, self.name, found) for found in _ids(names)]
 
     def begin(self, point: PointId, journal: Journal) -> "PendingPoint":
-        """Create the folder of a new point, with its journal. Raises RepositoryError."""
+        """Create the directory of a new point, with its journal. Raises RepositoryError."""
         partial = PendingPoint(self.path, self.name, point)
         try:
-            durable.make_folder(partial.path)
+            durable.make_directory(partial.path)
             durable.replace(partial.path / journals.FILE_NAME, journal.to_json())
         except OSError as err:
             raise RepositoryError(f"cannot write to {partial.path}: {err.strerror}") from err
@@ -239,7 +239,7 @@ class VmFolder:
 
     def _meant_vm(self) -> str:
         """Return the hint for the name of a VM that may have been misspelt; "" if it was not."""
-        return "" if self.exists() else did_you_mean(self.name, safe_open.folders(self.path.parent))
+        return "" if self.exists() else did_you_mean(self.name, safe_open.directories(self.path.parent))
 
     def _missing(self, message: str, hint: str = "") -> NoSuchPoint:
         return NoSuchPoint(message, state=UNTOUCHED, hint=hint, next_command=f"backupctl list {self.name}")
