@@ -44,6 +44,7 @@ SECTIONS = {
     },
     "Restore": {
         "restore": "restore.restore",
+        "files": "files.files",
         "serve": "serve.serve",
     },
     "Care": {

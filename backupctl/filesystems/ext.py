@@ -110,7 +110,7 @@ class ExtFileSystem:
 
     def _names(self, inode: Inode) -> Iterator[tuple[bytes, int]]:
         if inode.flags & FLAG_INLINE:
-            # The number of the parent comes first. The rest is two blocks of entries: here and in the attribute.
+            # The number of the parent comes first, then two blocks of entries: here and in the attribute.
             data = inode.inline_data()
             yield from _parse_entries(data[4:60])
             yield from _parse_entries(data[60:])
@@ -132,7 +132,7 @@ class ExtFileSystem:
             begin = min(run.logical * unit, size)
             if begin > at:
                 yield begin - at
-            end = min((run.logical + run.count) * unit, size)
+            end = min((run.logical + run.blocks) * unit, size)
             for offset in range(begin, end, _PIECE_BYTES):
                 length = min(_PIECE_BYTES, end - offset)
                 yield self._read(run.physical * unit + offset - run.logical * unit, length)
@@ -160,15 +160,16 @@ class ExtFileSystem:
     def _journal_block(self, number: int) -> bytes:
         unit = self._super.block_bytes
         for run in self._journal:
-            if run.logical <= number < run.logical + run.count:
+            if run.logical <= number < run.logical + run.blocks:
                 return self._device.read((run.physical + number - run.logical) * unit, unit)
         raise FilesystemError("the journal is damaged: it has holes")
 
     def _replay(self) -> None:
         """Find out which blocks the journal has newer copies of. A damaged journal is a warning."""
+        if not self._super.journal_inode:
+            self._warnings.append(_LOST_JOURNAL.format("it is on another device"))
+            return
         try:
-            if not self._super.journal_inode:
-                raise FilesystemError("it is on another device")
             inode = self._read_inode(self._super.journal_inode)
             self._journal = list(BlockMap(self._super, self._device.read).runs(inode))
             blocks = inode.size // self._super.block_bytes

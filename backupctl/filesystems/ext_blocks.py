@@ -27,7 +27,7 @@ class Run(NamedTuple):
 
     logical: int
     physical: int
-    count: int
+    blocks: int
 
 
 class BlockMap:
@@ -47,14 +47,14 @@ class BlockMap:
         found = self._extents(inode) if inode.flags & FLAG_EXTENTS else self._listed(inode, most)
         at = total = 0
         for run in found:
-            total += run.count
+            total += run.blocks
             if not self._is_possible(run, at, total):
                 raise FilesystemError("damaged: the blocks of a file are not where they can be")
-            at = run.logical + run.count
+            at = run.logical + run.blocks
             yield run
 
     def _is_possible(self, run: Run, at: int, total: int) -> bool:
-        within = 0 < run.physical <= self._super.blocks - run.count
+        within = 0 < run.physical <= self._super.blocks - run.blocks
         return within and run.logical >= at and total <= self._super.blocks
 
     def _extents(self, inode: Inode) -> Iterator[Run]:
@@ -86,10 +86,10 @@ class BlockMap:
             if not physical:
                 continue
             if current and (logical, physical) == (
-                current.logical + current.count,
-                current.physical + current.count,
+                current.logical + current.blocks,
+                current.physical + current.blocks,
             ):
-                current = current._replace(count=current.count + 1)
+                current = current._replace(blocks=current.blocks + 1)
                 continue
             if current:
                 yield current

@@ -111,7 +111,8 @@ class Superblock:
     def descriptor_offset(self, group: int) -> int:
         """Return where the descriptor of a group is, in bytes."""
         each = self.block_bytes // self.descriptor_bytes
-        block = self.first_block + 1 + group // each
+        # The superblock is in block 1 of 1024 bytes even where the first group begins at block 0 (bigalloc).
+        block = SUPERBLOCK_OFFSET // self.block_bytes + 1 + group // each
         if self.incompat & INCOMPAT_META_BG and group // each >= self.first_meta_group:
             first = group // each * each
             block = self.first_block + first * self.blocks_per_group + self._has_superblock(first)

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # each command imports only what it runs: all of it would double the start of most
     from backupctl.errors import BackupctlError
     from backupctl.events import Event
+    from backupctl.filesystems.tree import Node
     from backupctl.operations.backup.outcome import RunReport
     from backupctl.operations.bitmaps import Removal, StoredBitmap
     from backupctl.operations.diff import DiffReport
     from backupctl.operations.doctor.run import Diagnosis
+    from backupctl.operations.files.extract import ExtractReport
+    from backupctl.operations.files.run import Found, Place
     from backupctl.operations.prune.run import PruneReport
     from backupctl.operations.recover import Recovered
     from backupctl.operations.restore.in_place import InPlaceReport
@@ -253,6 +256,66 @@ def served(vm: str, point_id: str, exports: Iterable["Export"]) -> Document:
         {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable} for one in exports
     ]
     return {"vm": vm, "point": point_id, "exports": listed}
+
+
+def places(found: Iterable["Place"]) -> Document:
+    """Return the partitions of a point's disks, and what they hold."""
+    return {
+        "file_systems": [
+            {
+                "disk": one.disk,
+                "partition": one.number,
+                "size": one.size,
+                "kind": one.kind or None,
+                "problem": one.problem or None,
+                "warnings": list(one.warnings),
+            }
+            for one in found
+        ]
+    }
+
+
+def guest_files(listed: Iterable[tuple["Found", Iterable[tuple[bytes, "Node"]]]]) -> Document:
+    """Return what is at some paths of a guest."""
+    return {
+        "paths": [
+            {
+                "path": _text(found.path),
+                "disk": found.place.disk,
+                "partition": found.place.number,
+                "entries": [_guest_file(name, node) for name, node in entries],
+            }
+            for found, entries in listed
+        ]
+    }
+
+
+def _guest_file(name: bytes, node: "Node") -> Document:
+    return {
+        "name": _text(name),
+        "kind": node.kind,
+        "mode": f"{node.mode:04o}",
+        "owner": node.owner,
+        "group": node.group,
+        "size": node.size,
+        "modified": node.modified,
+    }
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def extracted(report: "ExtractReport") -> Document:
+    """Return what was copied out of a point."""
+    return {
+        "target": str(report.target),
+        "files": report.files,
+        "directories": report.directories,
+        "data_bytes": report.data_bytes,
+        "skipped_count": report.skipped_count,
+        "skipped": [asdict(one) for one in report.skipped],
+    }
 
 
 def bitmaps(vm: str, found: Iterable["StoredBitmap"]) -> Document:

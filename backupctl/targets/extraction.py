@@ -65,7 +65,7 @@ class Extraction:
             self.directories += below.directories + 1
             self.data_bytes += below.data_bytes
 
-    def file(self, name: bytes, content: Iterable[bytes | int], executable: bool, modified: int) -> None:  # noqa: FBT001
+    def file(self, name: bytes, content: Iterable[bytes | int], executable: bool, modified: int) -> None:
         """Write a new file. content: its bytes in order, and the lengths of holes. modified: seconds.
 
         A file that is not complete is removed. Raises UnsafeName, TargetExists, WriteFailed, and what

@@ -76,6 +76,7 @@ class PointDisk:
         if len(wrong):
             begin, length = clusters.ranges(wrong, self.size)[0]
             raise DamageFound(
-                f"{self._name} is damaged: bytes {begin}-{begin + length - 1} are not what was read from the VM"
+                f"{self._name} is damaged: bytes {begin}-{begin + length - 1} "
+                "are not what was read from the VM"
             )
         return bytes(content)

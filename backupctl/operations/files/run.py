@@ -19,7 +19,7 @@ from backupctl.names import DiskName
 from backupctl.operations.files.disk import PointDisk
 from backupctl.repository import chain, read_locks
 from backupctl.repository.point import Point
-from backupctl.repository.vm_folder import VmFolder
+from backupctl.repository.vm_directory import VmDirectory
 
 _WHOLE = 0
 
@@ -70,42 +70,40 @@ class Found:
 
 @contextmanager
 def open_places(
-    folder: VmFolder, wanted: str, selection: Selection, stop: Cancellation
+    directory: VmDirectory, wanted: str, selection: Selection, stop: Cancellation
 ) -> Iterator[tuple[Place, ...]]:
     """Open the file systems of a point; it is locked against a prune until the block ends.
 
     Raises NoSuchPoint, UsageError if nothing matches the selection, Locked, DamageFound, RepositoryError.
     """
-    with read_locks.reading(folder, wanted) as point:
+    with read_locks.reading(directory, wanted) as point:
         names = [entry.name for entry in point.manifest.disks]
         if selection.disk is not None:
             if selection.disk not in names:
                 raise chain.no_such_disk(point, selection.disk)
             names = [DiskName(selection.disk)]
-        with _disks(folder, point, names, stop.check) as disks:
+        with _disks(directory, point, names, stop.check) as disks:
             places = [place for name, disk in disks for place in _places_of(name, disk)]
             chosen = tuple(one for one in places if selection.partition in (None, one.number))
             if not chosen:
                 there = ", ".join(one.name for one in places)
-                raise UsageError(
-                    f"no partition {selection.partition}; there are: {there}", state=UNTOUCHED
-                )
+                raise UsageError(f"no partition {selection.partition}; there are: {there}", state=UNTOUCHED)
             yield chosen
 
 
 @contextmanager
 def _disks(
-    folder: VmFolder, point: Point, names: list[DiskName], check: Callable[[], None]
+    directory: VmDirectory, point: Point, names: list[DiskName], check: Callable[[], None]
 ) -> Iterator[list[tuple[DiskName, PointDisk]]]:
     """Open disks one in another, so that all stay open until the block ends."""
     if not names:
         yield []
         return
-    layers = chain.layers(folder, point, names[0])
+    layers = chain.layers(directory, point, names[0])
     expected = chain.effective_content(layers, layers[0].entry.size)
     with chain.opened(layers) as images, LayeredImage(images) as image:
         disk = PointDisk(f"{names[0]} of {point.id}", image, expected, check)
-        with _disks(folder, point, names[1:], check) as others:
+        with _disks(directory, point, names[1:], check) as others:
             yield [(names[0], disk), *others]
 
 
