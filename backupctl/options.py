@@ -15,15 +15,27 @@ ViewKind = Literal["fleecing", "snapshot-access", "auto"]
 
 
 @dataclass(frozen=True)
+class QmpAccess:
+    """A QEMU with a monitor of its own, or a storage daemon. agent: the socket of the guest agent."""
+
+    qmp: Address
+    agent: Address | None = None
+
+
+Access = QmpAccess
+"""How a VM is reached: a type for each driver (see `vm.open_driver`)."""
+
+
+@dataclass(frozen=True)
 class VmConfig:
     """A virtual machine as the user names it.
 
-    disk_names: QEMU's name of a disk (qdev id, node or device name) to the name it is stored under.
+    disk_names: the VM's own name of a disk (with QEMU: qdev id, node or device name) to the name it is stored
+    under.
     """
 
     name: VmName
-    qmp: Address
-    agent: Address | None = None
+    access: Access
     disk_names: dict[str, str] = field(default_factory=dict)
 
 

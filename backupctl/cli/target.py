@@ -11,7 +11,7 @@ from backupctl.cli.configuration import Config
 from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
 from backupctl.names import VmName, did_you_mean, vm_name
-from backupctl.options import DEFAULT_TIMEOUTS, ScratchOptions, Timeouts, VmConfig
+from backupctl.options import DEFAULT_TIMEOUTS, QmpAccess, ScratchOptions, Timeouts, VmConfig
 from backupctl.system.address import Address
 
 if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
@@ -47,7 +47,8 @@ class Target:
         """Return the VM. Raises UsageError."""
         if self.qmp is None:
             raise self._unconfigured()
-        return VmConfig(self.vm_name, self.qmp, self.agent, dict(self.config.of(self.name).disks))
+        access = QmpAccess(self.qmp, self.agent)
+        return VmConfig(self.vm_name, access, dict(self.config.of(self.name).disks))
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE

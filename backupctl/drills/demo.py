@@ -124,7 +124,7 @@ class Stage:
 
     def dirty_bytes(self) -> dict[str, int]:
         """Return the dirty bytes of each disk's one recording bitmap. Raises Failed if it has none."""
-        with Monitor.connect(self.machine.vm.qmp, 30.0) as monitor:
+        with Monitor.connect(self.machine.access.qmp, 30.0) as monitor:
             found = inventory.inventory(monitor, {}).disks
         idle = [disk.name for disk in found if [b.recording for b in disk.bitmaps] != [True]]
         if idle:

@@ -16,7 +16,7 @@ from typing import IO, Any, Self
 from backupctl.drills.fork_server import CallSpec, ForkedProcess, ForkServer
 from backupctl.errors import Failed
 from backupctl.names import vm_name
-from backupctl.options import VmConfig
+from backupctl.options import QmpAccess, VmConfig
 from backupctl.system import qemu_tools
 from backupctl.system.address import Address
 
@@ -41,7 +41,8 @@ class SimulatedVm:
         fork_server: ForkServer | None = None,
     ) -> None:
         self.directory = directory
-        self.vm = VmConfig(vm_name(name), _address(directory, "qmp"), _address(directory, "agent"))
+        self.access = QmpAccess(_address(directory, "qmp"), _address(directory, "agent"))
+        self.vm = VmConfig(vm_name(name), self.access)
         self._arguments = ["simulate", "--state", str(directory / "state")]
         for word in ("qmp", "agent", "control"):
             self._arguments += [f"--{word}", str(directory / word)]

@@ -37,7 +37,12 @@ def simulator(directory: Path, fork_server: ForkServer) -> Iterator[Site]:
     with ExitStack() as held:
         vm = held.enter_context(SimulatedVm("drilled", directory, disks, options, fork_server))
         site = SimulatorSite(
-            directory, fork_server, str(vm.vm.qmp), str(vm.vm.agent), ("--freeze", "require"), machine=vm
+            directory,
+            fork_server,
+            str(vm.access.qmp),
+            str(vm.access.agent),
+            ("--freeze", "require"),
+            machine=vm,
         )
         held.callback(site.close)
         vm.order("workload", **{"per-second": 50})  # the guest keeps writing

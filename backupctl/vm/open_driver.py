@@ -17,12 +17,12 @@ def open_driver(
 
     cancel: looked at while nobody answers.
     """
-    return connect(vm, timeouts, cancel)
+    return connect(vm, vm.access, timeouts, cancel)
 
 
 def can_freeze(vm: VmConfig) -> bool:
     """Whether a guest agent is configured."""
-    return vm.agent is not None
+    return vm.access.agent is not None
 
 
 def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
@@ -30,8 +30,8 @@ def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
 
     `can_freeze` must be true. Needs no open driver.
     """
-    assert vm.agent is not None
-    with agent.Agent.connect(vm.agent, timeouts.agent_seconds) as connection:
+    assert vm.access.agent is not None
+    with agent.Agent.connect(vm.access.agent, timeouts.agent_seconds) as connection:
         return connection.freeze_status()
 
 
@@ -40,4 +40,5 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
 
     Needs no open driver: a guest must not wait for a monitor that somebody else holds.
     """
-    return vm.agent is not None and agent.thaw_if_frozen(vm.agent, timeouts.agent_seconds)
+    address = vm.access.agent
+    return address is not None and agent.thaw_if_frozen(address, timeouts.agent_seconds)

@@ -16,7 +16,7 @@ from backupctl.errors import NeedsRecovery
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
-from backupctl.options import RunOptions, ScratchOptions, Timeouts, VmConfig
+from backupctl.options import QmpAccess, RunOptions, ScratchOptions, Timeouts, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
@@ -59,8 +59,10 @@ def test_a_guest_that_neither_run_nor_guard_could_thaw_is_thawed_by_recover(lab)
     lab.agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
     vm = VmConfig(
         vm_name("web"),
-        Address(path=str(lab.machine.qmp_path)),
-        Address(path=str(lab.machine.agent_path)),
+        QmpAccess(
+            Address(path=str(lab.machine.qmp_path)),
+            Address(path=str(lab.machine.agent_path)),
+        ),
     )
     scratch, timeouts = ScratchOptions(lab.cli.scratch), Timeouts(agent_seconds=0.5)
     options = RunOptions(kind="incremental", scratch=scratch, timeouts=timeouts)

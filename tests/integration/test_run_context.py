@@ -10,7 +10,7 @@ from backupctl.errors import Failed
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
-from backupctl.options import RunOptions, ScratchOptions, VmConfig
+from backupctl.options import QmpAccess, RunOptions, ScratchOptions, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
@@ -33,7 +33,7 @@ def context(lab, on_step, **more) -> RunContext:
     options = RunOptions("incremental", scratch=ScratchOptions(lab.cli.scratch))
     repository = Repository.open(lab.cli.repository)
     return RunContext(
-        VmConfig(vm_name("web"), *sockets),
+        VmConfig(vm_name("web"), QmpAccess(*sockets)),
         repository,
         options,
         Silent(),

@@ -15,7 +15,7 @@ from backupctl.operations.backup.context import RunContext
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify import run as verify
-from backupctl.options import FreezeOptions, RunOptions, ScratchOptions, VmConfig
+from backupctl.options import FreezeOptions, QmpAccess, RunOptions, ScratchOptions, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.repository.chain import Layer
@@ -35,7 +35,7 @@ def moments(days: int, hours: int) -> list[datetime]:
 
 def live(lab, when: list[datetime], rules: Rules) -> dict[str, float]:
     """Take a point at each moment and prune; each that is left is byte-equal. Returns figures."""
-    vm = VmConfig(vm_name("web"), Address.parse(str(lab.machine.qmp_path)), None)
+    vm = VmConfig(vm_name("web"), QmpAccess(Address.parse(str(lab.machine.qmp_path))))
     repository = Repository.open_or_create(lab.cli.repository)
     directory = repository.vm(vm.name)
     options = RunOptions(

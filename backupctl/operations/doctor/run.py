@@ -270,7 +270,7 @@ def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
         advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
         yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
     else:
-        yield Finding("agent", "ok", f"answers at {vm.agent}; the guest is not frozen")
+        yield Finding("agent", "ok", f"answers at {vm.access.agent}; the guest is not frozen")
 
 
 def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:

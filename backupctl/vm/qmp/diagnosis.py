@@ -5,14 +5,14 @@ from collections.abc import Iterator
 
 from backupctl.errors import Refused
 from backupctl.finding import Finding
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import QmpAccess, RunOptions
 from backupctl.vm.qmp import preflight, scratch_space
 from backupctl.vm.qmp.monitor import Monitor
 
 
-def findings(monitor: Monitor, vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
+def findings(monitor: Monitor, access: QmpAccess, options: RunOptions) -> Iterator[Finding]:
     """Look at QEMU's version, its monitor, and iothreads. Raises MonitorError."""
-    yield Finding("monitor", "ok", f"QEMU {monitor.version} answers at {vm.qmp}")
+    yield Finding("monitor", "ok", f"QEMU {monitor.version} answers at {access.qmp}")
     try:
         preflight.refuse_qemu(monitor)
     except Refused as err:

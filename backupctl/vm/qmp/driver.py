@@ -9,7 +9,7 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, NodeName
-from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
+from backupctl.options import QmpAccess, RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
@@ -29,17 +29,20 @@ from backupctl.vm.qmp.session import QmpSession
 
 
 @contextmanager
-def connect(vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None) -> Iterator["QmpDriver"]:
+def connect(
+    vm: VmConfig, access: QmpAccess, timeouts: Timeouts, cancel: Cancellation | None = None
+) -> Iterator["QmpDriver"]:
     """Connect to the monitor for as long as the block lasts. Raises MonitorUnreachable, Interrupted."""
-    with Monitor.connect(vm.qmp, timeouts.command_seconds, cancel) as monitor:
-        yield QmpDriver(vm, timeouts, monitor)
+    with Monitor.connect(access.qmp, timeouts.command_seconds, cancel) as monitor:
+        yield QmpDriver(vm, access, timeouts, monitor)
 
 
 class QmpDriver:
     """See `vm.driver.Driver`."""
 
-    def __init__(self, vm: VmConfig, timeouts: Timeouts, monitor: Monitor) -> None:
+    def __init__(self, vm: VmConfig, access: QmpAccess, timeouts: Timeouts, monitor: Monitor) -> None:
         self._vm = vm
+        self._access = access
         self._timeouts = timeouts
         self._monitor = monitor
 
@@ -107,9 +110,9 @@ class QmpDriver:
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:
         """Start the guard, and with it a session. It loads while the caller goes on."""
-        vm, timeouts = self._vm, self._timeouts
-        with GuardClient.start(vm.qmp, vm.agent, timeouts.agent_seconds, lock) as guard:
-            session = QmpSession(vm, timeouts, self._monitor, guard)
+        access, timeouts = self._access, self._timeouts
+        with GuardClient.start(access.qmp, access.agent, timeouts.agent_seconds, lock) as guard:
+            session = QmpSession(self._vm.name, access, timeouts, self._monitor, guard)
             try:
                 yield session
             finally:
@@ -117,4 +120,4 @@ class QmpDriver:
 
     def findings(self, options: RunOptions) -> Iterator[Finding]:
         """See `diagnosis`."""
-        return diagnosis.findings(self._monitor, self._vm, options)
+        return diagnosis.findings(self._monitor, self._access, options)

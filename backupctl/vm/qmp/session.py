@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from backupctl.errors import AgentTimeout, CommandFailed, GuardLost, ViewUnavailable
-from backupctl.names import BitmapName, Namespace
-from backupctl.options import Timeouts, VmConfig
+from backupctl.names import BitmapName, Namespace, VmName
+from backupctl.options import QmpAccess, Timeouts
 from backupctl.vm import scratch_directory
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, Thawed
 from backupctl.vm.guest import agent
@@ -24,8 +24,11 @@ from backupctl.vm.qmp.snapshot_access import SnapshotAccess
 class QmpSession:
     """See `vm.driver.Session`."""
 
-    def __init__(self, vm: VmConfig, timeouts: Timeouts, monitor: Monitor, guard: GuardClient) -> None:
-        self._vm = vm
+    def __init__(
+        self, name: VmName, access: QmpAccess, timeouts: Timeouts, monitor: Monitor, guard: GuardClient
+    ) -> None:
+        self._name = name
+        self._access = access
         self._timeouts = timeouts
         self._monitor = monitor
         self._guard = guard
@@ -135,7 +138,7 @@ class QmpSession:
             monitor = self._monitor
             if not monitor.alive:
                 monitor.close()
-                again = Monitor.connect(self._vm.qmp, self._timeouts.command_seconds)
+                again = Monitor.connect(self._access.qmp, self._timeouts.command_seconds)
                 monitor = fresh.enter_context(again)
             done = recovery.resolve(
                 monitor, facts, clients=self._our_clients(), server_is_ours=self._server_is_ours
@@ -154,8 +157,8 @@ class QmpSession:
                     )
                 time.sleep(0.1)
         except GuardLost:  # it is dead now, and the agent free
-            if self._vm.agent is not None:
-                agent.thaw_if_frozen(self._vm.agent, self._timeouts.agent_seconds)
+            if self._access.agent is not None:
+                agent.thaw_if_frozen(self._access.agent, self._timeouts.agent_seconds)
 
     def close(self) -> None:
         """Close what this process has open. Never raises.
@@ -188,7 +191,7 @@ class QmpSession:
     def _private_directory(self, namespace: Namespace, directory: Path) -> Path | None:
         if self._monitor.passes_descriptors:
             return None
-        return scratch_directory.make_private(namespace, self._vm.name, directory)
+        return scratch_directory.make_private(namespace, self._name, directory)
 
     def _changes(self) -> list[BitmapName | None]:
         """Return the bitmap that tells what changed on each disk; a differential merges several into one."""

@@ -7,11 +7,11 @@ from backupctl.names import VmName
 from backupctl.operations import status
 from backupctl.operations.doctor import run as doctor
 from backupctl.operations.doctor.run import Finding
-from backupctl.options import RunOptions, ScratchOptions, VmConfig
+from backupctl.options import QmpAccess, RunOptions, ScratchOptions, VmConfig
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
 
-WEB = VmConfig(VmName("web"), Address(path="/nowhere/qmp"))
+WEB = VmConfig(VmName("web"), QmpAccess(Address(path="/nowhere/qmp")))
 
 
 def found(path, subject, vm=WEB) -> list[Finding]:

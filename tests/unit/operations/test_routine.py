@@ -34,7 +34,7 @@ from backupctl.operations.routine.policy import Policy, backup_kind
 from backupctl.operations.routine.run import Routine
 from backupctl.operations.status import DiskStatus, Status
 from backupctl.operations.verify.run import Damage, VerifyReport
-from backupctl.options import RunOptions, VmConfig
+from backupctl.options import QmpAccess, RunOptions, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
@@ -126,7 +126,7 @@ def work(tmp_path, monkeypatch):
         monkeypatch.setattr(routine.prune, "prune", task("prune", PruneReport(())))
         sound = VerifyReport((WEB,), 1, 1, 1, (), (), 1.0)
         monkeypatch.setattr(routine.verify, "verify", task("verify", sound))
-        vm = VmConfig(WEB, Address(path="/q"))
+        vm = VmConfig(WEB, QmpAccess(Address(path="/q")))
         asked = Routine(vm, repository, RunOptions("incremental"), policy, wait)
         told = Told()
         return called, routine.run(asked, told, stop or Cancellation()), told.events
@@ -230,7 +230,7 @@ def test_nobody_waits_longer_than_was_said(work, monkeypatch):
 def foresee(monkeypatch, tmp_path, found: Status, policy: Policy = ALL):
     repository = Repository.open(tmp_path / "r")
     monkeypatch.setattr(status, "look", lambda *_: found)
-    vm = VmConfig(WEB, Address(path="/q"))
+    vm = VmConfig(WEB, QmpAccess(Address(path="/q")))
     return forecast.look(Routine(vm, repository, RunOptions("incremental"), policy))
 
 

@@ -25,7 +25,7 @@ from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import restore
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
-from backupctl.options import VmConfig
+from backupctl.options import QmpAccess, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import chain
 from backupctl.system.address import Address
@@ -185,7 +185,7 @@ def test_a_journal_that_can_not_be_read_is_not_taken_for_none(two_points, tmp_pa
     with pytest.raises(RepositoryUnreadable):
         partial.journal()
     monkeypatch.setattr(Monitor, "connect", lambda *_: nullcontext())
-    vm = VmConfig(builder.directory.name, Address(path="/nowhere"))
+    vm = VmConfig(builder.directory.name, QmpAccess(Address(path="/nowhere")))
     with pytest.raises(NeedsRecovery, match=r"cannot read .*run\.json"):
         recover(vm, builder.repository, Silent(), Cancellation(), tmp_path)
     assert partial.path.exists()

@@ -14,7 +14,7 @@ import pytest
 from backupctl.errors import Failed, Refused
 from backupctl.names import VmName
 from backupctl.operations.backup import prepare
-from backupctl.options import Timeouts, VmConfig
+from backupctl.options import QmpAccess, Timeouts, VmConfig
 from backupctl.system import private_dir
 from backupctl.system.address import Address
 from backupctl.vm.qmp.driver import QmpDriver
@@ -95,7 +95,8 @@ def test_a_name_that_qemu_can_not_be_told_is_refused_before_anything_is_touched(
     short, repository, scratch, descriptors, refused
 ):
     monitor: Any = SimpleNamespace(passes_descriptors=descriptors)
-    driver = QmpDriver(VmConfig(VmName("web"), Address(path="/nowhere")), Timeouts(), monitor)
+    access = QmpAccess(Address(path="/nowhere"))
+    driver = QmpDriver(VmConfig(VmName("web"), access), access, Timeouts(), monitor)
     if not refused:
         prepare.refuse_directories(short / repository, short / scratch, driver)
         return
