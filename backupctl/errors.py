@@ -23,6 +23,7 @@
          │   └─ AgentTimeout                the agent took a command and did not answer
          ├─ FreezeOverrun                   the guest was thawed before the point in time
          ├─ FilesystemError                 a guest's file system is damaged, or not supported
+         ├─ RestoreTestFailed               a throw-away VM with the disks of a point did not boot
          ├─ GuardLost                       the process that thaws the guest if the run dies has died
          ├─ TransferError
          │   ├─ ReadFailed                  cannot read the point-in-time view
@@ -256,6 +257,12 @@ class FilesystemError(Failed):
     """
 
     code = "FilesystemError"
+
+
+class RestoreTestFailed(Failed):
+    """A throw-away VM with the disks of a point did not boot, as far as it could be seen."""
+
+    code = "RestoreTestFailed"
 
 
 class TransferError(Failed):

@@ -44,6 +44,7 @@ SECTIONS = {
     },
     "Restore": {
         "restore": "restore.restore",
+        "restore-test": "restore_test.restore_test",
         "files": "files.files",
         "serve": "serve.serve",
     },

@@ -16,6 +16,7 @@ from backupctl.names import did_you_mean, point_id
 from backupctl.operations.prune import retention
 from backupctl.system.address import Address
 
+_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", re.ASCII)
 LATEST = "latest"
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=-]+(@[A-Za-z0-9.-]+)?", re.ASCII)
 
@@ -116,6 +117,17 @@ def is_point(text: str) -> bool:
         return False
 
 
+class _Machine(click.ParamType[str]):
+    """A machine type of QEMU, without properties."""
+
+    name = "machine"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _MACHINE.fullmatch(value):
+            self.fail(f"{value!r:.60} is not a machine type. Examples: q35, pc", param, ctx)
+        return value
+
+
 class _Url(click.ParamType[str]):
     """An http or https URL. It is a secret, so no message repeats it."""
 
@@ -192,4 +204,5 @@ PATH = _AbsolutePath()
 URL = _Url()
 MAIL = _Mail()
 COMMAND = _Command()
+MACHINE = _Machine()
 POINT = _PointType()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
+    from backupctl.operations.restore_test import TestReport
     from backupctl.operations.routine.forecast import Forecast
     from backupctl.operations.routine.run import RoutineReport, TaskResult
     from backupctl.operations.serve import Export
@@ -315,6 +316,21 @@ def extracted(report: "ExtractReport") -> Document:
         "data_bytes": report.data_bytes,
         "skipped_count": report.skipped_count,
         "skipped": [asdict(one) for one in report.skipped],
+    }
+
+
+def restore_test(report: "TestReport", kept: Mapping[str, Path]) -> Document:
+    """Return what a restore test came to. kept: the files that show it."""
+    return {
+        "vm": report.vm,
+        "point": report.point,
+        "passed": report.passed,
+        "until": report.until,
+        "seconds": round(report.seconds, 3),
+        "accelerator": report.accelerator,
+        "error": error(report.error) if report.error else None,
+        "screenshot": str(kept["screenshot"]) if "screenshot" in kept else None,
+        "console": str(kept["console"]) if "console" in kept else None,
     }
 
 

@@ -69,6 +69,11 @@ def server_program() -> str:
     return os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")
 
 
+def system_program() -> str:
+    """Return the QEMU that boots a throw-away VM."""
+    return os.environ.get("QEMU_SYSTEM", "qemu-system-x86_64")
+
+
 def start(
     command: Sequence[str],
     *,

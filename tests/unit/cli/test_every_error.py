@@ -36,6 +36,7 @@ NEXT = {
     "AgentTimeout": SAME,
     "FreezeOverrun": "doctor",
     "FilesystemError": "doctor",
+    "RestoreTestFailed": "doctor",
     "GuardLost": "doctor",
     "TransferError": "doctor",
     "ReadFailed": SAME,
