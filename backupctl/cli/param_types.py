@@ -17,6 +17,7 @@ from backupctl.operations.prune import retention
 from backupctl.system.address import Address
 
 _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", re.ASCII)
+_PERIODS = {"daily": "1d", "weekly": "1w", "monthly": "1m"}
 LATEST = "latest"
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=-]+(@[A-Za-z0-9.-]+)?", re.ASCII)
 
@@ -61,6 +62,15 @@ class _Duration(click.ParamType[str]):
         except UsageError as err:
             self.fail(err.message, param, ctx)
         return value
+
+
+class _Period(_Duration):
+    """How often something is due: a duration, or one of a few words."""
+
+    name = "period"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(_PERIODS.get(value, value), param, ctx)
 
 
 class _Socket(click.ParamType[Address]):
@@ -199,6 +209,7 @@ def absolute(text: str) -> Path:
 SIZE = _Size()
 SECONDS = _Seconds(most=3600)
 DURATION = _Duration()
+PERIOD = _Period()
 SOCKET = _Socket()
 PATH = _AbsolutePath()
 URL = _Url()

@@ -11,20 +11,18 @@ from pathlib import Path
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters
+from backupctl.cli import common, output, param_types, reporters, settings, units
 from backupctl.cli.common import DEFAULTS, Declared
 from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, TargetExists, WriteFailed
 from backupctl.names import disk_name
 from backupctl.operations import restore_test as core
-from backupctl.operations.restore_test import TestReport, TestRequest
+from backupctl.operations.restore_test import RestoreTestReport, RestoreTestRequest
 from backupctl.outcome import documents
 from backupctl.targets import output as target_files
 from backupctl.vm.trial.options import DiskBus, TrialOptions, Until
 
 BUILT_IN = TrialOptions()
-_MEMORY_MIB = (64, 1 << 20)
-_MOST_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,28 @@ class TrialArguments:
         )
 
 
+def configured(target: Target) -> TrialOptions:
+    """Return what the configuration says of a VM's restore tests, for `run`."""
+    said = target.config.of(target.name)
+
+    def path(text: str | None) -> Path | None:
+        return param_types.absolute(text) if text else None
+
+    memory = units.parse_size(said.restore_test_memory) >> 20 if said.restore_test_memory else None
+    return TrialOptions(
+        until="command" if said.restore_test_command else said.restore_test_until or BUILT_IN.until,
+        command=said.restore_test_command or "",
+        timeout_seconds=said.restore_test_timeout or BUILT_IN.timeout_seconds,
+        machine=said.restore_test_machine or BUILT_IN.machine,
+        memory_mib=memory or BUILT_IN.memory_mib,
+        disk_bus=said.restore_test_disk_bus or BUILT_IN.disk_bus,
+        firmware=path(said.restore_test_firmware),
+        kernel=path(said.restore_test_kernel),
+        initrd=path(said.restore_test_initrd),
+        append=said.restore_test_append or "",
+    )
+
+
 def _path(option: str, text: str) -> Callable[[Declared], Declared]:
     return click.option(
         option, f"restore_test_{option[2:]}", type=param_types.PATH, metavar="FILE", help=text
@@ -78,12 +98,12 @@ _OPTIONS = (
         "restore_test_command",
         metavar="COMMAND",
         default="",
-        help="Wait for the agent, then run COMMAND with /bin/sh in the guest; it must succeed.",
+        help="Wait for the agent, then run COMMAND with /bin/sh in the guest until it succeeds.",
     ),
     click.option(
         "--timeout",
         "restore_test_timeout",
-        type=click.FloatRange(1, _MOST_SECONDS),
+        type=click.FloatRange(1, settings.MAX_BOOT_SECONDS),
         metavar="SECONDS",
         default=BUILT_IN.timeout_seconds,
         show_default=True,
@@ -155,7 +175,7 @@ class ReportArguments:
         ("Boot the newest point until the guest agent answers", "backupctl restore-test web"),
         (
             "Until all services run",
-            "backupctl restore-test web --command 'systemctl is-system-running --wait'",
+            "backupctl restore-test web --command 'systemctl is-system-running'",
         ),
         (
             "A guest without an agent, and what its screen shows",
@@ -208,7 +228,7 @@ def restore_test(
             raise TargetExists(f"{path} already exists", state=UNTOUCHED, hint="name a new file")
     directory = target.vm_directory()
     stop = Cancellation()
-    request = TestRequest(
+    request = RestoreTestRequest(
         directory,
         point,
         tuple(disk_name(one) for one in disks),
@@ -230,7 +250,7 @@ def restore_test(
         raise report.error
 
 
-def _keep(report: TestReport, asked: ReportArguments) -> dict[str, Path]:
+def _keep(report: RestoreTestReport, asked: ReportArguments) -> dict[str, Path]:
     """Write screenshot and console where they are wanted; the console of a failure in any case."""
     kept = {}
     if asked.screenshot is not None and report.screenshot:

@@ -50,7 +50,7 @@ _CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class TestRequest:
+class RestoreTestRequest:
     """What is to be tested. point: an id, or "latest". disks: which to attach; none for all.
 
     scratch: the directory for what the guest writes. screenshot: whether one is wanted.
@@ -65,7 +65,7 @@ class TestRequest:
 
 
 @dataclass(frozen=True)
-class TestReport:
+class RestoreTestReport:
     """What a test came to. error: why the point did not boot; None if it did. seconds: until then.
 
     accelerator: kvm or tcg, "" if the VM did not start. console: what the guest wrote on its serial port.
@@ -87,7 +87,7 @@ class TestReport:
         return self.error is None
 
 
-def test(asked: TestRequest, reporter: Reporter, stop: Cancellation) -> TestReport:
+def test(asked: RestoreTestRequest, reporter: Reporter, stop: Cancellation) -> RestoreTestReport:
     """Boot a point, and record in the repository whether it did. Main thread only.
 
     The point is locked against a prune meanwhile. Raises NoSuchPoint, UsageError, Locked, DamageFound,
@@ -101,12 +101,12 @@ def test(asked: TestRequest, reporter: Reporter, stop: Cancellation) -> TestRepo
     return report
 
 
-def _check(asked: TestRequest) -> None:
+def _check(asked: RestoreTestRequest) -> None:
     if asked.options.until == "command" and not asked.options.command:
         raise UsageError("there is no command to wait for: use --command", state=UNTOUCHED)
 
 
-def _boot(asked: TestRequest, point: Point, stop: Cancellation) -> TestReport:
+def _boot(asked: RestoreTestRequest, point: Point, stop: Cancellation) -> RestoreTestReport:
     filling = Filling(asked.scratch)
     limited = stop.also(filling.check)
     begun = time.monotonic()
@@ -122,7 +122,7 @@ def _boot(asked: TestRequest, point: Point, stop: Cancellation) -> TestReport:
         seconds = time.monotonic() - begun
         screenshot = _screenshot(vm) if asked.screenshot else b""
         vm.console.read()
-        return TestReport(
+        return RestoreTestReport(
             asked.directory.name,
             point.id,
             asked.options.until,
@@ -134,7 +134,7 @@ def _boot(asked: TestRequest, point: Point, stop: Cancellation) -> TestReport:
         )
 
 
-def _failed(asked: TestRequest, point: Point, err: RestoreTestFailed) -> RestoreTestFailed:
+def _failed(asked: RestoreTestRequest, point: Point, err: RestoreTestFailed) -> RestoreTestFailed:
     return RestoreTestFailed(
         f"{asked.directory.name} {point.id} did not boot: {err.message}",
         state="the point was not changed",
@@ -151,7 +151,7 @@ def _screenshot(vm: TrialVm) -> bytes:
 
 
 @contextmanager
-def _served(asked: TestRequest, point: Point) -> Iterator[Sequence[TrialDisk]]:
+def _served(asked: RestoreTestRequest, point: Point) -> Iterator[Sequence[TrialDisk]]:
     """Serve the point's disks, writable by an overlay, on a private socket; yield a connection to each."""
     with ExitStack() as held:
         images = [held.enter_context(_image(asked, point, one)) for one in _entries(asked, point)]
@@ -163,7 +163,7 @@ def _served(asked: TestRequest, point: Point) -> Iterator[Sequence[TrialDisk]]:
         yield [TrialDisk(one.name, held.enter_context(_connected(public / "nbd.sock"))) for one in images]
 
 
-def _entries(asked: TestRequest, point: Point) -> tuple[DiskEntry, ...]:
+def _entries(asked: RestoreTestRequest, point: Point) -> tuple[DiskEntry, ...]:
     for name in asked.disks:
         if point.manifest.disk(name) is None:
             raise chain.no_such_disk(point, name)
@@ -171,7 +171,7 @@ def _entries(asked: TestRequest, point: Point) -> tuple[DiskEntry, ...]:
 
 
 @contextmanager
-def _image(asked: TestRequest, point: Point, entry: DiskEntry) -> Iterator[ServedImage]:
+def _image(asked: RestoreTestRequest, point: Point, entry: DiskEntry) -> Iterator[ServedImage]:
     layers = chain.layers(asked.directory, point, entry.name)
     with _unnamed(asked.scratch) as overlay, chain.opened(layers) as opened:
         create.create_layer(overlay, entry.size, None)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
-    from backupctl.operations.restore_test import TestReport
+    from backupctl.operations.restore_test import RestoreTestReport
     from backupctl.operations.routine.forecast import Forecast
     from backupctl.operations.routine.run import RoutineReport, TaskResult
     from backupctl.operations.serve import Export
@@ -46,6 +46,7 @@ _NOT_OF_TASK = {
     "backup": ("vm", "warnings", "notes"),
     "prune": ("vm", "dry_run", "rules", "unused_rules"),
     "verify": ("vms",),
+    "restore-test": ("vm", "error", "screenshot", "console"),
 }
 """Keys that the report of a task has not: the document of its VM tells of it."""
 
@@ -319,7 +320,7 @@ def extracted(report: "ExtractReport") -> Document:
     }
 
 
-def restore_test(report: "TestReport", kept: Mapping[str, Path]) -> Document:
+def restore_test(report: "RestoreTestReport", kept: Mapping[str, Path]) -> Document:
     """Return what a restore test came to. kept: the files that show it."""
     return {
         "vm": report.vm,
@@ -445,6 +446,8 @@ def _of_task(vm: str, one: "TaskResult") -> Document | None:
         found = run(report, ())
     elif one.task == "prune":
         found = prune(vm, report, {}, {}, dry_run=False)
+    elif one.task == "restore-test":
+        found = restore_test(report, {})
     else:
         assert one.scope is not None
         found = verify(report, one.scope)

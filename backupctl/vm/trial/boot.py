@@ -14,6 +14,7 @@ from backupctl.vm.trial.options import LOGIN, TrialOptions
 _LOOK_SECONDS = 0.2
 _AGENT_SECONDS = 10.0
 _AGENT_AGAIN_SECONDS = 1.0
+_COMMAND_AGAIN_SECONDS = 2.0
 _SHELL = "/bin/sh"
 
 
@@ -72,26 +73,42 @@ class _AgentTries:
 
 
 def _run(vm: TrialVm, command: str, stop: Cancellation, deadline: float) -> None:
-    """Run a command in the guest. Raises RestoreTestFailed with its last exit status."""
+    """Run a command in the guest until it succeeds: services may still be starting.
+
+    Raises RestoreTestFailed with its last exit status.
+    """
+    begun = time.monotonic()
     try:
         with Agent.connect(vm.agent, _AGENT_SECONDS) as agent:
-            status = _once(vm, agent, command, stop, deadline)
+            while (status := _once(vm, agent, command, stop, deadline)) != 0:
+                if time.monotonic() + _COMMAND_AGAIN_SECONDS > deadline:
+                    how = f"exit status {status}" if status is not None else "no exit status"
+                    raise RestoreTestFailed(
+                        f"the command did not succeed within {time.monotonic() - begun:.0f} s ({how}): "
+                        f"{command:.200}"
+                    )
+                _pause(vm, stop, _COMMAND_AGAIN_SECONDS)
     except AgentError as err:
         raise RestoreTestFailed(f"the command could not be run: {err.message}") from err
-    if status != 0:
-        how = f"exit status {status}" if status is not None else "no exit status"
-        raise RestoreTestFailed(f"the command ended with {how}: {command:.200}")
 
 
 def _once(vm: TrialVm, agent: Agent, command: str, stop: Cancellation, deadline: float) -> int | None:
     process = agent.start(_SHELL, ("-c", command))
     found = agent.exit_status(process)
     while found is None:
+        if time.monotonic() > deadline:
+            raise RestoreTestFailed(f"the command did not end in time: {command:.200}")
+        _pause(vm, stop, _LOOK_SECONDS)
+        found = agent.exit_status(process)
+    return found.status
+
+
+def _pause(vm: TrialVm, stop: Cancellation, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while True:
         stop.check()
         vm.check()
         vm.console.read()
-        if time.monotonic() > deadline:
-            raise RestoreTestFailed(f"the command did not end in time: {command:.200}")
+        if time.monotonic() >= end:
+            return
         time.sleep(_LOOK_SECONDS)
-        found = agent.exit_status(process)
-    return found.status
