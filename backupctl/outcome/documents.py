@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.doctor.run import Diagnosis
     from backupctl.operations.files.extract import ExtractReport
     from backupctl.operations.files.run import Found, Place
+    from backupctl.operations.mount import MountedDisk
     from backupctl.operations.prune.run import PruneReport
     from backupctl.operations.recover import Recovered
     from backupctl.operations.restore.in_place import InPlaceReport
@@ -333,6 +334,12 @@ def restore_test(report: "RestoreTestReport", kept: Mapping[str, Path]) -> Docum
         "screenshot": str(kept["screenshot"]) if "screenshot" in kept else None,
         "console": str(kept["console"]) if "console" in kept else None,
     }
+
+
+def mounted(vm: str, point_id: str, disks: Iterable["MountedDisk"]) -> Document:
+    """Return where the disks of a point are mounted."""
+    listed = [{"disk": one.disk, "path": str(one.path), "size": one.size} for one in disks]
+    return {"vm": vm, "point": point_id, "mounted": listed}
 
 
 def bitmaps(vm: str, found: Iterable["StoredBitmap"]) -> Document:
