@@ -22,6 +22,8 @@
          │   ├─ AgentRefused                the agent answered with an error
          │   └─ AgentTimeout                the agent took a command and did not answer
          ├─ FreezeOverrun                   the guest was thawed before the point in time
+         ├─ FilesystemError                 a guest's file system is damaged, or not supported
+         ├─ RestoreTestFailed               a throw-away VM with the disks of a point did not boot
          ├─ GuardLost                       the process that thaws the guest if the run dies has died
          ├─ TransferError
          │   ├─ ReadFailed                  cannot read the point-in-time view
@@ -247,6 +249,21 @@ class GuardLost(Failed):
     """The guard process died or hung: nothing would thaw the guest if the run died now."""
 
     code = "GuardLost"
+
+
+class FilesystemError(Failed):
+    """A file system or partition table of a guest contradicts itself, or is of a kind that is not supported.
+
+    It says nothing of the repository: the guest may have stored it like that.
+    """
+
+    code = "FilesystemError"
+
+
+class RestoreTestFailed(Failed):
+    """A throw-away VM with the disks of a point did not boot, as far as it could be seen."""
+
+    code = "RestoreTestFailed"
 
 
 class TransferError(Failed):

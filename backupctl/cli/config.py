@@ -13,7 +13,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import backup, common, configuration, output, prune, run, settings
+from backupctl.cli import backup, common, configuration, output, prune, restore_test, run, settings
 from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
 from backupctl.cli.help import Group
@@ -107,6 +107,7 @@ class Setting:
 @prune.rule_options
 @thresholds.threshold_options
 @run.run_options
+@restore_test.trial_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
     """Show the settings in force for a VM, and where each comes from.

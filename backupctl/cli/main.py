@@ -46,6 +46,10 @@ SECTIONS = {
     },
     "Restore": {
         "restore": "restore.restore",
+        "restore-test": "restore_test.restore_test",
+        "files": "files.files",
+        "mount": "mount.mount",
+        "umount": "mount.umount",
         "serve": "serve.serve",
     },
     "Care": {

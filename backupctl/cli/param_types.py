@@ -17,6 +17,8 @@ from backupctl.operations.prune import retention
 from backupctl.repository import point_names
 from backupctl.system.address import Address
 
+_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", re.ASCII)
+_PERIODS = {"daily": "1d", "weekly": "1w", "monthly": "1m"}
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=-]+(@[A-Za-z0-9.-]+)?", re.ASCII)
 
 
@@ -60,6 +62,15 @@ class _Duration(click.ParamType[str]):
         except UsageError as err:
             self.fail(err.message, param, ctx)
         return value
+
+
+class _Period(_Duration):
+    """How often something is due: a duration, or one of a few words."""
+
+    name = "period"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(_PERIODS.get(value, value), param, ctx)
 
 
 class _Socket(click.ParamType[Address]):
@@ -149,6 +160,17 @@ def is_point(text: str) -> bool:
         return False
 
 
+class _Machine(click.ParamType[str]):
+    """A machine type of QEMU, without properties."""
+
+    name = "machine"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _MACHINE.fullmatch(value):
+            self.fail(f"{value!r:.60} is not a machine type. Examples: q35, pc", param, ctx)
+        return value
+
+
 class _Url(click.ParamType[str]):
     """An http or https URL. It is a secret, so no message repeats it."""
 
@@ -220,11 +242,13 @@ def absolute(text: str) -> Path:
 SIZE = _Size()
 SECONDS = _Seconds(most=3600)
 DURATION = _Duration()
+PERIOD = _Period()
 SOCKET = _Socket()
 PATH = _AbsolutePath()
 URL = _Url()
 MAIL = _Mail()
 COMMAND = _Command()
+MACHINE = _Machine()
 POINT = _PointType()
 POINT_ID = _PointId()
 VM_NAME = _VmName()

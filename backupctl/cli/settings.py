@@ -22,8 +22,10 @@ from backupctl.names import did_you_mean, disk_name, vm_name
 from backupctl.options import FreezeMode, OnBrokenChain, ViewKind
 from backupctl.sizes import MAX_CHAIN
 from backupctl.system.address import Address
+from backupctl.vm.trial.options import DiskBus
 
 MAX_SECONDS = 3600
+MAX_BOOT_SECONDS = 24 * 3600
 MAX_COUNT = 1000
 MAX_WAIT_SECONDS = 7 * 24 * 3600
 MAX_JOBS = 100
@@ -44,6 +46,9 @@ Wait = Annotated[
     float, Meta(ge=0, le=MAX_WAIT_SECONDS, description=f"a number of seconds, 0 to {MAX_WAIT_SECONDS}")
 ]
 Jobs = Annotated[int, Meta(ge=1, le=MAX_JOBS, description=f"a whole number, 1 to {MAX_JOBS}")]
+Boot = Annotated[
+    float, Meta(ge=1, le=MAX_BOOT_SECONDS, description=f"a number of seconds, 1 to {MAX_BOOT_SECONDS}")
+]
 Percent = Annotated[float, Meta(ge=0, le=100, description="a number, 0 to 100")]
 
 
@@ -74,6 +79,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     warn_age: Text | None = None
     full_every: Text | None = None
     verify_percent: Percent | None = None
+    restore_test: Text | None = None
+    restore_test_until: Literal["agent", "login"] | None = None
+    restore_test_command: Text | None = None
+    restore_test_timeout: Boot | None = None
+    restore_test_machine: Text | None = None
+    restore_test_memory: Rate | None = None
+    restore_test_disk_bus: DiskBus | None = None
+    restore_test_firmware: Text | None = None
+    restore_test_kernel: Text | None = None
+    restore_test_initrd: Text | None = None
+    restore_test_append: Text | None = None
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -144,7 +160,10 @@ TABLES: Mapping[str, type[msgspec.Struct]] = {"hooks": HookSettings, "notify": N
 """The tables that a file has for all VMs, and [vm.NAME] for itself."""
 SECRETS = ("webhook", "ntfy", "healthchecks")
 """Keys whose values are never shown."""
-_PATHS = ("repository", "scratch", "sendmail", "textfile", "state")
+_PATHS = (
+    *("repository", "scratch", "sendmail", "textfile", "state"),
+    *("restore_test_firmware", "restore_test_kernel", "restore_test_initrd"),
+)
 _SOCKETS = ("qmp", "agent")
 _VM_TABLES = ("disks", *TABLES)
 _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
@@ -164,6 +183,12 @@ _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "after": param_types.COMMAND,
     "failed": param_types.COMMAND,
     "full_every": param_types.DURATION,
+    "restore_test": param_types.PERIOD,
+    "restore_test_machine": param_types.MACHINE,
+    "restore_test_memory": param_types.SIZE,
+    "restore_test_firmware": param_types.PATH,
+    "restore_test_kernel": param_types.PATH,
+    "restore_test_initrd": param_types.PATH,
     "qmp": param_types.SOCKET,
     "agent": param_types.SOCKET,
 }

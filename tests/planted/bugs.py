@@ -554,4 +554,32 @@ BUGS = (
         "stored * 255 // np.maximum(every, 1)",
         "unit/digests/test_regions.py::test_a_single_cluster_of_a_large_part_is_still_shown",
     ),
+    Bug(
+        "a name of a guest leads out of the target directory",
+        "check_name",
+        '    if name in (b"", b".", b".."):\n',
+        "    if not name:\n",
+        "unit/targets/test_extraction.py::test_a_name_that_is_not_one_plain_component_is_refused",
+    ),
+    Bug(
+        "committed transactions of a journal are ignored",
+        "_committed",
+        "        elif kind == _COMMIT:\n            yield current\n",
+        "        elif kind == _COMMIT:\n            pass\n",
+        "unit/filesystems/test_ext.py::test_what_the_journal_has_committed_is_read",
+    ),
+    Bug(
+        "clusters of a guest's files are used unverified",
+        "PointDisk._verified",
+        "        if len(wrong):\n",
+        "        if len(wrong) > len(found):\n",
+        "unit/operations/test_files.py::test_what_does_not_match_its_digest_is_not_used",
+    ),
+    Bug(
+        "the QEMU of a restore test may gain rights",
+        "prepared",
+        "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):",
+        "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0) > 0:",
+        "unit/vm/test_trial.py::test_a_confined_child_has_no_rights_of_root",
+    ),
 )

@@ -13,6 +13,8 @@ CODES = {
     *("TransferError", "ReadFailed", "WriteFailed", "RepositoryError", "NotARepository"),
     *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists", "HookFailed"),
     "AmbiguousPoint",
+    "FilesystemError",
+    "RestoreTestFailed",
 }
 """Interface, whatever the classes are called: a code is never changed, and none is taken out."""
 
