@@ -16,7 +16,15 @@ import msgspec
 from click.core import ParameterSource
 
 from backupctl import errors
-from backupctl.cli import completion, configuration, each_vm, next_command, param_types, settings
+from backupctl.cli import (
+    completion,
+    configuration,
+    each_vm,
+    image_texts,
+    next_command,
+    param_types,
+    settings,
+)
 from backupctl.cli.help import Documented
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.selection import Selection
@@ -43,8 +51,8 @@ CONFIG_HELP = (
     f"${configuration.ENVIRONMENT}, ~/.config/backupctl/{configuration.FILE_NAME}, "
     f"{configuration.SYSTEM_FILE}."
 )
-_NOT_OPTIONS = ("disks",)
-"""Settings whose name is that of another parameter: `disks` is also what --disk is given."""
+_NOT_OPTIONS = ("disks", "image", "when_off")
+"""Settings whose name is that of another parameter (`disks` is also what --disk is given), or of none."""
 
 
 class Command(Documented):
@@ -107,6 +115,12 @@ def quiet(command: Declared) -> Declared:
     """Give a command that timers run `--quiet`."""
     said = "Print only warnings and errors (and the document of --json)."
     return click.option("-q", "--quiet", is_flag=True, help=said)(command)
+
+
+def if_running(command: Declared) -> Declared:
+    """Give a command that backs up `--if-running`."""
+    said = "Skip a VM that is off, with exit code 0, whatever when_off in the configuration says."
+    return click.option("--if-running", is_flag=True, help=said)(command)
 
 
 def dry_run(text: str) -> Callable[[Declared], Declared]:
@@ -272,6 +286,14 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--agent", type=param_types.SOCKET, metavar="unix:PATH", help="The socket of the guest agent."
     ),
     click.option(
+        "--image",
+        "images",
+        type=image_texts.IMAGE,
+        multiple=True,
+        metavar=f"DISK={image_texts.SYNTAX}",
+        help="The image of a disk, for when the VM is off; may be repeated.",
+    ),
+    click.option(
         "--scratch",
         type=param_types.PATH,
         metavar="DIR",
@@ -289,7 +311,9 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
     """Take what `named` added out of a command's parameters."""
     given.pop("config")
     given.pop("everything", None)
-    of_vm = {name: given.pop(name) for name in ("qmp", "agent", "scratch") if name in given}
+    of_vm = {
+        name: given.pop(name) for name in ("qmp", "agent", "images", "scratch", "if_running") if name in given
+    }
     waits = {
         f"{name}_seconds": given.pop(f"{name}_timeout")
         for name in ("command", "agent", "stall")

@@ -6,12 +6,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backupctl.cli import configuration, param_types
+from backupctl.cli import configuration, image_texts, param_types
 from backupctl.cli.configuration import Config
 from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
 from backupctl.names import VmName, did_you_mean, vm_name
-from backupctl.options import DEFAULT_TIMEOUTS, QmpAccess, ScratchOptions, Timeouts, VmConfig
+from backupctl.options import (
+    DEFAULT_TIMEOUTS,
+    NoMonitor,
+    QmpAccess,
+    ScratchOptions,
+    Timeouts,
+    VmConfig,
+    VmImage,
+    WhenOff,
+)
 from backupctl.system.address import Address
 
 if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
@@ -23,7 +32,8 @@ if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open
 class Target:
     """Which VM and which repository a command line means.
 
-    name: the only VM; None for any other number of them, see `selection`.
+    name: the only VM; None for any other number of them, see `selection`. images: those that were typed.
+    if_running: whether a VM that is off is to be skipped, whatever is configured.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
 
@@ -34,6 +44,8 @@ class Target:
     selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
+    images: tuple[VmImage, ...] = ()
+    if_running: bool = False
     scratch: Path = ScratchOptions().directory
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -45,10 +57,19 @@ class Target:
 
     def vm(self) -> VmConfig:
         """Return the VM. Raises UsageError."""
-        if self.qmp is None:
+        said = self.config.of(self.name)
+        images = self.images or image_texts.parse_all(said.image)
+        when_off: WhenOff | None = "skip" if self.if_running else said.when_off
+        if self.qmp is None and not images:
             raise self._unconfigured()
-        access = QmpAccess(self.qmp, self.agent)
-        return VmConfig(self.vm_name, access, dict(self.config.of(self.name).disks))
+        if self.qmp is None and when_off in ("skip", "fail"):
+            raise UsageError(
+                f"VM {self.vm_name!r} has no monitor that could tell whether it is off, so it cannot be "
+                f"{'skipped' if when_off == 'skip' else 'required to run'}",
+                hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
+            )
+        access = QmpAccess(self.qmp, self.agent) if self.qmp else NoMonitor()
+        return VmConfig(self.vm_name, access, dict(said.disks), images, when_off)
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE

@@ -94,7 +94,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))
             refusal = _refusal(driver, inventory, left)
             stored = bitmap_survey.survey(driver, vm, repository, known)
-    except MonitorError as err:
+    except (MonitorError, Refused) as err:
         worker = (
             directory.lock_holder()
         )  # it has the monitor, which serves one client, and all that looks unfinished

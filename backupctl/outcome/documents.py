@@ -79,6 +79,11 @@ def run(report: "RunReport", events: Sequence["Event"]) -> Document:
     }
 
 
+def skipped(vm: str, why: str, events: Sequence["Event"]) -> Document:
+    """Return what a full or incremental came to that was not taken, because the VM is off."""
+    return {"vm": vm, "point": None, "skipped": why, **_by_severity(events)}
+
+
 def recover(vm: str, done: "Recovered", events: Sequence["Event"]) -> Document:
     """Return what a recover did. events: what happened during it."""
     return {"vm": vm, "actions": list(done.actions), **_by_severity(events)}
@@ -584,6 +589,12 @@ def _of_task(vm: str, one: "TaskResult") -> Document | None:
         assert one.scope is not None
         found = verify(report, one.scope)
     return {key: value for key, value in found.items() if key not in _NOT_OF_TASK[one.task]}
+
+
+def forecast_skipped(vm: str, why: str) -> Document:
+    """Return what `run` would do for a VM that is off, and is skipped then."""
+    task = {"task": "backup", "outcome": "skipped", "reason": why, "report": None, "error": None}
+    return {**routine_failed(vm, None), "tasks": [task]}
 
 
 def routine_failed(vm: str, err: "BackupctlError | None") -> Document:

@@ -1,23 +1,83 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The one place that knows which driver a VM of the configuration needs."""
+"""The one place that knows which driver a VM of the configuration needs.
 
-from contextlib import AbstractContextManager
+A VM is off if nobody listens on its monitor's socket. A monitor that is silent, or that cannot be reached for
+another reason, tells nothing of its VM, which may run. If the socket of a running VM is named wrongly, QEMU's
+lock on the images tells that it runs (`offline.images`).
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 from backupctl.cancel import Cancellation
-from backupctl.options import Timeouts, VmConfig
+from backupctl.errors import UNTOUCHED, MonitorUnreachable, VmIsOff
+from backupctl.options import NoMonitor, Timeouts, VmConfig, VmImage, WhenOff
 from backupctl.vm.driver import Driver
 from backupctl.vm.guest import agent
-from backupctl.vm.qmp.driver import connect
+from backupctl.vm.offline import driver as offline
+from backupctl.vm.qmp import driver as qmp
+
+_HOW_TO_BACK_UP = "if it is off, it can be backed up by its images (--image DISK=FILE)"
 
 
-def open_driver(
-    vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None
-) -> AbstractContextManager[Driver]:
-    """Connect to a VM for as long as the block lasts. Raises MonitorUnreachable, Interrupted.
+@contextmanager
+def open_driver(vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None) -> Iterator[Driver]:
+    """Connect to a VM, or to the images of one that is off, for as long as the block lasts.
 
-    cancel: looked at while nobody answers.
+    cancel: looked at while nobody answers. Raises MonitorUnreachable, Refused, Interrupted.
     """
-    return connect(vm, vm.access, timeouts, cancel)
+    with ExitStack() as held:
+        yield _opened(vm, held, timeouts, cancel)
+
+
+@contextmanager
+def open_for_backup(vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None) -> Iterator[Driver]:
+    """Connect as `open_driver`, unless the VM is off and is not to be backed up then.
+
+    Raises VmIsOff if it is to be skipped, MonitorUnreachable, Refused, Interrupted.
+    """
+    with ExitStack() as held:
+        yield _opened(vm, held, timeouts, cancel, when_off(vm))
+
+
+def refuse_skipped(vm: VmConfig, timeouts: Timeouts) -> None:
+    """Raise VmIsOff if a backup would be skipped now because the VM is off. Nothing else is tried."""
+    if when_off(vm) == "skip":
+        with suppress(MonitorUnreachable), open_for_backup(vm, timeouts.brief()):
+            pass
+
+
+def when_off(vm: VmConfig) -> WhenOff:
+    """Return what a backup does with a VM that is off."""
+    return vm.when_off or ("backup" if vm.images else "fail")
+
+
+def _opened(
+    vm: VmConfig,
+    held: ExitStack,
+    timeouts: Timeouts,
+    cancel: Cancellation | None,
+    decided: WhenOff = "backup",
+) -> Driver:
+    why = "no monitor is configured"
+    if not isinstance(vm.access, NoMonitor):
+        try:
+            return held.enter_context(qmp.connect(vm, vm.access, timeouts, cancel))
+        except MonitorUnreachable as err:
+            if not err.nobody_listens:
+                raise
+            if decided == "fail" or (decided == "backup" and not _images(vm)):
+                err.hint = err.hint if _images(vm) else f"{err.hint}; {_HOW_TO_BACK_UP}"
+                raise
+            why = err.message
+    if decided == "skip":
+        raise VmIsOff(f"{vm.name} is off ({why}), so it was skipped", state=UNTOUCHED)
+    return held.enter_context(offline.connect(_images(vm), f"{vm.name} is off ({why})", timeouts, cancel))
+
+
+def _images(vm: VmConfig) -> tuple[VmImage, ...]:
+    """Return the images of a VM that is off, from whatever source its kind of access has."""
+    return vm.images
 
 
 def can_freeze(vm: VmConfig) -> bool:

@@ -29,6 +29,7 @@ from backupctl.events.backup import (
     DiskScanned,
     DiskSkipped,
     DiskTakenFull,
+    ImagesRead,
     NoPointToBuildOn,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
@@ -50,7 +51,7 @@ from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
-from backupctl.vm.open_driver import open_driver
+from backupctl.vm.open_driver import open_for_backup
 
 _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 """What the same command, run again, may not meet any more."""
@@ -89,9 +90,9 @@ def explained(vm: VmConfig, options: RunOptions) -> Iterator[None]:
 def rehearse(vm: VmConfig, options: RunOptions, cancel: Cancellation) -> None:
     """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
 
-    Raises MonitorError, Refused, Failed, Interrupted.
+    Raises VmIsOff, MonitorError, Refused, Failed, Interrupted.
     """
-    with explained(vm, options), open_driver(vm, options.timeouts, cancel) as driver:
+    with explained(vm, options), open_for_backup(vm, options.timeouts, cancel) as driver:
         _, chosen = _chosen(driver, options)
         driver.plan_scratch(chosen, options.scratch)
         cancel.check()
@@ -104,6 +105,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     """
     vm, directory, options, reporter = ctx.vm, ctx.directory, ctx.options, ctx.reporter
     facts = recover.DirectoryFacts(directory, ctx.repository.owner)
+    if not driver.has_guest:
+        reporter.event(ImagesRead(vm.name))
     # Both before recovery, which takes a bitmap without a point for an unfinished run's, and removes it.
     recorded = recover.newest_recorded(driver, facts.namespace)
     gone = recover.gone(facts, recorded)

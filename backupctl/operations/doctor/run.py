@@ -141,12 +141,14 @@ def _vm(
     """What the VM itself tells."""
     try:
         with open_driver(vm, options.timeouts.brief()) as driver:
+            has_guest = driver.has_guest
             yield from driver.findings(options)
             yield from _disks(vm, driver, repository, path, options)
-    except MonitorError as err:
+    except (MonitorError, Refused) as err:
         yield Finding("monitor", "bad", err.message, err.hint)
         return
-    yield from _agent(vm, options)
+    if has_guest:
+        yield from _agent(vm, options)
     if repository is not None:
         try:
             yield from _history(vm, repository, options, known)

@@ -47,6 +47,11 @@ class QmpDriver:
         self._monitor = monitor
 
     @property
+    def has_guest(self) -> bool:
+        """A QEMU that answers may run one."""
+        return True
+
+    @property
     def version(self) -> str:
         """QEMU's version."""
         return str(self._monitor.version)

@@ -13,12 +13,12 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from backupctl.errors import Failed
 from backupctl.names import BitmapName, Namespace, NodeKind, NodeName
 from backupctl.system import private_dir
 from backupctl.vm.driver import Export
-from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp.monitor import Monitor
 
 
@@ -34,9 +34,16 @@ class ExportSpec:
     bitmap: BitmapName | None
 
 
+class Holder(Protocol):
+    """Who holds duplicates of our clients' sockets, and outlives us: the guard."""
+
+    def hold(self, connection: socket.socket, export: str) -> None:
+        """Hold a duplicate of a socket, before anything is said on it. Raises GuardLost."""
+
+
 def start_exports(
     monitor: Monitor,
-    guard: GuardClient,
+    guard: Holder,
     namespace: Namespace,
     specs: Sequence[ExportSpec],
     connections: int = 2,
@@ -104,7 +111,7 @@ def _arguments(monitor: Monitor, name: str, one: ExportSpec) -> dict[str, object
     return arguments
 
 
-def _connected(guard: GuardClient, name: str, path: str) -> socket.socket:
+def _connected(guard: Holder, name: str, path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         made.connect(path)
