@@ -22,7 +22,15 @@ class QmpAccess:
     agent: Address | None = None
 
 
-Access = QmpAccess
+@dataclass(frozen=True)
+class LibvirtAccess:
+    """A domain of libvirt. uri: of a libvirt on this machine. domain: its name there."""
+
+    uri: str
+    domain: str
+
+
+Access = QmpAccess | LibvirtAccess
 """How a VM is reached: a type for each driver (see `vm.open_driver`)."""
 
 

@@ -11,7 +11,15 @@ from backupctl.cli.configuration import Config
 from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
 from backupctl.names import VmName, did_you_mean, vm_name
-from backupctl.options import DEFAULT_TIMEOUTS, QmpAccess, ScratchOptions, Timeouts, VmConfig
+from backupctl.options import (
+    DEFAULT_TIMEOUTS,
+    Access,
+    LibvirtAccess,
+    QmpAccess,
+    ScratchOptions,
+    Timeouts,
+    VmConfig,
+)
 from backupctl.system.address import Address
 
 if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
@@ -34,6 +42,8 @@ class Target:
     selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
+    libvirt: str | None = None
+    domain: str | None = None
     scratch: Path = ScratchOptions().directory
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -45,22 +55,36 @@ class Target:
 
     def vm(self) -> VmConfig:
         """Return the VM. Raises UsageError."""
+        return VmConfig(self.vm_name, self._access(), dict(self.config.of(self.name).disks))
+
+    def _access(self) -> Access:
+        if self.libvirt is not None:
+            if self.agent is not None:
+                raise UsageError(
+                    "--agent cannot be used with --libvirt, which holds the agent's socket itself",
+                    state=UNTOUCHED,
+                )
+            return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
         if self.qmp is None:
             raise self._unconfigured()
-        access = QmpAccess(self.qmp, self.agent)
-        return VmConfig(self.vm_name, access, dict(self.config.of(self.name).disks))
+        return QmpAccess(self.qmp, self.agent)
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE
         if self.vm_name in self.config.vms:
-            why = f"VM {self.vm_name!r} has no monitor: qmp is not set in [vm.{self.vm_name}] of {place}"
+            table = f"[vm.{self.vm_name}] of {place}"
+            why = f"VM {self.vm_name!r} has no monitor: neither qmp nor libvirt is set in {table}"
         elif self.config.path is None:
             why = f"VM {self.vm_name!r} is not configured: no configuration file found"
         else:
             listed = ", ".join(sorted(self.config.vms)) or "none"
             meant = did_you_mean(self.vm_name, self.config.vms)
             why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant and f'; {meant}'}"
-        return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
+        return UsageError(
+            why,
+            hint=f"use --qmp unix:PATH or --libvirt qemu:///system, or set qmp or libvirt in "
+            f"[vm.{self.vm_name}] of {place}",
+        )
 
     def of(self, vm: str) -> "Target":
         """Return the same for one VM of the configuration."""

@@ -4,9 +4,10 @@
 from contextlib import AbstractContextManager
 
 from backupctl.cancel import Cancellation
-from backupctl.options import Timeouts, VmConfig
+from backupctl.options import LibvirtAccess, Timeouts, VmConfig
 from backupctl.vm.driver import Driver
 from backupctl.vm.guest import agent
+from backupctl.vm.libvirt import agent as libvirt_agent
 from backupctl.vm.qmp.driver import connect
 
 
@@ -17,12 +18,23 @@ def open_driver(
 
     cancel: looked at while nobody answers.
     """
+    if isinstance(vm.access, LibvirtAccess):
+        from backupctl.vm.libvirt.driver import connect as connect_libvirt  # noqa: PLC0415 - few need it
+
+        return connect_libvirt(vm, vm.access, timeouts, cancel)
     return connect(vm, vm.access, timeouts, cancel)
 
 
 def can_freeze(vm: VmConfig) -> bool:
-    """Whether a guest agent is configured."""
-    return vm.access.agent is not None
+    """Whether a guest agent is configured; libvirt knows by itself whether a domain has one."""
+    return isinstance(vm.access, LibvirtAccess) or vm.access.agent is not None
+
+
+def agent_place(vm: VmConfig) -> str:
+    """Say where the guest agent answers, for people."""
+    if isinstance(vm.access, LibvirtAccess):
+        return f"libvirt's agent channel of {vm.access.domain}"
+    return str(vm.access.agent)
 
 
 def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
@@ -30,6 +42,11 @@ def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
 
     `can_freeze` must be true. Needs no open driver.
     """
+    if isinstance(vm.access, LibvirtAccess):
+        with libvirt_agent.LibvirtAgent.connect(
+            vm.access.uri, vm.access.domain, timeouts.agent_seconds
+        ) as talk:
+            return talk.freeze_status()
     assert vm.access.agent is not None
     with agent.Agent.connect(vm.access.agent, timeouts.agent_seconds) as connection:
         return connection.freeze_status()
@@ -40,5 +57,7 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
 
     Needs no open driver: a guest must not wait for a monitor that somebody else holds.
     """
+    if isinstance(vm.access, LibvirtAccess):
+        return libvirt_agent.thaw_if_frozen(vm.access.uri, vm.access.domain, timeouts.agent_seconds)
     address = vm.access.agent
     return address is not None and agent.thaw_if_frozen(address, timeouts.agent_seconds)
