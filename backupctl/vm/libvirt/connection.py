@@ -182,7 +182,8 @@ class Connection:
         if number is None:
             raise error
         text = str(error)
-        if number in _CONNECTION_CODES and self._handle is not None and not self._is_connected():
+        # A connection that has broken does not know it: isAlive may still say 1.
+        if number in _CONNECTION_CODES and self._handle is not None:
             self.give_up()
             raise OutcomeUnknown(name, text) from error
         raise LibvirtRefused(name, number, text) from error
@@ -213,12 +214,6 @@ class Connection:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
-
-    def _is_connected(self) -> bool:
-        try:
-            return bool(self._handle.isAlive())
-        except Exception:  # noqa: BLE001 - libvirt's own error: it cannot even be asked
-            return False
 
     def _disconnect(self) -> None:
         self.domain = None

@@ -56,13 +56,13 @@ def _persistence(connection: Connection) -> Iterator[Finding]:
 def _rights(found: Description, options: RunOptions) -> Iterator[Finding]:
     directory = options.scratch.directory
     try:
-        run_files.check(directory, f"{PREFIX}00000000-x@", found.owner)
+        run_files.check(directory, f"{PREFIX}00000000-x@", found.qemu_user)
     except Refused as err:
         yield Finding("rights", "bad", err.message)
     except OSError as err:
         yield Finding("rights", "bad", f"cannot look at {directory}: {err.strerror}")
     else:
-        user = f"user {found.owner[0]}" if found.owner else "the same user as backupctl"
+        user = f"user {found.qemu_user[0]}" if found.qemu_user else "the same user as backupctl"
         yield Finding("rights", "ok", f"QEMU runs as {user}, who can reach {directory}")
     if "apparmor" in found.security:
         yield Finding(

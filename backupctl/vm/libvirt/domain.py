@@ -12,7 +12,7 @@ from backupctl.vm.disk import MAX_SIZE, Disk
 from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import Connection
 
-_OWNER = re.compile(r"\+(\d{1,10}):\+(\d{1,10})", re.ASCII)
+_USER = re.compile(r"\+(\d{1,10}):\+(\d{1,10})", re.ASCII)
 _SAFE_POLICIES = ("", "stop", "enospace")
 """Of `error_policy`: those with which a write that fails for lack of space pauses the guest."""
 
@@ -52,13 +52,13 @@ class DomainDisk:
 
 @dataclass(frozen=True)
 class Description:
-    """A domain. owner: user and group of its QEMU, None if libvirt does not tell.
+    """A domain. qemu_user: user and group of its QEMU, None if libvirt does not tell.
 
     security: the models of its security labels ("apparmor", "selinux").
     """
 
     disks: tuple[DomainDisk, ...]
-    owner: tuple[int, int] | None
+    qemu_user: tuple[int, int] | None
     security: tuple[str, ...]
 
     def disk(self, target: str) -> DomainDisk | None:
@@ -75,18 +75,18 @@ def parsed(document: str) -> Description:
     """Read a domain's description. Raises Failed."""
     root = xml.parse(document)
     labels = root.findall("seclabel")
-    owner = next(
+    qemu_user = next(
         (
             (int(found[1]), int(found[2]))
             for label in labels
-            if label.get("model") == "dac" and (found := _OWNER.fullmatch(label.findtext("label", "")))
+            if label.get("model") == "dac" and (found := _USER.fullmatch(label.findtext("label", "")))
         ),
         None,
     )
     security = tuple(
         model for label in labels if (model := label.get("model", "")) not in ("", "dac", "none")
     )
-    return Description(tuple(map(_disk, root.findall("devices/disk"))), owner, security)
+    return Description(tuple(map(_disk, root.findall("devices/disk"))), qemu_user, security)
 
 
 def _disk(element: Element) -> DomainDisk:

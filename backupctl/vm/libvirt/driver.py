@@ -121,8 +121,8 @@ class LibvirtDriver:
 
     def check_scratch(self, directory: Path) -> None:
         """Refuse a directory that QEMU's user cannot enter, or in which no socket has room for its path."""
-        owner = domain.describe(self._connection).owner
-        run_files.check(directory, f"{PREFIX}00000000-{self._vm.name}@", owner)
+        qemu_user = domain.describe(self._connection).qemu_user
+        run_files.check(directory, f"{PREFIX}00000000-{self._vm.name}@", qemu_user)
 
     def plan_scratch(
         self, disks: Sequence[Disk], options: ScratchOptions, guests: str = ""

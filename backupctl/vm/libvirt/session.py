@@ -70,7 +70,7 @@ class LibvirtSession:
         found = domain.describe(self._connection)
         self._disks = request.disks
         self._is_ours = recovery.owns(request.facts, self._name)
-        files = RunFiles(request.facts.namespace, self._name, request.scratch_directory, found.owner)
+        files = RunFiles(request.facts.namespace, self._name, request.scratch_directory, found.qemu_user)
         self._files = files
         for one, budget in zip(request.disks, request.budgets, strict=True):
             scratch = files.make_scratch(one.disk.node, one.disk.size, budget.size)
