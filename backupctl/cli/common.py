@@ -51,6 +51,7 @@ CONFIG_HELP = (
     f"${configuration.ENVIRONMENT}, ~/.config/backupctl/{configuration.FILE_NAME}, "
     f"{configuration.SYSTEM_FILE}."
 )
+_OF_VM = ("qmp", "agent", "libvirt", "domain", "images", "scratch", "if_running")
 _NOT_OPTIONS = ("disks", "image", "when_off")
 """Settings whose name is that of another parameter (`disks` is also what --disk is given), or of none."""
 
@@ -294,6 +295,13 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="The image of a disk, for when the VM is off; may be repeated.",
     ),
     click.option(
+        "--libvirt",
+        type=param_types.LIBVIRT_URI,
+        metavar="URI",
+        help="libvirt, for a VM that it manages: qemu:///system.",
+    ),
+    click.option("--domain", metavar="NAME", help="The VM's name in libvirt.  [default: the same]"),
+    click.option(
         "--scratch",
         type=param_types.PATH,
         metavar="DIR",
@@ -311,9 +319,8 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
     """Take what `named` added out of a command's parameters."""
     given.pop("config")
     given.pop("everything", None)
-    of_vm = {
-        name: given.pop(name) for name in ("qmp", "agent", "images", "scratch", "if_running") if name in given
-    }
+    of_vm = {name: given.pop(name) for name in _OF_VM if name in given}
+    _choose_access(context, of_vm)
     waits = {
         f"{name}_seconds": given.pop(f"{name}_timeout")
         for name in ("command", "agent", "stall")
@@ -328,6 +335,23 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
         timeouts=Timeouts(**waits),
         **of_vm,
     )
+
+
+def _choose_access(context: click.Context, of_vm: dict[str, Any]) -> None:
+    """Let --qmp or --libvirt win over the other one of the configuration. Raises UsageError."""
+    if not (of_vm.get("qmp") and of_vm.get("libvirt")):
+        return
+    typed = [
+        name
+        for name in ("qmp", "libvirt")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if len(typed) != 1:
+        raise UsageError("--qmp and --libvirt are mutually exclusive", state=UNTOUCHED)
+    if typed == ["libvirt"]:
+        of_vm["qmp"] = of_vm["agent"] = None
+    else:
+        of_vm["libvirt"] = None
 
 
 def option_defaults(said: settings.VmSettings) -> Mapping[str, Any]:

@@ -114,7 +114,8 @@ def show(target: Target, context: click.Context, /, *, as_json: bool, **_options
 
     Without NAME: those for any VM. Options given here override, as they do for the commands that take them.
     """
-    if target.name and target.name not in target.config.vms and not (target.qmp or target.images):
+    reached = target.qmp or target.images or target.libvirt
+    if target.name and target.name not in target.config.vms and not reached:
         target.vm()  # which says that it is not configured
     found = list(_settings(context, target))
     if as_json:

@@ -19,6 +19,7 @@ from backupctl.system.address import Address
 
 _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", re.ASCII)
 _PERIODS = {"daily": "1d", "weekly": "1w", "monthly": "1m"}
+_LIBVIRT_URI = re.compile(r"qemu(\+unix)?:///[!-~]{1,200}", re.ASCII)
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=-]+(@[A-Za-z0-9.-]+)?", re.ASCII)
 
 
@@ -87,6 +88,22 @@ class _Socket(click.ParamType[Address]):
             return Address.parse(value)
         except UsageError as err:
             self.fail(err.message, param, ctx)
+
+
+class _LibvirtUri(click.ParamType[str]):
+    """The URI of a libvirt on this machine."""
+
+    name = "uri"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _LIBVIRT_URI.fullmatch(value):
+            self.fail(
+                f"{value!r:.120} is not a libvirt URI of this machine. Examples: qemu:///system, "
+                "qemu:///session.",
+                param,
+                ctx,
+            )
+        return value
 
 
 class _AbsolutePath(click.ParamType[Path]):
@@ -244,6 +261,7 @@ SECONDS = _Seconds(most=3600)
 DURATION = _Duration()
 PERIOD = _Period()
 SOCKET = _Socket()
+LIBVIRT_URI = _LibvirtUri()
 PATH = _AbsolutePath()
 URL = _Url()
 MAIL = _Mail()

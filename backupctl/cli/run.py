@@ -299,7 +299,7 @@ class _Fleet:
             vm,
             tuple(command),
             storage=mounts.device(repository) if repository else "",
-            monitor=said.qmp or vm,
+            monitor=said.qmp or f"{said.libvirt or vm} {said.domain or vm}",
         )
 
     def _options(self) -> list[str]:

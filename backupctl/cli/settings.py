@@ -128,12 +128,15 @@ class MetricsSettings(
 class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The keys and tables of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under.
 
-    image: that name to the files of the disk, as `image_texts` reads them.
+    Either qmp (and agent, image), or libvirt (and domain). image: the name that a disk is stored under to its
+    files, as `image_texts` reads them.
     """
 
     qmp: Text | None = None
     agent: Text | None = None
     when_off: WhenOff | None = None
+    libvirt: Text | None = None
+    domain: Text | None = None
     disks: dict[str, str] = {}
     image: dict[str, str] = {}
     hooks: HookSettings = HookSettings()
@@ -196,6 +199,7 @@ _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "restore_test_initrd": param_types.PATH,
     "qmp": param_types.SOCKET,
     "agent": param_types.SOCKET,
+    "libvirt": param_types.LIBVIRT_URI,
 }
 """What the text of a key must say: the type of the option of that name, if there is one."""
 
@@ -246,6 +250,12 @@ class _Check:
             image=self._images(self._table(table.get("image", {}), (*key, "image")), (*key, "image")),
             **{one: self._of(table, key, one, model) for one, model in TABLES.items()},
         )
+        for other in ("qmp", "agent", "image") if found.libvirt else ():
+            if getattr(found, other):
+                said = f"libvirt and {other} in {_where(key)} cannot be used together"
+                self._add((*key, other), said)
+        if found.domain and not found.libvirt:
+            self._add((*key, "domain"), f"domain in {_where(key)} needs libvirt")
         for socket in _SOCKETS:
             address = getattr(found, socket)
             path = Address.parse(address).path if address else None
@@ -347,6 +357,12 @@ class _Check:
                     if (other := seen.setdefault(place, name)) != name:
                         said = f"[vm.{other}] and [vm.{name}] have the same {socket}, {spelt:.200}"
                         self._add(("vm", name, socket), said)
+            if vm.libvirt:
+                domain = vm.domain or name
+                place = (vm.libvirt, domain, os.path.normpath(repository))
+                if (other := seen.setdefault(place, name)) != name:
+                    said = f"[vm.{other}] and [vm.{name}] have the same domain of libvirt, {domain:.200}"
+                    self._add(("vm", name, "libvirt"), said)
 
     def _add(self, key: Key, message: str) -> None:
         self.found.append((key, message))

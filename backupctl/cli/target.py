@@ -13,6 +13,8 @@ from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, Reposito
 from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.options import (
     DEFAULT_TIMEOUTS,
+    Access,
+    LibvirtAccess,
     NoMonitor,
     QmpAccess,
     ScratchOptions,
@@ -46,6 +48,8 @@ class Target:
     agent: Address | None = None
     images: tuple[VmImage, ...] = ()
     if_running: bool = False
+    libvirt: str | None = None
+    domain: str | None = None
     scratch: Path = ScratchOptions().directory
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -60,28 +64,43 @@ class Target:
         said = self.config.of(self.name)
         images = self.images or image_texts.parse_all(said.image)
         when_off: WhenOff | None = "skip" if self.if_running else said.when_off
-        if self.qmp is None and not images:
-            raise self._unconfigured()
-        if self.qmp is None and when_off in ("skip", "fail"):
+        access = self._access(images)
+        if isinstance(access, NoMonitor) and when_off in ("skip", "fail"):
             raise UsageError(
                 f"VM {self.vm_name!r} has no monitor that could tell whether it is off, so it cannot be "
                 f"{'skipped' if when_off == 'skip' else 'required to run'}",
                 hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
             )
-        access = QmpAccess(self.qmp, self.agent) if self.qmp else NoMonitor()
         return VmConfig(self.vm_name, access, dict(said.disks), images, when_off)
+
+    def _access(self, images: tuple[VmImage, ...]) -> Access:
+        if self.libvirt is not None:
+            if self.agent is not None or images:
+                other = "--agent" if self.agent is not None else "--image"
+                raise UsageError(
+                    f"{other} cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
+                )
+            return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
+        if self.qmp is None and not images:
+            raise self._unconfigured()
+        return QmpAccess(self.qmp, self.agent) if self.qmp else NoMonitor()
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE
         if self.vm_name in self.config.vms:
-            why = f"VM {self.vm_name!r} has no monitor: qmp is not set in [vm.{self.vm_name}] of {place}"
+            table = f"[vm.{self.vm_name}] of {place}"
+            why = f"VM {self.vm_name!r} has no monitor: neither qmp nor libvirt is set in {table}"
         elif self.config.path is None:
             why = f"VM {self.vm_name!r} is not configured: no configuration file found"
         else:
             listed = ", ".join(sorted(self.config.vms)) or "none"
             meant = did_you_mean(self.vm_name, self.config.vms)
             why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant and f'; {meant}'}"
-        return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
+        return UsageError(
+            why,
+            hint=f"use --qmp unix:PATH or --libvirt qemu:///system, or set qmp or libvirt in "
+            f"[vm.{self.vm_name}] of {place}",
+        )
 
     def of(self, vm: str) -> "Target":
         """Return the same for one VM of the configuration."""

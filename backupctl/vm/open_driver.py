@@ -7,14 +7,14 @@ lock on the images tells that it runs (`offline.images`).
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, MonitorUnreachable, VmIsOff
-from backupctl.options import NoMonitor, Timeouts, VmConfig, VmImage, WhenOff
+from backupctl.options import LibvirtAccess, NoMonitor, QmpAccess, Timeouts, VmConfig, WhenOff
 from backupctl.vm.driver import Driver
 from backupctl.vm.guest import agent
-from backupctl.vm.offline import driver as offline
+from backupctl.vm.libvirt import agent as libvirt_agent
 from backupctl.vm.qmp import driver as qmp
 
 _HOW_TO_BACK_UP = "if it is off, it can be backed up by its images (--image DISK=FILE)"
@@ -62,27 +62,42 @@ def _opened(
     why = "no monitor is configured"
     if not isinstance(vm.access, NoMonitor):
         try:
-            return held.enter_context(qmp.connect(vm, vm.access, timeouts, cancel))
+            return held.enter_context(_connect(vm, vm.access, timeouts, cancel))
         except MonitorUnreachable as err:
             if not err.nobody_listens:
                 raise
-            if decided == "fail" or (decided == "backup" and not _images(vm)):
-                err.hint = err.hint if _images(vm) else f"{err.hint}; {_HOW_TO_BACK_UP}"
+            if decided == "fail" or (decided == "backup" and not vm.images):
+                if isinstance(vm.access, QmpAccess) and not vm.images:
+                    err.hint = f"{err.hint}; {_HOW_TO_BACK_UP}"
                 raise
             why = err.message
     if decided == "skip":
         raise VmIsOff(f"{vm.name} is off ({why}), so it was skipped", state=UNTOUCHED)
-    return held.enter_context(offline.connect(_images(vm), f"{vm.name} is off ({why})", timeouts, cancel))
+    from backupctl.vm.offline import driver as offline  # noqa: PLC0415 - few need it
+
+    return held.enter_context(offline.connect(vm.images, f"{vm.name} is off ({why})", timeouts, cancel))
 
 
-def _images(vm: VmConfig) -> tuple[VmImage, ...]:
-    """Return the images of a VM that is off, from whatever source its kind of access has."""
-    return vm.images
+def _connect(
+    vm: VmConfig, access: QmpAccess | LibvirtAccess, timeouts: Timeouts, cancel: Cancellation | None
+) -> AbstractContextManager[Driver]:
+    if isinstance(access, LibvirtAccess):
+        from backupctl.vm.libvirt import driver as libvirt  # noqa: PLC0415 - as above
+
+        return libvirt.connect(vm, access, timeouts, cancel)
+    return qmp.connect(vm, access, timeouts, cancel)
 
 
 def can_freeze(vm: VmConfig) -> bool:
-    """Whether a guest agent is configured."""
-    return vm.access.agent is not None
+    """Whether a guest agent is configured; libvirt knows by itself whether a domain has one."""
+    return isinstance(vm.access, LibvirtAccess) or vm.access.agent is not None
+
+
+def agent_place(vm: VmConfig) -> str:
+    """Say where the guest agent answers, for people."""
+    if isinstance(vm.access, LibvirtAccess):
+        return f"libvirt's agent channel of {vm.access.domain}"
+    return str(vm.access.agent)
 
 
 def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
@@ -90,6 +105,11 @@ def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
 
     `can_freeze` must be true. Needs no open driver.
     """
+    if isinstance(vm.access, LibvirtAccess):
+        with libvirt_agent.LibvirtAgent.connect(
+            vm.access.uri, vm.access.domain, timeouts.agent_seconds
+        ) as talk:
+            return talk.freeze_status()
     assert vm.access.agent is not None
     with agent.Agent.connect(vm.access.agent, timeouts.agent_seconds) as connection:
         return connection.freeze_status()
@@ -100,5 +120,7 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
 
     Needs no open driver: a guest must not wait for a monitor that somebody else holds.
     """
+    if isinstance(vm.access, LibvirtAccess):
+        return libvirt_agent.thaw_if_frozen(vm.access.uri, vm.access.domain, timeouts.agent_seconds)
     address = vm.access.agent
     return address is not None and agent.thaw_if_frozen(address, timeouts.agent_seconds)

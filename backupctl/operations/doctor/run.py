@@ -32,7 +32,7 @@ from backupctl.system import files, qemu_tools
 from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver, Foreseen
-from backupctl.vm.open_driver import can_freeze, freeze_status, open_driver
+from backupctl.vm.open_driver import agent_place, can_freeze, freeze_status, open_driver
 from backupctl.vm.scratch_directory import LOW_BYTES
 
 
@@ -272,7 +272,7 @@ def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
         advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
         yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
     else:
-        yield Finding("agent", "ok", f"answers at {vm.access.agent}; the guest is not frozen")
+        yield Finding("agent", "ok", f"answers at {agent_place(vm)}; the guest is not frozen")
 
 
 def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:

@@ -51,13 +51,26 @@ def plan_scratch(
     *,
     guests: str = "",
 ) -> tuple[ScratchBudget, ...]:
-    """Share out the scratch directory's space. wish_bytes: as for `share`. Raises Refused, MonitorError.
+    """Share out the scratch directory's space. Arguments as for `plan`. Raises Refused, MonitorError."""
+    return plan(chosen, directory, wish_bytes, limited=limits(monitor), guests=guests)
 
-    guests: which guests need the same file system, in words; then LOW_BYTES are left to them.
+
+def plan(
+    chosen: Sequence[Disk],
+    directory: Path,
+    wish_bytes: int | None,
+    *,
+    limited: bool,
+    guests: str = "",
+) -> tuple[ScratchBudget, ...]:
+    """Share out the scratch directory's space. wish_bytes: as for `share`. Raises Refused.
+
+    limited: whether the guest can be limited in what it fills. guests: which guests need the same file
+    system, in words; then LOW_BYTES are left to them.
     """
     scratch_directory.check(directory)
     free = max(files.free_bytes(directory) - (scratch_directory.LOW_BYTES if guests else 0), 0)
-    reserve = RESERVE_BYTES if (limited := limits(monitor)) else RESERVE_UNLIMITED_BYTES
+    reserve = RESERVE_BYTES if limited else RESERVE_UNLIMITED_BYTES
     held = [disk.held_bytes for disk in chosen]
     sizes = {disk.name: disk.size for disk in chosen}
     made = share(sizes, held, free, wish_bytes, reserve, limited=limited)
