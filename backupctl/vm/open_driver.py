@@ -17,7 +17,16 @@ def open_driver(
 
     cancel: looked at while nobody answers.
     """
+    if vm.access.qmp.remote:
+        from backupctl.vm.remote import driver  # noqa: PLC0415 - few VMs need what it loads
+
+        return driver.connect(vm, vm.access, timeouts, cancel)
     return connect(vm, vm.access, timeouts, cancel)
+
+
+def is_remote(vm: VmConfig) -> bool:
+    """Whether the VM runs on another host: the scratch directory is there then."""
+    return vm.access.qmp.remote
 
 
 def can_freeze(vm: VmConfig) -> bool:
@@ -31,6 +40,10 @@ def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
     `can_freeze` must be true. Needs no open driver.
     """
     assert vm.access.agent is not None
+    if is_remote(vm):
+        from backupctl.vm.remote import host  # noqa: PLC0415 - as above
+
+        return host.freeze_status(vm.access, timeouts)
     with agent.Agent.connect(vm.access.agent, timeouts.agent_seconds) as connection:
         return connection.freeze_status()
 
@@ -41,4 +54,8 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
     Needs no open driver: a guest must not wait for a monitor that somebody else holds.
     """
     address = vm.access.agent
+    if address is not None and is_remote(vm):
+        from backupctl.vm.remote import host  # noqa: PLC0415 - as above
+
+        return host.thaw_if_frozen(vm.access, timeouts)
     return address is not None and agent.thaw_if_frozen(address, timeouts.agent_seconds)

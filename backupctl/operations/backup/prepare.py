@@ -43,7 +43,6 @@ from backupctl.progress import Reporter
 from backupctl.repository import audit, chain
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
@@ -114,8 +113,10 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
         reporter.event(DiskSkipped(name, why))
     plan = _plan(ctx, inventory, chosen, gone)
     _report(plan, options, reporter)
-    scratch_directory.check(options.scratch.directory)
-    filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
+    filling = (
+        *driver.filling((ctx.repository.path,), inventory.disks),
+        driver.scratch_filling(options.scratch.directory, inventory.disks),
+    )
     for one in filling:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())

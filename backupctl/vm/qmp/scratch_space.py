@@ -19,10 +19,11 @@ from pathlib import Path
 
 from backupctl.errors import UNTOUCHED, Refused
 from backupctl.names import DiskName
-from backupctl.system import files
+from backupctl.options import ScratchOptions
 from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk
 from backupctl.vm.driver import ScratchBudget
+from backupctl.vm.qmp.files import LOCAL, Files
 from backupctl.vm.qmp.monitor import Monitor
 
 MIB = 1 << 20
@@ -46,16 +47,18 @@ def limits(monitor: Monitor) -> bool:
 def plan_scratch(
     monitor: Monitor,
     chosen: Sequence[Disk],
-    directory: Path,
-    wish_bytes: int | None,
+    options: ScratchOptions,
     *,
     guests: str = "",
+    files: Files = LOCAL,
 ) -> tuple[ScratchBudget, ...]:
-    """Share out the scratch directory's space. wish_bytes: as for `share`. Raises Refused, MonitorError.
+    """Share out the scratch directory's space. Raises Refused, MonitorError.
 
-    guests: which guests need the same file system, in words; then LOW_BYTES are left to them.
+    files: of the machine that QEMU runs on. guests: which guests need the same file system, in words;
+    then LOW_BYTES are left to them.
     """
-    scratch_directory.check(directory)
+    directory, wish_bytes = options.directory, options.size_bytes
+    files.check_directory(directory)
     free = max(files.free_bytes(directory) - (scratch_directory.LOW_BYTES if guests else 0), 0)
     reserve = RESERVE_BYTES if (limited := limits(monitor)) else RESERVE_UNLIMITED_BYTES
     held = [disk.held_bytes for disk in chosen]
