@@ -226,11 +226,19 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--qmp",
         type=param_types.SOCKET,
         default=None,
-        metavar="unix:PATH|tcp:HOST:PORT",
-        help="The socket of QEMU's monitor.",
+        metavar="unix:PATH|ssh://HOST/PATH|tcp:HOST:PORT",
+        help="The socket of QEMU's monitor; with ssh: on that host.",
     ),
     click.option(
-        "--agent", type=param_types.SOCKET, metavar="unix:PATH", help="The socket of the guest agent."
+        "--agent",
+        type=param_types.SOCKET,
+        metavar="unix:PATH|ssh://HOST/PATH",
+        help="The socket of the guest agent.",
+    ),
+    click.option(
+        "--plain-tcp",
+        is_flag=True,
+        help="Allow tcp: to another host, without encryption.",
     ),
     click.option(
         "--scratch",
@@ -238,7 +246,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="DIR",
         default=DEFAULTS.scratch.directory,
         show_default=True,
-        help="Directory for scratch files.",
+        help="Directory for scratch files; with ssh: on the VM's host.",
     ),
     _timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
     _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),
@@ -250,7 +258,7 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
     """Take what `named` added out of a command's parameters."""
     given.pop("config")
     given.pop("everything", None)
-    of_vm = {name: given.pop(name) for name in ("qmp", "agent", "scratch") if name in given}
+    of_vm = {name: given.pop(name) for name in ("qmp", "agent", "plain_tcp", "scratch") if name in given}
     waits = {
         f"{name}_seconds": given.pop(f"{name}_timeout")
         for name in ("command", "agent", "stall")

@@ -63,7 +63,7 @@ class _Duration(click.ParamType[str]):
 
 
 class _Socket(click.ParamType[Address]):
-    """A unix or TCP socket to connect to: unix:PATH, tcp:HOST:PORT, or a path."""
+    """A socket to connect to: unix:PATH, tcp:HOST:PORT, ssh://HOST/PATH, or a path."""
 
     name = "address"
 

@@ -114,6 +114,7 @@ class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     qmp: Text | None = None
     agent: Text | None = None
+    plain_tcp: Flag | None = None
     disks: dict[str, str] = {}
     hooks: HookSettings = HookSettings()
     notify: NotifySettings = NotifySettings()

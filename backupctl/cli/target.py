@@ -24,6 +24,7 @@ class Target:
     """Which VM and which repository a command line means.
 
     name: the only VM; None for any other number of them, see `selection`.
+    plain_tcp: whether monitor and agent may be reached over a network without encryption.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
 
@@ -34,6 +35,7 @@ class Target:
     selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
+    plain_tcp: bool = False
     scratch: Path = ScratchOptions().directory
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -47,8 +49,34 @@ class Target:
         """Return the VM. Raises UsageError."""
         if self.qmp is None:
             raise self._unconfigured()
+        self._refuse_plain_tcp()
+        self._refuse_agent_elsewhere()
         access = QmpAccess(self.qmp, self.agent)
         return VmConfig(self.vm_name, access, dict(self.config.of(self.name).disks))
+
+    def _refuse_plain_tcp(self) -> None:
+        """Refuse a monitor or agent of which anybody on the network could read, or take over, everything."""
+        for name, address in (("qmp", self.qmp), ("agent", self.agent)):
+            if address is not None and not address.loopback and not self.plain_tcp:
+                raise UsageError(
+                    f"{name} is {address}, and what is said there is not encrypted: anybody on the way could "
+                    "control the VM",
+                    state=UNTOUCHED,
+                    hint=f"use ssh://{address.host}/PATH with a unix socket on that host; on a network that "
+                    "nobody else can reach, say so with --plain-tcp or plain_tcp = true",
+                )
+
+    def _refuse_agent_elsewhere(self) -> None:
+        """Refuse an agent that is not on the host of the monitor, since the guard speaks to both."""
+        qmp, agent = self.qmp, self.agent
+        if qmp is None or agent is None or qmp[1:] == agent[1:] or not (qmp.remote or agent.remote):
+            return
+        wanted = qmp._replace(path="/PATH") if qmp.remote else "unix:PATH"
+        raise UsageError(
+            f"the agent {agent} is not on the host of the monitor {qmp}",
+            state=UNTOUCHED,
+            hint=f"the guard speaks to both, so the agent must be {wanted}",
+        )
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE

@@ -19,7 +19,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -35,6 +35,7 @@ _ALIVE_SECONDS, _ALIVE_COUNT = 5, 3
 _MOST_LINE_BYTES = 4 << 20
 _MOST_ERROR_BYTES = 4096
 _END_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
 _OPTIONS = (
     "BatchMode=yes",
     "StrictHostKeyChecking=yes",
@@ -80,14 +81,23 @@ class Connection:
         """Whether ssh still runs."""
         return self._process.poll() is None
 
-    def send(self, content: bytes) -> None:
-        """Write to the program's input. Raises OSError, TimeoutError if nobody takes it for long."""
+    def send(
+        self, content: bytes, seconds: float = CONNECT_SECONDS, look: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write to the program's input. look: called while nobody takes it; what it raises ends the wait.
+
+        Raises OSError, TimeoutError if not all was taken after so many seconds.
+        """
         assert self._process.stdin is not None
         left, target = memoryview(content), self._process.stdin.fileno()
+        deadline = time.monotonic() + seconds
         while left:
-            if not select.select([], [target], [], CONNECT_SECONDS)[1]:
+            if select.select([], [target], [], _LOOK_SECONDS)[1]:
+                left = left[os.write(target, left[: select.PIPE_BUF]) :]
+            elif time.monotonic() > deadline:
                 raise TimeoutError
-            left = left[os.write(target, left[: select.PIPE_BUF]) :]
+            else:
+                look()
 
     def line(self, deadline: float) -> bytes:
         """Return the next line of the program's output, waiting until the deadline of `time.monotonic`.

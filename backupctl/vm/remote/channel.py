@@ -67,7 +67,9 @@ class Channel:
         seconds = options.get("lock_seconds", 0.0)
         assert isinstance(seconds, float)
         try:
-            self._write(bundle.content() + json.dumps(options).encode() + b"\n")
+            text = bundle.content() + json.dumps(options).encode() + b"\n"
+            with self._writing:
+                self._connection.send(text, _START_SECONDS, cancel.check if cancel else lambda: None)
             answer = self._greeting(time.monotonic() + _START_SECONDS + seconds, cancel)
         except (OSError, EOFError, ValueError) as err:
             raise self._unreachable(err) from err
