@@ -10,6 +10,7 @@ The interruption is SIGKILL of the run, or ACTION:
 - eio, enospc: a durable step fails, once, or this one and all that follow;
 - hangup, lost: the monitor connection is closed at the next command, before or after QEMU runs it;
 - cut: the ssh connection to the VM's host breaks: the sessions of the sshd with the process id SSHD_PID end;
+- silence: nothing passes that connection any more, and nobody says so: those sessions are stopped;
 - quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
 
 CONTROL is the simulator's control socket. Its guest then writes before each export is added, so that the new
@@ -97,8 +98,9 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
     if how in ("", "term"):
         os.kill(os.getpid(), signal.SIGTERM if how else signal.SIGKILL)
         return
-    if how == "cut":
-        sshd.cut(int(environment["SSHD_PID"]))
+    if how in ("cut", "silence"):
+        number = signal.SIGKILL if how == "cut" else signal.SIGSTOP
+        sshd.end_sessions(int(environment["SSHD_PID"]), number)
         return
     if "VM_PID" in environment:
         _end(int(environment["VM_PID"]), signal.SIGKILL if how == "crash" else signal.SIGTERM)

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A VM on another host, reached by ssh: an sshd on the loopback with keys of its own."""
 
+import os
 import signal
+import time
 
 import pytest
 
+from fixtures import builds
 from fixtures.debian import CannotBeHad
 from fixtures.sshd import Sshd
+from fixtures.storage_daemon import StorageDaemon
 from tests import interrupted_cli
 
 pytestmark = pytest.mark.simulator_too
@@ -17,6 +21,8 @@ def sshd(tmp_path, held):
     try:
         made = Sshd(tmp_path / "sshd")
     except CannotBeHad as err:
+        if builds.required():
+            pytest.fail(f"required here: {err}")
         pytest.skip(str(err))
     held.callback(made.close)
     made.start()
@@ -156,3 +162,56 @@ def test_a_host_without_python_is_told_before_anything_is_touched(any_build, mak
     error = lab.backup("full", code=1)["error"]
     assert "no python3 of version 3.11" in error["message"]
     assert not lab.cli.repository.exists()
+
+
+def test_doctor_and_status_tell_of_the_host(remote_lab, sshd):
+    findings = remote_lab.cli.json("doctor", "web")["findings"]
+    (of_ssh,) = [one for one in findings if one["subject"] == "ssh"]
+    assert of_ssh["verdict"] == "ok"
+    assert "vmhost: connected" in of_ssh["said"]
+    assert not [one for one in findings if one["verdict"] == "bad"], findings
+    assert not remote_lab.cli.json("status", "web")["leftovers"]
+    missing = remote_lab.directory / "missing"
+    remote_lab.cli.scratch.rmdir()
+    remote_lab.cli.scratch = missing
+    findings = remote_lab.cli.json("doctor", "web", code=1)["findings"]
+    assert [one for one in findings if one["subject"] == "scratch" and one["verdict"] == "bad"]
+    sshd.await_end()
+
+
+@pytest.mark.needs_qemu("the simulator takes descriptors")
+def test_a_daemon_that_takes_no_descriptors_has_named_files_there_that_the_next_run_sweeps(
+    any_build, make_lab, sshd
+):
+    lab = make_lab(any_build, {"vda": 1 << 20}, kind_of_machine=StorageDaemon)
+    over_ssh(lab, sshd)
+    lab.cli.vm = lab.cli.vm[:2]
+    lab.writer.write(5)
+    lab.backup("full")
+    lab.writer.write(5)
+    environment = {"KILL_AT": "transaction"}
+    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, **environment)
+    assert died.returncode == -signal.SIGKILL
+    sshd.await_end()
+    (left,) = lab.cli.scratch.iterdir()
+    assert left.stat().st_mode & 0o777 == 0o700
+    assert [one.name.endswith(".qcow2") for one in left.iterdir()] == [True]
+    assert f"scratch directory {left}" in lab.cli.json("status", "web")["leftovers"]
+    lab.next_is_right()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_line_that_falls_silent_ends_the_run_here_and_its_work_there(remote_lab, sshd):
+    """Nobody says that the line is cut: neither end gets a byte."""
+    lab = remote_lab
+    lab.writer.write(50)
+    begun = time.monotonic()
+    done = interrupted(lab, sshd, "transaction", ACTION="silence", KILL_WHEN="after")
+    assert done.returncode in (1, 3), done.stderr
+    assert time.monotonic() - begun < 150
+    for one in sshd.sessions():
+        os.kill(one, signal.SIGCONT)
+    sshd.await_end(90)
+    assert not lab.agent.frozen
+    lab.next_is_right()

@@ -41,7 +41,7 @@ _GUARD_END_SECONDS = 10.0
 _MOST_LINE_BYTES = 1 << 20
 
 
-class Program:
+class RemoteProgram:
     """Serves one command's requests. options: what `vm.remote.host` asked for.
 
     monitor, agent: sockets here; "" for no agent. directory: for our own sockets; "" where none are needed.
@@ -261,7 +261,7 @@ def main() -> NoReturn:
     held = ExitStack()
     try:
         try:
-            program = Program(json.loads(next(lines)), held)
+            program = RemoteProgram(json.loads(next(lines)), held)
         except (BackupctlError, OSError) as err:
             code = err.code if isinstance(err, BackupctlError) else Refused.code
             _say(READY + json.dumps({"error": code, "message": str(err), "state": ""}).encode() + b"\n")
