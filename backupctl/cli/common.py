@@ -51,7 +51,7 @@ CONFIG_HELP = (
     f"${configuration.ENVIRONMENT}, ~/.config/backupctl/{configuration.FILE_NAME}, "
     f"{configuration.SYSTEM_FILE}."
 )
-_OF_VM = ("qmp", "agent", "libvirt", "domain", "images", "scratch", "if_running")
+_OF_VM = ("qmp", "agent", "plain_tcp", "libvirt", "domain", "images", "scratch", "if_running")
 _NOT_OPTIONS = ("disks", "image", "when_off")
 """Settings whose name is that of another parameter (`disks` is also what --disk is given), or of none."""
 
@@ -280,11 +280,19 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--qmp",
         type=param_types.SOCKET,
         default=None,
-        metavar="unix:PATH|tcp:HOST:PORT",
-        help="The socket of QEMU's monitor.",
+        metavar="unix:PATH|ssh://HOST/PATH|tcp:HOST:PORT",
+        help="The socket of QEMU's monitor; with ssh: on that host.",
     ),
     click.option(
-        "--agent", type=param_types.SOCKET, metavar="unix:PATH", help="The socket of the guest agent."
+        "--agent",
+        type=param_types.SOCKET,
+        metavar="unix:PATH|ssh://HOST/PATH",
+        help="The socket of the guest agent.",
+    ),
+    click.option(
+        "--plain-tcp",
+        is_flag=True,
+        help="Allow tcp: to another host, without encryption.",
     ),
     click.option(
         "--image",
@@ -307,7 +315,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         metavar="DIR",
         default=DEFAULTS.scratch.directory,
         show_default=True,
-        help="Directory for scratch files.",
+        help="Directory for scratch files; with ssh: on the VM's host.",
     ),
     _timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
     _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),

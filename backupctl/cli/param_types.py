@@ -75,7 +75,7 @@ class _Period(_Duration):
 
 
 class _Socket(click.ParamType[Address]):
-    """A unix or TCP socket to connect to: unix:PATH, tcp:HOST:PORT, or a path."""
+    """A socket to connect to: unix:PATH, tcp:HOST:PORT, ssh://HOST/PATH, or a path."""
 
     name = "address"
 

@@ -134,6 +134,7 @@ class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     qmp: Text | None = None
     agent: Text | None = None
+    plain_tcp: Flag | None = None
     when_off: WhenOff | None = None
     libvirt: Text | None = None
     domain: Text | None = None

@@ -35,7 +35,8 @@ class Target:
     """Which VM and which repository a command line means.
 
     name: the only VM; None for any other number of them, see `selection`. images: those that were typed.
-    if_running: whether a VM that is off is to be skipped, whatever is configured.
+    if_running: whether a VM that is off is to be skipped, whatever is configured. plain_tcp: whether monitor
+    and agent may be reached over a network without encryption.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
 
@@ -48,6 +49,7 @@ class Target:
     agent: Address | None = None
     images: tuple[VmImage, ...] = ()
     if_running: bool = False
+    plain_tcp: bool = False
     libvirt: str | None = None
     domain: str | None = None
     scratch: Path = ScratchOptions().directory
@@ -83,7 +85,37 @@ class Target:
             return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
         if self.qmp is None and not images:
             raise self._unconfigured()
-        return QmpAccess(self.qmp, self.agent) if self.qmp else NoMonitor()
+        if self.qmp is None:
+            return NoMonitor()
+        self._refuse_plain_tcp()
+        self._refuse_agent_elsewhere()
+        if self.qmp.remote and images:
+            raise UsageError("--image is for a VM of this host, and --qmp leads to another", state=UNTOUCHED)
+        return QmpAccess(self.qmp, self.agent)
+
+    def _refuse_plain_tcp(self) -> None:
+        """Refuse a monitor or agent of which anybody on the network could read, or take over, everything."""
+        for name, address in (("qmp", self.qmp), ("agent", self.agent)):
+            if address is not None and not address.loopback and not self.plain_tcp:
+                raise UsageError(
+                    f"{name} is {address}, and what is said there is not encrypted: anybody on the way could "
+                    "control the VM",
+                    state=UNTOUCHED,
+                    hint=f"use ssh://{address.host}/PATH with a unix socket on that host; on a network that "
+                    "nobody else can reach, say so with --plain-tcp or plain_tcp = true",
+                )
+
+    def _refuse_agent_elsewhere(self) -> None:
+        """Refuse an agent that is not on the host of the monitor, since the guard speaks to both."""
+        qmp, agent = self.qmp, self.agent
+        if qmp is None or agent is None or qmp[1:] == agent[1:] or not (qmp.remote or agent.remote):
+            return
+        wanted = qmp._replace(path="/PATH") if qmp.remote else "unix:PATH"
+        raise UsageError(
+            f"the agent {agent} is not on the host of the monitor {qmp}",
+            state=UNTOUCHED,
+            hint=f"the guard speaks to both, so the agent must be {wanted}",
+        )
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE

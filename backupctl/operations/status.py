@@ -18,7 +18,6 @@ from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver
 from backupctl.vm.open_driver import open_driver
@@ -75,8 +74,6 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(directory))
     left = [_unfinished(one) for one in directory.pending_points()]
-    in_scratch = scratch_directory.left_directories(namespace, vm.name, options.scratch.directory)
-    left += [f"scratch directory {path}" for path in in_scratch]
     ids = tuple(point.id for point in points)
     unmerged = tuple(
         f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
@@ -89,6 +86,8 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
         with open_driver(vm, options.timeouts.brief()) as driver:
             foreseen = driver.foresee(facts)
             inventory = foreseen.inventory
+            in_scratch = driver.left_scratch(namespace, options.scratch.directory)
+            left += [f"scratch directory {path}" for path in in_scratch]
             left += foreseen.leftovers
             version = driver.version
             gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))

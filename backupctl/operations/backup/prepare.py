@@ -47,7 +47,6 @@ from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
@@ -124,8 +123,10 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
     plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
-    scratch_directory.check(options.scratch.directory)
-    filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
+    filling = (
+        *driver.filling((ctx.repository.path,), inventory.disks),
+        driver.scratch_filling(options.scratch.directory, inventory.disks),
+    )
     for one in filling:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
