@@ -13,6 +13,7 @@ CODES = {
     *("TransferError", "ReadFailed", "WriteFailed", "RepositoryError", "NotARepository"),
     *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists", "HookFailed"),
     "AmbiguousPoint",
+    "VmIsOff",
     "FilesystemError",
     "RestoreTestFailed",
 }
