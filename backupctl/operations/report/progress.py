@@ -4,7 +4,6 @@
 How much there is still to do is known to the run alone.
 """
 
-import os
 from contextlib import suppress
 from datetime import UTC, datetime
 
@@ -13,6 +12,7 @@ from backupctl.operations.report.facts import RunFacts
 from backupctl.repository import history, markers
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.vm_directory import VmDirectory
+from backupctl.system import files, safe_open
 
 
 def of(directory: VmDirectory) -> RunFacts | None:
@@ -33,12 +33,12 @@ def version(directory: VmDirectory) -> str:
 
 
 def _written(pending: PendingPoint) -> int:
-    """Return how many bytes of the file system a point takes so far."""
+    """Return how many bytes of data the images of a point have so far, without what is only set aside."""
     written = 0
-    with suppress(OSError), os.scandir(pending.path) as entries:
-        for entry in entries:
-            with suppress(OSError):
-                written += entry.stat(follow_symlinks=False).st_blocks * 512
+    with suppress(OSError, BackupctlError):
+        for path in pending.path.glob("*.qcow2"):
+            with suppress(safe_open.NotThere), safe_open.open_file(path) as file:
+                written += files.used_bytes(file.fileno())
     return written
 
 
