@@ -13,7 +13,7 @@ from backupctl.outcome.html.timeline import Scale
 _MOST_RANGES = 6
 _ROW_PIXELS = 6
 _COLUMNS = (
-    *("Point", "Taken", "Kind", "Stored", "Took", "Frozen", "Layers", "Parent", "Consistent"),
+    *("Point", "Taken", "Kind", "Stored", "Took", "Frozen", "Layers", "Parent", "Consistency"),
     *("Next prune", "Notes"),
 )
 
@@ -170,8 +170,8 @@ def _ranges(one: DiskMap, row: MapRow) -> str:
             runs.append([part, part + 1])
     if not runs:
         return "nothing"
-    said = [f"{words.size(_at(one, begin))} to {words.size(_at(one, end))}" for begin, end in runs]
-    more = f"; and {len(said) - _MOST_RANGES} more ranges" if len(said) > _MOST_RANGES else ""
+    said = [f"{words.size(_at(one, begin), 2)} to {words.size(_at(one, end), 2)}" for begin, end in runs]
+    more = f"; and {words.number(len(said) - _MOST_RANGES, 'more range')}" if len(said) > _MOST_RANGES else ""
     return "; ".join(said[:_MOST_RANGES]) + more
 
 

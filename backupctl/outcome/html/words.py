@@ -18,12 +18,12 @@ LEVELS = {
 NONE = "-"
 
 
-def size(count: int) -> str:
+def size(count: int, digits: int = 1) -> str:
     """Return a number of bytes: "1.5 GiB"."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1024 or unit == "TiB":
-            return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+            return f"{count} B" if unit == "B" else f"{amount:.{digits}f} {unit}"
         amount /= 1024
     raise AssertionError
 
