@@ -47,6 +47,20 @@ SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_momen
 
 BUGS = (
     Bug(
+        "each step of a run follows the chain again",
+        "CheckedChains.layers",
+        "if key not in self._layers:",
+        "if True:",
+        "unit/repository/test_checked_chains.py::test_a_run_opens_each_file_of_its_chain_once",
+    ),
+    Bug(
+        "batches that are not in order are written together",
+        "_ascending",
+        "if found and found[-1][-1].numbers[-1] < batch.numbers[0]:",
+        "if found:",
+        COPY + "test_scattered_clusters_and_a_short_last_one_come_padded_to_their_places",
+    ),
+    Bug(
         "no thaw after a transaction that failed",
         "_Run._thawed_at_the_end",
         "        try:\n            yield thawed\n        finally:\n"
@@ -546,5 +560,33 @@ BUGS = (
         "        if not known or name not in self._KINDS:\n",
         "        if name not in self._KINDS:\n",
         "unit/outcome/test_html_live.py::test_without_the_token_there_is_nothing",
+    ),
+    Bug(
+        "a name of a guest leads out of the target directory",
+        "check_name",
+        '    if name in (b"", b".", b".."):\n',
+        "    if not name:\n",
+        "unit/targets/test_extraction.py::test_a_name_that_is_not_one_plain_component_is_refused",
+    ),
+    Bug(
+        "committed transactions of a journal are ignored",
+        "_committed",
+        "        elif kind == _COMMIT:\n            yield current\n",
+        "        elif kind == _COMMIT:\n            pass\n",
+        "unit/filesystems/test_ext.py::test_what_the_journal_has_committed_is_read",
+    ),
+    Bug(
+        "clusters of a guest's files are used unverified",
+        "PointDisk._verified",
+        "        if len(wrong):\n",
+        "        if len(wrong) > len(found):\n",
+        "unit/operations/test_files.py::test_what_does_not_match_its_digest_is_not_used",
+    ),
+    Bug(
+        "the QEMU of a restore test may gain rights",
+        "prepared",
+        "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):",
+        "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0) > 0:",
+        "unit/vm/test_trial.py::test_a_confined_child_has_no_rights_of_root",
     ),
 )
