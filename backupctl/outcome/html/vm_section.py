@@ -74,8 +74,10 @@ def _facts(vm: VmFacts, now: datetime) -> Markup:
         ]
     else:
         said.append(("Last verify", "not remembered: no [metrics] or [notify] is configured"))
+    if vm.tested is not None:
+        said.append(("Last restore test", words.restore_test(vm.tested, now)))
     entries = [tag("div", tag("dt", name), tag("dd", value)) for name, value in said]
-    doing = words.doing(vm.run, now)
+    doing = words.doing(vm.run)
     entries.append(tag("div", tag("dt", "Now"), tag("dd", doing), class_="now", hidden=not doing))
     return tag("dl", *entries)
 
