@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.events import Event, Severity, WarningEvent
-from backupctl.names import DiskName, PointId
+from backupctl.names import DiskName, PointId, VmName
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,21 @@ class DiskMissing(WarningEvent):
 
     def _text(self) -> str:
         return f"{self.disk} is not backed up: it is not among the VM's disks; {self.point} still holds it"
+
+
+@dataclass(frozen=True)
+class VmRenamed(WarningEvent):
+    """The VM has no points under its name, and another VM of the repository was once called so."""
+
+    code = "vm-renamed"
+    vm: VmName
+    new_name: VmName
+
+    def _text(self) -> str:
+        return (
+            f"{self.vm} was renamed to {self.new_name} in this repository, and begins anew under its old "
+            "name; to go on with its points, change its name in the configuration"
+        )
 
 
 @dataclass(frozen=True)

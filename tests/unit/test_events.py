@@ -19,7 +19,7 @@ disks-not-restored full-due history-mismatch hook-failed left-for-next-prune met
 next-run-reads-all no-point-to-build-on not-checked nothing-to-verify notice-not-sent overlay-kept
 point-damaged point-dropped point-must-stay recovered-from-earlier-run repository-created
 restored-unverified restored-with-damage sample-chosen scratch-may-not-suffice served-to-local-users
-start-delayed step-started target-larger target-resized task-skipped vm-ended vm-failed vm-skipped
+start-delayed step-started target-larger target-resized task-skipped vm-ended vm-failed vm-renamed vm-skipped
 vm-started waiting-for-lock
 """.split()  # noqa: SIM905 - one a line would be a page
 """Scripts rest on these: one may be added, and none may be changed or go."""

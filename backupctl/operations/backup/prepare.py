@@ -31,6 +31,7 @@ from backupctl.events.backup import (
     NoPointToBuildOn,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
+    VmRenamed,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
 from backupctl.names import DiskName, Namespace, PointId, VmName
@@ -40,7 +41,7 @@ from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
 from backupctl.options import ChainOptions, Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
-from backupctl.repository import audit, chain
+from backupctl.repository import audit, chain, former_names
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
@@ -115,6 +116,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
         reporter.event(DiskSkipped(name, why))
     plan = _plan(ctx, inventory, chosen, gone)
     _report(plan, options, reporter)
+    if not directory.all_points() and (renamed := former_names.bearer(ctx.repository.path, vm.name)):
+        reporter.event(VmRenamed(vm.name, renamed))
     scratch_directory.check(options.scratch.directory)
     filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
     for one in filling:
