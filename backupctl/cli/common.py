@@ -16,7 +16,15 @@ import msgspec
 from click.core import ParameterSource
 
 from backupctl import errors
-from backupctl.cli import completion, configuration, each_vm, next_command, param_types, settings
+from backupctl.cli import (
+    completion,
+    configuration,
+    each_vm,
+    image_texts,
+    next_command,
+    param_types,
+    settings,
+)
 from backupctl.cli.help import Documented
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.selection import Selection
@@ -43,8 +51,9 @@ CONFIG_HELP = (
     f"${configuration.ENVIRONMENT}, ~/.config/backupctl/{configuration.FILE_NAME}, "
     f"{configuration.SYSTEM_FILE}."
 )
-_NOT_OPTIONS = ("disks",)
-"""Settings whose name is that of another parameter: `disks` is also what --disk is given."""
+_OF_VM = ("qmp", "agent", "plain_tcp", "libvirt", "domain", "images", "scratch", "if_running")
+_NOT_OPTIONS = ("disks", "image", "when_off")
+"""Settings whose name is that of another parameter (`disks` is also what --disk is given), or of none."""
 
 
 class Command(Documented):
@@ -107,6 +116,12 @@ def quiet(command: Declared) -> Declared:
     """Give a command that timers run `--quiet`."""
     said = "Print only warnings and errors (and the document of --json)."
     return click.option("-q", "--quiet", is_flag=True, help=said)(command)
+
+
+def if_running(command: Declared) -> Declared:
+    """Give a command that backs up `--if-running`."""
+    said = "Skip a VM that is off, with exit code 0, whatever when_off in the configuration says."
+    return click.option("--if-running", is_flag=True, help=said)(command)
 
 
 def dry_run(text: str) -> Callable[[Declared], Declared]:
@@ -265,19 +280,42 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--qmp",
         type=param_types.SOCKET,
         default=None,
-        metavar="unix:PATH|tcp:HOST:PORT",
-        help="The socket of QEMU's monitor.",
+        metavar="unix:PATH|ssh://HOST/PATH|tcp:HOST:PORT",
+        help="The socket of QEMU's monitor; with ssh: on that host.",
     ),
     click.option(
-        "--agent", type=param_types.SOCKET, metavar="unix:PATH", help="The socket of the guest agent."
+        "--agent",
+        type=param_types.SOCKET,
+        metavar="unix:PATH|ssh://HOST/PATH",
+        help="The socket of the guest agent.",
     ),
+    click.option(
+        "--plain-tcp",
+        is_flag=True,
+        help="Allow tcp: to another host, without encryption.",
+    ),
+    click.option(
+        "--image",
+        "images",
+        type=image_texts.IMAGE,
+        multiple=True,
+        metavar=f"DISK={image_texts.SYNTAX}",
+        help="The image of a disk, for when the VM is off; may be repeated.",
+    ),
+    click.option(
+        "--libvirt",
+        type=param_types.LIBVIRT_URI,
+        metavar="URI",
+        help="libvirt, for a VM that it manages: qemu:///system.",
+    ),
+    click.option("--domain", metavar="NAME", help="The VM's name in libvirt.  [default: the same]"),
     click.option(
         "--scratch",
         type=param_types.PATH,
         metavar="DIR",
         default=DEFAULTS.scratch.directory,
         show_default=True,
-        help="Directory for scratch files.",
+        help="Directory for scratch files; with ssh: on the VM's host.",
     ),
     _timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
     _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),
@@ -289,7 +327,8 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
     """Take what `named` added out of a command's parameters."""
     given.pop("config")
     given.pop("everything", None)
-    of_vm = {name: given.pop(name) for name in ("qmp", "agent", "scratch") if name in given}
+    of_vm = {name: given.pop(name) for name in _OF_VM if name in given}
+    _choose_access(context, of_vm)
     waits = {
         f"{name}_seconds": given.pop(f"{name}_timeout")
         for name in ("command", "agent", "stall")
@@ -304,6 +343,23 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
         timeouts=Timeouts(**waits),
         **of_vm,
     )
+
+
+def _choose_access(context: click.Context, of_vm: dict[str, Any]) -> None:
+    """Let --qmp or --libvirt win over the other one of the configuration. Raises UsageError."""
+    if not (of_vm.get("qmp") and of_vm.get("libvirt")):
+        return
+    typed = [
+        name
+        for name in ("qmp", "libvirt")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if len(typed) != 1:
+        raise UsageError("--qmp and --libvirt are mutually exclusive", state=UNTOUCHED)
+    if typed == ["libvirt"]:
+        of_vm["qmp"] = of_vm["agent"] = None
+    else:
+        of_vm["libvirt"] = None
 
 
 def option_defaults(said: settings.VmSettings) -> Mapping[str, Any]:

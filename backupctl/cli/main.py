@@ -41,10 +41,15 @@ SECTIONS = {
         "diff": "diff.diff",
         "status": "status_recover.status",
         "check": "check.check",
+        "report": "report.report",
         "bitmaps": "bitmaps.bitmaps",
     },
     "Restore": {
         "restore": "restore.restore",
+        "restore-test": "restore_test.restore_test",
+        "files": "files.files",
+        "mount": "mount.mount",
+        "umount": "mount.umount",
         "serve": "serve.serve",
     },
     "Care": {
@@ -59,6 +64,7 @@ SECTIONS = {
         "recover": "status_recover.recover",
         "config": "config.config",
         "install-timers": "install_timers.install_timers",
+        "version": "version.version",
     },
     "Try": {
         "demo": "demo.demo",

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from backupctl.cli import units
 from backupctl.errors import BackupctlError, Failed
-from backupctl.outcome import documents
+from backupctl.outcome import clean_text, documents
 from backupctl.progress import Overall
 
 if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most errors need none
@@ -30,14 +30,7 @@ if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most erro
 LINE_SECONDS = 10.0
 
 
-def clean(text: object) -> str:
-    """Return a text without control characters; nor may it begin a line of its own, as if we said it."""
-    found = str(text)
-    if found.isprintable():
-        return found
-    return "".join(
-        character if character.isprintable() else f"\\x{ord(character):02x}" for character in found
-    )
+clean = clean_text.clean
 
 
 @dataclass

@@ -17,6 +17,9 @@ from backupctl.operations.prune import retention
 from backupctl.repository import point_names
 from backupctl.system.address import Address
 
+_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", re.ASCII)
+_PERIODS = {"daily": "1d", "weekly": "1w", "monthly": "1m"}
+_LIBVIRT_URI = re.compile(r"qemu(\+unix)?:///[!-~]{1,200}", re.ASCII)
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=-]+(@[A-Za-z0-9.-]+)?", re.ASCII)
 
 
@@ -62,8 +65,17 @@ class _Duration(click.ParamType[str]):
         return value
 
 
+class _Period(_Duration):
+    """How often something is due: a duration, or one of a few words."""
+
+    name = "period"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(_PERIODS.get(value, value), param, ctx)
+
+
 class _Socket(click.ParamType[Address]):
-    """A unix or TCP socket to connect to: unix:PATH, tcp:HOST:PORT, or a path."""
+    """A socket to connect to: unix:PATH, tcp:HOST:PORT, ssh://HOST/PATH, or a path."""
 
     name = "address"
 
@@ -76,6 +88,22 @@ class _Socket(click.ParamType[Address]):
             return Address.parse(value)
         except UsageError as err:
             self.fail(err.message, param, ctx)
+
+
+class _LibvirtUri(click.ParamType[str]):
+    """The URI of a libvirt on this machine."""
+
+    name = "uri"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _LIBVIRT_URI.fullmatch(value):
+            self.fail(
+                f"{value!r:.120} is not a libvirt URI of this machine. Examples: qemu:///system, "
+                "qemu:///session.",
+                param,
+                ctx,
+            )
+        return value
 
 
 class _AbsolutePath(click.ParamType[Path]):
@@ -149,6 +177,17 @@ def is_point(text: str) -> bool:
         return False
 
 
+class _Machine(click.ParamType[str]):
+    """A machine type of QEMU, without properties."""
+
+    name = "machine"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _MACHINE.fullmatch(value):
+            self.fail(f"{value!r:.60} is not a machine type. Examples: q35, pc", param, ctx)
+        return value
+
+
 class _Url(click.ParamType[str]):
     """An http or https URL. It is a secret, so no message repeats it."""
 
@@ -220,11 +259,14 @@ def absolute(text: str) -> Path:
 SIZE = _Size()
 SECONDS = _Seconds(most=3600)
 DURATION = _Duration()
+PERIOD = _Period()
 SOCKET = _Socket()
+LIBVIRT_URI = _LibvirtUri()
 PATH = _AbsolutePath()
 URL = _Url()
 MAIL = _Mail()
 COMMAND = _Command()
+MACHINE = _Machine()
 POINT = _PointType()
 POINT_ID = _PointId()
 VM_NAME = _VmName()

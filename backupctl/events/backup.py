@@ -20,6 +20,17 @@ class RecoveredFromEarlierRun(Event):
 
 
 @dataclass(frozen=True)
+class ImagesRead(Event):
+    """The VM is off, so its images are backed up."""
+
+    code = "images-read"
+    vm: VmName
+
+    def _text(self) -> str:
+        return f"{self.vm} is off: its images are backed up as they are"
+
+
+@dataclass(frozen=True)
 class RepositoryCreated(Event):
     """There was no repository, so the first full made one."""
 

@@ -13,11 +13,11 @@ from backupctl.operations.bitmaps import Known, StoredBitmap, nobody_else
 from backupctl.operations.running import Running, running
 from backupctl.options import OnBrokenChain, RunOptions, VmConfig
 from backupctl.repository import audit, chain
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver
 from backupctl.vm.open_driver import open_driver
@@ -74,8 +74,6 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(directory))
     left = [_unfinished(one) for one in directory.pending_points()]
-    in_scratch = scratch_directory.left_directories(namespace, vm.name, options.scratch.directory)
-    left += [f"scratch directory {path}" for path in in_scratch]
     ids = tuple(point.id for point in points)
     unmerged = tuple(
         f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
@@ -88,12 +86,14 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
         with open_driver(vm, options.timeouts.brief()) as driver:
             foreseen = driver.foresee(facts)
             inventory = foreseen.inventory
+            in_scratch = driver.left_scratch(namespace, options.scratch.directory)
+            left += [f"scratch directory {path}" for path in in_scratch]
             left += foreseen.leftovers
             version = driver.version
             gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))
             refusal = _refusal(driver, inventory, left)
             stored = bitmap_survey.survey(driver, vm, repository, known)
-    except MonitorError as err:
+    except (MonitorError, Refused) as err:
         worker = directory.lock_holder() or (
             f"the run of process {now.pid} has just ended" if now else None
         )  # it has the monitor, which serves one client, and all that looks unfinished
@@ -143,13 +143,14 @@ def _plan(
     gone: tuple[PointId, ...],
 ) -> tuple[planning.Plan, str]:
     """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
+    chains = prepare.chain_facts(CheckedChains(facts.directory), facts.namespace, points, gone, options.chain)
 
     def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
         return planning.plan(
             "incremental",
             inventory.disks,
             inventory,
-            prepare.chain_facts(facts.directory, facts.namespace, points, gone, options.chain),
+            chains,
             on_broken_chain,
         )
 

@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # each command imports only what it runs: all of it would double the start of most
     from backupctl.errors import BackupctlError
     from backupctl.events import Event
+    from backupctl.filesystems.tree import Node
     from backupctl.operations.backup.outcome import RunReport
     from backupctl.operations.bitmaps import Removal, StoredBitmap
     from backupctl.operations.delete import Deletion
     from backupctl.operations.diff import DiffReport
     from backupctl.operations.doctor.run import Diagnosis
+    from backupctl.operations.files.extract import ExtractReport
+    from backupctl.operations.files.run import Found, Place
+    from backupctl.operations.mount import MountedDisk
     from backupctl.operations.prune.run import PruneReport
     from backupctl.operations.recover import Recovered
     from backupctl.operations.remove_vm import VmRemoval
+    from backupctl.operations.report.facts import Report, VmFacts
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
+    from backupctl.operations.restore_test import RestoreTestReport
     from backupctl.operations.routine.forecast import Forecast
     from backupctl.operations.routine.run import RoutineReport, TaskResult
     from backupctl.operations.serve import Export
@@ -31,6 +37,7 @@ if TYPE_CHECKING:  # each command imports only what it runs: all of it would dou
     from backupctl.operations.usage import VmUsage
     from backupctl.operations.verify.layer import VerifyScope
     from backupctl.operations.verify.run import VerifyReport
+    from backupctl.operations.versions import Component
     from backupctl.repository.point import Point
 
 Document = dict[str, Any]
@@ -45,6 +52,7 @@ _NOT_OF_TASK = {
     "backup": ("vm", "warnings", "notes"),
     "prune": ("vm", "dry_run", "rules", "unused_rules", "freed_is_estimate"),
     "verify": ("vms",),
+    "restore-test": ("vm", "error", "screenshot", "console"),
 }
 """Keys that the report of a task has not: the document of its VM tells of it."""
 
@@ -71,6 +79,11 @@ def run(report: "RunReport", events: Sequence["Event"]) -> Document:
     }
 
 
+def skipped(vm: str, why: str, events: Sequence["Event"]) -> Document:
+    """Return what a full or incremental came to that was not taken, because the VM is off."""
+    return {"vm": vm, "point": None, "skipped": why, **_by_severity(events)}
+
+
 def recover(vm: str, done: "Recovered", events: Sequence["Event"]) -> Document:
     """Return what a recover did. events: what happened during it."""
     return {"vm": vm, "actions": list(done.actions), **_by_severity(events)}
@@ -88,6 +101,42 @@ def doctor(found: "Diagnosis", configuration: str | None) -> Document:
         "ok": not found.bad,
         "configuration": configuration,
         "findings": [asdict(one) for one in found.findings],
+    }
+
+
+def versions(found: "Iterable[Component]") -> Document:
+    """Return the versions of everything that is at work."""
+    return {"components": [asdict(one) for one in found]}
+
+
+def report(found: "Report", path: Path, size_bytes: int) -> Document:
+    """Return what the page of `report` says, in short. path: the file. size_bytes: its length."""
+    return {
+        "file": str(path),
+        "bytes": size_bytes,
+        "made": f"{found.made:%Y-%m-%dT%H:%M:%SZ}",
+        "repositories": [
+            {"path": one.path, "problem": one.problem, "vms": [_reported(vm) for vm in one.vms]}
+            for one in found.repositories
+        ],
+    }
+
+
+def report_served(address: str) -> Document:
+    """Return where `report --web` serves the page."""
+    return {"uri": address}
+
+
+def _reported(vm: "VmFacts") -> Document:
+    return {
+        "vm": vm.name,
+        "state": vm.verdict.level.name,
+        "points": len(vm.points),
+        "damaged": sum(bool(one.broken) for one in vm.points) + sum(not one.unreadable for one in vm.bad),
+        "unreadable": sum(one.unreadable for one in vm.bad),
+        "stored_bytes": vm.stored_bytes,
+        "next_prune_drops": [point.id for point in vm.dropped],
+        "findings": [one.text for one in vm.verdict.findings if one.level],
     }
 
 
@@ -342,6 +391,87 @@ def served(vm: str, point_id: str, exports: Iterable["Export"]) -> Document:
     return {"vm": vm, "point": point_id, "exports": listed}
 
 
+def places(found: Iterable["Place"]) -> Document:
+    """Return the partitions of a point's disks, and what they hold."""
+    return {
+        "file_systems": [
+            {
+                "disk": one.disk,
+                "partition": one.number,
+                "size": one.size,
+                "kind": one.kind or None,
+                "problem": one.problem or None,
+                "warnings": list(one.warnings),
+            }
+            for one in found
+        ]
+    }
+
+
+def guest_files(listed: Iterable[tuple["Found", Iterable[tuple[bytes, "Node"]]]]) -> Document:
+    """Return what is at some paths of a guest."""
+    return {
+        "paths": [
+            {
+                "path": _text(found.path),
+                "disk": found.place.disk,
+                "partition": found.place.number,
+                "entries": [_guest_file(name, node) for name, node in entries],
+            }
+            for found, entries in listed
+        ]
+    }
+
+
+def _guest_file(name: bytes, node: "Node") -> Document:
+    return {
+        "name": _text(name),
+        "kind": node.kind,
+        "mode": f"{node.mode:04o}",
+        "owner": node.owner,
+        "group": node.group,
+        "size": node.size,
+        "modified": node.modified,
+    }
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def extracted(report: "ExtractReport") -> Document:
+    """Return what was copied out of a point."""
+    return {
+        "target": str(report.target),
+        "files": report.files,
+        "directories": report.directories,
+        "data_bytes": report.data_bytes,
+        "skipped_count": report.skipped_count,
+        "skipped": [asdict(one) for one in report.skipped],
+    }
+
+
+def restore_test(report: "RestoreTestReport", kept: Mapping[str, Path]) -> Document:
+    """Return what a restore test came to. kept: the files that show it."""
+    return {
+        "vm": report.vm,
+        "point": report.point,
+        "passed": report.passed,
+        "until": report.until,
+        "seconds": round(report.seconds, 3),
+        "accelerator": report.accelerator,
+        "error": error(report.error) if report.error else None,
+        "screenshot": str(kept["screenshot"]) if "screenshot" in kept else None,
+        "console": str(kept["console"]) if "console" in kept else None,
+    }
+
+
+def mounted(vm: str, point_id: str, disks: Iterable["MountedDisk"]) -> Document:
+    """Return where the disks of a point are mounted."""
+    listed = [{"disk": one.disk, "path": str(one.path), "size": one.size} for one in disks]
+    return {"vm": vm, "point": point_id, "mounted": listed}
+
+
 def bitmaps(vm: str, found: Iterable["StoredBitmap"]) -> Document:
     """Return the bitmaps of a VM."""
     return {"vm": vm, "bitmaps": [asdict(one) for one in found]}
@@ -453,10 +583,18 @@ def _of_task(vm: str, one: "TaskResult") -> Document | None:
         found = run(report, ())
     elif one.task == "prune":
         found = prune(vm, report, {}, {}, dry_run=False)
+    elif one.task == "restore-test":
+        found = restore_test(report, {})
     else:
         assert one.scope is not None
         found = verify(report, one.scope)
     return {key: value for key, value in found.items() if key not in _NOT_OF_TASK[one.task]}
+
+
+def forecast_skipped(vm: str, why: str) -> Document:
+    """Return what `run` would do for a VM that is off, and is skipped then."""
+    task = {"task": "backup", "outcome": "skipped", "reason": why, "report": None, "error": None}
+    return {**routine_failed(vm, None), "tasks": [task]}
 
 
 def routine_failed(vm: str, err: "BackupctlError | None") -> Document:

@@ -9,8 +9,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from backupctl.errors import (
     UNTOUCHED,
@@ -48,6 +49,13 @@ class ScannedPoints:
     points: tuple[Point, ...]
     damaged: tuple[tuple[Path, BackupctlError], ...]
     unreadable: tuple[tuple[Path, RepositoryUnreadable], ...] = ()
+
+
+class AllPoints(NamedTuple):
+    """All points of a VM. retired: those that were dropped but whose layers younger ones may need."""
+
+    committed: ScannedPoints
+    retired: ScannedPoints
 
 
 @dataclass(frozen=True)
@@ -163,11 +171,17 @@ class VmDirectory:
 
         tolerant: list what cannot be read, too, instead of raising RepositoryUnreadable.
         """
-        return self._scan(retired=False, tolerant=tolerant)
+        (found,) = self._scan(False, tolerant=tolerant)
+        return found
 
     def retired(self, *, tolerant: bool = False) -> ScannedPoints:
         """Return, like `scan_points`, the points that were dropped but whose layers younger ones may need."""
-        return self._scan(retired=True, tolerant=tolerant)
+        (found,) = self._scan(True, tolerant=tolerant)
+        return found
+
+    def scan_all(self) -> AllPoints:
+        """Return what `scan_points` and `retired` do, with one look at each. Raises RepositoryUnreadable."""
+        return AllPoints(*self._scan(False, True, tolerant=False))
 
     def point_or_retired(self, point: PointId) -> Point:
         """Return a point that others depend on, retired or not. Raises NoSuchPoint, DamageFound."""
@@ -286,23 +300,29 @@ class VmDirectory:
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _scan(self, *, retired: bool, tolerant: bool) -> ScannedPoints:
-        good, damaged, unreadable = [], [], []
-        for found in self.all_points():
+    def _scan(self, *retired: bool, tolerant: bool) -> list[ScannedPoints]:
+        """Return the points that are retired, and those that are not, as asked for."""
+        found = {one: _Found() for one in retired}
+        for point in self.all_points():
+            into = list(found.values())
             try:
-                if self._is_retired(found) == retired:
-                    good.append(self._open(found))
+                one = found.get(self._is_retired(point))
+                if one is not None:
+                    into = [one]
+                    one.good.append(self._open(point))
             except NoSuchPoint:
                 continue  # a prune has just removed it
             except (DamageFound, UnknownFormat) as err:
                 # The traceback keeps what was read of the manifest: many damaged ones would fill the memory.
                 err.__cause__ = err.__context__ = None
-                damaged.append((self.path / found, err.with_traceback(None)))
+                for one in into:
+                    one.damaged.append((self.path / point, err.with_traceback(None)))
             except RepositoryUnreadable as err:
                 if not tolerant:
                     raise
-                unreadable.append((self.path / found, err))
-        return ScannedPoints(tuple(good), tuple(damaged), tuple(unreadable))
+                for one in into:
+                    one.unreadable.append((self.path / point, err))
+        return [one.scanned() for one in found.values()]
 
     def _nothing_of(self, point: PointId) -> NoSuchPoint:
         return self._missing(f"{self.name} has no point {point} in this repository, not even a retired one")
@@ -329,6 +349,18 @@ class VmDirectory:
     def _bears(self, manifest: Manifest) -> bool:
         """Whether a manifest is of this VM, by the name that it has or had."""
         return manifest.vm == self.name or former_names.may_bear(self.path, manifest.point, manifest.vm)
+
+
+@dataclass
+class _Found:
+    """A scan under way."""
+
+    good: list[Point] = field(default_factory=list)
+    damaged: list[tuple[Path, BackupctlError]] = field(default_factory=list)
+    unreadable: list[tuple[Path, RepositoryUnreadable]] = field(default_factory=list)
+
+    def scanned(self) -> ScannedPoints:
+        return ScannedPoints(tuple(self.good), tuple(self.damaged), tuple(self.unreadable))
 
 
 def _ids(names: list[str]) -> list[PointId]:

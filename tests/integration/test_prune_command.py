@@ -5,8 +5,10 @@ import subprocess
 
 import pytest
 
+from backupctl.names import PointId, disk_name
 from backupctl.options import ChainOptions
 from backupctl.repository import chain
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.sizes import MAX_CHAIN
 from tests.conftest import MIB
 
@@ -108,7 +110,9 @@ def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
 def test_by_default_no_chain_gets_longer_than_qemus_tools_follow(monkeypatch, layers, begun_anew):
     monkeypatch.setattr(chain, "below", lambda *_: range(layers))
     most = ChainOptions().max_layers
-    assert bool(chain.chain_too_long(None, most, None, "vda")) is begun_anew
+    assert (
+        bool(CheckedChains(None).too_long(most, PointId("20261128T000000Z"), disk_name("vda"))) is begun_anew
+    )
     assert most <= MAX_CHAIN
 
 

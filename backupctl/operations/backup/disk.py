@@ -26,10 +26,9 @@ from backupctl.names import DiskName
 from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.plan import DiskPlan
 from backupctl.progress import Overall, Reporter
-from backupctl.repository import chain
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.pending_point import PendingPoint
-from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system.threads import Workers
 from backupctl.transfer.cluster_map import ClusterMap
 from backupctl.transfer.copy import Copy
@@ -92,7 +91,7 @@ class DiskProgress:
 class LayerCopier:
     """Copies the disks of one point, several at once, each in a thread of its own."""
 
-    directory: VmDirectory
+    chains: CheckedChains
     partial: PendingPoint
     limiter: TokenBucket
     workers: Workers
@@ -108,13 +107,12 @@ class LayerCopier:
         disk = one.disk
         source.use_check(check)
         path = self.partial.path / f"{disk.name}.qcow2"
-        layers = chain.below(self.directory, one.base, disk.name)
-        below = chain.effective_content(layers, disk.size)
+        below = self.chains.content(one.base, disk.name, disk.size)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
         newest = below
         if one.newest is not None:
-            newest = chain.effective_content(chain.below(self.directory, one.newest, disk.name), disk.size)
+            newest = self.chains.content(one.newest, disk.name, disk.size)
         known_bytes = min(below.described_bytes, newest.described_bytes)
         cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, known_bytes)
         if newest is not below:
@@ -125,7 +123,7 @@ class LayerCopier:
         dedup = DedupFilter(below, table)
         with create.new_file(path) as image:
             with (
-                moving(disk.name, f"{path.name} in {self.directory.path}"),
+                moving(disk.name, f"{path.name} in {self.chains.directory.path}"),
                 Qcow2Writer(image, disk.size, link) as sink,
             ):
                 copied = Copy(
@@ -135,7 +133,7 @@ class LayerCopier:
                     progress=lambda done_bytes: self.progress.note(disk.name, done_bytes, total),
                     limiter=self.limiter,
                     stall_seconds=self.stall_seconds,
-                    filter_batch=dedup,
+                    filter_records=dedup,
                     workers=self.workers,
                 ).run(cluster_map.parts())
                 sink.finish()

@@ -50,7 +50,7 @@ from backupctl.transfer import copy
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm.driver import DiskSnapshot, Request, Session, Thawed
-from backupctl.vm.open_driver import open_driver
+from backupctl.vm.open_driver import open_for_backup
 
 _AGENT_HINT = "start qemu-guest-agent in the guest, or let the point be crash-consistent: --freeze auto"
 
@@ -58,14 +58,15 @@ _AGENT_HINT = "start qemu-guest-agent in the guest, or let the point be crash-co
 def run(ctx: RunContext) -> RunReport:
     """Make one recovery point, or leave everything as it was.
 
-    Raises Locked, Refused (nothing touched), Failed (rolled back), NeedsRecovery (not rolled back).
+    Raises Locked, VmIsOff (skipped), Refused (nothing touched), Failed (rolled back), NeedsRecovery (not
+    rolled back).
     """
     with prepare.explained(ctx.vm, ctx.options):
         ctx.step("prepare")
         timeouts = ctx.options.timeouts
         with (
             ctx.directory.lock() as lock,
-            open_driver(ctx.vm, timeouts, ctx.cancel) as driver,
+            open_for_backup(ctx.vm, timeouts, ctx.cancel) as driver,
             driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
         ):
             ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
@@ -124,6 +125,8 @@ class _Run:
         self._begin("commit")
         kept, qemu = ctx.options.chain.checkpoints, self.prepared.version
         manifest = outcome.manifest(journal, self.plan.parent, entries, freeze, qemu, kept)
+        if not session.has_guest:
+            manifest = replace(manifest, consistency="offline")
         partial.commit(manifest)
         return manifest
 
@@ -177,7 +180,7 @@ class _Run:
 
     def _will_freeze(self) -> bool:
         """Whether the guest will be frozen. A missing agent is noticed before anything is touched."""
-        if self.ctx.options.freeze.mode == "never":
+        if self.ctx.options.freeze.mode == "never" or not self.session.has_guest:
             return False
         try:
             self.session.ping_guest()
@@ -227,7 +230,7 @@ class _Run:
 
         with Workers(copy.WORKERS) as workers:
             stall_seconds = ctx.options.timeouts.stall_seconds
-            copier = LayerCopier(ctx.directory, partial, limiter, workers, progress, stall_seconds)
+            copier = LayerCopier(self.prepared.chains, partial, limiter, workers, progress, stall_seconds)
             disks = zip(self.plan.disks, sources, strict=True)
             tasks = [functools.partial(copier.copy_disk, one, source) for one, source in disks]
             entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)

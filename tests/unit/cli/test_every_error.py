@@ -35,6 +35,8 @@ NEXT = {
     "AgentRefused": "doctor",
     "AgentTimeout": SAME,
     "FreezeOverrun": "doctor",
+    "FilesystemError": "doctor",
+    "RestoreTestFailed": "doctor",
     "GuardLost": "doctor",
     "TransferError": "doctor",
     "ReadFailed": SAME,
