@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from backupctl.cli import configuration, units
+from backupctl.cli import configuration, times, units
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import RECORD
 from backupctl.digests.digest_map import DigestMap
@@ -34,9 +34,10 @@ from backupctl.images import foreign_header, qcow2_check, qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_tables import Tables
 from backupctl.images.qcow2_writer import Qcow2Writer
-from backupctl.names import Namespace, NodeName, RepositoryId, disk_name, point_id, vm_name
+from backupctl.names import DiskName, Namespace, NodeName, RepositoryId, disk_name, point_id, vm_name
 from backupctl.operations.prune import retention
-from backupctl.repository import history, strict_json
+from backupctl.repository import activity, former_names, history, point_names, strict_json
+from backupctl.repository.activity import Activity, DiskActivity
 from backupctl.repository.history import PointEvent
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.manifest import FreezeEntry, Manifest
@@ -241,6 +242,22 @@ def in_text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
     return lambda content: parse(content.decode("utf-8", "surrogateescape"))
 
 
+def _activity() -> bytes:
+    disks = (DiskActivity(DiskName("vda"), 1, 2, estimated=False),)
+    now = "2026-01-01T00:00:00Z"
+    path = DIRECTORY / "seed.lock"
+    with path.open("wb") as file:
+        activity.write(
+            file.fileno(), Activity("full", 4711, "copy", P1, now, now, disks, 1, 2, left_seconds=3)
+        )
+    return path.read_bytes()
+
+
+def _former_names() -> bytes:
+    former_names.add(DIRECTORY, VM, P1)
+    return (DIRECTORY / former_names.FILE_NAME).read_bytes()
+
+
 def _digest_map() -> bytes:
     records = np.zeros(3, RECORD)
     records["cluster"] = [0, 2, 15]
@@ -287,6 +304,18 @@ TARGETS = {
         history.parse, (), (history._lines("", [PointEvent("begun"), PointEvent("found", P1, "0" * 32)]),)
     ),
     "journal": Target(Journal.from_json, (strict_json.Malformed,), (JOURNAL.to_json(),)),
+    "activity": Target(in_file("lock", lambda path: activity._read(path.parent)), (), (_activity(),)),
+    "former-names": Target(
+        in_file("former-names", lambda path: former_names.read(path.parent)),
+        (DamageFound,),
+        (_former_names(),),
+    ),
+    "point-name": Target(
+        in_text(point_names.check), (InvalidName,), (b"latest~1", b"20260101T00", b"at:20260101T000000Z")
+    ),
+    "time": Target(
+        in_text(times.parse), (UsageError,), (b"2026-11-26 18:00:30 UTC", b"2026-11-26T18:00+01:00")
+    ),
     "repository": Target(
         in_file("repository.json", lambda path: Repository.open(path.parent)),
         (DamageFound, UnknownFormat, NotARepository, RepositoryError),
