@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backupctl.errors import DamageFound, RepositoryError
 from backupctl.names import PointId
-from backupctl.repository import history
+from backupctl.repository import history, point_names
 from backupctl.repository.history import History, Known, PointEvent
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
@@ -83,10 +83,10 @@ def is_unfinished(directory: VmDirectory, point: PointId) -> bool:
 def refuse_missing(directory: VmDirectory, wanted: str) -> None:
     """Raise DamageFound if the history says that a point must be there, and it is missing.
 
-    wanted: its id, or "latest" where there is none at all.
+    wanted: its id or the beginning of that, or "latest" where there is none at all.
     """
     for one in reversed(problems(directory)):
-        if one.missing and wanted in (one.point, "latest"):
+        if one.missing and (wanted == point_names.LATEST or (one.point or "").startswith(wanted)):
             raise DamageFound(
                 one.message, state="nothing was changed", next_command=f"backupctl verify {directory.name}"
             )

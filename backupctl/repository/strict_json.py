@@ -50,16 +50,16 @@ D = TypeVar("D", bound=Document)
 
 
 def read(content: bytes, kind: type[D], where: str, version: int, *, signed: bool = False) -> D:
-    """Read a document of that format version. Raises NewerFormat, Malformed.
+    """Read a document of that format version or an older one. Raises NewerFormat, Malformed.
 
     signed: with a checksum, for a kind that has it as a cached property `checksum`.
     """
     try:
         document = parse(content)
-        _check_version(_take(document, "format"), version)
+        found_version = _version(_take(document, "format"), version)
         checked = None
         if signed:  # before anything else: no field is believed of a document in which a byte was changed
-            checked = _checksum(_take(document, "checksum"), {"format": version, **document})
+            checked = _checksum(_take(document, "checksum"), {"format": found_version, **document})
         found = msgspec.json.decode(content, type=kind)
         found.check()
         _check_fields(document, found)
@@ -96,13 +96,12 @@ def _take(document: dict[str, Any], name: str) -> object:
     return document.pop(name)
 
 
-def _check_version(found: object, known: int) -> None:
+def _version(found: object, known: int) -> int:
     if type(found) is not int or found < 1:  # True is an int, too
         raise Malformed(f"invalid format version {found!r:.60}")
     if found > known:
         raise NewerFormat(f"format version {found}; this backupctl knows {known}: a newer one wrote it")
-    if found < known:
-        raise Malformed(f"unknown format version {found}")
+    return found
 
 
 def _checksum(found: object, document: dict[str, Any]) -> str:

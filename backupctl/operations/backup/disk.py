@@ -11,7 +11,7 @@ that one in between was removed by hand after its point had been pruned.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +23,9 @@ from backupctl.errors import ReadFailed, moving
 from backupctl.images import create
 from backupctl.images.qcow2_writer import Qcow2Writer
 from backupctl.names import DiskName
+from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.plan import DiskPlan
-from backupctl.progress import Reporter
+from backupctl.progress import Overall, Reporter
 from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.pending_point import PendingPoint
@@ -42,10 +43,19 @@ DISKS_AT_ONCE = 2 * (os.cpu_count() or 1)
 
 
 class DiskProgress:
-    """How far each disk is: noted by the threads that copy, reported by the main thread."""
+    """How far each disk is: noted by the threads that copy, reported by the main thread.
 
-    def __init__(self, reporter: Reporter) -> None:
+    sizes: of all disks of the run. How much of a disk must be read is known when its copy begins; until then
+    it is taken for as large a part as of the other disks, so that the end of all can be foretold.
+    """
+
+    def __init__(
+        self, reporter: Reporter, sizes: Mapping[DiskName, int], activity: ActivityLog | None = None
+    ) -> None:
         self._reporter = reporter
+        self._sizes = sizes
+        self._activity = activity
+        self._overall = Overall()
         self._noted: dict[DiskName, tuple[int, int]] = {}
         self._reported: dict[DiskName, tuple[int, int]] = {}
 
@@ -54,11 +64,27 @@ class DiskProgress:
         self._noted[disk] = (done_bytes, total_bytes)
 
     def report(self) -> None:
-        """Tell the reporter what it has not been told."""
-        for disk, noted in list(self._noted.items()):
-            if self._reported.get(disk) != noted:
-                self._reported[disk] = noted
-                self._reporter.progress(disk, *noted)
+        """Tell the reporter, and whoever asks for the status, what they have not been told."""
+        found = self._all()
+        for disk, (done_bytes, total_bytes, _) in found.items():
+            if self._reported.get(disk) != (done_bytes, total_bytes):
+                self._reported[disk] = (done_bytes, total_bytes)
+                self._overall.note(disk, done_bytes, total_bytes)
+                self._reporter.progress(disk, done_bytes, total_bytes)
+        if self._activity is not None and found:
+            self._activity.progress(found, self._overall)
+
+    def _all(self) -> dict[DiskName, tuple[int, int, bool]]:
+        """Return bytes done and in all of each disk, and whether the latter is an estimate."""
+        noted = dict(self._noted)  # threads add to it
+        known = sum(self._sizes[disk] for disk in noted)
+        if not known:
+            return {}
+        share = sum(total for _, total in noted.values()) / known
+        return {
+            disk: (*noted[disk], False) if disk in noted else (0, round(size * share), True)
+            for disk, size in self._sizes.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -29,27 +29,28 @@ from backupctl.events.backup import (
     DiskScanned,
     DiskSkipped,
     DiskTakenFull,
+    ImagesRead,
     NoPointToBuildOn,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
-from backupctl.names import DiskName, PointId, VmName
+from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
-from backupctl.options import Kind, RunOptions, VmConfig
+from backupctl.options import ChainOptions, Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain
 from backupctl.repository.checked_chains import CheckedChains
+from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
-from backupctl.vm.open_driver import open_driver
+from backupctl.vm.open_driver import open_for_backup
 
 _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 """What the same command, run again, may not meet any more."""
@@ -88,9 +89,9 @@ def explained(vm: VmConfig, options: RunOptions) -> Iterator[None]:
 def rehearse(vm: VmConfig, options: RunOptions, cancel: Cancellation) -> None:
     """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
 
-    Raises MonitorError, Refused, Failed, Interrupted.
+    Raises VmIsOff, MonitorError, Refused, Failed, Interrupted.
     """
-    with explained(vm, options), open_driver(vm, options.timeouts, cancel) as driver:
+    with explained(vm, options), open_for_backup(vm, options.timeouts, cancel) as driver:
         _, chosen = _chosen(driver, options)
         driver.plan_scratch(chosen, options.scratch)
         cancel.check()
@@ -103,6 +104,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     """
     vm, directory, options, reporter = ctx.vm, ctx.directory, ctx.options, ctx.reporter
     facts = recover.DirectoryFacts(directory, ctx.repository.owner)
+    if not driver.has_guest:
+        reporter.event(ImagesRead(vm.name))
     # Both before recovery, which takes a bitmap without a point for an unfinished run's, and removes it.
     recorded = recover.newest_recorded(driver, facts.namespace)
     gone = recover.gone(facts, recorded)
@@ -117,10 +120,13 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     for name, why in inventory.skipped:
         reporter.event(DiskSkipped(name, why))
     chains = CheckedChains(directory, points)
-    plan = _plan(ctx, inventory, chosen, points.committed, chain_facts(chains, options, gone))
+    known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
+    plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
-    scratch_directory.check(options.scratch.directory)
-    filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
+    filling = (
+        *driver.filling((ctx.repository.path,), inventory.disks),
+        driver.scratch_filling(options.scratch.directory, inventory.disks),
+    )
     for one in filling:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
@@ -142,10 +148,8 @@ def _plan(
         options.kind,
         chosen,
         inventory,
-        scanned.points,
-        ctx.repository.owner,
-        options.chain.on_broken,
         chains,
+        options.chain.on_broken,
         since=directory.point(options.since) if options.since else None,
     )
     if scanned.damaged or any(one.damaged for one in plan.disks):
@@ -153,11 +157,19 @@ def _plan(
     return plan
 
 
-def chain_facts(chains: CheckedChains, options: RunOptions, gone: tuple[PointId, ...]) -> planning.ChainFacts:
+def chain_facts(
+    chains: CheckedChains,
+    namespace: Namespace,
+    points: tuple[Point, ...],
+    gone: tuple[PointId, ...],
+    wanted: ChainOptions,
+) -> planning.ChainFacts:
     """Return what the repository knows of the chains that a run could go on with."""
     return planning.ChainFacts(
+        namespace,
+        points,
         error=chains.error,
-        too_long=functools.partial(chains.too_long, options.chain.max_layers),
+        too_long=functools.partial(chains.too_long, wanted.max_layers),
         gone=gone,
     )
 
