@@ -12,6 +12,7 @@ from backupctl.filesystems.fat import FatFileSystem
 from backupctl.filesystems.tree import FileSystem
 
 EXT = "ext2/3/4"
+LVM = "LVM"
 FAT = "FAT"
 _MAGICS: tuple[tuple[str, int, bytes], ...] = (
     (EXT, 1024 + 56, b"\x53\xef"),
@@ -19,7 +20,7 @@ _MAGICS: tuple[tuple[str, int, bytes], ...] = (
     ("NTFS", 3, b"NTFS    "),
     ("exFAT", 3, b"EXFAT   "),
     ("LUKS", 0, b"LUKS\xba\xbe"),
-    ("LVM", 512 + 24, b"LVM2 001"),
+    (LVM, 512 + 24, b"LVM2 001"),
     ("btrfs", 65536 + 64, b"_BHRfS_M"),
     ("swap", 4086, b"SWAPSPACE2"),
     ("RAID", 4096, b"\xfc\x4e\x2b\xa9"),
