@@ -84,8 +84,8 @@ def files(target: Target, asked: Arguments, selection: Selection, *, point: str)
     """List files of POINT (an id, or `latest`), or copy them out with --to.
 
     Without a PATH it shows the disks, their partitions and file systems. A PATH is looked for on each of
-    them. ext2, ext3, ext4 and FAT are read, on partitions (GPT, MBR), linear volumes of LVM, or whole disks.
-    Nothing is mounted, and all that is read is compared with its digests.
+    them. ext2, ext3, ext4, XFS and FAT are read, on partitions (GPT, MBR), linear volumes of LVM, or whole
+    disks. Nothing is mounted, and all that is read is compared with its digests.
 
     With --to directories are copied with all that is in them. Copies belong to you and have private modes;
     symbolic links and devices are skipped. Nothing is overwritten.

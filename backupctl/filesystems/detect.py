@@ -10,13 +10,15 @@ from backupctl.filesystems.device import Device
 from backupctl.filesystems.ext import ExtFileSystem
 from backupctl.filesystems.fat import FatFileSystem
 from backupctl.filesystems.tree import FileSystem
+from backupctl.filesystems.xfs import XfsFileSystem
 
 EXT = "ext2/3/4"
 LVM = "LVM"
+XFS = "XFS"
 FAT = "FAT"
 _MAGICS: tuple[tuple[str, int, bytes], ...] = (
     (EXT, 1024 + 56, b"\x53\xef"),
-    ("XFS", 0, b"XFSB"),
+    (XFS, 0, b"XFSB"),
     ("NTFS", 3, b"NTFS    "),
     ("exFAT", 3, b"EXFAT   "),
     ("LUKS", 0, b"LUKS\xba\xbe"),
@@ -27,7 +29,6 @@ _MAGICS: tuple[tuple[str, int, bytes], ...] = (
     (FAT, 54, b"FAT"),
     (FAT, 82, b"FAT32"),
 )
-READABLE = (EXT, FAT)
 
 
 def kind(device: Device) -> str:
@@ -45,4 +46,6 @@ def open_file_system(device: Device) -> FileSystem:
         return ExtFileSystem(device)
     if found == FAT:
         return FatFileSystem(device)
+    if found == XFS:
+        return XfsFileSystem(device)
     raise FilesystemError(f"{found} is not supported" if found else "no known file system")

@@ -196,7 +196,7 @@ def _nothing_readable(places: tuple[Place, ...]) -> FilesystemError:
     return FilesystemError(
         f"no file system can be read ({listed})",
         state="nothing was copied",
-        hint="backupctl reads ext2, ext3, ext4 and FAT, also on linear volumes of LVM. "
+        hint="backupctl reads ext2, ext3, ext4, XFS and FAT, also on linear volumes of LVM. "
         "For others serve the disk and use guestfish: "
         "backupctl serve --help; guestfish --ro --format=raw -a URI -i",
     )
