@@ -114,7 +114,8 @@ def show(target: Target, context: click.Context, /, *, as_json: bool, **_options
 
     Without NAME: those for any VM. Options given here override, as they do for the commands that take them.
     """
-    if target.name and target.name not in target.config.vms and target.qmp is None:
+    reached = target.qmp or target.images or target.libvirt
+    if target.name and target.name not in target.config.vms and not reached:
         target.vm()  # which says that it is not configured
     found = list(_settings(context, target))
     if as_json:
@@ -149,7 +150,7 @@ def _setting(context: click.Context, target: Target, name: str) -> Setting:
         return Setting(name, Invocation.of(context).typed[name], source)
     if configured:  # a 0 is as if it was not set, and disks are no option
         return Setting(name, configured, "file", target.config.file, target.config.line(target.name, name))
-    default = None if name == "disks" else context.params[name]
+    default = context.params.get(name)
     return Setting(name, str(default) if isinstance(default, Path) else default, "default")
 
 

@@ -37,9 +37,11 @@ SECTIONS = {
     "Look": {
         "list": "list_show.list_points",
         "show": "list_show.show",
+        "du": "du.du",
         "diff": "diff.diff",
         "status": "status_recover.status",
         "check": "check.check",
+        "report": "report.report",
         "bitmaps": "bitmaps.bitmaps",
     },
     "Restore": {
@@ -56,9 +58,13 @@ SECTIONS = {
         "prune": "prune.prune",
         "protect": "prune.protect",
         "unprotect": "prune.unprotect",
+        "delete": "delete.delete",
+        "rename": "rename.rename",
+        "remove": "remove.remove",
         "recover": "status_recover.recover",
         "config": "config.config",
         "install-timers": "install_timers.install_timers",
+        "version": "version.version",
     },
     "Try": {
         "demo": "demo.demo",

@@ -34,7 +34,7 @@ from backupctl.cli import (
 from backupctl.cli.common import Declared
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, Interrupted
+from backupctl.errors import BackupctlError, Interrupted, VmIsOff
 from backupctl.events.routine import StartDelayed
 from backupctl.names import VmName
 from backupctl.operations.fleet import run as fleet
@@ -168,6 +168,7 @@ def run_options(command: Declared) -> Declared:
 )
 @click.pass_context
 @common.named(several=True)
+@common.if_running
 @run_options
 @common.dry_run("Only show what would be done, and how much it would store at most.")
 @click.option("--relay", is_flag=True, hidden=True, help="Tell another process what happens.")
@@ -235,6 +236,8 @@ def _one(
 def _forecast(work: Routine, target: Target, context: click.Context) -> Document:
     try:
         return documents.forecast(work.vm.name, forecast.look(work, target.other_repositories))
+    except VmIsOff as err:
+        return documents.forecast_skipped(work.vm.name, err.message)
     except BackupctlError as err:
         next_command.add_to(err, context)
         return documents.routine_failed(work.vm.name, err)
@@ -296,7 +299,7 @@ class _Fleet:
             vm,
             tuple(command),
             storage=mounts.device(repository) if repository else "",
-            monitor=said.qmp or vm,
+            monitor=said.qmp or f"{said.libvirt or vm} {said.domain or vm}",
         )
 
     def _options(self) -> list[str]:

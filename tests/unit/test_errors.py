@@ -12,6 +12,8 @@ CODES = {
     *("AgentError", "AgentUnavailable", "AgentRefused", "AgentTimeout", "FreezeOverrun", "GuardLost"),
     *("TransferError", "ReadFailed", "WriteFailed", "RepositoryError", "NotARepository"),
     *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists", "HookFailed"),
+    "AmbiguousPoint",
+    "VmIsOff",
     "FilesystemError",
     "RestoreTestFailed",
 }

@@ -4,7 +4,8 @@
 ::
 
     backup   incremental, or full where one is due
-    prune    only after a backup that found nothing wrong: what is older may be all that there is
+    prune    only after a backup that found nothing wrong: what is older may be all that there is; none after
+             one that was skipped because the VM is off
     verify   a sample of the data, whatever became of the backup
     restore-test  the newest point is booted, if that is configured and due
 
@@ -19,7 +20,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from backupctl import errors
 from backupctl.cancel import Cancellation
-from backupctl.errors import BackupctlError, Interrupted, Locked
+from backupctl.errors import BackupctlError, Interrupted, Locked, VmIsOff
 from backupctl.events.repository import SampleChosen
 from backupctl.events.routine import FullDue, TaskSkipped, WaitingForLock
 from backupctl.operations import restore_test, verdict
@@ -101,7 +102,7 @@ def run(asked: Routine, reporter: Reporter, stop: Cancellation) -> RoutineReport
     begun = time.monotonic()
     work = _Work(asked, reporter, stop)
     taken = work.backup()
-    pruned = work.prune(taken.error)
+    pruned = work.prune(taken)
     verified = work.verify(taken.error, pruned.error)
     booted = work.restore_test(taken.error, pruned.error, verified.error)
     return RoutineReport((taken, pruned, verified, *booted), time.monotonic() - begun)
@@ -128,17 +129,21 @@ class _Work:
 
         try:
             report = self._patiently(take)
+        except VmIsOff as err:
+            return self._skip("backup", err.message)
         except BackupctlError as err:
             return TaskResult("backup", error=err)
         return TaskResult("backup", report, next(verdict.of_backup(report), None))
 
-    def prune(self, before: BackupctlError | None) -> TaskResult:
+    def prune(self, taken: TaskResult) -> TaskResult:
         """Drop what no rule holds."""
         rules, directory = self.asked.policy.rules, self.asked.directory
         if rules.hold_nothing():
             return self._skip("prune", "no retention rule is configured (keep_last, keep_daily, ...)")
-        if before is not None:
+        if taken.error is not None:
             return self._skip("prune", "the backup failed, or found damage")
+        if taken.skipped:  # time alone must not drop points that nothing replaces
+            return self._skip("prune", "no backup was taken")
         try:
             report = self._patiently(lambda: prune.prune(directory, rules, self.reporter, self.stop))
         except BackupctlError as err:
