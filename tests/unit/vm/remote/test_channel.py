@@ -82,7 +82,9 @@ def test_the_program_with_a_session_has_a_guard_and_a_lock_and_leaves_nothing(as
             assert answer == {"value": False}
             again = {**asked, "lock_seconds": 0.1}
             with (
-                pytest.raises(Refused, match="host: another run, or the guard of one that was cut off"),
+                pytest.raises(
+                    MonitorUnreachable, match="host: another run, or the guard of one that was cut off"
+                ),
                 channel.opened(ADDRESS, again),
             ):
                 pass
