@@ -130,21 +130,22 @@ def recover_vm(
     await_thaw: for a caller whose guard has the guest in hand. It has the agent too: QEMU's channel serves
     one client at a time, so a second conversation would only wait.
 
-    The guest comes first: it is thawed before anything else is looked at. An agent that is silent then is
-    asked again when all else is done, which spares the guest the rest. Returns what was done, in words.
-    Raises NeedsRecovery.
+    The guest comes first, unless the VM is off: it is thawed before anything else is looked at. An agent that
+    is silent then is asked again when all else is done, which spares the guest the rest. Returns what was
+    done, in words. Raises NeedsRecovery.
     """
     directory = facts.directory
     done: list[str] = []
+    thaws = await_thaw is None and resolver.has_guest
     try:
-        if await_thaw is None:
+        if thaws:
             with suppress(AgentError):
                 done += _thaw(vm, directory, timeouts)
         done += resolver.resolve(facts)
         # The journal alone tells that a freeze is ours to end, so it stays for as long as there may be one.
-        if await_thaw is None:
+        if thaws:
             done += _thaw(vm, directory, timeouts)
-        else:
+        elif await_thaw is not None:
             await_thaw()
         done += drop_leftover_files(facts)
         done += resolver.sweep_scratch(facts.namespace, scratch)

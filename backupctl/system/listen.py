@@ -19,11 +19,19 @@ _BACKLOG = 16
 _PATIENCE_SECONDS = 3.0
 _TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):)?(?P<port>[0-9]{1,5})", re.ASCII)
 
+_NBD = "NBD has no authentication"
+_NBD_HINT = (
+    "listen on a unix socket (--socket PATH) and connect with ssh -L 10809:PATH HOST, or use --tls DIR"
+)
 
-def tcp_address(text: str, *, secured: bool = False) -> tuple[str, int]:
+
+def tcp_address(
+    text: str, *, secured: bool = False, why_here: str = _NBD, hint: str = _NBD_HINT
+) -> tuple[str, int]:
     """Parse ``[HOST:]PORT``. Port 0: any free port. Raises UsageError.
 
-    secured: whether there is TLS; without it only loopback hosts are allowed.
+    secured: whether there is TLS; without it only loopback hosts are allowed. why_here: why no other host is
+    allowed. hint: what to do instead.
     """
     match = _TCP.fullmatch(text)
     if not match or int(match["port"]) > 65535:
@@ -36,9 +44,9 @@ def tcp_address(text: str, *, secured: bool = False) -> tuple[str, int]:
     if secured:
         raise UsageError(f"{host!r:.80} is not an IP address", hint="0.0.0.0 is any of this machine")
     raise UsageError(
-        f"refusing to listen on {host!r:.80}: NBD has no authentication",
+        f"refusing to listen on {host!r:.80}: {why_here}",
         state=UNTOUCHED,
-        hint="listen on a unix socket (--socket PATH) and connect with ssh -L 10809:PATH HOST, or use --tls",
+        hint=hint,
     )
 
 

@@ -23,11 +23,11 @@ What each kind of VM does in them:
 ==========  ===========================  ==============================  ===========================
 call        plain QMP                    libvirt                         images of a VM that is off
 ==========  ===========================  ==============================  ===========================
-attach      scratch nodes, filters       scratch files                   storage daemon, scratch
+attach      scratch nodes, filters       scratch files                   nothing: the images are locked
 freeze      guest agent's socket         virDomainFSFreeze               no guest: AgentUnavailable
-start       one transaction              virDomainBackupBegin            one transaction
-exports     NBD server, one per disk     the sockets of that backup      as plain QMP
-end         remove exports, jobs, nodes  virDomainAbortJob, and drain    end the daemon
+start       one transaction              virDomainBackupBegin            nothing: they do not change
+exports     NBD server, one per disk     the sockets of that backup      as plain QMP, of the images
+end         remove exports, jobs, nodes  virDomainAbortJob, and drain    and change the stored bitmaps
 resolve     merge or remove bitmaps      delete checkpoints              merge or remove bitmaps
 ==========  ===========================  ==============================  ===========================
 
@@ -184,6 +184,10 @@ class Foreseen:
 
 class Resolver(Protocol):
     """Whatever can finish or undo runs: a driver those of others, a session its own as well."""
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether a guest may run. False for the images of a VM that is off: then nothing can be frozen."""
 
     def resolve(self, facts: PointFacts) -> list[str]:
         """Finish the runs whose points are committed, and undo the others; return what was done, in words.

@@ -31,7 +31,7 @@ from backupctl.repository.repository import Repository
 from backupctl.system import files, qemu_tools
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver, Foreseen
-from backupctl.vm.open_driver import can_freeze, freeze_status, is_remote, open_driver
+from backupctl.vm.open_driver import agent_place, can_freeze, freeze_status, is_remote, open_driver
 from backupctl.vm.scratch_directory import LOW_BYTES
 
 
@@ -141,12 +141,14 @@ def _vm(
     """What the VM itself tells."""
     try:
         with open_driver(vm, options.timeouts.brief()) as driver:
+            has_guest = driver.has_guest
             yield from driver.findings(options)
             yield from _disks(vm, driver, repository, path, options)
-    except MonitorError as err:
+    except (MonitorError, Refused) as err:
         yield Finding("monitor", "bad", err.message, err.hint)
         return
-    yield from _agent(vm, options)
+    if has_guest:
+        yield from _agent(vm, options)
     if repository is not None:
         try:
             yield from _history(vm, repository, options, known)
@@ -271,7 +273,7 @@ def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
         advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
         yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
     else:
-        yield Finding("agent", "ok", f"answers at {vm.access.agent}; the guest is not frozen")
+        yield Finding("agent", "ok", f"answers at {agent_place(vm)}; the guest is not frozen")
 
 
 def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:

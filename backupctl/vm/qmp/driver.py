@@ -50,6 +50,11 @@ class QmpDriver:
         self._host = host or LocalHost(access, timeouts)
 
     @property
+    def has_guest(self) -> bool:
+        """A QEMU that answers may run one."""
+        return True
+
+    @property
     def version(self) -> str:
         """QEMU's version."""
         return str(self._monitor.version)

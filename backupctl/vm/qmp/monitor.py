@@ -170,9 +170,11 @@ class Monitor:
             ) from err
         except (QMPError, OSError, EOFError, OutcomeUnknown) as err:
             self.close()
-            raise MonitorUnreachable(
+            unreachable = MonitorUnreachable(
                 f"no QEMU monitor at {address}: {_root(err):.300}", hint=_how_to_reach(address, err)
-            ) from err
+            )
+            unreachable.nobody_listens = isinstance(err, FileNotFoundError | ConnectionRefusedError)
+            raise unreachable from err
         except (KeyError, TypeError, ValueError, CommandFailed) as err:
             self.close()
             raise MonitorUnreachable(f"what answers at {address} is not QEMU's monitor") from err

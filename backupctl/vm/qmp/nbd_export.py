@@ -13,12 +13,12 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 from backupctl.errors import Failed
 from backupctl.names import BitmapName, Namespace, NodeKind, NodeName
 from backupctl.system import private_dir
 from backupctl.vm.driver import Export
-from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp.monitor import Monitor
 
 Serve = Callable[[Monitor, Namespace, int], AbstractContextManager[Callable[[], socket.socket]]]
@@ -37,9 +37,16 @@ class ExportSpec:
     bitmap: BitmapName | None
 
 
+class Holder(Protocol):
+    """Who holds duplicates of our clients' sockets, and outlives us: the guard."""
+
+    def hold(self, connection: socket.socket, export: str) -> None:
+        """Hold a duplicate of a socket, before anything is said on it. Raises GuardLost."""
+
+
 def start_exports(
     monitor: Monitor,
-    guard: GuardClient,
+    guard: Holder,
     namespace: Namespace,
     specs: Sequence[ExportSpec],
     connections: int = 2,
@@ -136,7 +143,7 @@ def _connect(path: str) -> socket.socket:
     return made
 
 
-def _connected(guard: GuardClient, name: str, connect: Callable[[], socket.socket]) -> socket.socket:
+def _connected(guard: Holder, name: str, connect: Callable[[], socket.socket]) -> socket.socket:
     try:
         made = connect()
     except OSError as err:

@@ -34,11 +34,14 @@ class Scratch:
 class ScratchFiles:
     """The scratch files of one run, one for each disk, and our descriptors of them.
 
-    directory: where they go. private: a directory of the run for named files; None where descriptors can be
-    passed. files: those of the machine that QEMU runs on. After `close` the files are QEMU's alone.
+    monitor: None where nobody needs descriptors, since the files have names. directory: where they go.
+    private: a directory of the run for named files; None where descriptors can be passed. files: those of the
+    machine that QEMU runs on. After `close` the files are QEMU's alone.
     """
 
-    def __init__(self, monitor: Monitor, directory: Path, private: Path | None, files: Files = LOCAL) -> None:
+    def __init__(
+        self, monitor: Monitor | None, directory: Path, private: Path | None, files: Files = LOCAL
+    ) -> None:
         self.directory = directory
         self.made: list[Scratch] = []
         self._monitor = monitor
@@ -87,6 +90,7 @@ class ScratchFiles:
         self.made.clear()
 
     def _hand_over(self, descriptor: int, node: NodeName) -> str:
+        assert self._monitor is not None
         self._monitor.send_fd(descriptor)
         made = self._monitor.execute("add-fd", {"opaque": node})
         with reply.understood("add-fd"):  # it becomes part of a path

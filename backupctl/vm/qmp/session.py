@@ -42,6 +42,11 @@ class QmpSession:
         self._frozen_until: float | None = None
 
     @property
+    def has_guest(self) -> bool:
+        """A QEMU that answers may run one."""
+        return True
+
+    @property
     def guarded(self) -> bool:
         """Whether the guard is alive."""
         return self._guard.alive
