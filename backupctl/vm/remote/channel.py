@@ -173,7 +173,8 @@ def _value(answer: dict[str, Any]) -> Any:
         return answer.get("value")
     message, state = str(answer.get("message", ""))[:1000], str(answer.get("state", ""))[:300]
     if answer["error"] == "OSError":
-        raise OSError(0, message)
+        number = answer.get("errno")
+        raise OSError(number if isinstance(number, int) else 0, message)
     raise errors.received(str(answer["error"]), message, state)
 
 

@@ -128,7 +128,10 @@ class _Line:
 
     def connect(self, seconds: float) -> tuple[socket.socket, int | None]:
         """Connect to the socket that ssh forwards, and have the program there go on to the monitor."""
-        made = Address(path=str(self._there.directory / MONITOR)).connect(seconds)
+        try:
+            made = Address(path=str(self._there.directory / MONITOR)).connect(seconds)
+        except OSError as err:  # of ours, so it says nothing of whether QEMU listens
+            raise ConnectionError(0, f"the socket that ssh forwards: {err.strerror}") from err
         try:
             process = self._there.ask("monitor", seconds)
         except MonitorError as err:
