@@ -535,6 +535,7 @@ BUGS = (
         "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
     Bug(
+<<<<<<< HEAD
         "a lock that was waited for counts under a name that is gone",
         "VmDirectory.lock",
         "            self._refuse_moved(descriptor)\n",
@@ -566,6 +567,32 @@ BUGS = (
         "test_status_tells_what_a_running_backup_does_and_nothing_is_noted_while_the_guest_is_frozen[simulator]",
     ),
     Bug(
+||||||| a4cf285
+=======
+        "an NBD client leaves QEMU when the line to its host is cut",
+        "Relay._to_qemu",
+        "        if not self._outlives:\n",
+        "        if self.qemu:\n",
+        "unit/vm/remote/test_relay.py"
+        "::test_an_nbd_client_stays_with_qemu_when_the_line_is_cut_and_takes_what_qemu_says",
+    ),
+    Bug(
+        "the late answer of a host is taken for that to the next request",
+        "Channel.ask",
+        "            if self._broken:\n",
+        "            if not self._connection:\n",
+        "unit/vm/remote/test_channel.py::test_an_answer_that_does_not_come_is_not_taken_for_the_next_one",
+    ),
+    Bug(
+        "a monitor on TCP of another host is believed to be private",
+        "Address.loopback",
+        "if self.path is not None or self.host == ",
+        "if self.path is not None or self.host or self.host == ",
+        "unit/system/test_address.py"
+        "::test_only_the_loopback_and_ssh_keep_what_is_said_to_themselves[tcp:host:1-False]",
+    ),
+    Bug(
+>>>>>>> ssh
         "a name in a report becomes HTML",
         "text",
         "    return Markup(html.escape(clean(content)))\n",
