@@ -518,4 +518,19 @@ BUGS = (
         "    if result.code is not None:\n",
         "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
+    Bug(
+        "a report with a secret of the configuration in its logs",
+        "Redaction.text",
+        "text = text.replace(secret, HIDDEN)",
+        "pass",
+        "unit/cli/test_problem_report.py::test_the_report_has_what_is_needed_and_no_secret",
+    ),
+    Bug(
+        "a report with a file of root's that somebody has linked into /tmp",
+        "_is_ours",
+        " and status.st_nlink == 1",
+        "",
+        "unit/cli/test_problem_report.py::"
+        "test_what_somebody_put_beside_the_logs_is_not_in_the_report[a hard link]",
+    ),
 )
