@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The Debian package: built, installed, used, upgraded and removed, on the Debian that it is for."""
 
+import json
 import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from fixtures import deb, deb_tree, debootstrap
 from fixtures.deb import RELEASES
 from fixtures.debian import CannotBeHad
 from tests.conftest import ROOT
+from tests.packages.installed import SITE, Installed
 
 NEWER = "99.0"
 EXAMPLE = "/etc/backupctl/backupctl.toml.example"
@@ -41,6 +44,67 @@ def test_the_launcher_takes_no_module_from_the_directory_or_the_environment_that
         timeout=60,
     )
     assert (done.stdout, done.stderr) == ("ours\n", "")
+
+
+def test_demo_and_drills_find_the_modules_of_the_package_wherever_they_are_called(tmp_path):
+    """They start further Pythons, which know nothing of the launcher."""
+    private, home = tmp_path / "private", tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(ROOT / "backupctl", private / "backupctl", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in SITE.iterdir():
+        if "backupctl" not in path.name:
+            (private / path.name).symlink_to(path)
+    program = tmp_path / "backupctl"
+    program.write_text(deb_tree.LAUNCHER.replace(f"/{deb_tree.PRIVATE}", str(private)))
+    program.chmod(0o755)
+    (home / "click.py").write_text("raise SystemExit('a stranger')")
+    installed = Installed([str(program)], home)
+    assert "Nothing is left" in installed.works("demo")
+    assert "1 passed" in installed.works("drill", "kill-full-attach")
+
+
+def test_each_file_is_where_debian_looks_for_it_and_nothing_else_is_there(tmp_path):
+    wheels = {
+        "backupctl-1-py3-none-any.whl": (
+            "backupctl/x.py",
+            "backupctl-1.data/data/share/man/man1/backupctl.1",
+            "backupctl-1.data/data/share/zsh/site-functions/_backupctl",
+            "backupctl-1.data/data/share/doc/backupctl/examples/backupctl",
+        ),
+        "qemu_qmp-1-py3-none-any.whl": (
+            "qemu/qmp/legacy.py",
+            "qemu/qmp/qmp_client.py",
+            "qemu_qmp-1.dist-info/licenses/LICENSE",
+            "qemu_qmp-1.data/data/share/man/man1/other.1",
+            "qemu_qmp-1.data/scripts/other",
+            "numpy/_core/tests/test_x.py",
+            "numpy/testing/x.py",
+        ),
+    }
+    for wheel, names in wheels.items():
+        with zipfile.ZipFile(tmp_path / wheel, "w") as archive:
+            for name in names:
+                archive.writestr(name, "")
+    deb_tree.lay_out(tmp_path, tmp_path / "root", "/lib/systemd/system")
+    found = {
+        str(path.relative_to(tmp_path / "root")) for path in (tmp_path / "root").rglob("*") if path.is_file()
+    }
+    assert {name for name in found if "/doc/" not in name} == {
+        "etc/backupctl/backupctl.toml.example",
+        "usr/bin/backupctl",
+        "usr/share/man/man1/backupctl.1",
+        "usr/share/zsh/vendor-completions/_backupctl",
+        *(f"lib/systemd/system/{path.name}" for path in (ROOT / "contrib/systemd").iterdir()),
+        *(
+            f"usr/lib/backupctl/{name}"
+            for name in (
+                "backupctl/x.py",
+                "qemu/qmp/qmp_client.py",
+                "qemu_qmp-1.dist-info/licenses/LICENSE",
+                "numpy/testing/x.py",
+            )
+        ),
+    }
 
 
 @pytest.fixture(scope="module", params=sorted(RELEASES))
@@ -85,6 +149,11 @@ def newer(package: Path, directory: Path) -> Path:
     return found
 
 
+def fleet(system) -> list[dict]:
+    """Run all VMs of the example, each in a process of its own; return what each reported."""
+    return json.loads(system.call("backupctl", "run", "--all", "--json").stdout)["vms"]
+
+
 def left(system) -> list[str]:
     return sorted(system.works(*LEFT.split()).split())
 
@@ -121,6 +190,9 @@ def test_the_package_is_installed_used_upgraded_removed_and_purged(release, pack
     assert "# newer" in system.works("cat", EXAMPLE)
     assert "# newer" not in system.works("cat", CONFIGURATION)
     assert "Nothing is left" in system.works("backupctl", "demo")
+
+    assert "1 passed" in system.works("backupctl", "drill", "kill-full-attach")
+    assert [one["error"]["kind"] for one in fleet(system)] == ["UsageError", "UsageError"]  # no repository
 
     system.works("dpkg", "-r", "backupctl")
     assert system.call("test", "-e", "/usr/lib/backupctl").returncode == 1

@@ -14,9 +14,8 @@ import pytest
 from backupctl import __version__
 from fixtures import dist, manual
 from tests.conftest import ROOT
-from tests.packages.installed import Installed, backs_up_and_restores
+from tests.packages.installed import SITE, Installed, backs_up_and_restores
 
-SITE = Path(sys.prefix) / f"lib/python3.{sys.version_info.minor}/site-packages"
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 

@@ -533,4 +533,11 @@ BUGS = (
         "unit/cli/test_problem_report.py::"
         "test_what_somebody_put_beside_the_logs_is_not_in_the_report[a hard link]",
     ),
+    Bug(
+        "a demo of the Debian package that finds no backupctl",
+        "own_environment",
+        '        "PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))),\n',
+        "",
+        "packages/test_deb.py::test_demo_and_drills_find_the_modules_of_the_package_wherever_they_are_called",
+    ),
 )
