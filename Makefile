@@ -16,7 +16,7 @@ LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras
 QUICK := $(addprefix tests/,unit screens drills/test_drill.py integration/test_known_moment.py \
     integration/test_protocol_page.py integration/test_prune_command.py)
 
-.PHONY: help setup packages check test test-quick test-long explore planted screens man drills fuzz demo bench bench-quick dist deb deb-test lock clean
+.PHONY: help setup packages check test test-quick test-long explore planted screens man drills fuzz demo bench bench-quick dist deb deb-test lock site clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -94,6 +94,9 @@ deb: setup ## Build the Debian package in dist/, for this Debian or RELEASE=12, 
 deb-test: $(VENV)/.tools ## Install, use, upgrade and remove the package on Debian 12 and 13; needs root (5 min)
 	@fixtures/packages.sh build
 	$(VENV)/bin/pytest -m "slow or not slow" tests/packages
+
+site: $(VENV)/.tools ## Build the documentation as a site, in the cache; what is missing or leads nowhere is an error (10 s)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -f fixtures/site/mkdocs.yml
 
 lock: packages ## Pin the Python packages anew, with their hashes, after a change of pyproject.toml (1 min)
 	@$(PYTHON) -m venv $(CACHE)/pip-tools

@@ -87,15 +87,7 @@ def serve(
         reporter.event(StepStarted(f"serving {directory.name} {found.id}, until Ctrl-C"))
         if tcp:
             reporter.event(ServedToLocalUsers(disk, writable_overlay))
-        core.serve(
-            directory,
-            found,
-            disk=disk,
-            unix=socket,
-            tcp=tcp,
-            writable_overlay=writable_overlay,
-            ready=ready,
-            stop=stop,
-        )
+        request = core.ServeRequest(found, disk, socket, tcp, writable_overlay)
+        core.serve(directory, request, ready=ready, stop=stop)
         if writable_overlay:
             reporter.event(OverlayKept(writable_overlay))

@@ -143,10 +143,8 @@ def _plan(
             "incremental",
             inventory.disks,
             inventory,
-            points,
-            facts.namespace,
+            prepare.chain_facts(facts.directory, facts.namespace, points, gone, options.chain),
             on_broken_chain,
-            prepare.chain_facts(facts.directory, options, gone),
         )
 
     try:

@@ -33,14 +33,15 @@ from backupctl.events.backup import (
     ScratchMayNotSuffice,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
-from backupctl.names import DiskName, PointId, VmName
+from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
-from backupctl.options import Kind, RunOptions, VmConfig
+from backupctl.options import ChainOptions, Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain
+from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
 from backupctl.vm import scratch_directory
@@ -132,10 +133,8 @@ def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone:
         options.kind,
         chosen,
         inventory,
-        scanned.points,
-        ctx.repository.owner,
+        chain_facts(directory, ctx.repository.owner, scanned.points, gone, options.chain),
         options.chain.on_broken,
-        chain_facts(directory, options, gone),
         since=directory.point(options.since) if options.since else None,
     )
     if scanned.damaged or any(one.damaged for one in plan.disks):
@@ -144,12 +143,18 @@ def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone:
 
 
 def chain_facts(
-    directory: VmDirectory, options: RunOptions, gone: tuple[PointId, ...]
+    directory: VmDirectory,
+    namespace: Namespace,
+    points: tuple[Point, ...],
+    gone: tuple[PointId, ...],
+    wanted: ChainOptions,
 ) -> planning.ChainFacts:
     """Return what the repository knows of the chains that a run could go on with."""
     return planning.ChainFacts(
+        namespace,
+        points,
         error=lambda point, disk: chain.chain_error(directory, point, disk),
-        too_long=lambda point, disk: chain.chain_too_long(directory, options.chain.max_layers, point, disk),
+        too_long=lambda point, disk: chain.chain_too_long(directory, wanted.max_layers, point, disk),
         gone=gone,
     )
 
