@@ -198,7 +198,7 @@ def test_the_package_is_installed_used_upgraded_removed_and_purged(release, pack
     assert system.call("test", "-e", "/usr/lib/backupctl").returncode == 1
     system.works("test", "-f", EXAMPLE)
     system.works("dpkg", "-P", "backupctl")
-    assert set(left(system)) - set(before) == {CONFIGURATION}
+    assert set(left(system)) - set(before) == {CONFIGURATION, str(Path(CONFIGURATION).parent)}
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def environment(directory: Path, *options: str) -> Path:
 
 def install(programs: Path, *what: str) -> None:
     command = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "-q", "--no-input"]
-    subprocess.run([*command, "--disable-pip-version-check", "--no-compile", *what], check=True, timeout=300)
+    subprocess.run([*command, "--disable-pip-version-check", "--no-compile", *what], check=True, timeout=600)
 
 
 def with_dependencies(programs: Path) -> None:
@@ -120,6 +120,7 @@ def test_without_libnbd_the_error_says_what_to_install_and_how(built, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_pip_installs_the_wheel_with_its_pinned_dependencies_in_a_clean_environment(built, tmp_path):
     programs = environment(tmp_path / "venv", "--system-site-packages")
     install(programs, "--require-hashes", "-r", str(ROOT / "requirements.txt"))
@@ -130,6 +131,7 @@ def test_pip_installs_the_wheel_with_its_pinned_dependencies_in_a_clean_environm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_pipx_installs_the_source_distribution(built, tmp_path):
     if shutil.which("pipx") is None:
         pytest.skip("pipx is not installed here")
@@ -139,6 +141,6 @@ def test_pipx_installs_the_source_distribution(built, tmp_path):
         "HOME": str(tmp_path),
     }
     command = ["pipx", "install", "--system-site-packages", "--python", SYSTEM_PYTHON, str(built[1])]
-    subprocess.run(command, env={"PATH": "/usr/bin:/bin", **homes}, check=True, timeout=300)
+    subprocess.run(command, env={"PATH": "/usr/bin:/bin", **homes}, check=True, timeout=600)
     installed = Installed([str(tmp_path / "bin/backupctl")], tmp_path)
     assert installed.works("--version") == f"backupctl, version {__version__}\n"
