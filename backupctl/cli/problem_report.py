@@ -37,6 +37,8 @@ _DISK_KEYS = (
     *("dirty_bytes", "copied_bytes", "zero_bytes", "stored_bytes", "file_bytes", "unchanged_bytes"),
 )
 _PERSONAL = ("mail",)
+_FREE_TEXTS = ("restore_test_command", "restore_test_append")
+"""Settings that may contain anything, as the arguments of hooks may."""
 _README = f"""\
 A report about backupctl, made by `backupctl doctor --report`.
 
@@ -81,6 +83,8 @@ def secrets(config: Config) -> list[str]:
             found += [value, *value.split(",")] if value else []
         for name in ("before", "after", "failed"):
             found += filter(_may_be_secret, (getattr(table.hooks, name) or ())[1:])
+    for place in (config.content.defaults, *config.content.vm.values()):
+        found += filter(None, (getattr(place, name) for name in _FREE_TEXTS))
     return [one.strip() for text in found for one in (text, text.partition("=")[2])]
 
 
@@ -107,6 +111,8 @@ def _configuration(config: Config) -> object:
         for name in (*settings.SECRETS, *_PERSONAL):
             if name in table.get("notify", {}):
                 table["notify"][name] = HIDDEN
+    for place in (content["defaults"], *content["vm"].values()):
+        place.update(dict.fromkeys(set(_FREE_TEXTS) & set(place), HIDDEN))
     return {"file": config.file, "content": content}
 
 
@@ -119,7 +125,7 @@ def _points(target: Target) -> object:
     unread = [*survey.damaged, *survey.unreadable]
     return {
         "number": len(survey.points),
-        "points": [_point(documents.point(one)) for one in survey.points[-_MOST_POINTS:]],
+        "points": [_point(documents.point(one, None)) for one in survey.points[-_MOST_POINTS:]],
         "problems": [documents.error(err) for _, err in unread],
     }
 

@@ -86,6 +86,11 @@ def version(program: str) -> str:
     return first.partition(" version ")[2].strip() or first.strip()
 
 
+def system_program() -> str:
+    """Return the QEMU that boots a throw-away VM."""
+    return os.environ.get("QEMU_SYSTEM", "qemu-system-x86_64")
+
+
 def start(
     command: Sequence[str],
     *,

@@ -20,6 +20,7 @@ SECRETS = {
     "argument": "T0p-argument",
     "mail": "admin-of-it@example.org",
     "in a log": "T0p-in-a-log",
+    "command in the guest": "mysql -pT0p-in-the-guest",
     "comment": "T0p-in-a-comment",
 }
 
@@ -40,6 +41,7 @@ def surroundings(tmp_path, monkeypatch):
 [defaults]
 repository = "{tmp_path}/repository"
 keep_daily = 14
+restore_test_command = "{SECRETS["command in the guest"]}"
 [notify]
 webhook = "https://hooks.example/services/{SECRETS["webhook"]}"
 ntfy = "https://ntfy.example/{SECRETS["ntfy"]}"
