@@ -94,13 +94,17 @@ def status(found: "Status", configuration: str | None) -> Document:
     return {**asdict(found), "configuration": configuration}
 
 
-def doctor(found: "Diagnosis", configuration: str | None) -> Document:
-    """Return the findings of a doctor. configuration: the path of the file in force."""
+def doctor(found: "Diagnosis", configuration: str | None, report: Path | None = None) -> Document:
+    """Return the findings of a doctor.
+
+    configuration: the path of the file in force. report: that of the report that was written.
+    """
     return {
         "vm": found.vm,
         "ok": not found.bad,
         "configuration": configuration,
         "findings": [asdict(one) for one in found.findings],
+        "report": str(report) if report else None,
     }
 
 

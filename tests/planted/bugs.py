@@ -535,7 +535,6 @@ BUGS = (
         "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
     Bug(
-<<<<<<< HEAD
         "a lock that was waited for counts under a name that is gone",
         "VmDirectory.lock",
         "            self._refuse_moved(descriptor)\n",
@@ -567,8 +566,6 @@ BUGS = (
         "test_status_tells_what_a_running_backup_does_and_nothing_is_noted_while_the_guest_is_frozen[simulator]",
     ),
     Bug(
-||||||| a4cf285
-=======
         "an NBD client leaves QEMU when the line to its host is cut",
         "Relay._to_qemu",
         "        if not self._outlives:\n",
@@ -592,7 +589,28 @@ BUGS = (
         "::test_only_the_loopback_and_ssh_keep_what_is_said_to_themselves[tcp:host:1-False]",
     ),
     Bug(
->>>>>>> ssh
+        "a report with a secret of the configuration in its logs",
+        "Redaction.text",
+        "text = text.replace(secret, HIDDEN)",
+        "pass",
+        "unit/cli/test_problem_report.py::test_the_report_has_what_is_needed_and_no_secret",
+    ),
+    Bug(
+        "a report with a file of root's that somebody has linked into /tmp",
+        "_is_ours",
+        " and status.st_nlink == 1",
+        "",
+        "unit/cli/test_problem_report.py::"
+        "test_what_somebody_put_beside_the_logs_is_not_in_the_report[a hard link]",
+    ),
+    Bug(
+        "a demo of the Debian package that finds no backupctl",
+        "own_environment",
+        '        "PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))),\n',
+        "",
+        "packages/test_deb.py::test_demo_and_drills_find_the_modules_of_the_package_wherever_they_are_called",
+    ),
+    Bug(
         "a name in a report becomes HTML",
         "text",
         "    return Markup(html.escape(clean(content)))\n",
