@@ -141,6 +141,17 @@ def test_a_run_that_is_killed_is_undone_by_the_next(make_lab: Make, call: str, w
     lab.next_is_right()
 
 
+@pytest.mark.parametrize(("asked", "when"), [("hold", "after"), ("ready", "before")])
+def test_a_run_killed_in_its_clients_handshake_does_not_make_the_guest_stand_still(
+    make_lab: Make, asked: str, when: str
+) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=asked, KILL_WHEN=when)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    wait_for(lambda: not lab.domain.has_job())
+    lab.next_is_right()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("call", CHANGING)
 def test_a_run_whose_libvirtd_is_killed_loses_nothing(
