@@ -5,13 +5,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from backupctl.names import PointId, VmName
+from backupctl.names import DiskName, PointId, VmName
 from backupctl.system.address import Address
 
 Kind = Literal["full", "incremental"]
 FreezeMode = Literal["auto", "require", "never"]
 OnBrokenChain = Literal["scan", "full", "fail"]
 ViewKind = Literal["fleecing", "snapshot-access", "auto"]
+ImageFormat = Literal["qcow2", "raw"]
+WhenOff = Literal["backup", "skip", "fail"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,35 @@ class LibvirtAccess:
     domain: str
 
 
-Access = QmpAccess | LibvirtAccess
+@dataclass(frozen=True)
+class NoMonitor:
+    """A VM that is known by its images alone. agent: always None."""
+
+    agent: None = None
+
+
+Access = QmpAccess | LibvirtAccess | NoMonitor
 """How a VM is reached: a type for each driver (see `vm.open_driver`)."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One file of a VM's disk. format: never taken from the file, whose first bytes may be a guest's."""
+
+    path: Path
+    format: ImageFormat = "qcow2"
+
+
+@dataclass(frozen=True)
+class VmImage:
+    """The image of one disk, for when the VM is off.
+
+    disk: the name that the disk is stored under. files: the image that the VM writes to, then the backing
+    files below it, one after the other.
+    """
+
+    disk: DiskName
+    files: tuple[ImageFile, ...]
 
 
 @dataclass(frozen=True)
@@ -39,12 +68,15 @@ class VmConfig:
     """A virtual machine as the user names it.
 
     disk_names: the VM's own name of a disk (with QEMU: qdev id, node or device name) to the name it is stored
-    under.
+    under. images: those of its disks, for when it is off. when_off: what a backup does then; None for
+    "backup" if there are images, otherwise "fail".
     """
 
     name: VmName
     access: Access
     disk_names: dict[str, str] = field(default_factory=dict)
+    images: tuple[VmImage, ...] = ()
+    when_off: WhenOff | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ The interruption is SIGKILL of the run, or ACTION:
 - term: SIGTERM of the run;
 - eio, enospc: a durable step fails, once, or this one and all that follow;
 - hangup, lost: the monitor connection is closed at the next command, before or after QEMU runs it;
+- cut: the ssh connection to the VM's host breaks: the sessions of the sshd with the process id SSHD_PID end;
+- silence: nothing passes that connection any more, and nobody says so: those sessions are stopped;
 - quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
   VM_PID may be libvirtd's, too.
 
@@ -36,12 +38,15 @@ from backupctl.vm.guest.agent import Agent
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.libvirt.connection import Connection
 from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.remote.guard import RemoteGuard
+from fixtures import sshd
 
 ENTRY = "tests.interrupted_cli:interrupted"
 WATCHED = {
     Monitor: ("execute", "send_fd"),
     Connection: ("call",),
     GuardClient: ("freeze", "thaw", "hold", "ready", "release", "ping_agent", "watch", "unwatch"),
+    RemoteGuard: ("hold",),
     Agent: ("freeze_status", "thaw"),
     durable: ("sync_file", "sync_directory", "make_directory", "write_new", "append", "replace", "rename"),
     create: ("create_layer",),
@@ -97,6 +102,10 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
         return
     if how in ("", "term"):
         os.kill(os.getpid(), signal.SIGTERM if how else signal.SIGKILL)
+        return
+    if how in ("cut", "silence"):
+        number = signal.SIGKILL if how == "cut" else signal.SIGSTOP
+        sshd.end_sessions(int(environment["SSHD_PID"]), number)
         return
     if "VM_PID" in environment:
         _end(int(environment["VM_PID"]), signal.SIGKILL if how == "crash" else signal.SIGTERM)

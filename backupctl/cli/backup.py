@@ -11,7 +11,9 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import common, completion, monitored, output, param_types, reporters, settings, units
 from backupctl.cli.common import Declared
 from backupctl.cli.target import Target
+from backupctl.errors import VmIsOff
 from backupctl.events.backup import RepositoryCreated
+from backupctl.events.routine import TaskSkipped
 from backupctl.names import PointId
 from backupctl.operations import verdict
 from backupctl.operations.backup import prepare
@@ -152,15 +154,22 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
             "Only one disk, and only with frozen file systems",
             "backupctl full web --disk virtio0 --freeze require",
         ),
+        (
+            "A VM that is off, by the image of its disk",
+            "backupctl full web --image virtio0=/var/lib/libvirt/images/web.qcow2",
+        ),
     ),
 )
 @common.named(several=True)
+@common.if_running
 @run_options(incremental=False)
 @common.json_option
 @common.quiet
 @common.gathered(RunArguments)
 def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> None:
-    """Take a full recovery point of a running VM: all data of all its writable disks.
+    """Take a full recovery point of a VM: all data of all its writable disks.
+
+    A VM that is off is backed up by its images, if image or --image names them.
 
     If there is no repository yet, it creates one, once the VM has answered.
     """
@@ -183,9 +192,11 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
             "backupctl incremental web --since 20261123T041500Z",
         ),
         ("At most 50 MiB a second", "backupctl incremental web --limit 50M"),
+        ("Only if the VM runs", "backupctl incremental web --if-running"),
     ),
 )
 @common.named(several=True)
+@common.if_running
 @click.option(
     "--since",
     type=param_types.POINT,
@@ -214,8 +225,15 @@ def _run(target: Target, options: RunOptions, *, as_json: bool, quiet: bool) -> 
             reporters.reporter(quiet=quiet) as reporter,
             monitored.backup(target, options.kind, reporter, stop) as ending,
         ):
-            repository = _repository(target, vm, options, reporter, stop)
-            report = backup.run(RunContext(vm, repository, options, reporter, stop))
+            try:
+                repository = _repository(target, vm, options, reporter, stop)
+                report = backup.run(RunContext(vm, repository, options, reporter, stop))
+            except VmIsOff as err:
+                reporter.event(TaskSkipped(vm.name, "backup", err.message))
+                ending.skipped = True
+                if as_json:
+                    output.print_json(documents.skipped(vm.name, err.message, reporter.events))
+                return
             output.done(f"the recovery point {report.point} of {report.vm} is committed")
             ending.point, ending.report = report.point, documents.run(report, reporter.events)
             ending.failure = next(verdict.of_backup(report), None)
@@ -282,10 +300,16 @@ def _print(report: RunReport) -> None:
         )
         for disk in report.disks
     ]
-    frozen = "not frozen" if report.frozen_ms is None else f"frozen {report.frozen_ms} ms"
     parent = f" on {report.parent}" if report.parent else ""
     output.print_line(
-        f"{report.vm} {report.point}: {report.kind}{parent}, {report.consistency}-consistent, "
-        f"{frozen}, {units.duration(report.seconds)}"
+        f"{report.vm} {report.point}: {report.kind}{parent}, {_consistency(report)}, "
+        f"{units.duration(report.seconds)}"
     )
     output.print_table(("DISK", "KIND", "SIZE>", "COPIED>", "ZEROES>", "UNCHANGED>", "STORED>"), rows)
+
+
+def _consistency(report: RunReport) -> str:
+    if report.consistency == "offline":
+        return "the VM is off"
+    frozen = "not frozen" if report.frozen_ms is None else f"frozen {report.frozen_ms} ms"
+    return f"{report.consistency}-consistent, {frozen}"

@@ -13,7 +13,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import backup, common, configuration, output, prune, run, settings
+from backupctl.cli import backup, common, configuration, output, prune, restore_test, run, settings
 from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
 from backupctl.cli.help import Group
@@ -107,13 +107,15 @@ class Setting:
 @prune.rule_options
 @thresholds.threshold_options
 @run.run_options
+@restore_test.trial_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
     """Show the settings in force for a VM, and where each comes from.
 
     Without NAME: those for any VM. Options given here override, as they do for the commands that take them.
     """
-    if target.name and target.name not in target.config.vms and not (target.qmp or target.libvirt):
+    reached = target.qmp or target.images or target.libvirt
+    if target.name and target.name not in target.config.vms and not reached:
         target.vm()  # which says that it is not configured
     found = list(_settings(context, target))
     if as_json:
@@ -148,7 +150,7 @@ def _setting(context: click.Context, target: Target, name: str) -> Setting:
         return Setting(name, Invocation.of(context).typed[name], source)
     if configured:  # a 0 is as if it was not set, and disks are no option
         return Setting(name, configured, "file", target.config.file, target.config.line(target.name, name))
-    default = None if name == "disks" else context.params[name]
+    default = context.params.get(name)
     return Setting(name, str(default) if isinstance(default, Path) else default, "default")
 
 

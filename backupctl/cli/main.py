@@ -37,13 +37,19 @@ SECTIONS = {
     "Look": {
         "list": "list_show.list_points",
         "show": "list_show.show",
+        "du": "du.du",
         "diff": "diff.diff",
         "status": "status_recover.status",
         "check": "check.check",
+        "report": "report.report",
         "bitmaps": "bitmaps.bitmaps",
     },
     "Restore": {
         "restore": "restore.restore",
+        "restore-test": "restore_test.restore_test",
+        "files": "files.files",
+        "mount": "mount.mount",
+        "umount": "mount.umount",
         "serve": "serve.serve",
     },
     "Care": {
@@ -52,9 +58,13 @@ SECTIONS = {
         "prune": "prune.prune",
         "protect": "prune.protect",
         "unprotect": "prune.unprotect",
+        "delete": "delete.delete",
+        "rename": "rename.rename",
+        "remove": "remove.remove",
         "recover": "status_recover.recover",
         "config": "config.config",
         "install-timers": "install_timers.install_timers",
+        "version": "version.version",
     },
     "Try": {
         "demo": "demo.demo",

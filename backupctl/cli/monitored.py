@@ -46,7 +46,8 @@ class Ending:
 
     report: its document. point: the one that was committed. failure: the error with which it is going to end.
     seconds: how long it took, if that is known better than by the time around it. partial: of a verify, that
-    it did not read all of the VM. tasks: the end of each task, where it had several; the rest is about all.
+    it did not read all of the VM. skipped: that it was not done, because the VM is off. tasks: the end of
+    each task, where it had several; the rest is about all.
     """
 
     report: Mapping[str, Any] | None = None
@@ -54,6 +55,7 @@ class Ending:
     failure: BackupctlError | None = None
     seconds: float | None = None
     partial: bool = False
+    skipped: bool = False
     tasks: "dict[Kind, Ending]" = field(default_factory=dict)
 
 
@@ -90,6 +92,7 @@ def verified(target: Target, reporter: RecordingReporter, ending: Ending, second
 def note_tasks(ending: Ending, document: Mapping[str, Any], report: "RoutineReport") -> None:
     """Note how a `run` ended. document: that of the report."""
     ending.report, ending.failure = document, report.error
+    ending.skipped = any(one.task == "backup" and one.skipped for one in report.tasks)
     for one, told in zip(report.tasks, document["tasks"], strict=True):
         if not one.skipped:
             found = told["report"] or {}
@@ -178,7 +181,9 @@ class _Watch:
         try:
             if self.kind == "backup":
                 self._run_following_hook(self._result(ending, seconds))
-            for kind, task in (ending.tasks or {self.kind: ending}).items():
+            # A skipped backup is no success: what watches the age of points must not take it for one.
+            alone = {} if ending.skipped else {self.kind: ending}
+            for kind, task in (ending.tasks or alone).items():
                 took = seconds if task.seconds is None else task.seconds
                 result = self._result(task, took)
                 if kind != self.kind:

@@ -25,7 +25,10 @@ from backupctl.errors import (
 )
 
 _WHERE = frozenset(
-    {"config", "repository", "qmp", "agent", "scratch", "command_timeout", "agent_timeout", "stall_timeout"}
+    {
+        *("config", "repository", "qmp", "agent", "plain_tcp", "images", "libvirt", "domain", "scratch"),
+        *("command_timeout", "agent_timeout", "stall_timeout"),
+    }
 )
 """Options that say where VM and repository are: they mean the same in every command."""
 _PRINTING = frozenset({"as_json", "quiet"})

@@ -27,13 +27,14 @@ from backupctl.cli import (
     param_types,
     prune,
     reporters,
+    restore_test,
     run_screen,
     settings,
 )
 from backupctl.cli.common import Declared
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, Interrupted
+from backupctl.errors import BackupctlError, Interrupted, VmIsOff
 from backupctl.events.routine import StartDelayed
 from backupctl.names import VmName
 from backupctl.operations.fleet import run as fleet
@@ -74,6 +75,7 @@ class PolicyArguments:
 
     full_every: str | None
     verify_percent: float
+    restore_test: str | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,12 @@ _OPTIONS = (
         help="Verify PERCENT of the data, chosen at random, after the backup.",
     ),
     click.option(
+        "--restore-test",
+        type=param_types.PERIOD,
+        metavar="PERIOD",
+        help="Boot the newest point in a throw-away VM, each PERIOD: daily, weekly, monthly, 10d.",
+    ),
+    click.option(
         "--jobs",
         type=click.IntRange(1, settings.MAX_JOBS),
         metavar="N",
@@ -160,6 +168,7 @@ def run_options(command: Declared) -> Declared:
 )
 @click.pass_context
 @common.named(several=True)
+@common.if_running
 @run_options
 @common.dry_run("Only show what would be done, and how much it would store at most.")
 @click.option("--relay", is_flag=True, hidden=True, help="Tell another process what happens.")
@@ -201,7 +210,8 @@ def _one(
     """Do what is due for one VM, in this process."""
     options = backup.options_of(target, "incremental", backup.configured(context))
     every = retention.duration(policies.full_every) if policies.full_every else None
-    policy = Policy(every, prune.configured_rules(target), policies.verify_percent)
+    booted = retention.duration(policies.restore_test) if policies.restore_test else None
+    policy = Policy(every, prune.configured_rules(target), policies.verify_percent, booted)
     vm = target.vm()
     if asked.dry_run:
         work = Routine(vm, target.repository(), options, policy, asked.wait_lock)
@@ -210,7 +220,8 @@ def _one(
         _delay(asked.random_delay, reporter, stop)
         limited = _limited(stop, asked.max_time)
         with monitored.backup(target, "run", reporter, limited) as ending:
-            work = Routine(vm, target.repository(), options, policy, asked.wait_lock)
+            trial = restore_test.configured(target)
+            work = Routine(vm, target.repository(), options, policy, asked.wait_lock, trial)
             report = routine.run(work, reporter, limited)
             failed = {one.task: one.error for one in report.tasks if one.error}
             for err in failed.values():
@@ -225,6 +236,8 @@ def _one(
 def _forecast(work: Routine, target: Target, context: click.Context) -> Document:
     try:
         return documents.forecast(work.vm.name, forecast.look(work, target.other_repositories))
+    except VmIsOff as err:
+        return documents.forecast_skipped(work.vm.name, err.message)
     except BackupctlError as err:
         next_command.add_to(err, context)
         return documents.routine_failed(work.vm.name, err)

@@ -169,7 +169,7 @@ def _row(one: Document) -> tuple[str, ...]:
     backup = _report(one, "backup")
     return (
         one["vm"],
-        _RESULTS[one["exit_code"]],
+        "skipped" if _is_skipped(one) else _RESULTS[one["exit_code"]],
         backup.get("kind", "-"),
         backup.get("point", "-"),
         units.size(_stored_bytes(one)) if backup else "-",
@@ -177,6 +177,11 @@ def _row(one: Document) -> tuple[str, ...]:
         _cell(one, "verify", units.size(_report(one, "verify").get("read_bytes", 0))),
         units.duration(one["seconds"]),
     )
+
+
+def _is_skipped(one: Document) -> bool:
+    """Whether no backup was taken, because the VM is off, and nothing else went wrong."""
+    return not one["exit_code"] and _tasks(one).get("backup", {}).get("outcome") == "skipped"
 
 
 def _cell(one: Document, task: str, done: str) -> str:
@@ -193,6 +198,8 @@ def _planned_row(one: Document) -> tuple[str, ...]:
     backup, prune, verify = (_report(one, task) for task in ("backup", "prune", "verify"))
     if one["error"]:
         return (one["vm"], _RESULTS[one["exit_code"]], "-", "-", "-")
+    if not backup:
+        return (one["vm"], "skipped", "-", "-", "-")
     return (
         one["vm"],
         _planned_kind(backup),

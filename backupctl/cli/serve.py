@@ -62,7 +62,9 @@ def serve(
     writable_overlay: Path | None,
     as_json: bool,
 ) -> None:
-    """Serve the disks of POINT (an id, or `latest`) over NBD, read-only, until Ctrl-C or SIGTERM.
+    """Serve the disks of POINT over NBD, read-only, until Ctrl-C or SIGTERM.
+
+    POINT is an id, the beginning of one, `latest`, or `latest~N`, the Nth point before it.
 
     Each disk is an export of its own. The repository is only read. From another machine:
     `ssh -L 10809:PATH HOST` leads to the unix socket PATH of --socket.
@@ -87,15 +89,7 @@ def serve(
         reporter.event(StepStarted(f"serving {directory.name} {found.id}, until Ctrl-C"))
         if tcp:
             reporter.event(ServedToLocalUsers(disk, writable_overlay))
-        core.serve(
-            directory,
-            found,
-            disk=disk,
-            unix=socket,
-            tcp=tcp,
-            writable_overlay=writable_overlay,
-            ready=ready,
-            stop=stop,
-        )
+        request = core.ServeRequest(found, disk, socket, tcp, writable_overlay)
+        core.serve(directory, request, ready=ready, stop=stop)
         if writable_overlay:
             reporter.event(OverlayKept(writable_overlay))

@@ -15,15 +15,17 @@ import click
 import msgspec
 from msgspec import Meta
 
-from backupctl.cli import param_types
+from backupctl.cli import image_texts, param_types
 from backupctl.cli.toml_lines import Key, key_lines
-from backupctl.errors import InvalidName
+from backupctl.errors import InvalidName, UsageError
 from backupctl.names import did_you_mean, disk_name, vm_name
-from backupctl.options import FreezeMode, OnBrokenChain, ViewKind
+from backupctl.options import FreezeMode, OnBrokenChain, ViewKind, WhenOff
 from backupctl.sizes import MAX_CHAIN
 from backupctl.system.address import Address
+from backupctl.vm.trial.options import DiskBus
 
 MAX_SECONDS = 3600
+MAX_BOOT_SECONDS = 24 * 3600
 MAX_COUNT = 1000
 MAX_WAIT_SECONDS = 7 * 24 * 3600
 MAX_JOBS = 100
@@ -44,6 +46,9 @@ Wait = Annotated[
     float, Meta(ge=0, le=MAX_WAIT_SECONDS, description=f"a number of seconds, 0 to {MAX_WAIT_SECONDS}")
 ]
 Jobs = Annotated[int, Meta(ge=1, le=MAX_JOBS, description=f"a whole number, 1 to {MAX_JOBS}")]
+Boot = Annotated[
+    float, Meta(ge=1, le=MAX_BOOT_SECONDS, description=f"a number of seconds, 1 to {MAX_BOOT_SECONDS}")
+]
 Percent = Annotated[float, Meta(ge=0, le=100, description="a number, 0 to 100")]
 
 
@@ -74,6 +79,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     warn_age: Text | None = None
     full_every: Text | None = None
     verify_percent: Percent | None = None
+    restore_test: Text | None = None
+    restore_test_until: Literal["agent", "login"] | None = None
+    restore_test_command: Text | None = None
+    restore_test_timeout: Boot | None = None
+    restore_test_machine: Text | None = None
+    restore_test_memory: Rate | None = None
+    restore_test_disk_bus: DiskBus | None = None
+    restore_test_firmware: Text | None = None
+    restore_test_kernel: Text | None = None
+    restore_test_initrd: Text | None = None
+    restore_test_append: Text | None = None
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -112,14 +128,18 @@ class MetricsSettings(
 class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The keys and tables of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under.
 
-    Either qmp (and agent), or libvirt (and domain).
+    Either qmp (and agent, image), or libvirt (and domain). image: the name that a disk is stored under to its
+    files, as `image_texts` reads them.
     """
 
     qmp: Text | None = None
     agent: Text | None = None
+    plain_tcp: Flag | None = None
+    when_off: WhenOff | None = None
     libvirt: Text | None = None
     domain: Text | None = None
     disks: dict[str, str] = {}
+    image: dict[str, str] = {}
     hooks: HookSettings = HookSettings()
     notify: NotifySettings = NotifySettings()
 
@@ -149,9 +169,12 @@ TABLES: Mapping[str, type[msgspec.Struct]] = {"hooks": HookSettings, "notify": N
 """The tables that a file has for all VMs, and [vm.NAME] for itself."""
 SECRETS = ("webhook", "ntfy", "healthchecks")
 """Keys whose values are never shown."""
-_PATHS = ("repository", "scratch", "sendmail", "textfile", "state")
+_PATHS = (
+    *("repository", "scratch", "sendmail", "textfile", "state"),
+    *("restore_test_firmware", "restore_test_kernel", "restore_test_initrd"),
+)
 _SOCKETS = ("qmp", "agent")
-_VM_TABLES = ("disks", *TABLES)
+_VM_TABLES = ("disks", "image", *TABLES)
 _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "repository": param_types.PATH,
     "scratch": param_types.PATH,
@@ -169,6 +192,12 @@ _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "after": param_types.COMMAND,
     "failed": param_types.COMMAND,
     "full_every": param_types.DURATION,
+    "restore_test": param_types.PERIOD,
+    "restore_test_machine": param_types.MACHINE,
+    "restore_test_memory": param_types.SIZE,
+    "restore_test_firmware": param_types.PATH,
+    "restore_test_kernel": param_types.PATH,
+    "restore_test_initrd": param_types.PATH,
     "qmp": param_types.SOCKET,
     "agent": param_types.SOCKET,
     "libvirt": param_types.LIBVIRT_URI,
@@ -219,9 +248,10 @@ class _Check:
         found = VmSettings(
             **self._values({one: table[one] for one in table if one not in _VM_TABLES}, key, VmSettings),
             disks=self._disks(self._table(table.get("disks", {}), (*key, "disks")), (*key, "disks")),
+            image=self._images(self._table(table.get("image", {}), (*key, "image")), (*key, "image")),
             **{one: self._of(table, key, one, model) for one, model in TABLES.items()},
         )
-        for other in ("qmp", "agent") if found.libvirt else ():
+        for other in ("qmp", "agent", "image") if found.libvirt else ():
             if getattr(found, other):
                 said = f"libvirt and {other} in {_where(key)} cannot be used together"
                 self._add((*key, other), said)
@@ -249,6 +279,22 @@ class _Check:
                     (*key, disk), f"{other} and {disk} in {_where(key)} cannot both be stored as {name!r}"
                 )
             kept[disk] = name
+        return kept
+
+    def _images(self, images: dict[str, Any], key: Key) -> dict[str, str]:
+        kept: dict[str, str] = {}
+        for disk, files in images.items():
+            text = files if isinstance(files, str) else ""
+            try:
+                image_texts.parse(disk, text)
+            except (InvalidName, UsageError) as err:
+                self._add((*key, disk), f"{disk} in {_where(key)}: {err.message}")
+                continue
+            if relative := [path for path in image_texts.paths(text) if not path.expanduser().is_absolute()]:
+                what = f"must name absolute paths, not {str(relative[0])!r:.120}"
+                self._add((*key, disk), f"{disk} in {_where(key)} {what}")
+                continue
+            kept[disk] = text
         return kept
 
     def _of(self, content: dict[str, Any], key: Key, name: str, model: type[msgspec.Struct]) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backupctl.cli import configuration, param_types
+from backupctl.cli import configuration, image_texts, param_types
 from backupctl.cli.configuration import Config
 from backupctl.cli.selection import Selection, is_pattern
 from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, RepositoryError, UsageError
@@ -15,10 +15,13 @@ from backupctl.options import (
     DEFAULT_TIMEOUTS,
     Access,
     LibvirtAccess,
+    NoMonitor,
     QmpAccess,
     ScratchOptions,
     Timeouts,
     VmConfig,
+    VmImage,
+    WhenOff,
 )
 from backupctl.system.address import Address
 
@@ -31,7 +34,9 @@ if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open
 class Target:
     """Which VM and which repository a command line means.
 
-    name: the only VM; None for any other number of them, see `selection`.
+    name: the only VM; None for any other number of them, see `selection`. images: those that were typed.
+    if_running: whether a VM that is off is to be skipped, whatever is configured. plain_tcp: whether monitor
+    and agent may be reached over a network without encryption.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
 
@@ -42,6 +47,9 @@ class Target:
     selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
+    images: tuple[VmImage, ...] = ()
+    if_running: bool = False
+    plain_tcp: bool = False
     libvirt: str | None = None
     domain: str | None = None
     scratch: Path = ScratchOptions().directory
@@ -55,19 +63,59 @@ class Target:
 
     def vm(self) -> VmConfig:
         """Return the VM. Raises UsageError."""
-        return VmConfig(self.vm_name, self._access(), dict(self.config.of(self.name).disks))
+        said = self.config.of(self.name)
+        images = self.images or image_texts.parse_all(said.image)
+        when_off: WhenOff | None = "skip" if self.if_running else said.when_off
+        access = self._access(images)
+        if isinstance(access, NoMonitor) and when_off in ("skip", "fail"):
+            raise UsageError(
+                f"VM {self.vm_name!r} has no monitor that could tell whether it is off, so it cannot be "
+                f"{'skipped' if when_off == 'skip' else 'required to run'}",
+                hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
+            )
+        return VmConfig(self.vm_name, access, dict(said.disks), images, when_off)
 
-    def _access(self) -> Access:
+    def _access(self, images: tuple[VmImage, ...]) -> Access:
         if self.libvirt is not None:
-            if self.agent is not None:
+            if self.agent is not None or images:
+                other = "--agent" if self.agent is not None else "--image"
                 raise UsageError(
-                    "--agent cannot be used with --libvirt, which holds the agent's socket itself",
-                    state=UNTOUCHED,
+                    f"{other} cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
                 )
             return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
-        if self.qmp is None:
+        if self.qmp is None and not images:
             raise self._unconfigured()
+        if self.qmp is None:
+            return NoMonitor()
+        self._refuse_plain_tcp()
+        self._refuse_agent_elsewhere()
+        if self.qmp.remote and images:
+            raise UsageError("--image is for a VM of this host, and --qmp leads to another", state=UNTOUCHED)
         return QmpAccess(self.qmp, self.agent)
+
+    def _refuse_plain_tcp(self) -> None:
+        """Refuse a monitor or agent of which anybody on the network could read, or take over, everything."""
+        for name, address in (("qmp", self.qmp), ("agent", self.agent)):
+            if address is not None and not address.loopback and not self.plain_tcp:
+                raise UsageError(
+                    f"{name} is {address}, and what is said there is not encrypted: anybody on the way could "
+                    "control the VM",
+                    state=UNTOUCHED,
+                    hint=f"use ssh://{address.host}/PATH with a unix socket on that host; on a network that "
+                    "nobody else can reach, say so with --plain-tcp or plain_tcp = true",
+                )
+
+    def _refuse_agent_elsewhere(self) -> None:
+        """Refuse an agent that is not on the host of the monitor, since the guard speaks to both."""
+        qmp, agent = self.qmp, self.agent
+        if qmp is None or agent is None or qmp[1:] == agent[1:] or not (qmp.remote or agent.remote):
+            return
+        wanted = qmp._replace(path="/PATH") if qmp.remote else "unix:PATH"
+        raise UsageError(
+            f"the agent {agent} is not on the host of the monitor {qmp}",
+            state=UNTOUCHED,
+            hint=f"the guard speaks to both, so the agent must be {wanted}",
+        )
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.events import Event, Severity, WarningEvent
-from backupctl.names import DiskName, PointId
+from backupctl.names import DiskName, PointId, VmName
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,17 @@ class RecoveredFromEarlierRun(Event):
 
     def _text(self) -> str:
         return f"from an earlier run: {self.action}"
+
+
+@dataclass(frozen=True)
+class ImagesRead(Event):
+    """The VM is off, so its images are backed up."""
+
+    code = "images-read"
+    vm: VmName
+
+    def _text(self) -> str:
+        return f"{self.vm} is off: its images are backed up as they are"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ class FullDue(Event):
 
 @dataclass(frozen=True)
 class TaskSkipped(Event):
-    """A task of a run is left out. task: prune or verify."""
+    """A task of a run is left out. task: backup (the VM is off), prune or verify."""
 
     code = "task-skipped"
     vm: VmName

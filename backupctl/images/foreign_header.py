@@ -29,7 +29,7 @@ _VERSION_2_BYTES, _VERSION_3_BYTES = 72, 104
 _MOST_CLUSTER_BYTES = 1 << 21
 _NAME_BYTES = 1023
 _ENCRYPTION, _DATA_FILE = 0x0537BE77, 0x44415441  # types of extensions
-_CORRUPT_BIT, _DATA_FILE_BIT = 1 << 1, 1 << 2
+_UNCLOSED_BIT, _CORRUPT_BIT, _DATA_FILE_BIT = 1 << 0, 1 << 1, 1 << 2
 _KNOWN_BITS = 0b11111  # not closed, corrupt, data file, kind of compression, subclusters
 
 
@@ -37,7 +37,8 @@ _KNOWN_BITS = 0b11111  # not closed, corrupt, data file, kind of compression, su
 class ForeignHeader:
     """What an image refers to. size: virtual, in bytes. backing, data_file: names as stored, "" for none.
 
-    corrupt: QEMU marked it so, and opens it read-only.
+    corrupt: QEMU marked it so, and opens it read-only. unclosed: its reference counts are "lazy", and not
+    valid until QEMU has repaired it.
     """
 
     size: int
@@ -45,6 +46,7 @@ class ForeignHeader:
     data_file: str
     corrupt: bool
     features: frozenset[ImageFeature]
+    unclosed: bool = False
 
     def describe(self, feature: ImageFeature) -> str:
         """Describe a feature of the image, in words that follow its name."""
@@ -89,6 +91,7 @@ def _parse(content: bytes) -> ForeignHeader:
         found.get(_DATA_FILE, b"").decode(errors="replace"),
         bool(incompatible & _CORRUPT_BIT),
         frozenset(name for name in FEATURES if features[name]),
+        bool(incompatible & _UNCLOSED_BIT),
     )
 
 

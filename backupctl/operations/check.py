@@ -5,7 +5,7 @@ The VM itself is not asked. Manifests, history, headers and digest maps are read
 that `verify` is there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -16,6 +16,7 @@ from backupctl.repository import audit, chain
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import VmDirectory
 
+Broken = tuple[chain.Broken, ...]
 CLOCK_SKEW = timedelta(minutes=5)
 """How far a point may lie in the future before that is worth a warning."""
 
@@ -83,8 +84,16 @@ def _refusal(err: BackupctlError) -> Finding:
     return Finding(level, err.message)
 
 
-def examine(directory: VmDirectory, limits: Limits, now: datetime) -> Verdict:
-    """Look at the points of a VM. Changes and locks nothing, and raises nothing for what it finds."""
+def examine(
+    directory: VmDirectory,
+    limits: Limits,
+    now: datetime,
+    look: Callable[[VmDirectory], Broken] = chain.damaged,
+) -> Verdict:
+    """Look at the points of a VM. Changes and locks nothing, and raises nothing for what it finds.
+
+    look: how broken chains are found.
+    """
     findings: list[Finding] = []
     sound: tuple[Point, ...] = ()
     try:
@@ -92,7 +101,7 @@ def examine(directory: VmDirectory, limits: Limits, now: datetime) -> Verdict:
         sound = scanned.points
         findings += [Finding(Level.CRITICAL, err.message) for _, err in scanned.damaged]
         findings += [_refusal(err) for _, err in scanned.unreadable]
-        broken = () if scanned.unreadable else chain.damaged(directory)
+        broken = () if scanned.unreadable else look(directory)
         sound = tuple(point for point in sound if point.id not in {one.point for one in broken})
         findings += _of_chains(broken)
         findings += [Finding(Level.CRITICAL, one.message) for one in audit.problems(directory)]
@@ -105,7 +114,7 @@ def examine(directory: VmDirectory, limits: Limits, now: datetime) -> Verdict:
     return verdict.also(*findings)
 
 
-def _of_chains(broken: tuple[chain.Broken, ...]) -> Iterator[Finding]:
+def _of_chains(broken: Broken) -> Iterator[Finding]:
     if broken:
         points = len({one.point for one in broken})
         yield Finding(Level.CRITICAL, f"{counted(points, 'point')} damaged: {broken[0]}")

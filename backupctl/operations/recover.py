@@ -37,7 +37,6 @@ from backupctl.repository.journal import Journal
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
-from backupctl.vm import scratch_directory
 from backupctl.vm.driver import Driver, Resolver, RunDisk, UnfinishedRun
 from backupctl.vm.open_driver import open_driver, thaw_if_frozen
 
@@ -131,23 +130,25 @@ def recover_vm(
     await_thaw: for a caller whose guard has the guest in hand. It has the agent too: QEMU's channel serves
     one client at a time, so a second conversation would only wait.
 
-    The guest comes first: it is thawed before anything else is looked at. An agent that is silent then is
-    asked again when all else is done, which spares the guest the rest. Returns what was done, in words.
-    Raises NeedsRecovery.
+    The guest comes first, unless the VM is off: it is thawed before anything else is looked at. An agent that
+    is silent then is asked again when all else is done, which spares the guest the rest. Returns what was
+    done, in words. Raises NeedsRecovery.
     """
     directory = facts.directory
     done: list[str] = []
+    thaws = await_thaw is None and resolver.has_guest
     try:
-        if await_thaw is None:
+        if thaws:
             with suppress(AgentError):
                 done += _thaw(vm, directory, timeouts)
         done += resolver.resolve(facts)
         # The journal alone tells that a freeze is ours to end, so it stays for as long as there may be one.
-        if await_thaw is None:
+        if thaws:
             done += _thaw(vm, directory, timeouts)
-        else:
+        elif await_thaw is not None:
             await_thaw()
-        done += drop_leftover_files(vm, facts, scratch)
+        done += drop_leftover_files(facts)
+        done += resolver.sweep_scratch(facts.namespace, scratch)
     except AgentError as err:
         err.add(hint="if this VM has no guest agent any more, run recover without --agent")
         raise needs_recovery(err, vm.name) from err
@@ -184,13 +185,13 @@ def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]
     return tuple(sorted(found))
 
 
-def drop_leftover_files(vm: VmConfig, facts: DirectoryFacts, scratch: Path) -> list[str]:
-    """Drop unfinished points and scratch directories. The caller holds the VM's lock."""
+def drop_leftover_files(facts: DirectoryFacts) -> list[str]:
+    """Drop unfinished points. The caller holds the VM's lock."""
     done = []
     for partial in facts.directory.pending_points():
         partial.drop()
         done.append(f"dropped the unfinished point {partial.point}")
-    return done + scratch_directory.sweep(facts.namespace, vm.name, scratch)
+    return done
 
 
 def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:

@@ -4,7 +4,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 
@@ -35,44 +35,51 @@ class Export:
     writable: bool
 
 
+@dataclass(frozen=True)
+class ServeRequest:
+    """What is served, and where.
+
+    disk: None for all. unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a
+    private directory. writable_overlay: what is written goes into this qcow2 file (one disk only), which
+    stays.
+    """
+
+    point: Point
+    disk: str | None = None
+    unix: Path | None = None
+    tcp: str | None = None
+    writable_overlay: Path | None = None
+
+
 def serve(
     directory: VmDirectory,
-    point: Point,
+    request: ServeRequest,
     *,
-    disk: str | None,
-    unix: Path | None,
-    tcp: str | None,
-    writable_overlay: Path | None,
     ready: Callable[[tuple[Export, ...]], None],
     stop: Cancellation,
 ) -> None:
     """Serve one disk of a point, or all, until `stop` is requested; then return.
 
-    unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a private directory.
-    writable_overlay: what is written goes into this qcow2 file (one disk only), which stays. ready: called
-    once with what is served where. The repository is only read. Raises UsageError, NoSuchPoint, TargetExists,
-    Locked, DamageFound, RepositoryError, WriteFailed.
+    ready: called once with what is served where. The repository is only read. Raises UsageError, NoSuchPoint,
+    TargetExists, Locked, DamageFound, RepositoryError, WriteFailed.
     """
-    with read_locks.reading(directory, point.id) as held:
-        _serve(directory, held, disk, unix, tcp, writable_overlay, ready, stop)
+    with read_locks.reading(directory, request.point.id) as held:
+        _serve(directory, replace(request, point=held), ready, stop)
 
 
 def _serve(
     directory: VmDirectory,
-    point: Point,
-    disk: str | None,
-    unix: Path | None,
-    tcp: str | None,
-    writable_overlay: Path | None,
+    request: ServeRequest,
     ready: Callable[[tuple[Export, ...]], None],
     stop: Cancellation,
 ) -> None:
-    entries = _entries(point, disk)
+    point, writable_overlay = request.point, request.writable_overlay
+    entries = _entries(point, request.disk)
     chains = {entry.name: chain.layers(directory, point, entry.name) for entry in entries}
     if writable_overlay is not None and len(entries) > 1:
         names = ", ".join(entry.name for entry in entries)
         raise UsageError(f"--writable-overlay is for one disk: choose one of {names} with --disk")
-    with _listen(unix, tcp) as open_socket, ExitStack() as held:
+    with _listen(request.unix, request.tcp) as open_socket, ExitStack() as held:
         shown = [
             held.enter_context(_shown(directory, one, chains[one.name], writable_overlay)) for one in entries
         ]

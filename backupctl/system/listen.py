@@ -19,9 +19,15 @@ _BACKLOG = 16
 _PATIENCE_SECONDS = 3.0
 _TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):)?(?P<port>[0-9]{1,5})", re.ASCII)
 
+_NBD = "NBD has no authentication"
+_NBD_HINT = "listen on a unix socket (--socket PATH), and connect with ssh -L 10809:PATH HOST"
 
-def tcp_address(text: str) -> tuple[str, int]:
-    """Parse ``[HOST:]PORT``; only loopback hosts are allowed. Port 0: any free port. Raises UsageError."""
+
+def tcp_address(text: str, *, why_here: str = _NBD, hint: str = _NBD_HINT) -> tuple[str, int]:
+    """Parse ``[HOST:]PORT``; only loopback hosts are allowed. Port 0: any free port. Raises UsageError.
+
+    why_here: why no other host is allowed. hint: what to do instead.
+    """
     match = _TCP.fullmatch(text)
     if not match or int(match["port"]) > 65535:
         raise UsageError(f"invalid address {text!r:.80}. Examples: 10809, 127.0.0.1:10809")
@@ -31,9 +37,9 @@ def tcp_address(text: str) -> tuple[str, int]:
         if ipaddress.ip_address(host).is_loopback:
             return host, int(match["port"])
     raise UsageError(
-        f"refusing to listen on {host!r:.80}: NBD has no authentication",
+        f"refusing to listen on {host!r:.80}: {why_here}",
         state=UNTOUCHED,
-        hint="listen on a unix socket (--socket PATH), and connect with ssh -L 10809:PATH HOST",
+        hint=hint,
     )
 
 

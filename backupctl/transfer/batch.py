@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
+from backupctl.digests.clusters import CLUSTER_BYTES, Clusters, Records
 from backupctl.errors import TransferError
 from backupctl.system.direct_io import aligned
 
@@ -44,13 +44,15 @@ class Batch:
     """Clusters on their way.
 
     buffer: for their content, page-aligned; None if they are zeroes. reads: requests in flight that fill it.
-    failure: why they could not be read. writing: whether a worker has begun to write them.
+    failure: why they could not be read. records: of the clusters, once their digests are computed. writing:
+    whether a worker has begun to write them.
     """
 
     numbers: Clusters
     buffer: memoryview | None
     reads: int = field(default=0, init=False)
     failure: TransferError | None = field(default=None, init=False)
+    records: Records | None = field(default=None, init=False)
     writing: bool = field(default=False, init=False)
 
     @property

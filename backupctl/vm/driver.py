@@ -23,11 +23,11 @@ What each kind of VM does in them:
 ==========  ===========================  ==============================  ===========================
 call        plain QMP                    libvirt                         images of a VM that is off
 ==========  ===========================  ==============================  ===========================
-attach      scratch nodes, filters       scratch files                   storage daemon, scratch
+attach      scratch nodes, filters       scratch files                   nothing: the images are locked
 freeze      guest agent's socket         virDomainFSFreeze               no guest: AgentUnavailable
-start       one transaction              virDomainBackupBegin            one transaction
-exports     NBD server, one per disk     the sockets of that backup      as plain QMP
-end         remove exports, jobs, nodes  virDomainAbortJob, and drain    end the daemon
+start       one transaction              virDomainBackupBegin            nothing: they do not change
+exports     NBD server, one per disk     the sockets of that backup      as plain QMP, of the images
+end         remove exports, jobs, nodes  virDomainAbortJob, and drain    and change the stored bitmaps
 resolve     merge or remove bitmaps      delete checkpoints              merge or remove bitmaps
 ==========  ===========================  ==============================  ===========================
 
@@ -185,12 +185,22 @@ class Foreseen:
 class Resolver(Protocol):
     """Whatever can finish or undo runs: a driver those of others, a session its own as well."""
 
+    @property
+    def has_guest(self) -> bool:
+        """Whether a guest may run. False for the images of a VM that is off: then nothing can be frozen."""
+
     def resolve(self, facts: PointFacts) -> list[str]:
         """Finish the runs whose points are committed, and undo the others; return what was done, in words.
 
         Exports, jobs, nodes and scratch files of ours go; then, in one step for all disks, the bitmaps: what
         an unfinished one recorded goes back to its base, and a base that a committed one replaces is removed.
         Doing it again does nothing more. Raises MonitorError; what is left is found by the next call.
+        """
+
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Remove the scratch files with names that dead runs left; return what was done, in words.
+
+        directory: on the machine that the VM runs on, for all scratch files. Raises Failed, MonitorError.
         """
 
 
@@ -283,6 +293,15 @@ class Driver(Resolver, Protocol):
     def check_scratch(self, directory: Path) -> None:
         """Refuse a scratch directory whose path cannot be passed to the VM. Raises Refused."""
 
+    def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:
+        """Return who else needs the file system of the scratch directory, on the VM's machine.
+
+        Raises MonitorError, Refused if the directory cannot be used.
+        """
+
+    def left_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Name what `sweep_scratch` would remove. Raises Failed, MonitorError."""
+
     def plan_scratch(
         self, disks: Sequence[Disk], options: ScratchOptions, guests: str = ""
     ) -> tuple[ScratchBudget, ...]:
@@ -292,7 +311,10 @@ class Driver(Resolver, Protocol):
         """
 
     def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
-        """Return for each directory that a run fills who else needs its file system. Raises MonitorError."""
+        """Return for each directory of this machine that a run fills who else needs its file system.
+
+        Raises MonitorError.
+        """
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """Return the VM as it will be after `resolve`. Changes nothing. Raises MonitorError, Refused."""

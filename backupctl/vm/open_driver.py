@@ -1,28 +1,101 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The one place that knows which driver a VM of the configuration needs."""
+"""The one place that knows which driver a VM of the configuration needs.
 
-from contextlib import AbstractContextManager
+A VM is off if nobody listens on its monitor's socket, or if libvirt says so. A monitor that is silent, or
+that cannot be reached for another reason, tells nothing of its VM, which may run. If the socket of a running
+VM is named wrongly, QEMU's lock on the images tells that it runs (`offline.images`).
+
+A driver is loaded only where it is used: every run would wait for the others.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from backupctl.cancel import Cancellation
-from backupctl.options import LibvirtAccess, Timeouts, VmConfig
+from backupctl.errors import UNTOUCHED, MonitorUnreachable, VmIsOff
+from backupctl.options import LibvirtAccess, NoMonitor, QmpAccess, Timeouts, VmConfig, WhenOff
 from backupctl.vm.driver import Driver
 from backupctl.vm.guest import agent
-from backupctl.vm.libvirt import agent as libvirt_agent
-from backupctl.vm.qmp.driver import connect
+from backupctl.vm.qmp import driver as qmp
+
+_HOW_TO_BACK_UP = "if it is off, it can be backed up by its images (--image DISK=FILE)"
 
 
-def open_driver(
-    vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None
-) -> AbstractContextManager[Driver]:
-    """Connect to a VM for as long as the block lasts. Raises MonitorUnreachable, Interrupted.
+@contextmanager
+def open_driver(vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None) -> Iterator[Driver]:
+    """Connect to a VM, or to the images of one that is off, for as long as the block lasts.
 
-    cancel: looked at while nobody answers.
+    cancel: looked at while nobody answers. Raises MonitorUnreachable, Refused, Interrupted.
     """
-    if isinstance(vm.access, LibvirtAccess):
-        from backupctl.vm.libvirt.driver import connect as connect_libvirt  # noqa: PLC0415 - few need it
+    with ExitStack() as held:
+        yield _opened(vm, held, timeouts, cancel)
 
-        return connect_libvirt(vm, vm.access, timeouts, cancel)
-    return connect(vm, vm.access, timeouts, cancel)
+
+@contextmanager
+def open_for_backup(vm: VmConfig, timeouts: Timeouts, cancel: Cancellation | None = None) -> Iterator[Driver]:
+    """Connect as `open_driver`, unless the VM is off and is not to be backed up then.
+
+    Raises VmIsOff if it is to be skipped, MonitorUnreachable, Refused, Interrupted.
+    """
+    with ExitStack() as held:
+        yield _opened(vm, held, timeouts, cancel, when_off(vm))
+
+
+def refuse_skipped(vm: VmConfig, timeouts: Timeouts) -> None:
+    """Raise VmIsOff if a backup would be skipped now because the VM is off. Nothing else is tried."""
+    if when_off(vm) == "skip":
+        with suppress(MonitorUnreachable), open_for_backup(vm, timeouts.brief()):
+            pass
+
+
+def when_off(vm: VmConfig) -> WhenOff:
+    """Return what a backup does with a VM that is off."""
+    return vm.when_off or ("backup" if vm.images else "fail")
+
+
+def _opened(
+    vm: VmConfig,
+    held: ExitStack,
+    timeouts: Timeouts,
+    cancel: Cancellation | None,
+    decided: WhenOff = "backup",
+) -> Driver:
+    why = "no monitor is configured"
+    if not isinstance(vm.access, NoMonitor):
+        try:
+            return held.enter_context(_connect(vm, vm.access, timeouts, cancel))
+        except MonitorUnreachable as err:
+            if not err.nobody_listens:
+                raise
+            if decided == "fail" or (decided == "backup" and not vm.images):
+                if isinstance(vm.access, QmpAccess) and not vm.images:
+                    err.hint = f"{err.hint}; {_HOW_TO_BACK_UP}"
+                raise
+            why = err.message
+    if decided == "skip":
+        raise VmIsOff(f"{vm.name} is off ({why}), so it was skipped", state=UNTOUCHED)
+    from backupctl.vm.offline import driver as offline  # noqa: PLC0415 - see above
+
+    return held.enter_context(offline.connect(vm, f"{vm.name} is off ({why})", timeouts, cancel))
+
+
+def _connect(
+    vm: VmConfig, access: QmpAccess | LibvirtAccess, timeouts: Timeouts, cancel: Cancellation | None
+) -> AbstractContextManager[Driver]:
+    if isinstance(access, LibvirtAccess):
+        from backupctl.vm.libvirt import driver as libvirt  # noqa: PLC0415 - see above
+
+        return libvirt.connect(vm, access, timeouts, cancel)
+    if access.qmp.remote:
+        from backupctl.vm.remote import driver as remote  # noqa: PLC0415 - see above
+
+        return remote.connect(vm, access, timeouts, cancel)
+    return qmp.connect(vm, access, timeouts, cancel)
+
+
+def is_remote(vm: VmConfig) -> bool:
+    """Whether the VM runs on another host: the scratch directory is there then."""
+    return isinstance(vm.access, QmpAccess) and vm.access.qmp.remote
 
 
 def can_freeze(vm: VmConfig) -> bool:
@@ -42,13 +115,19 @@ def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
 
     `can_freeze` must be true. Needs no open driver.
     """
-    if isinstance(vm.access, LibvirtAccess):
-        with libvirt_agent.LibvirtAgent.connect(
-            vm.access.uri, vm.access.domain, timeouts.agent_seconds
-        ) as talk:
+    access = vm.access
+    if isinstance(access, LibvirtAccess):
+        from backupctl.vm.libvirt.agent import LibvirtAgent  # noqa: PLC0415 - see above
+
+        with LibvirtAgent.connect(access.uri, access.domain, timeouts.agent_seconds) as talk:
             return talk.freeze_status()
-    assert vm.access.agent is not None
-    with agent.Agent.connect(vm.access.agent, timeouts.agent_seconds) as connection:
+    assert isinstance(access, QmpAccess)
+    assert access.agent is not None
+    if access.qmp.remote:
+        from backupctl.vm.remote import host  # noqa: PLC0415 - see above
+
+        return host.freeze_status(access, timeouts)
+    with agent.Agent.connect(access.agent, timeouts.agent_seconds) as connection:
         return connection.freeze_status()
 
 
@@ -57,7 +136,15 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
 
     Needs no open driver: a guest must not wait for a monitor that somebody else holds.
     """
-    if isinstance(vm.access, LibvirtAccess):
-        return libvirt_agent.thaw_if_frozen(vm.access.uri, vm.access.domain, timeouts.agent_seconds)
-    address = vm.access.agent
-    return address is not None and agent.thaw_if_frozen(address, timeouts.agent_seconds)
+    access = vm.access
+    if isinstance(access, LibvirtAccess):
+        from backupctl.vm.libvirt import agent as libvirt_agent  # noqa: PLC0415 - see above
+
+        return libvirt_agent.thaw_if_frozen(access.uri, access.domain, timeouts.agent_seconds)
+    if access.agent is None:
+        return False
+    if access.qmp.remote:
+        from backupctl.vm.remote import host  # noqa: PLC0415 - see above
+
+        return host.thaw_if_frozen(access, timeouts)
+    return agent.thaw_if_frozen(access.agent, timeouts.agent_seconds)

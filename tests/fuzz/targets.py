@@ -296,7 +296,11 @@ TARGETS = {
     "header": Target(in_file("vda.qcow2", qcow2_header.read), (DamageFound,), (_image_header(),)),
     "tables": Target(in_clusters(tables), (DamageFound,), (_image(),)),
     "digests": Target(in_file("vda.digests", DigestMap.open), (DamageFound,), (_digest_map(),)),
-    "address": Target(in_text(Address.parse), (UsageError,), (b"unix:/run/x", b"tcp:[::1]:4444", b"/run/x")),
+    "address": Target(
+        in_text(Address.parse),
+        (UsageError,),
+        (b"unix:/run/x", b"tcp:[::1]:4444", b"ssh://a@b:22/c", b"/run/x"),
+    ),
     "config": Target(
         in_file("backupctl.toml", lambda path: configuration.load(str(path))),
         (UsageError,),

@@ -38,6 +38,7 @@ IOTHREAD = (
     "integration/test_guest.py::"
     "test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive[oldest-virtio-blk-pci-5]"
 )
+REPORT_PAGE = "unit/outcome/test_html_page.py::"
 LAYER = "unit/operations/test_backup_disk.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
 REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
 WRITER = "unit/images/test_qcow2_writer.py::"
@@ -45,6 +46,20 @@ TABLES = "unit/images/test_qcow2_check.py::"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
 BUGS = (
+    Bug(
+        "each step of a run follows the chain again",
+        "CheckedChains.layers",
+        "if key not in self._layers:",
+        "if True:",
+        "unit/repository/test_checked_chains.py::test_a_run_opens_each_file_of_its_chain_once",
+    ),
+    Bug(
+        "batches that are not in order are written together",
+        "_ascending",
+        "if found and found[-1][-1].numbers[-1] < batch.numbers[0]:",
+        "if found:",
+        COPY + "test_scattered_clusters_and_a_short_last_one_come_padded_to_their_places",
+    ),
     Bug(
         "no thaw after a transaction that failed",
         "_Run._thawed_at_the_end",
@@ -517,5 +532,54 @@ BUGS = (
         "    if result.code is not None and result.code > 0:\n",
         "    if result.code is not None:\n",
         "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
+    ),
+    Bug(
+        "a name in a report becomes HTML",
+        "text",
+        "    return Markup(html.escape(clean(content)))\n",
+        "    return Markup(clean(content))\n",
+        REPORT_PAGE + "test_no_text_from_outside_becomes_a_tag_or_an_attribute",
+    ),
+    Bug(
+        "a report replaces a disk image",
+        "_may_replace",
+        "    if begin != mark and not force:\n",
+        "    if not begin and not force:\n",
+        "unit/operations/test_report.py::test_any_other_file_is_replaced_only_if_that_is_asked_for",
+    ),
+    Bug(
+        "a map shows nothing where little is stored",
+        "shares",
+        "np.maximum(1, stored * 255 // np.maximum(every, 1))",
+        "stored * 255 // np.maximum(every, 1)",
+        "unit/digests/test_regions.py::test_a_single_cluster_of_a_large_part_is_still_shown",
+    ),
+    Bug(
+        "a name of a guest leads out of the target directory",
+        "check_name",
+        '    if name in (b"", b".", b".."):\n',
+        "    if not name:\n",
+        "unit/targets/test_extraction.py::test_a_name_that_is_not_one_plain_component_is_refused",
+    ),
+    Bug(
+        "committed transactions of a journal are ignored",
+        "_committed",
+        "        elif kind == _COMMIT:\n            yield current\n",
+        "        elif kind == _COMMIT:\n            pass\n",
+        "unit/filesystems/test_ext.py::test_what_the_journal_has_committed_is_read",
+    ),
+    Bug(
+        "clusters of a guest's files are used unverified",
+        "PointDisk._verified",
+        "        if len(wrong):\n",
+        "        if len(wrong) > len(found):\n",
+        "unit/operations/test_files.py::test_what_does_not_match_its_digest_is_not_used",
+    ),
+    Bug(
+        "the QEMU of a restore test may gain rights",
+        "prepared",
+        "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):",
+        "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0) > 0:",
+        "unit/vm/test_trial.py::test_a_confined_child_has_no_rights_of_root",
     ),
 )

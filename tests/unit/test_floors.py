@@ -13,7 +13,7 @@ FLOORS = (
     {"errors"},
     {"names", "cancel", "sizes"},
     {"system", "events"},
-    {"finding", "progress", "options", "digests", "images"},
+    {"finding", "progress", "options", "digests", "images", "filesystems"},
     {"targets", "transfer"},
     {"vm", "repository"},
     {"operations"},

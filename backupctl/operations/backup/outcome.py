@@ -5,16 +5,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
 
 from backupctl import __version__
 from backupctl.names import DiskName, PointId, RepositoryId, VmName
 from backupctl.operations.backup.plan import Plan
 from backupctl.options import Kind
 from backupctl.repository.journal import Journal, JournalDisk
-from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
-
-Consistency = Literal["filesystem", "crash"]
+from backupctl.repository.manifest import Consistency, DiskEntry, FreezeEntry, Manifest
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,12 @@ Objection = Callable[[PointId, DiskName], str | None]
 class ChainFacts:
     """What the repository knows of the chains that a run could go on with.
 
-    error: what is damaged. too_long: why a chain is to get no more layers; the disk is then taken full.
-    gone: points that were committed and do not exist any more.
+    points: the committed ones, oldest first. error: what is damaged. too_long: why a chain is to get no more
+    layers; the disk is then taken full. gone: points that were committed and do not exist any more.
     """
 
+    namespace: Namespace
+    points: tuple[Point, ...]
     error: Objection = lambda _point, _disk: None
     too_long: Objection = lambda _point, _disk: None
     gone: tuple[PointId, ...] = ()
@@ -80,22 +82,20 @@ def plan(
     kind: Kind,
     disks: Sequence[Disk],
     inventory: Inventory,
-    points: Sequence[Point],
-    namespace: Namespace,
+    chains: ChainFacts,
     on_broken_chain: OnBrokenChain = "scan",
-    chains: ChainFacts = ChainFacts(),
     since: Point | None = None,
 ) -> Plan:
-    """Decide for each disk. points: the committed ones, oldest first. since: of a differential.
+    """Decide for each disk. since: of a differential.
 
     An incremental with no point to build on is a full. Raises Refused if a chain is broken and the
     user asked to fail then.
     """
-    absent = missing((disk.name for disk in inventory.disks), points)
-    if kind == "full" or not points:
+    absent = missing((disk.name for disk in inventory.disks), chains.points)
+    if kind == "full" or not chains.points:
         return Plan("full", None, tuple(DiskPlan(disk, "full", None, "") for disk in disks), absent)
-    parent = since or points[-1]
-    plans = tuple(_incremental(disk, inventory, points, namespace, since, chains) for disk in disks)
+    parent = since or chains.points[-1]
+    plans = tuple(_incremental(disk, inventory, chains, since) for disk in disks)
     broken = [one for one in plans if one.reason]
     if broken and on_broken_chain == "fail":
         raise Refused(
@@ -117,29 +117,22 @@ def _begun_anew(one: DiskPlan, chains: ChainFacts) -> DiskPlan:
     return DiskPlan(one.disk, "full", None, reason) if reason else one
 
 
-def _incremental(
-    disk: Disk,
-    inventory: Inventory,
-    points: Sequence[Point],
-    namespace: Namespace,
-    since: Point | None,
-    chains: ChainFacts,
-) -> DiskPlan:
-    base = newest_with(disk.name, [since] if since else points)
+def _incremental(disk: Disk, inventory: Inventory, chains: ChainFacts, since: Point | None) -> DiskPlan:
+    base = newest_with(disk.name, [since] if since else chains.points)
     if base is None:
         which = f"the point {since.id} does not hold it" if since else "no earlier point holds it"
         return DiskPlan(disk, "full", None, f"new disk: {which}")
     if damage := chains.error(base.id, disk.name):
         return DiskPlan(disk, "full", None, f"the chain of {base.id} is damaged: {damage}", damaged=True)
     # Each bitmap records from its point up to the next: a missing one is a gap.
-    ids = [point.id for point in points if point.id >= base.id and point.manifest.disk(disk.name)]
+    ids = [point.id for point in chains.points if point.id >= base.id and point.manifest.disk(disk.name)]
     for point in ids:
         newest_one = point == ids[-1]
         if reason := bitmap_error(
-            namespace, point, disk, inventory.foreign_node_bitmaps, newest=newest_one, gone=chains.gone
+            chains.namespace, point, disk, inventory.foreign_node_bitmaps, newest=newest_one, gone=chains.gone
         ):
             return DiskPlan(disk, "incremental", base.id, reason)
-    names = tuple(namespace.bitmap(point, disk.name) for point in ids)
+    names = tuple(chains.namespace.bitmap(point, disk.name) for point in ids)
     newest = ids[-1]
     if newest == base.id:
         return DiskPlan(disk, "incremental", base.id, "", names)
@@ -195,7 +188,7 @@ def bitmap_error(
 ) -> str:
     """Say why the bitmap of `base` can't tell what changed on this disk since; "" if it can.
 
-    newest: whether it must record up to now; an older one recorded up to the next. gone: as for `plan`.
+    newest: whether it must record up to now; an older one recorded up to the next. gone: as for `ChainFacts`.
     """
     name = namespace.bitmap(base, disk.name)
     # Also if the active node has one: libvirt gives the overlay of a snapshot an empty bitmap of each name,

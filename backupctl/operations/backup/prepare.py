@@ -4,6 +4,7 @@
 Which disks there are, from which base each is taken, what would stop the run later, how much room there is.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,26 +29,28 @@ from backupctl.events.backup import (
     DiskScanned,
     DiskSkipped,
     DiskTakenFull,
+    ImagesRead,
     NoPointToBuildOn,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
-from backupctl.names import DiskName, PointId, VmName
+from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
-from backupctl.options import Kind, RunOptions, VmConfig
+from backupctl.options import ChainOptions, Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository import audit, chain
+from backupctl.repository.checked_chains import CheckedChains
+from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
-from backupctl.vm.open_driver import open_driver
+from backupctl.vm.open_driver import open_for_backup
 
 _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 """What the same command, run again, may not meet any more."""
@@ -57,12 +60,13 @@ _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 class Prepared:
     """What step 1 found out.
 
-    budgets: the scratch space of each disk of the plan. filling: the file systems that the run writes to.
-    recorded: the newest point from which a bitmap in the VM records, of whatever copy of the repository.
-    version: of what runs the VM.
+    chains: those that the plan builds on. budgets: the scratch space of each disk of the plan. filling: the
+    file systems that the run writes to. recorded: the newest point from which a bitmap in the VM records, of
+    whatever copy of the repository. version: of what runs the VM.
     """
 
     plan: Plan
+    chains: CheckedChains
     budgets: tuple[ScratchBudget, ...]
     filling: tuple[Filling, ...]
     recorded: PointId | None
@@ -85,9 +89,9 @@ def explained(vm: VmConfig, options: RunOptions) -> Iterator[None]:
 def rehearse(vm: VmConfig, options: RunOptions, cancel: Cancellation) -> None:
     """See whether a VM can be backed up at all, before a repository is made for it. Changes nothing.
 
-    Raises MonitorError, Refused, Failed, Interrupted.
+    Raises VmIsOff, MonitorError, Refused, Failed, Interrupted.
     """
-    with explained(vm, options), open_driver(vm, options.timeouts, cancel) as driver:
+    with explained(vm, options), open_for_backup(vm, options.timeouts, cancel) as driver:
         _, chosen = _chosen(driver, options)
         driver.plan_scratch(chosen, options.scratch)
         cancel.check()
@@ -100,42 +104,52 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     """
     vm, directory, options, reporter = ctx.vm, ctx.directory, ctx.options, ctx.reporter
     facts = recover.DirectoryFacts(directory, ctx.repository.owner)
+    if not driver.has_guest:
+        reporter.event(ImagesRead(vm.name))
     # Both before recovery, which takes a bitmap without a point for an unfinished run's, and removes it.
     recorded = recover.newest_recorded(driver, facts.namespace)
     gone = recover.gone(facts, recorded)
     for done in recover.recover_vm(vm, facts, driver, options.scratch.directory, options.timeouts):
         reporter.event(RecoveredFromEarlierRun(done))
-    audit.reconcile(directory)
-    for problem in audit.problems(directory):
+    points = directory.scan_all()
+    audit.reconcile(directory, points)
+    for problem in audit.problems(directory, points.committed):
         reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
     refuse_directories(ctx.repository.path, options.scratch.directory, driver)
     inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:
         reporter.event(DiskSkipped(name, why))
-    plan = _plan(ctx, inventory, chosen, gone)
+    chains = CheckedChains(directory, points)
+    known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
+    plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
-    scratch_directory.check(options.scratch.directory)
-    filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
+    filling = (
+        *driver.filling((ctx.repository.path,), inventory.disks),
+        driver.scratch_filling(options.scratch.directory, inventory.disks),
+    )
     for one in filling:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
     ctx.cancel.check()
-    return Prepared(plan, budgets, filling, recorded, driver.version)
+    return Prepared(plan, chains, budgets, filling, recorded, driver.version)
 
 
-def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
+def _plan(
+    ctx: RunContext,
+    inventory: Inventory,
+    chosen: tuple[Disk, ...],
+    scanned: ScannedPoints,
+    chains: planning.ChainFacts,
+) -> Plan:
     directory, options = ctx.directory, ctx.options
-    scanned = directory.scan_points()
     for path, err in scanned.damaged:
         ctx.reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
         options.kind,
         chosen,
         inventory,
-        scanned.points,
-        ctx.repository.owner,
+        chains,
         options.chain.on_broken,
-        chain_facts(directory, options, gone),
         since=directory.point(options.since) if options.since else None,
     )
     if scanned.damaged or any(one.damaged for one in plan.disks):
@@ -144,12 +158,18 @@ def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone:
 
 
 def chain_facts(
-    directory: VmDirectory, options: RunOptions, gone: tuple[PointId, ...]
+    chains: CheckedChains,
+    namespace: Namespace,
+    points: tuple[Point, ...],
+    gone: tuple[PointId, ...],
+    wanted: ChainOptions,
 ) -> planning.ChainFacts:
     """Return what the repository knows of the chains that a run could go on with."""
     return planning.ChainFacts(
-        error=lambda point, disk: chain.chain_error(directory, point, disk),
-        too_long=lambda point, disk: chain.chain_too_long(directory, options.chain.max_layers, point, disk),
+        namespace,
+        points,
+        error=chains.error,
+        too_long=functools.partial(chains.too_long, wanted.max_layers),
         gone=gone,
     )
 

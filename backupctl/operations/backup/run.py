@@ -38,6 +38,7 @@ from backupctl.events.backup import CrashConsistent
 from backupctl.names import PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import outcome, prepare
+from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.disk import DISKS_AT_ONCE, DiskProgress, LayerCopier
 from backupctl.operations.backup.outcome import RunReport
@@ -49,7 +50,7 @@ from backupctl.transfer import copy
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
 from backupctl.vm.driver import DiskSnapshot, Request, Session, Thawed
-from backupctl.vm.open_driver import open_driver
+from backupctl.vm.open_driver import open_for_backup
 
 _AGENT_HINT = "start qemu-guest-agent in the guest, or let the point be crash-consistent: --freeze auto"
 
@@ -57,16 +58,19 @@ _AGENT_HINT = "start qemu-guest-agent in the guest, or let the point be crash-co
 def run(ctx: RunContext) -> RunReport:
     """Make one recovery point, or leave everything as it was.
 
-    Raises Locked, Refused (nothing touched), Failed (rolled back), NeedsRecovery (not rolled back).
+    Raises Locked, VmIsOff (skipped), Refused (nothing touched), Failed (rolled back), NeedsRecovery (not
+    rolled back).
     """
     with prepare.explained(ctx.vm, ctx.options):
         ctx.step("prepare")
         timeouts = ctx.options.timeouts
         with (
             ctx.directory.lock() as lock,
-            open_driver(ctx.vm, timeouts, ctx.cancel) as driver,
+            open_for_backup(ctx.vm, timeouts, ctx.cancel) as driver,
             driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
         ):
+            ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
+            ctx.activity.step("prepare", None)
             prepared = prepare.prepare(ctx, driver)
             session.stand_by()
             return _Run(ctx, session, prepared).make()
@@ -108,6 +112,7 @@ class _Run:
         with ctx.repository.next_point(ctx.directory, started, self.prepared.recorded) as self.point:
             journal = outcome.journal(self.point, ctx.vm.name, ctx.repository.id, self.plan, started)
             partial = ctx.directory.begin(self.point, journal)
+            ctx.point = self.point
         session.attach(self._request(self.point, freezes=freezes))
         freeze = self._point_in_time(partial, freezes=freezes)
         self._begin("export")
@@ -120,6 +125,8 @@ class _Run:
         self._begin("commit")
         kept, qemu = ctx.options.chain.checkpoints, self.prepared.version
         manifest = outcome.manifest(journal, self.plan.parent, entries, freeze, qemu, kept)
+        if not session.has_guest:
+            manifest = replace(manifest, consistency="offline")
         partial.commit(manifest)
         return manifest
 
@@ -173,7 +180,7 @@ class _Run:
 
     def _will_freeze(self) -> bool:
         """Whether the guest will be frozen. A missing agent is noticed before anything is touched."""
-        if self.ctx.options.freeze.mode == "never":
+        if self.ctx.options.freeze.mode == "never" or not self.session.has_guest:
             return False
         try:
             self.session.ping_guest()
@@ -214,7 +221,8 @@ class _Run:
         """Step 7: some disks at once. This thread goes on with looking at what must end the run."""
         ctx = self.ctx
         limiter = TokenBucket(ctx.options.limit_bytes_per_second)
-        progress = DiskProgress(ctx.reporter)
+        sizes = {one.disk.name: one.disk.size for one in self.plan.disks}
+        progress = DiskProgress(ctx.reporter, sizes, ctx.activity)
 
         def check() -> None:
             self._check()
@@ -222,7 +230,7 @@ class _Run:
 
         with Workers(copy.WORKERS) as workers:
             stall_seconds = ctx.options.timeouts.stall_seconds
-            copier = LayerCopier(ctx.directory, partial, limiter, workers, progress, stall_seconds)
+            copier = LayerCopier(self.prepared.chains, partial, limiter, workers, progress, stall_seconds)
             disks = zip(self.plan.disks, sources, strict=True)
             tasks = [functools.partial(copier.copy_disk, one, source) for one, source in disks]
             entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)

@@ -14,6 +14,7 @@ from backupctl.operations.prune.retention import RetentionCandidate
 from backupctl.operations.routine.run import Routine, is_full_due
 from backupctl.operations.status import DiskStatus, Status
 from backupctl.options import Kind
+from backupctl.vm.open_driver import refuse_skipped
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Forecast:
 def look(asked: Routine, known: Known = nobody_else) -> Forecast:
     """Tell what a run would do now. known: as for `status.look`.
 
-    Raises Locked, Refused, or Failed if the VM cannot be reached; RepositoryError.
+    Raises VmIsOff if the backup would be skipped; Locked, Refused, or Failed if the VM cannot be reached;
+    RepositoryError.
     """
+    refuse_skipped(asked.vm, asked.options.timeouts)
     found = status.look(asked.vm, asked.repository, asked.options, known)
     if found.qemu is None:
         if asked.directory.lock_holder():

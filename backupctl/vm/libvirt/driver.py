@@ -35,6 +35,7 @@ from backupctl.vm.libvirt import (
 from backupctl.vm.libvirt.connection import Connection, module_directory
 from backupctl.vm.libvirt.guard_hands import Hands
 from backupctl.vm.libvirt.session import LibvirtSession
+from backupctl.vm.local_scratch import LocalScratch
 from backupctl.vm.qmp import scratch_space
 
 LOCK_SECONDS = 5.0
@@ -51,19 +52,22 @@ def connect(
     seconds = timeouts.command_seconds + LOCK_SECONDS
     with Connection.open(access.uri, access.domain, seconds) as connection:
         if not connection.is_running():
-            raise MonitorUnreachable(
+            off = MonitorUnreachable(
                 f"the domain {access.domain} is not running; libvirt backs up running domains only",
                 hint=f"virsh start {access.domain}",
             )
+            off.nobody_listens = True
+            raise off
         yield LibvirtDriver(vm, access, timeouts, connection)
 
 
-class LibvirtDriver:
+class LibvirtDriver(LocalScratch):
     """See `vm.driver.Driver`."""
 
     def __init__(
         self, vm: VmConfig, access: LibvirtAccess, timeouts: Timeouts, connection: Connection
     ) -> None:
+        super().__init__(vm.name)
         self._vm = vm
         self._access = access
         self._timeouts = timeouts
@@ -78,6 +82,11 @@ class LibvirtDriver:
             "virConnectGetVersion",
             lambda: f"{_dotted(handle.getVersion())} (libvirt {_dotted(handle.getLibVersion())})",
         )
+
+    @property
+    def has_guest(self) -> bool:
+        """A domain that runs may have one."""
+        return True
 
     def preflight(self) -> None:
         """Refuse a domain on which libvirt works, except for backups, which `inventory` tells of."""
@@ -129,7 +138,7 @@ class LibvirtDriver:
     ) -> tuple[ScratchBudget, ...]:
         """See `scratch_space`. A guest that would get errors needs a scratch file that cannot be full."""
         found = domain.describe(self._connection)
-        made = scratch_space.plan(disks, options.directory, options.size_bytes, limited=False, guests=guests)
+        made = scratch_space.plan(disks, options, limited=False, guests=guests)
         for disk, budget in zip(disks, made, strict=True):
             described = found.disk(disk.node)
             if described and not described.pauses and budget.abort_at is not None:
@@ -144,6 +153,10 @@ class LibvirtDriver:
     def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
         """Look which disks are on a directory's file system."""
         return tuple(Filling(each, _disks_on(each, disks)) for each in directories)
+
+    def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:
+        """Look which disks are on the scratch directory's file system."""
+        return self.filling((directory,), disks)[0]
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""

@@ -16,6 +16,7 @@ from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.libvirt import agent, checkpoints, domain, inventory, job, recovery, xml
 from backupctl.vm.libvirt.connection import PAUSED, PAUSED_BY_IO_ERROR, Connection, Pending
 from backupctl.vm.libvirt.run_files import RunFiles
+from backupctl.vm.local_scratch import LocalScratch
 from backupctl.vm.qmp import nbd_export
 
 CONNECTIONS = 2
@@ -25,7 +26,7 @@ _REUSE_SCRATCH = 1
 """VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL: the scratch files are there already, which shortens the freeze."""
 
 
-class LibvirtSession:
+class LibvirtSession(LocalScratch):
     """See `vm.driver.Session`."""
 
     def __init__(
@@ -36,7 +37,7 @@ class LibvirtSession:
         connection: Connection,
         guard: GuardClient,
     ) -> None:
-        self._name = name
+        super().__init__(name)
         self._access = access
         self._timeouts = timeouts
         self._connection = connection
@@ -54,6 +55,11 @@ class LibvirtSession:
         self._watching = False
         self._state: Pending[tuple[int, int]] | None = None
         self._asked = 0.0
+
+    @property
+    def has_guest(self) -> bool:
+        """A domain that runs may have one."""
+        return True
 
     @property
     def guarded(self) -> bool:

@@ -60,6 +60,17 @@ def inventory(
         return _collect(found, nodes, names, known)
 
 
+def of_nodes(monitor: Monitor, names: Mapping[NodeName, DiskName]) -> Inventory:
+    """List nodes as disks, whatever uses them. names: those that they are stored under.
+
+    Raises MonitorError, Refused.
+    """
+    nodes = named_nodes(monitor)
+    with understood("description of its block nodes"):
+        found = [_Found(name, node, "", "") for node, name in names.items()]
+        return _collect(found, nodes, {}, None)
+
+
 def all_bitmaps(monitor: Monitor) -> tuple[Bitmap, ...]:
     """Return the bitmaps of every node. Raises MonitorError."""
     return tuple(one for node, reply in named_nodes(monitor).items() for one in bitmaps_of(node, reply))

@@ -44,7 +44,7 @@ def resolve_bitmaps(monitor: Monitor, facts: PointFacts) -> list[str]:
     """
     actions: list[bitmaps.Action] = []
     done: list[str] = []
-    for plan, reply in _bitmap_plans(monitor, facts):
+    for plan, reply in bitmap_plans(monitor, facts):
         if not reply.get("ro"):
             actions += plan.actions
             done += plan.done
@@ -60,7 +60,7 @@ def foresee(monitor: Monitor, facts: PointFacts, stored_names: Mapping[str, str]
     found = inventory.inventory(monitor, stored_names, _beneath_ours(facts, left))
     exported = any(one.startswith("export ") for one in left)
     after = {}
-    for plan, reply in _bitmap_plans(monitor, facts):
+    for plan, reply in bitmap_plans(monitor, facts):
         if not reply.get("ro"):
             node = NodeName(reply["node-name"])
             there = inventory.bitmaps_of(node, reply)
@@ -74,7 +74,7 @@ def active_nodes(facts: PointFacts) -> dict[int, NodeName]:
     return {disk.number: disk.node for run in facts.unfinished() for disk in run.disks}
 
 
-def _bitmap_plans(
+def bitmap_plans(
     monitor: Monitor, facts: PointFacts
 ) -> Iterator[tuple[bitmaps.BitmapPlan, Mapping[str, Any]]]:
     """Yield what must happen to each node's bitmaps, with the node's reply. Raises MonitorError."""

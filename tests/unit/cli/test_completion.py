@@ -46,3 +46,7 @@ def test_what_is_wrong_completes_nothing_and_raises_nothing(repository, tmp_path
     (tmp_path / "backupctl.toml").write_text("[vm\n")
     for words in (("full", ""), ("show", "vm1", ""), ("show", "../x", "")):
         assert offered(*words) == []
+
+
+def test_points_before_the_newest_are_offered_once_they_are_begun(repository):
+    assert offered("show", "vm1", "latest~") == ["latest~1"]

@@ -126,10 +126,16 @@ def test_every_key_says_what_it_must_be(tmp_path):
 
 def test_every_key_but_disks_is_an_option_of_the_same_name():
     options = {option.name: option for option in command("incremental").params}
-    options |= {option.name: option for name in ("prune", "run", "check") for option in command(name).params}
+    options |= {
+        option.name: option
+        for name in ("prune", "run", "check", "restore-test")
+        for option in command(name).params
+    }
     for key in (*settings.settable(), *settings.settable_for_run()):
         if key != "disks":
-            assert options[key].opts == [f"--{key.replace('_', '-')}"]
+            # Those of a restore test belong to a command of that name.
+            spelt = key.removeprefix("restore_test_").replace("_", "-")
+            assert options[key].opts == [f"--{spelt}"]
 
 
 def test_how_a_run_is_gone_about_has_a_table_of_its_own(tmp_path):
