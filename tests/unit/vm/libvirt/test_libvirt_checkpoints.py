@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Checkpoints: which must go, which tell of a disk, and the documents around them."""
 
+import subprocess
+import tomllib
 from dataclasses import dataclass, field
 
 import pytest
 
 from backupctl.errors import Failed
 from backupctl.names import Namespace, PointId
+from backupctl.operations import discover
 from backupctl.vm.libvirt import checkpoints, domain, recovery, xml
 from backupctl.vm.libvirt.checkpoints import Checkpoint
 
@@ -171,3 +174,41 @@ def test_what_a_domain_is_told_by():
     assert "transient" in transient.why_not
     assert (found.qemu_user, found.security) == ((64055, 108), ("apparmor",))
     assert vda.stored_name({"S1": "system"}) == "system"
+
+
+@pytest.mark.parametrize(
+    ("options", "records", "apart"),
+    [("compat=1.1", True, False), ("compat=0.10", False, False), ("data_file={}/data", True, True)],
+)
+def test_what_only_the_header_of_an_image_tells(tmp_path, options, records, apart):
+    path = tmp_path / "vda.qcow2"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options.format(tmp_path), path, "1M"]
+    subprocess.run(command, check=True)
+    (made,) = domain.parsed(DOMAIN.replace("'/a'", f"'{path}'")).disks[:1]
+    found = domain._looked_at(made)
+    assert (found.records, found.apart) == (records, apart)
+
+
+def test_an_image_that_can_not_be_read_is_taken_for_a_usual_one():
+    (made,) = domain.parsed(DOMAIN).disks[:1]
+    assert domain._looked_at(made).records
+
+
+@dataclass
+class Host:
+    """A libvirt's domains."""
+
+    names: list[tuple[str, bool]]
+
+
+def test_domains_that_are_not_configured_get_names_of_their_own(monkeypatch):
+    host = Host([("a b", True), ("a_b", False), ("web", True), ('"', True)])
+    monkeypatch.setattr(discover, "domains", lambda _uri, _timeouts: host.names)
+    found = discover.discover("qemu:///system", [], {("qemu:///system", "web"): ("a_b",)})
+    made = tomllib.loads(discover.configuration_of("qemu:///system", found))["vm"]
+    assert {name: one.get("domain", name) for name, one in made.items()} == {
+        "a_b-2": "a b",
+        "a_b-3": "a_b",
+        "vm-_": '"',
+    }
+    assert [one.domain for one in discover.discover("qemu:///system", ["w*"], {})] == ["web"]
