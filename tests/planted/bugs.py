@@ -46,7 +46,33 @@ WRITER = "unit/images/test_qcow2_writer.py::"
 TABLES = "unit/images/test_qcow2_check.py::"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
+LIBVIRT = "unit/vm/libvirt/"
+
 BUGS = (
+    Bug(
+        "a checkpoint of libvirt is used for another image",
+        "Checkpoint.is_of",
+        "return bool(then and files and (then[0] in files or files[0] in then))",
+        "return True",
+        LIBVIRT + "test_libvirt_checkpoints.py::test_a_bitmap_is_not_used_for_another_image",
+    ),
+    Bug(
+        "the checkpoint of a failed run becomes the base of the next",
+        "plan",
+        "        if one not in valid:\n",
+        "        if one not in valid and not valid:\n",
+        LIBVIRT
+        + "test_libvirt_checkpoints.py::test_the_checkpoint_of_an_unfinished_run_goes_and_its_base_stays",
+    ),
+    Bug(
+        "a backup job of libvirt is aborted while clients are in their handshake",
+        "end",
+        "    hang_up()\n",
+        "    hang_up\n",
+        LIBVIRT
+        + "test_libvirt_connection.py::"
+        + "test_a_job_of_ours_is_aborted_when_clients_in_their_handshake_have_left",
+    ),
     Bug(
         "each step of a run follows the chain again",
         "CheckedChains.layers",
