@@ -16,7 +16,8 @@ LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras
 QUICK := $(addprefix tests/,unit screens drills/test_drill.py integration/test_known_moment.py \
     integration/test_protocol_page.py integration/test_prune_command.py)
 
-.PHONY: help setup packages check test test-quick test-long explore planted screens man drills fuzz demo bench bench-quick lock site clean
+.PHONY: help setup packages check test test-quick test-long explore planted screens report-picture man drills fuzz demo \
+    bench bench-quick dist deb deb-test site lock clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -56,6 +57,9 @@ test-long: $(VENV)/.tools ## The tests that take longer than CI has time for (an
 screens: $(VENV)/.tools ## Keep every screen as it is now, after a change of what is seen; then read the difference (20 s)
 	BACKUPCTL_RENEW_SCREENS=1 $(VENV)/bin/pytest -q -n $(WORKERS) tests/screens
 
+report-picture: setup ## Make the picture of a report in docs/ anew, after a change of its looks (10 s)
+	$(VENV)/bin/python -m fixtures.report_picture docs/report.png
+
 man: setup ## Make the manual pages and shell completions in share/ anew, after a change of commands or options (3 s)
 	$(VENV)/bin/python -m fixtures.manual
 
@@ -88,6 +92,16 @@ bench-quick: setup ## Fail if a ratio to qemu-img is half of what docs/performan
 site: $(VENV)/.tools ## Build the documentation as a site, in the cache; what is missing or leads nowhere is an error (10 s)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict -f fixtures/site/mkdocs.yml
 
+dist: setup ## Build the wheel and the source distribution in dist/, the same from the same commit (5 s)
+	@$(VENV)/bin/python -m fixtures.dist
+
+deb: setup ## Build the Debian package in dist/, for this Debian or RELEASE=12, 13; needs debhelper (1 min)
+	@$(VENV)/bin/python -m fixtures.deb $(if $(RELEASE),--release $(RELEASE))
+
+deb-test: $(VENV)/.tools ## Install, use, upgrade and remove the package on Debian 12 and 13; needs root (5 min)
+	@fixtures/packages.sh build
+	$(VENV)/bin/pytest -m "slow or not slow" tests/packages
+
 lock: packages ## Pin the Python packages anew, with their hashes, after a change of pyproject.toml (1 min)
 	@$(PYTHON) -m venv $(CACHE)/pip-tools
 	@$(CACHE)/pip-tools/bin/pip install -q --disable-pip-version-check --require-hashes -r requirements-lock.txt
@@ -96,4 +110,4 @@ lock: packages ## Pin the Python packages anew, with their hashes, after a chang
 	    sed -i '1i # SPDX-License-Identifier: GPL-2.0-or-later' $${pair%% *} || exit 1; done
 
 clean: ## Remove what setup and tests made here (at once)
-	rm -rf $(VENV) $(CACHE) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(CACHE) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -23,6 +23,8 @@
          │   ├─ AgentRefused                the agent answered with an error
          │   └─ AgentTimeout                the agent took a command and did not answer
          ├─ FreezeOverrun                   the guest was thawed before the point in time
+         ├─ FilesystemError                 a guest's file system is damaged, or not supported
+         ├─ RestoreTestFailed               a throw-away VM with the disks of a point did not boot
          ├─ GuardLost                       the process that thaws the guest if the run dies has died
          ├─ TransferError
          │   ├─ ReadFailed                  cannot read the point-in-time view
@@ -33,6 +35,7 @@
              ├─ UnknownFormat               written by a newer backupctl
              ├─ InvalidName                 a name that could lead out of the repository
              ├─ NoSuchPoint
+             ├─ AmbiguousPoint              the beginning of an id that several points have
              └─ TargetExists                a restore overwrites only with --force
 
 Each error has what an administrator needs: what failed (the message), at which step, what state things
@@ -260,6 +263,21 @@ class GuardLost(Failed):
     code = "GuardLost"
 
 
+class FilesystemError(Failed):
+    """A file system or partition table of a guest contradicts itself, or is of a kind that is not supported.
+
+    It says nothing of the repository: the guest may have stored it like that.
+    """
+
+    code = "FilesystemError"
+
+
+class RestoreTestFailed(Failed):
+    """A throw-away VM with the disks of a point did not boot, as far as it could be seen."""
+
+    code = "RestoreTestFailed"
+
+
 class TransferError(Failed):
     """Bytes could not be moved."""
 
@@ -324,6 +342,13 @@ class NoSuchPoint(RepositoryError):
     """No recovery point of that id, or none at all."""
 
     code = "NoSuchPoint"
+    exit_code = 2
+
+
+class AmbiguousPoint(RepositoryError):
+    """The beginning of an id, with which the ids of several recovery points begin."""
+
+    code = "AmbiguousPoint"
     exit_code = 2
 
 

@@ -25,13 +25,21 @@ class QmpAccess:
 
 
 @dataclass(frozen=True)
+class LibvirtAccess:
+    """A domain of libvirt. uri: of a libvirt on this machine. domain: its name there."""
+
+    uri: str
+    domain: str
+
+
+@dataclass(frozen=True)
 class NoMonitor:
     """A VM that is known by its images alone. agent: always None."""
 
     agent: None = None
 
 
-Access = QmpAccess | NoMonitor
+Access = QmpAccess | LibvirtAccess | NoMonitor
 """How a VM is reached: a type for each driver (see `vm.open_driver`)."""
 
 

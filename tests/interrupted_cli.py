@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The command line, interrupted at its nth step: `Cli.call(…, entry=ENTRY, KILL_AT="5")`.
 
-A step is a monitor command, a request to the guard (which speaks to the agent), an agent command of the run
-itself, or a durable step of the repository. KILL_AT: its number, from 0, or the name of a monitor command,
-for each call of it. KILL_WHEN: before or after it. STEPS: a file to which the name of each step is written.
+A step is a monitor command or a call of libvirt, a request to the guard (which speaks to the agent), an agent
+command of the run itself, or a durable step of the repository. KILL_AT: its number, from 0, or the name of a
+monitor command, of libvirt's function or of a request to the guard, for each call of it. KILL_WHEN: before or
+after it. STEPS: a file to which the name of each step is written.
 The interruption is SIGKILL of the run, or ACTION:
 
 - term: SIGTERM of the run;
 - eio, enospc: a durable step fails, once, or this one and all that follow;
 - hangup, lost: the monitor connection is closed at the next command, before or after QEMU runs it;
+- cut: the ssh connection to the VM's host breaks: the sessions of the sshd with the process id SSHD_PID end;
+- silence: nothing passes that connection any more, and nobody says so: those sessions are stopped;
 - quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
+  VM_PID may be libvirtd's, too.
 
 CONTROL is the simulator's control socket. Its guest then writes before each export is added, so that the new
 bitmap has dirty bits that a bug could lose.
@@ -32,12 +36,17 @@ from backupctl.images import create
 from backupctl.system import durable
 from backupctl.vm.guest.agent import Agent
 from backupctl.vm.guest.guard import GuardClient
+from backupctl.vm.libvirt.connection import Connection
 from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.remote.guard import RemoteGuard
+from fixtures import sshd
 
 ENTRY = "tests.interrupted_cli:interrupted"
 WATCHED = {
     Monitor: ("execute", "send_fd"),
-    GuardClient: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
+    Connection: ("call",),
+    GuardClient: ("freeze", "thaw", "hold", "ready", "release", "ping_agent", "watch", "unwatch"),
+    RemoteGuard: ("hold",),
     Agent: ("freeze_status", "thaw"),
     durable: ("sync_file", "sync_directory", "make_directory", "write_new", "append", "replace", "rename"),
     create: ("create_layer",),
@@ -65,11 +74,12 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
     @wraps(real)
     def stepped(*arguments, **options):
         mine = next(numbers)
-        first = arguments[1] if owner is Monitor and name == "execute" else ""
+        commands = (owner, name) in ((Monitor, "execute"), (Connection, "call"))
+        first = arguments[1] if commands else name if owner is GuardClient else ""
         hit = at in (str(mine), first)
         if steps:
             with open(steps, "a") as log:
-                log.write(f"{name} {first}\n")
+                log.write(f"{name} {first if commands else ''}\n")
         if error and (mine == wanted or (mine > wanted >= 0 and error == errno.ENOSPC)):
             raise OSError(error, os.strerror(error))
         if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:
@@ -92,6 +102,10 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
         return
     if how in ("", "term"):
         os.kill(os.getpid(), signal.SIGTERM if how else signal.SIGKILL)
+        return
+    if how in ("cut", "silence"):
+        number = signal.SIGKILL if how == "cut" else signal.SIGSTOP
+        sshd.end_sessions(int(environment["SSHD_PID"]), number)
         return
     if "VM_PID" in environment:
         _end(int(environment["VM_PID"]), signal.SIGKILL if how == "crash" else signal.SIGTERM)

@@ -162,7 +162,7 @@ class _Given:
         except BackupctlError as err:  # most likely a file system that is not mounted
             return _Checked(core.refused(vm, err), limits)
         verdict = core.examine(directory, limits, datetime.now(UTC))
-        return _Checked(verdict.also(*_remembered(target)), limits)
+        return _Checked(verdict.also(*remembered(target)), limits)
 
     def _target(self, vm: str) -> Target:
         """Return where the points of a VM are. Raises UsageError, InvalidName."""
@@ -180,7 +180,7 @@ class _Given:
         return Limits(retention.duration(critical), retention.duration(warning) if warning else None)
 
 
-def _remembered(target: Target) -> Iterator[Finding]:
+def remembered(target: Target) -> Iterator[Finding]:
     """Yield what the last commands on a VM found, if that is remembered."""
     if not monitored.is_remembered(target):
         return

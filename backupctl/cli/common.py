@@ -6,7 +6,7 @@ What an option's value is, click decides: typed on the command line, or else con
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -51,6 +51,7 @@ CONFIG_HELP = (
     f"${configuration.ENVIRONMENT}, ~/.config/backupctl/{configuration.FILE_NAME}, "
     f"{configuration.SYSTEM_FILE}."
 )
+_OF_VM = ("qmp", "agent", "plain_tcp", "libvirt", "domain", "image", "scratch", "if_running")
 _NOT_OPTIONS = ("disks", "image", "when_off")
 """Settings whose name is that of another parameter (`disks` is also what --disk is given), or of none."""
 
@@ -128,17 +129,53 @@ def dry_run(text: str) -> Callable[[Declared], Declared]:
     return click.option("-n", "--dry-run", is_flag=True, help=text)
 
 
+def at_option(text: str) -> Callable[[Declared], Declared]:
+    """Give a command `--at`. text: which point it stands for."""
+    return click.option(
+        "--at",
+        type=param_types.TIME,
+        metavar='"DATE TIME"',
+        help=f"{text}, in local time unless it names UTC or an offset.",
+    )
+
+
+def point_argument(name: str, *, required: bool) -> Callable[[Declared], Declared]:
+    """Give a command the argument for a point, without `--at`."""
+    return click.argument(
+        name, type=param_types.POINT, default=None, required=required, shell_complete=completion.points
+    )
+
+
 def point(
     name: str = "point", *, default: str | None = None, optional: bool = False
-) -> Callable[[Declared], Declared]:
-    """Give a command a POINT."""
-    return click.argument(
-        name,
-        type=param_types.POINT,
-        default=default,
-        required=not (optional or default),
-        shell_complete=completion.points,
-    )
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command a POINT, or instead of it `--at`. default: what is meant without either."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, at: str | None, **given: Any) -> Any:
+            given[name] = point_or_time(given[name], at) or default
+            if given[name] is None and not optional:
+                raise _missing_argument(name)
+            return function(*arguments, **given)
+
+        option = at_option(f"In place of {name.upper()}: the newest point not younger than this")
+        return point_argument(name, required=False)(option(call))
+
+    return decorate
+
+
+def point_or_time(point: str | None, at: str | None) -> str | None:
+    """Return the point that was named in one of two ways. Raises UsageError if it was in both."""
+    if point and at:
+        raise UsageError("a point and --at are mutually exclusive")
+    return point or at
+
+
+def _missing_argument(name: str) -> click.MissingParameter:
+    context = click.get_current_context()
+    found = next(one for one in context.command.params if one.name == name)
+    return click.MissingParameter(ctx=context, param=found)
 
 
 def named(
@@ -163,7 +200,7 @@ def named(
         _refuse_missing_directory()
         words = (value,) if isinstance(value, str) else (value or ())
         if then_point:
-            words, context.params["point"] = _split_point(words)
+            words, context.params["point"] = _split_point(words, Invocation.of(context).config.vms)
         invocation = Invocation.of(context)
         chosen = invocation.only or Selection(words, bool(several and invocation.typed.get("everything")))
         try:
@@ -207,9 +244,12 @@ def named(
     return decorate
 
 
-def _split_point(words: tuple[str, ...]) -> tuple[tuple[str, ...], str | None]:
-    """Take the POINT off NAME POINT; with more names there is none."""
-    if len(words) == 2 and param_types.is_point(words[1]):
+def _split_point(words: tuple[str, ...], vms: Container[str]) -> tuple[tuple[str, ...], str | None]:
+    """Take the POINT off NAME POINT; with more names there is none. vms: those of the configuration.
+
+    Some people name VMs by numbers, with which the id of a point may begin: then the VM is meant.
+    """
+    if len(words) == 2 and words[1] not in vms and param_types.is_point(words[1]):
         return words[:1], words[1]
     return words, None
 
@@ -240,11 +280,19 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--qmp",
         type=param_types.SOCKET,
         default=None,
-        metavar="unix:PATH|tcp:HOST:PORT",
-        help="The socket of QEMU's monitor.",
+        metavar="unix:PATH|ssh://HOST/PATH|tcp:HOST:PORT",
+        help="The socket of QEMU's monitor; with ssh: on that host.",
     ),
     click.option(
-        "--agent", type=param_types.SOCKET, metavar="unix:PATH", help="The socket of the guest agent."
+        "--agent",
+        type=param_types.SOCKET,
+        metavar="unix:PATH|ssh://HOST/PATH",
+        help="The socket of the guest agent.",
+    ),
+    click.option(
+        "--plain-tcp",
+        is_flag=True,
+        help="Allow tcp: to another host, without encryption.",
     ),
     click.option(
         "--image",
@@ -254,12 +302,19 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="The image of a disk, for when the VM is off: a qcow2, or FILE,format=raw; may be repeated.",
     ),
     click.option(
+        "--libvirt",
+        type=param_types.LIBVIRT_URI,
+        metavar="URI",
+        help="libvirt, for a VM that it manages: qemu:///system.",
+    ),
+    click.option("--domain", metavar="NAME", help="The VM's name in libvirt.  [default: the same]"),
+    click.option(
         "--scratch",
         type=param_types.PATH,
         metavar="DIR",
         default=DEFAULTS.scratch.directory,
         show_default=True,
-        help="Directory for scratch files.",
+        help="Directory for scratch files; with ssh: on the VM's host.",
     ),
     _timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
     _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),
@@ -271,9 +326,8 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
     """Take what `named` added out of a command's parameters."""
     given.pop("config")
     given.pop("everything", None)
-    of_vm = {
-        name: given.pop(name) for name in ("qmp", "agent", "image", "scratch", "if_running") if name in given
-    }
+    of_vm = {name: given.pop(name) for name in _OF_VM if name in given}
+    _choose_access(context, of_vm)
     waits = {
         f"{name}_seconds": given.pop(f"{name}_timeout")
         for name in ("command", "agent", "stall")
@@ -288,6 +342,23 @@ def _target(context: click.Context, given: dict[str, Any]) -> Target:
         timeouts=Timeouts(**waits),
         **of_vm,
     )
+
+
+def _choose_access(context: click.Context, of_vm: dict[str, Any]) -> None:
+    """Let --qmp or --libvirt win over the other one of the configuration. Raises UsageError."""
+    if not (of_vm.get("qmp") and of_vm.get("libvirt")):
+        return
+    typed = [
+        name
+        for name in ("qmp", "libvirt")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if len(typed) != 1:
+        raise UsageError("--qmp and --libvirt are mutually exclusive", state=UNTOUCHED)
+    if typed == ["libvirt"]:
+        of_vm["qmp"] = of_vm["agent"] = None
+    else:
+        of_vm["libvirt"] = None
 
 
 def option_defaults(said: settings.VmSettings) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from backupctl.cli import param_types
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import BackupctlError
 from backupctl.names import vm_name
+from backupctl.repository import point_names
 
 
 def vms(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -33,7 +34,7 @@ def vms_then_points(
 
 
 def points(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return the points of the VM that was typed whose ids begin so, newest first, and `latest`."""
+    """Return the points of the VM that was typed whose names begin so, newest first, and `latest`."""
     name = context.params.get("name")
     with suppress(BackupctlError, OSError):
         if name:
@@ -41,8 +42,15 @@ def points(context: click.Context, _parameter: click.Parameter, incomplete: str)
             configured = Invocation.of(context).config.of(name).repository
             place = typed or (param_types.absolute(configured) if configured else None)
             ids = _ids(place, name) if place else ()
-            return _beginning(incomplete, (param_types.LATEST, *ids))
+            back = (f"{point_names.LATEST}~{number}" for number in range(1, len(ids)))
+            relative = back if incomplete.startswith(f"{point_names.LATEST}~") else ()
+            return _beginning(incomplete, (point_names.LATEST, *relative, *ids))
     return []
+
+
+def point_ids(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the points of the VM that was typed whose ids begin so, newest first."""
+    return [one for one in points(context, parameter, incomplete) if point_names.is_id(one.value)]
 
 
 def _ids(place: Path, name: str) -> list[str]:

@@ -13,7 +13,7 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import backup, common, configuration, output, prune, run, settings
+from backupctl.cli import backup, common, configuration, output, prune, restore_test, run, settings
 from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
 from backupctl.cli.help import Group
@@ -28,6 +28,13 @@ _SOURCES: dict[ParameterSource | None, Source] = {
     ParameterSource.COMMANDLINE: "command line",
     ParameterSource.ENVIRONMENT: "environment",
     ParameterSource.DEFAULT_MAP: "file",
+}
+
+
+_PROGRAMS = {
+    "QEMU_IMG": "qemu-img",
+    "QEMU_STORAGE_DAEMON": "qemu-storage-daemon",
+    "QEMU_SYSTEM": "qemu-system-x86_64",
 }
 
 
@@ -107,13 +114,15 @@ class Setting:
 @prune.rule_options
 @thresholds.threshold_options
 @run.run_options
+@restore_test.trial_options
 @common.json_option
 def show(target: Target, context: click.Context, /, *, as_json: bool, **_options: Any) -> None:
     """Show the settings in force for a VM, and where each comes from.
 
     Without NAME: those for any VM. Options given here override, as they do for the commands that take them.
     """
-    if target.name and target.name not in target.config.vms and not (target.qmp or target.image):
+    reached = target.qmp or target.image or target.libvirt
+    if target.name and target.name not in target.config.vms and not reached:
         target.vm()  # which says that it is not configured
     found = list(_settings(context, target))
     if as_json:
@@ -129,7 +138,7 @@ def _settings(context: click.Context, target: Target) -> Iterator[Setting]:
     for name in (*settings.settable(), *settings.settable_for_run()):
         yield _setting(context, target, name)
     yield from _tables(target)
-    for name, program in (("QEMU_IMG", "qemu-img"), ("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")):
+    for name, program in _PROGRAMS.items():
         named = os.environ.get(name)
         yield Setting(name, named or program, "environment" if named else "default")
 

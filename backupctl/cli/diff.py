@@ -11,9 +11,11 @@ from backupctl.cancel import Cancellation
 from backupctl.cli import block_map, common, output, units
 from backupctl.cli.target import Target
 from backupctl.digests.clusters import CLUSTER_BYTES
+from backupctl.errors import UsageError
 from backupctl.operations import diff as core
 from backupctl.operations.diff import DiffReport, DiskDiff
 from backupctl.outcome import documents
+from backupctl.repository import point_names
 
 _MOST_ROWS = 16
 _LABEL = 12
@@ -29,6 +31,7 @@ _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
     75,
     examples=(
         ("What changed since a point", "backupctl diff web 20261123T041500Z latest"),
+        ("What changed since a time", 'backupctl diff web --at "2026-11-26 18:00"'),
         (
             "Every changed range of one disk, for a program",
             "backupctl diff web 20261123T041500Z latest --disk vda --json",
@@ -36,23 +39,37 @@ _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
     ),
 )
 @common.named(needs_vm=False)
-@common.point("before")
-@common.point("after")
+@common.point_argument("before", required=False)
+@common.point_argument("after", required=False)
+@common.at_option("In place of BEFORE: the newest point not younger than this")
 @click.option("--disk", metavar="D", help="Only this disk.")
 @common.json_option
-def diff(target: Target, *, before: str, after: str, disk: str | None, as_json: bool) -> None:
-    """Show which ranges of the disks changed from point BEFORE to point AFTER (ids, or `latest`).
+def diff(
+    target: Target, *, before: str | None, after: str | None, at: str | None, disk: str | None, as_json: bool
+) -> None:
+    """Show which ranges of the disks changed from point BEFORE to point AFTER (default: `latest`).
 
     The points may belong to different chains. Only digests are compared; no data is read.
     """
+    first, second = _chosen(before, after, at)
     directory = target.vm_directory()
     stop = Cancellation()
     with stop.on_signals():
-        report = core.diff(directory, directory.point(before), directory.point(after), disk=disk, stop=stop)
+        report = core.diff(directory, directory.point(first), directory.point(second), disk=disk, stop=stop)
         if as_json:
             output.print_json(documents.diff(report))
         else:
             _show(report)
+
+
+def _chosen(before: str | None, after: str | None, at: str | None) -> tuple[str, str]:
+    """Return the two points; with --at, the one that was typed is AFTER. Raises UsageError."""
+    if at and after:
+        raise UsageError("BEFORE and --at are mutually exclusive")
+    first, second = (at, before) if at else (before, after)
+    if first is None:
+        raise UsageError("BEFORE is missing: name a point, or use --at")
+    return first, second or point_names.LATEST
 
 
 def _show(report: DiffReport) -> None:

@@ -2,18 +2,25 @@
 """`backupctl list` and `backupctl show`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.cli import common, output, reporters, units
+import click
+
+from backupctl.cli import common, output, reporters, times, units
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound
 from backupctl.events.repository import HistoryMismatch
-from backupctl.names import VmName
+from backupctl.names import PointId, VmName, point_time
+from backupctl.operations import usage
 from backupctl.outcome import documents
+from backupctl.progress import counted
 from backupctl.repository import audit
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
+
+_UTC = click.option("--utc", is_flag=True, help="Show times in UTC, not in local time.")
 
 
 @common.command(
@@ -27,16 +34,20 @@ from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
     ),
 )
 @common.named(needs_vm=False, optional=True, several=True)
+@_UTC
 @common.json_option
-def list_points(target: Target, *, as_json: bool) -> None:
-    """List the recovery points of VMs, or of all VMs in every configured repository, newest last."""
-    found: dict[Path, list[ScannedPoints]] = {}
+def list_points(target: Target, *, utc: bool, as_json: bool) -> None:
+    """List the recovery points of VMs, or of all VMs in every configured repository, newest last.
+
+    STORED is what the images of a point take; CHAIN is what a restore reads: its images and those below.
+    """
+    found: dict[Path, list[_Listed]] = {}
     failures: list[BackupctlError] = []
     problems: list[HistoryMismatch] = []
     for path, names in target.by_repository().items():
         try:
             directories = _directories(target.open(path), names)
-            found[path] = [directory.scan_points(tolerant=True) for directory in directories]
+            found[path] = [_Listed.of(directory) for directory in directories]
             problems += [
                 HistoryMismatch(directory.name, one.point, one.message)
                 for directory in directories
@@ -46,12 +57,15 @@ def list_points(target: Target, *, as_json: bool) -> None:
             failures.append(err)
     if not found:
         raise common.worst(failures)
-    surveys = [survey for each in found.values() for survey in each]
+    listed = [one for each in found.values() for one in each]
+    surveys = [one.scanned for one in listed]
     if as_json:
-        output.print_json([documents.point(point) for survey in surveys for point in survey.points])
+        output.print_json(
+            [documents.point(point, one.chains[point.id]) for one in listed for point in one.scanned.points]
+        )
     else:
         for path, each in found.items():
-            _tell(path, each, alone=len(found) == 1)
+            _tell(path, each, utc=utc, alone=len(found) == 1)
     with reporters.reporter(quiet=True) as reporter:
         for problem in problems:
             reporter.event(problem)
@@ -76,33 +90,64 @@ def _directories(repository: Repository, names: Sequence[VmName | None]) -> list
     return [repository.vm(vm) for name in names for vm in ([name] if name else repository.vms())]
 
 
-def _tell(path: Path, surveys: list[ScannedPoints], *, alone: bool) -> None:
+@dataclass(frozen=True)
+class _Listed:
+    """The points of one VM. chains: what a restore of each reads. kept_bytes: of dropped points."""
+
+    vm: VmName
+    scanned: ScannedPoints
+    chains: dict[PointId, int | None]
+    kept_bytes: int
+
+    @classmethod
+    def of(cls, directory: VmDirectory) -> "_Listed":
+        """Look at a VM. Raises RepositoryError."""
+        scanned, retired = directory.scan_points(tolerant=True), directory.retired(tolerant=True).points
+        chains = usage.chain_bytes((*scanned.points, *retired))
+        return cls(directory.name, scanned, chains, sum(map(_stored_bytes, retired)))
+
+
+def _tell(path: Path, listed: list[_Listed], *, utc: bool, alone: bool) -> None:
     """Show the points of one repository; with its name, if there are others."""
-    points = [point for survey in surveys for point in survey.points]
-    if not points:
+    rows = [_row(one, point, utc=utc) for one in listed for point in one.scanned.points]
+    if not rows:
         output.print_line(f"no recovery points in {path}")
         return
     if not alone:
         output.print_line(f"{path}:")
-    columns = ("VM", "POINT", "KIND", "PARENT", "CONSISTENT", "DISKS", "STORED>", "PROTECTED")
-    wide = len(columns) - (not any(point.protected for point in points))  # 80 columns are soon full
-    output.print_table(columns[:wide], [row[:wide] for row in _rows(points)])
+    columns = ("VM", "POINT", "TIME", "AGE", "KIND", "STORED>", "CHAIN>", "CONSISTENT", "DISKS", "PROTECTED")
+    wide = len(columns) - (not any(row[-1] for row in rows))  # 80 columns are soon full
+    output.print_table(columns[:wide], [row[:wide] for row in rows])
+    output.print_line(_total(listed))
 
 
-def _rows(points: list[Point]) -> list[tuple[object, ...]]:
-    return [
-        (
-            point.manifest.vm,
-            point.id,
-            _kind(point),
-            point.manifest.parent or "-",
-            point.manifest.consistency,
-            ",".join(entry.name for entry in point.manifest.disks),
-            units.size(sum(entry.stored_bytes for entry in point.manifest.disks)),
-            "yes" if point.protected else "",
-        )
-        for point in points
-    ]
+def _row(one: _Listed, point: Point, *, utc: bool) -> tuple[object, ...]:
+    taken, chain = point_time(point.id), one.chains[point.id]
+    return (
+        one.vm,
+        point.id,
+        times.local(taken, utc=utc),
+        times.age(taken, times.now()),
+        _kind(point),
+        units.size(_stored_bytes(point)),
+        "?" if chain is None else units.size(chain),
+        point.manifest.consistency,
+        ",".join(entry.name for entry in point.manifest.disks),
+        "yes" if point.protected else "",
+    )
+
+
+def _total(listed: list[_Listed]) -> str:
+    points = [point for one in listed for point in one.scanned.points]
+    vms = sum(bool(one.scanned.points) for one in listed)
+    kept = sum(one.kept_bytes for one in listed)
+    text = f"{counted(len(points), 'point')} of {counted(vms, 'VM')}, "
+    text += f"{units.size(sum(map(_stored_bytes, points)))} stored"
+    return f"{text}; {units.size(kept)} more of dropped points that others depend on" if kept else text
+
+
+def _stored_bytes(point: Point) -> int:
+    return sum(entry.stored_bytes for entry in point.manifest.disks)
 
 
 def _kind(point: Point) -> str:
@@ -112,32 +157,47 @@ def _kind(point: Point) -> str:
     return f"incremental ({full} full)" if kind == "mixed" else kind
 
 
-@common.command("show", 0, 2, 4, examples=(("The newest point", "backupctl show web latest"),))
+@common.command(
+    "show",
+    0,
+    2,
+    4,
+    examples=(
+        ("The newest point", "backupctl show web latest"),
+        ("The one before it", "backupctl show web latest~1"),
+    ),
+)
 @common.named(needs_vm=False)
 @common.point()
+@_UTC
 @common.json_option
-def show(target: Target, *, point: str, as_json: bool) -> None:
-    """Show one recovery point: POINT is an id, or `latest`."""
-    found = target.vm_directory().point(point)
+def show(target: Target, *, point: str, utc: bool, as_json: bool) -> None:
+    """Show one recovery point: POINT is an id, the beginning of one, `latest`, or `latest~N`."""
+    directory = target.vm_directory()
+    found = directory.point(point)
+    chain = _Listed.of(directory).chains.get(found.id)
     if as_json:
-        output.print_json(documents.point(found))
+        output.print_json(documents.point(found, chain))
     else:
-        _show(found)
+        _show(directory.name, found, chain, utc=utc)
 
 
-def _show(point: Point) -> None:
+def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
     manifest = point.manifest
-    freeze = manifest.freeze
+    freeze, taken = manifest.freeze, point_time(point.id)
     frozen = f"{freeze.milliseconds} ms" if freeze.milliseconds is not None else "no"
     for name, value in (
         ("point", point.id),
-        ("vm", manifest.vm),
+        ("vm", vm),
         ("kind", _kind(point)),
         ("parent", manifest.parent or "none"),
+        ("time", f"{times.local(taken, utc=utc)}, {times.age(taken, times.now())}"),
         ("taken", f"{manifest.start} to {manifest.end}"),
         ("consistency", manifest.consistency),
         ("frozen", f"{frozen} (asked: {freeze.asked})"),
         ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
+        ("stored", units.size(_stored_bytes(point))),
+        ("chain", "unknown" if chain is None else f"{units.size(chain)}, which a restore reads"),
         ("protected", "yes, prune never drops it" if point.protected else "no"),
         ("directory", point.path),
     ):

@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
+from backupctl.cli import units
 from backupctl.errors import BackupctlError, Failed
-from backupctl.outcome import documents
+from backupctl.outcome import clean_text, documents
+from backupctl.progress import Overall
 
 if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most errors need none
     from backupctl.events import Event, Severity
@@ -28,14 +30,7 @@ if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most erro
 LINE_SECONDS = 10.0
 
 
-def clean(text: object) -> str:
-    """Return a text without control characters; nor may it begin a line of its own, as if we said it."""
-    found = str(text)
-    if found.isprintable():
-        return found
-    return "".join(
-        character if character.isprintable() else f"\\x{ord(character):02x}" for character in found
-    )
+clean = clean_text.clean
 
 
 @dataclass
@@ -260,23 +255,33 @@ class LineReporter:
 
     def __init__(self) -> None:
         self._told = 0.0
+        self._overall = Overall()
 
     def event(self, event: "Event") -> None:
         """Write a line."""
+        if event.severity == "step":
+            self._overall.step()
         print_message(event.text, event.severity)
 
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
+        self._overall.note(disk, done_bytes, total_bytes)
         now = time.monotonic()
-        if now - self._told >= LINE_SECONDS:
+        if now - self._told >= LINE_SECONDS and self._overall.done_bytes:
             self._told = now
-            print_message(progress_text(disk, done_bytes, total_bytes), "step")
+            print_message(progress_text(self._overall), "step")
 
 
-def progress_text(label: str, done_bytes: int, total_bytes: int) -> str:
-    """Say how much is done."""
-    share = 100 * done_bytes // total_bytes if total_bytes else 100
-    return f"{label}: {share} % of {total_bytes >> 20} MiB"
+def progress_text(overall: Overall) -> str:
+    """Say in one line how far all disks are together, how fast it goes, and when it ends."""
+    labels, total = overall.labels, overall.total_bytes
+    share = 100 * overall.done_bytes // total if total else 100
+    who = labels[0] if len(labels) == 1 else f"{len(labels)} disks"
+    text = f"{who}: {share} % of {units.size(total)}"
+    if overall.rate is not None:
+        text += f", {units.size(round(overall.rate))}/s"
+    left = overall.left_seconds
+    return f"{text}, {units.duration(left)} left" if left else text
 
 
 class WarningReporter:

@@ -10,13 +10,16 @@ from urllib.parse import urlsplit
 
 import click
 
-from backupctl.cli import units
+from backupctl.cli import times, units
 from backupctl.errors import InvalidName, UsageError
-from backupctl.names import did_you_mean, point_id
+from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.operations.prune import retention
+from backupctl.repository import point_names
 from backupctl.system.address import Address
 
-LATEST = "latest"
+_MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", re.ASCII)
+_PERIODS = {"daily": "1d", "weekly": "1w", "monthly": "1m"}
+_LIBVIRT_URI = re.compile(r"qemu(\+unix)?:///[!-~]{1,200}", re.ASCII)
 _ADDRESS = re.compile(r"[A-Za-z0-9._%+=-]+(@[A-Za-z0-9.-]+)?", re.ASCII)
 
 
@@ -62,8 +65,17 @@ class _Duration(click.ParamType[str]):
         return value
 
 
+class _Period(_Duration):
+    """How often something is due: a duration, or one of a few words."""
+
+    name = "period"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(_PERIODS.get(value, value), param, ctx)
+
+
 class _Socket(click.ParamType[Address]):
-    """A unix or TCP socket to connect to: unix:PATH, tcp:HOST:PORT, or a path."""
+    """A socket to connect to: unix:PATH, tcp:HOST:PORT, ssh://HOST/PATH, or a path."""
 
     name = "address"
 
@@ -76,6 +88,22 @@ class _Socket(click.ParamType[Address]):
             return Address.parse(value)
         except UsageError as err:
             self.fail(err.message, param, ctx)
+
+
+class _LibvirtUri(click.ParamType[str]):
+    """The URI of a libvirt on this machine."""
+
+    name = "uri"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _LIBVIRT_URI.fullmatch(value):
+            self.fail(
+                f"{value!r:.120} is not a libvirt URI of this machine. Examples: qemu:///system, "
+                "qemu:///session.",
+                param,
+                ctx,
+            )
+        return value
 
 
 class _AbsolutePath(click.ParamType[Path]):
@@ -93,27 +121,71 @@ class _AbsolutePath(click.ParamType[Path]):
 
 
 class _PointType(click.ParamType[str]):
-    """The id of a recovery point, or `latest`."""
+    """A name of a recovery point: see `point_names`."""
 
     name = "point"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:  # noqa: ARG002 - click's signature
-        if value == LATEST:
-            return value
         try:
-            return point_id(value)
+            return point_names.check(value)
         except InvalidName as err:
             vm = ctx.params.get("name") if ctx else None
-            hint = did_you_mean(value, [LATEST])
+            hint = did_you_mean(value, [point_names.LATEST])
             raise err.add(hint=hint, next_command=f"backupctl list {vm or ''}".strip()) from err
 
 
+class _PointId(click.ParamType[str]):
+    """The id of a recovery point, or the beginning of one: for what must not mean another point tomorrow."""
+
+    name = "point"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not (point_names.is_id(value) or point_names.is_prefix(value)):
+            self.fail(f"{value!r:.120} is not the id of a recovery point, nor its beginning.", param, ctx)
+        return value
+
+
+class _VmName(click.ParamType[VmName]):
+    """The name of a VM."""
+
+    name = "name"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> VmName:
+        try:
+            return vm_name(value)
+        except InvalidName as err:
+            self.fail(err.message, param, ctx)
+
+
+class _Time(click.ParamType[str]):
+    """A date and a time, as the name of the newest point that is not younger."""
+
+    name = "time"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return point_names.at(times.parse(value))
+        except UsageError as err:
+            self.fail(". ".join(text for text in (err.message, err.hint) if text), param, ctx)
+
+
 def is_point(text: str) -> bool:
-    """Whether a text is the id of a point, or `latest`."""
+    """Whether a text is a name of a point."""
     try:
-        return text == LATEST or bool(point_id(text))
+        return bool(point_names.check(text))
     except InvalidName:
         return False
+
+
+class _Machine(click.ParamType[str]):
+    """A machine type of QEMU, without properties."""
+
+    name = "machine"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not _MACHINE.fullmatch(value):
+            self.fail(f"{value!r:.60} is not a machine type. Examples: q35, pc", param, ctx)
+        return value
 
 
 class _Url(click.ParamType[str]):
@@ -187,9 +259,15 @@ def absolute(text: str) -> Path:
 SIZE = _Size()
 SECONDS = _Seconds(most=3600)
 DURATION = _Duration()
+PERIOD = _Period()
 SOCKET = _Socket()
+LIBVIRT_URI = _LibvirtUri()
 PATH = _AbsolutePath()
 URL = _Url()
 MAIL = _Mail()
 COMMAND = _Command()
+MACHINE = _Machine()
 POINT = _PointType()
+POINT_ID = _PointId()
+VM_NAME = _VmName()
+TIME = _Time()

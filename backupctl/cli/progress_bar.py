@@ -22,6 +22,7 @@ from rich.text import Text
 from backupctl.cli import output, units
 from backupctl.cli.output import clean
 from backupctl.events import Event
+from backupctl.progress import Overall
 
 
 class _Unfailing:
@@ -59,11 +60,13 @@ class ProgressReporter:
     def __init__(self, display: Progress) -> None:
         self._display = display
         self._bars: dict[str, TaskID] = {}
-        self._step = display.add_task("", total=None, start=False, visible=False)
+        self._overall = Overall()
+        self._whole: TaskID | None = None
 
     def event(self, event: Event) -> None:
         """Write a line above the bars."""
         if event.severity == "step":
+            self._overall.step()
             head, style = output.printable("· ", "- ", sys.stderr), "dim"
         else:
             head, style = ("! ", "yellow") if event.severity == "warning" else ("  ", "")
@@ -75,6 +78,16 @@ class ProgressReporter:
         if disk not in self._bars:
             self._bars[disk] = self._display.add_task(clean(disk), total=total_bytes)
         self._display.update(self._bars[disk], completed=done_bytes, total=total_bytes)
+        self._overall.note(disk, done_bytes, total_bytes)
+        if len(self._overall.labels) > 1:
+            self._show_whole()
+
+    def _show_whole(self) -> None:
+        """Show a bar of all disks together, whose time left is that of the step."""
+        if self._whole is None:
+            self._whole = self._display.add_task("all disks")
+        done, total = self._overall.done_bytes, self._overall.total_bytes
+        self._display.update(self._whole, completed=done, total=total)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
 from backupctl.names import PointId
-from backupctl.operations import verdict
+from backupctl.operations import usage, verdict
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
 from backupctl.operations.prune.retention import Rules
@@ -243,8 +243,11 @@ class _Work:
             self.reporter.event(ConfiguredRulesNotUsed(directory.name, policy.unused))
         most = self.asked.longest
         if self.asked.dry_run:
+            decisions = core.plan(directory, policy.rules)
             report = PruneReport(
-                core.plan(directory, policy.rules), long_chains=core.long_chains(directory, most)
+                decisions,
+                long_chains=core.long_chains(directory, most),
+                freed=usage.freed_by(directory, retention.dropped(decisions)),
             )
         else:
             report = core.prune(directory, policy.rules, self.reporter, self.stop, most)
@@ -266,18 +269,39 @@ class _Work:
 
 
 def _print(report: PruneReport, *, dry_run: bool) -> None:
-    rows = [(one.point, "keep" if one.keep else "drop", "; ".join(one.reasons)) for one in report.decisions]
-    output.print_table(("POINT", "", "WHY"), rows)
+    rows = [
+        (
+            one.point,
+            "keep" if one.keep else "drop",
+            _freed((report.freed or {}).get(one.point)),
+            "; ".join(one.reasons),
+        )
+        for one in report.decisions
+    ]
+    output.print_table(("POINT", "", "FREES>" if dry_run else "FREED>", "WHY"), rows)
     for text in report.long_chains:
         output.print_line(f"longer than --max-chain: {text}")
     if dry_run:
-        output.print_line(f"{len(retention.dropped(report.decisions))} would be dropped; nothing was changed")
+        output.print_line(_foretold(report))
         return
     written = units.size(sum(one.written_bytes for one in report.merged))
     output.print_line(
         f"dropped {len(report.dropped)}, merged {len(report.merged)} layers ({written} written), "
-        f"left {len(report.left)} for the next prune"
+        f"freed {_freed(report.freed_bytes)}, left {len(report.left)} for the next prune"
     )
+
+
+def _foretold(report: PruneReport) -> str:
+    """Say what a prune would come to."""
+    count = len(retention.dropped(report.decisions))
+    about = _freed(report.freed_bytes) or "an unknown amount (a digest map is damaged)"
+    frees = f", which would free about {about}" if count else ""
+    return f"{count} would be dropped{frees}; nothing was changed"
+
+
+def _freed(count: int | None) -> str:
+    """Say what is freed; a merge that was left unfinished may take space instead, until the next prune."""
+    return "" if count is None else units.size(max(count, 0))
 
 
 @common.command(

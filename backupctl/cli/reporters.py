@@ -17,7 +17,7 @@ from backupctl.cli.output import (
     progress_text,
 )
 from backupctl.events import Event
-from backupctl.progress import Reporter
+from backupctl.progress import Overall, Reporter
 
 RELAYED = "backupctl"
 _MOST_BYTES = 4000  # a pipe that takes more takes so much without waiting
@@ -54,17 +54,21 @@ class RelayReporter:
 
     def __init__(self) -> None:
         self._told = 0.0
+        self._overall = Overall()
 
     def event(self, event: Event) -> None:
         """Write what happened."""
+        if event.severity == "step":
+            self._overall.step()
         self._write({"severity": event.severity, "text": event.text})
 
     def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
+        self._overall.note(label, done_bytes, total_bytes)
         now = time.monotonic()
         if now - self._told >= LINE_SECONDS:
             self._told = now
-            self._write({"severity": "progress", "text": progress_text(label, done_bytes, total_bytes)})
+            self._write({"severity": "progress", "text": progress_text(self._overall)})
 
     def _write(self, line: Mapping[str, str]) -> None:
         if logs.takes_more(sys.stderr):

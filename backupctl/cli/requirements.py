@@ -12,6 +12,6 @@ def check() -> None:
         raise UsageError(
             "libnbd's Python module, `nbd`, is missing; it comes with the distribution, not with pip",
             state=UNTOUCHED,
-            hint="a virtual environment made by /usr/bin/python3 -m venv --system-site-packages sees it",
+            hint="a virtual environment sees it only if /usr/bin/python3 made it with --system-site-packages",
             next_command="apt install python3-libnbd",
         )

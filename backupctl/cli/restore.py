@@ -54,6 +54,10 @@ class RestoreArguments:
             "One disk of an older point, as a raw image",
             "backupctl restore web 20261123T041500Z --disk vda --to /srv/vda.raw",
         ),
+        (
+            "The newest point not younger than a time",
+            'backupctl restore web --at "2026-11-26 18:00" --to /srv/restored/',
+        ),
         ("Overlays from which a VM boots at once", "backupctl restore web latest --to /srv/try/ --thin"),
         (
             "Only the differences, onto a device in place",
@@ -100,7 +104,9 @@ class RestoreArguments:
 @common.json_option
 @common.gathered(RestoreArguments)
 def restore(target: Target, asked: RestoreArguments) -> None:
-    """Restore a VM's disks as they were at POINT (an id, or `latest`).
+    """Restore a VM's disks as they were at POINT (default: `latest`).
+
+    POINT is an id, the beginning of one (20261123T04), `latest`, or `latest~N`, the Nth point before it.
 
     --to: an existing directory, a name that ends in `/`, and a new name without a suffix are directories;
     each disk becomes DIR/<disk>.<format>. A name that ends in .qcow2, .raw or .img is a file of that format;

@@ -27,6 +27,7 @@ from backupctl.cli import (
     param_types,
     prune,
     reporters,
+    restore_test,
     run_screen,
     settings,
 )
@@ -74,6 +75,7 @@ class PolicyArguments:
 
     full_every: str | None
     verify_percent: float
+    restore_test: str | None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,12 @@ _OPTIONS = (
         default=0.0,
         show_default=True,
         help="Verify PERCENT of the data, chosen at random, after the backup.",
+    ),
+    click.option(
+        "--restore-test",
+        type=param_types.PERIOD,
+        metavar="PERIOD",
+        help="Boot the newest point in a throw-away VM, each PERIOD: daily, weekly, monthly, 10d.",
     ),
     click.option(
         "--jobs",
@@ -202,7 +210,8 @@ def _one(
     """Do what is due for one VM, in this process."""
     options = backup.options_of(target, "incremental", backup.configured(context))
     every = retention.duration(policies.full_every) if policies.full_every else None
-    policy = Policy(every, prune.configured_rules(target), policies.verify_percent)
+    booted = retention.duration(policies.restore_test) if policies.restore_test else None
+    policy = Policy(every, prune.configured_rules(target), policies.verify_percent, booted)
     vm = target.vm()
     if asked.dry_run:
         work = Routine(vm, target.repository(), options, policy, asked.wait_lock)
@@ -211,7 +220,8 @@ def _one(
         _delay(asked.random_delay, reporter, stop)
         limited = _limited(stop, asked.max_time)
         with monitored.backup(target, "run", reporter, limited) as ending:
-            work = Routine(vm, target.repository(), options, policy, asked.wait_lock)
+            trial = restore_test.configured(target)
+            work = Routine(vm, target.repository(), options, policy, asked.wait_lock, trial)
             report = routine.run(work, reporter, limited)
             failed = {one.task: one.error for one in report.tasks if one.error}
             for err in failed.values():
@@ -289,7 +299,7 @@ class _Fleet:
             vm,
             tuple(command),
             storage=mounts.device(repository) if repository else "",
-            monitor=said.qmp or vm,
+            monitor=said.qmp or f"{said.libvirt or vm} {said.domain or vm}",
         )
 
     def _options(self) -> list[str]:

@@ -22,8 +22,10 @@ from backupctl.names import did_you_mean, disk_name, vm_name
 from backupctl.options import FreezeMode, OnBrokenChain, ViewKind, WhenOff
 from backupctl.sizes import MAX_CHAIN
 from backupctl.system.address import Address
+from backupctl.vm.trial.options import DiskBus
 
 MAX_SECONDS = 3600
+MAX_BOOT_SECONDS = 24 * 3600
 MAX_COUNT = 1000
 MAX_WAIT_SECONDS = 7 * 24 * 3600
 MAX_JOBS = 100
@@ -44,6 +46,9 @@ Wait = Annotated[
     float, Meta(ge=0, le=MAX_WAIT_SECONDS, description=f"a number of seconds, 0 to {MAX_WAIT_SECONDS}")
 ]
 Jobs = Annotated[int, Meta(ge=1, le=MAX_JOBS, description=f"a whole number, 1 to {MAX_JOBS}")]
+Boot = Annotated[
+    float, Meta(ge=1, le=MAX_BOOT_SECONDS, description=f"a number of seconds, 1 to {MAX_BOOT_SECONDS}")
+]
 Percent = Annotated[float, Meta(ge=0, le=100, description="a number, 0 to 100")]
 
 
@@ -75,6 +80,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     warn_age: Text | None = None
     full_every: Text | None = None
     verify_percent: Percent | None = None
+    restore_test: Text | None = None
+    restore_test_until: Literal["agent", "login"] | None = None
+    restore_test_command: Text | None = None
+    restore_test_timeout: Boot | None = None
+    restore_test_machine: Text | None = None
+    restore_test_memory: Rate | None = None
+    restore_test_disk_bus: DiskBus | None = None
+    restore_test_firmware: Text | None = None
+    restore_test_kernel: Text | None = None
+    restore_test_initrd: Text | None = None
+    restore_test_append: Text | None = None
 
 
 class HookSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -113,11 +129,15 @@ class MetricsSettings(
 class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The keys and tables of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under.
 
-    image: that name to the files of the disk, as `image_texts` reads them.
+    Either qmp (and agent, image), or libvirt (and domain). image: the name that a disk is stored under to its
+    files, as `image_texts` reads them.
     """
 
     qmp: Text | None = None
     agent: Text | None = None
+    plain_tcp: Flag | None = None
+    libvirt: Text | None = None
+    domain: Text | None = None
     disks: dict[str, str] = {}
     image: dict[str, str] = {}
     hooks: HookSettings = HookSettings()
@@ -149,7 +169,10 @@ TABLES: Mapping[str, type[msgspec.Struct]] = {"hooks": HookSettings, "notify": N
 """The tables that a file has for all VMs, and [vm.NAME] for itself."""
 SECRETS = ("webhook", "ntfy", "healthchecks")
 """Keys whose values are never shown."""
-_PATHS = ("repository", "scratch", "sendmail", "textfile", "state")
+_PATHS = (
+    *("repository", "scratch", "sendmail", "textfile", "state"),
+    *("restore_test_firmware", "restore_test_kernel", "restore_test_initrd"),
+)
 _SOCKETS = ("qmp", "agent")
 _VM_TABLES = ("disks", "image", *TABLES)
 _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
@@ -169,8 +192,15 @@ _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
     "after": param_types.COMMAND,
     "failed": param_types.COMMAND,
     "full_every": param_types.DURATION,
+    "restore_test": param_types.PERIOD,
+    "restore_test_machine": param_types.MACHINE,
+    "restore_test_memory": param_types.SIZE,
+    "restore_test_firmware": param_types.PATH,
+    "restore_test_kernel": param_types.PATH,
+    "restore_test_initrd": param_types.PATH,
     "qmp": param_types.SOCKET,
     "agent": param_types.SOCKET,
+    "libvirt": param_types.LIBVIRT_URI,
 }
 """What the text of a key must say: the type of the option of that name, if there is one."""
 
@@ -221,6 +251,12 @@ class _Check:
             image=self._images(self._table(table.get("image", {}), (*key, "image")), (*key, "image")),
             **{one: self._of(table, key, one, model) for one, model in TABLES.items()},
         )
+        for other in ("qmp", "agent", "image") if found.libvirt else ():
+            if getattr(found, other):
+                said = f"libvirt and {other} in {_where(key)} cannot be used together"
+                self._add((*key, other), said)
+        if found.domain and not found.libvirt:
+            self._add((*key, "domain"), f"domain in {_where(key)} needs libvirt")
         for socket in _SOCKETS:
             address = getattr(found, socket)
             path = Address.parse(address).path if address else None
@@ -322,6 +358,12 @@ class _Check:
                     if (other := seen.setdefault(place, name)) != name:
                         said = f"[vm.{other}] and [vm.{name}] have the same {socket}, {spelt:.200}"
                         self._add(("vm", name, socket), said)
+            if vm.libvirt:
+                domain = vm.domain or name
+                place = (vm.libvirt, domain, os.path.normpath(repository))
+                if (other := seen.setdefault(place, name)) != name:
+                    said = f"[vm.{other}] and [vm.{name}] have the same domain of libvirt, {domain:.200}"
+                    self._add(("vm", name, "libvirt"), said)
 
     def _add(self, key: Key, message: str) -> None:
         self.found.append((key, message))

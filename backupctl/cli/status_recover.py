@@ -8,6 +8,7 @@ from backupctl.cli import backup, bitmaps, common, output, reporters, units
 from backupctl.cli.target import Target
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
+from backupctl.operations.running import Running
 from backupctl.operations.status import Status
 from backupctl.outcome import documents
 
@@ -24,7 +25,10 @@ from backupctl.outcome import documents
 @common.named(several=True)
 @common.json_option
 def status(target: Target, context: click.Context, *, as_json: bool) -> None:
-    """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing."""
+    """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing.
+
+    Of a backup that is running it shows the step, how far it is, and when it ends.
+    """
     options = backup.options_of(target, "incremental", backup.configured(context))
     found = core.look(target.vm(), target.repository(), options, target.other_repositories)
     if as_json:
@@ -38,6 +42,8 @@ def _show(found: Status, configuration: str | None) -> None:
     output.print_wrapped(f"{'vm':<12} ", f"{found.vm}")
     output.print_wrapped(f"{'config':<12} ", f"{configuration or 'none (command line only)'}")
     output.print_wrapped(f"{'qemu':<12} ", f"{found.qemu or found.problem}")
+    if found.running is not None:
+        _show_running(found.running)
     output.print_wrapped(f"{'points':<12} ", f"{points}")
     for path in found.damaged:
         output.print_wrapped(f"{'damaged':<12} ", f"{path}")
@@ -64,6 +70,29 @@ def _show(found: Status, configuration: str | None) -> None:
         for one in found.bitmaps:
             if one.use in ("orphan", "other-vm", "unusable"):
                 output.print_line(f"{one.name} on {one.node}: {one.why}")
+
+
+def _show_running(run: Running) -> None:
+    point = f" of {run.point}" if run.point else ""
+    since = f"for {units.duration(run.elapsed_seconds)}"
+    output.print_wrapped(f"{'running':<12} ", f"{run.command}{point}, process {run.pid}, {since}")
+    place = f"{run.number} of {run.steps}: " if run.number else ""
+    output.print_wrapped(f"{'step':<12} ", f"{place}{run.description}")
+    if run.total_bytes:
+        output.print_wrapped(f"{'progress':<12} ", _progress(run))
+    for disk in run.disks:
+        about = "about " if disk.estimated else ""
+        done, total = units.size(disk.done_bytes), units.size(disk.total_bytes)
+        output.print_wrapped(f"{'':<12} ", f"{disk.name}: {done} of {about}{total}")
+
+
+def _progress(run: Running) -> str:
+    about = "about " if run.estimated else ""
+    share = 100 * run.done_bytes // run.total_bytes
+    text = f"{units.size(run.done_bytes)} of {about}{units.size(run.total_bytes)} ({share} %)"
+    if run.rate_bytes is not None:
+        text += f", {units.size(run.rate_bytes)}/s"
+    return text if run.left_seconds is None else f"{text}, {units.duration(run.left_seconds)} left"
 
 
 @common.command(

@@ -13,6 +13,8 @@ from backupctl.errors import UNTOUCHED, BackupctlError, NotARepository, Reposito
 from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.options import (
     DEFAULT_TIMEOUTS,
+    Access,
+    LibvirtAccess,
     NoMonitor,
     QmpAccess,
     ScratchOptions,
@@ -32,7 +34,8 @@ class Target:
     """Which VM and which repository a command line means.
 
     name: the only VM; None for any other number of them, see `selection`. image: those that were typed.
-    if_running: whether a VM that is off is to be skipped, whatever is configured.
+    if_running: whether a VM that is off is to be skipped, whatever is configured. plain_tcp: whether monitor
+    and agent may be reached over a network without encryption.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
     """
 
@@ -45,6 +48,9 @@ class Target:
     agent: Address | None = None
     image: tuple[VmImage, ...] = ()
     if_running: bool = False
+    plain_tcp: bool = False
+    libvirt: str | None = None
+    domain: str | None = None
     scratch: Path = ScratchOptions().directory
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
@@ -58,31 +64,76 @@ class Target:
         """Return the VM. Raises UsageError."""
         said = self.config.of(self.name)
         images = self.image or image_texts.parse_all(said.image)
-        if self.qmp is None:
-            if not images:
-                raise self._unconfigured()
+        access, when_off = self._access(images), said.when_off
+        if isinstance(access, NoMonitor):
             if self.if_running:
                 raise UsageError(
                     f"VM {self.vm_name!r} has no monitor that could tell whether it runs (--if-running)",
                     hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
                 )
-            return VmConfig(self.vm_name, NoMonitor(), dict(said.disks), images)
-        access, when_off = QmpAccess(self.qmp, self.agent), said.when_off
+            when_off = None
         return VmConfig(
             self.vm_name, access, dict(said.disks), images, "skip" if self.if_running else when_off
+        )
+
+    def _access(self, images: tuple[VmImage, ...]) -> Access:
+        if self.libvirt is not None:
+            if self.agent is not None or images:
+                other = "--agent" if self.agent is not None else "--image"
+                raise UsageError(
+                    f"{other} cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
+                )
+            return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
+        if self.qmp is None and not images:
+            raise self._unconfigured()
+        if self.qmp is None:
+            return NoMonitor()
+        self._refuse_plain_tcp()
+        self._refuse_agent_elsewhere()
+        if self.qmp.remote and images:
+            raise UsageError("--image is for a VM of this host, and --qmp leads to another", state=UNTOUCHED)
+        return QmpAccess(self.qmp, self.agent)
+
+    def _refuse_plain_tcp(self) -> None:
+        """Refuse a monitor or agent of which anybody on the network could read, or take over, everything."""
+        for name, address in (("qmp", self.qmp), ("agent", self.agent)):
+            if address is not None and not address.loopback and not self.plain_tcp:
+                raise UsageError(
+                    f"{name} is {address}, and what is said there is not encrypted: anybody on the way could "
+                    "control the VM",
+                    state=UNTOUCHED,
+                    hint=f"use ssh://{address.host}/PATH with a unix socket on that host; on a network that "
+                    "nobody else can reach, say so with --plain-tcp or plain_tcp = true",
+                )
+
+    def _refuse_agent_elsewhere(self) -> None:
+        """Refuse an agent that is not on the host of the monitor, since the guard speaks to both."""
+        qmp, agent = self.qmp, self.agent
+        if qmp is None or agent is None or qmp[1:] == agent[1:] or not (qmp.remote or agent.remote):
+            return
+        wanted = qmp._replace(path="/PATH") if qmp.remote else "unix:PATH"
+        raise UsageError(
+            f"the agent {agent} is not on the host of the monitor {qmp}",
+            state=UNTOUCHED,
+            hint=f"the guard speaks to both, so the agent must be {wanted}",
         )
 
     def _unconfigured(self) -> UsageError:
         place = self.config.path or configuration.SYSTEM_FILE
         if self.vm_name in self.config.vms:
-            why = f"VM {self.vm_name!r} has no monitor: qmp is not set in [vm.{self.vm_name}] of {place}"
+            table = f"[vm.{self.vm_name}] of {place}"
+            why = f"VM {self.vm_name!r} has no monitor: neither qmp nor libvirt is set in {table}"
         elif self.config.path is None:
             why = f"VM {self.vm_name!r} is not configured: no configuration file found"
         else:
             listed = ", ".join(sorted(self.config.vms)) or "none"
             meant = did_you_mean(self.vm_name, self.config.vms)
             why = f"VM {self.vm_name!r} is not configured (VMs in {place}: {listed}){meant and f'; {meant}'}"
-        return UsageError(why, hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}] of {place}")
+        return UsageError(
+            why,
+            hint=f"use --qmp unix:PATH or --libvirt qemu:///system, or set qmp or libvirt in "
+            f"[vm.{self.vm_name}] of {place}",
+        )
 
     def of(self, vm: str) -> "Target":
         """Return the same for one VM of the configuration."""

@@ -64,15 +64,21 @@ class Scope:
     help="Read only PERCENT of the data, chosen at random: a different part each time.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
+@common.at_option("In place of POINT: the newest point not younger than this")
 @common.json_option
 @common.quiet
 @common.gathered(Scope)
-def verify(target: Target, scope: Scope, *, point: str | None, as_json: bool, quiet: bool) -> None:
+def verify(
+    target: Target, scope: Scope, *, point: str | None, at: str | None, as_json: bool, quiet: bool
+) -> None:
     """Check the integrity of the repository: all VMs of every configured repository, some, or one POINT.
 
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
     depth = scope.checked()
+    point = common.point_or_time(point, at)
+    if at and target.name is None:
+        raise UsageError("--at needs one NAME")
     reports: dict[str, VerifyReport] = {}
     failures: list[BackupctlError] = []
     stop = Cancellation()

@@ -17,8 +17,8 @@ zeroes. 16 zero bytes stand for a cluster that is stored as zeroes.
 
 First the header must match the disk in the manifest, and the file's length the header: so a file that is
 longer than the disk allows is refused before it is read. Then all of it is read once, in pieces, and checked;
-only then is it mapped. Where mmap fails (FUSE without shared mappings, no memory to commit) it is read into
-memory.
+only then is it mapped, unless it is small. Where mmap fails (FUSE without shared mappings, no memory to
+commit) it is read into memory.
 """
 
 import mmap
@@ -45,6 +45,7 @@ _HEADER_BYTES = 64
 _CHECKSUM = slice(32, 48)
 _CHECKSUM_BYTES = 16
 _PIECE_RECORDS = 1 << 16
+_FEW_RECORDS = 256  # 6 KiB, which a run keeps in memory: the maps of a long chain would be as many open files
 
 
 class Named(NamedTuple):
@@ -66,11 +67,16 @@ def merged_path_of(image: Path) -> Path:
 
 @dataclass(frozen=True)
 class DigestMap:
-    """A layer's digest map. records: read-only, mapped if the file can be. checksum: 32 hex digits."""
+    """A layer's digest map.
+
+    records: read-only. checksum: 32 hex digits. mapped: whether the records are the file itself, which stays
+    open then.
+    """
 
     size_bytes: int
     records: Records
     checksum: str
+    mapped: bool = False
 
     @classmethod
     def open(cls, path: Path, named: Named | None = None, check: Callable[[], None] = lambda: None) -> Self:
@@ -82,11 +88,13 @@ class DigestMap:
         try:
             with safe_open.open_file(path) as file:
                 header = _header(path, file, named)
-                _check_records(path, file, header, check)
+                last = _check_records(path, file, header, check)
+                if header.records <= _FEW_RECORDS:
+                    return cls(header.size_bytes, last, header.checksum.hex())
                 records = _records(file, header.records)
         except safe_open.NotThere as err:
             raise DamageFound(f"cannot read the digest map {path}: {err}") from err
-        return cls(header.size_bytes, records, header.checksum.hex())
+        return cls(header.size_bytes, records, header.checksum.hex(), mapped=True)
 
 
 def write(path: Path, size_bytes: int, records: Records) -> str:
@@ -142,13 +150,14 @@ def _header(path: Path, file: BufferedReader, named: Named | None) -> _Header:
     return _Header(content[: _HEAD.size], size_bytes, records, checksum)
 
 
-def _check_records(path: Path, file: BufferedReader, header: _Header, check: Callable[[], None]) -> None:
-    """Read and check all records, a piece at a time.
+def _check_records(path: Path, file: BufferedReader, header: _Header, check: Callable[[], None]) -> Records:
+    """Read and check all records, a piece at a time; return the last piece.
 
     Not through a mapping: there a disk error would be a SIGBUS.
     """
     hasher = blake3(header.head)
     before, ordered = -1, True
+    records: Records = np.empty(0, RECORD)
     for first in range(0, header.records, _PIECE_RECORDS):
         check()
         wanted = min(_PIECE_RECORDS, header.records - first)
@@ -156,13 +165,15 @@ def _check_records(path: Path, file: BufferedReader, header: _Header, check: Cal
         if len(content) != wanted * RECORD.itemsize:
             raise DamageFound(f"the digest map {path} is truncated")
         hasher.update(content)
-        numbers = np.frombuffer(content, RECORD)["cluster"]
+        records = np.frombuffer(content, RECORD)
+        numbers = records["cluster"]
         ordered = ordered and int(numbers[0]) > before and bool(np.all(numbers[1:] > numbers[:-1]))
         before = int(numbers[-1])
     if hasher.digest(_CHECKSUM_BYTES) != header.checksum:
         raise _disagrees(path)
     if not ordered or before >= count(header.size_bytes):
         raise DamageFound(f"the records of the digest map {path} are out of order")
+    return records
 
 
 def _disagrees(path: Path) -> DamageFound:
@@ -171,8 +182,6 @@ def _disagrees(path: Path) -> DamageFound:
 
 def _records(file: BufferedReader, records: int) -> Records:
     """Map the records, or read them where the file cannot be mapped. Raises OSError, MemoryError."""
-    if not records:  # mmap refuses a length of 0
-        return np.empty(0, RECORD)
     length = _HEADER_BYTES + records * RECORD.itemsize
     found: Any = None
     # Shared first: a private mapping counts as committed memory.

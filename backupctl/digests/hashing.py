@@ -37,3 +37,8 @@ def of_zeroes(numbers: Clusters) -> Records:
     records = np.zeros(len(numbers), RECORD)
     records["cluster"] = numbers
     return records
+
+
+def of_content(numbers: Clusters, content: memoryview | None) -> Records:
+    """Return the records of clusters. content: as for `of_clusters`; None: they are zeroes."""
+    return of_zeroes(numbers) if content is None else of_clusters(numbers, content)

@@ -23,6 +23,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any, NoReturn, Self
 
 from backupctl.errors import Failed
@@ -50,6 +51,15 @@ class CallSpec:
     entry: str = CLI
 
 
+def own_environment() -> dict[str, str]:
+    """Return our environment, in which a Python finds this backupctl, wherever it is installed."""
+    ours = str(Path(__file__).resolve().parents[2])
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))),
+    }
+
+
 class ForkServer:
     """The client side; a context manager that starts and ends the server. Threads may share it."""
 
@@ -67,10 +77,11 @@ class ForkServer:
             self._control = held.enter_context(ours)
             with theirs:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", __name__, *self._modules],
+                    # -P: not a module of the current directory.
+                    [sys.executable, "-P", "-m", __name__, *self._modules],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
-                    env=self._environment,
+                    env=self._environment or own_environment(),
                 )
             held.callback(process.wait, _END_SECONDS)
             held.callback(ours.shutdown, socket.SHUT_RDWR)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
 
-from backupctl.drills.fork_server import CallSpec, ForkedProcess, ForkServer
+from backupctl.drills.fork_server import CallSpec, ForkedProcess, ForkServer, own_environment
 from backupctl.errors import Failed
 from backupctl.names import vm_name
 from backupctl.options import QmpAccess, VmConfig
@@ -84,7 +84,10 @@ class SimulatedVm:
             call = self._fork_server.start(program, complaints, complaints)
             return held.enter_context(call)
         process = qemu_tools.start(
-            [sys.executable, "-m", "backupctl", *self._arguments], complaints=complaints
+            # -P: not a module of the current directory.
+            [sys.executable, "-P", "-m", "backupctl", *self._arguments],
+            complaints=complaints,
+            environment=own_environment(),
         )
         held.callback(_end, process)
         return process

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from backupctl.events import Event, WarningEvent
-from backupctl.names import PointId, VmName
+from backupctl.names import DiskName, PointId, VmName
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,21 @@ class PointDropped(Event):
 
     def _text(self) -> str:
         return f"dropped {self.point}"
+
+
+@dataclass(frozen=True)
+class NextRunReadsAll(Event):
+    """The newest point of a disk was deleted, for which the VM has its bitmap."""
+
+    code = "next-run-reads-all"
+    disk: DiskName
+    point: PointId
+
+    def _text(self) -> str:
+        return (
+            f"{self.disk}: the newest point {self.point} is deleted, so the next incremental reads all of "
+            "the disk, unless the VM keeps the bitmap of the point before"
+        )
 
 
 @dataclass(frozen=True)

@@ -148,3 +148,28 @@ class OverlayKept(Event):
 
     def _text(self) -> str:
         return f"written data is in {self.path}; delete it when it is no longer needed"
+
+
+@dataclass(frozen=True)
+class FileSystemIncomplete(WarningEvent):
+    """A file system of a guest can be read, but something in it may be missing. place: such as vda1."""
+
+    code = "file-system-incomplete"
+    place: str
+    reason: str
+
+    def _text(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class FilesSkipped(WarningEvent):
+    """Some things of a guest were not copied. path: the first one. reason: why that was not."""
+
+    code = "files-skipped"
+    count: int
+    path: str
+    reason: str
+
+    def _text(self) -> str:
+        return f"{self.count} not copied, among them {self.path} ({self.reason})"

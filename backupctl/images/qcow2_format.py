@@ -14,12 +14,13 @@ All numbers are big endian. An offset is in bytes, and 0 means that there is not
 import numpy as np
 from numpy.typing import NDArray
 
+from backupctl.images.qcow2_limits import MOST_L1_ENTRIES as MOST_L1_ENTRIES  # noqa: PLC0414 - part of this
+from backupctl.images.qcow2_limits import TABLE_ENTRIES as TABLE_ENTRIES  # noqa: PLC0414
+from backupctl.images.qcow2_limits import pieces as pieces  # noqa: PLC0414
 from backupctl.sizes import CLUSTER_BYTES
 
 ENTRY = np.dtype(">u8")
 REFERENCES = np.dtype(">u2")
-TABLE_ENTRIES = CLUSTER_BYTES // ENTRY.itemsize
-"""Of an L2 table, and of a cluster of the L1 or the reference count table."""
 BLOCK_ENTRIES = CLUSTER_BYTES // REFERENCES.itemsize
 """Clusters of the file whose reference counts are in one block."""
 
@@ -28,8 +29,6 @@ COMPRESSED = 1 << 62
 OFFSET = (1 << 56) - (1 << 9)
 ZERO = 1
 
-MOST_L1_ENTRIES = (32 << 20) // ENTRY.itemsize
-"""QEMU opens no image with a longer L1 table (QCOW_MAX_L1_SIZE)."""
 MOST_REFCOUNT_CLUSTERS = (8 << 20) // CLUSTER_BYTES
 """Nor one with a longer table of reference counts (QCOW_MAX_REFTABLE_SIZE)."""
 
@@ -40,8 +39,3 @@ REFCOUNT_RESERVED = (1 << 9) - 1
 
 Table = NDArray[np.uint64]
 """Entries of a table."""
-
-
-def pieces(whole: int, piece: int) -> int:
-    """Return how many pieces it takes to hold a whole."""
-    return -(-whole // piece)

@@ -71,7 +71,7 @@ class Told(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Past(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of the backups, prunes or verifies of a VM. success: the last one without an error."""
+    """What is known of the commands of one kind on a VM. success: the last one without an error."""
 
     last: Record | None = None
     success: Record | None = None
@@ -95,15 +95,20 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     backup: Past = Past()
     prune: Past = Past()
     verify: Past = Past()
+    restore_test: Past = Past()
 
     def of(self, kind: Kind) -> Past:
         """Return what is known of one kind of command."""
-        found: Past = getattr(self, kind)
+        found: Past = getattr(self, _field(kind))
         return found
 
     def with_past(self, kind: Kind, past: Past) -> "Memory":
         """Return the same with something else for one kind."""
-        return msgspec.structs.replace(self, **{kind: past})
+        return msgspec.structs.replace(self, **{_field(kind): past})
+
+
+def _field(kind: Kind) -> str:
+    return kind.replace("-", "_")
 
 
 def default_directory() -> Path:

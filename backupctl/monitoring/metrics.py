@@ -57,6 +57,7 @@ def gauges(vm: str, memory: Memory, repository: Path, stored: Stored | None) -> 
         yield from (gauge(*one) for one in _points(stored))
     yield from (gauge(*one) for one in _upkeep("verify", memory.verify))
     yield from (gauge(*one) for one in _upkeep("prune", memory.prune))
+    yield from (gauge(*one) for one in _upkeep("restore_test", memory.restore_test))
     with suppress(OSError):
         space = os.statvfs(repository)
         yield gauge(

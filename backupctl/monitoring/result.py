@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Kind = Literal["backup", "prune", "verify"]
+Kind = Literal["backup", "prune", "verify", "restore-test"]
 """What is remembered apart: a prune that works says nothing of the backups."""
 Outcome = Literal["started", "success", "failure"]
 

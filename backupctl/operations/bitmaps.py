@@ -261,4 +261,8 @@ def _removed(
             left.append((one, refusal))
         else:
             removed.append(one)
+    # A driver may have to remove several together, such as libvirt, whose checkpoints are of all disks.
+    there = {(one.node, one.name) for one in driver.bitmaps()} if left else set()
+    removed += [one for one, _ in left if (one.node, one.name) not in there]
+    left = [(one, why) for one, why in left if (one.node, one.name) in there]
     return Removal(vm.name, tuple(removed), tuple(left))

@@ -22,6 +22,8 @@ class ChainReader:
     A read fails with ReadFailed both for damage and where the operating system refuses: see `refused`.
     """
 
+    blocking = True
+
     def __init__(self, disk: LayeredImage) -> None:
         self.size = disk.size
         self.batches = 0

@@ -5,7 +5,7 @@ The VM itself is not asked. Manifests, history, headers and digest maps are read
 that `verify` is there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
@@ -16,6 +16,7 @@ from backupctl.repository import audit, chain
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import VmDirectory
 
+Broken = tuple[chain.Broken, ...]
 CLOCK_SKEW = timedelta(minutes=5)
 """How far a point may lie in the future before that is worth a warning."""
 
@@ -83,29 +84,40 @@ def _refusal(err: BackupctlError) -> Finding:
     return Finding(level, err.message)
 
 
-def examine(directory: VmDirectory, limits: Limits, now: datetime) -> Verdict:
-    """Look at the points of a VM. Changes and locks nothing, and raises nothing for what it finds."""
+def examine(
+    directory: VmDirectory,
+    limits: Limits,
+    now: datetime,
+    look: Callable[[VmDirectory], Broken] = chain.damaged,
+) -> Verdict:
+    """Look at the points of a VM. Changes and locks nothing, and raises nothing for what it finds.
+
+    look: how broken chains are found.
+    """
     findings: list[Finding] = []
     sound: tuple[Point, ...] = ()
+    newest = "the newest point"
     try:
         scanned = directory.scan_points(tolerant=True)
         sound = scanned.points
         findings += [Finding(Level.CRITICAL, err.message) for _, err in scanned.damaged]
         findings += [_refusal(err) for _, err in scanned.unreadable]
-        broken = () if scanned.unreadable else chain.damaged(directory)
+        broken = () if scanned.unreadable else look(directory)
         sound = tuple(point for point in sound if point.id not in {one.point for one in broken})
+        if scanned.points[-1:] != sound[-1:]:
+            newest = "the newest sound point"
         findings += _of_chains(broken)
         findings += [Finding(Level.CRITICAL, one.message) for one in audit.problems(directory)]
         findings += _of_killed_runs(directory)
     except BackupctlError as err:
         findings.append(_refusal(err))
     age = now - _taken(sound[-1]) if sound else None
-    findings.append(_of_age(age, limits))
+    findings.append(_of_age(age, limits, newest))
     verdict = Verdict(directory.name, (), None if age is None else max(0.0, age.total_seconds()))
     return verdict.also(*findings)
 
 
-def _of_chains(broken: tuple[chain.Broken, ...]) -> Iterator[Finding]:
+def _of_chains(broken: Broken) -> Iterator[Finding]:
     if broken:
         points = len({one.point for one in broken})
         yield Finding(Level.CRITICAL, f"{counted(points, 'point')} damaged: {broken[0]}")
@@ -119,13 +131,13 @@ def _of_killed_runs(directory: VmDirectory) -> Iterator[Finding]:
         yield Finding(Level.WARNING, text)
 
 
-def _of_age(age: timedelta | None, limits: Limits) -> Finding:
+def _of_age(age: timedelta | None, limits: Limits, newest: str) -> Finding:
     if age is None:
         return Finding(Level.CRITICAL, "there is no sound recovery point")
     if age < -CLOCK_SKEW:
-        text = f"the newest point is {ago(-age)} in the future: a clock is or was wrong"
+        text = f"{newest} is {ago(-age)} in the future: a clock is or was wrong"
         return Finding(Level.WARNING, text)
-    text = f"the newest point is {ago(age)} old"
+    text = f"{newest} is {ago(age)} old"
     if age > limits.critical:
         return Finding(Level.CRITICAL, text)
     return Finding(Level.WARNING if limits.warning and age > limits.warning else Level.OK, text)

@@ -37,7 +37,6 @@ from backupctl.repository.journal import Journal
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
-from backupctl.vm import scratch_directory
 from backupctl.vm.driver import Driver, Resolver, RunDisk, UnfinishedRun
 from backupctl.vm.open_driver import open_driver, thaw_if_frozen
 
@@ -148,7 +147,8 @@ def recover_vm(
             done += _thaw(vm, directory, timeouts)
         elif await_thaw is not None:
             await_thaw()
-        done += drop_leftover_files(vm, facts, scratch)
+        done += drop_leftover_files(facts)
+        done += resolver.sweep_scratch(facts.namespace, scratch)
     except AgentError as err:
         err.add(hint="if this VM has no guest agent any more, run recover without --agent")
         raise needs_recovery(err, vm.name) from err
@@ -185,13 +185,13 @@ def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]
     return tuple(sorted(found))
 
 
-def drop_leftover_files(vm: VmConfig, facts: DirectoryFacts, scratch: Path) -> list[str]:
-    """Drop unfinished points and scratch directories. The caller holds the VM's lock."""
+def drop_leftover_files(facts: DirectoryFacts) -> list[str]:
+    """Drop unfinished points. The caller holds the VM's lock."""
     done = []
     for partial in facts.directory.pending_points():
         partial.drop()
         done.append(f"dropped the unfinished point {partial.point}")
-    return done + scratch_directory.sweep(facts.namespace, vm.name, scratch)
+    return done
 
 
 def needs_recovery(err: BackupctlError, vm: VmName) -> NeedsRecovery:

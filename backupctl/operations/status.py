@@ -3,20 +3,21 @@
 
 from dataclasses import dataclass
 
-from backupctl.errors import MonitorError, Refused
+from backupctl.errors import MonitorError, MonitorUnreachable, Refused
 from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import bitmaps as bitmap_survey
 from backupctl.operations import recover
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup import prepare
 from backupctl.operations.bitmaps import Known, StoredBitmap, nobody_else
+from backupctl.operations.running import Running, running
 from backupctl.options import OnBrokenChain, RunOptions, VmConfig
 from backupctl.repository import audit, chain
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver
 from backupctl.vm.open_driver import open_driver
@@ -44,7 +45,7 @@ class Status:
 
     damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
     problem). missing_disks: those that the last points hold and the VM has not. bitmaps: all of ours.
-    refusal: why the next run would be refused, "" if it would not.
+    refusal: why the next run would be refused, "" if it would not. running: the backup that is running.
     """
 
     vm: VmName
@@ -58,6 +59,7 @@ class Status:
     missing_disks: tuple[planning.MissingDisk, ...] = ()
     bitmaps: tuple[StoredBitmap, ...] = ()
     refusal: str = ""
+    running: Running | None = None
 
 
 def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
@@ -72,25 +74,28 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
     points = survey.points
     damaged = (*(err.message for _, err in survey.damaged), *problems(directory))
     left = [_unfinished(one) for one in directory.pending_points()]
-    in_scratch = scratch_directory.left_directories(namespace, vm.name, options.scratch.directory)
-    left += [f"scratch directory {path}" for path in in_scratch]
     ids = tuple(point.id for point in points)
     unmerged = tuple(
         f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
         for point in directory.retired().points
     )
+    now = running(directory)
     try:
+        if now is not None:  # it has the monitor, which serves one client
+            raise MonitorUnreachable("a backup is running")
         with open_driver(vm, options.timeouts.brief()) as driver:
             foreseen = driver.foresee(facts)
             inventory = foreseen.inventory
+            in_scratch = driver.left_scratch(namespace, options.scratch.directory)
+            left += [f"scratch directory {path}" for path in in_scratch]
             left += foreseen.leftovers
             version = driver.version
             gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))
             refusal = _refusal(driver, inventory, left)
             stored = bitmap_survey.survey(driver, vm, repository, known)
     except (MonitorError, Refused) as err:
-        worker = (
-            directory.lock_holder()
+        worker = directory.lock_holder() or (
+            f"the run of process {now.pid} has just ended" if now else None
         )  # it has the monitor, which serves one client, and all that looks unfinished
         return Status(
             vm.name,
@@ -103,6 +108,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             "it waits for a few seconds, then leaves with exit code 75"
             if worker
             else "cannot reach the VM, so the next run would fail",
+            running=now,
         )
     plan, broken = _plan(inventory, facts, points, options, gone)
     refusal = refusal or broken
@@ -137,13 +143,14 @@ def _plan(
     gone: tuple[PointId, ...],
 ) -> tuple[planning.Plan, str]:
     """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
+    chains = prepare.chain_facts(CheckedChains(facts.directory), facts.namespace, points, gone, options.chain)
 
     def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
         return planning.plan(
             "incremental",
             inventory.disks,
             inventory,
-            prepare.chain_facts(facts.directory, facts.namespace, points, gone, options.chain),
+            chains,
             on_broken_chain,
         )
 

@@ -12,22 +12,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # each command imports only what it runs: all of it would double the start of most
     from backupctl.errors import BackupctlError
     from backupctl.events import Event
+    from backupctl.filesystems.tree import Node
     from backupctl.operations.backup.outcome import RunReport
     from backupctl.operations.bitmaps import Removal, StoredBitmap
+    from backupctl.operations.delete import Deletion
     from backupctl.operations.diff import DiffReport
     from backupctl.operations.doctor.run import Diagnosis
+    from backupctl.operations.files.extract import ExtractReport
+    from backupctl.operations.files.run import Found, Place
+    from backupctl.operations.mount import MountedDisk
     from backupctl.operations.prune.run import PruneReport
     from backupctl.operations.recover import Recovered
+    from backupctl.operations.remove_vm import VmRemoval
+    from backupctl.operations.report.facts import Report, VmFacts
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
+    from backupctl.operations.restore_test import RestoreTestReport
     from backupctl.operations.routine.forecast import Forecast
     from backupctl.operations.routine.run import RoutineReport, TaskResult
     from backupctl.operations.serve import Export
     from backupctl.operations.status import Status
     from backupctl.operations.timers.install import Change
+    from backupctl.operations.usage import VmUsage
     from backupctl.operations.verify.layer import VerifyScope
     from backupctl.operations.verify.run import VerifyReport
+    from backupctl.operations.versions import Component
     from backupctl.repository.point import Point
 
 Document = dict[str, Any]
@@ -40,8 +50,9 @@ _DISK_KEYS = (
 
 _NOT_OF_TASK = {
     "backup": ("vm", "warnings", "notes"),
-    "prune": ("vm", "dry_run", "rules", "unused_rules"),
+    "prune": ("vm", "dry_run", "rules", "unused_rules", "freed_is_estimate"),
     "verify": ("vms",),
+    "restore-test": ("vm", "error", "screenshot", "console"),
 }
 """Keys that the report of a task has not: the document of its VM tells of it."""
 
@@ -83,13 +94,53 @@ def status(found: "Status", configuration: str | None) -> Document:
     return {**asdict(found), "configuration": configuration}
 
 
-def doctor(found: "Diagnosis", configuration: str | None) -> Document:
-    """Return the findings of a doctor. configuration: the path of the file in force."""
+def doctor(found: "Diagnosis", configuration: str | None, report: Path | None = None) -> Document:
+    """Return the findings of a doctor.
+
+    configuration: the path of the file in force. report: that of the report that was written.
+    """
     return {
         "vm": found.vm,
         "ok": not found.bad,
         "configuration": configuration,
         "findings": [asdict(one) for one in found.findings],
+        "report": str(report) if report else None,
+    }
+
+
+def versions(found: "Iterable[Component]") -> Document:
+    """Return the versions of everything that is at work."""
+    return {"components": [asdict(one) for one in found]}
+
+
+def report(found: "Report", path: Path, size_bytes: int) -> Document:
+    """Return what the page of `report` says, in short. path: the file. size_bytes: its length."""
+    return {
+        "file": str(path),
+        "bytes": size_bytes,
+        "made": f"{found.made:%Y-%m-%dT%H:%M:%SZ}",
+        "repositories": [
+            {"path": one.path, "problem": one.problem, "vms": [_reported(vm) for vm in one.vms]}
+            for one in found.repositories
+        ],
+    }
+
+
+def report_served(address: str) -> Document:
+    """Return where `report --web` serves the page."""
+    return {"uri": address}
+
+
+def _reported(vm: "VmFacts") -> Document:
+    return {
+        "vm": vm.name,
+        "state": vm.verdict.level.name,
+        "points": len(vm.points),
+        "damaged": sum(bool(one.broken) for one in vm.points) + sum(not one.unreadable for one in vm.bad),
+        "unreadable": sum(one.unreadable for one in vm.bad),
+        "stored_bytes": vm.stored_bytes,
+        "next_prune_drops": [point.id for point in vm.dropped],
+        "findings": [one.text for one in vm.verdict.findings if one.level],
     }
 
 
@@ -137,13 +188,21 @@ def prune(
         "rules": dict(rules),
         "unused_rules": dict(unused),
         "points": [
-            {"point": one.point, "keep": one.keep, "reasons": list(one.reasons)} for one in report.decisions
+            {
+                "point": one.point,
+                "keep": one.keep,
+                "reasons": list(one.reasons),
+                "freed_bytes": (report.freed or {}).get(one.point),
+            }
+            for one in report.decisions
         ],
         "dropped": list(report.dropped),
         "removed": list(report.removed),
         "merged": [asdict(one) for one in report.merged],
         "left": list(report.left),
         "long_chains": list(report.long_chains),
+        "freed_bytes": report.freed_bytes,
+        "freed_is_estimate": dry_run,
     }
 
 
@@ -163,16 +222,50 @@ def prune_all(
     }
 
 
+def deletion(vm: str, done: "Deletion", *, dry_run: bool) -> Document:
+    """Return what `delete` did, or would do."""
+    points = list(done.points)
+    return {
+        "vm": vm,
+        "dry_run": dry_run,
+        "deleted": [] if dry_run else points,
+        "would_delete": points if dry_run else [],
+        "already_deleted": list(done.already),
+        "newest": [{"disk": disk, "point": point} for disk, point in done.newest],
+        "freed_bytes": done.freed_bytes,
+        "freed_is_estimate": dry_run,
+        "left": list(done.left),
+    }
+
+
+def vm_removal(done: "VmRemoval", *, dry_run: bool) -> Document:
+    """Return what `remove` did, or would do."""
+    return {
+        "vm": done.vm,
+        "dry_run": dry_run,
+        "points": list(done.points),
+        "protected": list(done.protected),
+        "unfinished": list(done.unfinished),
+        "freed_bytes": done.freed_bytes,
+        "finished_earlier_removal": done.finished,
+    }
+
+
+def vm_rename(old: str, new: str, *, renamed: bool, configured: bool, dry_run: bool) -> Document:
+    """Return what `rename` did. renamed: not before. configured: whether the file still has the old name."""
+    return {"vm": old, "new_name": new, "dry_run": dry_run, "renamed": renamed, "configured": configured}
+
+
 def protection(vm: str, point: str, *, protected: bool) -> Document:
     """Return the outcome of protect and unprotect."""
     return {"vm": vm, "point": point, "protected": protected}
 
 
-def point(found: "Point") -> Document:
-    """Return a point: its manifest under the names of the reports."""
+def point(found: "Point", chain_bytes: int | None) -> Document:
+    """Return a point: its manifest under the names of the reports. chain_bytes: what a restore reads."""
     manifest = found.manifest.to_dict()
     return {
-        "vm": manifest["vm"],
+        "vm": found.path.parent.name,
         "point": manifest["point"],
         "kind": manifest["kind"],
         "disks_kind": disks_kind(found),
@@ -187,6 +280,48 @@ def point(found: "Point") -> Document:
         "disks": manifest["disks"],
         "protected": found.protected,
         "path": str(found.path),
+        "stored_bytes": sum(entry.stored_bytes for entry in found.manifest.disks),
+        "chain_bytes": chain_bytes,
+    }
+
+
+def usage(vms: "Sequence[VmUsage]") -> Document:
+    """Return what VMs take."""
+    return {"vms": [_vm_usage(one) for one in vms], "stored_bytes": sum(one.stored_bytes for one in vms)}
+
+
+def _vm_usage(found: "VmUsage") -> Document:
+    points = [
+        {
+            "point": one.point.id,
+            "kind": disks_kind(one.point),
+            "dropped": one.dropped,
+            "protected": one.point.protected,
+            "image_bytes": one.image_bytes,
+            "metadata_bytes": one.metadata_bytes,
+            "stored_bytes": one.stored_bytes,
+            "alone_bytes": one.alone_bytes,
+            "chain_bytes": one.chain_bytes,
+        }
+        for one in found.points
+    ]
+    chains = [
+        {
+            "disk": one.disk,
+            "root": one.root,
+            "layers": len(one.points),
+            "points": list(one.points),
+            "stored_bytes": one.stored_bytes,
+        }
+        for one in found.chains
+    ]
+    return {
+        "vm": found.vm,
+        "path": str(found.path),
+        "points": points,
+        "chains": chains,
+        "other_bytes": found.other_bytes,
+        "stored_bytes": found.stored_bytes,
     }
 
 
@@ -258,6 +393,89 @@ def served(vm: str, point_id: str, exports: Iterable["Export"]) -> Document:
         {"disk": one.disk, "uri": one.uri, "size": one.size, "writable": one.writable} for one in exports
     ]
     return {"vm": vm, "point": point_id, "exports": listed}
+
+
+def places(found: Iterable["Place"]) -> Document:
+    """Return the partitions of a point's disks, and what they hold."""
+    return {
+        "file_systems": [
+            {
+                "disk": one.disk or None,
+                "partition": one.number,
+                "volume": one.volume or None,
+                "size": one.size,
+                "kind": one.kind or None,
+                "problem": one.problem or None,
+                "warnings": list(one.warnings),
+            }
+            for one in found
+        ]
+    }
+
+
+def guest_files(listed: Iterable[tuple["Found", Iterable[tuple[bytes, "Node"]]]]) -> Document:
+    """Return what is at some paths of a guest."""
+    return {
+        "paths": [
+            {
+                "path": _text(found.path),
+                "disk": found.place.disk or None,
+                "partition": found.place.number,
+                "volume": found.place.volume or None,
+                "entries": [_guest_file(name, node) for name, node in entries],
+            }
+            for found, entries in listed
+        ]
+    }
+
+
+def _guest_file(name: bytes, node: "Node") -> Document:
+    return {
+        "name": _text(name),
+        "kind": node.kind,
+        "mode": f"{node.mode:04o}",
+        "owner": node.owner,
+        "group": node.group,
+        "size": node.size,
+        "modified": node.modified,
+    }
+
+
+def _text(name: bytes) -> str:
+    return name.decode("utf-8", "backslashreplace")
+
+
+def extracted(report: "ExtractReport") -> Document:
+    """Return what was copied out of a point."""
+    return {
+        "target": str(report.target),
+        "files": report.files,
+        "directories": report.directories,
+        "data_bytes": report.data_bytes,
+        "skipped_count": report.skipped_count,
+        "skipped": [asdict(one) for one in report.skipped],
+    }
+
+
+def restore_test(report: "RestoreTestReport", kept: Mapping[str, Path]) -> Document:
+    """Return what a restore test came to. kept: the files that show it."""
+    return {
+        "vm": report.vm,
+        "point": report.point,
+        "passed": report.passed,
+        "until": report.until,
+        "seconds": round(report.seconds, 3),
+        "accelerator": report.accelerator,
+        "error": error(report.error) if report.error else None,
+        "screenshot": str(kept["screenshot"]) if "screenshot" in kept else None,
+        "console": str(kept["console"]) if "console" in kept else None,
+    }
+
+
+def mounted(vm: str, point_id: str, disks: Iterable["MountedDisk"]) -> Document:
+    """Return where the disks of a point are mounted."""
+    listed = [{"disk": one.disk, "path": str(one.path), "size": one.size} for one in disks]
+    return {"vm": vm, "point": point_id, "mounted": listed}
 
 
 def bitmaps(vm: str, found: Iterable["StoredBitmap"]) -> Document:
@@ -371,6 +589,8 @@ def _of_task(vm: str, one: "TaskResult") -> Document | None:
         found = run(report, ())
     elif one.task == "prune":
         found = prune(vm, report, {}, {}, dry_run=False)
+    elif one.task == "restore-test":
+        found = restore_test(report, {})
     else:
         assert one.scope is not None
         found = verify(report, one.scope)

@@ -6,17 +6,18 @@ prune records what is there. Nor does a crash between any two steps leave a prob
 """
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from backupctl.errors import DamageFound, RepositoryError
 from backupctl.names import PointId
-from backupctl.repository import history
+from backupctl.repository import history, point_names
 from backupctl.repository.history import History, Known, PointEvent
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
-from backupctl.repository.vm_directory import VmDirectory
+from backupctl.repository.vm_directory import AllPoints, ScannedPoints, VmDirectory
 
 _LOOKS = 5
 
@@ -33,26 +34,43 @@ class Problem:
     missing: bool = False
 
 
-def problems(directory: VmDirectory) -> tuple[Problem, ...]:
+def problems(directory: VmDirectory, scanned: ScannedPoints | None = None) -> tuple[Problem, ...]:
     """Compare a VM's directory with its history. Changes and locks nothing. Raises RepositoryError.
 
-    A run or a prune may be running: a difference counts only if the history is still the same afterwards.
+    scanned: the committed points, from a caller who holds the VM's lock. A run or a prune may be running
+    otherwise: a difference counts only if the history is still the same afterwards.
     """
+
+    def look(known: History) -> Iterator[Problem]:
+        yield from _flaws(directory, known)
+        yield from _missing(directory, known)
+        # What cannot be read is reported as that.
+        yield from _replaced(directory, known, (scanned or directory.scan_points(tolerant=True)).points)
+
+    return _compared(directory, look)
+
+
+def missing(directory: VmDirectory) -> tuple[PointId, ...]:
+    """Return the points that were committed, that no prune dropped, and that are gone, oldest first.
+
+    Opens none of those that are there. Raises RepositoryError.
+    """
+    found = _compared(directory, partial(_missing, directory))
+    return tuple(sorted(one.point for one in found if one.point is not None))
+
+
+def _compared(directory: VmDirectory, look: Callable[[History], Iterable[Problem]]) -> tuple[Problem, ...]:
+    """Return the differences that `look` finds, while the history stays the same."""
     found: tuple[Problem, ...] = ()
     for _ in range(_LOOKS):
         known = history.read(directory.path)
         if known is None:
             return ()
-        found = (*_flaws(directory, known), *_differences(directory, known))
-        again = history.read(directory.path)
+        found = tuple(look(known))
+        again = history.read(directory.path) if found else None
         if not found or (again is not None and again.content == known.content):
             break
     return found
-
-
-def missing(directory: VmDirectory) -> tuple[PointId, ...]:
-    """Return the points that were committed, that no prune dropped, and that are gone, oldest first."""
-    return tuple(sorted(one.point for one in problems(directory) if one.missing and one.point is not None))
 
 
 def is_unfinished(directory: VmDirectory, point: PointId) -> bool:
@@ -65,23 +83,24 @@ def is_unfinished(directory: VmDirectory, point: PointId) -> bool:
 def refuse_missing(directory: VmDirectory, wanted: str) -> None:
     """Raise DamageFound if the history says that a point must be there, and it is missing.
 
-    wanted: its id, or "latest" where there is none at all.
+    wanted: its id or the beginning of that, or "latest" where there is none at all.
     """
     for one in reversed(problems(directory)):
-        if one.missing and wanted in (one.point, "latest"):
+        if one.missing and (wanted == point_names.LATEST or (one.point or "").startswith(wanted)):
             raise DamageFound(
                 one.message, state="nothing was changed", next_command=f"backupctl verify {directory.name}"
             )
 
 
-def reconcile(directory: VmDirectory) -> None:
+def reconcile(directory: VmDirectory, points: AllPoints | None = None) -> None:
     """Record what a crash, or somebody who copied points, left unrecorded. Raises RepositoryError.
 
-    The caller holds the VM's lock. What `problems` reports stays reported.
+    The caller holds the VM's lock. points: those of the VM, if they are known. What `problems` reports stays
+    reported.
     """
     found = history.read(directory.path)
     known = {} if found is None else found.points
-    scanned, retired = directory.scan_points(), directory.retired()
+    scanned, retired = points or directory.scan_all()
     events = [event for point in scanned.points for event in _owed(point, known.get(point.id, Known()))]
     dropped = [*(point.path for point in retired.points), *(path for path, _ in retired.damaged)]
     ids = [PointId(path.name) for path in dropped]
@@ -104,16 +123,20 @@ def _flaws(directory: VmDirectory, known: History) -> Iterator[Problem]:
         yield Problem(None, f"{path}: {flaw}, so points may be missing without a record")
 
 
-def _differences(directory: VmDirectory, known: History) -> Iterator[Problem]:
+def _missing(directory: VmDirectory, known: History) -> Iterator[Problem]:
+    listed = frozenset(directory.all_points())
     for point, one in sorted(known.points.items()):
-        if one.there and not _is_there(directory, point):
+        if one.there and point not in listed and not _is_there(directory, point):
             yield Problem(
                 point,
                 f"the recovery point {point} of {directory.name} is missing: it was committed, "
                 f"no prune dropped it, and {directory.path / point} is gone",
                 missing=True,
             )
-    for found in directory.scan_points(tolerant=True).points:  # what cannot be read is reported as that
+
+
+def _replaced(directory: VmDirectory, known: History, points: Iterable[Point]) -> Iterator[Problem]:
+    for found in points:
         one = known.points.get(found.id, Known())
         checksum = found.manifest.checksum
         if one.dropped:

@@ -7,10 +7,11 @@ attacker chose, so it is damage. The check that counts is made on the very descr
 (`opened`): an image that was replaced after an earlier check is not opened.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import EffectiveContent
@@ -26,6 +27,9 @@ from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import VmDirectory
 from backupctl.sizes import MOST_LAYERS
 from backupctl.system import safe_open
+
+KnownPoints = Mapping[PointId, Point]
+"""Points whose manifests were read under the VM's lock."""
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,17 @@ def paths(directory: VmDirectory, point: Point, disk: str) -> tuple[Path, ...]:
     return tuple(layer.path for layer in layers(directory, point, disk))
 
 
-def layers(directory: VmDirectory, point: Point, disk: str) -> tuple[Layer, ...]:
+def layers(
+    directory: VmDirectory, point: Point, disk: str, points: KnownPoints = MappingProxyType({})
+) -> tuple[Layer, ...]:
     """Return the layers of a disk at a point, newest first, each image checked.
 
-    Raises NoSuchPoint if the point does not hold the disk, DamageFound.
+    points: as for `below`. Raises NoSuchPoint if the point does not hold the disk, DamageFound.
     """
     entry = point.manifest.disk(disk)
     if entry is None:
         raise no_such_disk(point, disk)
-    return _follow(directory, point, entry)
+    return _follow(directory, point, entry, points)
 
 
 @contextmanager
@@ -168,24 +174,14 @@ def no_such_disk(point: Point, disk: str, newest: PointId | None = None) -> NoSu
     )
 
 
-def below(directory: VmDirectory, parent: PointId | None, disk: str) -> tuple[Layer, ...]:
-    """Return the chain that would be below a new layer on `parent`; empty for a full."""
-    return () if parent is None else layers(directory, _parent(directory, parent), disk)
+def below(
+    directory: VmDirectory, parent: PointId | None, disk: str, points: KnownPoints = MappingProxyType({})
+) -> tuple[Layer, ...]:
+    """Return the chain that would be below a new layer on `parent`; empty for a full.
 
-
-def chain_error(directory: VmDirectory, point: PointId, disk: str) -> str | None:
-    """Return the damage of a disk's chain at a point, on which nothing can be built; None if there is none.
-
-    Raises RepositoryUnreadable.
+    points: those whose manifests need not be read again. Raises as `layers`.
     """
-    # RepositoryUnreadable passes: as damage it would cost a full backup each time that a disk or network
-    # fails.
-    try:
-        found = below(directory, point, disk)
-        effective_content(found, found[0].entry.size)
-    except DamageFound as err:
-        return err.message
-    return None
+    return () if parent is None else layers(directory, _parent(directory, parent, points), disk, points)
 
 
 @dataclass(frozen=True)
@@ -241,14 +237,6 @@ def _why_broken(
     )
 
 
-def chain_too_long(directory: VmDirectory, most: int, point: PointId, disk: str) -> str | None:
-    """Return why a disk's chain at a point may get no more layers; None if it may. Raises DamageFound."""
-    layers_there = len(below(directory, point, disk))
-    if layers_there < most:
-        return None
-    return f"its chain has {layers_there} layers, as many as --max-chain allows"
-
-
 Lengths = dict[tuple[PointId, DiskName], int]
 """How many layers disks have at points."""
 
@@ -276,7 +264,7 @@ def length(directory: VmDirectory, point: Point, entry: DiskEntry, known: Length
     return counted
 
 
-def _follow(directory: VmDirectory, point: Point, entry: DiskEntry) -> tuple[Layer, ...]:
+def _follow(directory: VmDirectory, point: Point, entry: DiskEntry, points: KnownPoints) -> tuple[Layer, ...]:
     found: list[Layer] = []
     while len(found) < MOST_LAYERS:
         layer = Layer.of(point, entry)
@@ -286,7 +274,7 @@ def _follow(directory: VmDirectory, point: Point, entry: DiskEntry) -> tuple[Lay
         if entry.parent is None:
             return tuple(found)
         # Each parent's id is smaller than its child's (the manifest was checked for it), so this ends.
-        point = _parent(directory, entry.parent)
+        point = _parent(directory, entry.parent, points)
         below_it = point.manifest.disk(entry.name)
         if below_it is None:
             raise DamageFound(f"{layer.path} depends on {point.id}, which has no disk {entry.name}")
@@ -297,8 +285,8 @@ def _follow(directory: VmDirectory, point: Point, entry: DiskEntry) -> tuple[Lay
     )
 
 
-def _parent(directory: VmDirectory, parent: PointId) -> Point:
+def _parent(directory: VmDirectory, parent: PointId, points: KnownPoints = MappingProxyType({})) -> Point:
     try:
-        return directory.point_or_retired(parent)
+        return points.get(parent) or directory.point_or_retired(parent)
     except NoSuchPoint as err:
         raise DamageFound(f"{directory.path / parent} is missing, and newer points depend on it") from err

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -73,7 +73,7 @@ class Entry(Document):
         if self.point is not None:
             point_id(self.point)
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """BLAKE3, 16 bytes, of all its other fields."""
         return strict_json.checksum(self._fields())

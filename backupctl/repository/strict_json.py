@@ -7,7 +7,7 @@ A document in which anything is wrong raises `Malformed`, and nothing of it is u
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -55,19 +55,22 @@ D = TypeVar("D", bound=Document)
 
 
 def read(content: bytes, kind: type[D], where: str, version: int, *, signed: bool = False) -> D:
-    """Read a document of that format version or an older one. signed: with a checksum.
+    """Read a document of that format version or an older one. Raises NewerFormat, Malformed.
 
-    Raises NewerFormat, Malformed.
+    signed: with a checksum, for a kind that has it as a cached property `checksum`.
     """
     try:
         document = parse(content)
         found_version = _version(_take(document, "format"), version)
+        checked = None
         if signed:  # before anything else: no field is believed of a document in which a byte was changed
-            _check_checksum(_take(document, "checksum"), {"format": found_version, **document})
+            checked = _checksum(_take(document, "checksum"), {"format": found_version, **document})
         found = msgspec.json.decode(content, type=kind)
         found.check()
         _check_format(found_version, found)
         _check_fields(document, found)
+        if checked is not None:
+            vars(found)["checksum"] = checked  # so that it is not computed again
     except Malformed as err:
         raise type(err)(f"{where}: {err}") from err
     except (ValueError, RecursionError, InvalidName) as err:
@@ -107,9 +110,11 @@ def _version(found: object, known: int) -> int:
     return found
 
 
-def _check_checksum(found: object, document: dict[str, Any]) -> None:
-    if found != checksum(document):
+def _checksum(found: object, document: dict[str, Any]) -> str:
+    wanted = checksum(document)
+    if found != wanted:
         raise Malformed("the checksum does not match")
+    return wanted
 
 
 def _check_format(version: int, found: Document) -> None:
@@ -118,10 +123,21 @@ def _check_format(version: int, found: Document) -> None:
 
 
 def _check_fields(document: dict[str, Any], found: Document) -> None:
-    # msgspec ignores an unknown field, and gives a missing one its default. It would encode `found` without
-    # the latter, hence asdict.
-    if msgspec.json.decode(msgspec.json.encode(asdict(found))) != document:
+    # msgspec ignores an unknown field, and gives a missing one its default.
+    if not _same(document, found):
         raise Malformed("a field is unknown or missing")
+
+
+def _same(given: object, found: object) -> bool:
+    """Whether JSON that was parsed says the same as what msgspec made of it, field by field."""
+    if isinstance(found, tuple):
+        return isinstance(given, list) and len(given) == len(found) and all(map(_same, given, found))
+    if not is_dataclass(found):
+        return given == found
+    names = {one.name for one in fields(found)}
+    if not isinstance(given, dict) or given.keys() != names:
+        return False
+    return all(_same(given[name], getattr(found, name)) for name in names)
 
 
 def _canonical(document: dict[str, Any]) -> bytes:

@@ -9,8 +9,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from backupctl.errors import (
     UNTOUCHED,
@@ -24,14 +25,17 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import PointId, RepositoryId, VmName, did_you_mean, point_id, vm_name
+from backupctl.repository import former_names, history, markers, point_names, strict_json
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
-from backupctl.repository import markers, strict_json
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 from backupctl.repository.pending_point import PARTIAL, PendingPoint
 from backupctl.repository.point import Point
 from backupctl.system import durable, locks, safe_open
+
+LOCK = "lock"
+"""The file that whoever works on a VM has locked: its process id, and what it is doing (activity.py)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,13 @@ class ScannedPoints:
     points: tuple[Point, ...]
     damaged: tuple[tuple[Path, BackupctlError], ...]
     unreadable: tuple[tuple[Path, RepositoryUnreadable], ...] = ()
+
+
+class AllPoints(NamedTuple):
+    """All points of a VM. retired: those that were dropped but whose layers younger ones may need."""
+
+    committed: ScannedPoints
+    retired: ScannedPoints
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ class VmDirectory:
                 with suppress(FileExistsError):
                     durable.make_directory(self.path)
             descriptor = os.open(
-                self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+                self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
             )
         except OSError as err:
             raise RepositoryError(
@@ -82,6 +93,7 @@ class VmDirectory:
             ) from err
         try:
             self._acquire(descriptor, patience_seconds)
+            self._refuse_moved(descriptor)
             self._sync_names()
             yield descriptor
         finally:
@@ -90,7 +102,7 @@ class VmDirectory:
     def lock_holder(self) -> str | None:
         """Describe who holds the lock; None if nobody does or there is no lock yet. Changes nothing."""
         try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = os.open(self.path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return None
         try:
@@ -112,10 +124,26 @@ class VmDirectory:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
+    def _refuse_moved(self, descriptor: int) -> None:
+        """Raise Locked if the directory got another name, or was removed, while we waited for the lock."""
+        # Without this look, two runs could work on one VM: the lock that was taken is that of another name.
+        mine = os.fstat(descriptor)
+        try:
+            there = (self.path / LOCK).lstat()
+        except OSError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            raise Locked(
+                f"{self.name} was renamed or removed in this repository just now",
+                state=UNTOUCHED,
+                next_command="backupctl list",
+            )
+
     def _holder(self, descriptor: int) -> str:
         number = ""
         with suppress(OSError):
-            number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+            first, _, _ = os.pread(descriptor, 20, 0).decode("ascii", "replace").partition("\n")
+            number = first.strip()
         if number.isdigit() and not Path("/proc", number).exists():
             return (
                 f"the guard of a killed run (process {number}) is still working on {self.name}: "
@@ -143,11 +171,17 @@ class VmDirectory:
 
         tolerant: list what cannot be read, too, instead of raising RepositoryUnreadable.
         """
-        return self._scan(retired=False, tolerant=tolerant)
+        (found,) = self._scan(False, tolerant=tolerant)
+        return found
 
     def retired(self, *, tolerant: bool = False) -> ScannedPoints:
         """Return, like `scan_points`, the points that were dropped but whose layers younger ones may need."""
-        return self._scan(retired=True, tolerant=tolerant)
+        (found,) = self._scan(True, tolerant=tolerant)
+        return found
+
+    def scan_all(self) -> AllPoints:
+        """Return what `scan_points` and `retired` do, with one look at each. Raises RepositoryUnreadable."""
+        return AllPoints(*self._scan(False, True, tolerant=False))
 
     def point_or_retired(self, point: PointId) -> Point:
         """Return a point that others depend on, retired or not. Raises NoSuchPoint, DamageFound."""
@@ -156,33 +190,37 @@ class VmDirectory:
         return self._open(point)
 
     def point(self, wanted: str) -> Point:
-        """Return one point by id, or the newest for "latest". Raises NoSuchPoint, DamageFound."""
-        if wanted == "latest":
-            ids = self._committed()
-            if not ids:
-                raise self._missing(
-                    f"{self.name} has no recovery points in this repository", self._meant_vm()
-                )
-            return self._open(ids[-1])
+        """Return one point, by any of its names. Raises NoSuchPoint, AmbiguousPoint, DamageFound.
+
+        wanted: see `point_names`.
+        """
+        return self._open(self.resolve(wanted))
+
+    def resolve(self, wanted: str) -> PointId:
+        """Return the id of the point that a name means. Raises NoSuchPoint, AmbiguousPoint, InvalidName."""
+        if point_names.is_id(wanted) and self.is_committed(PointId(wanted)):
+            return PointId(wanted)
         try:
-            found = point_id(wanted)
+            return point_names.resolve(wanted, self._committed(), self.name)
         except InvalidName as err:
             raise err.add(next_command=f"backupctl list {self.name}") from err
-        if not self.is_committed(found):
-            raise self._missing(
-                f"{self.name} has no recovery point {found} in this repository",
-                did_you_mean(found, self._committed()) or self._meant_vm(),
-            )
-        return self._open(found)
+        except NoSuchPoint as err:
+            raise err.add(hint=self._meant_vm()) from err
 
     def all_points(self) -> list[PointId]:
         """Return the ids of all points, retired ones and damaged ones too, oldest first."""
         return _ids(safe_open.directories(self.path))
 
     def newest(self) -> PointId | None:
-        """Return the newest id of the committed, retired and unfinished points."""
-        ids = [*self.all_points(), *(partial.point for partial in self.pending_points())]
-        return max(ids, default=None)
+        """Return the newest id of the committed, retired, dropped and unfinished points.
+
+        Raises RepositoryError.
+        """
+        known = history.read(self.path)
+        # Dropped ones, too: the newest may have been deleted, and an id must never be used twice.
+        dropped = [point for point, one in known.points.items() if one.dropped] if known else []
+        pending = (partial.point for partial in self.pending_points())
+        return max((*self.all_points(), *pending, *dropped), default=None)
 
     def uses(self, point: PointId) -> bool:
         """Whether a committed point or an unfinished one has this id."""
@@ -238,8 +276,12 @@ class VmDirectory:
             )
 
     def _meant_vm(self) -> str:
-        """Return the hint for the name of a VM that may have been misspelt; "" if it was not."""
-        return "" if self.exists() else did_you_mean(self.name, safe_open.directories(self.path.parent))
+        """Return the hint for the name of a VM that was renamed or may be misspelt; "" if it is there."""
+        if self.exists():
+            return ""
+        if renamed := former_names.bearer(self.path.parent, self.name):
+            return f"{self.name} was renamed to {renamed} in this repository"
+        return did_you_mean(self.name, safe_open.directories(self.path.parent))
 
     def _missing(self, message: str, hint: str = "") -> NoSuchPoint:
         return NoSuchPoint(message, state=UNTOUCHED, hint=hint, next_command=f"backupctl list {self.name}")
@@ -258,23 +300,29 @@ class VmDirectory:
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _scan(self, *, retired: bool, tolerant: bool) -> ScannedPoints:
-        good, damaged, unreadable = [], [], []
-        for found in self.all_points():
+    def _scan(self, *retired: bool, tolerant: bool) -> list[ScannedPoints]:
+        """Return the points that are retired, and those that are not, as asked for."""
+        found = {one: _Found() for one in retired}
+        for point in self.all_points():
+            into = list(found.values())
             try:
-                if self._is_retired(found) == retired:
-                    good.append(self._open(found))
+                one = found.get(self._is_retired(point))
+                if one is not None:
+                    into = [one]
+                    one.good.append(self._open(point))
             except NoSuchPoint:
                 continue  # a prune has just removed it
             except (DamageFound, UnknownFormat) as err:
                 # The traceback keeps what was read of the manifest: many damaged ones would fill the memory.
                 err.__cause__ = err.__context__ = None
-                damaged.append((self.path / found, err.with_traceback(None)))
+                for one in into:
+                    one.damaged.append((self.path / point, err.with_traceback(None)))
             except RepositoryUnreadable as err:
                 if not tolerant:
                     raise
-                unreadable.append((self.path / found, err))
-        return ScannedPoints(tuple(good), tuple(damaged), tuple(unreadable))
+                for one in into:
+                    one.unreadable.append((self.path / point, err))
+        return [one.scanned() for one in found.values()]
 
     def _nothing_of(self, point: PointId) -> NoSuchPoint:
         return self._missing(f"{self.name} has no point {point} in this repository, not even a retired one")
@@ -294,9 +342,25 @@ class VmDirectory:
         except BackupctlError as err:
             err.add(subject=str(path))
             raise
-        if (manifest.point, manifest.vm, manifest.repository) != (point, self.name, self.repository):
+        if (manifest.point, manifest.repository) != (point, self.repository) or not self._bears(manifest):
             raise DamageFound(f"{path}: the manifest belongs to another point, VM or repository")
         return Point(path, manifest)
+
+    def _bears(self, manifest: Manifest) -> bool:
+        """Whether a manifest is of this VM, by the name that it has or had."""
+        return manifest.vm == self.name or former_names.may_bear(self.path, manifest.point, manifest.vm)
+
+
+@dataclass
+class _Found:
+    """A scan under way."""
+
+    good: list[Point] = field(default_factory=list)
+    damaged: list[tuple[Path, BackupctlError]] = field(default_factory=list)
+    unreadable: list[tuple[Path, RepositoryUnreadable]] = field(default_factory=list)
+
+    def scanned(self) -> ScannedPoints:
+        return ScannedPoints(tuple(self.good), tuple(self.damaged), tuple(self.unreadable))
 
 
 def _ids(names: list[str]) -> list[PointId]:

@@ -177,6 +177,20 @@ def rename(source: Path, target: Path) -> None:
         raise
 
 
+def rename_new(source: Path, target: Path) -> None:
+    """Rename as `rename` does, but replace nothing, not even an empty directory.
+
+    Raises FileExistsError, OSError.
+    """
+    _log.debug("rename %s to %s", source, target)
+    _rename_to_new(source, target)
+    try:
+        sync_directory(target.parent)
+    except OSError:
+        target.rename(source)
+        raise
+
+
 def remove(path: Path) -> None:
     """Remove a file, if it exists, durably. Raises OSError."""
     _log.debug("remove %s", path)

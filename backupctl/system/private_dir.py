@@ -41,6 +41,31 @@ def directory() -> Iterator[Path]:
         yield Path(name)
 
 
+@contextmanager
+def named(path: Path) -> Iterator[Path]:
+    """Create the directory of this name, which must not exist, as `directory` does; remove it at the end.
+
+    For a process that is told where its sockets must be. Raises Failed.
+    """
+    try:
+        _sweep(path.parent)
+        path.mkdir(0o700)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as err:
+        raise Failed(f"cannot make the directory {path}: {err.strerror or err}") from err
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def new_name() -> Path:
+    """Return a name for `named` on any machine; chance sees to it that nothing has it yet."""
+    return Path(_ELSEWHERE[0]) / f"{_PREFIX}{os.urandom(8).hex()}"
+
+
 def check() -> None:
     """Check that `directory` works, by making a socket in one. Raises Failed, naming the directory."""
     with directory() as made, socket.socket(socket.AF_UNIX) as trial:

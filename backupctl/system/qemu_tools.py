@@ -22,6 +22,8 @@ Child: TypeAlias = "subprocess.Popen[bytes]"
 END_SECONDS = 120.0
 _AGAIN_SECONDS = 1.0
 _IMG_SECONDS = 300.0
+_VERSION_SECONDS = 10.0
+_VERSION_BYTES = 200
 _NO_LOCK = re.compile(r'Failed to get (shared )?"[a-z ]+" lock')
 # Not EIO: QEMU reports invalid tables with it, too.
 _HINDRANCES = (
@@ -67,6 +69,26 @@ def img_program() -> str:
 def server_program() -> str:
     """Return the qemu-storage-daemon to use."""
     return os.environ.get("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")
+
+
+def version(program: str) -> str:
+    """Return what one of the tools says of its version, such as "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)".
+
+    Raises RepositoryError.
+    """
+    try:
+        done = subprocess.run(
+            [program, "--version"], capture_output=True, timeout=_VERSION_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as err:
+        raise RepositoryError(f"cannot run {program}: {err}") from err
+    first = done.stdout[:_VERSION_BYTES].decode(errors="replace").partition("\n")[0]
+    return first.partition(" version ")[2].strip() or first.strip()
+
+
+def system_program() -> str:
+    """Return the QEMU that boots a throw-away VM."""
+    return os.environ.get("QEMU_SYSTEM", "qemu-system-x86_64")
 
 
 def start(

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
+from backupctl.digests.clusters import CLUSTER_BYTES, Clusters, Records
 from backupctl.errors import TransferError
 from backupctl.system.direct_io import aligned
 
@@ -22,6 +22,7 @@ BATCH_CLUSTERS = 16
 """1 MiB. Requests of 2 MiB took three times the CPU in the source's QEMU, which serves a guest as well."""
 BATCH_BYTES = BATCH_CLUSTERS * CLUSTER_BYTES
 ZERO_CLUSTERS = 4096
+_BUFFERS = 8  # made together: a huge page, of 2 MiB mostly, has several
 
 
 class Part(NamedTuple):
@@ -44,13 +45,15 @@ class Batch:
     """Clusters on their way.
 
     buffer: for their content, page-aligned; None if they are zeroes. reads: requests in flight that fill it.
-    failure: why they could not be read. writing: whether a worker has begun to write them.
+    failure: why they could not be read. records: of the clusters, once their digests are computed. writing:
+    whether a worker has begun to write them.
     """
 
     numbers: Clusters
     buffer: memoryview | None
     reads: int = field(default=0, init=False)
     failure: TransferError | None = field(default=None, init=False)
+    records: Records | None = field(default=None, init=False)
     writing: bool = field(default=False, init=False)
 
     @property
@@ -59,9 +62,10 @@ class Batch:
         return None if self.buffer is None else self.buffer[: len(self.numbers) * CLUSTER_BYTES]
 
 
-def new_buffer() -> memoryview:
-    """Return memory for a batch, as direct I/O needs it."""
-    return aligned(BATCH_BYTES)
+def new_buffers() -> list[memoryview]:
+    """Return memory for some batches, as direct I/O needs it; what is not written to needs no memory yet."""
+    memory = aligned(_BUFFERS * BATCH_BYTES, huge_pages=True)
+    return [memory[at : at + BATCH_BYTES] for at in range(0, len(memory), BATCH_BYTES)]
 
 
 def runs(numbers: Clusters) -> Iterator[Run]:

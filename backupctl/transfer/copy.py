@@ -3,12 +3,16 @@
 
 ::
 
-    parts ─► batches ─► [read]  ─────────► [filled, filtered, written] ─► done
-                        the copy's thread,     worker threads,
-                        which never blocks     which block
+    parts ─► batches ─► [read, digested] ─► a few ─► [filtered, written] ─► done
+                        the copy's thread,            worker threads,
+                        which never blocks            which block
 
-A read error is fatal: not one byte of a failed read is written. The copy's own thread polls sockets, keeps
-the rate limit, calls `check` and watches for stalls. It neither hashes nor writes.
+A read error is fatal: not one byte of a failed read is written. The copy's own thread polls sockets, computes
+digests, keeps the rate limit, calls `check` and watches for stalls. It neither looks at digest maps, which
+may be on a disk that hangs, nor writes. Where a reader blocks, a worker reads and digests too.
+
+A worker gets several batches at once: each time that threads hand the interpreter to each other costs as
+much as the digest of a cluster.
 """
 
 import threading
@@ -23,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from backupctl.digests import clusters
-from backupctl.digests.clusters import CLUSTER_BYTES, Clusters
+from backupctl.digests import clusters, hashing
+from backupctl.digests.clusters import CLUSTER_BYTES, Clusters, Records
 from backupctl.errors import ReadFailed, TransferError, WriteFailed
 from backupctl.system.threads import CHECK_SECONDS, END_SECONDS, Workers
 from backupctl.transfer import batch as batches
@@ -35,19 +39,20 @@ from backupctl.transfer.reader import Reader
 from backupctl.transfer.sink import Sink
 
 WORKERS = 2
-_AHEAD = 2  # batches for each worker that are read already, so that it never waits
+_TOGETHER = 4
+"""How many batches a worker gets at once, at most."""
+_AHEAD = 2 * _TOGETHER  # batches that are read already, so that no worker waits
 
 
 class Wanted(NamedTuple):
-    """What of a batch is to be written: a flag for each of its clusters, as data and as zeroes."""
+    """What is to be written of some clusters: a flag for each of them, as data and as zeroes."""
 
     data: NDArray[np.bool_]
     zero: NDArray[np.bool_]
 
 
-Filter = Callable[[Clusters, memoryview | None], Wanted]
-"""Called in a worker with the clusters of a batch and their content (None: known to be zeroes). What it
-raises ends the copy."""
+Filter = Callable[[Records], Wanted]
+"""Called in a worker with the records of some clusters, ascending. What it raises ends the copy."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,6 @@ class Copied:
     zero_bytes: int
 
 
-def pass_all(numbers: Clusters, content: memoryview | None) -> Wanted:
-    """Let everything pass as it is."""
-    data = np.full(len(numbers), content is not None)
-    return Wanted(data, ~data)
-
-
 @dataclass(frozen=True)
 class Copy:
     """A copy from a reader to a sink; `run` does it.
@@ -71,7 +70,7 @@ class Copy:
     sink: None if the filter lets nothing pass: then everything is only read.
     check: called at least every 100 ms while bytes move; what it raises ends the copy.
     progress: called with the bytes done. stall_seconds: the longest time without any batch making progress.
-    filter_batch: chooses what of each batch is written.
+    filter_records: chooses what is written. None: all of it as it is, and no digest is computed.
     on_unreadable: called with each cluster that the source could not read, and the copy goes on without it.
     None: a read error ends the copy.
     zero_clusters: how many zeroes are one batch, at most; fewer for a sink that may have to write them.
@@ -85,13 +84,13 @@ class Copy:
     progress: Callable[[int], None] = lambda _done_bytes: None
     limiter: TokenBucket = field(default_factory=partial(TokenBucket, None))
     stall_seconds: float = 60.0
-    filter_batch: Filter = pass_all
+    filter_records: Filter | None = None
     on_unreadable: Callable[[Clusters], None] | None = None
     zero_clusters: int = batches.ZERO_CLUSTERS
     workers: Workers | None = None
 
     def run(self, parts: Iterable[Part]) -> Copied:
-        """Copy all parts. Raises ReadFailed, WriteFailed, and what `check` and `filter_batch` raise."""
+        """Copy all parts. Raises ReadFailed, WriteFailed, and what `check` and `filter_records` raise."""
         with ExitStack() as held:
             workers = self.workers or held.enter_context(Workers(WORKERS))
             wakeup = held.enter_context(Wakeup())
@@ -108,11 +107,13 @@ class _RunningCopy:
         self._wakeup = wakeup
         self._workers = workers
         self._pollables = [*copy.reader.pollables, wakeup]
-        self._most = copy.reader.batches + _AHEAD * workers.count
+        self._most = copy.reader.batches + _AHEAD
         self._again: deque[Part] = deque()
         self._in_flight: set[Batch] = set()
+        self._reading = 0
+        self._gathered: list[Batch] = []
         self._free: list[memoryview] = []
-        self._worked: deque[tuple[Batch, BaseException | None]] = deque()
+        self._worked: deque[tuple[list[Batch], BaseException | None]] = deque()
         self._working = _Working()
         self._copied_bytes = self._zero_bytes = 0
 
@@ -151,11 +152,13 @@ class _RunningCopy:
     def _start(self, piece: Part) -> None:
         if piece.zero:
             batch = Batch(piece.numbers, None)
-            self._work(batch)
+            self._work([batch])
         else:
             self._copy.limiter.spend(self._bytes(piece.numbers))
-            batch = Batch(piece.numbers, self._free.pop() if self._free else batches.new_buffer())
+            self._free = self._free or batches.new_buffers()
+            batch = Batch(piece.numbers, self._free.pop())
             self._copy.reader.start(batch)
+            self._reading += 1
         self._in_flight.add(batch)
 
     def _advance(self) -> bool:
@@ -163,20 +166,41 @@ class _RunningCopy:
         moved = False
         for batch in self._copy.reader.ended():
             moved = True
-            if batch.failure is None:
-                self._work(batch)
-            else:
-                self._unreadable(batch, batch.failure)
+            self._reading -= 1
+            self._read(batch)
+        # The last ones must not wait for others, of which none may come.
+        if self._gathered and not self._reading:
+            self._work_gathered()
         while self._worked:
             moved = True
-            batch, failure = self._worked.popleft()
-            if isinstance(failure, ReadFailed):
-                self._unreadable(batch, failure)
-            elif failure is not None:
-                raise failure
-            else:
-                self._finish(batch)
+            self._end(*self._worked.popleft())
         return moved
+
+    def _read(self, batch: Batch) -> None:
+        if batch.failure is not None:
+            self._unreadable(batch, batch.failure)
+        elif self._copy.reader.blocking:
+            self._work([batch])
+        else:
+            self._digest(batch)
+            self._gathered.append(batch)
+            if len(self._gathered) == _TOGETHER:
+                self._work_gathered()
+
+    def _work_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for some in _ascending(gathered):
+            self._work(some)
+
+    def _end(self, worked: list[Batch], failure: BaseException | None) -> None:
+        if isinstance(failure, ReadFailed) and self._copy.reader.blocking:
+            (batch,) = worked
+            self._unreadable(batch, failure)
+        elif failure is not None:
+            raise failure
+        else:
+            for batch in worked:
+                self._finish(batch)
 
     def _unreadable(self, batch: Batch, failure: TransferError) -> None:
         if self._copy.on_unreadable is None:
@@ -203,38 +227,55 @@ class _RunningCopy:
     def _bytes(self, numbers: Clusters) -> int:
         return clusters.bytes_of(numbers, self._copy.reader.size)
 
-    def _work(self, batch: Batch) -> None:
-        self._workers.submit(partial(self._handle, batch))
+    def _work(self, some: list[Batch]) -> None:
+        self._workers.submit(partial(self._handle, some))
 
-    def _handle(self, batch: Batch) -> None:
+    def _handle(self, some: list[Batch]) -> None:
         """Do in a worker what blocks."""
         failure: BaseException | None = None
         if not self._working.begin():
             return
         try:
-            self._fill_and_write(batch)
+            self._filter_and_write(some)
         except BaseException as err:  # noqa: BLE001 - the copy's thread raises it
             failure = err
         finally:
             self._working.end()
-        self._worked.append((batch, failure))
+        self._worked.append((some, failure))
         self._wakeup.set()
 
-    def _fill_and_write(self, batch: Batch) -> None:
-        copy, content = self._copy, batch.content
-        if content is not None:
-            copy.reader.fill(batch)
-        wanted = copy.filter_batch(batch.numbers, content)
+    def _digest(self, batch: Batch) -> None:
+        if self._copy.filter_records is not None:
+            batch.records = hashing.of_content(batch.numbers, batch.content)
+
+    def _filter_and_write(self, some: list[Batch]) -> None:
+        """Work on some batches, whose clusters ascend: all of data, or one of zeroes."""
+        copy, first = self._copy, some[0]
+        if first.records is None:
+            if first.buffer is not None and copy.reader.blocking:
+                copy.reader.fill(first)
+            self._digest(first)
+        numbers, wanted = self._wanted(some)
         if not self._working.wanted:
             return
-        batch.writing = True
+        for batch in some:
+            batch.writing = True
         if wanted.data.any():
             assert copy.sink is not None
-            assert content is not None
-            copy.sink.write(batch.numbers[wanted.data], _slices(content, wanted.data))
+            copy.sink.write(numbers[wanted.data], list(_slices(some, wanted.data)))
         if wanted.zero.any():
             assert copy.sink is not None
-            copy.sink.zero(batch.numbers[wanted.zero])
+            copy.sink.zero(numbers[wanted.zero])
+
+    def _wanted(self, some: list[Batch]) -> tuple[Clusters, Wanted]:
+        """Return the clusters of some batches, and what of them is to be written."""
+        choose = self._copy.filter_records
+        if choose is None:
+            numbers = np.concatenate([batch.numbers for batch in some])
+            data = np.full(len(numbers), some[0].buffer is not None)
+            return numbers, Wanted(data, ~data)
+        records = np.concatenate([batch.records for batch in some if batch.records is not None])
+        return records["cluster"], choose(records)
 
 
 class _Working:
@@ -262,9 +303,28 @@ class _Working:
             self._changed.wait_for(lambda: not self._count, END_SECONDS)
 
 
-def _slices(content: memoryview, chosen: NDArray[np.bool_]) -> list[memoryview]:
-    """Return the parts of a buffer that hold the chosen clusters."""
-    if chosen.all():
-        return [content]
-    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)) * CLUSTER_BYTES
-    return [content[first:stop] for first, stop in edges.reshape(-1, 2).tolist()]
+def _ascending(gathered: list[Batch]) -> list[list[Batch]]:
+    """Return batches, which were read in any order, as sinks take them: their clusters ascend."""
+    found: list[list[Batch]] = []
+    for batch in sorted(gathered, key=lambda one: int(one.numbers[0])):
+        if found and found[-1][-1].numbers[-1] < batch.numbers[0]:
+            found[-1].append(batch)
+        else:
+            found.append([batch])
+    return found
+
+
+def _slices(some: list[Batch], chosen: NDArray[np.bool_]) -> Iterator[memoryview]:
+    """Yield the parts of the batches' buffers that hold the chosen clusters."""
+    begin = 0
+    for batch in some:
+        stop, content = begin + len(batch.numbers), batch.content
+        its, begin = chosen[begin:stop], stop
+        if content is None:
+            continue
+        if its.all():
+            yield content
+            continue
+        edges = np.flatnonzero(np.diff(its, prepend=False, append=False)) * CLUSTER_BYTES
+        for first, last in edges.reshape(-1, 2).tolist():
+            yield content[first:last]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The filter of a backup: computes digests, and leaves out what the layers below hold already."""
+"""The filter of a backup: leaves out what the layers below hold, and collects the records of the rest."""
 
 import threading
 
-from backupctl.digests import clusters, hashing
-from backupctl.digests.clusters import Clusters, EffectiveContent
+from backupctl.digests import clusters
+from backupctl.digests.clusters import EffectiveContent, Records
 from backupctl.digests.record_table import RecordTable
 from backupctl.transfer.copy import Wanted
 
@@ -21,18 +21,15 @@ class DedupFilter:
         self._lock = threading.Lock()
         self.unchanged_bytes = 0
 
-    def __call__(self, numbers: Clusters, content: memoryview | None) -> Wanted:
-        """Return what of a batch is to be written; content: None if it is known to be zeroes.
-
-        Raises WriteFailed.
-        """
-        found = hashing.of_zeroes(numbers) if content is None else hashing.of_clusters(numbers, content)
-        new = clusters.differ(found, self._below.of(numbers))
+    def __call__(self, found: Records) -> Wanted:
+        """Return what is to be written of some clusters, by their records. Raises WriteFailed."""
+        new = clusters.differ(found, self._below.of(found["cluster"]))
         if new.all():
             self._table.add(found)
         else:
             self._table.add(found[new])
             with self._lock:
-                self.unchanged_bytes += clusters.bytes_of(numbers[~new], self._below.size_bytes)
+                unchanged = found["cluster"][~new]
+                self.unchanged_bytes += clusters.bytes_of(unchanged, self._below.size_bytes)
         zero = clusters.is_zero(found)
         return Wanted(new & ~zero, new & zero)

@@ -93,7 +93,7 @@ def intersect(offset: int, asked: int, replies: list[list[int]]) -> Extents:
     """
     clipped = [clip(asked, reply) for reply in replies]
     covered = min(int(stops[-1]) for stops, _ in clipped)
-    every = np.unique(np.concatenate([stops for stops, _ in clipped])) if len(clipped) > 1 else clipped[0][0]
+    every = _each_once([stops for stops, _ in clipped]) if len(clipped) > 1 else clipped[0][0]
     stops = every[: int(np.searchsorted(every, covered)) + 1]
     lengths = np.diff(stops, prepend=0)
     flags = tuple(flags[np.searchsorted(its_stops, stops)] for its_stops, flags in clipped)
@@ -112,3 +112,11 @@ def clip(asked: int, reply: list[int]) -> tuple[Bytes, Bytes]:
     if len(stops) > 1 and int(stops[-2]) >= asked:
         raise BadReply("an extent beyond the range that was asked for")
     return np.minimum(stops, asked), pairs[:, 1]
+
+
+def _each_once(ascending: list[Bytes]) -> Bytes:
+    """Return the numbers of several ascending arrays as one, each number once."""
+    # Not np.unique: its first call loads numpy.ma, a thirtieth of an incremental without changes, and it
+    # hashes each number. A stable sort merges runs that are in order already: 0.1 ms in place of 4.
+    found = np.sort(np.concatenate(ascending), kind="stable")
+    return np.asarray(found[np.diff(found, prepend=-1) != 0])

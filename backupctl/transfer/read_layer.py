@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from backupctl.digests import hashing
 from backupctl.digests.clusters import Clusters, Records
 from backupctl.system.threads import Workers
 from backupctl.transfer.batch import Part
@@ -33,10 +32,9 @@ def read(
     """
     failed: list[Clusters] = [np.empty(0, np.uint64)]
 
-    def pass_nothing(numbers: Clusters, content: memoryview | None) -> Wanted:
-        assert content is not None
-        on_records(hashing.of_clusters(numbers, content))
-        nothing = np.zeros(len(numbers), np.bool_)
+    def pass_nothing(found: Records) -> Wanted:
+        on_records(found)
+        nothing = np.zeros(len(found), np.bool_)
         return Wanted(nothing, nothing)
 
     Copy(
@@ -44,7 +42,7 @@ def read(
         None,
         check=check,
         progress=progress,
-        filter_batch=pass_nothing,
+        filter_records=pass_nothing,
         on_unreadable=failed.append,
         workers=workers,
     ).run(wanted)

@@ -2,7 +2,7 @@
 """Where a copy reads from: the seam between `copy` and whatever has the bytes.
 
 A reader either starts requests that end by themselves (an NBD export), or reads in the worker that then
-filters and writes the batch (files of ours).
+digests, filters and writes the batch (files of ours).
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,6 +35,10 @@ class Reader(Protocol):
     def size(self) -> int:
         """The size of the disk in bytes."""
 
+    @property
+    def blocking(self) -> bool:
+        """Whether `fill` does the reading, in a worker; otherwise a batch that has ended is complete."""
+
     def start(self, batch: Batch) -> None:
         """Begin to read a batch into its buffer, which must stay until the batch has ended."""
 
@@ -53,6 +57,8 @@ class NbdReader:
 
     size: what of the export is the disk, in bytes; None: all of it.
     """
+
+    blocking = False
 
     def __init__(self, source: Source, size: int | None = None) -> None:
         self.size = source.size if size is None else size

@@ -18,10 +18,10 @@ from functools import partial
 
 import numpy as np
 
-from backupctl.digests import clusters
+from backupctl.digests import clusters, hashing
 from backupctl.errors import ReadFailed, WriteFailed
-from backupctl.transfer.batch import BATCH_BYTES, BATCH_CLUSTERS, Batch, Part, new_buffer
-from backupctl.transfer.copy import Filter, pass_all
+from backupctl.transfer.batch import BATCH_BYTES, BATCH_CLUSTERS, Batch, Part, new_buffers
+from backupctl.transfer.copy import Filter
 from backupctl.transfer.polling import poll_once
 from backupctl.transfer.reader import Reader
 
@@ -38,11 +38,11 @@ def stream(
     *,
     check: Callable[[], None],
     progress: Callable[[int], None],
-    on_batch: Filter = pass_all,
+    filter_records: Filter | None = None,
 ) -> None:
     """Write all of a disk to a descriptor. parts: its data, as `cluster_map.all_parts` yields it.
 
-    on_batch: called with each batch before any byte of it is written (no content: zeroes); what it raises
+    filter_records: called with the records of each batch before any byte of it is written; what it raises
     ends the stream. check: called at least every 100 ms while the reader takes no bytes; what it raises ends
     the stream. progress: called with the bytes done. Raises ReadFailed, WriteFailed.
     """
@@ -60,7 +60,8 @@ def stream(
                 return
             batch = in_flight.popleft()
             reads.wait(batch)
-            on_batch(batch.numbers, batch.content)
+            if filter_records is not None:
+                filter_records(hashing.of_content(batch.numbers, batch.content))
             length = clusters.bytes_of(batch.numbers, reader.size)
             _write_all(write, (batch.content or _ZEROES)[:length], check)
             if batch.buffer is not None:
@@ -111,7 +112,9 @@ def _batches(parts: Iterable[Part], size_bytes: int, free: list[memoryview]) -> 
             yield from _zeroes(at, block * BATCH_CLUSTERS)
             at = min((block + 1) * BATCH_CLUSTERS, count)
             numbers = np.arange(block * BATCH_CLUSTERS, at, dtype=np.uint64)
-            yield Batch(numbers, free.pop() if free else new_buffer())
+            if not free:
+                free.extend(new_buffers())
+            yield Batch(numbers, free.pop())
     yield from _zeroes(at, count)
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from backupctl.digests import clusters, hashing
-from backupctl.digests.clusters import Clusters, EffectiveContent, Records
+from backupctl.digests import clusters
+from backupctl.digests.clusters import EffectiveContent, Records
 from backupctl.sizes import Range
 from backupctl.transfer.copy import Wanted
 
@@ -32,12 +32,11 @@ class VerifyFilter:
         self._size_bytes = size_bytes
         self._zeroes = zeroes
 
-    def __call__(self, numbers: Clusters, content: memoryview | None) -> Wanted:
-        """Return what of a batch is to be written; content: None if it is known to be zeroes."""
-        found = hashing.of_zeroes(numbers) if content is None else hashing.of_clusters(numbers, content)
+    def __call__(self, found: Records) -> Wanted:
+        """Return what is to be written of some clusters, by their records."""
         self._compare(found)
         zero = clusters.is_zero(found)
-        return Wanted(~zero, zero if self._zeroes else np.zeros(len(numbers), np.bool_))
+        return Wanted(~zero, zero if self._zeroes else np.zeros(len(found), np.bool_))
 
     def _compare(self, found: Records) -> None:
         if self._expected is None:

@@ -197,6 +197,12 @@ class Resolver(Protocol):
         Doing it again does nothing more. Raises MonitorError; what is left is found by the next call.
         """
 
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Remove the scratch files with names that dead runs left; return what was done, in words.
+
+        directory: on the machine that the VM runs on, for all scratch files. Raises Failed, MonitorError.
+        """
+
 
 class Session(Resolver, Protocol):
     """One backup of one VM. As long as it lasts, a guard thaws the guest if this process dies."""
@@ -287,6 +293,15 @@ class Driver(Resolver, Protocol):
     def check_scratch(self, directory: Path) -> None:
         """Refuse a scratch directory whose path cannot be passed to the VM. Raises Refused."""
 
+    def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:
+        """Return who else needs the file system of the scratch directory, on the VM's machine.
+
+        Raises MonitorError, Refused if the directory cannot be used.
+        """
+
+    def left_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Name what `sweep_scratch` would remove. Raises Failed, MonitorError."""
+
     def plan_scratch(
         self, disks: Sequence[Disk], options: ScratchOptions, guests: str = ""
     ) -> tuple[ScratchBudget, ...]:
@@ -296,7 +311,10 @@ class Driver(Resolver, Protocol):
         """
 
     def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
-        """Return for each directory that a run fills who else needs its file system. Raises MonitorError."""
+        """Return for each directory of this machine that a run fills who else needs its file system.
+
+        Raises MonitorError.
+        """
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """Return the VM as it will be after `resolve`. Changes nothing. Raises MonitorError, Refused."""

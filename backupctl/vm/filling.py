@@ -40,7 +40,7 @@ class Filling:
         A directory that can't be looked at is left to whoever writes there.
         """
         with suppress(OSError):
-            left = free_bytes(self.directory)
+            left = self.free_bytes()
             if left >= LOW_BYTES or time.monotonic() - self._asked < _AGAIN_SECONDS:
                 return
             if who := self.who():
@@ -49,6 +49,10 @@ class Filling:
                     "gave up before the guest's own writes could fail"
                 )
             self._asked = time.monotonic()
+
+    def free_bytes(self) -> int:
+        """Return how much is left on it, in bytes. Raises OSError."""
+        return free_bytes(self.directory)
 
     def who(self) -> str:
         """Say what of virtual machines lies, or may lie, on this file system; "" for nothing.

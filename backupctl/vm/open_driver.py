@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The one place that knows which driver a VM of the configuration needs.
 
-A VM is off if nobody listens on its monitor's socket. A monitor that is silent, or that cannot be reached for
-another reason, tells nothing of its VM, which may run. If the socket of a running VM is named wrongly, QEMU's
-lock on the images tells that it runs (`offline.images`).
+A VM is off if nobody listens on its monitor's socket, or if libvirt says so. A monitor that is silent, or
+that cannot be reached for another reason, tells nothing of its VM, which may run. If the socket of a running
+VM is named wrongly, QEMU's lock on the images tells that it runs (`offline.images`).
+
+A driver is loaded only where it is used: every run would wait for the others.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, MonitorUnreachable, VmIsOff
-from backupctl.options import NoMonitor, Timeouts, VmConfig, VmImage, WhenOff
+from backupctl.options import LibvirtAccess, NoMonitor, QmpAccess, Timeouts, VmConfig, WhenOff
 from backupctl.vm.driver import Driver
 from backupctl.vm.guest import agent
-from backupctl.vm.offline import driver as offline
 from backupctl.vm.qmp import driver as qmp
 
 _HOW_TO_BACK_UP = "if it is off, it can be backed up by its images (--image DISK=FILE)"
@@ -62,27 +63,51 @@ def _opened(
     why = "no monitor is configured"
     if not isinstance(vm.access, NoMonitor):
         try:
-            return held.enter_context(qmp.connect(vm, vm.access, timeouts, cancel))
+            return held.enter_context(_connect(vm, vm.access, timeouts, cancel))
         except MonitorUnreachable as err:
             if not err.nobody_listens:
                 raise
-            if decided == "fail" or (decided == "backup" and not _images(vm)):
-                err.hint = err.hint if _images(vm) else f"{err.hint}; {_HOW_TO_BACK_UP}"
+            if decided == "fail" or (decided == "backup" and not vm.images):
+                if isinstance(vm.access, QmpAccess) and not vm.images:
+                    err.hint = f"{err.hint}; {_HOW_TO_BACK_UP}"
                 raise
             why = err.message
     if decided == "skip":
         raise VmIsOff(f"{vm.name} is off ({why}), so it was skipped", state=UNTOUCHED)
-    return held.enter_context(offline.connect(_images(vm), f"{vm.name} is off ({why})", timeouts, cancel))
+    from backupctl.vm.offline import driver as offline  # noqa: PLC0415 - see above
+
+    return held.enter_context(offline.connect(vm, f"{vm.name} is off ({why})", timeouts, cancel))
 
 
-def _images(vm: VmConfig) -> tuple[VmImage, ...]:
-    """Return the images of a VM that is off, from whatever source its kind of access has."""
-    return vm.images
+def _connect(
+    vm: VmConfig, access: QmpAccess | LibvirtAccess, timeouts: Timeouts, cancel: Cancellation | None
+) -> AbstractContextManager[Driver]:
+    if isinstance(access, LibvirtAccess):
+        from backupctl.vm.libvirt import driver as libvirt  # noqa: PLC0415 - see above
+
+        return libvirt.connect(vm, access, timeouts, cancel)
+    if access.qmp.remote:
+        from backupctl.vm.remote import driver as remote  # noqa: PLC0415 - see above
+
+        return remote.connect(vm, access, timeouts, cancel)
+    return qmp.connect(vm, access, timeouts, cancel)
+
+
+def is_remote(vm: VmConfig) -> bool:
+    """Whether the VM runs on another host: the scratch directory is there then."""
+    return isinstance(vm.access, QmpAccess) and vm.access.qmp.remote
 
 
 def can_freeze(vm: VmConfig) -> bool:
-    """Whether a guest agent is configured."""
-    return vm.access.agent is not None
+    """Whether a guest agent is configured; libvirt knows by itself whether a domain has one."""
+    return isinstance(vm.access, LibvirtAccess) or vm.access.agent is not None
+
+
+def agent_place(vm: VmConfig) -> str:
+    """Say where the guest agent answers, for people."""
+    if isinstance(vm.access, LibvirtAccess):
+        return f"libvirt's agent channel of {vm.access.domain}"
+    return str(vm.access.agent)
 
 
 def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
@@ -90,8 +115,19 @@ def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
 
     `can_freeze` must be true. Needs no open driver.
     """
-    assert vm.access.agent is not None
-    with agent.Agent.connect(vm.access.agent, timeouts.agent_seconds) as connection:
+    access = vm.access
+    if isinstance(access, LibvirtAccess):
+        from backupctl.vm.libvirt.agent import LibvirtAgent  # noqa: PLC0415 - see above
+
+        with LibvirtAgent.connect(access.uri, access.domain, timeouts.agent_seconds) as talk:
+            return talk.freeze_status()
+    assert isinstance(access, QmpAccess)
+    assert access.agent is not None
+    if access.qmp.remote:
+        from backupctl.vm.remote import host  # noqa: PLC0415 - see above
+
+        return host.freeze_status(access, timeouts)
+    with agent.Agent.connect(access.agent, timeouts.agent_seconds) as connection:
         return connection.freeze_status()
 
 
@@ -100,5 +136,22 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
 
     Needs no open driver: a guest must not wait for a monitor that somebody else holds.
     """
-    address = vm.access.agent
-    return address is not None and agent.thaw_if_frozen(address, timeouts.agent_seconds)
+    access = vm.access
+    if isinstance(access, LibvirtAccess):
+        from backupctl.vm.libvirt import agent as libvirt_agent  # noqa: PLC0415 - see above
+
+        return libvirt_agent.thaw_if_frozen(access.uri, access.domain, timeouts.agent_seconds)
+    if access.agent is None:
+        return False
+    if access.qmp.remote:
+        from backupctl.vm.remote import host  # noqa: PLC0415 - see above
+
+        return host.thaw_if_frozen(access, timeouts)
+    return agent.thaw_if_frozen(access.agent, timeouts.agent_seconds)
+
+
+def domains(uri: str, timeouts: Timeouts) -> list[tuple[str, bool]]:
+    """Return the names of a libvirt's domains, and whether each runs. Raises MonitorError."""
+    from backupctl.vm.libvirt.connection import domain_names  # noqa: PLC0415 - see above
+
+    return domain_names(uri, timeouts.command_seconds)

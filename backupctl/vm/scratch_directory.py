@@ -35,7 +35,7 @@ def make_private(namespace: Namespace, vm: VmName, directory: Path) -> Path:
         safe_directory.resolve(directory)
     except UsageError as err:
         raise Refused(f"the scratch directory {err.message}") from err
-    return Path(tempfile.mkdtemp(prefix=_private_prefix(namespace, vm), dir=directory))
+    return Path(tempfile.mkdtemp(prefix=private_prefix(namespace, vm), dir=directory))
 
 
 def sweep(namespace: Namespace, vm: VmName, directory: Path) -> list[str]:
@@ -52,7 +52,7 @@ def sweep(namespace: Namespace, vm: VmName, directory: Path) -> list[str]:
 
 def left_directories(namespace: Namespace, vm: VmName, directory: Path) -> list[str]:
     """Name the private directories that `sweep` would remove. Raises Failed if `directory` cannot be read."""
-    prefix = _private_prefix(namespace, vm)
+    prefix = private_prefix(namespace, vm)
     try:
         with os.scandir(directory) as entries:
             return sorted(
@@ -66,6 +66,7 @@ def left_directories(namespace: Namespace, vm: VmName, directory: Path) -> list[
         raise Failed(f"cannot read the scratch directory {directory}: {err.strerror}") from err
 
 
-def _private_prefix(namespace: Namespace, vm: VmName) -> str:
+def private_prefix(namespace: Namespace, vm: VmName) -> str:
+    """Return how the name of each private directory of a VM begins."""
     # '@' cannot be part of a VM's name, so no VM's prefix is the beginning of another's.
     return f"{namespace.prefix}{vm}@"

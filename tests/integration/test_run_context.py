@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a run is given from outside: a clock, and a hook that is called as each step is entered."""
 
+import os
 from datetime import UTC, datetime
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from backupctl.cancel import Cancellation
 from backupctl.errors import Failed
 from backupctl.names import vm_name
+from backupctl.operations import running
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
 from backupctl.options import QmpAccess, RunOptions, ScratchOptions, VmConfig
@@ -73,3 +75,23 @@ def test_whatever_is_raised_is_rolled_back_and_only_an_exception_becomes_an_erro
     assert not lab.agent.frozen
     lab.assert_at_rest()
     lab.next_is_right()
+
+
+def test_status_tells_what_a_running_backup_does_and_nothing_is_noted_while_the_guest_is_frozen(lab):
+    seen: list[str | None] = []
+    told: list[dict] = []
+    directory = Repository.open(lab.cli.repository).vm(vm_name("web"))
+
+    def on_step(entered: str) -> None:
+        found = running.running(directory)
+        seen.append(found.step if found else None)
+        if entered == "dismantle":
+            told.append(lab.cli.json("status", "web"))
+
+    report = backup.run(context(lab, on_step))
+    assert seen == [None, "prepare", "attach", "freeze", "freeze", "export", "copy", "dismantle", "commit"]
+    found = told[0]["running"]
+    assert (found["command"], found["point"], found["pid"]) == ("incremental", report.point, os.getpid())
+    assert (found["step"], found["number"], found["steps"]) == ("copy", 7, 10)
+    assert lab.cli.json("status", "web")["running"] is None
+    lab.assert_at_rest()

@@ -23,13 +23,11 @@ from backupctl.names import PointId, VmName, next_point_id, point_time
 from backupctl.operations import recover
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import verify
-from backupctl.options import QmpAccess, VmConfig
 from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history
 from backupctl.repository.journal import Journal
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
-from backupctl.system.address import Address
 from fixtures.pieces import of_piece
 from tests.powerloss import disk, qcow2
 from tests.powerloss.disk import EMPTY, GARBAGE, HALF, MIXED, OLD, TORN, WHOLE, ZEROES, Content, Tree
@@ -222,11 +220,10 @@ def _points(directory: VmDirectory, before: Points, after: Points, due: str | No
 
 def _next_run(repository: Repository, directory: VmDirectory) -> str:
     """Do what the next run does first, and begin a point."""
-    vm = VmConfig(VM, QmpAccess(Address(path="/nowhere")))
     facts = recover.DirectoryFacts(directory, repository.owner)
     with directory.lock():
         facts.unfinished()
-        recover.drop_leftover_files(vm, facts, repository.path)
+        recover.drop_leftover_files(facts)
         audit.reconcile(directory)
         if directory.pending_points():
             return "something unfinished is left"

@@ -6,12 +6,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 import pytest
 
-from backupctl.cli import units
+from backupctl.cli import times, units
 from backupctl.cli.main import cli
 from backupctl.errors import (
     AgentUnavailable,
@@ -25,7 +26,7 @@ from backupctl.errors import (
 from backupctl.events import StepStarted
 from backupctl.events.backup import CrashConsistent, DiskSkipped, RecoveredFromEarlierRun
 from backupctl.names import BitmapName, DiskName, NodeName, VmName
-from backupctl.operations import bitmaps, status
+from backupctl.operations import bitmaps, status, usage
 from backupctl.operations import recover as recovery
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.outcome import RunReport
@@ -41,11 +42,13 @@ from backupctl.operations.routine import forecast
 from backupctl.operations.routine import run as routine
 from backupctl.operations.routine.forecast import DiskForecast, Forecast
 from backupctl.operations.routine.run import RoutineReport, TaskResult
+from backupctl.operations.running import Running
 from backupctl.operations.status import DiskStatus, Status
 from backupctl.operations.verify import run as verify
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport
 from backupctl.outcome import documents
+from backupctl.repository.activity import DiskActivity
 from backupctl.repository.repository import Repository
 from tests.screens.terminal import every_look, look_at
 from tests.unit.points import P1, P2, P3, Builder, disk_entry
@@ -71,6 +74,9 @@ def tmp_path() -> Iterator[Path]:
 def show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Compare a screen with the one that is kept. What takes no ten minutes takes half a second."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(times, "now", lambda: datetime(2026, 1, 10, 12, tzinfo=UTC))
+    monkeypatch.setattr(times, "local", lambda time, *, utc=False, real=times.local: real(time, utc=True))
+    monkeypatch.setattr(usage, "tree_bytes", size_on_any_file_system)
     monkeypatch.setattr(
         units, "duration", lambda seconds, real=units.duration: real(seconds if seconds > 600 else 0.5)
     )
@@ -87,6 +93,12 @@ def show(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]
         assert seen == path.read_text()
 
     return show
+
+
+def size_on_any_file_system(path: Path) -> int:
+    """Stand for the allocated bytes, which depend on the file system."""
+    sizes = {".qcow2": 5 << 17, ".digests": 4096, "": 3 << 19}
+    return sizes.get(path.suffix, 4096) * (4 if path.name == "vm1" else 1)
 
 
 def points(tmp_path: Path) -> Builder:
@@ -128,11 +140,18 @@ def test_points(show, tmp_path):
     show("show", "show", "vm1", P3, *IN)
     show("diff", "diff", "vm1", P1, P3, *IN)
     show("verify", "verify", "vm1", *IN)
+    show("du", "du", "vm1", *IN)
     show("prune-dry-run", "prune", "vm1", "--keep-last", "1", "--dry-run", *IN)
     show("protect", "protect", "vm1", "latest", *IN)
     show("unprotect", "unprotect", "vm1", "latest", *IN)
     show("restore", "restore", "vm1", P1, "--to", "vda.raw", "--disk", "vda", "--force", *IN)
     show("restore-exists", "restore", "vm1", P1, "--to", "vda.raw", "--disk", "vda", *IN)
+    show("delete-dry-run", "delete", "vm1", P2, "--dry-run", *IN)
+    show("delete-refused", "delete", "vm1", P1[:8], P3, *IN)
+    show("rename-dry-run", "rename", "vm1", "vm2", "--dry-run", *IN)
+    show("remove-dry-run", "remove", "vm1", "--dry-run", *IN)
+    show("remove-refused", "remove", "vm1", *IN)
+    show("ambiguous-point", "show", "vm1", "2026", *IN)
     show("no-such-point", "show", "vm1", "20270101T000000Z", *IN)
 
 
@@ -324,9 +343,44 @@ def test_status(show, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(status, "look", lambda *_: found)
     show("status", "status", "web", *VM)
+    monkeypatch.setattr(status, "look", lambda *_: RUNNING)
+    show("status-running", "status", "web", *VM)
     empty = Status(VmName("web"), (), (), None, LONG, (), (), "the VM can't be reached")
     monkeypatch.setattr(status, "look", lambda *_: empty)
     show("status-off", "status", "web", *VM)
+
+
+RUNNING = Status(
+    VmName("web"),
+    (P1,),
+    (),
+    None,
+    "another run (process 4711) is working on web in this repository",
+    (),
+    (),
+    "it waits for a few seconds, then leaves with exit code 75",
+    running=Running(
+        command="incremental",
+        pid=4711,
+        point=P2,
+        step="copy",
+        number=7,
+        steps=10,
+        description="copying",
+        started="2026-01-02T00:00:00Z",
+        updated="2026-01-02T00:20:00Z",
+        elapsed_seconds=1200,
+        disks=(
+            DiskActivity(DiskName("vda"), 3 << 30, 4 << 30, estimated=False),
+            DiskActivity(DiskName("vdb"), 0, 1 << 30, estimated=True),
+        ),
+        done_bytes=3 << 30,
+        total_bytes=5 << 30,
+        estimated=True,
+        rate_bytes=100 << 20,
+        left_seconds=660,
+    ),
+)
 
 
 def test_bitmaps(show, monkeypatch, tmp_path):

@@ -13,6 +13,10 @@ CODES = {
     *("AgentError", "AgentUnavailable", "AgentRefused", "AgentTimeout", "FreezeOverrun", "GuardLost"),
     *("TransferError", "ReadFailed", "WriteFailed", "RepositoryError", "NotARepository"),
     *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists", "HookFailed"),
+    "AmbiguousPoint",
+    "VmIsOff",
+    "FilesystemError",
+    "RestoreTestFailed",
 }
 """Interface, whatever the classes are called: a code is never changed, and none is taken out."""
 

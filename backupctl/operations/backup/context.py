@@ -8,6 +8,8 @@ from functools import cached_property
 
 from backupctl.cancel import Cancellation
 from backupctl.events import StepStarted
+from backupctl.names import PointId
+from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
 from backupctl.repository.repository import Repository
@@ -28,6 +30,7 @@ class RunContext:
 
     clock: tells the time after which the point is named. on_step: called with the name of each step as the
     run enters it, before anything of it is done; for drills and tests. current: the step that the run is in.
+    point: the point that it makes, once that is named. activity: tells `status`, once the lock is held.
     """
 
     vm: VmConfig
@@ -38,6 +41,8 @@ class RunContext:
     clock: Callable[[], datetime] = _now
     on_step: Callable[[str], None] = _nothing
     current: str = field(default="prepare", init=False)
+    point: PointId | None = field(default=None, init=False)
+    activity: ActivityLog | None = field(default=None, init=False)
 
     @cached_property
     def directory(self) -> VmDirectory:
@@ -48,6 +53,8 @@ class RunContext:
         """Enter a step, and report it."""
         self.enter(name)
         self.reporter.event(StepStarted(name))
+        if self.activity is not None:
+            self.activity.step(name, self.point)
 
     def enter(self, name: str) -> None:
         """Enter a step without reporting it: the guest is frozen, and nothing may wait for a terminal."""

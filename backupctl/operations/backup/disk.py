@@ -11,7 +11,7 @@ that one in between was removed by hand after its point had been pruned.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +23,12 @@ from backupctl.errors import ReadFailed, moving
 from backupctl.images import create
 from backupctl.images.qcow2_writer import Qcow2Writer
 from backupctl.names import DiskName
+from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.plan import DiskPlan
-from backupctl.progress import Reporter
-from backupctl.repository import chain
+from backupctl.progress import Overall, Reporter
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.pending_point import PendingPoint
-from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system.threads import Workers
 from backupctl.transfer.cluster_map import ClusterMap
 from backupctl.transfer.copy import Copy
@@ -43,10 +43,19 @@ DISKS_AT_ONCE = 2 * (os.cpu_count() or 1)
 
 
 class DiskProgress:
-    """How far each disk is: noted by the threads that copy, reported by the main thread."""
+    """How far each disk is: noted by the threads that copy, reported by the main thread.
 
-    def __init__(self, reporter: Reporter) -> None:
+    sizes: of all disks of the run. How much of a disk must be read is known when its copy begins; until then
+    it is taken for as large a part as of the other disks, so that the end of all can be foretold.
+    """
+
+    def __init__(
+        self, reporter: Reporter, sizes: Mapping[DiskName, int], activity: ActivityLog | None = None
+    ) -> None:
         self._reporter = reporter
+        self._sizes = sizes
+        self._activity = activity
+        self._overall = Overall()
         self._noted: dict[DiskName, tuple[int, int]] = {}
         self._reported: dict[DiskName, tuple[int, int]] = {}
 
@@ -55,18 +64,34 @@ class DiskProgress:
         self._noted[disk] = (done_bytes, total_bytes)
 
     def report(self) -> None:
-        """Tell the reporter what it has not been told."""
-        for disk, noted in list(self._noted.items()):
-            if self._reported.get(disk) != noted:
-                self._reported[disk] = noted
-                self._reporter.progress(disk, *noted)
+        """Tell the reporter, and whoever asks for the status, what they have not been told."""
+        found = self._all()
+        for disk, (done_bytes, total_bytes, _) in found.items():
+            if self._reported.get(disk) != (done_bytes, total_bytes):
+                self._reported[disk] = (done_bytes, total_bytes)
+                self._overall.note(disk, done_bytes, total_bytes)
+                self._reporter.progress(disk, done_bytes, total_bytes)
+        if self._activity is not None and found:
+            self._activity.progress(found, self._overall)
+
+    def _all(self) -> dict[DiskName, tuple[int, int, bool]]:
+        """Return bytes done and in all of each disk, and whether the latter is an estimate."""
+        noted = dict(self._noted)  # threads add to it
+        known = sum(self._sizes[disk] for disk in noted)
+        if not known:
+            return {}
+        share = sum(total for _, total in noted.values()) / known
+        return {
+            disk: (*noted[disk], False) if disk in noted else (0, round(size * share), True)
+            for disk, size in self._sizes.items()
+        }
 
 
 @dataclass(frozen=True)
 class LayerCopier:
     """Copies the disks of one point, several at once, each in a thread of its own."""
 
-    directory: VmDirectory
+    chains: CheckedChains
     partial: PendingPoint
     limiter: TokenBucket
     workers: Workers
@@ -82,13 +107,12 @@ class LayerCopier:
         disk = one.disk
         source.use_check(check)
         path = self.partial.path / f"{disk.name}.qcow2"
-        layers = chain.below(self.directory, one.base, disk.name)
-        below = chain.effective_content(layers, disk.size)
+        below = self.chains.content(one.base, disk.name, disk.size)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
         newest = below
         if one.newest is not None:
-            newest = chain.effective_content(chain.below(self.directory, one.newest, disk.name), disk.size)
+            newest = self.chains.content(one.newest, disk.name, disk.size)
         known_bytes = min(below.described_bytes, newest.described_bytes)
         cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, known_bytes)
         if newest is not below:
@@ -99,7 +123,7 @@ class LayerCopier:
         dedup = DedupFilter(below, table)
         with create.new_file(path) as image:
             with (
-                moving(disk.name, f"{path.name} in {self.directory.path}"),
+                moving(disk.name, f"{path.name} in {self.chains.directory.path}"),
                 Qcow2Writer(image, disk.size, link) as sink,
             ):
                 copied = Copy(
@@ -109,7 +133,7 @@ class LayerCopier:
                     progress=lambda done_bytes: self.progress.note(disk.name, done_bytes, total),
                     limiter=self.limiter,
                     stall_seconds=self.stall_seconds,
-                    filter_batch=dedup,
+                    filter_records=dedup,
                     workers=self.workers,
                 ).run(cluster_map.parts())
                 sink.finish()

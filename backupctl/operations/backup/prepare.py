@@ -4,6 +4,7 @@
 Which disks there are, from which base each is taken, what would stop the run later, how much room there is.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from backupctl.events.backup import (
     NoPointToBuildOn,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
+    VmRenamed,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
 from backupctl.names import DiskName, Namespace, PointId, VmName
@@ -41,11 +43,11 @@ from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
 from backupctl.options import ChainOptions, Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
-from backupctl.repository import audit, chain
+from backupctl.repository import audit, chain, former_names
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
@@ -59,12 +61,13 @@ _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 class Prepared:
     """What step 1 found out.
 
-    budgets: the scratch space of each disk of the plan. filling: the file systems that the run writes to.
-    recorded: the newest point from which a bitmap in the VM records, of whatever copy of the repository.
-    version: of what runs the VM.
+    chains: those that the plan builds on. budgets: the scratch space of each disk of the plan. filling: the
+    file systems that the run writes to. recorded: the newest point from which a bitmap in the VM records, of
+    whatever copy of the repository. version: of what runs the VM.
     """
 
     plan: Plan
+    chains: CheckedChains
     budgets: tuple[ScratchBudget, ...]
     filling: tuple[Filling, ...]
     recorded: PointId | None
@@ -109,34 +112,46 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     gone = recover.gone(facts, recorded)
     for done in recover.recover_vm(vm, facts, driver, options.scratch.directory, options.timeouts):
         reporter.event(RecoveredFromEarlierRun(done))
-    audit.reconcile(directory)
-    for problem in audit.problems(directory):
+    points = directory.scan_all()
+    audit.reconcile(directory, points)
+    for problem in audit.problems(directory, points.committed):
         reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
     refuse_directories(ctx.repository.path, options.scratch.directory, driver)
     inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:
         reporter.event(DiskSkipped(name, why))
-    plan = _plan(ctx, inventory, chosen, gone)
+    chains = CheckedChains(directory, points)
+    known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
+    plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
-    scratch_directory.check(options.scratch.directory)
-    filling = driver.filling((ctx.repository.path, options.scratch.directory), inventory.disks)
+    if not directory.all_points() and (renamed := former_names.bearer(ctx.repository.path, vm.name)):
+        reporter.event(VmRenamed(vm.name, renamed))
+    filling = (
+        *driver.filling((ctx.repository.path,), inventory.disks),
+        driver.scratch_filling(options.scratch.directory, inventory.disks),
+    )
     for one in filling:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
     ctx.cancel.check()
-    return Prepared(plan, budgets, filling, recorded, driver.version)
+    return Prepared(plan, chains, budgets, filling, recorded, driver.version)
 
 
-def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone: tuple[PointId, ...]) -> Plan:
+def _plan(
+    ctx: RunContext,
+    inventory: Inventory,
+    chosen: tuple[Disk, ...],
+    scanned: ScannedPoints,
+    chains: planning.ChainFacts,
+) -> Plan:
     directory, options = ctx.directory, ctx.options
-    scanned = directory.scan_points()
     for path, err in scanned.damaged:
         ctx.reporter.event(PointDamaged(path.name, None, err.message))
     plan = planning.plan(
         options.kind,
         chosen,
         inventory,
-        chain_facts(directory, ctx.repository.owner, scanned.points, gone, options.chain),
+        chains,
         options.chain.on_broken,
         since=directory.point(options.since) if options.since else None,
     )
@@ -146,7 +161,7 @@ def _plan(ctx: RunContext, inventory: Inventory, chosen: tuple[Disk, ...], gone:
 
 
 def chain_facts(
-    directory: VmDirectory,
+    chains: CheckedChains,
     namespace: Namespace,
     points: tuple[Point, ...],
     gone: tuple[PointId, ...],
@@ -156,8 +171,8 @@ def chain_facts(
     return planning.ChainFacts(
         namespace,
         points,
-        error=lambda point, disk: chain.chain_error(directory, point, disk),
-        too_long=lambda point, disk: chain.chain_too_long(directory, wanted.max_layers, point, disk),
+        error=chains.error,
+        too_long=functools.partial(chains.too_long, wanted.max_layers),
         gone=gone,
     )
 

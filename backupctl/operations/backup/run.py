@@ -38,6 +38,7 @@ from backupctl.events.backup import CrashConsistent
 from backupctl.names import PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import outcome, prepare
+from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.disk import DISKS_AT_ONCE, DiskProgress, LayerCopier
 from backupctl.operations.backup.outcome import RunReport
@@ -68,6 +69,8 @@ def run(ctx: RunContext) -> RunReport:
             open_for_backup(ctx.vm, timeouts, ctx.cancel) as driver,
             driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
         ):
+            ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
+            ctx.activity.step("prepare", None)
             prepared = prepare.prepare(ctx, driver)
             session.stand_by()
             return _Run(ctx, session, prepared).make()
@@ -109,6 +112,7 @@ class _Run:
         with ctx.repository.next_point(ctx.directory, started, self.prepared.recorded) as self.point:
             journal = outcome.journal(self.point, ctx.vm.name, ctx.repository.id, self.plan, started)
             partial = ctx.directory.begin(self.point, journal)
+            ctx.point = self.point
         session.attach(self._request(self.point, freezes=freezes))
         freeze = self._point_in_time(partial, freezes=freezes)
         self._begin("export")
@@ -217,7 +221,8 @@ class _Run:
         """Step 7: some disks at once. This thread goes on with looking at what must end the run."""
         ctx = self.ctx
         limiter = TokenBucket(ctx.options.limit_bytes_per_second)
-        progress = DiskProgress(ctx.reporter)
+        sizes = {one.disk.name: one.disk.size for one in self.plan.disks}
+        progress = DiskProgress(ctx.reporter, sizes, ctx.activity)
 
         def check() -> None:
             self._check()
@@ -225,7 +230,7 @@ class _Run:
 
         with Workers(copy.WORKERS) as workers:
             stall_seconds = ctx.options.timeouts.stall_seconds
-            copier = LayerCopier(ctx.directory, partial, limiter, workers, progress, stall_seconds)
+            copier = LayerCopier(self.prepared.chains, partial, limiter, workers, progress, stall_seconds)
             disks = zip(self.plan.disks, sources, strict=True)
             tasks = [functools.partial(copier.copy_disk, one, source) for one, source in disks]
             entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)

@@ -29,10 +29,9 @@ from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import counted
 from backupctl.repository.repository import Repository
 from backupctl.system import files, qemu_tools
-from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Driver, Foreseen
-from backupctl.vm.open_driver import can_freeze, freeze_status, open_driver
+from backupctl.vm.open_driver import agent_place, can_freeze, freeze_status, is_remote, open_driver
 from backupctl.vm.scratch_directory import LOW_BYTES
 
 
@@ -57,7 +56,7 @@ def examine(vm: VmConfig, path: Path, options: RunOptions, known: Known = nobody
     repository = None
     with suppress(BackupctlError):
         repository = Repository.open(path)
-    found = [*_tools(), *_repository(vm, path), *_trials(path, options)]
+    found = [*_tools(), *_repository(vm, path), *_trials(vm, path, options)]
     if repository is not None and (worker := repository.vm(vm.name).lock_holder()):
         found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
     else:
@@ -95,13 +94,14 @@ def _repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
         yield Finding("repository", "warning", problem, f"backupctl verify {vm.name}")
 
 
-def _trials(path: Path, options: RunOptions) -> Iterator[Finding]:
+def _trials(vm: VmConfig, path: Path, options: RunOptions) -> Iterator[Finding]:
     """What a run will do in its directories, tried."""
     with suppress(NotARepository, OSError):
         if os.path.lexists(path):
             Repository.refuse_foreign(path)  # nothing is tried in a directory of somebody else
         yield from trials.of_repository(path)
-    yield from trials.of_scratch(options.scratch.directory)
+    if not is_remote(vm):
+        yield from trials.of_scratch(options.scratch.directory)
     yield from trials.of_temporary()
 
 
@@ -207,10 +207,12 @@ def _media(inventory: Inventory) -> Iterator[Finding]:
 
 def _filling(driver: Driver, inventory: Inventory, path: Path, options: RunOptions) -> Iterator[Finding]:
     """Whether what a run fills is what a guest may need."""
-    directories = tuple(dict.fromkeys((_existing(path), _existing(options.scratch.directory))))
-    for one in driver.filling(directories, inventory.disks):
+    found = driver.filling((_existing(path),), inventory.disks)
+    with suppress(Refused):  # a missing directory is told of elsewhere
+        found = (*found, driver.scratch_filling(options.scratch.directory, inventory.disks))
+    for one in {(type(one), one.directory): one for one in found}.values():
         if who := one.who():
-            verdict: Verdict = "bad" if files.free_bytes(one.directory) < LOW_BYTES else "ok"
+            verdict: Verdict = "bad" if one.free_bytes() < LOW_BYTES else "ok"
             limit = _mib(LOW_BYTES)
             said = f"on the file system of {one.directory}, {who}: a run is given up when {limit} are left"
             yield Finding(
@@ -221,8 +223,7 @@ def _filling(driver: Driver, inventory: Inventory, path: Path, options: RunOptio
 def _scratch(driver: Driver, inventory: Inventory, options: RunOptions) -> Iterator[Finding]:
     directory = options.scratch.directory
     try:
-        scratch_directory.check(directory)
-        (filling,) = driver.filling((directory,), inventory.disks)
+        filling = driver.scratch_filling(directory, inventory.disks)
         budgets = driver.plan_scratch(inventory.disks, options.scratch, filling.who())
     except Refused as err:
         yield Finding("scratch", "bad", err.message)
@@ -272,7 +273,7 @@ def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
         advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
         yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
     else:
-        yield Finding("agent", "ok", f"answers at {vm.access.agent}; the guest is not frozen")
+        yield Finding("agent", "ok", f"answers at {agent_place(vm)}; the guest is not frozen")
 
 
 def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:

@@ -59,7 +59,7 @@ def copy_layer(
             target,
             check=check,
             progress=lambda done_bytes: progress(done_bytes, total),
-            filter_batch=verify,
+            filter_records=verify,
             on_unreadable=on_unreadable,
         ).run(part for records in one.written() for part in _parts(records))
     return copied.copied_bytes + copied.zero_bytes

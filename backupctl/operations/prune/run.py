@@ -13,17 +13,19 @@ Step 3 depends only on what is in the repository, so after a crash at any point 
 where this one ended. The VM's lock is taken for each step of it, so that a backup need not wait for all.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import BackupctlError, DamageFound, Failed, Locked, NoSuchPoint, WriteFailed
 from backupctl.events import StepStarted
 from backupctl.events.prune import LeftForNextPrune, PointDropped
 from backupctl.names import DiskName, PointId
+from backupctl.operations import usage
 from backupctl.operations.prune import copy_layer, retention
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.operations.prune.survey import Survey
@@ -39,6 +41,7 @@ from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system import locks
 from backupctl.vm.filling import Filling
 
+STATE = "every remaining point is complete; a point that was dropped stays dropped"
 _LOCK_SECONDS = 1.0
 
 
@@ -58,7 +61,8 @@ class PruneReport:
 
     decisions: for each point that there was. dropped: points that are no longer recovery points. removed:
     those whose directories are removed too. left: what the next prune has to do, and why. long_chains: disks
-    of kept points with more layers than was asked for. damage: why layers could not be merged.
+    of kept points with more layers than was asked for. damage: why layers could not be merged. freed:
+    bytes by point, as the file system counts them; of a plan an estimate, or None if it cannot be made.
     """
 
     decisions: tuple[Decision, ...]
@@ -68,6 +72,12 @@ class PruneReport:
     left: tuple[str, ...] = ()
     long_chains: tuple[str, ...] = ()
     damage: tuple[str, ...] = ()
+    freed: Mapping[PointId, int] | None = None
+
+    @property
+    def freed_bytes(self) -> int | None:
+        """All that is freed; None if it is not known. Below 0 where a merge is left unfinished."""
+        return None if self.freed is None else sum(self.freed.values())
 
 
 def plan(
@@ -105,31 +115,45 @@ def prune(
     is not known what is based on what. Further Interrupted, WriteFailed, ReadFailed, RepositoryError.
     """
     directory.refuse_unknown()  # taking its lock would make it
-    outcome, survey = _Outcome(), Survey(directory)
-    steps = _Steps(directory, reporter, stop, Filling(directory.path), survey, outcome)
+    steps = _Steps.of(directory, reporter, stop)
     try:
         with directory.lock():
             audit.reconcile(directory)
-            decisions = _decide(survey, rules)
-            steps.remove_leftovers()
-            for point in retention.dropped(decisions):
-                steps.retire(point)
+            decisions = _decide(steps.survey, rules)
+            steps.retire_all(retention.dropped(decisions))
         steps.clear()
     except Failed as err:
         raise err.add(
-            state="every remaining point is complete; a point that was dropped stays dropped",
+            state=STATE,
             hint="the same prune again continues where this one ended",
             next_command=f"backupctl prune {directory.name}",
         ) from err
-    return PruneReport(
-        decisions,
-        tuple(outcome.dropped),
-        tuple(outcome.removed),
-        tuple(outcome.merged),
-        tuple(outcome.left),
-        long_chains(directory, max_chain),
-        tuple(outcome.damage),
-    )
+    return replace(steps.outcome.report(decisions), long_chains=long_chains(directory, max_chain))
+
+
+def drop(
+    directory: VmDirectory,
+    choose: Callable[[Survey], Sequence[PointId]],
+    reporter: Reporter,
+    stop: Cancellation,
+    *,
+    protected: bool,
+) -> PruneReport:
+    """Drop the points that `choose` returns, and finish what an earlier prune began.
+
+    choose: called under the VM's lock, when the history is in order; may raise. protected: drop those that
+    are protected, too. Raises as `prune`.
+    """
+    directory.refuse_unknown()
+    steps = _Steps.of(directory, reporter, stop, protected=protected)
+    with directory.lock():
+        audit.reconcile(directory)
+        steps.survey.update()
+        chosen = choose(steps.survey)
+        steps.retire_all(chosen)
+    steps.clear()
+    decisions = [Decision(point, keep=False, reasons=("named",)) for point in chosen]
+    return steps.outcome.report(tuple(decisions))
 
 
 def protect(directory: VmDirectory, wanted: str) -> PointId:
@@ -181,6 +205,27 @@ class _Outcome:
     damage: list[str] = field(default_factory=list)
     skipped: set[tuple[PointId, str]] = field(default_factory=set)
     in_use: set[PointId] = field(default_factory=set)
+    freed: dict[PointId, int] = field(default_factory=dict)
+
+    def report(self, decisions: tuple[Decision, ...]) -> PruneReport:
+        """Return the report of what was done by these decisions."""
+        return PruneReport(
+            decisions,
+            tuple(self.dropped),
+            tuple(self.removed),
+            tuple(self.merged),
+            tuple(self.left),
+            damage=tuple(self.damage),
+            freed=dict(self.freed),
+        )
+
+    @contextmanager
+    def freeing(self, point: PointId, *changed: Path) -> Iterator[None]:
+        """Count what the block frees in some directories as freed by dropping a point."""
+        before = sum(map(usage.tree_bytes, changed))
+        yield
+        freed = before - sum(map(usage.tree_bytes, changed))
+        self.freed[point] = self.freed.get(point, 0) + freed
 
 
 @dataclass(frozen=True)
@@ -193,13 +238,28 @@ class _Steps:
     filling: Filling
     survey: Survey
     outcome: _Outcome
+    protected: bool
+
+    @classmethod
+    def of(
+        cls, directory: VmDirectory, reporter: Reporter, stop: Cancellation, *, protected: bool = False
+    ) -> "_Steps":
+        """Return the steps for a VM. protected: whether protected points are dropped, too."""
+        survey, filling = Survey(directory), Filling(directory.path)
+        return cls(directory, reporter, stop, filling, survey, _Outcome(), protected)
+
+    def retire_all(self, points: Iterable[PointId]) -> None:
+        """Do step 2 for several points, and remove what a prune was removing when it crashed."""
+        self.remove_leftovers()
+        for point in points:
+            self.retire(point)
 
     def retire(self, point: PointId) -> None:
         """Do step 2, unless somebody reads the point or has just protected it."""
         path = self.directory.path / point
         try:
             with locks.directory(path, _LOCK_SECONDS):
-                if markers.has(path, markers.PROTECTED):
+                if markers.has(path, markers.PROTECTED) and not self.protected:
                     return
                 markers.put(path, markers.RETIRED)
                 history.record(self.directory.path, PointEvent("dropped", point))
@@ -215,7 +275,8 @@ class _Steps:
         """Remove directories that a killed prune was removing; those of backups are for `recover`."""
         for leftover in self.directory.pending_points():
             if markers.has(leftover.path, markers.RETIRED):
-                leftover.drop()
+                with self.outcome.freeing(leftover.point, leftover.path):
+                    leftover.drop()
 
     def clear(self) -> None:
         """Do step 3, one layer after the other, until nothing is left that can be done now."""
@@ -262,7 +323,8 @@ class _Steps:
             self.outcome.in_use.add(point.id)
             self._leave(f"{point.id} is dropped, but its directory stays for now: {err.message}")
             return
-        leftover.drop()  # what a crash leaves of it the recovery of the next run removes
+        with self.outcome.freeing(point.id, leftover.path):
+            leftover.drop()  # what a crash leaves of it the recovery of the next run removes
         self.outcome.removed.append(point.id)
 
     def _merge(self, lower: Point, upper: Point, disk: DiskName) -> None:
@@ -271,6 +333,7 @@ class _Steps:
         try:
             one = Merge.of(upper, chain.layers(self.directory, upper, disk))
             with ExitStack() as held:
+                held.enter_context(self.outcome.freeing(lower.id, lower.path, upper.path))
                 with locks.directory(lower.path, _LOCK_SECONDS):
                     # The exclusive lock shows that nobody reads the lower layer itself, and it is no longer a
                     # point. Whoever comes after the marker reads it through the upper layer, which masks
@@ -296,10 +359,11 @@ class _Steps:
         try:
             with ExitStack() as held:
                 held.enter_context(locks.directory(point.path, _LOCK_SECONDS))
+                below = self.directory.path / str(entry.parent)
                 with suppress(FileNotFoundError):  # removed already: a crash came after the rename
-                    below = self.directory.path / str(entry.parent)
                     held.enter_context(locks.directory(below, _LOCK_SECONDS))
-                done = merge.swap_images(point, entry)
+                with self.outcome.freeing(PointId(str(entry.parent)), point.path, below):
+                    done = merge.swap_images(point, entry)
         except Locked as err:
             self._skip(point, entry.name, f"{entry.name} of {point.id} is not exchanged: {err.message}")
             return

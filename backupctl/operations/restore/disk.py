@@ -101,7 +101,7 @@ class DiskReader:
                 descriptor,
                 check=self.stop.check,
                 progress=self.progress,
-                on_batch=verify,
+                filter_records=verify,
             )
 
     @contextmanager
@@ -183,7 +183,7 @@ class _Pipeline:
             self.sink,
             check=self.reader.stop.check,
             progress=self.reader.progress,
-            filter_batch=self.verify,
+            filter_records=self.verify,
             on_unreadable=on_unreadable,
             zero_clusters=self.zero_clusters,
             workers=self.workers,

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backupctl.cancel import Cancellation
-from backupctl.digests import clusters, hashing
-from backupctl.digests.clusters import Clusters, EffectiveContent
+from backupctl.digests import clusters
+from backupctl.digests.clusters import Clusters, EffectiveContent, Records
 from backupctl.errors import UNTOUCHED, BackupctlError, DamageFound, UsageError, WriteFailed, moving
 from backupctl.events import StepStarted
 from backupctl.events.restore import TargetLarger, TargetResized
@@ -186,8 +186,8 @@ def _differing(one: _Target, address: Path) -> NDArray[np.bool_]:
     size = one.expected.size_bytes
     found = np.zeros(clusters.count(size), np.bool_)
 
-    def compare(numbers: Clusters, content: memoryview | None) -> Wanted:
-        held = hashing.of_zeroes(numbers) if content is None else hashing.of_clusters(numbers, content)
+    def compare(held: Records) -> Wanted:
+        numbers = held["cluster"]
         found[numbers] = clusters.differ(held, one.expected.of(numbers))
         nothing = np.zeros(len(numbers), np.bool_)
         return Wanted(nothing, nothing)
@@ -202,7 +202,7 @@ def _differing(one: _Target, address: Path) -> NDArray[np.bool_]:
             None,
             check=one.stop.check,
             progress=_progress(one, size),
-            filter_batch=compare,
+            filter_records=compare,
             on_unreadable=rewrite,
         ).run(_until(cluster_map.all_parts(source), len(found)))
     return found
@@ -240,7 +240,7 @@ def _write(one: _Target, address: Path, differing: NDArray[np.bool_]) -> int:
                 target,
                 check=one.stop.check,
                 progress=_progress(one, total),
-                filter_batch=VerifyFilter(one.expected, on_mismatch, size, zeroes=True),
+                filter_records=VerifyFilter(one.expected, on_mismatch, size, zeroes=True),
                 on_unreadable=on_unreadable,
                 zero_clusters=_ZERO_CLUSTERS,
             ).run(_wanted(differing, one.expected))

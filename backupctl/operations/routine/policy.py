@@ -10,7 +10,9 @@ from backupctl.names import VmName
 from backupctl.operations.prune.retention import Rules
 from backupctl.options import Kind
 from backupctl.repository.point import Point
+from backupctl.repository.tested import RestoreTests
 
+_TOLERANCE = timedelta(hours=1)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -20,11 +22,13 @@ class Policy:
 
     full_every: how often all disks are to be read whole; None for never. rules: what a prune keeps; without
     any nothing is pruned. verify_percent: how much of the data to verify each time; 0 for none.
+    restore_test_every: how often the newest point is to be booted; None for never.
     """
 
     full_every: timedelta | None = None
     rules: Rules = field(default_factory=Rules)
     verify_percent: float = 0.0
+    restore_test_every: timedelta | None = None
 
 
 def backup_kind(vm: VmName, points: Sequence[Point], every: timedelta | None, now: datetime) -> Kind:
@@ -41,6 +45,18 @@ def backup_kind(vm: VmName, points: Sequence[Point], every: timedelta | None, no
     current = _period(vm, now, every)
     full = (point.manifest.started for point in points if point.manifest.kind == "full")
     return "incremental" if any(_period(vm, taken, every) == current for taken in full) else "full"
+
+
+def is_restore_test_due(tests: RestoreTests | None, every: timedelta, now: datetime) -> bool:
+    """Return whether a point is to be booted. tests: what the last tests came to.
+
+    After a failure each run tries again. A test counts as a little older than it is, because no two runs
+    begin at the same second. One of the future, of a clock that was wrong, does not count.
+    """
+    if tests is None or not tests.passed or tests.passed_at is None:
+        return True
+    age = now - tests.passed_at
+    return age < timedelta(0) or age + min(_TOLERANCE, every / 4) >= every
 
 
 def _period(vm: VmName, time: datetime, length: timedelta) -> int:

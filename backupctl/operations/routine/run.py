@@ -7,13 +7,14 @@
     prune    only after a backup that found nothing wrong: what is older may be all that there is; none after
              one that was skipped because the VM is off
     verify   a sample of the data, whatever became of the backup
+    restore-test  the newest point is booted, if that is configured and due
 
 A task that fails does not hide another one's result; the worst error decides the exit code.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Literal, TypeAlias, TypeVar
 
@@ -22,12 +23,13 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import BackupctlError, Interrupted, Locked, VmIsOff
 from backupctl.events.repository import SampleChosen
 from backupctl.events.routine import FullDue, TaskSkipped, WaitingForLock
-from backupctl.operations import verdict
+from backupctl.operations import restore_test, verdict
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.run import PruneReport
+from backupctl.operations.restore_test import RestoreTestReport, RestoreTestRequest
 from backupctl.operations.routine import policy
 from backupctl.operations.routine.policy import Policy
 from backupctl.operations.verify import run as verify
@@ -35,11 +37,13 @@ from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport
 from backupctl.options import RunOptions, VmConfig
 from backupctl.progress import Reporter
+from backupctl.repository import tested
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
+from backupctl.vm.trial.options import TrialOptions
 
-Task = Literal["backup", "prune", "verify"]
-Report: TypeAlias = RunReport | PruneReport | VerifyReport
+Task = Literal["backup", "prune", "verify", "restore-test"]
+Report: TypeAlias = RunReport | PruneReport | VerifyReport | RestoreTestReport
 T = TypeVar("T")
 
 _LOOK_SECONDS = 1.0
@@ -47,13 +51,17 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Routine:
-    """What is to be done for a VM. options: of its incremental. wait_seconds: for the lock of the VM."""
+    """What is to be done for a VM. options: of its incremental. wait_seconds: for the lock of the VM.
+
+    trial: the throw-away VM of a restore test.
+    """
 
     vm: VmConfig
     repository: Repository
     options: RunOptions
     policy: Policy
     wait_seconds: float = 0.0
+    trial: TrialOptions = field(default_factory=TrialOptions)
 
     @property
     def directory(self) -> VmDirectory:
@@ -96,7 +104,8 @@ def run(asked: Routine, reporter: Reporter, stop: Cancellation) -> RoutineReport
     taken = work.backup()
     pruned = work.prune(taken)
     verified = work.verify(taken.error, pruned.error)
-    return RoutineReport((taken, pruned, verified), time.monotonic() - begun)
+    booted = work.restore_test(taken.error, pruned.error, verified.error)
+    return RoutineReport((taken, pruned, verified, *booted), time.monotonic() - begun)
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,27 @@ class _Work:
             return TaskResult("verify", error=err)
         found = list(verdict.of_verify({str(asked.repository.path): report}, asked.vm.name))
         return TaskResult("verify", report, errors.worst(found) if found else None, scope=scope)
+
+    def restore_test(self, *before: BackupctlError | None) -> tuple[TaskResult, ...]:
+        """Boot the newest point, if that is configured."""
+        asked, every = self.asked, self.asked.policy.restore_test_every
+        if every is None:
+            return ()
+        if any(isinstance(err, Interrupted) for err in before) or self.stop.requested:
+            return (self._skip("restore-test", "the run was stopped"),)
+        try:
+            if not asked.directory.scan_points(tolerant=True).points:
+                return (self._skip("restore-test", "there are no recovery points yet"),)
+            tests = tested.read(asked.directory.path)
+            if not policy.is_restore_test_due(tests, every, datetime.now(UTC)):
+                return (self._skip("restore-test", "it is not due yet"),)
+            wanted = RestoreTestRequest(
+                asked.directory, "latest", (), asked.trial, asked.options.scratch.directory
+            )
+            report = restore_test.test(wanted, self.reporter, self.stop)
+        except BackupctlError as err:
+            return (TaskResult("restore-test", error=err),)
+        return (TaskResult("restore-test", report, report.error),)
 
     def _skip(self, task: Task, why: str) -> TaskResult:
         self.reporter.event(TaskSkipped(self.asked.vm.name, task, why))

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -35,6 +35,12 @@ class Thaw(NamedTuple):
 
     thawed: int
     refusal: str
+
+
+class Ended(NamedTuple):
+    """How a program in the guest ended. status: its exit status; None if a signal killed it."""
+
+    status: int | None
 
 
 class Agent:
@@ -65,6 +71,26 @@ class Agent:
             why = "time-out" if isinstance(err, TimeoutError) else getattr(err, "strerror", "") or str(err)
             raise AgentUnavailable(f"no guest agent at {address}: {why}") from err
         return cls(made, timeout_seconds)
+
+    def ping(self) -> None:
+        """Return if the agent answers. Raises AgentError."""
+        self._command("guest-ping")
+
+    def start(self, program: str, arguments: Sequence[str]) -> int:
+        """Start a program in the guest; returns its process id there. Raises AgentError."""
+        reply = self._command("guest-exec", arguments={"path": program, "arg": list(arguments)})
+        process = reply.get("pid") if isinstance(reply, dict) else None
+        if not isinstance(process, int) or isinstance(process, bool):
+            raise AgentTimeout(f"the agent's answer to guest-exec makes no sense: {reply!r:.60}")
+        return process
+
+    def exit_status(self, process: int) -> "Ended | None":
+        """Return how a program that was started has ended; None if it has not. Raises AgentError."""
+        reply = self._command("guest-exec-status", arguments={"pid": process})
+        if not isinstance(reply, dict) or not isinstance(reply.get("exited"), bool):
+            raise AgentTimeout(f"the agent's answer to guest-exec-status makes no sense: {reply!r:.60}")
+        status = reply.get("exitcode")
+        return Ended(status if isinstance(status, int) else None) if reply["exited"] else None
 
     def freeze_status(self, seconds: float | None = None) -> str:
         """Return "thawed" or "frozen", within so many seconds. Raises AgentError.
@@ -122,11 +148,14 @@ class Agent:
             )
         return reply
 
-    def _command(self, command: str, seconds: float | None = None) -> Any:
+    def _command(
+        self, command: str, seconds: float | None = None, arguments: dict[str, Any] | None = None
+    ) -> Any:
         if not self._in_step:
             self._synchronise()
         try:
-            reply = self._exchange({"execute": command}, self._deadline(seconds))
+            message = {"execute": command, **({"arguments": arguments} if arguments else {})}
+            reply = self._exchange(message, self._deadline(seconds))
         except (OSError, EOFError, ValueError) as err:
             self._in_step = False
             raise AgentTimeout(f"the guest agent took {command} and did not answer it: {_why(err)}") from err

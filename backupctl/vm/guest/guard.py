@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The run's handle on its guard (see `guard_process`)."""
 
+import functools
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -59,11 +61,15 @@ class GuardClient:
     """
 
     def __init__(
-        self, process: "subprocess.Popen[bytes]", pair: socket.socket, agent: Address | None, timeout: float
+        self,
+        process: "subprocess.Popen[bytes]",
+        pair: socket.socket,
+        thaw: Callable[[], object] | None,
+        timeout: float,
     ) -> None:
         self._process = process
         self._pair = pair
-        self._agent = agent
+        self._thaw_without = thaw
         self._timeout = timeout
         self._due: float | None = None  # while the guest may be frozen: when that has to be over
         self._probed = time.monotonic()
@@ -77,16 +83,27 @@ class GuardClient:
         lock: the descriptor of the VM's lock, which the guard holds for as long as it works. Raises
         GuardLost, Refused.
         """
+        thaw = functools.partial(thaw_if_frozen, agent, agent_timeout_seconds) if agent else None
         reached = (_from_anywhere(monitor), _from_anywhere(agent) if agent else "")
+        return cls.launch(reached, thaw, agent_timeout_seconds, lock)
+
+    @classmethod
+    def launch(
+        cls, reached: tuple[str, str], thaw: Callable[[], object] | None, timeout_seconds: float, lock: int
+    ) -> Self:
+        """Start the process. reached: VM and agent, as its main function takes them.
+
+        thaw: thaws the guest if it is frozen, without a guard; None without an agent. Raises GuardLost.
+        """
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [str(its.fileno()), *reached, str(agent_timeout_seconds)]
+        arguments = [str(its.fileno()), *reached, str(timeout_seconds)]
         try:
             with its:
                 process = _spawn(arguments, (its.fileno(), lock))
         except OSError as err:
             ours.close()
             raise GuardLost(f"cannot start the guard process: {err.strerror}") from err
-        return cls(process, ours, agent, agent_timeout_seconds)
+        return cls(process, ours, thaw, timeout_seconds)
 
     def stand_by(self) -> None:
         """Wait until the guard stands by, unless it does already. Raises GuardLost."""
@@ -138,6 +155,10 @@ class GuardClient:
     def hold(self, connection: socket.socket, export: str) -> None:
         """Have the guard hold a duplicate of an NBD client's socket; before anything is said on it."""
         self._ask({"do": "hold", "export": export}, (connection.fileno(),))
+
+    def ready(self, export: str) -> None:
+        """Tell the guard that all clients of an export have ended their handshake."""
+        self._ask({"do": "ready", "export": export})
 
     def release(self) -> None:
         """The exports are gone: the guard may let go of the sockets. One that has died did."""
@@ -265,9 +286,9 @@ class GuardClient:
         self._process.kill()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_ANSWER_SECONDS)
-        if self._due is not None and self._agent is not None:
+        if self._due is not None and self._thaw_without is not None:
             with suppress(AgentError):  # it is tried again when the run is rolled back
-                thaw_if_frozen(self._agent, self._timeout)
+                self._thaw_without()
                 self._due = None
         return GuardLost(f"the guard process {why}")
 

@@ -23,8 +23,10 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
 from backupctl.errors import (
     AgentError,
@@ -36,7 +38,7 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.system.address import Address
-from backupctl.vm.guest import guard_monitor, guard_survival
+from backupctl.vm.guest import guard_monitor, guard_survival, handshake
 from backupctl.vm.guest.agent import Agent, Thaw
 from backupctl.vm.guest.guard_watch import LOOK_SECONDS, Watch, Watched
 
@@ -58,17 +60,45 @@ IGNORED_SIGNALS = (
 """What a terminal, a person or a service manager may send to all processes of a run."""
 
 
+class GuestAgent(Protocol):
+    """A conversation with a guest's agent: see `agent.Agent`."""
+
+    until: float | None
+
+    def freeze_status(self, seconds: float | None = None) -> str:
+        """Return "thawed" or "frozen"."""
+
+    def freeze(self, seconds: float) -> int:
+        """Freeze; return how many file systems."""
+
+    def thaw_for_sure(self) -> Thaw:
+        """Thaw."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+TakeDown = Callable[[guard_monitor.Leftovers, Callable[[], object]], None]
+"""Takes what a dead run left out of the VM, and returns when it is gone; drains its clients meanwhile. Raises
+ConnectionRefusedError or FileNotFoundError where there is no VM, or anything else to be called again."""
+
+
 class FreezeControl:
     """The guest's file systems: thawed, frozen by us, or not known.
+
+    agent: its socket, or what begins a conversation with it; None without one.
 
     Nothing here holds up an answer to the run for longer than the budget lasts: a thaw that takes its time is
     done by a thread, and while that works nothing else speaks to the agent.
     """
 
-    def __init__(self, address: Address | None, timeout_seconds: float) -> None:
-        self._address = address
+    def __init__(self, agent: Address | Callable[[], GuestAgent] | None, timeout_seconds: float) -> None:
+        self._connect: Callable[[], GuestAgent] | None
+        self._connect = (
+            partial(Agent.connect, agent, timeout_seconds) if isinstance(agent, Address) else agent
+        )
         self._timeout = timeout_seconds
-        self._agent: Agent | None = None
+        self._agent: GuestAgent | None = None
         self._frozen_at = 0.0
         self._count = 0
         self._thawing: threading.Thread | None = None
@@ -154,13 +184,13 @@ class FreezeControl:
                 return
             time.sleep(RETRY_SECONDS)
 
-    def _refuse_foreign_freeze(self, agent: Agent) -> None:
+    def _refuse_foreign_freeze(self, agent: GuestAgent) -> None:
         if agent.freeze_status() == "frozen":
             raise Refused(
                 "the guest is frozen already, by somebody else", state="the guest was left as it is"
             )
 
-    def _look_after_a_refusal(self, agent: Agent) -> None:
+    def _look_after_a_refusal(self, agent: GuestAgent) -> None:
         # A refusal should have no effect. An agent that fails half-way may leave the guest frozen.
         agent.until = self._soon()
         with suppress(AgentError):
@@ -199,7 +229,7 @@ class FreezeControl:
         self.doubt = _doubt(status, thaw, self._count)
         self._let_go()
 
-    def _status_before(self, agent: Agent) -> str:
+    def _status_before(self, agent: GuestAgent) -> str:
         """Ask for the status; the guest is frozen and waits, so not for long. "" if there is no answer."""
         with suppress(AgentError):
             return agent.freeze_status(min(STATUS_SECONDS, self._timeout))
@@ -210,11 +240,11 @@ class FreezeControl:
         self._hang_up()
         self.deadline = None
 
-    def _talk(self) -> Agent:
+    def _talk(self) -> GuestAgent:
         if self._agent is None:
-            if self._address is None:
+            if self._connect is None:
                 raise AgentUnavailable("no guest agent is known")
-            self._agent = Agent.connect(self._address, self._timeout)
+            self._agent = self._connect()
         return self._agent
 
     def _hang_up(self) -> None:
@@ -237,6 +267,8 @@ class HeldSockets:
 
     def __init__(self) -> None:
         self._held: list[tuple[socket.socket, str]] = []
+        self._ready: set[str] = set()
+        self._spoken_to: set[socket.socket] = set()  # something was read from it that no client had read
 
     @property
     def exports(self) -> tuple[str, ...]:
@@ -246,6 +278,16 @@ class HeldSockets:
     def hold(self, descriptor: int, export: str) -> None:
         """Keep a socket open."""
         self._held.append((socket.socket(fileno=descriptor), export))
+
+    def ready(self, export: str) -> None:
+        """Note that all clients of an export have ended their handshake."""
+        self._ready.add(export)
+
+    def hang_up(self) -> None:
+        """Disconnect the clients that are in their handshake, as far as that can be known."""
+        unknown = [held for held, export in self._held if export not in self._ready]
+        handshake.leave([held for held in unknown if held in self._spoken_to], surely=True)
+        handshake.leave([held for held in unknown if held not in self._spoken_to], surely=False)
 
     def release(self) -> None:
         """Close all; the exports are gone."""
@@ -258,7 +300,7 @@ class HeldSockets:
         for held, _ in self._held:
             try:
                 while held.recv(1 << 20, socket.MSG_DONTWAIT):
-                    pass
+                    self._spoken_to.add(held)
                 hung_up += 1
             except BlockingIOError:
                 pass
@@ -270,9 +312,9 @@ class HeldSockets:
 class GuardServer:
     """Serves the run's requests until it says goodbye or is gone."""
 
-    def __init__(self, run: socket.socket, monitor: Address, freeze: FreezeControl, watch: Watch) -> None:
+    def __init__(self, run: socket.socket, take_down: TakeDown, freeze: FreezeControl, watch: Watch) -> None:
         self._run = run
-        self._monitor = monitor
+        self._take_down = take_down
         self._freeze = freeze
         self._held = HeldSockets()
         self._watch = watch
@@ -308,15 +350,17 @@ class GuardServer:
 
     def _taken_down(self) -> bool:
         """Try to take exports and jobs down. While QEMU lives no socket is let go of before its export."""
-        left = guard_monitor.Leftovers(self._held.exports, self._watch.jobs, self._watch.groups)
+        left = guard_monitor.Leftovers(
+            self._held.exports, self._watch.jobs, self._watch.groups, self._held.hang_up
+        )
         hung_up = self._held.drain()
         if hung_up and not left.jobs:
             return True
         try:
-            guard_monitor.take_down(self._monitor, left, self._held.drain)
+            self._take_down(left, self._held.drain)
         except (ConnectionRefusedError, FileNotFoundError):
             return hung_up  # no QEMU, no job
-        except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, EOFError, KeyError, TypeError, RecursionError, BackupctlError):
             return False
         return True
 
@@ -347,6 +391,8 @@ class GuardServer:
                 return {"milliseconds": milliseconds, "doubt": self._freeze.doubt}
             case "hold":
                 self._held.hold(descriptors[0], str(request["export"]))
+            case "ready":
+                self._held.ready(str(request["export"]))
             case "release":
                 self._held.release()
             case "watch":
@@ -359,6 +405,17 @@ class GuardServer:
         return None
 
 
+def _hands(monitor: str, agent: str, timeout_seconds: float) -> tuple[FreezeControl, TakeDown]:
+    """Return how to reach guest and VM. monitor: an address, or what `libvirt.guard_hands` makes."""
+    if monitor.startswith("{"):
+        from backupctl.vm.libvirt import guard_hands  # noqa: PLC0415 - only for such a VM: it takes a while
+
+        hands = guard_hands.Hands.parse(monitor)
+        return FreezeControl(partial(hands.agent, timeout_seconds), timeout_seconds), hands.take_down
+    freeze = FreezeControl(Address.parse(agent) if agent else None, timeout_seconds)
+    return freeze, partial(guard_monitor.take_down, Address.parse(monitor))
+
+
 def main() -> NoReturn:
     """Serve the run on the descriptor that is given as the first argument."""
     os.umask(0o077)
@@ -368,8 +425,9 @@ def main() -> NoReturn:
     descriptor, monitor, agent, timeout = sys.argv[1:]
     with socket.socket(fileno=int(descriptor)) as run:
         run.send(b"{}")
-        freeze = FreezeControl(Address.parse(agent) if agent else None, float(timeout))
-        guard = GuardServer(run, Address.parse(monitor), freeze, Watch(os.getppid()))
+        watch = Watch(os.getppid())
+        freeze, take_down = _hands(monitor, agent, float(timeout))
+        guard = GuardServer(run, take_down, freeze, watch)
         guard.serve()
     guard.take_over()
     # At once: the run waits for our end, and the interpreter would take all apart before it.

@@ -10,12 +10,13 @@ from pathlib import Path
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, CommandFailed, Refused
 from backupctl.finding import Finding
-from backupctl.names import BitmapName, NodeName
-from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmImage
+from backupctl.names import BitmapName, NodeName, VmName
+from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
+from backupctl.vm.local_scratch import LocalScratch
 from backupctl.vm.offline import images as vm_images
 from backupctl.vm.offline import recovery
 from backupctl.vm.offline.daemon import Daemon
@@ -28,7 +29,7 @@ _NO_SCRATCH = ScratchBudget(size=0, ideal_bytes=0, abort_at=None, throttle_at=No
 
 @contextmanager
 def connect(
-    images: Sequence[VmImage], why_off: str, timeouts: Timeouts, cancel: Cancellation | None = None
+    vm: VmConfig, why_off: str, timeouts: Timeouts, cancel: Cancellation | None = None
 ) -> Iterator["OfflineDriver"]:
     """Open the images, and a daemon on them, for as long as the block lasts.
 
@@ -36,16 +37,17 @@ def connect(
     MonitorUnreachable for one that is in use or cannot be opened, Failed, Interrupted.
     """
     with (
-        vm_images.opened(images) as disks,
+        vm_images.opened(vm.images) as disks,
         closing(Daemon.start(disks, timeouts.command_seconds, cancel)) as daemon,
     ):
-        yield OfflineDriver(daemon, why_off)
+        yield OfflineDriver(vm.name, daemon, why_off)
 
 
-class OfflineDriver:
+class OfflineDriver(LocalScratch):
     """See `vm.driver.Driver`."""
 
-    def __init__(self, daemon: Daemon, why_off: str) -> None:
+    def __init__(self, name: VmName, daemon: Daemon, why_off: str) -> None:
+        super().__init__(name)
         self._daemon = daemon
         self._why_off = why_off
 
@@ -104,6 +106,10 @@ class OfflineDriver:
         """Name other VMs only: this one's guest writes nothing."""
         return tuple(Filling(one) for one in directories)
 
+    def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:
+        """Name other VMs only: nothing of this one is written there."""
+        return self.filling((directory,), disks)[0]
+
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""
         return recovery.foresee(self._daemon, facts)
@@ -115,7 +121,7 @@ class OfflineDriver:
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:  # noqa: ARG002 - no guard needs it
         """Begin a session."""
-        session = OfflineSession(self._daemon)
+        session = OfflineSession(self._name, self._daemon)
         try:
             yield session
         finally:

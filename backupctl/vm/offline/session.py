@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from backupctl.errors import AgentUnavailable, Failed, OutcomeUnknown
-from backupctl.names import BitmapName, Namespace
+from backupctl.names import BitmapName, Namespace, VmName
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, Thawed
+from backupctl.vm.local_scratch import LocalScratch
 from backupctl.vm.offline import recovery
 from backupctl.vm.offline.daemon import Daemon
 from backupctl.vm.qmp import bitmaps, nbd_export, teardown
@@ -15,14 +16,15 @@ from backupctl.vm.qmp import bitmaps, nbd_export, teardown
 _NO_GUEST = "the VM is off, so there is no guest to freeze"
 
 
-class OfflineSession:
+class OfflineSession(LocalScratch):
     """See `vm.driver.Session`.
 
     Bitmaps change hands in `end`, when all is read: nobody writes meanwhile, and until then a run that is
     killed leaves the images as they were.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, name: VmName, daemon: Daemon) -> None:
+        super().__init__(name)
         self._daemon = daemon
         self._clients = ExitStack()
         self._request: Request | None = None

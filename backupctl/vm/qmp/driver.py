@@ -8,13 +8,12 @@ from pathlib import Path
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, CommandFailed, Refused
 from backupctl.finding import Finding
-from backupctl.names import BitmapName, NodeName
+from backupctl.names import BitmapName, Namespace, NodeName
 from backupctl.options import QmpAccess, RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
-from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import (
     diagnosis,
     inventory,
@@ -24,6 +23,7 @@ from backupctl.vm.qmp import (
     shared_files,
     snapshot_access,
 )
+from backupctl.vm.qmp.host import Host, LocalHost
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.session import QmpSession
 
@@ -38,13 +38,16 @@ def connect(
 
 
 class QmpDriver:
-    """See `vm.driver.Driver`."""
+    """See `vm.driver.Driver`. host: the machine that QEMU runs on; this one by default."""
 
-    def __init__(self, vm: VmConfig, access: QmpAccess, timeouts: Timeouts, monitor: Monitor) -> None:
+    def __init__(
+        self, vm: VmConfig, access: QmpAccess, timeouts: Timeouts, monitor: Monitor, host: Host | None = None
+    ) -> None:
         self._vm = vm
         self._access = access
         self._timeouts = timeouts
         self._monitor = monitor
+        self._host = host or LocalHost(access, timeouts)
 
     @property
     def has_guest(self) -> bool:
@@ -97,12 +100,24 @@ class QmpDriver:
     ) -> tuple[ScratchBudget, ...]:
         """See `scratch_space`."""
         return scratch_space.plan_scratch(
-            self._monitor, disks, options.directory, options.size_bytes, guests=guests
+            self._monitor, disks, options, guests=guests, files=self._host.files
         )
 
     def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
         """See `shared_files`."""
         return tuple(shared_files.filling(directory, self._monitor, disks) for directory in directories)
+
+    def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:
+        """See `shared_files`."""
+        return self._host.scratch_filling(directory, self._monitor, disks)
+
+    def left_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """See `scratch_directory.left_directories`."""
+        return self._host.files.left_directories(namespace, self._vm.name, directory)
+
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """See `scratch_directory.sweep`."""
+        return self._host.files.sweep(namespace, self._vm.name, directory)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""
@@ -115,9 +130,8 @@ class QmpDriver:
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:
         """Start the guard, and with it a session. It loads while the caller goes on."""
-        access, timeouts = self._access, self._timeouts
-        with GuardClient.start(access.qmp, access.agent, timeouts.agent_seconds, lock) as guard:
-            session = QmpSession(self._vm.name, access, timeouts, self._monitor, guard)
+        with self._host.guard(lock) as guard:
+            session = QmpSession(self._vm.name, self._host, self._timeouts, self._monitor, guard)
             try:
                 yield session
             finally:

@@ -15,7 +15,7 @@ import os
 import struct
 
 from backupctl.errors import Failed
-from backupctl.images.qcow2_format import MOST_L1_ENTRIES, TABLE_ENTRIES, pieces
+from backupctl.images.qcow2_limits import MOST_L1_ENTRIES, TABLE_ENTRIES, pieces
 from backupctl.sizes import CLUSTER_BYTES
 
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQII")

@@ -19,7 +19,6 @@ from collections.abc import Collection, Sequence
 
 from backupctl.errors import Failed
 from backupctl.names import Namespace, NodeKind, NodeName
-from backupctl.system import files
 from backupctl.vm.driver import ScratchBudget
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import throttle
@@ -142,7 +141,7 @@ class Fleecing:
         self._relaxed_at = now
         for number, (made, budget) in enumerate(zip(self._scratch.made, self._budgets, strict=True)):
             if budget.throttle_at is not None:
-                left = throttle.burst_limits(budget.throttle_at - files.used_bytes(made.descriptor))
+                left = throttle.burst_limits(budget.throttle_at - self._scratch.used_bytes(made))
                 throttle.change(self._monitor, self._namespace.node(NodeKind.LIMIT, number), left)
 
     def _file(self, number: int, made: Scratch, budget: ScratchBudget) -> dict[str, object]:

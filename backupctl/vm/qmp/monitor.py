@@ -12,12 +12,13 @@ what QEMU says in between waits in the socket.
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, Runstate
 from qemu.qmp.error import ProtocolError
@@ -109,15 +110,27 @@ class Version:
         return (self.major, self.minor) >= (major, minor)
 
 
+class Line(Protocol):
+    """Another way to a monitor than to connect to its address: through our program on its host."""
+
+    def connect(self, seconds: float) -> tuple[socket.socket, int | None]:
+        """Return a connected socket, and the process that listens there. Raises OSError."""
+
+    def send_descriptor(self, descriptor: int) -> None:
+        """Send a descriptor of that program; the next command takes it. Raises OSError, MonitorError."""
+
+
 class Monitor:
     """A connection to one QEMU's monitor; `connect` makes one.
 
     address: where it is. timeout_seconds: the longest that any one command may take. process: who listens
-    there (QEMU, or who made the socket for it), None if that is not known.
+    there (QEMU, or who made the socket for it), None if that is not known, or if it is on another host.
+    line: how a monitor on another host is reached.
     """
 
-    def __init__(self, address: Address, timeout_seconds: float) -> None:
+    def __init__(self, address: Address, timeout_seconds: float, line: Line | None = None) -> None:
         self.address = address
+        self._line = line
         self._timeout = timeout_seconds
         self._loop = asyncio.new_event_loop()
         self._client = _Client()
@@ -126,20 +139,26 @@ class Monitor:
         self.version = Version(0, 0, 0)
         self.commands: frozenset[str] = frozenset()
         self.process: int | None = None
+        self.remote_process: int | None = None
 
     @classmethod
-    def connect(cls, address: Address, timeout_seconds: float, cancel: Cancellation | None = None) -> Self:
+    def connect(
+        cls,
+        address: Address,
+        timeout_seconds: float,
+        cancel: Cancellation | None = None,
+        line: Line | None = None,
+    ) -> Self:
         """Connect, negotiate, and ask for version and commands. Raises MonitorUnreachable, Interrupted.
 
         cancel: looked at while nobody greets. A monitor that serves somebody else accepts the connection and
         says nothing (conformance script `second_client_waits_for_the_first`), so a missing greeting most
         often means a second client.
         """
-        self = cls(address, timeout_seconds)
+        self = cls(address, timeout_seconds, line)
         _log.debug("connect to %s", address)
         try:
-            connection = address.connect(timeout_seconds)
-            self.process = open_files.peer(connection)
+            connection = self._connected()
             self._run(self._client.connect(connection), cancel=cancel)
             self.version = _version(self.execute("query-version"))
             self.commands = frozenset(reply.text(entry["name"]) for entry in self.execute("query-commands"))
@@ -163,6 +182,14 @@ class Monitor:
             self.close()
             raise
         return self
+
+    def _connected(self) -> socket.socket:
+        if self._line is not None:
+            connection, self.remote_process = self._line.connect(self._timeout)
+            return connection
+        connection = self.address.connect(self._timeout)
+        self.process = open_files.peer(connection)
+        return connection
 
     def execute(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Send one command and return its reply. Raises CommandFailed, OutcomeUnknown."""
@@ -205,7 +232,10 @@ class Monitor:
         """Send a file descriptor along; the next `add-fd` or `getfd` takes it. Raises MonitorError."""
         _log.debug("-> (file descriptor)")
         try:
-            self._client.send_fd_scm(descriptor)
+            if self._line is not None:
+                self._line.send_descriptor(descriptor)
+            else:
+                self._client.send_fd_scm(descriptor)
         except (QMPError, OSError, AssertionError) as err:
             raise MonitorError(f"QEMU takes no file descriptor over {self.address}: {err}") from err
 
@@ -296,7 +326,7 @@ async def _turns() -> None:
 
 def _how_to_reach(address: Address, err: Exception) -> str:
     """Say what to do about a monitor that is not there."""
-    if address.path and not os.path.lexists(address.path):
+    if address.path and not address.remote and not os.path.lexists(address.path):
         return f"start the VM with -qmp unix:{address.path},server=on,wait=off, or name the socket it has"
     if isinstance(err, PermissionError):
         return "run backupctl as root, or as the user that QEMU runs as"

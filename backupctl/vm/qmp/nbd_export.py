@@ -10,8 +10,8 @@ before its client goes away, or (Debian's 7.2, disk on an iothread) it aborts.
 """
 
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,9 @@ from backupctl.names import BitmapName, Namespace, NodeKind, NodeName
 from backupctl.system import private_dir
 from backupctl.vm.driver import Export
 from backupctl.vm.qmp.monitor import Monitor
+
+Serve = Callable[[Monitor, Namespace, int], AbstractContextManager[Callable[[], socket.socket]]]
+"""Starts QEMU's NBD server for so many clients; in the block a client is connected by a call."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,21 @@ def start_exports(
     namespace: Namespace,
     specs: Sequence[ExportSpec],
     connections: int = 2,
+    serve: Serve | None = None,
 ) -> tuple[Export, ...]:
     """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
 
-    connections: sockets for each export. Raises MonitorError, GuardLost, Failed.
+    connections: sockets for each export. serve: starts the server where QEMU is, here by default.
+    Raises MonitorError, GuardLost, Failed.
     """
     names = [namespace.node(NodeKind.EXPORT, number) for number in range(len(specs))]
-    with _served(monitor, namespace, len(specs) * connections) as path:
+    with (serve or served)(monitor, namespace, len(specs) * connections) as connect:
         for name, one in zip(names, specs, strict=True):
             monitor.execute("block-export-add", _arguments(monitor, name, one))
         # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
         # guest and all (7.2.22; docs/protocol.md, "What QEMU does"). From here on nothing stands between
         # connect and handshake.
-        groups = [tuple(_connected(guard, name, path) for _ in range(connections)) for name in names]
+        groups = [tuple(_connected(guard, name, connect) for _ in range(connections)) for name in names]
     return tuple(
         Export(name, one.bitmap, group) for name, one, group in zip(names, specs, groups, strict=True)
     )
@@ -79,6 +84,13 @@ def descriptor_name(namespace: Namespace) -> str:
 
 
 @contextmanager
+def served(monitor: Monitor, namespace: Namespace, clients: int) -> Iterator[Callable[[], socket.socket]]:
+    """Start the NBD server on this machine; yields what connects to it. Raises MonitorError, Failed."""
+    with _served(monitor, namespace, clients) as path:
+        yield lambda: _connect(path)
+
+
+@contextmanager
 def _served(monitor: Monitor, namespace: Namespace, clients: int) -> Iterator[str]:
     """Start the NBD server for so many clients; yields the path to connect to, gone after the block."""
     with private_dir.directory() as directory:
@@ -87,13 +99,23 @@ def _served(monitor: Monitor, namespace: Namespace, clients: int) -> Iterator[st
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
                 listener.bind(path)
                 listener.listen(clients)
-                monitor.send_fd(listener.fileno())
-                monitor.execute("getfd", {"fdname": descriptor_name(namespace)})
-                _start(monitor, {"type": "fd", "data": {"str": descriptor_name(namespace)}}, clients)
+                start_server(monitor, namespace, clients, descriptor=listener.fileno())
                 yield path
         else:
-            _start(monitor, {"type": "unix", "data": {"path": path}}, clients)
+            start_server(monitor, namespace, clients, path=path)
             yield path
+
+
+def start_server(
+    monitor: Monitor, namespace: Namespace, clients: int, *, descriptor: int = -1, path: str = ""
+) -> None:
+    """Start the server on a listening socket that is passed, or that QEMU makes. Raises MonitorError."""
+    if path:
+        _start(monitor, {"type": "unix", "data": {"path": path}}, clients)
+        return
+    monitor.send_fd(descriptor)
+    monitor.execute("getfd", {"fdname": descriptor_name(namespace)})
+    _start(monitor, {"type": "fd", "data": {"str": descriptor_name(namespace)}}, clients)
 
 
 def _start(monitor: Monitor, address: dict[str, object], clients: int) -> None:
@@ -111,14 +133,23 @@ def _arguments(monitor: Monitor, name: str, one: ExportSpec) -> dict[str, object
     return arguments
 
 
-def _connected(guard: SocketHolder, name: str, path: str) -> socket.socket:
+def _connect(path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         made.connect(path)
-        guard.hold(made, name)
-    except OSError as err:
+    except BaseException:
         made.close()
+        raise
+    return made
+
+
+def _connected(guard: SocketHolder, name: str, connect: Callable[[], socket.socket]) -> socket.socket:
+    try:
+        made = connect()
+    except OSError as err:
         raise Failed(f"cannot connect to QEMU's NBD server: {err.strerror}") from err
+    try:
+        guard.hold(made, name)
     except BaseException:
         made.close()
         raise

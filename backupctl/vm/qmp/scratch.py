@@ -6,23 +6,16 @@ as a descriptor, needs no rights on the directory. Where descriptors can't be pa
 qemu-storage-daemon) it is a named file in a private directory, which recovery finds by its name.
 """
 
-import ctypes
-import errno
-import os
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.errors import Failed
+from backupctl.errors import BackupctlError, Failed
 from backupctl.names import NodeName
-from backupctl.system.files import free_bytes
-from backupctl.vm.qmp import empty_qcow2, reply
+from backupctl.vm.qmp import reply
+from backupctl.vm.qmp.files import LOCAL, Files
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.scratch_directory import LOW_BYTES
-
-_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_KEEP_SIZE = 1  # of fallocate(2): the size goes on telling how much is used
 
 
 @dataclass(frozen=True)
@@ -41,15 +34,19 @@ class Scratch:
 class ScratchFiles:
     """The scratch files of one run, one for each disk, and our descriptors of them.
 
-    directory: where they go. private: a directory of the run for named files; None where descriptors can be
-    passed. After `close` the files are QEMU's alone.
+    monitor: None where nobody needs descriptors, since the files have names. directory: where they go.
+    private: a directory of the run for named files; None where descriptors can be passed. files: those of the
+    machine that QEMU runs on. After `close` the files are QEMU's alone.
     """
 
-    def __init__(self, monitor: Monitor, directory: Path, private: Path | None) -> None:
+    def __init__(
+        self, monitor: Monitor | None, directory: Path, private: Path | None, files: Files = LOCAL
+    ) -> None:
         self.directory = directory
         self.made: list[Scratch] = []
         self._monitor = monitor
         self._private = private
+        self._files = files
 
     def make(self, node: NodeName, size: int, reserve_bytes: int) -> Scratch:
         """Make an empty qcow2 of `size` bytes, reserve space for it, and pass it to QEMU.
@@ -57,25 +54,24 @@ class ScratchFiles:
         node: its name becomes the descriptor set's label, by which recovery knows it. Raises Failed,
         MonitorError.
         """
-        if self._private is not None:
-            path = self._private / f"{node}.qcow2"
-            descriptor = _named(path)
-        else:
-            descriptor = _nameless(self.directory)
+        path = None if self._private is None else self._private / f"{node}.qcow2"
+        made = self._files.make_scratch(self.directory, path, size, reserve_bytes)
         try:
-            _format(descriptor, size, self.directory)
-            reserved = _reserve(descriptor, reserve_bytes, self.directory)
-            filename = str(path) if self._private is not None else self._hand_over(descriptor, node)
+            filename = str(path) if path is not None else self._hand_over(made.descriptor, node)
         except BaseException:
-            os.close(descriptor)
+            self._files.close(made.descriptor)
             raise
-        self.made.append(Scratch(filename, descriptor, reserved))
+        self.made.append(Scratch(filename, made.descriptor, made.reserved))
         return self.made[-1]
 
     def check(self) -> None:
         """Raise Failed when space that could not be reserved becomes scarce."""
         if not all(one.reserved for one in self.made):
-            _check_left(self.directory)
+            _check_left(self.directory, self._files)
+
+    def used_bytes(self, one: Scratch) -> int:
+        """Return how much of a file holds data. Raises MonitorError if its host is out of reach."""
+        return self._files.used_bytes(one.descriptor)
 
     def empty(self) -> None:
         """Free the space of the files; no node may use them any more. Never raises.
@@ -83,71 +79,28 @@ class ScratchFiles:
         A paused VM keeps its descriptors, whatever it is told (before QEMU 9.1), and with them the space.
         """
         for one in self.made:
-            with suppress(OSError):
-                os.ftruncate(one.descriptor, 0)
+            with suppress(OSError, BackupctlError):
+                self._files.empty(one.descriptor)
 
     def close(self) -> None:
         """Close our descriptors. Never raises."""
         for one in self.made:
-            with suppress(OSError):
-                os.close(one.descriptor)
+            with suppress(OSError, BackupctlError):
+                self._files.close(one.descriptor)
         self.made.clear()
 
     def _hand_over(self, descriptor: int, node: NodeName) -> str:
+        assert self._monitor is not None
         self._monitor.send_fd(descriptor)
         made = self._monitor.execute("add-fd", {"opaque": node})
         with reply.understood("add-fd"):  # it becomes part of a path
             return f"/dev/fdset/{reply.number(made['fdset-id'])}"
 
 
-def _check_left(directory: Path) -> None:
-    left = free_bytes(directory)
+def _check_left(directory: Path, files: Files) -> None:
+    left = files.free_bytes(directory)
     if left < LOW_BYTES:
         raise Failed(
             f"the file system of the scratch directory {directory} is filling up ({left >> 20} MiB left): "
             "gave up before the guest's own writes could fail"
         )
-
-
-def _reserve(descriptor: int, reserve_bytes: int, directory: Path) -> bool:
-    """Allocate space behind the end of a file; whether its file system can. Raises Failed."""
-    library = ctypes.CDLL(None, use_errno=True)
-    library.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
-    while library.fallocate(descriptor, _KEEP_SIZE, 0, reserve_bytes):
-        number = ctypes.get_errno()
-        if number in (errno.EOPNOTSUPP, errno.ENOSYS):
-            return False
-        if number != errno.EINTR:
-            why = os.strerror(number)
-            raise Failed(
-                f"{reserve_bytes >> 20} MiB cannot be reserved in the scratch directory {directory}: {why}"
-            )
-    return True
-
-
-def _named(path: Path) -> int:
-    try:
-        return os.open(path, _NEW, 0o600)
-    except OSError as err:
-        raise Failed(f"cannot create the scratch file {path}: {err.strerror}") from err
-
-
-def _nameless(directory: Path) -> int:
-    try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as err:
-        if err.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise Failed(f"cannot create a scratch file in {directory}: {err.strerror}") from err
-    try:  # a file system without O_TMPFILE: the name lives for an instant only
-        descriptor, name = tempfile.mkstemp(prefix="backupctl-", dir=directory)
-        Path(name).unlink()
-        return descriptor
-    except OSError as err:
-        raise Failed(f"cannot create a scratch file in {directory}: {err.strerror}") from err
-
-
-def _format(descriptor: int, size: int, directory: Path) -> None:
-    try:
-        empty_qcow2.write(descriptor, size)
-    except OSError as err:
-        raise Failed(f"cannot write a scratch file in {directory}: {err.strerror}") from err

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from backupctl.errors import UNTOUCHED, Refused
 from backupctl.names import DiskName
-from backupctl.system import files
+from backupctl.options import ScratchOptions
 from backupctl.vm import scratch_directory
 from backupctl.vm.disk import Disk
 from backupctl.vm.driver import ScratchBudget
+from backupctl.vm.qmp.files import LOCAL, Files
 from backupctl.vm.qmp.monitor import Monitor
 
 MIB = 1 << 20
@@ -46,18 +47,32 @@ def limits(monitor: Monitor) -> bool:
 def plan_scratch(
     monitor: Monitor,
     chosen: Sequence[Disk],
-    directory: Path,
-    wish_bytes: int | None,
+    options: ScratchOptions,
     *,
     guests: str = "",
+    files: Files = LOCAL,
 ) -> tuple[ScratchBudget, ...]:
-    """Share out the scratch directory's space. wish_bytes: as for `share`. Raises Refused, MonitorError.
+    """Share out the scratch directory's space. Arguments as for `plan`. Raises Refused, MonitorError."""
+    return plan(chosen, options, limited=limits(monitor), guests=guests, files=files)
 
-    guests: which guests need the same file system, in words; then LOW_BYTES are left to them.
+
+def plan(
+    chosen: Sequence[Disk],
+    options: ScratchOptions,
+    *,
+    limited: bool,
+    guests: str = "",
+    files: Files = LOCAL,
+) -> tuple[ScratchBudget, ...]:
+    """Share out the scratch directory's space. Raises Refused.
+
+    limited: whether the guest can be limited in what it fills. guests: which guests need the same file
+    system, in words; then LOW_BYTES are left to them. files: of the machine that QEMU runs on.
     """
-    scratch_directory.check(directory)
+    directory, wish_bytes = options.directory, options.size_bytes
+    files.check_directory(directory)
     free = max(files.free_bytes(directory) - (scratch_directory.LOW_BYTES if guests else 0), 0)
-    reserve = RESERVE_BYTES if (limited := limits(monitor)) else RESERVE_UNLIMITED_BYTES
+    reserve = RESERVE_BYTES if limited else RESERVE_UNLIMITED_BYTES
     held = [disk.held_bytes for disk in chosen]
     sizes = {disk.name: disk.size for disk in chosen}
     made = share(sizes, held, free, wish_bytes, reserve, limited=limited)

@@ -8,13 +8,12 @@ from pathlib import Path
 
 from backupctl.errors import AgentTimeout, CommandFailed, GuardLost, ViewUnavailable
 from backupctl.names import BitmapName, Namespace, VmName
-from backupctl.options import QmpAccess, Timeouts
-from backupctl.vm import scratch_directory
+from backupctl.options import Timeouts
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, Thawed
-from backupctl.vm.guest import agent
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import bitmaps, inventory, nbd_export, recovery, snapshot_access, teardown
 from backupctl.vm.qmp.fleecing import Fleecing
+from backupctl.vm.qmp.host import Host
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.point_in_time import View, ViewDisk
 from backupctl.vm.qmp.scratch import ScratchFiles
@@ -25,10 +24,10 @@ class QmpSession:
     """See `vm.driver.Session`."""
 
     def __init__(
-        self, name: VmName, access: QmpAccess, timeouts: Timeouts, monitor: Monitor, guard: GuardClient
+        self, name: VmName, host: Host, timeouts: Timeouts, monitor: Monitor, guard: GuardClient
     ) -> None:
         self._name = name
-        self._access = access
+        self._host = host
         self._timeouts = timeouts
         self._monitor = monitor
         self._guard = guard
@@ -102,7 +101,9 @@ class QmpSession:
         assert self._namespace is not None
         self._server_is_ours = True
         try:
-            self._exports = nbd_export.start_exports(self._monitor, self._guard, self._namespace, specs)
+            self._exports = nbd_export.start_exports(
+                self._monitor, self._guard, self._namespace, specs, serve=self._host.serve
+            )
         except CommandFailed as err:
             # Somebody else's server: to stop it would take it from under its clients.
             self._server_is_ours = err.command != "nbd-server-start"
@@ -143,13 +144,16 @@ class QmpSession:
             monitor = self._monitor
             if not monitor.alive:
                 monitor.close()
-                again = Monitor.connect(self._access.qmp, self._timeouts.command_seconds)
-                monitor = fresh.enter_context(again)
+                monitor = fresh.enter_context(self._host.monitor_again())
             done = recovery.resolve(
                 monitor, facts, clients=self._our_clients(), server_is_ours=self._server_is_ours
             )
         self._guard.unwatch()
         return done
+
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """See `scratch_directory.sweep`."""
+        return self._host.files.sweep(namespace, self._name, directory)
 
     def await_thaw(self) -> None:
         """Give the guard a little time with an agent that was silent."""
@@ -162,8 +166,7 @@ class QmpSession:
                     )
                 time.sleep(0.1)
         except GuardLost:  # it is dead now, and the agent free
-            if self._access.agent is not None:
-                agent.thaw_if_frozen(self._access.agent, self._timeouts.agent_seconds)
+            self._host.thaw_if_frozen()
 
     def close(self) -> None:
         """Close what this process has open. Never raises.
@@ -189,14 +192,15 @@ class QmpSession:
             view = "snapshot-access" if can else "fleecing"
         kind = SnapshotAccess if view == "snapshot-access" else Fleecing
         directory = request.scratch_directory
-        self._scratch = ScratchFiles(self._monitor, directory, self._private_directory(namespace, directory))
+        private = self._private_directory(namespace, directory)
+        self._scratch = ScratchFiles(self._monitor, directory, private, self._host.files)
         handed_over = [ViewDisk(one.disk, _bitmap_actions(one, request.facts)) for one in request.disks]
         return kind(self._monitor, namespace, handed_over, request.budgets, self._scratch)
 
     def _private_directory(self, namespace: Namespace, directory: Path) -> Path | None:
         if self._monitor.passes_descriptors:
             return None
-        return scratch_directory.make_private(namespace, self._name, directory)
+        return self._host.files.make_private(namespace, self._name, directory)
 
     def _changes(self) -> list[BitmapName | None]:
         """Return the bitmap that tells what changed on each disk; a differential merges several into one."""

@@ -38,6 +38,8 @@ def test_points_are_those_of_the_vm_newest_first(repository):
     assert offered("show", "vm1", "") == ["latest", P2, P1]
     assert offered("show", "vm1", "2") == [P2, P1]
     assert offered("diff", "vm1", P1, "l") == ["latest"]
+    assert offered("delete", "vm1", "") == [P2, P1]
+    assert offered("delete", "vm1", P1, "2") == [P2, P1]
     assert offered("incremental", "vm1", "--since", "2") == [P2, P1]
     assert offered("show", "--repository", "/nowhere", "vm1", "2") == []
 
@@ -46,3 +48,7 @@ def test_what_is_wrong_completes_nothing_and_raises_nothing(repository, tmp_path
     (tmp_path / "backupctl.toml").write_text("[vm\n")
     for words in (("full", ""), ("show", "vm1", ""), ("show", "../x", "")):
         assert offered(*words) == []
+
+
+def test_points_before_the_newest_are_offered_once_they_are_begun(repository):
+    assert offered("show", "vm1", "latest~") == ["latest~1"]

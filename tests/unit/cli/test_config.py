@@ -126,10 +126,16 @@ def test_every_key_says_what_it_must_be(tmp_path):
 
 def test_every_key_is_an_option_of_the_same_name_but_tables_and_what_an_option_says_otherwise():
     options = {option.name: option for option in command("incremental").params}
-    options |= {option.name: option for name in ("prune", "run", "check") for option in command(name).params}
+    options |= {
+        option.name: option
+        for name in ("prune", "run", "check", "restore-test")
+        for option in command(name).params
+    }
     for key in (*settings.settable(), *settings.settable_for_run()):
         if key not in ("disks", "when_off"):  # --if-running is one value of the latter
-            assert options[key].opts == [f"--{key.replace('_', '-')}"]
+            # Those of a restore test belong to a command of that name.
+            spelt = key.removeprefix("restore_test_").replace("_", "-")
+            assert options[key].opts == [f"--{spelt}"]
 
 
 def test_how_a_run_is_gone_about_has_a_table_of_its_own(tmp_path):
@@ -204,6 +210,14 @@ def test_a_value_of_many_lines_is_passed_over_in_no_long_time():
         (
             '[vm.a]\nqmp = "/q1"\nagent = "/a"\n[vm.b]\nqmp = "/q2"\nagent = "/a"\n',
             "[vm.a] and [vm.b] have the same agent",
+        ),
+        ('[vm.web]\nlibvirt = "qemu:///system"\nqmp = "/q"\n', "libvirt and qmp in [vm.web] cannot be used"),
+        ('[vm.web]\nlibvirt = "qemu:///system"\nagent = "/a"\n', "libvirt and agent in [vm.web] cannot"),
+        ('[vm.web]\nlibvirt = "qemu+ssh://host/system"\n', "not a libvirt URI of this machine"),
+        ('[vm.web]\ndomain = "web"\n', "domain in [vm.web] needs libvirt"),
+        (
+            '[vm.a]\nlibvirt = "qemu:///system"\ndomain = "b"\n[vm.b]\nlibvirt = "qemu:///system"\n',
+            "[vm.a] and [vm.b] have the same domain",
         ),
         ('[vm.web.disks]\nvda = "x"\nvdb = "x"\n', "vda and vdb in [vm.web.disks]"),
         ("[run]\njobs = 0\n", "jobs in [run] must be a whole number, 1 to 100"),

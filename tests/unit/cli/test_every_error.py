@@ -35,6 +35,8 @@ NEXT = {
     "AgentRefused": "doctor",
     "AgentTimeout": SAME,
     "FreezeOverrun": "doctor",
+    "FilesystemError": "doctor",
+    "RestoreTestFailed": "doctor",
     "GuardLost": "doctor",
     "TransferError": "doctor",
     "ReadFailed": SAME,
@@ -44,6 +46,7 @@ NEXT = {
     "NotARepository": "doctor",
     "UnknownFormat": "doctor",
     "NoSuchPoint": "doctor",
+    "AmbiguousPoint": "doctor",
     "TargetExists": "doctor",
 }
 """The command that gets on after each. The same again only where it may meet something else then."""

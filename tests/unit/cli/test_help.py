@@ -30,6 +30,7 @@ SHORT = {
     "--dry-run": "-n",
     "--quiet": "-q",
     "--verbose": "-v",
+    "--yes": "-y",
 }
 """Short options that people know, each with one meaning in every command."""
 

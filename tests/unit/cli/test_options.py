@@ -13,8 +13,17 @@ from backupctl.errors import UsageError
 from backupctl.operations import bitmaps, recover, status
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.doctor import run as doctor
-from backupctl.options import ChainOptions, FreezeOptions, RunOptions, ScratchOptions, Timeouts
+from backupctl.options import (
+    ChainOptions,
+    FreezeOptions,
+    LibvirtAccess,
+    QmpAccess,
+    RunOptions,
+    ScratchOptions,
+    Timeouts,
+)
 from backupctl.repository.repository import Repository
+from backupctl.system.address import Address
 
 CONFIGURED = """
 [defaults]
@@ -143,3 +152,64 @@ def test_nothing_of_a_call_is_left_for_the_next(tmp_path):
     assert "1 VM" in done.stdout
     with pytest.raises(UsageError, match="not configured"):
         cli.main(["config", "show", "web"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("qmp", "agent", "said"),
+    [
+        ("tcp:192.0.2.1:4444", None, "qmp is tcp:192.0.2.1:4444, and what is said there is not encrypted"),
+        ("unix:/q", "tcp:192.0.2.1:4444", "agent is tcp:192.0.2.1:4444"),
+        ("ssh://host/q", "unix:/a", "the agent unix:/a is not on the host of the monitor ssh://host/q"),
+        ("ssh://host/q", "ssh://other/a", "the agent ssh://other/a is not on the host"),
+        ("unix:/q", "ssh://host/a", "the agent ssh://host/a is not on the host"),
+    ],
+)
+def test_a_monitor_or_agent_that_is_not_safe_to_reach_is_refused(
+    tmp_path, capsys, monkeypatch, qmp, agent, said
+):
+    Repository.create(tmp_path / "r")
+    words = ["incremental", "web", "--qmp", qmp, "--repository", str(tmp_path / "r")]
+    monkeypatch.setattr("sys.argv", ["backupctl", *words, *(["--agent", agent] if agent else [])])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("qmp", ["tcp:127.0.0.1:1", "tcp:localhost:1", "ssh://host/q"])
+def test_the_loopback_and_ssh_need_no_permission(reach, qmp):
+    assert reach("incremental", "--qmp", qmp)
+
+
+def test_plain_tcp_to_another_host_is_allowed_where_it_is_said(reach):
+    assert reach("incremental", "--qmp", "tcp:192.0.2.1:4444", "--plain-tcp")
+
+
+LIBVIRT = """
+[vm.web]
+libvirt = "qemu:///system"
+domain = "production"
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "access"),
+    [
+        ((), LibvirtAccess("qemu:///system", "production")),
+        (("--domain", "other"), LibvirtAccess("qemu:///system", "other")),
+        (("--qmp", "unix:/q"), QmpAccess(Address(path="/q"))),
+    ],
+)
+def test_what_is_typed_of_monitor_and_libvirt_wins(tmp_path, monkeypatch, typed, access):
+    (tmp_path / "c.toml").write_text(LIBVIRT)
+    seen = []
+
+    def core(vm, *_arguments, **_more):
+        seen.append(vm.access)
+        raise Reached
+
+    monkeypatch.setattr(doctor, "examine", core)
+    options = ("--config", str(tmp_path / "c.toml"), "--repository", str(tmp_path / "r"))
+    with pytest.raises(Reached):
+        cli.main(["doctor", "web", *options, *typed], standalone_mode=False)
+    assert seen == [access]

@@ -116,7 +116,7 @@ def test_the_lines_of_a_process_carry_the_name_of_its_vm(capsys):
     watcher.line(WEB, "Traceback: something else")
     assert capsys.readouterr().err.splitlines() == [
         "backupctl: warning: web: not frozen, this recovery point is only crash-consistent: no agent",
-        "backupctl: web: vda: 50 % of 2 MiB",
+        "backupctl: web: vda: 50 % of 2.0 MiB",
     ]
     assert watcher.last_line(WEB) == "Traceback: something else"
 

@@ -21,6 +21,7 @@ from backupctl.errors import (
     MonitorUnreachable,
     NeedsRecovery,
     Refused,
+    RestoreTestFailed,
     VmIsOff,
 )
 from backupctl.events.routine import FullDue, TaskSkipped, WaitingForLock
@@ -29,15 +30,19 @@ from backupctl.operations import status
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import PruneReport
+from backupctl.operations.restore_test import RestoreTestReport
 from backupctl.operations.routine import forecast
 from backupctl.operations.routine import run as routine
-from backupctl.operations.routine.policy import Policy, backup_kind
+from backupctl.operations.routine.policy import Policy, backup_kind, is_restore_test_due
 from backupctl.operations.routine.run import Routine
 from backupctl.operations.status import DiskStatus, Status
 from backupctl.operations.verify.run import Damage, VerifyReport
 from backupctl.options import QmpAccess, RunOptions, VmConfig
+from backupctl.outcome import documents
 from backupctl.progress import Silent
+from backupctl.repository import tested
 from backupctl.repository.repository import Repository
+from backupctl.repository.tested import RestoreTests
 from backupctl.system.address import Address
 from tests.screens.test_screens import stored
 from tests.unit.cli.test_all_vms import Points
@@ -74,6 +79,21 @@ def test_each_period_has_one_full_wherever_it_begins():
         assert len(fulls) in (10, 11)
         gaps = [later - before for before, later in itertools.pairwise(fulls)]
         assert all(28 <= gap <= 32 for gap in gaps[1:]), gaps
+
+
+@pytest.mark.parametrize(
+    ("days", "passed", "due"),
+    [
+        *((None, True, True), (0, True, False), (6.9, True, False), (6.98, True, True)),
+        *((9, True, True), (1, False, True), (-3, True, True)),
+    ],
+)
+def test_a_restore_test_is_due_once_in_its_time_and_after_each_failure(days, passed, due):
+    tests = None
+    if days is not None:
+        time = f"{NOON - timedelta(days=days):%Y-%m-%dT%H:%M:%SZ}"
+        tests = RestoreTests(P1, time, passed, time if passed else None)
+    assert is_restore_test_due(tests, timedelta(days=7), NOON) == due
 
 
 def test_not_all_vms_are_due_on_one_day():
@@ -171,6 +191,36 @@ def test_after_damage_in_older_points_nothing_is_dropped(work):
     assert called == ["backup incremental", "verify"]
     assert isinstance(report.error, DamageFound)
     assert report.tasks[0].report is taken
+
+
+def test_a_point_is_booted_when_that_is_due_whatever_became_of_the_backup(work, monkeypatch):
+    booted = []
+
+    def boot(asked, _reporter, _stop):
+        booted.append(asked.point)
+        error = RestoreTestFailed("no agent")
+        return RestoreTestReport(WEB, P1, "agent", 9.0, "tcg", error, b"", b"")
+
+    monkeypatch.setattr(routine.restore_test, "test", boot)
+    assert [one.task for one in work()[1].tasks] == ["backup", "prune", "verify"]
+    called, report, _ = work(
+        replace(ALL, restore_test_every=timedelta(days=7)), backup=MonitorUnreachable("off")
+    )
+    assert (called, booted) == (["backup incremental", "verify"], ["latest"])
+    assert report.tasks[3].task == "restore-test"
+    assert isinstance(report.tasks[3].error, RestoreTestFailed)
+    document = documents.routine("web", report, (), {})
+    assert document["tasks"][3]["report"]["passed"] is False
+    assert document["tasks"][3]["error"]["kind"] == "RestoreTestFailed"
+
+
+def test_a_restore_test_that_passed_lately_is_not_repeated(work, tmp_path, monkeypatch):
+    directory = Repository.open(tmp_path / "r").vm(WEB)
+    tested.record(directory.path, P1, datetime.now(UTC), passed=True)
+    monkeypatch.setattr(routine.restore_test, "test", None)
+    _, report, _ = work(replace(ALL, restore_test_every=timedelta(days=7)))
+    assert report.tasks[3].skipped == "it is not due yet"
+    assert report.error is None
 
 
 def test_after_a_stop_nothing_more_is_done(work):

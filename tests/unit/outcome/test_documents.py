@@ -11,6 +11,7 @@ from backupctl.events import StepStarted
 from backupctl.events.backup import CrashConsistent, DiskSkipped
 from backupctl.finding import Finding
 from backupctl.names import DiskName, VmName
+from backupctl.operations import usage
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.bitmaps import Removal
 from backupctl.operations.diff import DiffReport, DiskDiff
@@ -30,6 +31,7 @@ from backupctl.operations.timers.install import Change
 from backupctl.operations.verify.impact import Affected
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, Unchecked, VerifyReport
+from backupctl.operations.versions import Component
 from backupctl.outcome import documents
 from tests.screens.test_screens import stored as bitmap
 from tests.unit.points import P1, P2, disk_entry
@@ -40,7 +42,10 @@ DISK_KEYS = (
     "name kind size dirty_bytes copied_bytes zero_bytes unchanged_bytes stored_bytes scanned reason damaged"
 )
 VERIFY_KEYS = "vms points layers data percent seed read_bytes seconds notes unchecked damage"
-PRUNE_KEYS = "vm dry_run rules unused_rules points dropped removed merged left long_chains"
+PRUNE_KEYS = (
+    "vm dry_run rules unused_rules points dropped removed merged left long_chains freed_bytes "
+    "freed_is_estimate"
+)
 
 
 def keys(document: object) -> str:
@@ -85,7 +90,8 @@ def test_a_status():
     disk = DiskStatus(VDA, "node", 1, None, "none", "full", "new")
     document = documents.status(Status(WEB, (P1,), (), "10.0.2", "", (disk,), (), "full"), None)
     assert keys(document) == (
-        "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps refusal configuration"
+        "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps refusal "
+        "running configuration"
     )
     assert keys(document["disks"][0]) == "name node size bitmap bitmap_state next reason"
 
@@ -93,9 +99,15 @@ def test_a_status():
 def test_a_doctor():
     found = Diagnosis(WEB, (Finding("agent", "bad", "no agent", "start it"),))
     document = documents.doctor(found, "/etc/x")
-    assert keys(document) == "vm ok configuration findings"
+    assert keys(document) == "vm ok configuration findings report"
     assert document["ok"] is False
     assert keys(document["findings"][0]) == "subject verdict said advice"
+
+
+def test_the_versions():
+    document = documents.versions((Component("qemu-img", "10.0", "/usr/bin/qemu-img"),))
+    assert keys(document) == "components"
+    assert keys(document["components"][0]) == "name version path"
 
 
 def test_a_verify():
@@ -121,7 +133,7 @@ def test_a_prune():
     )
     document = documents.prune(WEB, report, {"keep_last": 1}, {}, dry_run=False)
     assert keys(document) == PRUNE_KEYS
-    assert keys(document["points"][0]) == "point keep reasons"
+    assert keys(document["points"][0]) == "point keep reasons freed_bytes"
     assert keys(document["merged"][0]) == "point disk below written_bytes"
     failed = {"db": DamageFound("spoilt")}
     everything = documents.prune_all([document], {"shop": "no points"}, failed, dry_run=False)
@@ -150,7 +162,7 @@ def test_a_routine():
     reports = [keys(one["report"]) for one in document["tasks"]]
     assert reports == [
         "point kind parent disks frozen_ms consistency seconds missing_disks",
-        "points dropped removed merged left long_chains",
+        "points dropped removed merged left long_chains freed_bytes",
         "points layers data percent seed read_bytes seconds notes unchecked damage",
     ]
     assert document["tasks"][1]["error"]["log"] == "/tmp/x.log"
@@ -181,12 +193,24 @@ def test_a_point(builder):
     builder.point(P1, (disk_entry("vda"), [(0, b"x")]))
     builder.point(P2, (disk_entry("vda", parent=P1), [(0, b"y")]), (disk_entry("vdb"), [(0, b"z")]))
     first, second = builder.directory.points()
-    document = documents.point(second)
+    document = documents.point(second, 5)
     assert keys(document) == (
         "vm point kind disks_kind parent consistency frozen_ms start end qemu backupctl freeze disks "
-        "protected path"
+        "protected path stored_bytes chain_bytes"
     )
     assert [documents.disks_kind(one) for one in (first, second)] == ["full", "mixed"]
+
+
+def test_what_vms_take(builder):
+    builder.point(P1, (disk_entry("vda"), [(0, b"x")]))
+    document = documents.usage([usage.measure(builder.directory)])
+    assert keys(document) == "vms stored_bytes"
+    (vm,) = document["vms"]
+    assert keys(vm) == "vm path points chains other_bytes stored_bytes"
+    assert keys(vm["points"][0]) == (
+        "point kind dropped protected image_bytes metadata_bytes stored_bytes alone_bytes chain_bytes"
+    )
+    assert keys(vm["chains"][0]) == "disk root layers points stored_bytes"
 
 
 def test_a_diff():

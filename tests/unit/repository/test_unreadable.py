@@ -27,7 +27,7 @@ from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import VerifyReport, verify
 from backupctl.options import QmpAccess, VmConfig
 from backupctl.progress import Silent
-from backupctl.repository import chain
+from backupctl.repository.checked_chains import CheckedChains
 from backupctl.system.address import Address
 from backupctl.system.direct_io import DirectReader
 from backupctl.vm.qmp.monitor import Monitor
@@ -72,7 +72,7 @@ def test_a_chain_that_can_not_be_read_is_not_taken_for_damaged(two_points, spoil
     for number in ERRORS:
         spoil(f"{P1}/{name}", number)
         with pytest.raises(RepositoryUnreadable, match=os.strerror(number)) as told:
-            chain.chain_error(builder.directory, P2, VDA)
+            CheckedChains(builder.directory).error(P2, VDA)
         assert told.value.exit_code == 1
 
 

@@ -11,6 +11,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backupctl.digests import hashing
 from backupctl.digests.clusters import CLUSTER_BYTES, EffectiveContent
 from backupctl.digests.record_table import RecordTable
 from backupctl.transfer.copy import Copied, Copy
@@ -62,7 +63,7 @@ def test_what_passes_is_what_differs_from_the_layers_below(kinds, before, places
     below = of_piece(0, memoryview(content_of(before)))
     table = RecordTable()
     dedup = DedupFilter(EffectiveContent([(below, 16 * CLUSTER_BYTES)], 16 * CLUSTER_BYTES), table)
-    wanted = dedup(numbers, None if known_zero else memoryview(content))
+    wanted = dedup(hashing.of_content(numbers, None if known_zero else memoryview(content)))
     different = [number for number in numbers.tolist() if kinds[number] != before[number]]
     zero = [number for number in different if kinds[number] == b"\0"]
     assert numbers[wanted.data | wanted.zero].tolist() == different
@@ -96,7 +97,7 @@ def test_a_copy_through_the_filter_stores_only_what_is_new(serve, tmp_path):
         open_nbd_sink(target.address, target.name) as sink,
     ):
         wanted = [of_range(0, 41, zero=False)]
-        copied = Copy(NbdReader(source), sink, check=lambda: None, filter_batch=dedup).run(wanted)
+        copied = Copy(NbdReader(source), sink, check=lambda: None, filter_records=dedup).run(wanted)
     target.process.terminate()
     assert target.process.wait(20) == 0
     assert copied == Copied(len(now), 0)
@@ -120,7 +121,7 @@ def test_read_zeroes_are_stored_as_zeroes_and_take_no_room(serve, tmp_path):
     ):
         dedup = DedupFilter(below, RecordTable())
         wanted = [of_range(0, 128, zero=False)]
-        Copy(NbdReader(source), sink, check=lambda: None, filter_batch=dedup).run(wanted)
+        Copy(NbdReader(source), sink, check=lambda: None, filter_records=dedup).run(wanted)
     target.process.terminate()
     assert target.process.wait(20) == 0
     assert layer.stat().st_blocks * 512 < 1 << 20

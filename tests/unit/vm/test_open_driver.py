@@ -12,6 +12,7 @@ from backupctl.names import DiskName, VmName
 from backupctl.options import ImageFile, NoMonitor, QmpAccess, Timeouts, VmConfig, VmImage
 from backupctl.system.address import Address
 from backupctl.vm import open_driver
+from backupctl.vm.offline import driver
 from backupctl.vm.open_driver import open_for_backup, refuse_skipped
 
 TIMEOUTS = Timeouts(command_seconds=0.3)
@@ -24,11 +25,11 @@ def offline(monkeypatch) -> list:
     asked: list = []
 
     @contextmanager
-    def connect(images, why_off, timeouts, cancel=None):
-        asked.append((images, why_off))
+    def connect(vm, why_off, timeouts, cancel=None):
+        asked.append((vm.images, why_off))
         yield "the images"
 
-    monkeypatch.setattr(open_driver.offline, "connect", connect)
+    monkeypatch.setattr(driver, "connect", connect)
     return asked
 
 
@@ -56,8 +57,8 @@ def vm(address: Address | None, **more) -> VmConfig:
 
 
 def opened(config: VmConfig) -> object:
-    with open_for_backup(config, TIMEOUTS) as driver:
-        return driver
+    with open_for_backup(config, TIMEOUTS) as found:
+        return found
 
 
 @pytest.mark.parametrize("which", ["missing", "refusing"])
@@ -100,8 +101,10 @@ def test_a_vm_that_is_skipped_needs_no_images(refusing, offline):
 
 def test_a_command_that_only_looks_reads_the_images_whatever_a_backup_does(refusing):
     for when_off in ("skip", "fail"):
-        with open_driver.open_driver(vm(refusing, images=IMAGES, when_off=when_off), TIMEOUTS) as driver:
-            assert driver == "the images"
+        with open_driver.open_driver(
+            vm(refusing, images=IMAGES, when_off=when_off), TIMEOUTS
+        ) as opened_driver:
+            assert opened_driver == "the images"
 
 
 def test_a_vm_without_monitor_is_its_images():

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Times as people write and read them: in the time zone of this machine, unless they say another."""
+
+import re
+from datetime import UTC, datetime
+
+from backupctl.errors import UsageError
+
+_TIME = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}(?::[0-9]{2})?)\s*(Z|UTC|[+-][0-9]{2}:?[0-9]{2})?",
+    re.ASCII,
+)
+_EXAMPLES = 'examples: "2026-11-26 18:00", "2026-11-26 18:00:30 UTC", "2026-11-26 18:00+01:00"'
+_AGES = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"))
+
+
+def parse(text: str) -> datetime:
+    """Read a date and a time; local time unless it names UTC or an offset. Raises UsageError.
+
+    A local time that occurs twice, because clocks are set back, is refused: it needs an offset. So is one
+    that is skipped.
+    """
+    match = _TIME.fullmatch(text.strip())
+    if not match:
+        raise UsageError(f"{text!r:.60} is not a date and a time; {_EXAMPLES}")
+    date, time, zone = match.groups()
+    offset = "+00:00" if zone in ("Z", "UTC") else zone or ""
+    try:
+        found = datetime.fromisoformat(f"{date}T{time}{offset}")
+        return found.astimezone(UTC) if offset else _from_local(found, text)
+    except (ValueError, OverflowError) as err:
+        raise UsageError(f"{text!r:.60} is not a date and a time: {err}; {_EXAMPLES}") from err
+
+
+def _from_local(found: datetime, text: str) -> datetime:
+    first, second = (found.replace(fold=fold).astimezone() for fold in (0, 1))
+    if first.replace(tzinfo=None) != found:
+        raise UsageError(f"{text!r:.60} does not exist, because clocks were set forward")
+    if first.utcoffset() != second.utcoffset():
+        raise UsageError(
+            f"{text!r:.60} occurs twice, because clocks were set back",
+            hint=f"add an offset: {first:%z} for the first time, {second:%z} for the second",
+        )
+    return first.astimezone(UTC)
+
+
+def now() -> datetime:
+    """Return what the clock shows."""
+    return datetime.now(UTC)
+
+
+def local(time: datetime, *, utc: bool = False) -> str:
+    """Return a time with its zone: "2026-11-26 18:00:04 CET"; such as `parse` reads, but for the zone."""
+    shown = time.astimezone(UTC) if utc else time.astimezone()
+    return f"{shown:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def age(time: datetime, now: datetime) -> str:
+    """Return how long ago a time was, rounded down: "3 h ago"; "in the future" if it has yet to come."""
+    seconds = int((now - time).total_seconds())
+    if seconds < 0:
+        return "in the future"
+    for length, unit in _AGES:
+        if seconds >= length:
+            return f"{seconds // length} {unit} ago"
+    return f"{seconds} s ago"

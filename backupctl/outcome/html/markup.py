@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""HTML, made of tags and texts. Every text and every value passes through `text`, and nothing goes around it.
+
+`Markup` is made here only. Whatever else is put into a tag is a text, so a name or a message in a manifest
+cannot become a tag.
+"""
+
+import html
+import re
+from collections.abc import Iterable
+
+from backupctl.outcome.clean_text import clean
+
+
+class Markup(str):
+    """HTML that is complete in itself."""
+
+    __slots__ = ()
+
+
+Content = object
+"""Markup, or anything else that is shown as a text."""
+_NO_END = ("meta", "link", "img", "td", "th", "tr")
+"""Elements without content, and those of a table, which end where the next one begins (fewer bytes)."""
+_PLAIN = re.compile(r"[A-Za-z0-9-]+")
+"""Values that need no quotes."""
+
+
+def text(content: Content) -> Markup:
+    """Return markup as it is, and anything else as a text without control characters."""
+    if isinstance(content, Markup):
+        return content
+    return Markup(html.escape(clean(content)))
+
+
+def tag(name: str, /, *content: Content, **attributes: object) -> Markup:
+    """Return an element. name and the names of attributes: ours, never from outside.
+
+    `class_` is written `class`, and `_` in other names `-`. An attribute with None or False is left out; one
+    with True has no value.
+    """
+    values = "".join(_attribute(key, value) for key, value in attributes.items())
+    inner = "".join(map(text, content))
+    return Markup(f"<{name}{values}>{inner}" + ("" if name in _NO_END else f"</{name}>"))
+
+
+def join(parts: Iterable[Content], between: str = "") -> Markup:
+    """Return parts, one after the other. between: a text."""
+    return Markup(text(between).join(map(text, parts)))
+
+
+def verbatim(content: str) -> Markup:
+    """Return a style sheet or a script of ours, which HTML does not escape. Raises ValueError."""
+    if "</" in content or "<!--" in content:
+        raise ValueError("a style sheet or script that would end its element")
+    return Markup(content)
+
+
+def document(*content: Content) -> Markup:
+    """Return a whole document of these elements."""
+    return Markup("<!doctype html>\n" + "\n".join(map(text, content)) + "\n")
+
+
+def _attribute(key: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    name = key.rstrip("_").replace("_", "-")
+    if value is True:
+        return f" {name}"
+    said = text(str(value))
+    return f" {name}={said}" if _PLAIN.fullmatch(said) else f' {name}="{said}"'

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The file system of a remote host: see `vm.qmp.files.Files`."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from backupctl.errors import Failed, MonitorError
+from backupctl.names import Namespace, VmName
+from backupctl.vm.filling import Filling
+from backupctl.vm.qmp import reply
+from backupctl.vm.qmp.scratch_file import Made
+from backupctl.vm.remote.channel import Channel
+
+_MOST_BYTES = (1 << 63) - 1
+_MOST_PATH = 8192
+_AGAIN_SECONDS = 1.0
+
+
+class RemoteFiles:
+    """See `Files`. Each call asks the program there, and raises MonitorError if it cannot be reached."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def check_directory(self, directory: Path) -> None:
+        """Refuse a directory that the user there cannot write to."""
+        self._ask("check_directory", str(directory))
+
+    def free_bytes(self, directory: Path) -> int:
+        """Ask the file system there."""
+        return self._number("free_bytes", str(directory))
+
+    def make_private(self, namespace: Namespace, vm: VmName, directory: Path) -> Path:
+        """Make the directory there."""
+        return Path(self._text("make_private", namespace.tag, vm, str(directory)))
+
+    def left_directories(self, namespace: Namespace, vm: VmName, directory: Path) -> list[str]:
+        """Name what was left there."""
+        return self._texts("left_directories", namespace.tag, vm, str(directory))
+
+    def sweep(self, namespace: Namespace, vm: VmName, directory: Path) -> list[str]:
+        """Remove what was left there."""
+        return self._texts("sweep", namespace.tag, vm, str(directory))
+
+    def make_scratch(self, directory: Path, path: Path | None, size: int, reserve_bytes: int) -> Made:
+        """Make the file there."""
+        made = self._ask("make_scratch", str(directory), str(path) if path else "", size, reserve_bytes)
+        with self._understood():
+            return Made(reply.number(made[0], 1 << 30), reply.flag(made[1]))
+
+    def used_bytes(self, descriptor: int) -> int:
+        """Measure the file there."""
+        return self._number("used_bytes", descriptor)
+
+    def empty(self, descriptor: int) -> None:
+        """Truncate the file there."""
+        self._ask("empty", descriptor)
+
+    def close(self, descriptor: int) -> None:
+        """Close the file there."""
+        self._ask("close", descriptor)
+
+    def filling(self, directory: Path, process: int | None) -> "RemoteFilling":
+        """Return the file system of a directory there. process: QEMU's, None if not known."""
+        return RemoteFilling(self, directory, process)
+
+    def who(self, directory: Path, process: int | None) -> str:
+        """Say which guests need the file system of a directory there."""
+        with self._understood():
+            return reply.text(
+                self._channel.ask("filling", directory=str(directory), process=process), _MOST_PATH
+            )
+
+    def _ask(self, call: str, *arguments: object) -> Any:
+        try:
+            return self._channel.ask("files", call=call, arguments=list(arguments))
+        except OSError as err:
+            raise Failed(f"on {self._channel.host}: {err.strerror}") from err
+
+    def _number(self, call: str, *arguments: object) -> int:
+        with self._understood():
+            return reply.number(self._ask(call, *arguments), _MOST_BYTES)
+
+    def _text(self, call: str, *arguments: object) -> str:
+        with self._understood():
+            return reply.text(self._ask(call, *arguments), _MOST_PATH)
+
+    def _texts(self, call: str, *arguments: object) -> list[str]:
+        with self._understood():
+            return [reply.text(one, _MOST_PATH) for one in self._ask(call, *arguments)]
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError) as err:
+            raise MonitorError(f"what {self._channel.host} answers makes no sense") from err
+
+
+class RemoteFilling(Filling):
+    """See `Filling`."""
+
+    def __init__(self, files: RemoteFiles, directory: Path, process: int | None) -> None:
+        super().__init__(directory, "", process)
+        self._files = files
+        self._looked = -_AGAIN_SECONDS
+
+    def check(self, error: type[Failed] = Failed) -> None:
+        """See `Filling.check`; once a second, since each look goes there and back."""
+        if time.monotonic() - self._looked > _AGAIN_SECONDS:
+            self._looked = time.monotonic()
+            super().check(error)
+
+    def free_bytes(self) -> int:
+        """Ask the file system there."""
+        return self._files.free_bytes(self.directory)
+
+    def who(self) -> str:
+        """Ask the host."""
+        return self._files.who(self.directory, self._process)

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What runs on the host of a VM that is reached by ssh, for as long as a command works on that VM.
+
+::
+
+    run ══ ssh ══► this program ──► QEMU's monitor       relayed, and descriptors of ours sent along
+                      │    │   └──► QEMU's NBD server    relayed; the connections are the guard's as well
+                      │    └──────► scratch files
+                      └── socket pair ──► the guard      (vm/guest/guard_process.py, a process of its own)
+
+It answers one line of JSON with one line of JSON. The end of its input, or silence there, is the end of
+the run. It ends too, and the guard, which has all that could harm the guest, thaws and cleans up as it does
+on the run's own machine. It imports only what loads quickly, and needs nothing but Python's standard library.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from backupctl.errors import BackupctlError, Failed, Refused
+from backupctl.names import Namespace, VmName
+from backupctl.system import open_files, private_dir
+from backupctl.system.address import Address
+from backupctl.vm.filling import Filling
+from backupctl.vm.guest import agent, guard_process
+from backupctl.vm.qmp.files import LOCAL
+from backupctl.vm.remote.names import MONITOR, NBD, READY, SILENCE_SECONDS
+from backupctl.vm.remote.relay import Relay
+from backupctl.vm.remote.vm_lock import VmLock
+
+_CONNECT_SECONDS = 10.0
+_GUARD_END_SECONDS = 10.0
+_MOST_LINE_BYTES = 1 << 20
+
+
+class RemoteProgram:
+    """Serves one command's requests. options: what `vm.remote.host` asked for.
+
+    monitor, agent: sockets here; "" for no agent. directory: for our own sockets; "" where none are needed.
+    """
+
+    def __init__(self, options: dict[str, Any], held: ExitStack) -> None:
+        self._monitor_address = Address(path=str(options["monitor"]))
+        self._agent = Address(path=str(options["agent"])) if options["agent"] else None
+        self._agent_seconds = float(options["agent_seconds"])
+        self._held = held
+        self._monitor: Relay | None = None
+        self._clients: list[Relay] = []
+        self._nbd_path = ""
+        self._guard: socket.socket | None = None
+        self._guard_pid = 0
+        self._lock: VmLock | None = None
+        if options["directory"]:
+            # Before anything that the guard need not have, and before any thread.
+            self._lock = VmLock.acquire(str(options["monitor"]), float(options["lock_seconds"]))
+            self._fork_guard()
+            directory = held.enter_context(private_dir.named(Path(options["directory"])))
+            self._listeners = {name: self._listener(directory / name) for name in (MONITOR, NBD)}
+            self._directory = directory
+
+    def serve(self, lines: Iterator[bytes]) -> None:
+        """Answer requests until there are no more. Raises OSError if nobody hears the answer."""
+        for line in lines:
+            if line:
+                os.write(1, json.dumps(self._answer(json.loads(line))).encode() + b"\n")
+
+    def end(self) -> None:
+        """Leave the guard alone, which ends by itself, and wait for it: it has the lock."""
+        if self._monitor is not None:  # the guard needs it
+            self._monitor.close()
+        if self._guard is not None:
+            self._guard.close()
+            self._await_guard()
+        self._held.close()
+
+    def _await_guard(self) -> None:
+        with suppress(OSError):
+            handle = os.pidfd_open(self._guard_pid)
+            waiting = select.poll()
+            waiting.register(handle, select.POLLIN)
+            if waiting.poll(_GUARD_END_SECONDS * 1000) and self._lock is not None:
+                self._lock.remove()
+
+    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"value": getattr(self, f"do_{request.pop('do')}")(**request)}
+        except BackupctlError as err:
+            return {"error": err.code, "message": err.message, "state": err.state}
+        except OSError as err:
+            text = err.strerror or str(err) or type(err).__name__
+            return {"error": "OSError", "message": text, "state": "", "errno": err.errno or 0}
+
+    def do_monitor(self) -> int | None:
+        """Connect to QEMU's monitor for a client that has connected to the forwarded socket."""
+        if self._monitor is not None:
+            self._monitor.close()
+        qemu = self._monitor_address.connect(_CONNECT_SECONDS)
+        qemu.settimeout(None)
+        process = open_files.peer(qemu)
+        self._monitor = Relay(self._accepted(MONITOR), qemu, outlives=False)
+        return process
+
+    def do_send_fd(self, descriptor: int) -> None:
+        """Send a descriptor to QEMU, for the next command. No command is under way."""
+        assert self._monitor is not None
+        socket.send_fds(self._monitor.qemu, [b" "], [descriptor])  # a space: QMP lets it pass
+
+    def do_listen(self, by_descriptor: bool, clients: int) -> dict[str, Any]:
+        """Make the socket on which QEMU serves NBD, or name one that QEMU makes itself."""
+        path = self._directory / "nbd.sock"
+        self._nbd_path = str(path)
+        path.unlink(missing_ok=True)
+        if not by_descriptor:
+            return {"descriptor": -1, "path": self._nbd_path}
+        return {"descriptor": self._listener(path, clients).fileno(), "path": ""}
+
+    def do_connect(self) -> int:
+        """Connect to QEMU's NBD server for a client of the forwarded socket; return QEMU's side of it."""
+        qemu = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        forwarded = self._accepted(NBD)
+        try:
+            qemu.connect(self._nbd_path)
+        except OSError:
+            qemu.close()
+            forwarded.close()
+            raise
+        self._clients.append(Relay(forwarded, qemu, outlives=True))
+        return qemu.fileno()
+
+    def do_disconnect(self) -> None:
+        """End the NBD clients, whose exports have gone."""
+        while self._clients:
+            self._clients.pop().close()
+
+    def do_guard(self, request: dict[str, Any], descriptors: list[int], seconds: float) -> dict[str, Any]:
+        """Pass a request to the guard, and its answer back. Raises OSError."""
+        assert self._guard is not None
+        self._guard.settimeout(seconds)
+        socket.send_fds(self._guard, [json.dumps(request).encode()], descriptors)
+        content = self._guard.recv(65536)
+        if not content:
+            raise Failed("the guard process has died")
+        return dict(json.loads(content))
+
+    def do_files(self, call: str, arguments: list[Any]) -> Any:
+        """Do the work of one of the methods of `vm.qmp.files.Files`."""
+        return _FILES[call](*arguments)
+
+    def do_filling(self, directory: str, process: int | None) -> str:
+        """Say which guests need the file system of a directory."""
+        return Filling(
+            Path(directory), "", process if process and open_files.is_qemu(process) else None
+        ).who()
+
+    def do_freeze_status(self) -> str:
+        """Ask the guest agent."""
+        assert self._agent is not None
+        with agent.Agent.connect(self._agent, self._agent_seconds) as connection:
+            return connection.freeze_status()
+
+    def do_thaw(self) -> bool:
+        """Thaw a guest that is frozen; whether it was."""
+        return self._agent is not None and agent.thaw_if_frozen(self._agent, self._agent_seconds)
+
+    def _listener(self, path: Path, clients: int = 8) -> socket.socket:
+        made = self._held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        made.bind(str(path))
+        made.listen(clients)
+        return made
+
+    def _accepted(self, name: str) -> socket.socket:
+        listener = self._listeners[name]
+        listener.settimeout(_CONNECT_SECONDS)
+        made = listener.accept()[0]
+        made.settimeout(None)
+        return made
+
+    def _fork_guard(self) -> None:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._guard_pid = os.fork()
+        if not self._guard_pid:
+            ours.close()
+            _become_guard(its.detach(), self._monitor_address, self._agent, self._agent_seconds)
+        its.close()
+        ours.settimeout(_CONNECT_SECONDS)
+        if not ours.recv(65536):
+            raise Failed("the guard process did not start")
+        self._guard = ours
+
+
+def _private(prefix: str, vm: str, directory: str) -> str:
+    return str(LOCAL.make_private(_namespace(prefix), VmName(vm), Path(directory)))
+
+
+def _namespace(repository: str) -> Namespace:
+    return Namespace(repository)
+
+
+_FILES: dict[str, Any] = {
+    "check_directory": lambda directory: LOCAL.check_directory(Path(directory)),
+    "free_bytes": lambda directory: LOCAL.free_bytes(Path(directory)),
+    "make_private": _private,
+    "left_directories": lambda one, vm, path: LOCAL.left_directories(_namespace(one), VmName(vm), Path(path)),
+    "sweep": lambda one, vm, path: LOCAL.sweep(_namespace(one), VmName(vm), Path(path)),
+    "make_scratch": lambda directory, path, size, reserve: LOCAL.make_scratch(
+        Path(directory), Path(path) if path else None, size, reserve
+    ),
+    "used_bytes": LOCAL.used_bytes,
+    "empty": LOCAL.empty,
+    "close": LOCAL.close,
+}
+
+
+def _become_guard(descriptor: int, monitor: Address, of_agent: Address | None, seconds: float) -> NoReturn:
+    """Be the guard from now on: see `guard_process.main`, which never returns."""
+    try:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in range(3):  # ssh waits for the end of our output
+            os.dup2(null, number)
+        sys.argv = ["guard", str(descriptor), str(monitor), str(of_agent or ""), str(seconds)]
+        guard_process.main()
+    finally:
+        os._exit(1)
+
+
+def _lines() -> Iterator[bytes]:
+    """Yield each line of the input; end where it ends, or is silent for too long."""
+    received, heard = bytearray(), time.monotonic()
+    while True:
+        while (end := received.find(b"\n")) >= 0:
+            line = bytes(received[:end])
+            del received[: end + 1]
+            yield line
+            heard = time.monotonic()
+        left = heard + SILENCE_SECONDS - time.monotonic()
+        if left <= 0 or len(received) > _MOST_LINE_BYTES or not select.select([0], [], [], left)[0]:
+            return
+        content = os.read(0, 65536)
+        if not content:
+            return
+        received += content
+
+
+def main() -> NoReturn:
+    """Serve the command at the other end of the standard input and output."""
+    os.umask(0o077)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    lines = _lines()
+    held = ExitStack()
+    try:
+        try:
+            program = RemoteProgram(json.loads(next(lines)), held)
+        except (BackupctlError, OSError) as err:
+            code = err.code if isinstance(err, BackupctlError) else Refused.code
+            _say(READY + json.dumps({"error": code, "message": str(err), "state": ""}).encode() + b"\n")
+            os._exit(0)
+        _say(READY + json.dumps({"value": os.geteuid()}).encode() + b"\n")
+        with suppress(OSError):
+            program.serve(lines)
+        program.end()
+    finally:
+        held.close()
+        os._exit(0)
+
+
+def _say(content: bytes) -> None:
+    with suppress(OSError):
+        os.write(1, content)

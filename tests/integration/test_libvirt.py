@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Domains of libvirt, by its own backup API: a libvirtd of the test's own, domains without an OS."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures.debian import CannotBeHad
+from fixtures.libvirtd import Domain, Libvirtd
+from fixtures.writer import Writer
+from tests import interrupted_cli
+from tests.conftest import MIB, ROOT, Cli
+
+libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Libvirtd]:
+    try:
+        made = Libvirtd(small=True)
+        with made:
+            yield made
+    except CannotBeHad as err:
+        pytest.skip(str(err))
+
+
+@dataclass
+class Lab:
+    """A domain, its writer, and the command line for it."""
+
+    domain: Domain
+    writer: Writer
+    cli: Cli
+    directory: Path
+
+    def backup(self, kind: str, *options: str, code: int = 0) -> Any:
+        return self.cli.json(kind, "web", *options, code=code)
+
+    def assert_point(self, point: str, moment: dict[str, bytes]) -> None:
+        for disk, content in moment.items():
+            assert self.cli.raw(point, disk, self.directory) == content, f"{disk} of {point}"
+
+    def assert_clean(self, checkpoints: int = 1) -> None:
+        """Nothing of ours is left in the domain but checkpoints, and nothing on the disk but points."""
+        assert not self.domain.has_job()
+        assert self.domain.is_running()
+        ours = [one for one in self.domain.checkpoints() if one.startswith("backupctl-")]
+        assert len(ours) == checkpoints, ours
+        assert list(self.cli.scratch.iterdir()) == []
+        partial = [one for one in os.listdir(self.cli.repository / "web") if one.endswith(".partial")]
+        assert partial == []
+
+    def next_is_right(self) -> None:
+        """After whatever happened: an incremental is byte-equal, and nothing is left."""
+        self.writer.write(5)
+        self.writer.remember()
+        report = self.backup("incremental")
+        self.assert_point(report["point"], self.writer.moment)
+        self.assert_clean()
+        scanned = {name for name, kind in kinds(report).items() if kind == "scan"}
+        assert scanned <= {"vdc"}, "a checkpoint was lost"  # vdc is raw, where there is one
+
+
+Make = Callable[..., Lab]
+
+
+@pytest.fixture
+def make_lab(daemon: Libvirtd, tmp_path: Path, held: ExitStack, request: pytest.FixtureRequest) -> Make:
+    def make(
+        sizes: dict[str, int] | None = None, *, formats: dict[str, str] | None = None, driver: str = ""
+    ) -> Lab:
+        sizes = sizes or {"vda": 8 * MIB, "vdb": 4 * MIB}
+        disks = []
+        for name, size in sizes.items():
+            kind = (formats or {}).get(name, "qcow2")
+            path = tmp_path / f"{name}.{kind}"
+            subprocess.run(["qemu-img", "create", "-q", "-f", kind, path, str(size)], check=True, timeout=30)
+            disks.append({"target": name, "path": path, "format": kind, "driver": driver})
+        domain = Domain(daemon, f"d{os.getpid()}-{abs(hash(request.node.nodeid)) % 10**8}", disks)
+        held.callback(domain.close)
+        domain.start()
+        scratch = Path(tempfile.mkdtemp(prefix="s-", dir=daemon.directory))  # short: it holds a socket
+        cli = Cli(
+            repository=tmp_path / "repository",
+            environment={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
+            scratch=scratch,
+            vm=domain.arguments,
+        )
+        writer = Writer(sizes, domain.io, 1)
+        held.callback(writer.stop)
+        return Lab(domain, writer, cli, tmp_path)
+
+    return make
+
+
+def plain(lab: Lab, *words: str) -> str:
+    """Call a command that knows no repository; return what it prints."""
+    command = [sys.executable, "-m", "backupctl", *words]
+    around = lab.cli.environment
+    done = subprocess.run(
+        command, env=around, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def kinds(report: Any) -> dict[str, str]:
+    return {disk["name"]: "scan" if disk["scanned"] else disk["kind"] for disk in report["disks"]}
+
+
+def test_a_full_and_incrementals_are_byte_equal(make_lab: Make) -> None:
+    lab = make_lab({"vda": 8 * MIB, "vdb": 4 * MIB, "vdc": 2 * MIB}, formats={"vdc": "raw"})
+    lab.writer.write(30)
+    lab.writer.remember()
+    first, begun = lab.backup("full"), lab.writer.moment
+    lab.assert_clean()
+    lab.writer.write(10)
+    lab.writer.remember()
+    second, then = lab.backup("incremental"), lab.writer.moment
+    assert kinds(second) == {"vda": "incremental", "vdb": "incremental", "vdc": "scan"}
+    lab.assert_point(first["point"], begun)
+    lab.assert_point(second["point"], then)
+    lab.next_is_right()
+
+
+def begun(make_lab: Make, **options: Any) -> Lab:
+    lab = make_lab(**options)
+    lab.writer.write(10)
+    lab.backup("full")
+    lab.writer.write(5)
+    return lab
+
+
+CHANGING = ("virDomainBackupBegin", "virDomainAbortJob", "virDomainCheckpointDelete")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", CHANGING)
+def test_a_run_that_is_killed_is_undone_by_the_next(make_lab: Make, call: str, when: str) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=call, KILL_WHEN=when)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    lab.next_is_right()
+
+
+@pytest.mark.parametrize(("asked", "when"), [("hold", "after"), ("ready", "before")])
+def test_a_run_killed_in_its_clients_handshake_does_not_make_the_guest_stand_still(
+    make_lab: Make, asked: str, when: str
+) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=asked, KILL_WHEN=when)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    wait_for(lambda: not lab.domain.has_job())
+    lab.next_is_right()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", CHANGING)
+def test_a_run_whose_libvirtd_is_killed_loses_nothing(
+    make_lab: Make, daemon: Libvirtd, call: str, when: str
+) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    around = {"ACTION": "crash", "VM_PID": str(daemon.daemon_process())}
+    done = lab.cli.call(
+        "incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=call, KILL_WHEN=when, **around
+    )
+    assert done.returncode in (0, 1, 3), done.stderr
+    daemon.come_again()
+    lab.next_is_right()
+
+
+def test_a_run_killed_in_mid_copy_with_its_guard_leaves_a_job_that_the_next_run_ends(make_lab: Make) -> None:
+    """The drill in which virtnbdbackup loses changes: its next incremental starts at the run that failed."""
+    lab = begun(make_lab)
+    lab.writer.write(20)
+    run = lab.cli.start("incremental", "web", "--limit", "200K")
+    wait_for(lambda: (lab.cli.repository / "web").glob("*.partial/*.qcow2"), run)
+    wait_for(lab.domain.has_job, run)
+    guard = guard_of(run.pid)
+    os.kill(guard, signal.SIGSTOP)  # before it can do anything
+    run.kill()
+    run.communicate()
+    os.kill(guard, signal.SIGKILL)
+    assert lab.domain.has_job()
+    assert "backup job" in lab.cli.run("status", "web").stdout
+    lab.next_is_right()
+
+
+def test_a_repository_that_fills_up_in_mid_copy_loses_nothing(make_lab: Make) -> None:
+    """The other drill in which virtnbdbackup loses changes."""
+    lab = begun(make_lab)
+    lab.writer.do("vda", "data", 0, 4 * MIB)
+    arguments = ("full-disk", "incremental", "web")
+    failed = lab.cli.call(*arguments, entry="backupctl.cli.faulty:faulty_cli")
+    assert failed.returncode == 1, failed.stderr
+    lab.assert_clean()
+    lab.next_is_right()
+
+
+def test_after_a_crash_of_qemu_the_disk_is_scanned(make_lab: Make) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    os.kill(lab.domain.daemon.qemu(lab.domain.name), signal.SIGKILL)
+    wait_for(lambda: not lab.domain.handle().isActive())
+    image = str(lab.domain.disks[0]["path"])
+    subprocess.run(["qemu-img", "convert", "-O", "raw", image, lab.directory / "now.raw"], check=True)
+    lab.domain.start()
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "scan"}
+    lab.assert_point(report["point"], {"vda": (lab.directory / "now.raw").read_bytes()})
+    lab.writer.model["vda"][:] = (lab.directory / "now.raw").read_bytes()
+    lab.next_is_right()
+
+
+def test_a_chain_goes_on_over_a_snapshot_and_a_block_commit(make_lab: Make) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    virsh, name = lab.domain.daemon.virsh, lab.domain.name
+    overlay = lab.directory / "overlay.qcow2"
+    virsh(
+        "snapshot-create-as", name, "s", "--disk-only", "--no-metadata", "--diskspec", f"vda,file={overlay}"
+    )
+    lab.next_is_right()
+    lab.writer.write(5)
+    virsh("blockcommit", name, "vda", "--active", "--pivot", "--wait")
+    lab.next_is_right()
+
+
+def test_exchanged_images_are_scanned_although_both_have_the_bitmap(make_lab: Make) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB, "vdb": 4 * MIB})
+    lab.domain.daemon.virsh("shutdown", lab.domain.name, "--mode", "acpi")
+    lab.domain.monitor('{"execute": "quit"}')
+    wait_for(lambda: not lab.domain.handle().isActive())
+    one, other = (disk["path"] for disk in lab.domain.disks)
+    xml = lab.domain.daemon.directory / f"{lab.domain.name}.xml"
+    text = lab.domain.daemon.virsh("dumpxml", lab.domain.name)
+    swapped = text.replace(str(one), "ONE").replace(str(other), str(one)).replace("ONE", str(other))
+    xml.write_text(swapped)
+    lab.domain.daemon.virsh("define", xml)
+    lab.domain.start()
+    model = lab.writer.model
+    model["vda"], model["vdb"] = model["vdb"], model["vda"]
+    lab.writer.write(3)
+    lab.writer.remember()
+    report = lab.backup("incremental")
+    assert kinds(report) == {"vda": "scan", "vdb": "scan"}
+    lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_checkpoints_of_others_stay(make_lab: Make) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    lab.domain.handle().checkpointCreateXML(
+        "<domaincheckpoint><name>virtnbdbackup.0</name></domaincheckpoint>"
+    )
+    lab.next_is_right()
+    assert "virtnbdbackup.0" in lab.domain.checkpoints()
+
+
+def test_kept_checkpoints_serve_differentials(make_lab: Make) -> None:
+    lab = make_lab({"vda": 4 * MIB})
+    lab.writer.write(10)
+    first = lab.backup("full", "--keep-checkpoints", "2")
+    for _ in range(2):
+        lab.writer.write(3)
+        lab.backup("incremental", "--keep-checkpoints", "2")
+    lab.assert_clean(checkpoints=3)
+    lab.writer.write(3)
+    lab.writer.remember()
+    report = lab.backup("incremental", "--since", first["point"], "--keep-checkpoints", "2")
+    assert (kinds(report), report["parent"]) == ({"vda": "incremental"}, first["point"])
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_clean(checkpoints=3)
+
+
+def test_somebody_elses_backup_is_left_alone(make_lab: Make) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    socket = lab.directory / "theirs"
+    scratch = f"<scratch file='{lab.directory}/theirs.scratch'/>"
+    disk = f"<disk name='vda' backup='yes' type='file'>{scratch}</disk>"
+    lab.domain.handle().backupBegin(
+        f"<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>{disk}</disks>"
+        "</domainbackup>",
+        None,
+    )
+    done = lab.cli.run("incremental", "web", code=1)
+    assert "somebody else's backup" in done.stderr
+    assert lab.domain.has_job()
+    assert "somebody else's backup" in lab.cli.run("status", "web").stdout
+    lab.domain.handle().abortJob()
+    wait_for(lambda: not lab.domain.has_job())
+    lab.next_is_right()
+
+
+def test_what_is_told_of_a_domain(make_lab: Make) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    status = lab.cli.json("status", "web")
+    assert [(one["name"], one["bitmap_state"], one["next"]) for one in status["disks"]] == [
+        ("vda", "recording", "incremental")
+    ]
+    (bitmap,) = lab.cli.json("bitmaps", "web")["bitmaps"]
+    assert (bitmap["use"], bitmap["disk"]) == ("live", "vda")
+    findings = {one["subject"]: one["verdict"] for one in lab.cli.json("doctor", "web")["findings"]}
+    assert findings["rights"] == "ok"
+    assert findings["agent"] == "warning"
+    assert "bad" not in findings.values()
+    assert "Nothing to recover" in lab.cli.run("recover", "web").stdout
+
+
+def test_a_domain_that_is_off_or_unknown_is_said_so(make_lab: Make) -> None:
+    lab = make_lab({"vda": 4 * MIB})
+    lab.domain.destroy()
+    assert "is not running" in lab.cli.run("full", "web", code=1).stderr
+    lab.cli.vm[-1] = "nobody"
+    assert "has no domain named 'nobody'" in lab.cli.run("full", "web", code=1).stderr
+
+
+def test_domains_are_found_by_a_pattern_and_configured(make_lab: Make) -> None:
+    lab = make_lab({"vda": 4 * MIB})
+    uri, name = lab.domain.daemon.uri, lab.domain.name
+    told = plain(lab, "discover", f"{name[:-1]}*", "--libvirt", uri, "--toml")
+    lab.cli.environment["BACKUPCTL_CONFIG"] = str(lab.directory / "backupctl.toml")
+    (lab.directory / "backupctl.toml").write_text(f'[defaults]\nscratch = "{lab.cli.scratch}"\n\n{told}')
+    found = json.loads(plain(lab, "discover", name, "nobody*", "--libvirt", uri, "--json"))
+    assert found["domains"] == [{"domain": name, "running": True, "configured_as": [name]}]
+    report = lab.cli.json("full", name, vm=False)
+    assert kinds(report) == {"vda": "full"}
+    assert "running" in plain(lab, "discover", "--libvirt", uri)
+
+
+def wait_for(what: Callable[[], Any], run: "subprocess.Popen[str] | None" = None) -> None:
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline
+        assert run is None or run.poll() is None, run.communicate()
+        time.sleep(0.02)
+
+
+def guard_of(run: int) -> int:
+    """Return the guard of a run: its child that holds a socket pair."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            pid, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])
+            if parent == run and b"guard_process" in (path.parent / "cmdline").read_bytes():
+                return pid
+    raise AssertionError("the run has no guard")

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Between a forwarded socket and QEMU's own."""
+
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from backupctl.errors import Refused
+from backupctl.vm.remote import vm_lock
+from backupctl.vm.remote.relay import Relay
+from backupctl.vm.remote.vm_lock import VmLock
+
+
+@pytest.fixture
+def ends():
+    """A relay of each kind: `client, qemu, relay = ends(outlives=True)`."""
+    with ExitStack() as held:
+
+        def make(*, outlives: bool) -> tuple[socket.socket, socket.socket, Relay]:
+            client, forwarded = socket.socketpair()
+            ours, qemu = socket.socketpair()
+            for one in (client, qemu):
+                one.settimeout(10)
+                held.enter_context(one)
+            relay = Relay(forwarded, ours, outlives=outlives)
+            held.callback(relay.close)
+            return client, qemu, relay
+
+        yield make
+
+
+def test_bytes_pass_in_both_directions(ends):
+    client, qemu, _ = ends(outlives=True)
+    client.sendall(b"ask")
+    assert qemu.recv(10) == b"ask"
+    qemu.sendall(b"answer")
+    assert client.recv(10) == b"answer"
+
+
+def test_an_nbd_client_stays_with_qemu_when_the_line_is_cut_and_takes_what_qemu_says(ends):
+    client, qemu, relay = ends(outlives=True)
+    client.close()
+    qemu.sendall(bytes(8 << 20))  # more than any buffer holds
+    qemu.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        qemu.recv(1)
+    qemu.settimeout(10)
+    relay.close()
+    assert qemu.recv(1) == b""
+
+
+def test_a_monitor_is_free_for_the_guard_when_the_line_is_cut(ends):
+    client, qemu, _ = ends(outlives=False)
+    client.close()
+    assert qemu.recv(1) == b""
+
+
+def test_the_end_of_qemu_reaches_the_client(ends):
+    client, qemu, _ = ends(outlives=True)
+    qemu.close()
+    assert client.recv(1) == b""
+
+
+def test_a_directory_for_locks_that_others_could_write_to_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(Refused, match="not a directory of this user alone"):
+        VmLock.acquire("/q", 0.0)
+
+
+def test_who_ends_removes_the_lock_and_who_waits_gets_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(vm_lock, "_directory", lambda: tmp_path)
+    lock = VmLock.acquire("/q", 0.0)
+    with pytest.raises(Refused, match="still works on this VM"):
+        VmLock.acquire("/q", 0.1)
+    VmLock.acquire("/other", 0.0)
+    lock.remove()
+    assert VmLock.acquire("/q", 0.0).descriptor != lock.descriptor
