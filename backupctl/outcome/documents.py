@@ -400,8 +400,9 @@ def places(found: Iterable["Place"]) -> Document:
     return {
         "file_systems": [
             {
-                "disk": one.disk,
+                "disk": one.disk or None,
                 "partition": one.number,
+                "volume": one.volume or None,
                 "size": one.size,
                 "kind": one.kind or None,
                 "problem": one.problem or None,
@@ -418,8 +419,9 @@ def guest_files(listed: Iterable[tuple["Found", Iterable[tuple[bytes, "Node"]]]]
         "paths": [
             {
                 "path": _text(found.path),
-                "disk": found.place.disk,
+                "disk": found.place.disk or None,
                 "partition": found.place.number,
+                "volume": found.place.volume or None,
                 "entries": [_guest_file(name, node) for name, node in entries],
             }
             for found, entries in listed
