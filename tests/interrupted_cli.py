@@ -3,8 +3,8 @@
 
 A step is a monitor command or a call of libvirt, a request to the guard (which speaks to the agent), an agent
 command of the run itself, or a durable step of the repository. KILL_AT: its number, from 0, or the name of a
-monitor command or of libvirt's function, for each call of it. KILL_WHEN: before or after it. STEPS: a file to
-which the name of each step is written.
+monitor command, of libvirt's function or of a request to the guard, for each call of it. KILL_WHEN: before or
+after it. STEPS: a file to which the name of each step is written.
 The interruption is SIGKILL of the run, or ACTION:
 
 - term: SIGTERM of the run;
@@ -45,7 +45,7 @@ ENTRY = "tests.interrupted_cli:interrupted"
 WATCHED = {
     Monitor: ("execute", "send_fd"),
     Connection: ("call",),
-    GuardClient: ("freeze", "thaw", "hold", "release", "ping_agent", "watch", "unwatch"),
+    GuardClient: ("freeze", "thaw", "hold", "ready", "release", "ping_agent", "watch", "unwatch"),
     RemoteGuard: ("hold",),
     Agent: ("freeze_status", "thaw"),
     durable: ("sync_file", "sync_directory", "make_directory", "write_new", "append", "replace", "rename"),
@@ -74,11 +74,12 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
     @wraps(real)
     def stepped(*arguments, **options):
         mine = next(numbers)
-        first = arguments[1] if (owner, name) in ((Monitor, "execute"), (Connection, "call")) else ""
+        commands = (owner, name) in ((Monitor, "execute"), (Connection, "call"))
+        first = arguments[1] if commands else name if owner is GuardClient else ""
         hit = at in (str(mine), first)
         if steps:
             with open(steps, "a") as log:
-                log.write(f"{name} {first}\n")
+                log.write(f"{name} {first if commands else ''}\n")
         if error and (mine == wanted or (mine > wanted >= 0 and error == errno.ENOSPC)):
             raise OSError(error, os.strerror(error))
         if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:

@@ -63,6 +63,7 @@ SECTIONS = {
         "remove": "remove.remove",
         "recover": "status_recover.recover",
         "config": "config.config",
+        "discover": "discover.discover",
         "install-timers": "install_timers.install_timers",
         "version": "version.version",
     },

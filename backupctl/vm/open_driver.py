@@ -148,3 +148,10 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
 
         return host.thaw_if_frozen(access, timeouts)
     return agent.thaw_if_frozen(access.agent, timeouts.agent_seconds)
+
+
+def domains(uri: str, timeouts: Timeouts) -> list[tuple[str, bool]]:
+    """Return the names of a libvirt's domains, and whether each runs. Raises MonitorError."""
+    from backupctl.vm.libvirt.connection import domain_names  # noqa: PLC0415 - see above
+
+    return domain_names(uri, timeouts.command_seconds)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Domains of libvirt, by its own backup API: a libvirtd of the test's own, domains without an OS."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -102,6 +104,17 @@ def make_lab(daemon: Libvirtd, tmp_path: Path, held: ExitStack, request: pytest.
     return make
 
 
+def plain(lab: Lab, *words: str) -> str:
+    """Call a command that knows no repository; return what it prints."""
+    command = [sys.executable, "-m", "backupctl", *words]
+    around = lab.cli.environment
+    done = subprocess.run(
+        command, env=around, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def kinds(report: Any) -> dict[str, str]:
     return {disk["name"]: "scan" if disk["scanned"] else disk["kind"] for disk in report["disks"]}
 
@@ -138,6 +151,17 @@ def test_a_run_that_is_killed_is_undone_by_the_next(make_lab: Make, call: str, w
     lab = begun(make_lab, sizes={"vda": 4 * MIB})
     died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=call, KILL_WHEN=when)
     assert died.returncode == -signal.SIGKILL, died.stderr
+    lab.next_is_right()
+
+
+@pytest.mark.parametrize(("asked", "when"), [("hold", "after"), ("ready", "before")])
+def test_a_run_killed_in_its_clients_handshake_does_not_make_the_guest_stand_still(
+    make_lab: Make, asked: str, when: str
+) -> None:
+    lab = begun(make_lab, sizes={"vda": 4 * MIB})
+    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=asked, KILL_WHEN=when)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    wait_for(lambda: not lab.domain.has_job())
     lab.next_is_right()
 
 
@@ -297,6 +321,19 @@ def test_a_domain_that_is_off_or_unknown_is_said_so(make_lab: Make) -> None:
     assert "is not running" in lab.cli.run("full", "web", code=1).stderr
     lab.cli.vm[-1] = "nobody"
     assert "has no domain named 'nobody'" in lab.cli.run("full", "web", code=1).stderr
+
+
+def test_domains_are_found_by_a_pattern_and_configured(make_lab: Make) -> None:
+    lab = make_lab({"vda": 4 * MIB})
+    uri, name = lab.domain.daemon.uri, lab.domain.name
+    told = plain(lab, "discover", f"{name[:-1]}*", "--libvirt", uri, "--toml")
+    lab.cli.environment["BACKUPCTL_CONFIG"] = str(lab.directory / "backupctl.toml")
+    (lab.directory / "backupctl.toml").write_text(f'[defaults]\nscratch = "{lab.cli.scratch}"\n\n{told}')
+    found = json.loads(plain(lab, "discover", name, "nobody*", "--libvirt", uri, "--json"))
+    assert found["domains"] == [{"domain": name, "running": True, "configured_as": [name]}]
+    report = lab.cli.json("full", name, vm=False)
+    assert kinds(report) == {"vda": "full"}
+    assert "running" in plain(lab, "discover", "--libvirt", uri)
 
 
 def wait_for(what: Callable[[], Any], run: "subprocess.Popen[str] | None" = None) -> None:

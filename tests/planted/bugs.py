@@ -38,6 +38,7 @@ IOTHREAD = (
     "integration/test_guest.py::"
     "test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive[oldest-virtio-blk-pci-5]"
 )
+REMOVE = "unit/operations/test_remove_vm.py::"
 REPORT_PAGE = "unit/outcome/test_html_page.py::"
 LAYER = "unit/operations/test_backup_disk.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
 REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
@@ -45,7 +46,33 @@ WRITER = "unit/images/test_qcow2_writer.py::"
 TABLES = "unit/images/test_qcow2_check.py::"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
+LIBVIRT = "unit/vm/libvirt/"
+
 BUGS = (
+    Bug(
+        "a checkpoint of libvirt is used for another image",
+        "Checkpoint.is_of",
+        "return bool(then and files and (then[0] in files or files[0] in then))",
+        "return True",
+        LIBVIRT + "test_libvirt_checkpoints.py::test_a_bitmap_is_not_used_for_another_image",
+    ),
+    Bug(
+        "the checkpoint of a failed run becomes the base of the next",
+        "plan",
+        "        if one not in valid:\n",
+        "        if one not in valid and not valid:\n",
+        LIBVIRT
+        + "test_libvirt_checkpoints.py::test_the_checkpoint_of_an_unfinished_run_goes_and_its_base_stays",
+    ),
+    Bug(
+        "a backup job of libvirt is aborted while clients are in their handshake",
+        "end",
+        "    hang_up()\n",
+        "    hang_up\n",
+        LIBVIRT
+        + "test_libvirt_connection.py::"
+        + "test_a_job_of_ours_is_aborted_when_clients_in_their_handshake_have_left",
+    ),
     Bug(
         "each step of a run follows the chain again",
         "CheckedChains.layers",
@@ -534,6 +561,37 @@ BUGS = (
         "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
     Bug(
+        "a lock that was waited for counts under a name that is gone",
+        "VmDirectory.lock",
+        "            self._refuse_moved(descriptor)\n",
+        "",
+        REMOVE + "test_a_run_that_waited_for_the_lock_of_a_renamed_vm_does_not_begin",
+    ),
+    Bug(
+        "a VM is renamed before its points may bear the old name",
+        "rename",
+        "        former_names.add(directory.path, directory.name, points[-1])\n",
+        "        pass\n",
+        REMOVE + "test_a_renamed_vm_has_its_points_and_they_verify",
+    ),
+    Bug(
+        "a point that was dropped makes no beginning of an id ambiguous",
+        "_choose",
+        "(*current, *retired))",
+        "(*current,))",
+        "unit/operations/test_delete.py::test_a_dropped_point_still_makes_a_beginning_ambiguous",
+    ),
+    Bug(
+        "a run notes its step while the guest is frozen",
+        "RunContext.enter",
+        "        self.on_step(name)\n",
+        "        self.on_step(name)\n"
+        "        if self.activity:\n"
+        "            self.activity.step(name, self.point)\n",
+        "integration/test_run_context.py::"
+        "test_status_tells_what_a_running_backup_does_and_nothing_is_noted_while_the_guest_is_frozen[simulator]",
+    ),
+    Bug(
         "an NBD client leaves QEMU when the line to its host is cut",
         "Relay._to_qemu",
         "        if not self._outlives:\n",
@@ -557,6 +615,28 @@ BUGS = (
         "::test_only_the_loopback_and_ssh_keep_what_is_said_to_themselves[tcp:host:1-False]",
     ),
     Bug(
+        "a report with a secret of the configuration in its logs",
+        "Redaction.text",
+        "text = text.replace(secret, HIDDEN)",
+        "pass",
+        "unit/cli/test_problem_report.py::test_the_report_has_what_is_needed_and_no_secret",
+    ),
+    Bug(
+        "a report with a file of root's that somebody has linked into /tmp",
+        "_is_ours",
+        " and status.st_nlink == 1",
+        "",
+        "unit/cli/test_problem_report.py::"
+        "test_what_somebody_put_beside_the_logs_is_not_in_the_report[a hard link]",
+    ),
+    Bug(
+        "a demo of the Debian package that finds no backupctl",
+        "own_environment",
+        '        "PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))),\n',
+        "",
+        "packages/test_deb.py::test_demo_and_drills_find_the_modules_of_the_package_wherever_they_are_called",
+    ),
+    Bug(
         "a name in a report becomes HTML",
         "text",
         "    return Markup(html.escape(clean(content)))\n",
@@ -576,6 +656,13 @@ BUGS = (
         "np.maximum(1, stored * 255 // np.maximum(every, 1))",
         "stored * 255 // np.maximum(every, 1)",
         "unit/digests/test_regions.py::test_a_single_cluster_of_a_large_part_is_still_shown",
+    ),
+    Bug(
+        "a served report is shown to whoever asks",
+        "_Handler._answer",
+        "        if not known or name not in self._KINDS:\n",
+        "        if name not in self._KINDS:\n",
+        "unit/outcome/test_html_live.py::test_without_the_token_there_is_nothing",
     ),
     Bug(
         "a name of a guest leads out of the target directory",

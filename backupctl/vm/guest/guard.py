@@ -156,6 +156,10 @@ class GuardClient:
         """Have the guard hold a duplicate of an NBD client's socket; before anything is said on it."""
         self._ask({"do": "hold", "export": export}, (connection.fileno(),))
 
+    def ready(self, export: str) -> None:
+        """Tell the guard that all clients of an export have ended their handshake."""
+        self._ask({"do": "ready", "export": export})
+
     def release(self) -> None:
         """The exports are gone: the guard may let go of the sockets. One that has died did."""
         with suppress(GuardLost):

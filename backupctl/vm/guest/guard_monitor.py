@@ -23,11 +23,15 @@ Execute = Callable[..., dict[str, Any]]
 
 
 class Leftovers(NamedTuple):
-    """What a dead run left in QEMU that can't stay. groups: the throttle groups below its jobs."""
+    """What a dead run left in QEMU that can't stay.
+
+    groups: the throttle groups below its jobs. hang_up: disconnects the clients that are in their handshake.
+    """
 
     exports: tuple[str, ...]
     jobs: tuple[str, ...]
     groups: tuple[str, ...]
+    hang_up: Callable[[], object] = bool
 
 
 def take_down(monitor: Address, left: Leftovers, drain: Callable[[], object]) -> None:

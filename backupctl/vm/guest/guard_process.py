@@ -38,7 +38,7 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.system.address import Address
-from backupctl.vm.guest import guard_monitor, guard_survival
+from backupctl.vm.guest import guard_monitor, guard_survival, handshake
 from backupctl.vm.guest.agent import Agent, Thaw
 from backupctl.vm.guest.guard_watch import LOOK_SECONDS, Watch, Watched
 
@@ -267,6 +267,8 @@ class HeldSockets:
 
     def __init__(self) -> None:
         self._held: list[tuple[socket.socket, str]] = []
+        self._ready: set[str] = set()
+        self._spoken_to: set[socket.socket] = set()  # something was read from it that no client had read
 
     @property
     def exports(self) -> tuple[str, ...]:
@@ -276,6 +278,16 @@ class HeldSockets:
     def hold(self, descriptor: int, export: str) -> None:
         """Keep a socket open."""
         self._held.append((socket.socket(fileno=descriptor), export))
+
+    def ready(self, export: str) -> None:
+        """Note that all clients of an export have ended their handshake."""
+        self._ready.add(export)
+
+    def hang_up(self) -> None:
+        """Disconnect the clients that are in their handshake, as far as that can be known."""
+        unknown = [held for held, export in self._held if export not in self._ready]
+        handshake.leave([held for held in unknown if held in self._spoken_to], surely=True)
+        handshake.leave([held for held in unknown if held not in self._spoken_to], surely=False)
 
     def release(self) -> None:
         """Close all; the exports are gone."""
@@ -288,7 +300,7 @@ class HeldSockets:
         for held, _ in self._held:
             try:
                 while held.recv(1 << 20, socket.MSG_DONTWAIT):
-                    pass
+                    self._spoken_to.add(held)
                 hung_up += 1
             except BlockingIOError:
                 pass
@@ -338,7 +350,9 @@ class GuardServer:
 
     def _taken_down(self) -> bool:
         """Try to take exports and jobs down. While QEMU lives no socket is let go of before its export."""
-        left = guard_monitor.Leftovers(self._held.exports, self._watch.jobs, self._watch.groups)
+        left = guard_monitor.Leftovers(
+            self._held.exports, self._watch.jobs, self._watch.groups, self._held.hang_up
+        )
         hung_up = self._held.drain()
         if hung_up and not left.jobs:
             return True
@@ -377,6 +391,8 @@ class GuardServer:
                 return {"milliseconds": milliseconds, "doubt": self._freeze.doubt}
             case "hold":
                 self._held.hold(descriptors[0], str(request["export"]))
+            case "ready":
+                self._held.ready(str(request["export"]))
             case "release":
                 self._held.release()
             case "watch":

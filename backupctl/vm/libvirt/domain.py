@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a running domain's description tells: its disks, and who its QEMU runs as."""
 
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element
 
 from backupctl.names import DiskName, NodeName, disk_name
@@ -13,6 +14,9 @@ from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import Connection
 
 _USER = re.compile(r"\+(\d{1,10}):\+(\d{1,10})", re.ASCII)
+_HEADER_BYTES, _OLD, _DATA_FILE = 80, 2, 1 << 2
+"""Of qcow2's header: what is read of it, the version that stores no bitmap, the bit of an external data file.
+Source: docs/interop/qcow2.txt in QEMU's tree."""
 _SAFE_POLICIES = ("", "stop", "enospace")
 """Of `error_policy`: those with which a write that fails for lack of space pauses the guest."""
 
@@ -23,6 +27,7 @@ class DomainDisk:
 
     target: libvirt's name ("vda"). files: those it consists of, the active one first. format: of the active
     one. why_not: why it is not backed up, "" if it is. error_policy: what becomes of a write that fails.
+    old, apart: of a qcow2, whether it is of version 2, and whether its data lie in another file.
     """
 
     target: str
@@ -34,11 +39,13 @@ class DomainDisk:
     iothread: bool
     encrypted: bool
     shared: bool
+    old: bool = False
+    apart: bool = False
 
     @property
     def records(self) -> bool:
-        """Whether it can have a checkpoint: only qcow2 stores a bitmap."""
-        return self.format == "qcow2"
+        """Whether it can have a checkpoint: only qcow2 of version 3 stores a bitmap."""
+        return self.format == "qcow2" and not self.old
 
     @property
     def pauses(self) -> bool:
@@ -68,7 +75,8 @@ class Description:
 
 def describe(connection: Connection) -> Description:
     """Ask libvirt for a domain's description. Raises MonitorError, Failed."""
-    return parsed(connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc))
+    found = parsed(connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc))
+    return replace(found, disks=tuple(map(_looked_at, found.disks)))
 
 
 def parsed(document: str) -> Description:
@@ -87,6 +95,24 @@ def parsed(document: str) -> Description:
         model for label in labels if (model := label.get("model", "")) not in ("", "dac", "none")
     )
     return Description(tuple(map(_disk, root.findall("devices/disk"))), qemu_user, security)
+
+
+def _looked_at(one: DomainDisk) -> DomainDisk:
+    """Add what the image's header tells, and libvirt does not; a header that cannot be read tells nothing."""
+    if one.format != "qcow2" or not one.files or not one.files[0].startswith("/"):
+        return one
+    try:
+        descriptor = os.open(one.files[0], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            header = os.pread(descriptor, _HEADER_BYTES, 0)
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError):
+        return one
+    if len(header) < _HEADER_BYTES or not header.startswith(b"QFI\xfb"):
+        return one
+    version, incompatible = (int.from_bytes(header[at : at + size]) for at, size in ((4, 4), (72, 8)))
+    return replace(one, old=version == _OLD, apart=version > _OLD and bool(incompatible & _DATA_FILE))
 
 
 def _disk(element: Element) -> DomainDisk:
@@ -155,6 +181,7 @@ def disk(connection: Connection, found: DomainDisk, name: DiskName, bitmaps: tup
         qdev=target,
         filename=found.files[0] if found.files else "",
         bitmaps=bitmaps,
+        apart=found.apart,
         encrypted=found.encrypted,
         shared=found.shared,
         held_bytes=min(capacity, physical) if alone and physical else min(capacity, MAX_SIZE),

@@ -66,5 +66,5 @@ class Hands:
         with connection:
             self.away_since = None
             if left.jobs and connection.is_running():
-                job.end(connection, lambda path: path in left.jobs, drain)
+                job.end(connection, lambda path: path in left.jobs, drain, left.hang_up)
                 job.resume(connection)

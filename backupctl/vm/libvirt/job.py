@@ -4,7 +4,8 @@
 A job stays, whatever becomes of the client that began it, and of libvirtd. Ours is known by the directory of
 its socket. It is ended before any NBD client leaves: on an iothread QEMU 7.2 aborts when a client leaves an
 export. While it ends its clients are drained: QEMU's main loop, and the guest with it, stands still for as
-long as a client does not read (measured on QEMU 7.2.22 and 10.0.2).
+long as a client does not read (measured on QEMU 7.2.22 and 10.0.2). A client in its handshake leaves before
+(see `guest.handshake`).
 """
 
 import time
@@ -44,14 +45,16 @@ def socket_of_job(connection: Connection, drain: Drain | None = None) -> str | N
     return xml.server_socket(document)
 
 
-def end(connection: Connection, is_ours: IsOurs, drain: Drain) -> bool:
+def end(connection: Connection, is_ours: IsOurs, drain: Drain, hang_up: Callable[[], object] = bool) -> bool:
     """End the backup if it is ours, and wait until it is gone; whether there was one.
 
-    A guest that a full scratch file has paused is resumed. Raises MonitorError, Failed.
+    hang_up: disconnects the clients that are in their handshake, before the NBD server is stopped. A guest
+    that a full scratch file has paused is resumed. Raises MonitorError, Failed.
     """
     drain()
     if not _is_there(connection, is_ours, drain):
         return False
+    hang_up()
     paused = connection.state() == (PAUSED, PAUSED_BY_IO_ERROR)
     try:
         connection.call(_ABORT, connection.domain.abortJob, meanwhile=drain)

@@ -27,14 +27,15 @@ def resolve(
     vm: VmName,
     *,
     drain: Callable[[], object] = lambda: None,
+    hang_up: Callable[[], object] = lambda: None,
     close: Callable[[], None] = lambda: None,
 ) -> list[str]:
     """Do the work of `driver.Resolver.resolve`.
 
-    drain, close: of our own NBD clients. They are closed when the job is gone, and not before. Raises
-    MonitorError, Failed.
+    drain, hang_up: as for `job.end`. close: closes our own NBD clients, when the job is gone, and not before.
+    Raises MonitorError, Failed.
     """
-    done = ["ended the backup job"] if job.end(connection, owns(facts, vm), drain) else []
+    done = ["ended the backup job"] if job.end(connection, owns(facts, vm), drain, hang_up) else []
     close()
     if facts.unfinished() and connection.state() == (PAUSED, PAUSED_BY_IO_ERROR):
         job.resume(connection)

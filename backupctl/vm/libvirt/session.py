@@ -11,6 +11,7 @@ from backupctl.names import VmName
 from backupctl.options import LibvirtAccess, Timeouts
 from backupctl.system.files import used_bytes
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, ScratchBudget, Thawed
+from backupctl.vm.guest import handshake
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.libvirt import agent, checkpoints, domain, inventory, job, recovery, xml
 from backupctl.vm.libvirt.connection import PAUSED, PAUSED_BY_IO_ERROR, Connection, Pending
@@ -43,6 +44,8 @@ class LibvirtSession(LocalScratch):
         self._guard = guard
         self._clients = ExitStack()
         self._exports: tuple[Export, ...] = ()
+        self._connected: list[tuple[str, socket.socket]] = []
+        self._ready = 0
         self._files: RunFiles | None = None
         self._scratch: list[tuple[int, ScratchBudget]] = []
         self._disks: tuple[DiskSnapshot, ...] = ()
@@ -117,14 +120,16 @@ class LibvirtSession(LocalScratch):
         made = []
         for one in self._disks:
             target = str(one.disk.node)
-            sockets = tuple(self._connected(target) for _ in range(CONNECTIONS))
+            sockets = tuple(self._connect(target) for _ in range(CONNECTIONS))
             made.append(Export(target, _changes(target) if one.bases else None, sockets))
         self._exports = tuple(made)
         return self._exports
 
     def on_close(self, close: Callable[[], None]) -> None:
-        """Have a client closed with the others."""
+        """Have an export's clients closed with the others; they have ended their handshake."""
         self._clients.callback(close)
+        self._guard.ready(self._exports[self._ready].name)
+        self._ready += 1
 
     def check(self) -> None:
         """Look at the guard, the scratch files, and now and then whether the guest runs."""
@@ -144,7 +149,7 @@ class LibvirtSession(LocalScratch):
     def end(self, facts: PointFacts) -> None:
         """End the job, and then our clients."""
         self._watching = False
-        job.end(self._connection, recovery.owns(facts, self._name), self._drain)
+        job.end(self._connection, recovery.owns(facts, self._name), self._drain, self._hang_up)
         self._close_clients()
 
     def resolve(self, facts: PointFacts) -> list[str]:
@@ -157,7 +162,12 @@ class LibvirtSession(LocalScratch):
                 )
             self._watching = False
             done = recovery.resolve(
-                connection, facts, self._name, drain=self._drain, close=self._close_clients
+                connection,
+                facts,
+                self._name,
+                drain=self._drain,
+                hang_up=self._hang_up,
+                close=self._close_clients,
             )
         self._guard.unwatch()
         return done
@@ -204,9 +214,10 @@ class LibvirtSession(LocalScratch):
             xml.checkpoint(name, description, recorded, left),
         )
 
-    def _connected(self, target: str) -> socket.socket:
+    def _connect(self, target: str) -> socket.socket:
         assert self._files is not None
         made = self._files.connect()
+        self._connected.append((target, made))
         self._clients.callback(made.close)
         self._guard.hold(made, target)
         return made
@@ -245,9 +256,14 @@ class LibvirtSession(LocalScratch):
     def _drain(self) -> None:
         nbd_export.drain(self._exports)
 
+    def _hang_up(self) -> None:
+        """Disconnect the clients that are in their handshake."""
+        ready = {one.name for one in self._exports[: self._ready]}
+        handshake.leave([one for name, one in self._connected if name not in ready], surely=True)
+
     def _close_clients(self) -> None:
         self._clients.close()
-        self._exports = ()
+        self._exports, self._connected = (), []
         self._guard.release()
 
 

@@ -13,8 +13,17 @@ from backupctl.errors import UsageError
 from backupctl.operations import bitmaps, recover, status
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.doctor import run as doctor
-from backupctl.options import ChainOptions, FreezeOptions, RunOptions, ScratchOptions, Timeouts
+from backupctl.options import (
+    ChainOptions,
+    FreezeOptions,
+    LibvirtAccess,
+    QmpAccess,
+    RunOptions,
+    ScratchOptions,
+    Timeouts,
+)
 from backupctl.repository.repository import Repository
+from backupctl.system.address import Address
 
 CONFIGURED = """
 [defaults]
@@ -174,3 +183,33 @@ def test_the_loopback_and_ssh_need_no_permission(reach, qmp):
 
 def test_plain_tcp_to_another_host_is_allowed_where_it_is_said(reach):
     assert reach("incremental", "--qmp", "tcp:192.0.2.1:4444", "--plain-tcp")
+
+
+LIBVIRT = """
+[vm.web]
+libvirt = "qemu:///system"
+domain = "production"
+"""
+
+
+@pytest.mark.parametrize(
+    ("typed", "access"),
+    [
+        ((), LibvirtAccess("qemu:///system", "production")),
+        (("--domain", "other"), LibvirtAccess("qemu:///system", "other")),
+        (("--qmp", "unix:/q"), QmpAccess(Address(path="/q"))),
+    ],
+)
+def test_what_is_typed_of_monitor_and_libvirt_wins(tmp_path, monkeypatch, typed, access):
+    (tmp_path / "c.toml").write_text(LIBVIRT)
+    seen = []
+
+    def core(vm, *_arguments, **_more):
+        seen.append(vm.access)
+        raise Reached
+
+    monkeypatch.setattr(doctor, "examine", core)
+    options = ("--config", str(tmp_path / "c.toml"), "--repository", str(tmp_path / "r"))
+    with pytest.raises(Reached):
+        cli.main(["doctor", "web", *options, *typed], standalone_mode=False)
+    assert seen == [access]

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`backupctl discover`."""
+
+from collections import defaultdict
+from dataclasses import asdict
+
+import click
+
+from backupctl.cli import common, output, param_types
+from backupctl.cli.invocation import Invocation
+from backupctl.operations import discover as core
+from backupctl.options import DEFAULT_TIMEOUTS
+
+
+@common.command(
+    "discover",
+    0,
+    1,
+    2,
+    examples=(
+        ("All domains of libvirt, and which are configured", "backupctl discover"),
+        ("Tables for the configuration, for those that are not", "backupctl discover 'web*' --toml"),
+    ),
+)
+@click.pass_context
+@click.argument("patterns", metavar="[PATTERN]...", nargs=-1)
+@click.option(
+    "--libvirt",
+    type=param_types.LIBVIRT_URI,
+    metavar="URI",
+    default="qemu:///system",
+    show_default=True,
+    help="Where libvirt is.",
+)
+@click.option("--toml", is_flag=True, help="Print tables for the configuration file.")
+@common.config_option
+@common.json_option
+def discover(
+    context: click.Context,
+    /,
+    *,
+    patterns: tuple[str, ...],
+    libvirt: str,
+    toml: bool,
+    config: str | None,  # noqa: ARG001 - the invocation has read it
+    as_json: bool,
+) -> None:
+    """List the domains of libvirt, and as which VMs they are configured. A PATTERN is such as 'web*'."""
+    configured: defaultdict[tuple[str, str], tuple[str, ...]] = defaultdict(tuple)
+    for name, said in Invocation.of(context).config.content.vm.items():
+        if said.libvirt:
+            configured[said.libvirt, said.domain or name] += (name,)
+    found = core.discover(libvirt, patterns, configured, DEFAULT_TIMEOUTS.brief())
+    if as_json:
+        output.print_json({"libvirt": libvirt, "domains": [asdict(one) for one in found]})
+    elif toml:
+        output.print_line(core.configuration_of(libvirt, found))
+    else:
+        output.print_table(
+            ("DOMAIN", "STATE", "CONFIGURED AS"),
+            [
+                (one.domain, "running" if one.running else "off", ", ".join(one.configured_as) or "-")
+                for one in found
+            ],
+        )
