@@ -51,7 +51,7 @@ CONFIG_HELP = (
     f"${configuration.ENVIRONMENT}, ~/.config/backupctl/{configuration.FILE_NAME}, "
     f"{configuration.SYSTEM_FILE}."
 )
-_OF_VM = ("qmp", "agent", "plain_tcp", "libvirt", "domain", "images", "scratch", "if_running")
+_OF_VM = ("qmp", "agent", "plain_tcp", "libvirt", "domain", "image", "scratch", "if_running")
 _NOT_OPTIONS = ("disks", "image", "when_off")
 """Settings whose name is that of another parameter (`disks` is also what --disk is given), or of none."""
 
@@ -296,11 +296,10 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--image",
-        "images",
         type=image_texts.IMAGE,
         multiple=True,
-        metavar=f"DISK={image_texts.SYNTAX}",
-        help="The image of a disk, for when the VM is off; may be repeated.",
+        metavar="DISK=FILE",
+        help="The image of a disk, for when the VM is off: a qcow2, or FILE,format=raw; may be repeated.",
     ),
     click.option(
         "--libvirt",

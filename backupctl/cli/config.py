@@ -121,7 +121,7 @@ def show(target: Target, context: click.Context, /, *, as_json: bool, **_options
 
     Without NAME: those for any VM. Options given here override, as they do for the commands that take them.
     """
-    reached = target.qmp or target.images or target.libvirt
+    reached = target.qmp or target.image or target.libvirt
     if target.name and target.name not in target.config.vms and not reached:
         target.vm()  # which says that it is not configured
     found = list(_settings(context, target))
@@ -157,7 +157,7 @@ def _setting(context: click.Context, target: Target, name: str) -> Setting:
         return Setting(name, Invocation.of(context).typed[name], source)
     if configured:  # a 0 is as if it was not set, and disks are no option
         return Setting(name, configured, "file", target.config.file, target.config.line(target.name, name))
-    default = context.params.get(name)
+    default = context.params.get(name) if context.params.get(name) != () else None
     return Setting(name, str(default) if isinstance(default, Path) else default, "default")
 
 

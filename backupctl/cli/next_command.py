@@ -26,7 +26,7 @@ from backupctl.errors import (
 
 _WHERE = frozenset(
     {
-        *("config", "repository", "qmp", "agent", "plain_tcp", "images", "libvirt", "domain", "scratch"),
+        *("config", "repository", "qmp", "agent", "plain_tcp", "image", "libvirt", "domain", "scratch"),
         *("command_timeout", "agent_timeout", "stall_timeout"),
     }
 )

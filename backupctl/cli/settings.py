@@ -58,6 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     repository: Text | None = None
     scratch: Text | None = None
     scratch_size: Rate | None = None
+    when_off: WhenOff | None = None
     freeze: FreezeMode | None = None
     freeze_budget: Seconds | None = None
     limit: Rate | None = None
@@ -135,7 +136,6 @@ class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True
     qmp: Text | None = None
     agent: Text | None = None
     plain_tcp: Flag | None = None
-    when_off: WhenOff | None = None
     libvirt: Text | None = None
     domain: Text | None = None
     disks: dict[str, str] = {}

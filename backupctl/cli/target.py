@@ -21,7 +21,6 @@ from backupctl.options import (
     Timeouts,
     VmConfig,
     VmImage,
-    WhenOff,
 )
 from backupctl.system.address import Address
 
@@ -34,7 +33,7 @@ if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open
 class Target:
     """Which VM and which repository a command line means.
 
-    name: the only VM; None for any other number of them, see `selection`. images: those that were typed.
+    name: the only VM; None for any other number of them, see `selection`. image: those that were typed.
     if_running: whether a VM that is off is to be skipped, whatever is configured. plain_tcp: whether monitor
     and agent may be reached over a network without encryption.
     repository_path: as typed, or configured for the VM that is named. typed_repository: whether it was typed.
@@ -47,7 +46,7 @@ class Target:
     selection: Selection = field(default_factory=Selection)
     qmp: Address | None = None
     agent: Address | None = None
-    images: tuple[VmImage, ...] = ()
+    image: tuple[VmImage, ...] = ()
     if_running: bool = False
     plain_tcp: bool = False
     libvirt: str | None = None
@@ -64,16 +63,18 @@ class Target:
     def vm(self) -> VmConfig:
         """Return the VM. Raises UsageError."""
         said = self.config.of(self.name)
-        images = self.images or image_texts.parse_all(said.image)
-        when_off: WhenOff | None = "skip" if self.if_running else said.when_off
-        access = self._access(images)
-        if isinstance(access, NoMonitor) and when_off in ("skip", "fail"):
-            raise UsageError(
-                f"VM {self.vm_name!r} has no monitor that could tell whether it is off, so it cannot be "
-                f"{'skipped' if when_off == 'skip' else 'required to run'}",
-                hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
-            )
-        return VmConfig(self.vm_name, access, dict(said.disks), images, when_off)
+        images = self.image or image_texts.parse_all(said.image)
+        access, when_off = self._access(images), said.when_off
+        if isinstance(access, NoMonitor):
+            if self.if_running:
+                raise UsageError(
+                    f"VM {self.vm_name!r} has no monitor that could tell whether it runs (--if-running)",
+                    hint=f"use --qmp unix:PATH, or set qmp in [vm.{self.vm_name}]",
+                )
+            when_off = None
+        return VmConfig(
+            self.vm_name, access, dict(said.disks), images, "skip" if self.if_running else when_off
+        )
 
     def _access(self, images: tuple[VmImage, ...]) -> Access:
         if self.libvirt is not None:

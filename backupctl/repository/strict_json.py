@@ -42,6 +42,11 @@ class NewerFormat(Malformed):
 class Document:
     """A document, without the format version and the checksum that it has in its file."""
 
+    @property
+    def format(self) -> int:
+        """The format version of its file: the lowest that has all its values."""
+        return 1
+
     def check(self) -> None:
         """Check what types do not say. Raises ValueError, InvalidName."""
 
@@ -62,6 +67,7 @@ def read(content: bytes, kind: type[D], where: str, version: int, *, signed: boo
             checked = _checksum(_take(document, "checksum"), {"format": found_version, **document})
         found = msgspec.json.decode(content, type=kind)
         found.check()
+        _check_format(found_version, found)
         _check_fields(document, found)
         if checked is not None:
             vars(found)["checksum"] = checked  # so that it is not computed again
@@ -109,6 +115,11 @@ def _checksum(found: object, document: dict[str, Any]) -> str:
     if found != wanted:
         raise Malformed("the checksum does not match")
     return wanted
+
+
+def _check_format(version: int, found: Document) -> None:
+    if version != found.format:
+        raise Malformed(f"format version {version} does not have these values")
 
 
 def _check_fields(document: dict[str, Any], found: Document) -> None:

@@ -348,6 +348,23 @@ def test_a_storage_daemon_that_is_killed_costs_the_run_and_nothing_else(old_lab)
     assert not any(disk["scanned"] for disk in report["disks"])
 
 
+def test_a_storage_daemon_that_hangs_is_replaced_and_the_run_rolled_back(old_lab):
+    lab = old_lab
+    lab.writer.write(20)
+    lab.backup("full")
+    lab.writer.write(20)
+    shut_down(lab)
+    waits = ("--stall-timeout", "2", "--command-timeout", "2")
+    run = lab.cli.start("incremental", "web", "--limit", "100K", "--json", *waits)
+    (daemon,) = await_copy(lab, run)
+    os.kill(daemon, signal.SIGSTOP)
+    said, _ = run.communicate(timeout=100)
+    assert run.returncode == 1, said
+    assert storage_daemons(lab) == []
+    report = offline(lab, "incremental")
+    assert not any(disk["scanned"] for disk in report["disks"])
+
+
 def test_a_writer_that_ignores_the_lock_fails_the_run(old_lab):
     lab = old_lab
     lab.writer.write(20)

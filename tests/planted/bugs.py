@@ -692,4 +692,32 @@ BUGS = (
         "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 0, 0, 0, 0) > 0:",
         "unit/vm/test_trial.py::test_a_confined_child_has_no_rights_of_root",
     ),
+    Bug(
+        "a monitor that is silent is taken for a VM that is off",
+        "_opened",
+        "            if not err.nobody_listens:\n                raise\n",
+        "",
+        "unit/vm/test_open_driver.py::test_a_monitor_that_is_silent_is_never_taken_for_a_vm_that_is_off",
+    ),
+    Bug(
+        "a raw image that a VM writes to is backed up",
+        "keep_from_writers",
+        "        if kind != fcntl.F_UNLCK:\n",
+        "        if kind is None:\n",
+        "unit/system/test_image_lock.py::test_a_writer_or_one_that_lets_nobody_read_is_noticed",
+    ),
+    Bug(
+        "an image leads to a file of the host",
+        "_check_header",
+        "    if below is None and header.backing:\n",
+        "    if below is None and header.corrupt:\n",
+        "unit/vm/test_offline_images.py::test_a_header_that_leads_elsewhere_or_cannot_be_trusted_is_refused",
+    ),
+    Bug(
+        "a skipped backup is followed by a prune",
+        "_Work.prune",
+        "        if taken.skipped:",
+        "        if taken.skipped and False:",
+        ROUTINE + "test_after_a_backup_that_was_skipped_nothing_is_dropped",
+    ),
 )

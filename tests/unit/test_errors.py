@@ -8,7 +8,8 @@ from backupctl.errors import BackupctlError, CommandFailed, Failed, ReadFailed, 
 
 CODES = {
     *("BackupctlError", "UsageError", "Locked", "DamageFound", "NeedsRecovery", "Failed", "Interrupted"),
-    *("Refused", "ViewUnavailable", "MonitorError", "MonitorUnreachable", "CommandFailed", "OutcomeUnknown"),
+    *("Refused", "ViewUnavailable", "MonitorError", "MonitorUnreachable", "VmIsOff"),
+    *("CommandFailed", "OutcomeUnknown"),
     *("AgentError", "AgentUnavailable", "AgentRefused", "AgentTimeout", "FreezeOverrun", "GuardLost"),
     *("TransferError", "ReadFailed", "WriteFailed", "RepositoryError", "NotARepository"),
     *("RepositoryUnreadable", "UnknownFormat", "InvalidName", "NoSuchPoint", "TargetExists", "HookFailed"),

@@ -15,7 +15,7 @@ from backupctl.outcome import documents
 CODES = """
 attributes-not-kept bitmap-not-persistent configured-rules-not-used crash-consistent damage-detected
 damage-unknown disk-encrypted disk-from-earlier-point disk-missing disk-scanned disk-skipped disk-taken-full
-disks-not-restored file-system-incomplete files-skipped full-due history-mismatch hook-failed
+disks-not-restored file-system-incomplete files-skipped full-due history-mismatch hook-failed images-read
 left-for-next-prune metrics-not-written next-run-reads-all no-point-to-build-on not-checked nothing-to-verify
 notice-not-sent overlay-kept point-damaged point-dropped point-must-stay recovered-from-earlier-run
 repository-created restored-unverified restored-with-damage sample-chosen scratch-may-not-suffice

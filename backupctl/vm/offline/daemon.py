@@ -102,11 +102,9 @@ class Daemon:
 
     def close(self) -> None:
         """End it. Never raises; all that must last was stored by `writable`."""
-        if self._process is not None:
-            with suppress(AttributeError):
-                self.monitor.close()
-            if self._process.poll() is None and qemu_tools.end(self._process) is None:
-                self._process.kill()
+        if self._process is not None and not self._ended and self.monitor.alive:
+            self.monitor.close()
+            qemu_tools.end(self._process)
         self._kill()
 
     @property

@@ -144,7 +144,8 @@ def _chain(image: VmImage, held: ExitStack) -> tuple[OpenFile, ...]:
 def _opened(file: ImageFile, held: ExitStack) -> OpenFile:
     try:
         path = safe_directory.resolve(file.path)
-        descriptor = os.open(path, _FLAGS)
+        # A device that is mounted, or part of a volume group, is refused: QEMU's lock tells nothing of that.
+        descriptor = os.open(path, _FLAGS | (os.O_EXCL if path.is_block_device() else 0))
     except UsageError as err:
         raise Refused(err.message, state=UNTOUCHED) from err
     except OSError as err:

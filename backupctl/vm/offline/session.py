@@ -5,7 +5,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
-from backupctl.errors import AgentUnavailable, Failed
+from backupctl.errors import AgentUnavailable, Failed, OutcomeUnknown
 from backupctl.names import BitmapName, Namespace, VmName
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, Thawed
 from backupctl.vm.local_scratch import LocalScratch
@@ -109,7 +109,13 @@ class OfflineSession(LocalScratch):
                 monitor.transaction(actions)
 
     def resolve(self, facts: PointFacts) -> list[str]:
-        """As for anybody's runs. A daemon that ended or does not answer is replaced first."""
+        """As for anybody's runs. A daemon that ended or does not answer is replaced, and asked once more."""
+        try:
+            return self._resolved(facts)
+        except OutcomeUnknown:
+            return self._resolved(facts)
+
+    def _resolved(self, facts: PointFacts) -> list[str]:
         if self._daemon.restart():
             self._close_clients()
         return recovery.resolve(self._daemon, facts, self._our_clients())

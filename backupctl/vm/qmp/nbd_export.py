@@ -37,7 +37,7 @@ class ExportSpec:
     bitmap: BitmapName | None
 
 
-class Holder(Protocol):
+class SocketHolder(Protocol):
     """Who holds duplicates of our clients' sockets, and outlives us: the guard."""
 
     def hold(self, connection: socket.socket, export: str) -> None:
@@ -46,7 +46,7 @@ class Holder(Protocol):
 
 def start_exports(
     monitor: Monitor,
-    guard: Holder,
+    guard: SocketHolder,
     namespace: Namespace,
     specs: Sequence[ExportSpec],
     connections: int = 2,
@@ -143,7 +143,7 @@ def _connect(path: str) -> socket.socket:
     return made
 
 
-def _connected(guard: Holder, name: str, connect: Callable[[], socket.socket]) -> socket.socket:
+def _connected(guard: SocketHolder, name: str, connect: Callable[[], socket.socket]) -> socket.socket:
     try:
         made = connect()
     except OSError as err:

@@ -22,8 +22,9 @@ from backupctl.errors import (
     NeedsRecovery,
     Refused,
     RestoreTestFailed,
+    VmIsOff,
 )
-from backupctl.events.routine import FullDue, WaitingForLock
+from backupctl.events.routine import FullDue, TaskSkipped, WaitingForLock
 from backupctl.names import BitmapName, DiskName, VmName
 from backupctl.operations import status
 from backupctl.operations.backup.outcome import RunReport
@@ -173,6 +174,15 @@ def test_after_a_backup_that_failed_nothing_is_dropped_but_the_rest_is_verified(
         called, report, _ = work(backup=err)
         assert called == ["backup incremental", "verify"]
         assert report.error is err
+
+
+def test_after_a_backup_that_was_skipped_nothing_is_dropped(work):
+    """Time alone must not drop the points of a VM that is off."""
+    called, report, events = work(backup=VmIsOff("web is off"))
+    assert called == ["backup incremental", "verify"]
+    assert report.error is None
+    assert [bool(one.skipped) for one in report.tasks] == [True, True, False]
+    assert next(one.reason for one in events if isinstance(one, TaskSkipped)) == "web is off"
 
 
 def test_after_damage_in_older_points_nothing_is_dropped(work):

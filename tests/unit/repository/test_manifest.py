@@ -95,13 +95,22 @@ def test_a_manifest_cut_at_any_length_is_found():
 
 def test_a_newer_format_is_told_from_damage():
     with pytest.raises(UnknownFormat, match="newer"):
-        Manifest.from_json(signed(format=2))
+        Manifest.from_json(signed(format=3))
+
+
+def test_a_point_of_a_vm_that_is_off_has_a_format_that_older_programs_do_not_take_for_damaged():
+    offline = replace(GOOD, consistency="offline")
+    assert (GOOD.to_dict()["format"], offline.to_dict()["format"]) == (1, 2)
+    assert Manifest.from_json(offline.to_json()) == offline
+    with pytest.raises(DamageFound):
+        Manifest.from_json(signed(consistency="offline"))
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"format": 0},
+        {"format": 2},
         {"format": True},
         {"format": "1"},
         {"extra": 1},
