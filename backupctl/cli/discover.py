@@ -54,7 +54,8 @@ def discover(
     if as_json:
         output.print_json({"libvirt": libvirt, "domains": [asdict(one) for one in found]})
     elif toml:
-        output.print_line(core.configuration_of(libvirt, found))
+        for line in core.configuration_of(libvirt, found).splitlines():
+            output.print_line(line)
     else:
         output.print_table(
             ("DOMAIN", "STATE", "CONFIGURED AS"),

@@ -25,7 +25,7 @@ def test_the_exit_codes_on_the_page_are_those_of_the_program():
 
 
 def test_the_format_on_the_page_is_the_one_that_is_written():
-    assert re.findall(r"today that is format (\d+)", PAGE) == [str(manifest.FORMAT)]
+    assert re.findall(r"the newest is format (\d+)", PAGE) == [str(manifest.FORMAT)]
 
 
 def test_the_changelog_has_a_place_for_what_is_not_released_and_only_known_sections():

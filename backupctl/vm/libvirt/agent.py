@@ -10,14 +10,21 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from backupctl.errors import AgentRefused, AgentTimeout, AgentUnavailable, MonitorError, OutcomeUnknown
+from backupctl.errors import (
+    AgentRefused,
+    AgentTimeout,
+    AgentUnavailable,
+    CommandFailed,
+    MonitorError,
+    OutcomeUnknown,
+)
 from backupctl.vm.guest.agent import Thaw
-from backupctl.vm.libvirt.connection import HELD, NOT_RUNNING, Connection, LibvirtRefused
+from backupctl.vm.libvirt.connection import HELD, NO_JOB, NOT_RUNNING, Connection
 
-_NOT_CONFIGURED = 74
-_UNRESPONSIVE = 86
-_NOT_RUNNING = (55, NOT_RUNNING)
-_COMMAND_FAILED = 112
+_NOT_CONFIGURED = "74"
+_UNRESPONSIVE = "86"
+_NOT_RUNNING = (NO_JOB, NOT_RUNNING)
+_COMMAND_FAILED = "112"
 _STATUS = '{"execute": "guest-fsfreeze-status"}'
 
 
@@ -92,10 +99,10 @@ class LibvirtAgent:
             return self._connection.call(name, function, seconds)
         except OutcomeUnknown as err:
             raise AgentTimeout(err.message) from err
-        except LibvirtRefused as err:
-            if err.number in (_NOT_CONFIGURED, _UNRESPONSIVE, *_NOT_RUNNING):
+        except CommandFailed as err:
+            if err.error_class in (_NOT_CONFIGURED, _UNRESPONSIVE, *_NOT_RUNNING):
                 raise AgentUnavailable(f"no guest agent answers: {err.description}") from err
-            if err.number in (_COMMAND_FAILED, HELD):
+            if err.error_class in (_COMMAND_FAILED, HELD):
                 raise AgentRefused(err.message) from err
             # Whether the agent got the command is not known.
             raise AgentTimeout(err.message) from err

@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from backupctl.errors import CommandFailed
 from backupctl.names import BitmapName, DiskName, Namespace, NodeName, PointId, bitmap_parts
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.driver import PointFacts
 from backupctl.vm.libvirt import xml
-from backupctl.vm.libvirt.connection import Connection, LibvirtRefused
+from backupctl.vm.libvirt.connection import Connection
 
 _NO_DOMAIN_AND_SIZE = 2 | 4
 """VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN, and _SIZE: the sizes are there only of bitmaps that can be used."""
 _METADATA_ONLY = 2
 """VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY."""
-_NOT_FOUND = 1
+_NOT_FOUND = "1"
 """virErrorNumber's INTERNAL_ERROR: libvirt's answer if a bitmap is not in the image any more."""
 _UNKNOWN_GRANULARITY = 0
 
@@ -203,7 +204,7 @@ def delete(connection: Connection, name: str) -> None:
     for one in found:
         try:
             connection.call("virDomainCheckpointDelete", partial(one.delete, 0))
-        except LibvirtRefused as err:
-            if err.number != _NOT_FOUND:
+        except CommandFailed as err:
+            if err.error_class != _NOT_FOUND:
                 raise
             connection.call("virDomainCheckpointDelete", partial(one.delete, _METADATA_ONLY))

@@ -19,13 +19,12 @@ from backupctl.errors import CommandFailed, MonitorUnreachable, OutcomeUnknown
 
 Result = TypeVar("Result")
 
-NO_DOMAIN = 42
-NO_JOB = 55
-HELD = 68
-NOT_RUNNING = 84
-NO_BACKUP_JOB = 104
-BROKEN_CHECKPOINT = 109
-_CONNECTION_CODES = (6, 7, 38, 39)
+NO_DOMAIN = "42"
+NO_JOB = "55"
+HELD = "68"
+NOT_RUNNING = "84"
+NO_BACKUP_JOB = "104"
+_CONNECTION_CODES = ("6", "7", "38", "39")
 """virErrorNumber: an invalid connection, no connection, a system error, an RPC error."""
 _PAUSE_SECONDS = 0.02
 _CLOSE_SECONDS = 1.0
@@ -36,15 +35,12 @@ PAUSED, PAUSED_BY_IO_ERROR = 3, 5
 INSTALL = "apt install python3-libvirt"
 
 
-class LibvirtRefused(CommandFailed):
-    """libvirt answered a call with an error. number: of virErrorNumber."""
-
-    def __init__(self, call: str, number: int, description: str) -> None:
-        super().__init__(call, str(number), description)
-        self.number = number
-        self._sentence = f"libvirt refused {call}: {description}"
-        if number == HELD:
-            self.hint = "another operation of libvirt holds the VM; call again when it has ended"
+def refusal(call: str, number: str, description: str) -> CommandFailed:
+    """Return libvirt's refusal of a call as an error. number: of virErrorNumber; it is the error's class."""
+    made = CommandFailed(call, number, description).reworded(f"libvirt refused {call}: {description}")
+    if number == HELD:
+        made.hint = "another operation of libvirt holds the VM; call again when it has ended"
+    return made
 
 
 class Pending(Generic[Result]):
@@ -111,9 +107,9 @@ class Connection:
         made = cls.to_host(uri, seconds)
         try:
             made.domain = made.call("virDomainLookupByName", lambda: made.handle.lookupByName(domain))
-        except LibvirtRefused as err:
+        except CommandFailed as err:
             made.close()
-            if err.number != NO_DOMAIN:
+            if err.error_class != NO_DOMAIN:
                 raise MonitorUnreachable(f"cannot find the domain {domain!r:.100}: {err.message}") from err
             raise MonitorUnreachable(
                 f"libvirt at {uri} has no domain named {domain!r:.100}",
@@ -130,7 +126,7 @@ class Connection:
         made = cls(seconds)
         try:
             made._handle = made.call("virConnectOpen", lambda: libvirt.open(uri))
-        except (LibvirtRefused, OutcomeUnknown) as err:
+        except (CommandFailed, OutcomeUnknown) as err:
             made.close()
             raise MonitorUnreachable(
                 f"no libvirt answers at {uri}: {err.message}", hint="is libvirtd (or virtqemud) running?"
@@ -158,7 +154,7 @@ class Connection:
         """Make a call, and return its result.
 
         name: of libvirt's function, for messages. seconds: the longest that it may take. meanwhile: called
-        again and again while it is waited for. Raises LibvirtRefused, OutcomeUnknown.
+        again and again while it is waited for. Raises CommandFailed, OutcomeUnknown.
         """
         if not self.alive:
             raise OutcomeUnknown(name, "the connection to libvirt is broken")
@@ -173,20 +169,20 @@ class Connection:
         return self.finished(name, pending)
 
     def finished(self, name: str, pending: Pending[Result]) -> Result:
-        """Return the result of a call that has ended. Raises LibvirtRefused, OutcomeUnknown."""
+        """Return the result of a call that has ended. Raises CommandFailed, OutcomeUnknown."""
         error = pending.error
         if error is None:
             result: Result = pending.result()
             return result
-        number = getattr(error, "get_error_code", lambda: None)()
-        if number is None:
+        if not hasattr(error, "get_error_code"):
             raise error
+        number = str(error.get_error_code())
         text = str(error)
         # A connection that has broken does not know it: isAlive may still say 1.
         if number in _CONNECTION_CODES and self._handle is not None:
             self.give_up()
             raise OutcomeUnknown(name, text) from error
-        raise LibvirtRefused(name, number, text) from error
+        raise refusal(name, number, text) from error
 
     def state(self) -> tuple[int, int]:
         """Return the domain's virDomainState, and the reason for it. Raises MonitorError."""

@@ -11,7 +11,7 @@ long as a client does not read (measured on QEMU 7.2.22 and 10.0.2). A client in
 import time
 from collections.abc import Callable
 
-from backupctl.errors import OutcomeUnknown
+from backupctl.errors import CommandFailed, OutcomeUnknown
 from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import (
     NO_BACKUP_JOB,
@@ -20,7 +20,6 @@ from backupctl.vm.libvirt.connection import (
     PAUSED,
     PAUSED_BY_IO_ERROR,
     Connection,
-    LibvirtRefused,
 )
 
 Drain = Callable[[], object]
@@ -38,8 +37,8 @@ def socket_of_job(connection: Connection, drain: Drain | None = None) -> str | N
     domain = connection.domain
     try:
         document = connection.call("virDomainBackupGetXMLDesc", domain.backupGetXMLDesc, meanwhile=drain)
-    except LibvirtRefused as err:
-        if err.number in (NO_BACKUP_JOB, NO_JOB, NOT_RUNNING):
+    except CommandFailed as err:
+        if err.error_class in (NO_BACKUP_JOB, NO_JOB, NOT_RUNNING):
             return None
         raise
     return xml.server_socket(document)
@@ -58,8 +57,8 @@ def end(connection: Connection, is_ours: IsOurs, drain: Drain, hang_up: Callable
     paused = connection.state() == (PAUSED, PAUSED_BY_IO_ERROR)
     try:
         connection.call(_ABORT, connection.domain.abortJob, meanwhile=drain)
-    except LibvirtRefused as err:
-        if err.number not in (NO_JOB, NOT_RUNNING):
+    except CommandFailed as err:
+        if err.error_class not in (NO_JOB, NOT_RUNNING):
             raise
     deadline = time.monotonic() + connection.seconds
     while _is_there(connection, is_ours, drain):
