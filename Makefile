@@ -17,7 +17,7 @@ QUICK := $(addprefix tests/,unit screens drills/test_drill.py integration/test_k
     integration/test_protocol_page.py integration/test_prune_command.py)
 
 .PHONY: help setup packages check test test-quick test-long explore planted screens report-picture man drills fuzz demo \
-    bench bench-quick dist site lock clean
+    bench bench-quick dist deb deb-test site lock clean
 
 help: ## Show this (at once)
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -94,6 +94,13 @@ site: $(VENV)/.tools ## Build the documentation as a site, in the cache; what is
 
 dist: setup ## Build the wheel and the source distribution in dist/, the same from the same commit (5 s)
 	@$(VENV)/bin/python -m fixtures.dist
+
+deb: setup ## Build the Debian package in dist/, for this Debian or RELEASE=12, 13; needs debhelper (1 min)
+	@$(VENV)/bin/python -m fixtures.deb $(if $(RELEASE),--release $(RELEASE))
+
+deb-test: $(VENV)/.tools ## Install, use, upgrade and remove the package on Debian 12 and 13; needs root (5 min)
+	@fixtures/packages.sh build
+	$(VENV)/bin/pytest -m "slow or not slow" tests/packages
 
 lock: packages ## Pin the Python packages anew, with their hashes, after a change of pyproject.toml (1 min)
 	@$(PYTHON) -m venv $(CACHE)/pip-tools

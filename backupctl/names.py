@@ -6,7 +6,6 @@ changed on a disk since that point of that repository. Everything else that we m
 ``backupctl-<first 8>-<what><disk's number>``; QEMU allows 31 characters for a node's name.
 """
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,6 +56,8 @@ def point_id(text: str) -> PointId:
 
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """Return "did you mean 'x'?" for the name that is closest to a text; "" if none is close."""
+    import difflib  # noqa: PLC0415 - only for mistakes; it is a hundredth of a run's start
+
     close = difflib.get_close_matches(text, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else ""
 

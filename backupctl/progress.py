@@ -42,22 +42,29 @@ class Silent:
 
 
 class Overall:
-    """How far a step is: all its labels together, with the rate of the last half minute and the time left.
+    """How far all labels are together, with the rate of the last half minute and the time left.
 
-    A Reporter is told of each disk by itself; what a user waits for is the end of all.
+    A Reporter is told of each disk by itself; what a user waits for is the end of all. A restore takes a step
+    for each disk, so a new step begins a new count only if nothing of the old one is left.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Forget everything: another step began."""
+    def step(self) -> None:
+        """Another step began."""
+        if self.done_bytes >= self.total_bytes:
+            self._restart()
+
+    def _restart(self) -> None:
         self._parts: dict[str, tuple[int, int]] = {}
         self._samples: deque[tuple[float, int]] = deque()
 
     def note(self, label: str, done_bytes: int, total_bytes: int) -> None:
-        """So much of one label is done."""
+        """So much of one label is done. Less than before of the same one begins a new count."""
+        if done_bytes < self._parts.get(label, (0, 0))[0]:
+            self._restart()
         self._parts[label] = (done_bytes, total_bytes)
         now = self._clock()
         if not self._samples or now - self._samples[-1][0] >= _SAMPLE_SECONDS:

@@ -48,6 +48,11 @@ def points(context: click.Context, _parameter: click.Parameter, incomplete: str)
     return []
 
 
+def point_ids(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the points of the VM that was typed whose ids begin so, newest first."""
+    return [one for one in points(context, parameter, incomplete) if point_names.is_id(one.value)]
+
+
 def _ids(place: Path, name: str) -> list[str]:
     from backupctl.repository.repository import Repository  # noqa: PLC0415 - each command loads this module
 

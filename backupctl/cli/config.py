@@ -31,6 +31,13 @@ _SOURCES: dict[ParameterSource | None, Source] = {
 }
 
 
+_PROGRAMS = {
+    "QEMU_IMG": "qemu-img",
+    "QEMU_STORAGE_DAEMON": "qemu-storage-daemon",
+    "QEMU_SYSTEM": "qemu-system-x86_64",
+}
+
+
 @click.group(
     "config",
     cls=Group,
@@ -131,7 +138,7 @@ def _settings(context: click.Context, target: Target) -> Iterator[Setting]:
     for name in (*settings.settable(), *settings.settable_for_run()):
         yield _setting(context, target, name)
     yield from _tables(target)
-    for name, program in (("QEMU_IMG", "qemu-img"), ("QEMU_STORAGE_DAEMON", "qemu-storage-daemon")):
+    for name, program in _PROGRAMS.items():
         named = os.environ.get(name)
         yield Setting(name, named or program, "environment" if named else "default")
 

@@ -20,6 +20,9 @@ from backupctl.errors import BackupctlError, Failed, Interrupted, NeedsRecovery
 MOST = 10
 _WORTH_A_LOG = (Failed.exit_code, NeedsRecovery.exit_code)
 _PREFIX, _SUFFIX = "backupctl-error-", ".log"
+_HEAD = "backupctl "
+_MOST_BYTES = 1 << 20
+"""More than 2000 lines of a transcript usually have."""
 
 
 def write(transcript: Iterable[str] = ()) -> str:
@@ -31,7 +34,7 @@ def write(transcript: Iterable[str] = ()) -> str:
         _make_room(Path(tempfile.gettempdir()))
         descriptor, path = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as log:
-            log.write(f"backupctl {__version__}, Python {sys.version.split()[0]}\n")
+            log.write(f"{_HEAD}{__version__}, Python {sys.version.split()[0]}\n")
             log.writelines(f"{line}\n" for line in transcript)
             traceback.print_exc(file=log)
         return path
@@ -48,13 +51,35 @@ def of(err: BackupctlError, *, bug: bool = False) -> str:
     return write(found.transcript) if found.transcript or bug else ""
 
 
+def ours(directory: Path | None = None) -> list[Path]:
+    """Return our own logs, oldest first; not links, nor those of other users."""
+    found = []
+    for path in (directory or Path(tempfile.gettempdir())).glob(f"{_PREFIX}*{_SUFFIX}"):
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            if _is_ours(status):
+                found.append((status.st_mtime_ns, path))
+    return [path for _, path in sorted(found)]
+
+
+def read(path: Path) -> str | None:
+    """Return the end of one of our logs; None if it cannot be read, or is not one."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            # Anybody may put a name into the temporary directory, also for a file that root alone may read.
+            if _is_ours(os.fstat(descriptor)) and file.read(len(_HEAD)) == _HEAD.encode():
+                file.seek(max(0, os.fstat(descriptor).st_size - _MOST_BYTES))
+                return file.read(_MOST_BYTES).decode(errors="backslashreplace")
+    return None
+
+
+def _is_ours(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
+
+
 def _make_room(directory: Path) -> None:
     """Remove the oldest of our own logs; links and those of other users are left alone."""
-    ours = []
-    for path in directory.glob(f"{_PREFIX}*{_SUFFIX}"):
-        with suppress(FileNotFoundError):
-            found = path.lstat()
-            if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid():
-                ours.append((found.st_mtime_ns, path))
-    for _, path in sorted(ours)[: max(0, len(ours) - MOST + 1)]:
+    found = ours(directory)
+    for path in found[: max(0, len(found) - MOST + 1)]:
         path.unlink(missing_ok=True)

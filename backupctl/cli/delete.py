@@ -45,7 +45,7 @@ class DeleteArguments:
     required=True,
     type=param_types.POINT_ID,
     metavar="POINT...",
-    shell_complete=completion.points,
+    shell_complete=completion.point_ids,
 )
 @click.option("--protected", is_flag=True, help="Delete points that are protected, too.")
 @click.option(

@@ -2,10 +2,11 @@
 """`backupctl doctor`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import click
 
-from backupctl.cli import backup, common, exposure, output
+from backupctl.cli import backup, common, exposure, output, param_types, problem_report
 from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, Failed
 from backupctl.operations.doctor import run as core
@@ -19,12 +20,21 @@ from backupctl.outcome import documents
     1,
     2,
     for_each=True,
-    examples=(("Before the first backup, and after a failed one", "backupctl doctor web"),),
+    examples=(
+        ("Before the first backup, and after a failed one", "backupctl doctor web"),
+        ("What to attach to a report of a problem", "backupctl doctor web --report /root/web.tar.gz"),
+    ),
 )
 @click.pass_context
 @common.named(several=True)
+@click.option(
+    "--report",
+    type=param_types.PATH,
+    metavar="FILE",
+    help="Also write a tar.gz for a report of a problem, without secrets: versions, settings, points, logs.",
+)
 @common.json_option
-def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
+def doctor(target: Target, context: click.Context, *, report: Path | None, as_json: bool) -> None:
     """Check that a VM can be backed up. Changes nothing.
 
     It checks the configuration file and who else could write it, QEMU's tools, the repository's permissions
@@ -41,10 +51,13 @@ def doctor(target: Target, context: click.Context, *, as_json: bool) -> None:
         *exposure.repository(path, vm.name),
     )
     found = replace(found, findings=(*around, *found.findings))
+    written = problem_report.write(report, target, found) if report else []
     if as_json:
-        output.print_json(documents.doctor(found, target.config.file))
+        output.print_json(documents.doctor(found, target.config.file, report))
     else:
         _tell(found)
+    if report and not as_json:
+        problem_report.tell(report, written)
     if found.bad:
         raise Failed(
             f"a backup of {found.vm} would fail: {len(found.bad)} of {len(found.findings)} checks failed",

@@ -20,7 +20,7 @@ from backupctl.progress import counted
 
 WORDS = "backupctl.words"
 """Where a command's context keeps the words that it was made of."""
-_OF_ONE = ("qmp", "agent", "disks", "since")
+_OF_ONE = ("qmp", "agent", "disks", "since", "report")
 """Options that are about one VM."""
 
 

@@ -17,7 +17,7 @@ from backupctl.names import VmName
 from backupctl.system import programs, trusted
 from backupctl.system.programs import SENDMAIL
 
-PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON")
+PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON", "QEMU_SYSTEM")
 _READ, _WRITE = stat.S_IRGRP | stat.S_IROTH, stat.S_IWGRP | stat.S_IWOTH
 
 

@@ -75,6 +75,7 @@ class Arguments:
     metavar="N",
     help="Only on the partition of this number; 0 for a disk without partitions.",
 )
+@click.option("--volume", metavar="VG/LV", help="Only on this logical volume of LVM.")
 @click.option("--recursive", is_flag=True, help="List all that is below each PATH.")
 @common.json_option
 @common.gathered(Arguments)
@@ -83,8 +84,8 @@ def files(target: Target, asked: Arguments, selection: Selection, *, point: str)
     """List files of POINT (an id, or `latest`), or copy them out with --to.
 
     Without a PATH it shows the disks, their partitions and file systems. A PATH is looked for on each of
-    them. ext2, ext3, ext4 and FAT are read, from partitions (GPT, MBR) or whole disks. Nothing is mounted,
-    and all that is read is compared with its digests.
+    them. ext2, ext3, ext4, XFS and FAT are read, on partitions (GPT, MBR), linear volumes of LVM, or whole
+    disks. Nothing is mounted, and all that is read is compared with its digests.
 
     With --to directories are copied with all that is in them. Copies belong to you and have private modes;
     symbolic links and devices are skipped. Nothing is overwritten.
@@ -120,11 +121,12 @@ def _show_places(places: tuple[Place, ...], *, as_json: bool) -> None:
     if as_json:
         output.print_json(documents.places(places))
         return
-    rows = [
-        (one.disk, one.number or "-", units.size(one.size), one.kind or "-", one.problem or "readable")
-        for one in places
-    ]
-    output.print_table(("DISK", "PARTITION>", "SIZE>", "HOLDS", "STATE"), rows)
+    rows = [(one.name, units.size(one.size), one.kind or "-", _state(one)) for one in places]
+    output.print_table(("PLACE", "SIZE>", "HOLDS", "STATE"), rows)
+
+
+def _state(one: Place) -> str:
+    return one.problem or ("readable" if one.filesystem else "holds volumes")
 
 
 def _list(found: tuple[Found, ...], *, recursive: bool, as_json: bool) -> None:

@@ -260,14 +260,14 @@ class LineReporter:
     def event(self, event: "Event") -> None:
         """Write a line."""
         if event.severity == "step":
-            self._overall.restart()
+            self._overall.step()
         print_message(event.text, event.severity)
 
     def progress(self, disk: str, done_bytes: int, total_bytes: int) -> None:
         """So much is copied."""
         self._overall.note(disk, done_bytes, total_bytes)
         now = time.monotonic()
-        if now - self._told >= LINE_SECONDS:
+        if now - self._told >= LINE_SECONDS and self._overall.done_bytes:
             self._told = now
             print_message(progress_text(self._overall), "step")
 

@@ -66,7 +66,7 @@ class ProgressReporter:
     def event(self, event: Event) -> None:
         """Write a line above the bars."""
         if event.severity == "step":
-            self._overall.restart()
+            self._overall.step()
             head, style = output.printable("· ", "- ", sys.stderr), "dim"
         else:
             head, style = ("! ", "yellow") if event.severity == "warning" else ("  ", "")

@@ -44,7 +44,7 @@ class RemoveArguments:
     is_flag=True,
     help="Discard a run that did not end. Use it only if the VM no longer exists; `recover` comes first.",
 )
-@click.option("-y", "--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
+@click.option("--yes", is_flag=True, help="Do not ask; needed where there is no terminal.")
 @common.dry_run("Only show what would be removed.")
 @common.json_option
 @common.gathered(RemoveArguments)

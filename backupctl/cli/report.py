@@ -166,7 +166,7 @@ class _Work:
                 for vm in self._vms(opened, names):
                     directory = opened.vm(vm)
                     versions.append(progress.version(directory))
-                    doing.append((number, vm, words.doing(progress.of(directory), self.now)))
+                    doing.append((number, vm, words.doing(progress.of(directory, self.now))))
             except BackupctlError as err:
                 versions.append(err.message)
         return live.document(

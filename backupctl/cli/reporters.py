@@ -59,7 +59,7 @@ class RelayReporter:
     def event(self, event: Event) -> None:
         """Write what happened."""
         if event.severity == "step":
-            self._overall.restart()
+            self._overall.step()
         self._write({"severity": event.severity, "text": event.text})
 
     def progress(self, label: str, done_bytes: int, total_bytes: int) -> None:

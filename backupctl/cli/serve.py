@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl serve`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -15,6 +16,15 @@ from backupctl.operations.serve import Export
 from backupctl.outcome import documents
 
 
+@dataclass(frozen=True)
+class Where:
+    """The options that say where disks are served."""
+
+    socket: Path | None
+    tcp: str | None
+    tls: Path | None
+
+
 @common.command(
     "serve",
     0,
@@ -27,6 +37,10 @@ from backupctl.outcome import documents
         (
             "One disk, with writes kept in a file of their own",
             "backupctl serve web latest --disk vda --writable-overlay /srv/try.qcow2",
+        ),
+        (
+            "To another machine, encrypted, with a pre-shared key",
+            "backupctl serve web latest --tcp 0.0.0.0:10809 --tls /etc/backupctl/tls",
         ),
     ),
 )
@@ -46,19 +60,26 @@ from backupctl.outcome import documents
     "From another machine use ssh -L PORT:SOCKET instead.",
 )
 @click.option(
+    "--tls",
+    type=param_types.PATH,
+    metavar="DIR",
+    help="Require TLS, and allow --tcp on any address. DIR has keys.psk, or ca-cert.pem, server-cert.pem and "
+    "server-key.pem; a client then needs a certificate of the same CA.",
+)
+@click.option(
     "--writable-overlay",
     type=param_types.PATH,
     metavar="FILE",
     help="Make one disk writable: writes go to this qcow2 file, new or made by an earlier serve of POINT.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document when all disks are served.")
+@common.gathered(Where)
 def serve(
     target: Target,
+    where: Where,
     *,
     point: str,
     disk: str | None,
-    socket: Path | None,
-    tcp: str | None,
     writable_overlay: Path | None,
     as_json: bool,
 ) -> None:
@@ -87,9 +108,9 @@ def serve(
     stop = Cancellation()
     with stop.on_signals(), reporters.reporter() as reporter:
         reporter.event(StepStarted(f"serving {directory.name} {found.id}, until Ctrl-C"))
-        if tcp:
+        if where.tcp and not where.tls:
             reporter.event(ServedToLocalUsers(disk, writable_overlay))
-        request = core.ServeRequest(found, disk, socket, tcp, writable_overlay)
+        request = core.ServeRequest(found, disk, where.socket, where.tcp, where.tls, writable_overlay)
         core.serve(directory, request, ready=ready, stop=stop)
         if writable_overlay:
             reporter.event(OverlayKept(writable_overlay))

@@ -69,6 +69,21 @@ class DiskMissing(WarningEvent):
 
 
 @dataclass(frozen=True)
+class VmRenamed(WarningEvent):
+    """The VM has no points under its name, and another VM of the repository was once called so."""
+
+    code = "vm-renamed"
+    vm: VmName
+    new_name: VmName
+
+    def _text(self) -> str:
+        return (
+            f"{self.vm} was renamed to {self.new_name} in this repository, and begins anew under its old "
+            "name; to go on with its points, change its name in the configuration"
+        )
+
+
+@dataclass(frozen=True)
 class NoPointToBuildOn(Event):
     """An incremental was asked for, and there is no point yet: it becomes a full."""
 

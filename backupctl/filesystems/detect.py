@@ -10,23 +10,25 @@ from backupctl.filesystems.device import Device
 from backupctl.filesystems.ext import ExtFileSystem
 from backupctl.filesystems.fat import FatFileSystem
 from backupctl.filesystems.tree import FileSystem
+from backupctl.filesystems.xfs import XfsFileSystem
 
 EXT = "ext2/3/4"
+LVM = "LVM"
+XFS = "XFS"
 FAT = "FAT"
 _MAGICS: tuple[tuple[str, int, bytes], ...] = (
     (EXT, 1024 + 56, b"\x53\xef"),
-    ("XFS", 0, b"XFSB"),
+    (XFS, 0, b"XFSB"),
     ("NTFS", 3, b"NTFS    "),
     ("exFAT", 3, b"EXFAT   "),
     ("LUKS", 0, b"LUKS\xba\xbe"),
-    ("LVM", 512 + 24, b"LVM2 001"),
+    (LVM, 512 + 24, b"LVM2 001"),
     ("btrfs", 65536 + 64, b"_BHRfS_M"),
     ("swap", 4086, b"SWAPSPACE2"),
     ("RAID", 4096, b"\xfc\x4e\x2b\xa9"),
     (FAT, 54, b"FAT"),
     (FAT, 82, b"FAT32"),
 )
-READABLE = (EXT, FAT)
 
 
 def kind(device: Device) -> str:
@@ -44,4 +46,6 @@ def open_file_system(device: Device) -> FileSystem:
         return ExtFileSystem(device)
     if found == FAT:
         return FatFileSystem(device)
+    if found == XFS:
+        return XfsFileSystem(device)
     raise FilesystemError(f"{found} is not supported" if found else "no known file system")

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from backupctl.errors import FilesystemError
-from backupctl.filesystems import ext_journal
+from backupctl.filesystems import ext_journal, runs
 from backupctl.filesystems.device import Device
-from backupctl.filesystems.ext_blocks import BlockMap, Run
+from backupctl.filesystems.ext_blocks import BlockMap
 from backupctl.filesystems.ext_format import (
     FLAG_ENCRYPTED,
     FLAG_INLINE,
@@ -26,7 +26,6 @@ from backupctl.filesystems.ext_format import (
 from backupctl.filesystems.ext_journal import Replayed
 from backupctl.filesystems.tree import MOST_LINK_BYTES, Node
 
-_PIECE_BYTES = 1 << 20
 _MOST_DIRECTORY_BYTES = 1 << 30
 _SHORT_LINK_BYTES = 60
 _ENTRY = struct.Struct("<IHBB")  # inode, length of the record, length of the name, kind
@@ -44,7 +43,7 @@ class ExtFileSystem:
         if self._super.blocks * self._super.block_bytes > device.size:
             raise FilesystemError("damaged: it is larger than the device that it is on")
         self._replayed = Replayed()
-        self._journal: list[Run] = []
+        self._journal: list[runs.Run] = []
         self._warnings: list[str] = []
         self._inode = lru_cache(_INODES_KEPT)(self._read_inode)
         if self._super.incompat & INCOMPAT_RECOVER:
@@ -127,18 +126,8 @@ class ExtFileSystem:
         if inode.flags & FLAG_INLINE:
             yield inode.inline_data()
             return
-        at, size, unit = 0, inode.size, self._super.block_bytes
-        for run in BlockMap(self._super, self._read).runs(inode):
-            begin = min(run.logical * unit, size)
-            if begin > at:
-                yield begin - at
-            end = min((run.logical + run.blocks) * unit, size)
-            for offset in range(begin, end, _PIECE_BYTES):
-                length = min(_PIECE_BYTES, end - offset)
-                yield self._read(run.physical * unit + offset - run.logical * unit, length)
-            at = max(at, end)
-        if at < size:
-            yield size - at
+        blocks = BlockMap(self._super, self._read).runs(inode)
+        yield from runs.content(blocks, inode.size, self._super.block_bytes, self._read)
 
     def _read(self, offset: int, length: int) -> bytes:
         """Read bytes of the file system, each block from the journal if that has a newer copy."""

@@ -3,7 +3,6 @@
 
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 from backupctl.errors import FilesystemError
 from backupctl.filesystems.ext_format import (
@@ -14,20 +13,13 @@ from backupctl.filesystems.ext_format import (
     Inode,
     Superblock,
 )
+from backupctl.filesystems.runs import Run
 
 _MOST_DEPTH = 5  # of extents, as Linux allows
 _UNWRITTEN = 32768  # extents with more blocks are allocated, and read as zeroes
 _DIRECT = 12
 _EXTENT = struct.Struct("<IHHI")  # first block of the file, blocks, high and low part of the place
 _INDEX = struct.Struct("<IIHH")  # first block of the file, low and high part of the place
-
-
-class Run(NamedTuple):
-    """Neighbouring blocks of a file: its first block, where that is, and how many there are."""
-
-    logical: int
-    physical: int
-    blocks: int
 
 
 class BlockMap:

@@ -34,7 +34,7 @@ INCOMPAT_KNOWN = (
 _RO_SPARSE_SUPER, _COMPAT_SPARSE_SUPER2 = 0x1, 0x200
 
 FLAG_ENCRYPTED, FLAG_EXTENTS, FLAG_INLINE = 0x800, 0x80000, 0x10000000
-KINDS: dict[int, Kind] = {
+_KINDS: dict[int, Kind] = {
     0o100000: "file",
     0o040000: "directory",
     0o120000: "link",
@@ -43,6 +43,11 @@ KINDS: dict[int, Kind] = {
     0o010000: "pipe",
     0o140000: "socket",
 }
+
+
+def kind_of(mode: int) -> Kind:
+    """Return the kind of file that the mode of an inode says."""
+    return _KINDS.get(mode & 0o170000, "unknown")
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class Inode:
         number = _numbers(content)
         self.raw = content
         self.mode = number(0, 2)
-        self.kind: Kind = KINDS.get(self.mode & 0o170000, "unknown")
+        self.kind = kind_of(self.mode)
         self.owner = number(2, 2) | number(120, 2) << 16
         self.group = number(24, 2) | number(122, 2) << 16
         self.modified = int.from_bytes(content[16:20], "little", signed=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from backupctl.errors import RepositoryError
-from backupctl.images import create, nbd_server, open_image
+from backupctl.images import create, nbd_server, open_image, tls
 from backupctl.images.open_image import OpenImage
 from backupctl.system import private_dir, qemu_tools
 
@@ -65,12 +65,18 @@ class Server:
 
 
 @contextmanager
-def serve(shown: Sequence[ServedImage], listening: socket.socket) -> Iterator[Server]:
-    """Serve some exports on a listening socket until the block ends. Raises RepositoryError."""
+def serve(
+    shown: Sequence[ServedImage], listening: socket.socket, credentials: dict[str, bytes] | None = None
+) -> Iterator[Server]:
+    """Serve some exports on a listening socket until the block ends. Raises RepositoryError.
+
+    credentials: see `tls.read`; None for a server without TLS.
+    """
     every = [image for one in shown for image in one.images]
     with private_dir.directory() as directory, tempfile.TemporaryFile() as complaints:
+        secured = [tls.options(credentials, directory / "tls")] if credentials else []
         child = qemu_tools.start(
-            _command(shown, listening.fileno(), directory / _READY),
+            _command(shown, listening.fileno(), directory / _READY, secured),
             complaints=complaints,
             environment=nbd_server.ALLOCATOR,
             descriptors=[listening.fileno(), *open_image.descriptors(every)],
@@ -85,9 +91,14 @@ def serve(shown: Sequence[ServedImage], listening: socket.socket) -> Iterator[Se
             child.wait()
 
 
-def _command(shown: Sequence[ServedImage], listening: int, ready: Path) -> list[str]:
-    address = {"addr": {"type": "fd", "str": str(listening)}}
+def _command(
+    shown: Sequence[ServedImage], listening: int, ready: Path, secured: Sequence[dict[str, Any]]
+) -> list[str]:
+    address: dict[str, Any] = {"addr": {"type": "fd", "str": str(listening)}}
     command = [qemu_tools.server_program()]
+    for each in secured:
+        command += ["--object", json.dumps(each)]
+        address["tls-creds"] = each["id"]
     command += ["--nbd-server", json.dumps(address), "--pidfile", str(ready)]
     for number, one in enumerate(shown):
         node = f"disk{number}"  # a disk's own name may be too long for a node, or invalid

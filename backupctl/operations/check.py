@@ -96,6 +96,7 @@ def examine(
     """
     findings: list[Finding] = []
     sound: tuple[Point, ...] = ()
+    newest = "the newest point"
     try:
         scanned = directory.scan_points(tolerant=True)
         sound = scanned.points
@@ -103,13 +104,15 @@ def examine(
         findings += [_refusal(err) for _, err in scanned.unreadable]
         broken = () if scanned.unreadable else look(directory)
         sound = tuple(point for point in sound if point.id not in {one.point for one in broken})
+        if scanned.points[-1:] != sound[-1:]:
+            newest = "the newest sound point"
         findings += _of_chains(broken)
         findings += [Finding(Level.CRITICAL, one.message) for one in audit.problems(directory)]
         findings += _of_killed_runs(directory)
     except BackupctlError as err:
         findings.append(_refusal(err))
     age = now - _taken(sound[-1]) if sound else None
-    findings.append(_of_age(age, limits))
+    findings.append(_of_age(age, limits, newest))
     verdict = Verdict(directory.name, (), None if age is None else max(0.0, age.total_seconds()))
     return verdict.also(*findings)
 
@@ -128,13 +131,13 @@ def _of_killed_runs(directory: VmDirectory) -> Iterator[Finding]:
         yield Finding(Level.WARNING, text)
 
 
-def _of_age(age: timedelta | None, limits: Limits) -> Finding:
+def _of_age(age: timedelta | None, limits: Limits, newest: str) -> Finding:
     if age is None:
         return Finding(Level.CRITICAL, "there is no sound recovery point")
     if age < -CLOCK_SKEW:
-        text = f"the newest point is {ago(-age)} in the future: a clock is or was wrong"
+        text = f"{newest} is {ago(-age)} in the future: a clock is or was wrong"
         return Finding(Level.WARNING, text)
-    text = f"the newest point is {ago(age)} old"
+    text = f"{newest} is {ago(age)} old"
     if age > limits.critical:
         return Finding(Level.CRITICAL, text)
     return Finding(Level.WARNING if limits.warning and age > limits.warning else Level.OK, text)

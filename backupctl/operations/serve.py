@@ -10,7 +10,7 @@ from socket import socket
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, UsageError, WriteFailed
-from backupctl.images import public_server
+from backupctl.images import public_server, tls
 from backupctl.images.open_image import OpenImage
 from backupctl.images.public_server import ServedImage
 from backupctl.names import DiskName
@@ -39,15 +39,16 @@ class Export:
 class ServeRequest:
     """What is served, and where.
 
-    disk: None for all. unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine. Neither: a socket in a
-    private directory. writable_overlay: what is written goes into this qcow2 file (one disk only), which
-    stays.
+    disk: None for all. unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine unless there is TLS.
+    Neither: a socket in a private directory. tls: a directory with credentials, for TCP. writable_overlay:
+    what is written goes into this qcow2 file (one disk only), which stays.
     """
 
     point: Point
     disk: str | None = None
     unix: Path | None = None
     tcp: str | None = None
+    tls: Path | None = None
     writable_overlay: Path | None = None
 
 
@@ -79,12 +80,15 @@ def _serve(
     if writable_overlay is not None and len(entries) > 1:
         names = ", ".join(entry.name for entry in entries)
         raise UsageError(f"--writable-overlay is for one disk: choose one of {names} with --disk")
-    with _listen(request.unix, request.tcp) as open_socket, ExitStack() as held:
+    if request.tls is not None and request.tcp is None:
+        raise UsageError("--tls is for --tcp: only you and root can connect to a unix socket")
+    credentials = tls.read(request.tls) if request.tls is not None else None
+    with _listen(request.unix, request.tcp, secured=bool(credentials)) as open_socket, ExitStack() as held:
         shown = [
             held.enter_context(_shown(directory, one, chains[one.name], writable_overlay)) for one in entries
         ]
-        with public_server.serve(shown, open_socket) as server:
-            uris = (listen.uri(open_socket, one.name) for one in shown)
+        with public_server.serve(shown, open_socket, credentials) as server:
+            uris = (listen.uri(open_socket, one.name, secured=bool(credentials)) for one in shown)
             ready(
                 tuple(
                     Export(entry.name, uri, entry.size, one.writable)
@@ -106,12 +110,12 @@ def _entries(point: Point, disk: str | None) -> tuple[DiskEntry, ...]:
 
 
 @contextmanager
-def _listen(unix: Path | None, tcp: str | None) -> Iterator[socket]:
+def _listen(unix: Path | None, tcp: str | None, *, secured: bool) -> Iterator[socket]:
     if unix is not None and tcp is not None:
         raise UsageError("--socket and --tcp are mutually exclusive")
     chosen: AbstractContextManager[socket]
     if tcp is not None:
-        chosen = listen.tcp(*listen.tcp_address(tcp))
+        chosen = listen.tcp(*listen.tcp_address(tcp, secured=secured))
     elif unix is not None:
         chosen = listen.unix(unix.absolute())
     else:

@@ -94,8 +94,8 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             refusal = _refusal(driver, inventory, left)
             stored = bitmap_survey.survey(driver, vm, repository, known)
     except (MonitorError, Refused) as err:
-        worker = (
-            directory.lock_holder()
+        worker = directory.lock_holder() or (
+            f"the run of process {now.pid} has just ended" if now else None
         )  # it has the monitor, which serves one client, and all that looks unfinished
         return Status(
             vm.name,

@@ -94,13 +94,17 @@ def status(found: "Status", configuration: str | None) -> Document:
     return {**asdict(found), "configuration": configuration}
 
 
-def doctor(found: "Diagnosis", configuration: str | None) -> Document:
-    """Return the findings of a doctor. configuration: the path of the file in force."""
+def doctor(found: "Diagnosis", configuration: str | None, report: Path | None = None) -> Document:
+    """Return the findings of a doctor.
+
+    configuration: the path of the file in force. report: that of the report that was written.
+    """
     return {
         "vm": found.vm,
         "ok": not found.bad,
         "configuration": configuration,
         "findings": [asdict(one) for one in found.findings],
+        "report": str(report) if report else None,
     }
 
 
@@ -396,8 +400,9 @@ def places(found: Iterable["Place"]) -> Document:
     return {
         "file_systems": [
             {
-                "disk": one.disk,
+                "disk": one.disk or None,
                 "partition": one.number,
+                "volume": one.volume or None,
                 "size": one.size,
                 "kind": one.kind or None,
                 "problem": one.problem or None,
@@ -414,8 +419,9 @@ def guest_files(listed: Iterable[tuple["Found", Iterable[tuple[bytes, "Node"]]]]
         "paths": [
             {
                 "path": _text(found.path),
-                "disk": found.place.disk,
+                "disk": found.place.disk or None,
                 "partition": found.place.number,
+                "volume": found.place.volume or None,
                 "entries": [_guest_file(name, node) for name, node in entries],
             }
             for found, entries in listed

@@ -6,11 +6,12 @@ no manifest: it adds the old name here, with the newest point that may bear it, 
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from backupctl.errors import DamageFound, RepositoryError
+from backupctl.errors import DamageFound, InvalidName, RepositoryError
 from backupctl.names import PointId, VmName, point_id, vm_name
 from backupctl.repository import strict_json
 from backupctl.repository.strict_json import Document
@@ -71,6 +72,15 @@ def add(directory: Path, name: VmName, until: PointId) -> None:
         durable.replace(directory / FILE_NAME, content.encode())
     except OSError as err:
         raise RepositoryError(f"cannot write {directory / FILE_NAME}: {err.strerror}") from err
+
+
+def bearer(repository: Path, name: VmName) -> VmName | None:
+    """Return the VM of a repository that was once called so, if there is one. Raises RepositoryError."""
+    for found in safe_open.directories(repository):
+        with suppress(InvalidName, DamageFound):
+            if any(one.name == name for one in read(repository / vm_name(found))):
+                return vm_name(found)
+    return None
 
 
 def may_bear(directory: Path, point: PointId, name: str) -> bool:

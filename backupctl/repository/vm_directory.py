@@ -276,8 +276,12 @@ class VmDirectory:
             )
 
     def _meant_vm(self) -> str:
-        """Return the hint for the name of a VM that may have been misspelt; "" if it was not."""
-        return "" if self.exists() else did_you_mean(self.name, safe_open.directories(self.path.parent))
+        """Return the hint for the name of a VM that was renamed or may be misspelt; "" if it is there."""
+        if self.exists():
+            return ""
+        if renamed := former_names.bearer(self.path.parent, self.name):
+            return f"{self.name} was renamed to {renamed} in this repository"
+        return did_you_mean(self.name, safe_open.directories(self.path.parent))
 
     def _missing(self, message: str, hint: str = "") -> NoSuchPoint:
         return NoSuchPoint(message, state=UNTOUCHED, hint=hint, next_command=f"backupctl list {self.name}")

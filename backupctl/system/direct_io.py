@@ -33,12 +33,19 @@ _STEP_BYTES = 16 << 20, 256 << 20
 _Transfer = Callable[[int, Sequence[memoryview], int], int]
 
 
-def aligned(size_bytes: int) -> memoryview:
-    """Return zeroed memory that begins at a page, as direct I/O needs it."""
+def aligned(size_bytes: int, *, huge_pages: bool = False) -> memoryview:
+    """Return zeroed memory that begins at a page, as direct I/O needs it.
+
+    huge_pages: ask for them; each costs as much to pin for direct I/O as a small one. Where there are none
+    (memory is fragmented, the kernel was built without) nothing is different.
+    """
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A child that is forked during a read would share the pages, and the kernel might give us a copy from
     # before the read (open(2), O_DIRECT: "should never be run concurrently with the fork(2) system call").
     memory.madvise(mmap.MADV_DONTFORK)
+    if huge_pages:
+        with suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sockets to serve on: unix, or TCP on this machine only."""
+"""Sockets to serve on: unix, or TCP; without TLS on this machine only."""
 
 import errno
 import ipaddress
@@ -20,13 +20,18 @@ _PATIENCE_SECONDS = 3.0
 _TCP = re.compile(r"(?:(?P<host>\[[0-9A-Fa-f:.]+\]|[^:\[\]]+):)?(?P<port>[0-9]{1,5})", re.ASCII)
 
 _NBD = "NBD has no authentication"
-_NBD_HINT = "listen on a unix socket (--socket PATH), and connect with ssh -L 10809:PATH HOST"
+_NBD_HINT = (
+    "listen on a unix socket (--socket PATH) and connect with ssh -L 10809:PATH HOST, or use --tls DIR"
+)
 
 
-def tcp_address(text: str, *, why_here: str = _NBD, hint: str = _NBD_HINT) -> tuple[str, int]:
-    """Parse ``[HOST:]PORT``; only loopback hosts are allowed. Port 0: any free port. Raises UsageError.
+def tcp_address(
+    text: str, *, secured: bool = False, why_here: str = _NBD, hint: str = _NBD_HINT
+) -> tuple[str, int]:
+    """Parse ``[HOST:]PORT``. Port 0: any free port. Raises UsageError.
 
-    why_here: why no other host is allowed. hint: what to do instead.
+    secured: whether there is TLS; without it only loopback hosts are allowed. why_here: why no other host is
+    allowed. hint: what to do instead.
     """
     match = _TCP.fullmatch(text)
     if not match or int(match["port"]) > 65535:
@@ -34,8 +39,10 @@ def tcp_address(text: str, *, why_here: str = _NBD, hint: str = _NBD_HINT) -> tu
     host = (match["host"] or "127.0.0.1").strip("[]")
     host = "127.0.0.1" if host == "localhost" else host
     with suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
+        if ipaddress.ip_address(host).is_loopback or secured:
             return host, int(match["port"])
+    if secured:
+        raise UsageError(f"{host!r:.80} is not an IP address", hint="0.0.0.0 is any of this machine")
     raise UsageError(
         f"refusing to listen on {host!r:.80}: {why_here}",
         state=UNTOUCHED,
@@ -73,13 +80,14 @@ def unix(path: Path) -> Iterator[socket.socket]:
                     path.unlink()
 
 
-def uri(listening: socket.socket, export: str) -> str:
+def uri(listening: socket.socket, export: str, *, secured: bool = False) -> str:
     """Return the NBD URI of an export on a listening socket."""
     name = quote(export, safe="")
     if listening.family == socket.AF_UNIX:
         return f"nbd+unix:///{name}?socket={quote(listening.getsockname())}"
     host, port = listening.getsockname()[:2]
-    return f"nbd://[{host}]:{port}/{name}" if ":" in host else f"nbd://{host}:{port}/{name}"
+    scheme = "nbds" if secured else "nbd"
+    return f"{scheme}://[{host}]:{port}/{name}" if ":" in host else f"{scheme}://{host}:{port}/{name}"
 
 
 def _bind(listening: socket.socket, path: Path) -> os.stat_result:

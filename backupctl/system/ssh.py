@@ -126,8 +126,10 @@ class Connection:
         with suppress(OSError):
             size = self._errors.seek(0, os.SEEK_END)
             self._errors.seek(max(size - _MOST_ERROR_BYTES, 0))
-        text = self._errors.read(_MOST_ERROR_BYTES).decode(errors="replace").strip()
-        return Ended(self._process.returncode if self._process.returncode is not None else -1, text)
+        text = self._errors.read(_MOST_ERROR_BYTES).decode(errors="replace")
+        return Ended(
+            self._process.returncode if self._process.returncode is not None else -1, " ".join(text.split())
+        )
 
     def close(self) -> None:
         """End the program's input, and ssh if it does not end by itself soon. Never raises."""

@@ -155,7 +155,8 @@ class _RunningCopy:
             self._work([batch])
         else:
             self._copy.limiter.spend(self._bytes(piece.numbers))
-            batch = Batch(piece.numbers, self._free.pop() if self._free else batches.new_buffer())
+            self._free = self._free or batches.new_buffers()
+            batch = Batch(piece.numbers, self._free.pop())
             self._copy.reader.start(batch)
             self._reading += 1
         self._in_flight.add(batch)

@@ -20,7 +20,7 @@ import numpy as np
 
 from backupctl.digests import clusters, hashing
 from backupctl.errors import ReadFailed, WriteFailed
-from backupctl.transfer.batch import BATCH_BYTES, BATCH_CLUSTERS, Batch, Part, new_buffer
+from backupctl.transfer.batch import BATCH_BYTES, BATCH_CLUSTERS, Batch, Part, new_buffers
 from backupctl.transfer.copy import Filter
 from backupctl.transfer.polling import poll_once
 from backupctl.transfer.reader import Reader
@@ -112,7 +112,9 @@ def _batches(parts: Iterable[Part], size_bytes: int, free: list[memoryview]) -> 
             yield from _zeroes(at, block * BATCH_CLUSTERS)
             at = min((block + 1) * BATCH_CLUSTERS, count)
             numbers = np.arange(block * BATCH_CLUSTERS, at, dtype=np.uint64)
-            yield Batch(numbers, free.pop() if free else new_buffer())
+            if not free:
+                free.extend(new_buffers())
+            yield Batch(numbers, free.pop())
     yield from _zeroes(at, count)
 
 

@@ -16,7 +16,8 @@ from click.testing import CliRunner
 
 from backupctl.cli.main import cli
 from backupctl.names import VmName
-from backupctl.repository import history
+from backupctl.repository import activity, history
+from backupctl.repository.activity import Activity
 from backupctl.repository.history import PointEvent
 from backupctl.repository.repository import Repository
 from fixtures import browser as browsers
@@ -194,10 +195,11 @@ def test_a_served_page_shows_a_run_as_it_works_and_says_when_points_come(window,
             builder.begin(P1).drop()  # which makes the VM known
             window.visit(json.loads("".join(itertools.islice(server.stdout, 3)))["uri"])
             assert window.run(f"return {shown}.hidden")
-            with directory.lock():
-                made = directory.begin(P1, builder.journal(P1))
+            with directory.lock() as lock:
+                now = activity.stamp(datetime.now(UTC))
+                activity.write(lock, Activity("full", os.getpid(), "copy", P1, now, now, (), 1, 4))
                 window.wait(f"!{shown}.hidden && {shown}.textContent.includes('full to {P1}')")
-                made.drop()
+                assert window.run(f"return {shown}.textContent.includes('25 %')")
             window.wait(f"{shown}.hidden")
             assert window.run("return document.querySelector('.live').hidden")
             with directory.lock():

@@ -8,20 +8,21 @@ import socket
 import struct
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from backupctl.cli import configuration, units
+from backupctl.cli import configuration, times, units
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import RECORD
 from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import (
     AgentError,
     DamageFound,
+    FilesystemError,
     InvalidName,
     MonitorError,
     NotARepository,
@@ -30,13 +31,18 @@ from backupctl.errors import (
     UnknownFormat,
     UsageError,
 )
+from backupctl.filesystems import lvm, partitions
+from backupctl.filesystems.ext import ExtFileSystem
+from backupctl.filesystems.fat import FatFileSystem
+from backupctl.filesystems.xfs import XfsFileSystem
 from backupctl.images import foreign_header, qcow2_check, qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_tables import Tables
 from backupctl.images.qcow2_writer import Qcow2Writer
-from backupctl.names import Namespace, NodeName, RepositoryId, disk_name, point_id, vm_name
+from backupctl.names import DiskName, Namespace, NodeName, RepositoryId, disk_name, point_id, vm_name
 from backupctl.operations.prune import retention
-from backupctl.repository import history, strict_json
+from backupctl.repository import activity, former_names, history, point_names, strict_json
+from backupctl.repository.activity import Activity, DiskActivity
 from backupctl.repository.history import PointEvent
 from backupctl.repository.journal import Journal, JournalDisk
 from backupctl.repository.manifest import FreezeEntry, Manifest
@@ -54,6 +60,9 @@ from backupctl.vm.guest import guard_monitor
 from backupctl.vm.guest.agent import Agent
 from backupctl.vm.qmp import bitmaps, monitor, reply, teardown
 from backupctl.vm.qmp import inventory as disks
+from tests.unit.filesystems.sources import Memory
+from tests.unit.filesystems.test_lvm import IDS, TEXT, THIN, physical_volume
+from tests.unit.filesystems.test_partitions import gpt, mbr
 from tests.unit.points import P1, P2, disk_entry
 
 DIRECTORY = Path(tempfile.mkdtemp(prefix="backupctl-fuzz-"))
@@ -241,6 +250,22 @@ def in_text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
     return lambda content: parse(content.decode("utf-8", "surrogateescape"))
 
 
+def _activity() -> bytes:
+    disks = (DiskActivity(DiskName("vda"), 1, 2, estimated=False),)
+    now = "2026-01-01T00:00:00Z"
+    path = DIRECTORY / "seed.lock"
+    with path.open("wb") as file:
+        activity.write(
+            file.fileno(), Activity("full", 4711, "copy", P1, now, now, disks, 1, 2, left_seconds=3)
+        )
+    return path.read_bytes()
+
+
+def _former_names() -> bytes:
+    former_names.add(DIRECTORY, VM, P1)
+    return (DIRECTORY / former_names.FILE_NAME).read_bytes()
+
+
 def _digest_map() -> bytes:
     records = np.zeros(3, RECORD)
     records["cluster"] = [0, 2, 15]
@@ -280,6 +305,49 @@ def names(text: str) -> None:
     OWNER.point_of(text)
 
 
+def of_device(parse: Callable[[Memory], object]) -> Callable[[bytes], object]:
+    """Put the bytes at the start of a small device."""
+    return lambda content: parse(Memory(content.ljust(4 << 20, b"\0")))
+
+
+def in_volume_group(content: bytes) -> list[lvm.Volume]:
+    text = content[: 1 << 18].decode("latin-1")
+    return lvm.volumes([Memory(bytes(physical_volume(text, 1 << 20, IDS[0])))])
+
+
+def _partition_tables() -> Iterator[bytes]:
+    yield mbr((0x83, 8, 8), (0x05, 100, 300)) + bytes(99 * 512) + mbr((0x83, 1, 50))
+    yield bytes(gpt((40, 49))[:2048])
+
+
+def _ext_superblock() -> bytes:
+    found = bytearray(2048)
+    struct.pack_into("<II", found, 1024, 256, 1024)
+    struct.pack_into("<IIIIII", found, 1024 + 20, 1, 0, 0, 8192, 8192, 256)
+    struct.pack_into("<HH", found, 1024 + 56, 0xEF53, 1)
+    struct.pack_into("<I", found, 1024 + 76, 1)
+    struct.pack_into("<HHIII", found, 1024 + 88, 256, 0, 4, 0x46, 1)
+    struct.pack_into("<I", found, 1024 + 224, 8)
+    return bytes(found)
+
+
+def _xfs_superblock() -> bytes:
+    found = bytearray(512)
+    struct.pack_into(">4sIQ", found, 0, b"XFSB", 4096, 1024)
+    struct.pack_into(">Q", found, 56, 128)
+    struct.pack_into(">II", found, 84, 1024, 1)
+    struct.pack_into(">HHH", found, 100, 5, 512, 512)
+    struct.pack_into(">BBBBB", found, 120, 12, 9, 9, 3, 10)
+    return bytes(found)
+
+
+def _fat_boot_sector() -> bytes:
+    found = bytearray(512)
+    struct.pack_into("<HBHBHHBHxxxxxxxxII", found, 11, 512, 4, 1, 2, 512, 8000, 0xF8, 8, 0, 0)
+    found[54:62] = b"FAT12   "
+    return bytes(found)
+
+
 TARGETS = {
     "strict": Target(strict_json.parse, (strict_json.Malformed,), (b'{"a": [1, "x"]}',)),
     "manifest": Target(Manifest.from_json, (DamageFound, UnknownFormat), (MANIFEST.to_json(),)),
@@ -287,6 +355,18 @@ TARGETS = {
         history.parse, (), (history._lines("", [PointEvent("begun"), PointEvent("found", P1, "0" * 32)]),)
     ),
     "journal": Target(Journal.from_json, (strict_json.Malformed,), (JOURNAL.to_json(),)),
+    "activity": Target(in_file("lock", lambda path: activity._read(path.parent)), (), (_activity(),)),
+    "former-names": Target(
+        in_file("former-names", lambda path: former_names.read(path.parent)),
+        (DamageFound,),
+        (_former_names(),),
+    ),
+    "point-name": Target(
+        in_text(point_names.check), (InvalidName,), (b"latest~1", b"20260101T00", b"at:20260101T000000Z")
+    ),
+    "time": Target(
+        in_text(times.parse), (UsageError,), (b"2026-11-26 18:00:30 UTC", b"2026-11-26T18:00+01:00")
+    ),
     "repository": Target(
         in_file("repository.json", lambda path: Repository.open(path.parent)),
         (DamageFound, UnknownFormat, NotARepository, RepositoryError),
@@ -335,6 +415,11 @@ TARGETS = {
         agent, (AgentError,), (b'{"return": 1}\n', b'\xff{"return": 7}\n{"error": {"desc": "x"}}\n')
     ),
     "extents": Target(status, (BadReply,), (struct.pack(">4I", 32 << 20, 0, 32 << 20, 1),)),
+    "partitions": Target(of_device(partitions.read), (FilesystemError,), tuple(_partition_tables())),
+    "ext": Target(of_device(ExtFileSystem), (FilesystemError,), (_ext_superblock(),)),
+    "xfs": Target(of_device(XfsFileSystem), (FilesystemError,), (_xfs_superblock(),)),
+    "fat": Target(of_device(FatFileSystem), (FilesystemError,), (_fat_boot_sector(),)),
+    "lvm": Target(in_volume_group, (FilesystemError,), (TEXT.format(ids=IDS, seqno=3, more=THIN).encode(),)),
     "fault": Target(
         in_text(faults.parse),
         (faults.BadFault,),

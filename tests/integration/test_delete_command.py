@@ -79,6 +79,12 @@ def test_a_renamed_vm_goes_on_incrementally_under_its_new_name(lab):
     lab.writer.write(5)
     made = lab.cli.json("incremental", "www")
     assert {(one["kind"], one["scanned"]) for one in made["disks"]} == {("incremental", False)}
+    error = lab.cli.json("show", "web", "latest", vm=False, code=2)["error"]
+    assert error["hint"] == "web was renamed to www in this repository"
+    warned = lab.cli.json("incremental", "web")
+    assert (warned["kind"], warned["warnings"][0]["code"]) == ("full", "vm-renamed")
+    lab.cli.run("remove", "web", "--yes", vm=False)
+    lab.cli.run("recover", "www")
     lab.cli.run("rename", "www", "web", vm=False)
     lab.assert_point(made["point"], lab.writer.moment)
     for point, moment in held.items():

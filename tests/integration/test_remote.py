@@ -164,6 +164,27 @@ def test_a_host_without_python_is_told_before_anything_is_touched(any_build, mak
     assert not lab.cli.repository.exists()
 
 
+def test_a_monitor_that_is_not_there_is_told_by_its_address(any_build, make_lab, sshd):
+    lab = make_lab(any_build, {"vda": 1 << 20})
+    over_ssh(lab, sshd)
+    lab.cli.vm[1] += "-missing"
+    error = lab.backup("full", code=1)["error"]
+    assert error["kind"] == "MonitorUnreachable"
+    assert error["message"] == f"no QEMU monitor at {lab.cli.vm[1]}: No such file or directory"
+    assert not lab.cli.repository.exists()
+
+
+def test_status_does_not_fail_while_a_run_has_the_host(remote_lab, sshd):
+    run = remote_lab.cli.start("incremental", "web", "--limit", "1M")
+    deadline = time.monotonic() + 60
+    while not sshd.sessions() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    seen = remote_lab.cli.json("status", "web", "--command-timeout", "1")
+    assert run.wait(60) == 0
+    assert run.communicate()
+    assert seen["vm"] == "web"
+
+
 def test_doctor_and_status_tell_of_the_host(remote_lab, sshd):
     findings = remote_lab.cli.json("doctor", "web")["findings"]
     (of_ssh,) = [one for one in findings if one["subject"] == "ssh"]

@@ -3,6 +3,7 @@
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from fixtures.machine import line_socket
 
 PATIENCE_SECONDS = 120.0
+SITE = Path(sys.prefix) / f"lib/python3.{sys.version_info.minor}/site-packages"
+"""The packages that backupctl needs, as they are pinned."""
 
 
 class Installed:

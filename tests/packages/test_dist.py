@@ -14,9 +14,8 @@ import pytest
 from backupctl import __version__
 from fixtures import dist, manual
 from tests.conftest import ROOT
-from tests.packages.installed import Installed, backs_up_and_restores
+from tests.packages.installed import SITE, Installed, backs_up_and_restores
 
-SITE = Path(sys.prefix) / f"lib/python3.{sys.version_info.minor}/site-packages"
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
@@ -36,7 +35,7 @@ def environment(directory: Path, *options: str) -> Path:
 
 def install(programs: Path, *what: str) -> None:
     command = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "-q", "--no-input"]
-    subprocess.run([*command, "--disable-pip-version-check", "--no-compile", *what], check=True, timeout=300)
+    subprocess.run([*command, "--disable-pip-version-check", "--no-compile", *what], check=True, timeout=600)
 
 
 def with_dependencies(programs: Path) -> None:
@@ -121,6 +120,7 @@ def test_without_libnbd_the_error_says_what_to_install_and_how(built, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_pip_installs_the_wheel_with_its_pinned_dependencies_in_a_clean_environment(built, tmp_path):
     programs = environment(tmp_path / "venv", "--system-site-packages")
     install(programs, "--require-hashes", "-r", str(ROOT / "requirements.txt"))
@@ -131,6 +131,7 @@ def test_pip_installs_the_wheel_with_its_pinned_dependencies_in_a_clean_environm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_pipx_installs_the_source_distribution(built, tmp_path):
     if shutil.which("pipx") is None:
         pytest.skip("pipx is not installed here")
@@ -140,6 +141,6 @@ def test_pipx_installs_the_source_distribution(built, tmp_path):
         "HOME": str(tmp_path),
     }
     command = ["pipx", "install", "--system-site-packages", "--python", SYSTEM_PYTHON, str(built[1])]
-    subprocess.run(command, env={"PATH": "/usr/bin:/bin", **homes}, check=True, timeout=300)
+    subprocess.run(command, env={"PATH": "/usr/bin:/bin", **homes}, check=True, timeout=600)
     installed = Installed([str(tmp_path / "bin/backupctl")], tmp_path)
     assert installed.works("--version") == f"backupctl, version {__version__}\n"

@@ -38,6 +38,7 @@ IOTHREAD = (
     "integration/test_guest.py::"
     "test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive[oldest-virtio-blk-pci-5]"
 )
+REMOVE = "unit/operations/test_remove_vm.py::"
 REPORT_PAGE = "unit/outcome/test_html_page.py::"
 LAYER = "unit/operations/test_backup_disk.py::test_nothing_that_may_differ_from_the_parent_is_left_out"
 REFUSED = "test_a_transaction_that_qemu_refuses_is_rolled_back_with_the_guest_thawed[simulator]"
@@ -560,6 +561,82 @@ BUGS = (
         "unit/cli/test_run_command.py::test_a_process_without_a_document_is_told_by_how_it_ended",
     ),
     Bug(
+        "a lock that was waited for counts under a name that is gone",
+        "VmDirectory.lock",
+        "            self._refuse_moved(descriptor)\n",
+        "",
+        REMOVE + "test_a_run_that_waited_for_the_lock_of_a_renamed_vm_does_not_begin",
+    ),
+    Bug(
+        "a VM is renamed before its points may bear the old name",
+        "rename",
+        "        former_names.add(directory.path, directory.name, points[-1])\n",
+        "        pass\n",
+        REMOVE + "test_a_renamed_vm_has_its_points_and_they_verify",
+    ),
+    Bug(
+        "a point that was dropped makes no beginning of an id ambiguous",
+        "_choose",
+        "(*current, *retired))",
+        "(*current,))",
+        "unit/operations/test_delete.py::test_a_dropped_point_still_makes_a_beginning_ambiguous",
+    ),
+    Bug(
+        "a run notes its step while the guest is frozen",
+        "RunContext.enter",
+        "        self.on_step(name)\n",
+        "        self.on_step(name)\n"
+        "        if self.activity:\n"
+        "            self.activity.step(name, self.point)\n",
+        "integration/test_run_context.py::"
+        "test_status_tells_what_a_running_backup_does_and_nothing_is_noted_while_the_guest_is_frozen[simulator]",
+    ),
+    Bug(
+        "an NBD client leaves QEMU when the line to its host is cut",
+        "Relay._to_qemu",
+        "        if not self._outlives:\n",
+        "        if self.qemu:\n",
+        "unit/vm/remote/test_relay.py"
+        "::test_an_nbd_client_stays_with_qemu_when_the_line_is_cut_and_takes_what_qemu_says",
+    ),
+    Bug(
+        "the late answer of a host is taken for that to the next request",
+        "Channel.ask",
+        "            if self._broken:\n",
+        "            if not self._connection:\n",
+        "unit/vm/remote/test_channel.py::test_an_answer_that_does_not_come_is_not_taken_for_the_next_one",
+    ),
+    Bug(
+        "a monitor on TCP of another host is believed to be private",
+        "Address.loopback",
+        "if self.path is not None or self.host == ",
+        "if self.path is not None or self.host or self.host == ",
+        "unit/system/test_address.py"
+        "::test_only_the_loopback_and_ssh_keep_what_is_said_to_themselves[tcp:host:1-False]",
+    ),
+    Bug(
+        "a report with a secret of the configuration in its logs",
+        "Redaction.text",
+        "text = text.replace(secret, HIDDEN)",
+        "pass",
+        "unit/cli/test_problem_report.py::test_the_report_has_what_is_needed_and_no_secret",
+    ),
+    Bug(
+        "a report with a file of root's that somebody has linked into /tmp",
+        "_is_ours",
+        " and status.st_nlink == 1",
+        "",
+        "unit/cli/test_problem_report.py::"
+        "test_what_somebody_put_beside_the_logs_is_not_in_the_report[a hard link]",
+    ),
+    Bug(
+        "a demo of the Debian package that finds no backupctl",
+        "own_environment",
+        '        "PYTHONPATH": os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH")))),\n',
+        "",
+        "packages/test_deb.py::test_demo_and_drills_find_the_modules_of_the_package_wherever_they_are_called",
+    ),
+    Bug(
         "a name in a report becomes HTML",
         "text",
         "    return Markup(html.escape(clean(content)))\n",
@@ -579,6 +656,13 @@ BUGS = (
         "np.maximum(1, stored * 255 // np.maximum(every, 1))",
         "stored * 255 // np.maximum(every, 1)",
         "unit/digests/test_regions.py::test_a_single_cluster_of_a_large_part_is_still_shown",
+    ),
+    Bug(
+        "a served report is shown to whoever asks",
+        "_Handler._answer",
+        "        if not known or name not in self._KINDS:\n",
+        "        if name not in self._KINDS:\n",
+        "unit/outcome/test_html_live.py::test_without_the_token_there_is_nothing",
     ),
     Bug(
         "a name of a guest leads out of the target directory",

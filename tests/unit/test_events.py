@@ -20,7 +20,7 @@ left-for-next-prune metrics-not-written next-run-reads-all no-point-to-build-on 
 notice-not-sent overlay-kept point-damaged point-dropped point-must-stay recovered-from-earlier-run
 repository-created restored-unverified restored-with-damage sample-chosen scratch-may-not-suffice
 served-to-local-users start-delayed step-started target-larger target-resized task-skipped vm-ended vm-failed
-vm-skipped vm-started waiting-for-lock
+vm-renamed vm-skipped vm-started waiting-for-lock
 """.split()  # noqa: SIM905 - one a line would be a page
 """Scripts rest on these: one may be added, and none may be changed or go."""
 

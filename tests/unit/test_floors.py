@@ -25,7 +25,7 @@ FLOORS = (
 NAMED_BY_ANYBODY = {"", "errors"}
 STRANGERS = {"vm", "transfer", "repository", "targets"}
 """What operations bring together, and nobody else."""
-DRIVERS = ("backupctl.vm.libvirt", "backupctl.vm.qmp", "backupctl.vm.guest")
+DRIVERS = tuple(f"backupctl.vm.{room}" for room in ("guest", "libvirt", "offline", "qmp", "remote"))
 """What only vm knows: the others speak to a driver (vm/driver.py)."""
 JUDGE = "drills"
 """Asks QEMU itself whether the rest did what it says."""

@@ -3,10 +3,14 @@
 
 import pytest
 
+from backupctl.cancel import Cancellation
 from backupctl.cli.output import progress_text
 from backupctl.names import DiskName
 from backupctl.operations.backup.disk import DiskProgress
+from backupctl.operations.restore import whole
+from backupctl.operations.restore.request import RestoreRequest
 from backupctl.progress import Overall, Silent
+from tests.unit.points import P1, disk_entry
 
 VDA, VDB, VDC = (DiskName(name) for name in ("vda", "vdb", "vdc"))
 MIB = 1 << 20
@@ -39,8 +43,31 @@ def test_the_time_left_is_that_of_all_disks():
     assert overall.rate == pytest.approx(2 * MIB, rel=0.1)
     assert overall.left_seconds == pytest.approx(20, rel=0.1)
     assert progress_text(overall).startswith("2 disks: 33 % of 60.0 MiB, ")
-    overall.restart()
+    overall.step()
+    assert overall.labels == ("vda", "vdb")  # vdb is not at its end: the next step is of the same restore
+    overall.note("vdb", 50 * MIB, 50 * MIB)
+    overall.step()
     assert (overall.labels, overall.left_seconds) == ((), None)
+
+
+def test_a_label_that_begins_anew_begins_a_new_count():
+    overall = Overall(Clock())
+    overall.note("vda", 10, 10)
+    overall.note("vda", 2, 40)
+    assert (overall.done_bytes, overall.total_bytes) == (2, 40)
+
+
+def test_a_restore_tells_of_all_disks_before_it_begins_with_the_first(builder, tmp_path):
+    builder.point(P1, (disk_entry("vda"), [(0, b"x")]), (disk_entry("vdb"), [(0, b"y")]))
+    told: list[tuple[str, int]] = []
+
+    class Noting(Silent):
+        def progress(self, label: str, done_bytes: int, _total_bytes: int) -> None:
+            told.append((label, done_bytes))
+
+    wanted = RestoreRequest(directory=builder.directory, point=P1, to=f"{tmp_path}/restored/")
+    whole.restore(wanted, Noting(), Cancellation())
+    assert told[:2] == [("vda", 0), ("vdb", 0)]
 
 
 def test_the_rate_is_that_of_the_last_half_minute():

@@ -33,6 +33,7 @@ from backupctl.events.backup import (
     NoPointToBuildOn,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
+    VmRenamed,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
 from backupctl.names import DiskName, Namespace, PointId, VmName
@@ -42,7 +43,7 @@ from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
 from backupctl.options import ChainOptions, Kind, RunOptions, VmConfig
 from backupctl.progress import Reporter
-from backupctl.repository import audit, chain
+from backupctl.repository import audit, chain, former_names
 from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
@@ -123,6 +124,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
     plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
+    if not directory.all_points() and (renamed := former_names.bearer(ctx.repository.path, vm.name)):
+        reporter.event(VmRenamed(vm.name, renamed))
     filling = (
         *driver.filling((ctx.repository.path,), inventory.disks),
         driver.scratch_filling(options.scratch.directory, inventory.disks),

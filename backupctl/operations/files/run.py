@@ -7,12 +7,12 @@ their digests say they were. The host's kernel sees none of them, and no other p
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, BackupctlError, FilesystemError, UsageError
-from backupctl.filesystems import detect, partitions, tree
-from backupctl.filesystems.partitions import Partition
+from backupctl.filesystems import detect, lvm, partitions, tree
+from backupctl.filesystems.device import Device
 from backupctl.filesystems.tree import FileSystem, Node
 from backupctl.images.layered_image import LayeredImage
 from backupctl.names import DiskName
@@ -26,31 +26,41 @@ _WHOLE = 0
 
 @dataclass(frozen=True)
 class Place:
-    """A partition of a disk. kind: what it holds, "" if that is not known. problem: why it cannot be read.
+    """A partition of a disk, or a logical volume.
 
-    number: as Linux counts; 0 for a disk that has no partitions. size: in bytes.
+    disk: "" for a volume, which may be on several. number: as Linux counts; 0 for a disk that has no
+    partitions. size: in bytes. kind: what it holds, "" if that is not known. problem: why it cannot be read.
+    volume: a volume's name, as VG/LV; "" for a partition.
     """
 
-    disk: DiskName
+    disk: str
     number: int
     size: int
     kind: str
     problem: str = ""
     warnings: tuple[str, ...] = ()
+    volume: str = ""
     filesystem: FileSystem | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
-        """Its name for people: vda, or vda1."""
-        return f"{self.disk}{self.number or ''}"
+        """Its name for people: vda, vda1, or vg/root."""
+        return self.volume or f"{self.disk}{self.number or ''}"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Where to look: on which disk and partition; None for all."""
+    """Where to look: on which disk and partition, or on which logical volume; None for all."""
 
     disk: str | None = None
     partition: int | None = None
+    volume: str | None = None
+
+    def has(self, place: "Place") -> bool:
+        """Whether a place is looked at. A volume is on no partition in particular."""
+        if self.volume is not None:
+            return place.volume == self.volume
+        return self.partition is None or (place.number == self.partition and not place.volume)
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,11 @@ def open_places(
                 raise chain.no_such_disk(point, selection.disk)
             names = [DiskName(selection.disk)]
         with _disks(directory, point, names, stop.check) as disks:
-            places = [place for name, disk in disks for place in _places_of(name, disk)]
-            chosen = tuple(one for one in places if selection.partition in (None, one.number))
+            places = _all_places(disks)
+            chosen = tuple(one for one in places if selection.has(one))
             if not chosen:
                 there = ", ".join(one.name for one in places)
-                raise UsageError(f"no partition {selection.partition}; there are: {there}", state=UNTOUCHED)
+                raise UsageError(f"there is no such partition or volume, but {there}", state=UNTOUCHED)
             yield chosen
 
 
@@ -107,22 +117,44 @@ def _disks(
             yield [(names[0], disk), *others]
 
 
-def _places_of(name: DiskName, disk: PointDisk) -> list[Place]:
+def _all_places(disks: list[tuple[DiskName, PointDisk]]) -> list[Place]:
+    """Return all partitions, and then the volumes that are on them."""
+    places: list[Place] = []
+    physical: list[Device] = []
+    for name, disk in disks:
+        try:
+            found = partitions.read(disk)
+        except FilesystemError as err:
+            places.append(Place(name, _WHOLE, disk.size, "", err.message))
+            continue
+        for one in found:
+            places.append(_place(one.device, disk=name, number=one.number))
+            if places[-1].kind == detect.LVM:
+                physical.append(one.device)
+    return places + _volumes(physical)
+
+
+def _volumes(physical: list[Device]) -> list[Place]:
     try:
-        found = partitions.read(disk)
+        found = lvm.volumes(physical)
     except FilesystemError as err:
-        return [Place(name, _WHOLE, disk.size, "", err.message)]
-    return [_place(name, one) for one in found]
+        return [Place("", _WHOLE, 0, detect.LVM, err.message, volume="?")]
+    return [
+        _place(one.device, volume=one.name)
+        if one.device
+        else Place("", _WHOLE, one.size, "", one.problem, volume=one.name)
+        for one in found
+    ]
 
 
-def _place(name: DiskName, partition: Partition) -> Place:
-    device, number = partition.device, partition.number
+def _place(device: Device, disk: str = "", number: int = _WHOLE, volume: str = "") -> Place:
     kind = detect.kind(device)
+    found = Place(disk, number, device.size, kind, volume=volume)
     try:
         filesystem = detect.open_file_system(device)
     except FilesystemError as err:
-        return Place(name, number, device.size, kind, err.message)
-    return Place(name, number, device.size, kind, "", filesystem.warnings, filesystem)
+        return replace(found, problem="" if kind == detect.LVM else err.message)
+    return replace(found, warnings=filesystem.warnings, filesystem=filesystem)
 
 
 def locate(places: tuple[Place, ...], path: bytes) -> Found:
@@ -148,7 +180,7 @@ def locate(places: tuple[Place, ...], path: bytes) -> Found:
         raise UsageError(
             f"{tree.shown(path)} is on several file systems: {names}",
             state=UNTOUCHED,
-            hint="choose one with --disk and --partition",
+            hint="choose one with --disk and --partition, or with --volume",
         )
     raise next((err for err in failures if isinstance(err, FilesystemError)), failures[0]).add(
         state="nothing was copied"
@@ -160,11 +192,12 @@ def _plain(path: bytes) -> bytes:
 
 
 def _nothing_readable(places: tuple[Place, ...]) -> FilesystemError:
-    listed = "; ".join(f"{one.name}: {one.problem}" for one in places)
+    listed = "; ".join(f"{one.name}: {one.problem}" for one in places if one.problem)
     return FilesystemError(
         f"no file system can be read ({listed})",
         state="nothing was copied",
-        hint="backupctl reads ext2, ext3, ext4 and FAT. For others serve the disk and use guestfish: "
+        hint="backupctl reads ext2, ext3, ext4, XFS and FAT, also on linear volumes of LVM. "
+        "For others serve the disk and use guestfish: "
         "backupctl serve --help; guestfish --ro --format=raw -a URI -i",
     )
 

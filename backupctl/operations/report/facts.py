@@ -7,6 +7,7 @@ from datetime import datetime
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.operations.check import Verdict
 from backupctl.operations.prune.retention import Decision, Rules
+from backupctl.repository.tested import RestoreTests
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,26 @@ class DiskMap:
 class RunFacts:
     """A command that works on a VM now. kind: full, incremental, or other: a prune, a verify, a recovery.
 
-    point: the one that is being made. written_bytes: so far.
+    The rest is known of a backup only. point: None before it is named. step: None while the run is undone.
+    estimated: total_bytes is. left_seconds: until all disks are copied, None while nobody knows.
     """
 
     kind: str
     point: PointId | None = None
-    started: datetime | None = None
-    written_bytes: int = 0
+    elapsed_seconds: int = 0
+    step: int | None = None
+    description: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    estimated: bool = False
+    left_seconds: int | None = None
 
 
 @dataclass(frozen=True)
 class VmFacts:
     """One VM. points: oldest first. pruning_problem: why it is not known what the next prune does, or "".
 
-    run: what works on it now, None if nothing does.
+    run: what works on it now, None if nothing does. tested: the last restore tests, None if there was none.
     """
 
     name: VmName
@@ -127,6 +134,7 @@ class VmFacts:
     last: LastResults | None = None
     maps: tuple[DiskMap, ...] = ()
     run: RunFacts | None = None
+    tested: RestoreTests | None = None
 
     @property
     def stored_bytes(self) -> int:

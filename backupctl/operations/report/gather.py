@@ -27,10 +27,11 @@ from backupctl.operations.report.facts import (
     RepositoryFacts,
     VmFacts,
 )
-from backupctl.repository import chain
+from backupctl.repository import chain, tested
 from backupctl.repository.chain import Broken, Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
+from backupctl.repository.tested import RestoreTests
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 
 MAP_COLUMNS = 256
@@ -75,7 +76,7 @@ class _Vm:
         verdict = check.examine(directory, self.asked.limits, self.now, self._look)
         verdict = verdict.also(*self.asked.findings)
         try:
-            scanned, run = directory.scan_points(tolerant=True), progress.of(directory)
+            scanned, run = directory.scan_points(tolerant=True), progress.of(directory, self.now)
         except BackupctlError:  # the verdict says it
             return VmFacts(directory.name, verdict, rules=self.asked.rules, last=self.asked.last)
         decisions, problem = self._decisions(scanned)
@@ -89,7 +90,14 @@ class _Vm:
             self.asked.last,
             self._maps(scanned.points),
             run,
+            self._tested(),
         )
+
+    def _tested(self) -> RestoreTests | None:
+        try:
+            return tested.read(self.asked.directory.path)
+        except BackupctlError:  # it is about the past, and is made again
+            return None
 
     def _look(self, directory: VmDirectory) -> tuple[Broken, ...]:
         self._broken = chain.damaged(directory)

@@ -68,6 +68,8 @@ def restore(wanted: RestoreRequest, reporter: Reporter, stop: Cancellation) -> R
     with request.tasks(wanted, destination.of_new, reporter) as tasks:
         for task in tasks.disks:
             _refuse(wanted, task)
+        for task in tasks.disks:  # of all disks, so that the end of the last one can be foretold
+            reporter.progress(task.entry.name, 0, task.entry.size)
         done = tuple(_restore(wanted, task, reporter, stop) for task in tasks.disks)
     return RestoreReport(wanted.directory.name, wanted.point, done, tasks.missing)
 

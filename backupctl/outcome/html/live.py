@@ -95,6 +95,8 @@ class _Server(ThreadingMixIn, TCPServer):
         super().__init__(listening.getsockname()[:2], _Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listening.dup()
+        # A client that is gone between select and accept must not make accept wait for the next one.
+        self.socket.settimeout(_CHECK_SECONDS)
         self.page = page
         self.token = secrets.token_urlsafe(18)
         self._free = threading.BoundedSemaphore(MOST_CONNECTIONS)
@@ -105,10 +107,14 @@ class _Server(ThreadingMixIn, TCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Answer a connection, or close it if there are too many."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
+        if not self._free.acquire(blocking=False):
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._free.release()
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer a connection within its time."""

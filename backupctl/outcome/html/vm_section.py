@@ -13,7 +13,7 @@ from backupctl.outcome.html.timeline import Scale
 _MOST_RANGES = 6
 _ROW_PIXELS = 6
 _COLUMNS = (
-    *("Point", "Taken", "Kind", "Stored", "Took", "Frozen", "Layers", "Parent", "Consistent"),
+    *("Point", "Taken", "Kind", "Stored", "Took", "Frozen", "Layers", "Parent", "Consistency"),
     *("Next prune", "Notes"),
 )
 
@@ -74,8 +74,10 @@ def _facts(vm: VmFacts, now: datetime) -> Markup:
         ]
     else:
         said.append(("Last verify", "not remembered: no [metrics] or [notify] is configured"))
+    if vm.tested is not None:
+        said.append(("Last restore test", words.restore_test(vm.tested, now)))
     entries = [tag("div", tag("dt", name), tag("dd", value)) for name, value in said]
-    doing = words.doing(vm.run, now)
+    doing = words.doing(vm.run)
     entries.append(tag("div", tag("dt", "Now"), tag("dd", doing), class_="now", hidden=not doing))
     return tag("dl", *entries)
 
@@ -170,8 +172,8 @@ def _ranges(one: DiskMap, row: MapRow) -> str:
             runs.append([part, part + 1])
     if not runs:
         return "nothing"
-    said = [f"{words.size(_at(one, begin))} to {words.size(_at(one, end))}" for begin, end in runs]
-    more = f"; and {len(said) - _MOST_RANGES} more ranges" if len(said) > _MOST_RANGES else ""
+    said = [f"{words.size(_at(one, begin), 2)} to {words.size(_at(one, end), 2)}" for begin, end in runs]
+    more = f"; and {words.number(len(said) - _MOST_RANGES, 'more range')}" if len(said) > _MOST_RANGES else ""
     return "; ".join(said[:_MOST_RANGES]) + more
 
 

@@ -7,6 +7,8 @@ from backupctl.operations import check
 from backupctl.operations.check import Level
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.report.facts import LastResult, PointFacts, RunFacts, VmFacts
+from backupctl.operations.running import STEPS
+from backupctl.repository.tested import RestoreTests
 
 LEVELS = {
     Level.OK: ("ok", "OK"),
@@ -18,12 +20,12 @@ LEVELS = {
 NONE = "-"
 
 
-def size(count: int) -> str:
+def size(count: int, digits: int = 1) -> str:
     """Return a number of bytes: "1.5 GiB"."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1024 or unit == "TiB":
-            return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+            return f"{count} B" if unit == "B" else f"{amount:.{digits}f} {unit}"
         amount /= 1024
     raise AssertionError
 
@@ -87,15 +89,29 @@ def next_prune(vm: VmFacts) -> str:
     return f"drops {number(len(vm.dropped), 'point')} of {len(vm.points)} (rules: {said})"
 
 
-def doing(run: RunFacts | None, now: datetime) -> str:
+def doing(run: RunFacts | None) -> str:
     """Return what works on a VM now, "" if nothing does."""
     if run is None:
         return ""
     if run.kind == "other":
         return "a command works on it"
-    seconds = (now - run.started).total_seconds() if run.started else 0.0
-    taking = f", for {duration(seconds)}" if seconds > 0 else ""
-    return f"{run.kind} to {run.point}{taking}, {size(run.written_bytes)} written"
+    point = f" to {run.point}" if run.point else ""
+    step = f"step {run.step} of {STEPS}, " if run.step else ""
+    said = f"{run.kind}{point}, for {duration(run.elapsed_seconds)}: {step}{run.description}"
+    if not run.total_bytes:
+        return said
+    percent = min(100, run.done_bytes * 100 // run.total_bytes)
+    about = "about " if run.estimated else ""
+    left = "" if run.left_seconds is None else f", {duration(run.left_seconds)} left"
+    return f"{said}, {percent} % of {about}{size(run.total_bytes)}{left}"
+
+
+def restore_test(found: RestoreTests, now: datetime) -> str:
+    """Return how the last restore test of a VM ended."""
+    how = "booted" if found.passed else "did not boot"
+    passed = found.passed_at
+    last = f" (one booted {age(passed, now)})" if passed and not found.passed else ""
+    return f"{found.point} {how}{f' {age(passed, now)}' if passed and found.passed else ''}{last}"
 
 
 def result(found: LastResult | None, now: datetime) -> str:

@@ -114,7 +114,7 @@ class Line(Protocol):
     """Another way to a monitor than to connect to its address: through our program on its host."""
 
     def connect(self, seconds: float) -> tuple[socket.socket, int | None]:
-        """Return a connected socket, and the process that listens there. Raises OSError, MonitorError."""
+        """Return a connected socket, and the process that listens there. Raises OSError."""
 
     def send_descriptor(self, descriptor: int) -> None:
         """Send a descriptor of that program; the next command takes it. Raises OSError, MonitorError."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from backupctl import errors
 from backupctl.cancel import Cancellation
-from backupctl.errors import MonitorError, MonitorUnreachable, Refused
+from backupctl.errors import BackupctlError, MonitorError, MonitorUnreachable
 from backupctl.system import private_dir, ssh
 from backupctl.system.address import Address
 from backupctl.vm.remote import bundle
@@ -37,6 +37,7 @@ class Channel:
         self.directory = connection.local
         self._connection = connection
         self._writing = threading.Lock()
+        self._asking = threading.Lock()
         self._broken = ""
         self._closed = threading.Event()
 
@@ -50,20 +51,21 @@ class Channel:
 
         Raises MonitorError if there is none, or what the program raised.
         """
-        if self._broken:
-            raise MonitorError(self._broken)
-        _log.debug("%s -> %s %s", self.host, do, arguments)
-        try:
-            self._write(json.dumps({"do": do, **arguments}).encode() + b"\n")
-            answer = _read(self._connection.line(time.monotonic() + within))
-        except (OSError, EOFError, ValueError) as err:  # an answer that comes late answers nothing else
-            self._broken = f"the ssh connection to {self.host} broke: {self._why(err)}"
-            raise MonitorError(self._broken) from err
-        _log.debug("%s <- %.1000s", self.host, answer)
+        with self._asking:
+            if self._broken:
+                raise MonitorError(self._broken)
+            _log.debug("%s -> %s %s", self.host, do, arguments)
+            try:
+                self._write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+                answer = _read(self._connection.line(time.monotonic() + within))
+            except (OSError, EOFError, ValueError) as err:  # an answer that comes late answers nothing else
+                self._broken = f"the ssh connection to {self.host} broke: {self._why(err)}"
+                raise MonitorError(self._broken) from err
+            _log.debug("%s <- %.1000s", self.host, answer)
         return _value(answer)
 
     def begin(self, options: dict[str, object], cancel: Cancellation | None) -> None:
-        """Start the program, and wait until it is ready. Raises MonitorUnreachable, Refused, Interrupted."""
+        """Start the program, and wait until it is ready. Raises MonitorUnreachable, Interrupted."""
         seconds = options.get("lock_seconds", 0.0)
         assert isinstance(seconds, float)
         try:
@@ -73,7 +75,12 @@ class Channel:
             answer = self._greeting(time.monotonic() + _START_SECONDS + seconds, cancel)
         except (OSError, EOFError, ValueError) as err:
             raise self._unreachable(err) from err
-        _value(answer)
+        try:
+            _value(answer)
+        except (BackupctlError, OSError) as err:
+            raise MonitorUnreachable(
+                f"{self.host}: {err}", hint="a run works on one VM at a time; wait until it has ended"
+            ) from err
         threading.Thread(target=self._keep_alive, daemon=True).start()
 
     def close(self) -> None:
@@ -137,22 +144,18 @@ def opened(
 ) -> Iterator[Channel]:
     """Run the program on an address's host for as long as the block lasts.
 
-    options: for the program, all but the directory, which is named here. Raises MonitorUnreachable, Refused,
-    Interrupted.
+    options: for the program, all but the directory, which is named here. Raises MonitorUnreachable,
+    Interrupted, Failed if there is no ssh here.
     """
     directory = private_dir.new_name() if options["session"] else Path()
     names = (MONITOR, NBD) if options["session"] else ()
-    where = f"{address.user}@{address.host}" if address.user else str(address.host)
-    try:
-        with ssh.connect(address, bundle.command(), directory, names) as connection:
-            channel = Channel(connection, where)
-            try:
-                channel.begin({**options, "directory": str(directory) if names else ""}, cancel)
-                yield channel
-            finally:
-                channel.close()
-    except Refused as err:
-        raise err.reworded(f"{where}: {err.message}") if where not in err.message else err from err
+    with ssh.connect(address, bundle.command(), directory, names) as connection:
+        channel = Channel(connection, f"{address.user}@{address.host}" if address.user else str(address.host))
+        try:
+            channel.begin({**options, "directory": str(directory) if names else ""}, cancel)
+            yield channel
+        finally:
+            channel.close()
 
 
 def _read(line: bytes) -> dict[str, Any]:
@@ -170,7 +173,8 @@ def _value(answer: dict[str, Any]) -> Any:
         return answer.get("value")
     message, state = str(answer.get("message", ""))[:1000], str(answer.get("state", ""))[:300]
     if answer["error"] == "OSError":
-        raise OSError(0, message)
+        number = answer.get("errno")
+        raise OSError(number if isinstance(number, int) else 0, message)
     raise errors.received(str(answer["error"]), message, state)
 
 

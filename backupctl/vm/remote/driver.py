@@ -23,7 +23,7 @@ def connect(
 ) -> Iterator["RemoteDriver"]:
     """Connect to a VM on another host for as long as the block lasts.
 
-    Raises MonitorUnreachable, Refused, Interrupted.
+    Raises MonitorUnreachable, Interrupted.
     """
     with host.connected(access, timeouts, cancel) as there, there.monitor(cancel) as monitor:
         yield RemoteDriver(vm, access, timeouts, monitor, there)

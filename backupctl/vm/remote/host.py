@@ -47,7 +47,7 @@ class RemoteHost:
     def open(self, lock_seconds: float, cancel: Cancellation | None = None) -> None:
         """Connect to the host. lock_seconds: how long to wait while another run works on the VM.
 
-        Raises MonitorUnreachable, Refused, Interrupted.
+        Raises MonitorUnreachable, Interrupted.
         """
         options = options_for(self._access, self._timeouts, session=True, lock_seconds=lock_seconds)
         self._channel = self._held.enter_context(channel.opened(self._access.qmp, options, cancel))
@@ -128,9 +128,15 @@ class _Line:
 
     def connect(self, seconds: float) -> tuple[socket.socket, int | None]:
         """Connect to the socket that ssh forwards, and have the program there go on to the monitor."""
-        made = Address(path=str(self._there.directory / MONITOR)).connect(seconds)
+        try:
+            made = Address(path=str(self._there.directory / MONITOR)).connect(seconds)
+        except OSError as err:  # of ours, so it says nothing of whether QEMU listens
+            raise ConnectionError(0, f"the socket that ssh forwards: {err.strerror}") from err
         try:
             process = self._there.ask("monitor", seconds)
+        except MonitorError as err:
+            made.close()
+            raise ConnectionError(0, err.message) from err
         except BaseException:
             made.close()
             raise
@@ -145,10 +151,10 @@ class _Line:
 def connected(
     access: QmpAccess, timeouts: Timeouts, cancel: Cancellation | None = None
 ) -> Iterator[RemoteHost]:
-    """Connect to a VM's host while the block lasts. Raises MonitorUnreachable, Refused, Interrupted."""
+    """Connect to a VM's host while the block lasts. Raises MonitorUnreachable, Interrupted."""
     host = RemoteHost(access, timeouts)
     try:
-        host.open(min(timeouts.command_seconds, SILENCE_SECONDS), cancel)
+        host.open(min(2 * timeouts.command_seconds, _GUARD_SECONDS), cancel)
         yield host
     finally:
         host.close()

@@ -95,11 +95,8 @@ class RemoteProgram:
         except BackupctlError as err:
             return {"error": err.code, "message": err.message, "state": err.state}
         except OSError as err:
-            return {
-                "error": "OSError",
-                "message": err.strerror or str(err) or type(err).__name__,
-                "state": "",
-            }
+            text = err.strerror or str(err) or type(err).__name__
+            return {"error": "OSError", "message": text, "state": "", "errno": err.errno or 0}
 
     def do_monitor(self) -> int | None:
         """Connect to QEMU's monitor for a client that has connected to the forwarded socket."""

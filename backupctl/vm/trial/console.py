@@ -7,7 +7,7 @@ from contextlib import suppress
 _HEAD_BYTES, _TAIL_BYTES = 128 << 10, 384 << 10
 _PIECE_BYTES = 1 << 16
 _MOST_PIECES = 64  # a guest that writes without end must not keep us from looking at the clock
-_CUT = b"\n[...]\n"
+_OMITTED = b"\n[...]\n"
 
 
 class Console:
@@ -18,7 +18,7 @@ class Console:
         self._connection.setblocking(False)
         self._head = b""
         self._tail = b""
-        self._cut = False
+        self._shortened = False
 
     def read(self) -> None:
         """Take in what there is."""
@@ -30,16 +30,16 @@ class Console:
                 self._add(piece)
 
     def _add(self, piece: bytes) -> None:
-        room = _HEAD_BYTES - len(self._head)
-        self._head += piece[:room]
-        self._tail += piece[room:] if room < len(piece) else b""
+        left = _HEAD_BYTES - len(self._head)
+        self._head += piece[:left]
+        self._tail += piece[left:] if left < len(piece) else b""
         if len(self._tail) > _TAIL_BYTES:
-            self._tail, self._cut = self._tail[-_TAIL_BYTES:], True
+            self._tail, self._shortened = self._tail[-_TAIL_BYTES:], True
 
     @property
     def content(self) -> bytes:
         """What the guest wrote."""
-        return self._head + (_CUT if self._cut else b"") + self._tail
+        return self._head + (_OMITTED if self._shortened else b"") + self._tail
 
     def shows(self, text: str) -> bool:
         """Whether a text is in the last lines, whatever the case of its letters."""

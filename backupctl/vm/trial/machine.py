@@ -134,10 +134,15 @@ def _start(arguments: list[str], inherited: list[int], complaints: IO[bytes]) ->
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, not QEMU's
             preexec_fn=confined.prepared(confined.rights_for_kvm()),  # noqa: PLW1509 - system calls only
         )
-    except (OSError, subprocess.SubprocessError) as err:
-        why = getattr(err, "strerror", None) or str(err)
+    except subprocess.SubprocessError as err:
         raise Failed(
-            f"cannot start {program}: {why}", hint="install qemu-system-x86, or set QEMU_SYSTEM to a QEMU"
+            f"cannot start {program}: it could not be given the rights of another user",
+            hint="root needs CAP_SETUID and CAP_SETGID for it",
+        ) from err
+    except OSError as err:
+        raise Failed(
+            f"cannot start {program}: {err.strerror}",
+            hint="install qemu-system-x86, or set QEMU_SYSTEM to a QEMU",
         ) from err
 
 

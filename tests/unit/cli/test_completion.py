@@ -38,6 +38,8 @@ def test_points_are_those_of_the_vm_newest_first(repository):
     assert offered("show", "vm1", "") == ["latest", P2, P1]
     assert offered("show", "vm1", "2") == [P2, P1]
     assert offered("diff", "vm1", P1, "l") == ["latest"]
+    assert offered("delete", "vm1", "") == [P2, P1]
+    assert offered("delete", "vm1", P1, "2") == [P2, P1]
     assert offered("incremental", "vm1", "--since", "2") == [P2, P1]
     assert offered("show", "--repository", "/nowhere", "vm1", "2") == []
 

@@ -3,10 +3,12 @@
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
 import urllib.request
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from click.testing import CliRunner
 
 from backupctl.cli.main import cli
 from backupctl.errors import UsageError
+from backupctl.names import PointId
+from backupctl.repository import activity
+from backupctl.repository.activity import Activity
 from tests.unit.points import P1, P2, P3, disk_entry
 
 
@@ -28,6 +33,11 @@ def place(two_points, tmp_path) -> Path:
     (tmp_path / "backupctl.toml").write_text(configuration)
     (tmp_path / "backupctl.toml").chmod(0o600)
     return tmp_path
+
+
+def working(point: PointId) -> Activity:
+    now = activity.stamp(datetime.now(UTC))
+    return Activity("full", os.getpid(), "copy", point, now, now)
 
 
 def call(place: Path, *arguments: str, code: int = 0) -> str:
@@ -125,12 +135,11 @@ def test_a_served_page_shows_a_run_as_it_works_and_ends_when_asked(place, two_po
             assert P2 in ask()
             before = json.loads(ask("live.json"))
             assert {one["doing"] for one in before["vms"]} == {""}
-            with builder.directory.lock():
-                partial = builder.directory.begin(P3, builder.journal(P3))
+            with builder.directory.lock() as lock:
+                activity.write(lock, working(P3))
                 doing = {one["vm"]: one["doing"] for one in json.loads(ask("live.json"))["vms"]}
                 assert f"full to {P3}" in doing["vm1"]
                 assert doing["new"] == ""
-                partial.drop()
             builder.point(P3, (disk_entry(), []))
             assert json.loads(ask("live.json"))["version"] != before["version"]
             assert P3 in ask()

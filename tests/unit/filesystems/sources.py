@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,30 @@ def make_ext(image: Path, *options: str, content: Path | None = None, size: str 
     source = ["-d", str(content)] if content else []
     run("/sbin/mke2fs", "-q", "-F", *options, *source, str(image), size)
     return image.read_bytes()
+
+
+def make_xfs(image: Path, content: Path, *options: str) -> bytes:
+    """Make an XFS that holds a directory, and return all of it. mkfs.xfs takes a list of all files."""
+    lines = ["/", "0 0", "d--755 0 0", *_prototype(content), "$"]
+    listed = image.with_suffix(".proto")
+    listed.write_text("\n".join(lines) + "\n")
+    image.unlink(missing_ok=True)
+    with image.open("wb") as file:
+        file.truncate(300 << 20)
+    run("/sbin/mkfs.xfs", "-q", "-f", "-p", str(listed), *options, str(image))
+    return image.read_bytes()
+
+
+def _prototype(directory: Path) -> Iterator[str]:
+    for path in sorted(directory.iterdir()):
+        if path.is_symlink():
+            yield f"{path.name} l--777 0 0 {path.readlink()}"
+        elif path.is_dir():
+            yield f"{path.name} d--755 0 0"
+            yield from _prototype(path)
+            yield "$"
+        else:
+            yield f"{path.name} ---644 0 0 {path}"
 
 
 def run(*command: str, given: str = "") -> str:

@@ -199,3 +199,9 @@ def test_a_message_can_not_break_the_line(configured, monkeypatch):
     monkeypatch.setattr(check, "examine", lambda directory, *_: check.Verdict(directory.name, (nasty,), 1.0))
     code, line = call("vm1")
     assert (code, len(line) < 500) == (1, True)
+
+
+def test_the_age_is_said_to_be_that_of_the_newest_sound_point_if_a_newer_one_is_damaged(chain):
+    (chain.directory.path / P2 / "vda.digests").write_bytes(b"lost")
+    found = check.examine(chain.directory, LIMITS, at(1))
+    assert "the newest sound point is 25 h old" in [one.text for one in found.findings]

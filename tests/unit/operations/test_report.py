@@ -13,8 +13,10 @@ from backupctl.names import point_time
 from backupctl.operations.check import Level, Limits
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.report import gather, write
+from backupctl.operations.report.facts import RunFacts
 from backupctl.operations.report.gather import VmRequest
-from backupctl.repository import markers
+from backupctl.repository import activity, markers
+from backupctl.repository.activity import Activity
 from tests.unit.points import P1, P2, P3
 
 LIMITS = Limits(timedelta(hours=26))
@@ -100,12 +102,14 @@ def test_a_vm_that_was_never_backed_up_is_reported_without_points(builder):
 
 
 def test_a_run_in_progress_is_seen_and_not_disturbed(chain):
-    with chain.directory.lock():
+    stamp = "2026-01-01T00:00:00Z"
+    with chain.directory.lock() as lock:
         chain.directory.begin(P3, chain.journal(P3))
-        (chain.directory.pending_points()[0].path / "vda.qcow2").write_bytes(b"x" * 8192)
-        found = facts(chain).run
-        assert (found.kind, found.point, found.started) == ("full", P3, datetime(2026, 1, 1, tzinfo=UTC))
-        assert found.written_bytes >= 8192
+        assert facts(chain).run == RunFacts("other")
+        activity.write(lock, Activity("full", os.getpid(), "copy", P3, stamp, stamp, (), 5, 10))
+        found = facts(chain, now=datetime(2026, 1, 1, 0, 1, tzinfo=UTC)).run
+        assert (found.kind, found.point, found.step, found.elapsed_seconds) == ("full", P3, 7, 60)
+        assert (found.done_bytes, found.total_bytes) == (5, 10)
     assert facts(chain).run is None
     assert [one.point for one in chain.directory.pending_points()] == [P3]
 

@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbd
 import pytest
 
 from backupctl.errors import Locked, UsageError
@@ -315,3 +318,98 @@ def test_addresses_of_this_machine_are_read(text, address):
 def test_other_addresses_are_refused(text):
     with pytest.raises(UsageError):
         listen.tcp_address(text)
+
+
+def tls_directory(tmp_path: Path) -> Path:
+    made = tmp_path / "tls"
+    made.mkdir(0o700)
+    (made / "keys.psk").write_text(f"reader:{'5a' * 32}\n")
+    (made / "keys.psk").chmod(0o600)
+    return made
+
+
+def nbd_read(uri: str, keys: Path | None, length: int, certificates: Path | None = None) -> bytes:
+    """Read the beginning of an export with libnbd, over TLS if there are keys or certificates."""
+    client = nbd.NBD()
+    if certificates is not None:
+        client.set_tls(nbd.TLS_REQUIRE)
+        client.set_tls_certificates(str(certificates))
+    host, port, name = re.fullmatch(r"nbds?://([^/]+):(\d+)/(.*)", uri).groups()
+    client.set_export_name(name)
+    if keys is not None:
+        client.set_tls(nbd.TLS_REQUIRE)
+        client.set_tls_username("reader")
+        client.set_tls_psk_file(str(keys))
+    client.connect_tcp(host, port)
+    return bytes(client.pread(length, 0))
+
+
+def test_tls_with_a_pre_shared_key_is_served_on_any_address_and_to_nobody_without_the_key(
+    two_points, serve, tmp_path
+):
+    builder, content = two_points
+    keys = tls_directory(tmp_path)
+    serving = serve(builder, P2, "--tcp", "0.0.0.0:0", "--tls", keys)
+    uri = serving.uri().replace("0.0.0.0", "127.0.0.1")
+    assert uri.startswith("nbds://")
+    assert nbd_read(uri, keys / "keys.psk", 4096) == content[:4096]
+    with pytest.raises(nbd.Error):
+        nbd_read(uri, None, 4096)
+    other = tmp_path / "other.psk"
+    other.write_text(f"reader:{'a5' * 32}\n")
+    with pytest.raises(nbd.Error):
+        nbd_read(uri, other, 4096)
+    assert "no authentication" not in serving.end()
+
+
+def openssl(*words: object) -> None:
+    subprocess.run(["openssl", *map(str, words)], check=True, timeout=60, capture_output=True)
+
+
+def certificates(directory: Path, name: str, files: dict[str, str]) -> Path:
+    """Make a directory with a certificate of the CA in `directory`, under the names that are wanted."""
+    made = directory / name
+    made.mkdir(0o700)
+    key, request, certificate = (made / one for one in (files["key"], "request", files["cert"]))
+    openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", request, "-subj", f"/CN={name}")
+    extension = made / "extension"
+    extension.write_text("subjectAltName=IP:127.0.0.1\n")
+    openssl(
+        *("x509", "-req", "-in", request, "-CA", directory / "ca.pem", "-CAkey", directory / "ca.key"),
+        *("-CAcreateserial", "-days", 2, "-extfile", extension, "-out", certificate),
+    )
+    (made / "ca-cert.pem").write_bytes((directory / "ca.pem").read_bytes())
+    return made
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl here")
+def test_tls_with_certificates_serves_only_who_has_one_of_the_same_authority(two_points, serve, tmp_path):
+    builder, content = two_points
+    for one in ("ours", "theirs"):
+        (tmp_path / one).mkdir()
+        at = tmp_path / one
+        openssl(
+            *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", at / "ca.key"),
+            *("-out", at / "ca.pem", "-days", 2, "-subj", f"/CN={one}"),
+        )
+    client = {"key": "client-key.pem", "cert": "client-cert.pem"}
+    keys = certificates(tmp_path / "ours", "127.0.0.1", {"key": "server-key.pem", "cert": "server-cert.pem"})
+    known = certificates(tmp_path / "ours", "reader", client)
+    stranger = certificates(tmp_path / "theirs", "reader", client)
+    (stranger / "ca-cert.pem").write_bytes((known / "ca-cert.pem").read_bytes())
+    uri = serve(builder, P2, "--tcp", "0", "--tls", keys).uri()
+    assert nbd_read(uri, None, 4096, known) == content[:4096]
+    with pytest.raises(nbd.Error):
+        nbd_read(uri, None, 4096, stranger)
+
+
+def test_credentials_that_others_could_change_or_that_are_missing_serve_nothing(two_points, tmp_path):
+    builder, _ = two_points
+    keys = tls_directory(tmp_path)
+    assert "--tls is for --tcp" in refused(builder, P2, "--tls", keys)
+    (keys / "keys.psk").chmod(0o622)
+    assert "writable by other users" in refused(builder, P2, "--tcp", "0", "--tls", keys)
+    (keys / "keys.psk").unlink()
+    assert "cannot read the TLS credentials" in refused(builder, P2, "--tcp", "0", "--tls", keys)
+    (keys / "keys.psk").write_text("reader:00")
+    assert "not an IP address" in refused(builder, P2, "--tcp", "example.org:0", "--tls", keys)

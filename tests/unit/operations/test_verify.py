@@ -277,17 +277,22 @@ def test_a_verify_needs_no_qemu(stock, monkeypatch):
 
 @pytest.mark.parametrize(("limit", "code"), [("-S -n 20", 0), ("-n 20", 1)])
 def test_more_layers_than_files_may_be_open_are_no_damage(builder, limit, code):
-    """Up to what the administrator allows; beyond that it is an error."""
+    """Up to what the administrator allows; beyond that it is an error.
+
+    The digest maps are large enough for each to stay open while its layer is looked at.
+    """
+    size = 32 * MIB
     partial = builder.begin(P1)
     image = partial.path / "disk0.qcow2"
-    create.create_layer(image, MIB, None)
-    write_image((image,), [(0, noise(1, 1))])
-    checksum = digest_map.write(digest_map.path_of(image), MIB, stored(image, MIB))
+    create.create_layer(image, size, None)
+    write_image((image,), [(0, noise(1, 257))])
+    checksum = digest_map.write(digest_map.path_of(image), size, stored(image, size))
     entries = []
     for number in range(16):
-        entry = replace(disk_entry(f"disk{number}"), file_bytes=image.stat().st_size, digests=checksum)
+        entry = disk_entry(f"disk{number}", size=size)
+        entry = replace(entry, file_bytes=image.stat().st_size, digests=checksum)
         for suffix in ("qcow2", "digests") if number else ():
-            shutil.copyfile(image.with_suffix(f".{suffix}"), partial.path / f"{entry.name}.{suffix}")
+            (partial.path / f"{entry.name}.{suffix}").hardlink_to(image.with_suffix(f".{suffix}"))
         entries.append(entry)
     partial.commit(builder.manifest(P1, *entries))
     command = [sys.executable, "-m", "backupctl", "verify", "--fast", "--repository", builder.repository.path]

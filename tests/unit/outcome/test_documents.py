@@ -31,6 +31,7 @@ from backupctl.operations.timers.install import Change
 from backupctl.operations.verify.impact import Affected
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, Unchecked, VerifyReport
+from backupctl.operations.versions import Component
 from backupctl.outcome import documents
 from tests.screens.test_screens import stored as bitmap
 from tests.unit.points import P1, P2, disk_entry
@@ -98,9 +99,15 @@ def test_a_status():
 def test_a_doctor():
     found = Diagnosis(WEB, (Finding("agent", "bad", "no agent", "start it"),))
     document = documents.doctor(found, "/etc/x")
-    assert keys(document) == "vm ok configuration findings"
+    assert keys(document) == "vm ok configuration findings report"
     assert document["ok"] is False
     assert keys(document["findings"][0]) == "subject verdict said advice"
+
+
+def test_the_versions():
+    document = documents.versions((Component("qemu-img", "10.0", "/usr/bin/qemu-img"),))
+    assert keys(document) == "components"
+    assert keys(document["components"][0]) == "name version path"
 
 
 def test_a_verify():

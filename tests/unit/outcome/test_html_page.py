@@ -31,6 +31,7 @@ from backupctl.operations.report.facts import (
 )
 from backupctl.outcome.html import map_image, markup, page, words
 from backupctl.outcome.html.markup import Markup, tag, text
+from backupctl.repository.tested import RestoreTests
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 HOSTILE = (
@@ -85,7 +86,10 @@ def report() -> Report:
             LastResult("run", NOW, 9.0, "ReadFailed"), LastResult("verify", NOW, 9.0, partial=True), None
         ),
         maps=(DiskMap(DiskName("vda"), 4 * 65536, 4, rows, 123),),
-        run=RunFacts("full", PointId("20260301T000000Z"), NOW, 5 << 20),
+        run=RunFacts("full", PointId("20260301T000000Z"), 200, 7, "copying", 1 << 20, 4 << 20, True, 90),
+        tested=RestoreTests(
+            PointId("20260228T000000Z"), "2026-02-28T00:00:00Z", False, "2026-02-20T00:00:00Z"
+        ),
     )
     empty = VmFacts(VmName("new"), Verdict("new", (Finding(Level.CRITICAL, "no point"),)))
     refused = replace(vm, name=VmName("db"), maps=(), pruning_problem="a manifest is damaged")
@@ -103,7 +107,7 @@ def with_texts(found: Any, hostile: str) -> Any:
     if isinstance(found, tuple):
         return tuple(with_texts(one, hostile) for one in found)
     if is_dataclass(found) and not isinstance(found, type):
-        kept = ("kind",) if isinstance(found, PointFacts) else ()
+        kept = {PointFacts: ("kind",), RestoreTests: ("last_passed",)}.get(type(found), ())
         return replace(
             found,
             **{
@@ -195,6 +199,24 @@ def test_what_the_next_prune_does_is_said():
     assert words.next_prune(vm) == "drops 1 point of 6 (rules: 7 daily, all within 48 h)"
     assert words.next_prune(replace(vm, pruning_problem="damaged")) == "nothing can be pruned: damaged"
     assert words.next_prune(replace(vm, rules=Rules())) == "no retention rules: nothing is dropped"
+
+
+def test_what_works_on_a_vm_now_is_said():
+    run = report().repositories[0].vms[0].run
+    said = "full to 20260301T000000Z, for 3 min: step 7 of 10, copying, 25 % of about 4.0 MiB, 90 s left"
+    assert words.doing(run) == said
+    assert (
+        words.doing(replace(run, total_bytes=0, step=None)) == "full to 20260301T000000Z, for 3 min: copying"
+    )
+    assert words.doing(RunFacts("other")) == "a command works on it"
+    assert words.doing(None) == ""
+
+
+def test_the_last_restore_test_is_said():
+    vm = report().repositories[0].vms[0]
+    assert words.restore_test(vm.tested, NOW) == "20260228T000000Z did not boot (one booted 9 d ago)"
+    passed = replace(vm.tested, passed=True, last_passed="2026-02-28T00:00:00Z")
+    assert words.restore_test(passed, NOW) == "20260228T000000Z booted 24 h ago"
 
 
 def test_each_chain_is_drawn_and_a_differential_as_an_arc():

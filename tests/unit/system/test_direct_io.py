@@ -13,6 +13,7 @@ import pytest
 
 from backupctl.system import direct_io
 from backupctl.system.direct_io import DirectReader, DirectWriter, aligned
+from backupctl.transfer import batch
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
@@ -282,3 +283,20 @@ def test_its_descriptor_is_closed_with_the_last_holder(file):
     assert len(os.listdir("/proc/self/fd")) == len(before) + 1
     del reader
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages")
+def test_memory_for_batches_is_of_huge_pages_where_the_kernel_has_them():
+    """A batch is then pinned as one page for direct I/O, not as 256."""
+
+    buffers = batch.new_buffers()
+    assert {len(one) for one in buffers} == {batch.BATCH_BYTES}
+    address = np.frombuffer(buffers[0], np.uint8).ctypes.data
+    flags: list[str] = []
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if "-" in name and not name.endswith(":"):
+            first, stop = (int(limit, 16) for limit in name.split("-"))
+        elif name == "VmFlags:" and first <= address < stop:
+            flags = words
+    assert "hg" in flags

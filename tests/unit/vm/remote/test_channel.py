@@ -82,7 +82,9 @@ def test_the_program_with_a_session_has_a_guard_and_a_lock_and_leaves_nothing(as
             assert answer == {"value": False}
             again = {**asked, "lock_seconds": 0.1}
             with (
-                pytest.raises(Refused, match="host: another run, or the guard of one that was cut off"),
+                pytest.raises(
+                    MonitorUnreachable, match="host: another run, or the guard of one that was cut off"
+                ),
                 channel.opened(ADDRESS, again),
             ):
                 pass
@@ -158,3 +160,22 @@ def test_the_program_ends_when_nobody_speaks_to_it(tmp_path):
         program.stdin.write(text)
         program.stdin.flush()
         assert program.wait(20) == 0
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["a socket that nobody listens on", "no socket"])
+def test_a_vm_that_is_off_is_told_from_a_line_that_broke(as_ssh, tmp_path, left):
+    as_ssh(HERE)
+    monitor = tmp_path / "q"
+    if left:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(monitor))
+    asked = options(session=True, monitor=str(monitor), lock_seconds=10.0)
+    with channel.opened(ADDRESS, asked) as there, socket.socket(socket.AF_UNIX) as forwarded:
+        assert not (there.directory / "m").exists()
+        with pytest.raises(ConnectionError, match="the socket that ssh forwards") as broken:
+            host._Line(there).connect(1.0)
+        assert not isinstance(broken.value, ConnectionRefusedError)
+        forwarded.bind(str(there.directory / "m"))
+        forwarded.listen()
+        with pytest.raises(ConnectionRefusedError if left else FileNotFoundError):
+            host._Line(there).connect(1.0)
