@@ -96,7 +96,7 @@ def boot(daemon: Libvirtd, tmp_path: Path, held: ExitStack) -> Boot:
     return boot
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60) -> None:
+def wait_for(what: Callable[[], Any], seconds: float = 100) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
