@@ -98,7 +98,7 @@ dist: setup ## Build the wheel and the source distribution in dist/, the same fr
 deb: setup ## Build the Debian package in dist/, for this Debian or RELEASE=12, 13; needs debhelper (1 min)
 	@$(VENV)/bin/python -m fixtures.deb $(if $(RELEASE),--release $(RELEASE))
 
-deb-test: $(VENV)/.tools ## Install, use, upgrade and remove the package on Debian 12 and 13; needs root (5 min)
+deb-test: $(VENV)/.tools ## Install, use, upgrade and remove the package on Debian 12 and 13; needs root (10 min, the first time longer)
 	@fixtures/packages.sh build
 	$(VENV)/bin/pytest -m "slow or not slow" tests/packages
 
