@@ -325,7 +325,7 @@ BUGS = (
     ),
     Bug(
         "the lock is let go before the guard has done its work",
-        "GuardClient.start",
+        "GuardClient.launch",
         "_spawn(arguments, (its.fileno(), lock))",
         "_spawn(arguments, (its.fileno(),))",
         GUARD + "test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed",

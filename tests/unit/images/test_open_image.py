@@ -235,16 +235,8 @@ def test_what_is_served_is_what_was_checked(two_points, at_start, victim):
         stop.request("SIGTERM")
 
     at_start(0, lambda: turn(builder.directory.path / P1 / "vda.qcow2", victim))
-    serve.serve(
-        builder.directory,
-        builder.directory.point(P2),
-        disk=None,
-        unix=None,
-        tcp=None,
-        writable_overlay=None,
-        ready=ready,
-        stop=stop,
-    )
+    request = serve.ServeRequest(builder.directory.point(P2))
+    serve.serve(builder.directory, request, ready=ready, stop=stop)
     assert found == [content]
 
 
@@ -260,16 +252,8 @@ def test_an_overlay_that_is_exchanged_after_its_check_is_not_written(two_points,
         stop.request("SIGTERM")
 
     at_start(1, lambda: turn(overlay, victim))  # the first one makes it
-    serve.serve(
-        builder.directory,
-        builder.directory.point(P2),
-        disk=None,
-        unix=None,
-        tcp=None,
-        writable_overlay=overlay,
-        ready=ready,
-        stop=stop,
-    )
+    request = serve.ServeRequest(builder.directory.point(P2), writable_overlay=overlay)
+    serve.serve(builder.directory, request, ready=ready, stop=stop)
     assert victim.read_bytes() == before
     assert b"written" in (overlay.parent / "moved").read_bytes()
 
