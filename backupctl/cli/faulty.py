@@ -36,9 +36,8 @@ def kill_at_step(step: str) -> None:
 def short_timeouts(seconds: float = _SHORT_SECONDS) -> None:
     """Shorten all time-outs, as a configuration would."""
     short = dict.fromkeys(("command_timeout", "agent_timeout", "stall_timeout"), seconds)
-    commands = set(cli.list_commands(click.Context(cli))) - {
-        "config"
-    }  # as the option --config is called, too
+    # A default under the name of an option of the group (`--config`, `--version`) would be that option's.
+    commands = set(cli.list_commands(click.Context(cli))) - {one.name for one in cli.params}
     cli.context_settings["default_map"] = dict.fromkeys(commands, short)
 
 

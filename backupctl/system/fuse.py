@@ -31,7 +31,7 @@ def check() -> None:
         raise UsageError(
             f"cannot mount: {' and '.join(missing)} not found",
             hint="`backupctl serve` and `backupctl files` need neither",
-            next_command=f"apt-get install {packages}",
+            next_command=f"apt install {packages}",
         )
     if not _DEVICE.exists():
         raise UsageError(

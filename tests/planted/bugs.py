@@ -528,7 +528,7 @@ BUGS = (
     Bug(
         "older points are dropped after a backup that failed",
         "_Work.prune",
-        "        if before is not None:\n",
+        "        if taken.error is not None:\n",
         "        if self.stop.requested:\n",
         ROUTINE + "test_after_a_backup_that_failed_nothing_is_dropped_but_the_rest_is_verified",
     ),

@@ -30,7 +30,6 @@ SHORT = {
     "--dry-run": "-n",
     "--quiet": "-q",
     "--verbose": "-v",
-    "--yes": "-y",
 }
 """Short options that people know, each with one meaning in every command."""
 

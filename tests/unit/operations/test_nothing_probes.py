@@ -117,11 +117,7 @@ def test_no_overlay_is_made_of_a_raw_disk_that_begins_as_a_qcow2(attack, name):
     with pytest.raises(TargetExists):
         serve.serve(
             attack.builder.directory,
-            attack.builder.directory.point("latest"),
-            disk=None,
-            unix=None,
-            tcp=None,
-            writable_overlay=disk,
+            serve.ServeRequest(attack.builder.directory.point("latest"), writable_overlay=disk),
             ready=lambda _exports: None,
             stop=Cancellation(),
         )
@@ -251,11 +247,7 @@ def test_whoever_calls_qemus_tools_names_every_format(builder: Builder, tmp_path
         ended = Cancellation()
         serve.serve(
             directory,
-            point,
-            disk=None,
-            unix=None,
-            tcp=None,
-            writable_overlay=overlay,
+            serve.ServeRequest(point, writable_overlay=overlay),
             ready=lambda _exports, ended=ended: ended.request("SIGTERM"),
             stop=ended,
         )
