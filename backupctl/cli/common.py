@@ -159,7 +159,7 @@ def point(
                 raise _missing_argument(name)
             return function(*arguments, **given)
 
-        option = at_option(f"In place of {name.upper()}: the newest point not younger than this")
+        option = at_option(f"In place of {name.upper()}: the newest point not later than this")
         return point_argument(name, required=False)(option(call))
 
     return decorate

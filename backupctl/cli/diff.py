@@ -41,7 +41,7 @@ _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
 @common.named(needs_vm=False)
 @common.point_argument("before", required=False)
 @common.point_argument("after", required=False)
-@common.at_option("In place of BEFORE: the newest point not younger than this")
+@common.at_option("In place of BEFORE: the newest point not later than this")
 @click.option("--disk", metavar="D", help="Only this disk.")
 @common.json_option
 def diff(

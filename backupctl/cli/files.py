@@ -81,7 +81,7 @@ class Arguments:
 @common.gathered(Arguments)
 @common.gathered(Selection)
 def files(target: Target, asked: Arguments, selection: Selection, *, point: str) -> None:
-    """List files of POINT (an id, or `latest`), or copy them out with --to.
+    """List files of POINT, or copy them out with --to.
 
     Without a PATH it shows the disks, their partitions and file systems. A PATH is looked for on each of
     them. ext2, ext3, ext4, XFS and FAT are read, on partitions (GPT, MBR), linear volumes of LVM, or whole

@@ -42,7 +42,7 @@ _READY = b"+"
 def mount(
     target: Target, *, point: str, directory: Path, disk: str | None, background: bool, as_json: bool
 ) -> None:
-    """Show the disks of POINT (an id, or `latest`) as read-only files DIR/DISK.raw, until Ctrl-C or `umount`.
+    """Show the disks of POINT as read-only files DIR/DISK.raw, until Ctrl-C or `umount`.
 
     The files are raw disks, for programs that read disk images: guestmount, guestfish, qemu-img, testdisk.
     Only you can read them. The file systems in them are not mounted: do not mount them with the host's

@@ -158,7 +158,7 @@ class _VmName(click.ParamType[VmName]):
 
 
 class _Time(click.ParamType[str]):
-    """A date and a time, as the name of the newest point that is not younger."""
+    """A date and a time, as the name of the newest point that is not later."""
 
     name = "time"
 

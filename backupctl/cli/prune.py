@@ -311,7 +311,7 @@ def _freed(count: int | None) -> str:
 @common.point()
 @common.json_option
 def protect(target: Target, *, point: str, as_json: bool) -> None:
-    """Protect POINT (an id, or `latest`): prune never drops it, until `unprotect`."""
+    """Protect POINT: prune never drops it, until `unprotect`."""
     found = core.protect(target.vm_directory(), point)
     _print_protection(target, found, protected=True, as_json=as_json)
 
@@ -329,7 +329,7 @@ def protect(target: Target, *, point: str, as_json: bool) -> None:
 @common.point()
 @common.json_option
 def unprotect(target: Target, *, point: str, as_json: bool) -> None:
-    """Let prune drop POINT (an id, or `latest`) again, if no rule keeps it."""
+    """Let prune drop POINT again, if no rule keeps it."""
     found = core.unprotect(target.vm_directory(), point)
     _print_protection(target, found, protected=False, as_json=as_json)
 

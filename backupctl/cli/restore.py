@@ -55,7 +55,7 @@ class RestoreArguments:
             "backupctl restore web 20261123T041500Z --disk vda --to /srv/vda.raw",
         ),
         (
-            "The newest point not younger than a time",
+            "The newest point not later than a time",
             'backupctl restore web --at "2026-11-26 18:00" --to /srv/restored/',
         ),
         ("Overlays from which a VM boots at once", "backupctl restore web latest --to /srv/try/ --thin"),

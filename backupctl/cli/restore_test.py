@@ -215,7 +215,7 @@ def restore_test(
     point: str,
     disks: tuple[str, ...],
 ) -> None:
-    """Boot POINT (an id, or `latest`) in a throw-away VM, to show that it can be restored.
+    """Boot POINT in a throw-away VM, to show that it can be restored.
 
     The VM has no network, no access to the host, and as root it runs as an unprivileged user. What the guest
     writes is thrown away. With KVM where it is available, it takes as long as the guest takes to boot.

@@ -64,7 +64,7 @@ class Scope:
     help="Read only PERCENT of the data, chosen at random: a different part each time.",
 )
 @click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
-@common.at_option("In place of POINT: the newest point not younger than this")
+@common.at_option("In place of POINT: the newest point not later than this")
 @common.json_option
 @common.quiet
 @common.gathered(Scope)

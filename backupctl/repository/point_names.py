@@ -7,7 +7,7 @@
     20261123T04             the beginning of its id, of four characters or more, if no other id begins so
     latest                  the newest point
     latest~2                the second point before the newest
-    at:20261123T041500Z     the newest point not younger than that time, which is UTC
+    at:20261123T041500Z     the newest point that is not later than that time, in UTC
 
 All but an id mean other points as points come and go.
 """
@@ -27,7 +27,7 @@ _SHOWN = 8
 
 
 def at(time: datetime) -> str:
-    """Return the name of the newest point that is not younger than a time."""
+    """Return the name of the newest point that is not later than a time."""
     return f"at:{time.astimezone(UTC):%Y%m%dT%H%M%SZ}"
 
 
