@@ -16,7 +16,7 @@ LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras
 QUICK := $(addprefix tests/,unit screens drills/test_drill.py integration/test_known_moment.py \
     integration/test_protocol_page.py integration/test_prune_command.py)
 
-.PHONY: help setup packages check test test-quick test-long explore planted screens report-picture man drills fuzz demo \
+.PHONY: help setup packages packages-for-tests check test test-quick test-long explore planted screens report-picture man drills fuzz demo \
     bench bench-quick dist deb deb-test site lock clean
 
 help: ## Show this (at once)
@@ -27,6 +27,9 @@ setup: $(VENV)/.ready ## Install what is missing; leaves .venv/bin/backupctl (1 
 packages:
 	@fixtures/packages.sh
 
+packages-for-tests:
+	@fixtures/packages.sh tests
+
 # The system's own interpreter, because Debian's libnbd serves no other.
 $(VENV)/.ready: requirements.txt pyproject.toml | packages
 	@echo "making $(VENV): backupctl and the pinned Python packages that it needs"
@@ -35,7 +38,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml | packages
 	@$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.tools: requirements-dev.txt $(VENV)/.ready
+$(VENV)/.tools: requirements-dev.txt $(VENV)/.ready | packages-for-tests
 	@echo "adding to $(VENV) what checks and tests need: ruff, mypy, pytest"
 	@$(PIP) --require-hashes -r requirements-dev.txt
 	@touch $@
@@ -80,13 +83,13 @@ planted: $(VENV)/.tools ## Plant bugs, one at a time: the tests must catch each 
 demo: setup ## The main job live, on a real Linux guest; on the simulator where there is no QEMU (30 s; 4 s)
 	@$(VENV)/bin/python -m fixtures.demo
 
-bench: setup ## Measure every command beside what else people would use; AGAINST=PROGRAM for another backupctl (10 min)
+bench: setup packages-for-tests ## Measure every command beside what else people would use; AGAINST=PROGRAM for another backupctl (10 min)
 	$(VENV)/bin/python -m fixtures.bench --json docs/performance.json $(if $(AGAINST),--against $(AGAINST))
 	$(VENV)/bin/python -m fixtures.bench.report
 	$(VENV)/bin/python -m fixtures.bench_fixed --rounds 3 $(if $(AGAINST),--against $(AGAINST))
 	$(VENV)/bin/python -m fixtures.bench_simulator
 
-bench-quick: setup ## Fail if a ratio to qemu-img is half of what docs/performance.json has (1 min)
+bench-quick: setup packages-for-tests ## Fail if a ratio to qemu-img is half of what docs/performance.json has (1 min)
 	$(VENV)/bin/python -m fixtures.bench.quick
 
 site: $(VENV)/.tools ## Build the documentation as a site, in the cache; what is missing or leads nowhere is an error (10 s)
