@@ -68,6 +68,6 @@ def test_every_page_of_the_documentation_is_in_the_navigation():
 
 def test_every_key_of_a_json_document_is_on_its_page():
     page = (ROOT / "docs/json.md").read_text()
-    source = (ROOT / "backupctl/outcome/documents.py").read_text()
+    source = "\n".join(path.read_text() for path in (ROOT / "backupctl/outcome/documents").glob("*.py"))
     keys = set(re.findall(r'^ +"(\w+)": ', source, re.MULTILINE)) - {"backup", "prune", "verify"}
     assert sorted(key for key in keys if f"`{key}`" not in page) == []
