@@ -238,7 +238,7 @@ def test_a_chain_goes_on_over_a_snapshot_and_a_block_commit(make_lab: Make) -> N
 def test_exchanged_images_are_scanned_although_both_have_the_bitmap(make_lab: Make) -> None:
     lab = begun(make_lab, sizes={"vda": 4 * MIB, "vdb": 4 * MIB})
     lab.domain.daemon.virsh("shutdown", lab.domain.name, "--mode", "acpi")
-    lab.domain.monitor('{"execute": "quit"}')
+    lab.domain.quit()
     wait_for(lambda: not lab.domain.handle().isActive())
     one, other = (disk["path"] for disk in lab.domain.disks)
     xml = lab.domain.daemon.directory / f"{lab.domain.name}.xml"

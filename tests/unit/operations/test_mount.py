@@ -129,7 +129,7 @@ def test_without_nbdfuse_the_package_is_named(monkeypatch):
     monkeypatch.setattr(fuse.shutil, "which", lambda _name: None)
     with pytest.raises(UsageError, match="nbdfuse and fusermount3 not found") as caught:
         fuse.check()
-    assert caught.value.next_command == "apt-get install libnbd-bin fuse3"
+    assert caught.value.next_command == "apt install libnbd-bin fuse3"
 
 
 def test_a_link_in_place_of_a_file_is_not_mounted_over_and_not_removed(tmp_path):
