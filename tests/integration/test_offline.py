@@ -374,7 +374,9 @@ def test_a_writer_that_ignores_the_lock_fails_the_run(old_lab):
     os.utime(lab.machine.disks[0].path)
     said, _ = run.communicate(timeout=120)
     assert run.returncode == 1
-    assert "ignores QEMU's lock" in json.loads(said)["error"]["message"]
+    error = json.loads(said)["error"]
+    assert "ignores QEMU's lock" in error["message"]
+    assert error["state"] == "rolled back: nothing is lost, nothing of this run is left"
 
 
 def test_without_images_a_vm_that_is_off_fails_as_before_and_the_hint_tells_of_images(oldest_build, make_lab):

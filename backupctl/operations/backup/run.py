@@ -52,6 +52,7 @@ from backupctl.transfer.source import Source
 from backupctl.vm.driver import DiskSnapshot, Request, Session, Thawed
 from backupctl.vm.open_driver import open_for_backup
 
+_ROLLED_BACK = "rolled back: nothing is lost, nothing of this run is left"
 _AGENT_HINT = "start qemu-guest-agent in the guest, or let the point be crash-consistent: --freeze auto"
 
 
@@ -279,7 +280,7 @@ class _Run:
             err = Failed(_text(err))
         return err.add(
             step=self.ctx.current,
-            state="rolled back: nothing is lost, nothing of this run is left, the guest goes on",
+            state=_ROLLED_BACK + (", the guest goes on" if self.session.has_guest else ""),
             hint=_AGENT_HINT if isinstance(err, AgentError) else "",
             next_command=prepare.what_next(err, self.ctx.options.kind, self.ctx.vm.name),
         )
