@@ -116,17 +116,9 @@ class Agent:
     def thaw_for_sure(self) -> Thaw:
         """Thaw the guest, and ask whether it is. Raises AgentError if it isn't, or if that is not known.
 
-        A refusal alone says nothing: on Windows VSS lets go by itself after 10 s, and refuses the thaw that
-        comes then.
+        See `thaw_for_sure`.
         """
-        count, refusal = 0, None
-        try:
-            count = self.thaw()
-        except AgentRefused as err:
-            refusal = err
-        if self.freeze_status() != "thawed":
-            raise refusal or AgentTimeout("the guest is still frozen after a thaw")
-        return Thaw(count, refusal.message if refusal else "")
+        return thaw_for_sure(self.thaw, self.freeze_status)
 
     def close(self) -> None:
         """Hang up. Never raises."""
@@ -237,6 +229,22 @@ class Agent:
     def _deadline(self, seconds: float | None = None) -> float:
         deadline = time.monotonic() + (self._timeout if seconds is None else seconds)
         return deadline if self.until is None else min(deadline, self.until)
+
+
+def thaw_for_sure(thaw: Callable[[], int], freeze_status: Callable[[], str]) -> Thaw:
+    """Thaw a guest, and ask whether it is. Raises AgentError if it isn't, or if that is not known.
+
+    A refusal alone says nothing: on Windows VSS lets go by itself after 10 s, and refuses the thaw that comes
+    then.
+    """
+    count, refusal = 0, None
+    try:
+        count = thaw()
+    except AgentRefused as err:
+        refusal = err
+    if freeze_status() != "thawed":
+        raise refusal or AgentTimeout("the guest is still frozen after a thaw")
+    return Thaw(count, refusal.message if refusal else "")
 
 
 def thaw_if_frozen(address: Address, timeout_seconds: float) -> bool:

@@ -18,7 +18,7 @@ from backupctl.errors import (
     MonitorError,
     OutcomeUnknown,
 )
-from backupctl.vm.guest.agent import Thaw
+from backupctl.vm.guest.agent import Thaw, thaw_for_sure
 from backupctl.vm.libvirt.connection import HELD, NO_JOB, NOT_RUNNING, Connection
 
 _NOT_CONFIGURED = "74"
@@ -71,14 +71,10 @@ class LibvirtAgent:
 
     def thaw_for_sure(self) -> Thaw:
         """Thaw the guest, and ask whether it is. Raises AgentError if it is not, or if that is not known."""
-        domain, count, refusal = self._connection.domain, 0, None
-        try:
-            count = self._call("virDomainFSThaw", domain.fsThaw, self._seconds(None))
-        except AgentRefused as err:
-            refusal = err
-        if self.freeze_status() != "thawed":
-            raise refusal or AgentTimeout("the guest is still frozen after a thaw")
-        return Thaw(count, refusal.message if refusal else "")
+        domain = self._connection.domain
+        return thaw_for_sure(
+            lambda: int(self._call("virDomainFSThaw", domain.fsThaw, self._seconds(None))), self.freeze_status
+        )
 
     def close(self) -> None:
         """Disconnect. Never raises."""

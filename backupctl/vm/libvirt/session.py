@@ -5,14 +5,16 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
-from backupctl.errors import AgentTimeout, Failed, GuardLost, OutcomeUnknown
+from backupctl.errors import Failed, OutcomeUnknown
 from backupctl.names import VmName
 from backupctl.options import LibvirtAccess, Timeouts
 from backupctl.system.files import used_bytes
-from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, ScratchBudget, Thawed
+from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, ScratchBudget
 from backupctl.vm.guest import handshake
 from backupctl.vm.guest.guard import GuardClient
+from backupctl.vm.guest.guarded_session import GuardedSession
 from backupctl.vm.libvirt import agent, checkpoints, domain, inventory, job, recovery, xml
 from backupctl.vm.libvirt.connection import PAUSED, PAUSED_BY_IO_ERROR, Connection, Pending
 from backupctl.vm.libvirt.run_files import RunFiles
@@ -26,7 +28,7 @@ _REUSE_SCRATCH = 1
 """VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL: the scratch files are there already, which shortens the freeze."""
 
 
-class LibvirtSession(LocalScratch):
+class LibvirtSession(GuardedSession, LocalScratch):
     """See `vm.driver.Session`."""
 
     def __init__(
@@ -37,11 +39,11 @@ class LibvirtSession(LocalScratch):
         connection: Connection,
         guard: GuardClient,
     ) -> None:
-        super().__init__(name)
+        thaw = partial(agent.thaw_if_frozen, access.uri, access.domain, timeouts.agent_seconds)
+        GuardedSession.__init__(self, guard, timeouts.agent_seconds, thaw)
+        LocalScratch.__init__(self, name)
         self._access = access
-        self._timeouts = timeouts
         self._connection = connection
-        self._guard = guard
         self._clients = ExitStack()
         self._exports: tuple[Export, ...] = ()
         self._connected: list[tuple[str, socket.socket]] = []
@@ -51,28 +53,9 @@ class LibvirtSession(LocalScratch):
         self._disks: tuple[DiskSnapshot, ...] = ()
         self._documents = ("", "")
         self._is_ours: job.IsOurs = lambda _path: False
-        self._frozen_until: float | None = None
         self._watching = False
         self._state: Pending[tuple[int, int]] | None = None
         self._asked = 0.0
-
-    @property
-    def has_guest(self) -> bool:
-        """A domain that runs may have one."""
-        return True
-
-    @property
-    def guarded(self) -> bool:
-        """Whether the guard is alive."""
-        return self._guard.alive
-
-    def stand_by(self) -> None:
-        """Wait until the guard is there."""
-        self._guard.stand_by()
-
-    def ping_guest(self) -> None:
-        """Have the guard ask the agent."""
-        self._guard.ping_agent()
 
     def attach(self, request: Request) -> None:
         """Make the scratch files, and look whether the disks are still as they were listed."""
@@ -91,12 +74,6 @@ class LibvirtSession(LocalScratch):
     def refuse_unfrozen(self) -> None:
         """A job of libvirt has one point in time for all disks, frozen or not."""
 
-    def freeze(self, budget_seconds: float) -> int:
-        """Have the guard freeze the guest."""
-        count = self._guard.freeze(budget_seconds)
-        self._frozen_until = self._guard.due
-        return count
-
     def start(self) -> None:
         """Begin the backup and the checkpoint, in one transaction of libvirt's."""
         backup, checkpoint = self._documents
@@ -108,10 +85,6 @@ class LibvirtSession(LocalScratch):
             "virDomainBackupBegin", lambda: handle.backupBegin(backup, checkpoint, _REUSE_SCRATCH), seconds
         )
         self._watching = True
-
-    def thaw(self) -> Thawed:
-        """Have the guard thaw the guest."""
-        return self._guard.thaw()
 
     def exports(self) -> tuple[Export, ...]:
         """Connect every client, and let the guard know it, before a byte is read."""
@@ -171,19 +144,6 @@ class LibvirtSession(LocalScratch):
             )
         self._guard.unwatch()
         return done
-
-    def await_thaw(self) -> None:
-        """Give the guard a little time with an agent that was silent."""
-        deadline = time.monotonic() + 2 * self._timeouts.agent_seconds
-        try:
-            while self._guard.may_be_frozen():
-                if time.monotonic() > deadline:
-                    raise AgentTimeout(
-                        "the guest may still be frozen; the guard goes on trying for 5 minutes"
-                    )
-                time.sleep(0.1)
-        except GuardLost:
-            agent.thaw_if_frozen(self._access.uri, self._access.domain, self._timeouts.agent_seconds)
 
     def close(self) -> None:
         """Close what this process has open; the guard has duplicates of the sockets. Never raises."""

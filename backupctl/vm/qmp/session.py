@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """One backup of a VM by plain QMP: the view, its exports, the guard, and our NBD clients."""
 
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
-from backupctl.errors import AgentTimeout, CommandFailed, GuardLost, ViewUnavailable
+from backupctl.errors import CommandFailed, ViewUnavailable
 from backupctl.names import BitmapName, Namespace, VmName
 from backupctl.options import Timeouts
-from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, Thawed
+from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request
 from backupctl.vm.guest.guard import GuardClient
+from backupctl.vm.guest.guarded_session import GuardedSession
 from backupctl.vm.qmp import bitmaps, inventory, nbd_export, recovery, snapshot_access, teardown
 from backupctl.vm.qmp.fleecing import Fleecing
 from backupctl.vm.qmp.host import Host
@@ -20,17 +20,16 @@ from backupctl.vm.qmp.scratch import ScratchFiles
 from backupctl.vm.qmp.snapshot_access import SnapshotAccess
 
 
-class QmpSession:
+class QmpSession(GuardedSession):
     """See `vm.driver.Session`."""
 
     def __init__(
         self, name: VmName, host: Host, timeouts: Timeouts, monitor: Monitor, guard: GuardClient
     ) -> None:
+        super().__init__(guard, timeouts.agent_seconds, host.thaw_if_frozen)
         self._name = name
         self._host = host
-        self._timeouts = timeouts
         self._monitor = monitor
-        self._guard = guard
         self._clients = ExitStack()
         self._exports: tuple[Export, ...] = ()
         self._server_is_ours = False
@@ -39,25 +38,6 @@ class QmpSession:
         self._scratch: ScratchFiles | None = None
         self._disks: tuple[DiskSnapshot, ...] = ()
         self._namespace: Namespace | None = None
-        self._frozen_until: float | None = None
-
-    @property
-    def has_guest(self) -> bool:
-        """A QEMU that answers may run one."""
-        return True
-
-    @property
-    def guarded(self) -> bool:
-        """Whether the guard is alive."""
-        return self._guard.alive
-
-    def stand_by(self) -> None:
-        """Wait until the guard is there."""
-        self._guard.stand_by()
-
-    def ping_guest(self) -> None:
-        """Have the guard ask the agent."""
-        self._guard.ping_agent()
 
     def attach(self, request: Request) -> None:
         """Add scratch nodes and filters, then look whether the disks are still as they were listed."""
@@ -75,20 +55,10 @@ class QmpSession:
         if not self._attached.atomic:
             raise ViewUnavailable("without a freeze, --view snapshot-access takes one disk only")
 
-    def freeze(self, budget_seconds: float) -> int:
-        """Have the guard freeze the guest."""
-        count = self._guard.freeze(budget_seconds)
-        self._frozen_until = self._guard.due
-        return count
-
     def start(self) -> None:
         """Take the point in time, within the freeze budget: a QEMU that hangs must not prolong the freeze."""
         with self._monitor.within(self._frozen_until):
             self._attached.start()
-
-    def thaw(self) -> Thawed:
-        """Have the guard thaw the guest."""
-        return self._guard.thaw()
 
     def exports(self) -> tuple[Export, ...]:
         """Start the NBD server; connect every client, and let the guard know it, before a byte is read."""
@@ -154,19 +124,6 @@ class QmpSession:
     def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
         """See `scratch_directory.sweep`."""
         return self._host.files.sweep(namespace, self._name, directory)
-
-    def await_thaw(self) -> None:
-        """Give the guard a little time with an agent that was silent."""
-        deadline = time.monotonic() + 2 * self._timeouts.agent_seconds
-        try:
-            while self._guard.may_be_frozen():
-                if time.monotonic() > deadline:
-                    raise AgentTimeout(
-                        "the guest may still be frozen; the guard goes on trying for 5 minutes"
-                    )
-                time.sleep(0.1)
-        except GuardLost:  # it is dead now, and the agent free
-            self._host.thaw_if_frozen()
 
     def close(self) -> None:
         """Close what this process has open. Never raises.
