@@ -24,6 +24,7 @@ from tests.hostile.nbd import LyingServer
 
 SIZE = 4 << 20
 MOST_SECONDS = 30.0
+IMPATIENT_SECONDS = 1.0
 MOST_RESIDENT = 300 << 20  # measured
 MOST_WORDS = 8000
 CONTROL = re.compile(r"[^\n\x20-\x7e\xa0-\U0010ffff]")
@@ -59,9 +60,18 @@ class Victim:
         self.good("full")
 
     def run(
-        self, *arguments: str, qmp: Path | None = None, agent: Path | None = None, vm: bool = True
+        self,
+        *arguments: str,
+        qmp: Path | None = None,
+        agent: Path | None = None,
+        vm: bool = True,
+        seconds: float | None = None,
     ) -> Done:
-        """Run the command line; it must end in time, within its memory, and report errors as messages."""
+        """Run the command line; it must end in time, within its memory, and report errors as messages.
+
+        seconds: its time-outs, where it meets silence; its own otherwise, for a busy machine pauses for more
+        than a second.
+        """
         words = [*arguments]
         words += ["--repository", str(self.repository)] if "--repository" not in arguments else []
         if vm:
@@ -70,7 +80,8 @@ class Victim:
         begun, peak = time.monotonic(), self.directory / "peak"
         peak.write_text("-1")
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            environment = self._environment() | {"PEAK": str(peak)}
+            waits = {} if seconds is None else {"SECONDS": str(seconds)}
+            environment = self._environment() | waits | {"PEAK": str(peak)}
             program = CallSpec(words, environment, str(self.outside), "tests.hostile.runner:bounded")
             with fork_server.shared().start(program, out, err) as call:
                 try:
@@ -78,13 +89,13 @@ class Victim:
                 except subprocess.TimeoutExpired:
                     call.kill()
                     code = call.wait(MOST_SECONDS)
-            seconds = time.monotonic() - begun
+            lasted = time.monotonic() - begun
             out.seek(0), err.seek(0)
             done = Done(
                 code,
                 out.read().decode(errors="surrogateescape"),
                 err.read().decode(),
-                seconds,
+                lasted,
                 int(peak.read_text()) * 1024,
             )
         self._decent(done, raw="-" in arguments)
@@ -97,8 +108,12 @@ class Victim:
         qmp: Mapping[str, Lie] | None = None,
         agent: Mapping[str, Lie] | None = None,
         nbd: LyingServer | None = None,
+        seconds: float | None = IMPATIENT_SECONDS,
     ) -> Done:
-        """Run a backup through lying peers, after some writes, so that there is something to lose."""
+        """Run a backup through lying peers, after some writes, so that there is something to lose.
+
+        seconds: its time-outs; None for its own, where the run is to succeed.
+        """
         self.vm.control("step", count=20)
         with ExitStack() as peers:
             monitor, guest = self.vm.qmp_path, self.vm.agent_path
@@ -108,7 +123,7 @@ class Victim:
             if agent is not None:
                 guest = self.directory / "lying-peer.agent"
                 peers.enter_context(LyingPeer(guest, self.vm.agent_path, agent))
-            done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest)
+            done = self.run(kind, "web", "--json", *options, qmp=monitor, agent=guest, seconds=seconds)
             self._settled()
             self.code = done.code
             return done

@@ -144,7 +144,7 @@ def test_a_freeze_that_was_none_or_may_have_ended_is_not_called_one(victim, agen
     done = victim.attack("incremental", "--freeze", "require", agent={})
     assert (done.code, done.error["kind"]) == (1, kind), done
     assert word in done.error["message"]
-    done = victim.attack("incremental", agent={})
+    done = victim.attack("incremental", agent={}, seconds=None)
     assert done.code == 0, done
     assert json.loads(done.out)["consistency"] == "crash"
     assert json.loads(done.out)["frozen_ms"] is None

@@ -210,7 +210,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("lie", STRANGE.values(), ids=STRANGE)
 def test_what_is_strange_but_not_ours_does_not_stop_a_run(victim, lie):
-    done = victim.attack(qmp={"query-named-block-nodes": lie})
+    done = victim.attack(qmp={"query-named-block-nodes": lie}, seconds=None)
     assert done.code == 0, done
     victim.recovers()
 
@@ -243,7 +243,7 @@ TOLD_BETTER_ELSEWHERE = {
 
 @pytest.mark.parametrize("lie", TOLD_BETTER_ELSEWHERE.values(), ids=TOLD_BETTER_ELSEWHERE)
 def test_a_device_whose_node_tells_the_truth_is_backed_up(victim, lie):
-    done = victim.attack(qmp={"query-block": lie})
+    done = victim.attack(qmp={"query-block": lie}, seconds=None)
     assert done.code == 0, done
     victim.recovers()
 

@@ -341,7 +341,7 @@ def test_data_that_can_not_be_is_a_read_error_and_never_zeroes(victim, kind):
 
 def test_the_server_without_its_lies_is_read_to_the_end(victim, tmp_path):
     """Else the cases above would prove nothing."""
-    done = victim.attack("full", nbd=LyingServer(SIZE))
+    done = victim.attack("full", nbd=LyingServer(SIZE), seconds=None)
     assert done.code == 0, done
     assert victim.run("restore", "web", "--to", str(tmp_path / "vda.raw"), vm=False).code == 0
     assert (tmp_path / "vda.raw").read_bytes() == nbd.BYTE * SIZE
