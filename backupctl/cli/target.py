@@ -78,10 +78,9 @@ class Target:
 
     def _access(self, images: tuple[VmImage, ...]) -> Access:
         if self.libvirt is not None:
-            if self.agent is not None or images:
-                other = "--agent" if self.agent is not None else "--image"
+            if self.agent is not None:
                 raise UsageError(
-                    f"{other} cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
+                    "--agent cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
                 )
             return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
         if self.qmp is None and not images:

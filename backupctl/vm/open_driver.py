@@ -50,7 +50,12 @@ def refuse_skipped(vm: VmConfig, timeouts: Timeouts) -> None:
 
 def when_off(vm: VmConfig) -> WhenOff:
     """Return what a backup does with a VM that is off."""
-    return vm.when_off or ("backup" if vm.images else "fail")
+    return vm.when_off or ("backup" if _has_images(vm) else "fail")
+
+
+def _has_images(vm: VmConfig) -> bool:
+    """Whether it is known which images a VM has: libvirt knows those of its domains."""
+    return bool(vm.images) or isinstance(vm.access, LibvirtAccess)
 
 
 def _opened(
@@ -67,16 +72,14 @@ def _opened(
         except MonitorUnreachable as err:
             if not err.nobody_listens:
                 raise
-            if decided == "fail" or (decided == "backup" and not vm.images):
+            if decided == "fail" or (decided == "backup" and not _has_images(vm)):
                 if isinstance(vm.access, QmpAccess) and not vm.images:
                     err.hint = f"{err.hint}; {_HOW_TO_BACK_UP}"
                 raise
             why = err.message
     if decided == "skip":
         raise VmIsOff(f"{vm.name} is off ({why}), so it was skipped", state=UNTOUCHED)
-    from backupctl.vm.offline import driver as offline  # noqa: PLC0415 - see above
-
-    return held.enter_context(offline.connect(vm, f"{vm.name} is off ({why})", timeouts, cancel))
+    return held.enter_context(_open_images(vm, f"{vm.name} is off ({why})", timeouts, cancel))
 
 
 def _connect(
@@ -91,6 +94,18 @@ def _connect(
 
         return remote.connect(vm, access, timeouts, cancel)
     return qmp.connect(vm, access, timeouts, cancel)
+
+
+def _open_images(
+    vm: VmConfig, why_off: str, timeouts: Timeouts, cancel: Cancellation | None
+) -> AbstractContextManager[Driver]:
+    if isinstance(vm.access, LibvirtAccess):
+        from backupctl.vm.libvirt import off_driver  # noqa: PLC0415 - see above
+
+        return off_driver.connect(vm, vm.access, why_off, timeouts, cancel)
+    from backupctl.vm.offline import driver as offline  # noqa: PLC0415 - see above
+
+    return offline.connect(vm, why_off, timeouts, cancel)
 
 
 def is_remote(vm: VmConfig) -> bool:

@@ -57,6 +57,22 @@ BUGS = (
         LIBVIRT + "test_libvirt_checkpoints.py::test_a_bitmap_is_not_used_for_another_image",
     ),
     Bug(
+        "libvirt does not know of a bitmap that a killed run made in the image of a domain that is off",
+        "OffSession.hand_over",
+        """checkpoints.redefine(self._off.connection, self._described(name, recorded))
+        off_checkpoints.make(self._off.daemon, recorded, name)""",
+        """off_checkpoints.make(self._off.daemon, recorded, name)
+        checkpoints.redefine(self._off.connection, self._described(name, recorded))""",
+        LIBVIRT + "test_libvirt_off.py::test_libvirt_notes_a_checkpoint_before_its_bitmaps_are_made",
+    ),
+    Bug(
+        "a bitmap with a gap below it is believed while a domain is off",
+        "recorded",
+        "if gap or other_size or not all(map(_usable, there)):",
+        "if other_size or not all(map(_usable, there)):",
+        LIBVIRT + "test_libvirt_off.py::test_only_bitmaps_without_a_gap_tell_what_changed",
+    ),
+    Bug(
         "the checkpoint of a failed run becomes the base of the next",
         "plan",
         "        if one not in valid:\n",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What `doctor` tells of a domain of libvirt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from backupctl.errors import UNTOUCHED, Refused
 from backupctl.finding import Finding
@@ -9,6 +9,7 @@ from backupctl.names import PREFIX, bitmap_parts
 from backupctl.options import LibvirtAccess, RunOptions
 from backupctl.progress import counted
 from backupctl.vm.libvirt import checkpoints, domain, run_files
+from backupctl.vm.libvirt.checkpoints import Checkpoint
 from backupctl.vm.libvirt.connection import Connection
 from backupctl.vm.libvirt.domain import Description
 
@@ -39,7 +40,7 @@ def findings(
     yield from _persistence(connection)
     yield from _rights(found, options)
     yield from _disks(found, version)
-    yield from _foreign(connection)
+    yield from of_checkpoints(checkpoints.listed(connection))
 
 
 def _persistence(connection: Connection) -> Iterator[Finding]:
@@ -100,9 +101,8 @@ def _disks(found: Description, version: str) -> Iterator[Finding]:
         )
 
 
-def _foreign(connection: Connection) -> Iterator[Finding]:
+def of_checkpoints(there: Sequence[Checkpoint]) -> Iterator[Finding]:
     """Name checkpoints of others, and what keeping our own means for the administrator."""
-    there = checkpoints.listed(connection)
     others = [one.name for one in there if bitmap_parts(one.name) is None]
     if others:
         yield Finding(

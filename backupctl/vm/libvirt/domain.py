@@ -25,8 +25,9 @@ _SAFE_POLICIES = ("", "stop", "enospace")
 class DomainDisk:
     """One disk as libvirt describes it.
 
-    target: libvirt's name ("vda"). files: those it consists of, the active one first. format: of the active
-    one. why_not: why it is not backed up, "" if it is. error_policy: what becomes of a write that fails.
+    target: libvirt's name ("vda"). files: those it consists of, the active one first; a domain that is off
+    does not tell all of them. formats: of those, as the description has them. format: of the active one.
+    why_not: why it is not backed up, "" if it is. error_policy: what becomes of a write that fails.
     old, apart: of a qcow2, whether it is of version 2, and whether its data lie in another file.
     """
 
@@ -41,6 +42,7 @@ class DomainDisk:
     shared: bool
     old: bool = False
     apart: bool = False
+    formats: tuple[str, ...] = ()
 
     @property
     def records(self) -> bool:
@@ -123,6 +125,7 @@ def _disk(element: Element) -> DomainDisk:
         target=name,
         names=tuple(one for one in (name, "" if alias is None else alias.get("name", ""), serial) if one),
         files=_files(element),
+        formats=_formats(element),
         format="raw" if driver is None else driver.get("type", "raw"),
         why_not=_why_not(element),
         error_policy="" if driver is None else driver.get("error_policy", ""),
@@ -153,6 +156,18 @@ def _files(element: Element) -> tuple[str, ...]:
     while layer is not None:
         if (source := layer.find("source")) is not None:
             found.append(_place(source))
+        layer = layer.find("backingStore")
+    return tuple(found)
+
+
+def _formats(element: Element) -> tuple[str, ...]:
+    """Return the formats of the same files, "" for one that is not told."""
+    driver = element.find("driver")
+    found = ["" if driver is None else driver.get("type", "")]
+    layer = element.find("backingStore")
+    while layer is not None and layer.find("source") is not None:
+        told = layer.find("format")
+        found.append("" if told is None else told.get("type", ""))
         layer = layer.find("backingStore")
     return tuple(found)
 

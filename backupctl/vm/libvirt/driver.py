@@ -53,7 +53,7 @@ def connect(
     with Connection.open(access.uri, access.domain, seconds) as connection:
         if not connection.is_running():
             off = MonitorUnreachable(
-                f"the domain {access.domain} is not running; libvirt backs up running domains only",
+                f"the domain {access.domain} is not running",
                 hint=f"virsh start {access.domain}",
             )
             off.nobody_listens = True
