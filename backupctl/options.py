@@ -26,7 +26,10 @@ class QmpAccess:
 
 @dataclass(frozen=True)
 class LibvirtAccess:
-    """A domain of libvirt. uri: of a libvirt on this machine. domain: its name there."""
+    """A domain of libvirt.
+
+    uri: of a libvirt, on this machine or on another (`system.libvirt_uri`). domain: its name there.
+    """
 
     uri: str
     domain: str

@@ -75,7 +75,7 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
     def stepped(*arguments, **options):
         mine = next(numbers)
         commands = (owner, name) in ((Monitor, "execute"), (Connection, "call"))
-        first = arguments[1] if commands else name if owner is GuardClient else ""
+        first = arguments[1] if commands else name if owner in (GuardClient, RemoteGuard) else ""
         hit = at in (str(mine), first)
         if steps:
             with open(steps, "a") as log:

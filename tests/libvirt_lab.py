@@ -3,6 +3,7 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -97,6 +98,17 @@ def begun(make_lab: Make, **options: Any) -> Lab:
 
 def kinds(report: Any) -> dict[str, str]:
     return {disk["name"]: "scan" if disk["scanned"] else disk["kind"] for disk in report["disks"]}
+
+
+def plain(lab: Lab, *words: str) -> str:
+    """Call a command that knows no repository; return what it prints."""
+    command = [sys.executable, "-m", "backupctl", *words]
+    around = lab.cli.environment
+    done = subprocess.run(
+        command, env=around, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def wait_for(what: Callable[[], Any], run: "subprocess.Popen[str] | None" = None) -> None:

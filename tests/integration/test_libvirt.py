@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,8 +14,8 @@ import pytest
 from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Libvirtd
 from tests import interrupted_cli
-from tests.conftest import MIB, ROOT
-from tests.libvirt_lab import Lab, Make, begun, guard_of, kinds, maker, wait_for
+from tests.conftest import MIB
+from tests.libvirt_lab import Make, begun, guard_of, kinds, maker, plain, wait_for
 
 libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
 
@@ -34,17 +33,6 @@ def daemon() -> Iterator[Libvirtd]:
 @pytest.fixture
 def make_lab(daemon: Libvirtd, tmp_path: Path, held: ExitStack, request: pytest.FixtureRequest) -> Make:
     return maker(daemon, tmp_path, held, request.node.nodeid)
-
-
-def plain(lab: Lab, *words: str) -> str:
-    """Call a command that knows no repository; return what it prints."""
-    command = [sys.executable, "-m", "backupctl", *words]
-    around = lab.cli.environment
-    done = subprocess.run(
-        command, env=around, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_a_full_and_incrementals_are_byte_equal(make_lab: Make) -> None:

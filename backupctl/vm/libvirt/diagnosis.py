@@ -8,10 +8,11 @@ from backupctl.finding import Finding
 from backupctl.names import PREFIX, bitmap_parts
 from backupctl.options import LibvirtAccess, RunOptions
 from backupctl.progress import counted
-from backupctl.vm.libvirt import checkpoints, domain, run_files
+from backupctl.vm.libvirt import checkpoints, domain
 from backupctl.vm.libvirt.checkpoints import Checkpoint
 from backupctl.vm.libvirt.connection import Connection
 from backupctl.vm.libvirt.domain import Description
+from backupctl.vm.libvirt.run_files import Place
 
 OLDEST_LIBVIRT = 7_002_000
 """Since 7.2 all bitmaps of checkpoints record, so that a run is undone by deleting its checkpoint."""
@@ -28,7 +29,7 @@ def refuse_libvirt(connection: Connection) -> None:
 
 
 def findings(
-    connection: Connection, access: LibvirtAccess, options: RunOptions, version: str
+    connection: Connection, access: LibvirtAccess, options: RunOptions, version: str, place: Place
 ) -> Iterator[Finding]:
     """Look at libvirt, the domain's settings, and its checkpoints. Raises MonitorError."""
     yield Finding("monitor", "ok", f"QEMU {version} runs the domain {access.domain} of {access.uri}")
@@ -38,7 +39,7 @@ def findings(
         yield Finding("libvirt", "bad", err.message)
     found = domain.describe(connection)
     yield from _persistence(connection)
-    yield from _rights(found, options)
+    yield from _rights(found, options, place)
     yield from _disks(found, version)
     yield from of_checkpoints(checkpoints.listed(connection))
 
@@ -54,10 +55,10 @@ def _persistence(connection: Connection) -> Iterator[Finding]:
         )
 
 
-def _rights(found: Description, options: RunOptions) -> Iterator[Finding]:
+def _rights(found: Description, options: RunOptions, place: Place) -> Iterator[Finding]:
     directory = options.scratch.directory
     try:
-        run_files.check(directory, f"{PREFIX}00000000-x@", found.qemu_user)
+        place.check_run_directory(directory, f"{PREFIX}00000000-x@", found.qemu_user)
     except Refused as err:
         yield Finding("rights", "bad", err.message)
     except OSError as err:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a running domain's description tells: its disks, and who its QEMU runs as."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,10 +11,11 @@ from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import MAX_SIZE, Disk
 from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import Connection
+from backupctl.vm.libvirt.run_directory import HEADER_BYTES
 
 _USER = re.compile(r"\+(\d{1,10}):\+(\d{1,10})", re.ASCII)
-_HEADER_BYTES, _OLD, _DATA_FILE = 80, 2, 1 << 2
-"""Of qcow2's header: what is read of it, the version that stores no bitmap, the bit of an external data file.
+_OLD, _DATA_FILE = 2, 1 << 2
+"""Of qcow2's header: the version that stores no bitmap, the bit of an external data file.
 Source: docs/interop/qcow2.txt in QEMU's tree."""
 _SAFE_POLICIES = ("", "stop", "enospace")
 """Of `error_policy`: those with which a write that fails for lack of space pauses the guest."""
@@ -78,7 +78,7 @@ class Description:
 def describe(connection: Connection) -> Description:
     """Ask libvirt for a domain's description. Raises MonitorError, Failed."""
     found = parsed(connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc))
-    return replace(found, disks=tuple(map(_looked_at, found.disks)))
+    return replace(found, disks=tuple(_looked_at(one, connection) for one in found.disks))
 
 
 def parsed(document: str) -> Description:
@@ -99,19 +99,12 @@ def parsed(document: str) -> Description:
     return Description(tuple(map(_disk, root.findall("devices/disk"))), qemu_user, security)
 
 
-def _looked_at(one: DomainDisk) -> DomainDisk:
+def _looked_at(one: DomainDisk, connection: Connection) -> DomainDisk:
     """Add what the image's header tells, and libvirt does not; a header that cannot be read tells nothing."""
     if one.format != "qcow2" or not one.files or not one.files[0].startswith("/"):
         return one
-    try:
-        descriptor = os.open(one.files[0], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            header = os.pread(descriptor, _HEADER_BYTES, 0)
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError):
-        return one
-    if len(header) < _HEADER_BYTES or not header.startswith(b"QFI\xfb"):
+    header = connection.header(one.files[0])
+    if len(header) < HEADER_BYTES or not header.startswith(b"QFI\xfb"):
         return one
     version, incompatible = (int.from_bytes(header[at : at + size]) for at, size in ((4, 4), (72, 8)))
     return replace(one, old=version == _OLD, apart=version > _OLD and bool(incompatible & _DATA_FILE))

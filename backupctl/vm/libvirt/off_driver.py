@@ -15,7 +15,7 @@ from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, Session
 from backupctl.vm.libvirt import checkpoints, diagnosis, off_checkpoints, off_images, off_recovery
 from backupctl.vm.libvirt.connection import Connection
-from backupctl.vm.libvirt.driver import LOCK_SECONDS
+from backupctl.vm.libvirt.host import LOCK_SECONDS
 from backupctl.vm.libvirt.off_session import Off, OffSession
 from backupctl.vm.offline import images as vm_images
 from backupctl.vm.offline.daemon import Daemon

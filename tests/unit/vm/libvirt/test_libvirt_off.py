@@ -155,7 +155,9 @@ DOMAIN = """<domain><devices>
 
 
 def of_domain(more="", **options):
-    talk = SimpleNamespace(domain=SimpleNamespace(XMLDesc=lambda: DOMAIN.format(more=more)))
+    talk = SimpleNamespace(
+        header=lambda _path: b"", domain=SimpleNamespace(XMLDesc=lambda: DOMAIN.format(more=more))
+    )
     talk.call = lambda _name, function: function()
     return off_images.find(talk, VmConfig(VmName("web"), LibvirtAccess("qemu:///system", "web"), **options))
 
