@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,7 @@ from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Libvirtd
 from tests import interrupted_cli
 from tests.conftest import MIB
-from tests.libvirt_lab import Make, begun, guard_of, kinds, maker, plain, wait_for
+from tests.libvirt_lab import Lab, Make, begun, guard_of, kinds, maker, plain, wait_for
 
 libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
 
@@ -102,6 +103,42 @@ def test_a_run_killed_in_mid_copy_with_its_guard_leaves_a_job_that_the_next_run_
     os.kill(guard, signal.SIGKILL)
     assert lab.domain.has_job()
     assert "backup job" in lab.cli.run("status", "web").stdout
+    lab.next_is_right()
+
+
+def copying(lab: Lab) -> "subprocess.Popen[str]":
+    """Return a run that copies, slowly."""
+    lab.writer.write(20)
+    run = lab.cli.start("incremental", "web", "--limit", "200K")
+    wait_for(lambda: list((lab.cli.repository / "web").glob("*.partial/*.qcow2")), run)
+    wait_for(lab.domain.has_job, run)
+    return run
+
+
+def test_a_libvirtd_that_is_restarted_in_mid_copy_loses_nothing(make_lab: Make, daemon: Libvirtd) -> None:
+    lab = begun(make_lab)
+    run = copying(lab)
+    os.kill(daemon.daemon_process(), signal.SIGTERM)
+    run.communicate(timeout=100)
+    assert run.returncode in (0, 1, 3)
+    daemon.come_again()
+    lab.next_is_right()
+
+
+def test_a_client_that_does_not_read_while_somebody_aborts_the_job_keeps_the_guest_only_until_it_dies(
+    make_lab: Make, daemon: Libvirtd
+) -> None:
+    """QEMU stands still until the client reads or leaves; the guard reads then."""
+    lab = begun(make_lab)
+    run = copying(lab)
+    run.send_signal(signal.SIGSTOP)
+    words = ["virsh", "-q", "-c", daemon.uri, "domjobabort", lab.domain.name]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as abort:
+        time.sleep(1.0)
+        run.kill()
+        run.communicate(timeout=60)
+        abort.wait(60)
+    wait_for(lambda: lab.domain.is_running() and not lab.domain.has_job())
     lab.next_is_right()
 
 

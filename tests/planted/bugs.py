@@ -80,6 +80,13 @@ BUGS = (
         "unit/vm/remote/test_relay.py::test_replies_before_the_last_do_not_end_a_handshake",
     ),
     Bug(
+        "a backup that libvirt is about to begin is taken for none",
+        "end",
+        "    await_quiet(connection, drain)\n",
+        "",
+        LIBVIRT + "test_libvirt_connection.py::test_a_backup_that_is_about_to_begin_is_waited_for",
+    ),
+    Bug(
         "the checkpoint of a failed run becomes the base of the next",
         "plan",
         "        if one not in valid:\n",
