@@ -3,6 +3,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -208,6 +209,10 @@ def test_checkpoints_of_others_stay(make_lab: Make) -> None:
     )
     lab.next_is_right()
     assert "virtnbdbackup.0" in lab.domain.checkpoints()
+    (told,) = lab.cli.json("status", "web")["other_tools"]
+    assert (told["tool"], told["names"]) == ("virtnbdbackup", ["virtnbdbackup.0"])
+    subprocess.run(shlex.split(told["removal"][0]), check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert "virtnbdbackup.0" not in lab.domain.checkpoints()
 
 
 def test_kept_checkpoints_serve_differentials(make_lab: Make) -> None:

@@ -284,6 +284,7 @@ def test_checkpoints_and_bitmaps_of_others_stay(make_lab: Make) -> None:
     shut_down(lab)
     offline(lab)
     assert "their.0" in lab.domain.checkpoints()
+    assert "left alone" in lab.cli.run("status", "web").stdout
     findings = lab.cli.json("doctor", "web")["findings"]
     assert any("their.0" in json.dumps(one) for one in findings)
     lab.domain.start()

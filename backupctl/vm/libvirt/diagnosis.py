@@ -103,19 +103,11 @@ def _disks(found: Description, version: str) -> Iterator[Finding]:
 
 
 def of_checkpoints(there: Sequence[Checkpoint]) -> Iterator[Finding]:
-    """Name checkpoints of others, and what keeping our own means for the administrator."""
-    others = [one.name for one in there if bitmap_parts(one.name) is None]
-    if others:
+    """Tell what our checkpoints mean for the administrator."""
+    if ours := [one for one in there if bitmap_parts(one.name)]:
         yield Finding(
             "checkpoints",
             "ok",
-            f"{counted(len(others), 'checkpoint')} of other programs ({', '.join(others):.200}): left alone. "
-            "virtnbdbackup refuses a domain with checkpoints of others",
-        )
-    if len(there) > len(others):
-        yield Finding(
-            "checkpoints",
-            "ok",
-            f"{counted(len(there) - len(others), 'checkpoint')} of backupctl; "
-            "`virsh undefine` needs --checkpoints-metadata",
+            f"{counted(len(ours), 'checkpoint')} of backupctl; `virsh undefine` needs "
+            "--checkpoints-metadata, and virtnbdbackup refuses a domain with checkpoints of others",
         )
