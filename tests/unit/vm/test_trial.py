@@ -106,7 +106,7 @@ def test_an_agent_without_guest_exec_is_said_to_be_one(tmp_path):
         vm_with(tmp_path / "ga") as vm,
         pytest.raises(RestoreTestFailed, match="the guest agent refused guest-exec"),
     ):
-        boot.wait(vm, TrialOptions(until="command", command="true", timeout_seconds=10), Cancellation())
+        boot.wait(vm, TrialOptions(until="command", command="true", timeout_seconds=60), Cancellation())
 
 
 def test_a_stop_ends_the_wait(tmp_path):
