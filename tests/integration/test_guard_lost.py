@@ -133,7 +133,7 @@ def test_the_guard_of_a_dead_run_waits_for_a_monitor_that_somebody_else_took_fir
         other.connect(str(lab.machine.qmp_path))  # served when the run has left
         guard = os.pidfd_open(guard_of(run.pid))
         run.kill()
-        run.communicate(timeout=30)
+        run.communicate(timeout=60)
         assert b"QMP" in other.recv(65536)
         time.sleep(1)
         assert lab.machine.qmp("query-block-exports"), "no socket may go before its export"
