@@ -31,5 +31,9 @@ MAX_DEFINITION_FILES = 100
 MAX_DEFINITION_BYTES = 256 << 20
 """All of them together: they are in memory while a run works."""
 
+MAX_INCLUDED_FILES = 64
+MAX_INCLUDED_BYTES = 160 << 20
+"""Of these, the files that the user named; the rest is for what the VM itself has."""
+
 Range = tuple[int, int]
 """Part of a disk: offset and length, in bytes."""
