@@ -9,10 +9,11 @@ import click
 
 from backupctl.cli import common, output, reporters, times, units
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, DamageFound
+from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.events.repository import HistoryMismatch
 from backupctl.names import PointId, VmName, point_time
 from backupctl.operations import usage
+from backupctl.operations.restore import definition
 from backupctl.outcome import documents
 from backupctl.progress import counted
 from backupctl.repository import audit
@@ -165,16 +166,28 @@ def _kind(point: Point) -> str:
     examples=(
         ("The newest point", "backupctl show web latest"),
         ("The one before it", "backupctl show web latest~1"),
+        ("The XML of its domain, or what QEMU told of it", "backupctl show web latest --definition"),
     ),
 )
 @common.named(needs_vm=False)
 @common.point()
 @_UTC
+@click.option(
+    "--definition",
+    "wants_definition",
+    is_flag=True,
+    help="Print the XML of libvirt's domain, or what QEMU told of the VM, as the point holds it.",
+)
 @common.json_option
-def show(target: Target, *, point: str, utc: bool, as_json: bool) -> None:
+def show(target: Target, *, point: str, utc: bool, wants_definition: bool, as_json: bool) -> None:
     """Show one recovery point: POINT is an id, the beginning of one, `latest`, or `latest~N`."""
     directory = target.vm_directory()
     found = directory.point(point)
+    if wants_definition:
+        if as_json:
+            raise UsageError("--definition and --json are mutually exclusive")
+        output.print_content(definition.main_file(directory, found))
+        return
     chain = _Listed.of(directory).chains.get(found.id)
     if as_json:
         output.print_json(documents.point(found, chain))
@@ -220,6 +233,12 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
             for entry in manifest.disks
         ],
     )
+    if manifest.definition:
+        output.print_line("")
+        output.print_table(
+            ("FILE", "SIZE>", "KIND", "FROM"),
+            [(one.name, units.size(one.size), one.kind, one.origin or "-") for one in manifest.definition],
+        )
     for entry in manifest.disks:
         if entry.reason:
             how = "read in full and compared" if entry.scanned else "taken full"

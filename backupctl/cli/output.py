@@ -133,6 +133,14 @@ def print_line(text: str) -> None:
     _output.write(wrapped("", text, indent, sys.stdout) + "\n")
 
 
+def print_content(content: bytes) -> None:
+    """Write the text of a stored file to stdout: as it is to a pipe or file, cleaned to a terminal."""
+    text = content.decode(errors="replace")
+    if sys.stdout.isatty():
+        text = "\n".join(clean(line) for line in text.splitlines()) + "\n"
+    _output.write(text)
+
+
 def print_styled(text: str) -> None:
     """Write to stdout what `rich` has made, its own escape sequences in it; what is in it must be clean."""
     _output.write(text)

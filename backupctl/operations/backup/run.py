@@ -37,7 +37,7 @@ from backupctl.errors import (
 from backupctl.events.backup import CrashConsistent
 from backupctl.names import PointId
 from backupctl.operations import recover
-from backupctl.operations.backup import outcome, prepare
+from backupctl.operations.backup import definition, outcome, prepare
 from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.disk import DISKS_AT_ONCE, DiskProgress, LayerCopier
@@ -49,7 +49,7 @@ from backupctl.system.threads import Workers, side_by_side
 from backupctl.transfer import copy
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm.driver import DiskSnapshot, Request, Session, Thawed
+from backupctl.vm.driver import DiskSnapshot, Driver, Request, Session, Thawed
 from backupctl.vm.open_driver import open_for_backup
 
 _ROLLED_BACK = "rolled back: nothing is lost, nothing of this run is left"
@@ -74,14 +74,15 @@ def run(ctx: RunContext) -> RunReport:
             ctx.activity.step("prepare", None)
             prepared = prepare.prepare(ctx, driver)
             session.stand_by()
-            return _Run(ctx, session, prepared).make()
+            return _Run(ctx, driver, session, prepared).make()
 
 
 class _Run:
     """Steps 2 to 10 of one run."""
 
-    def __init__(self, ctx: RunContext, session: Session, prepared: Prepared) -> None:
+    def __init__(self, ctx: RunContext, driver: Driver, session: Session, prepared: Prepared) -> None:
         self.ctx = ctx
+        self.driver = driver
         self.session = session
         self.prepared = prepared
         self.plan = prepared.plan
@@ -116,6 +117,7 @@ class _Run:
             ctx.point = self.point
         session.attach(self._request(self.point, freezes=freezes))
         freeze = self._point_in_time(partial, freezes=freezes)
+        state = definition.state(self.driver, ctx.options, ctx.reporter)
         self._begin("export")
         sources = self._connected()
         self._begin("copy")
@@ -128,6 +130,8 @@ class _Run:
         manifest = outcome.manifest(journal, self.plan.parent, entries, freeze, qemu, kept)
         if not session.has_guest:
             manifest = replace(manifest, consistency="offline")
+        files = definition.to_store(self.prepared.definition + state)
+        manifest = replace(manifest, definition=partial.store(files))
         partial.commit(manifest)
         return manifest
 
