@@ -122,6 +122,8 @@ def _show_places(places: tuple[Place, ...], *, as_json: bool) -> None:
         return
     rows = [(one.name, units.size(one.size), one.kind or "-", _state(one)) for one in places]
     output.print_table(("PLACE", "SIZE>", "HOLDS", "STATE"), rows)
+    for kinds, text in core.advice(places):
+        output.print_line(f"{kinds}: {text}")
 
 
 def _state(one: Place) -> str:
