@@ -40,7 +40,8 @@ _UTC = click.option("--utc", is_flag=True, help="Show times in UTC, not in local
 def list_points(target: Target, *, utc: bool, as_json: bool) -> None:
     """List the recovery points of VMs, or of all VMs in every configured repository, newest last.
 
-    STORED is what the images of a point take; CHAIN is what a restore reads: its images and those below.
+    STORED is what the images of a point take; CHAIN is what a restore reads: its images and those below. A
+    narrow terminal shows fewer columns.
     """
     found: dict[Path, list[_Listed]] = {}
     failures: list[BackupctlError] = []
@@ -118,7 +119,7 @@ def _tell(path: Path, listed: list[_Listed], *, utc: bool, alone: bool) -> None:
         output.print_line(f"{path}:")
     columns = ("VM", "POINT", "TIME", "AGE", "KIND", "STORED>", "CHAIN>", "CONSISTENT", "DISKS", "PROTECTED")
     wide = len(columns) - (not any(row[-1] for row in rows))  # 80 columns are soon full
-    output.print_table(columns[:wide], [row[:wide] for row in rows])
+    output.print_table(columns[:wide], [row[:wide] for row in rows], spare=("TIME", "CHAIN", "DISKS"))
     output.print_line(_total(listed))
 
 
@@ -158,19 +159,26 @@ def _kind(point: Point) -> str:
     return f"incremental ({full} full)" if kind == "mixed" else kind
 
 
+_CONSISTENCIES = {
+    "filesystem": "file systems frozen",
+    "crash": "crash-consistent: not frozen",
+    "offline": "the VM was off",
+}
+
+
 @common.command(
     "show",
     0,
     2,
     4,
     examples=(
-        ("The newest point", "backupctl show web latest"),
+        ("The newest point", "backupctl show web"),
         ("The one before it", "backupctl show web latest~1"),
         ("The XML of its domain, or what QEMU told of it", "backupctl show web latest --definition"),
     ),
 )
 @common.named(needs_vm=False)
-@common.point()
+@common.point(default="latest")
 @_UTC
 @click.option(
     "--definition",
@@ -180,7 +188,7 @@ def _kind(point: Point) -> str:
 )
 @common.json_option
 def show(target: Target, *, point: str, utc: bool, wants_definition: bool, as_json: bool) -> None:
-    """Show one recovery point: POINT is an id, the beginning of one, `latest`, or `latest~N`."""
+    """Show one recovery point. POINT is an id, the beginning of one, `latest` (default), or `latest~N`."""
     directory = target.vm_directory()
     found = directory.point(point)
     if wants_definition:
@@ -205,9 +213,9 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
         ("kind", _kind(point)),
         ("parent", manifest.parent or "none"),
         ("time", f"{times.local(taken, utc=utc)}, {times.age(taken, times.now())}"),
-        ("taken", f"{manifest.start} to {manifest.end}"),
-        ("consistency", manifest.consistency),
-        ("frozen", f"{frozen} (asked: {freeze.asked})"),
+        ("run", f"{times.stamp(manifest.start, utc=utc)} to {times.stamp(manifest.end, utc=utc)}"),
+        ("consistency", _CONSISTENCIES[manifest.consistency]),
+        ("frozen", f"{frozen} (--freeze {freeze.asked})"),
         ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
         ("stored", units.size(_stored_bytes(point))),
         ("chain", "unknown" if chain is None else f"{units.size(chain)}, which a restore reads"),
@@ -232,6 +240,7 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
             )
             for entry in manifest.disks
         ],
+        spare=("FORMAT", "NODE", "PARENT"),
     )
     if manifest.definition:
         output.print_line("")

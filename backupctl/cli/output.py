@@ -165,20 +165,48 @@ def wrapped(head: str, text: str, indent: str, stream: TextIO) -> str:
     )
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table to stdout, at once: columns as wide as needed, those ending in ">" to the right."""
-    lines = [
-        [column.removesuffix(">") for column in columns],
-        *([clean(cell) for cell in row] for row in rows),
+def print_table(
+    headings: Sequence[str], rows: Sequence[Sequence[object]], *, spare: Sequence[str] = ()
+) -> None:
+    """Write a table to stdout, at once: columns as wide as needed, those ending in ">" to the right.
+
+    spare: columns that a terminal does without if it is too narrow for all, the first of them first.
+    """
+    table = [
+        _Column(heading.removesuffix(">"), heading.endswith(">"), [clean(row[number]) for row in rows])
+        for number, heading in enumerate(headings)
     ]
-    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
-    for line in lines:
-        cells = (
-            text.rjust(width) if column.endswith(">") else text.ljust(width)
-            for column, text, width in zip(columns, line, widths, strict=True)
-        )
-        _output.write("  ".join(cells).rstrip() + "\n")
+    if sys.stdout.isatty():
+        table = _narrowed(table, spare, columns(least=40, margin=0))
+    for line in zip(*(column.lines() for column in table), strict=True):
+        _output.write("  ".join(line).rstrip() + "\n")
     _output.flush()
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of a table."""
+
+    heading: str
+    to_the_right: bool
+    cells: Sequence[str]
+
+    @property
+    def width(self) -> int:
+        return max(map(len, (self.heading, *self.cells)))
+
+    def lines(self) -> Iterator[str]:
+        for text in (self.heading, *self.cells):
+            yield text.rjust(self.width) if self.to_the_right else text.ljust(self.width)
+
+
+def _narrowed(table: list[_Column], spare: Sequence[str], limit: int) -> list[_Column]:
+    """Return the columns that fit."""
+    for heading in spare:
+        if sum(column.width + 2 for column in table) - 2 <= limit:
+            break
+        table = [column for column in table if column.heading != heading]
+    return table
 
 
 def printable(text: str, instead: str, stream: TextIO | None = None) -> str:
@@ -225,8 +253,9 @@ _PRIORITIES: "dict[Level, int]" = {"debug": 7, "step": 6, "note": 6, "warning": 
 
 
 def print_message(text: str, level: "Level") -> None:
-    """Write a line to stderr. Never raises."""
-    print_to_stderr([message_line(clean(text), level)])
+    """Write a line to stderr; on a terminal it is wrapped between words. Never raises."""
+    line = message_line(clean(text), level)
+    print_to_stderr([line if level == "debug" else wrapped("", line, "  ", sys.stderr)])
 
 
 def message_line(text: str, level: "Level") -> str:

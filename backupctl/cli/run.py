@@ -137,7 +137,7 @@ _OPTIONS = (
         "--jobs-per-storage",
         type=click.IntRange(1, settings.MAX_JOBS),
         metavar="N",
-        help="But at most on N whose repositories are on the same file system. Default: as --jobs.",
+        help="Of these, work on at most N whose repositories share a file system. Default: as --jobs.",
     ),
     _seconds("--random-delay", "Wait for a random time first, SECONDS at most."),
     _seconds("--wait-lock", "Wait for another run that works on a VM, SECONDS at most."),

@@ -55,6 +55,11 @@ def local(time: datetime, *, utc: bool = False) -> str:
     return f"{shown:%Y-%m-%d %H:%M:%S %Z}"
 
 
+def stamp(text: str, *, utc: bool = False) -> str:
+    """Return a time of a manifest ("2026-11-23T04:15:00Z", checked when it was read) as `local` does."""
+    return local(datetime.fromisoformat(text), utc=utc)
+
+
 def age(time: datetime, now: datetime) -> str:
     """Return how long ago a time was, rounded down: "3 h ago"; "in the future" if it has yet to come."""
     seconds = int((now - time).total_seconds())

@@ -271,7 +271,7 @@ class _Run:
     ) -> BackupctlError:
         error = recover.needs_recovery(err, self.ctx.vm.name)
         if failure is not None:
-            text = f"{_text(failure)}; and then it could not be rolled back: {err.message}"
+            text = f"{_text(failure)}; the roll-back failed as well: {err.message}"
             error = error.reworded(text)
             error.step = failed_in
         elif self.point is not None and self.facts.is_committed(self.point):
