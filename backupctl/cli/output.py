@@ -14,9 +14,10 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from backupctl.cli import units
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most erro
     from backupctl.events import Event, Severity
 
 LINE_SECONDS = 10.0
+_FIRST_ROWS = 1000
+"""As many rows of a table are held in memory; one that is longer is written as it comes."""
 
 
 clean = clean_text.clean
@@ -157,19 +160,27 @@ def wrapped(head: str, text: str, indent: str, stream: TextIO) -> str:
     )
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write a table to stdout, at once: columns as wide as needed, those ending in ">" to the right."""
-    lines = [
-        [column.removesuffix(">") for column in columns],
-        *([clean(cell) for cell in row] for row in rows),
-    ]
-    widths = [max(len(line[number]) for line in lines) for number in range(len(columns))]
-    for line in lines:
-        cells = (
-            text.rjust(width) if column.endswith(">") else text.ljust(width)
-            for column, text, width in zip(columns, line, widths, strict=True)
-        )
-        _output.write("  ".join(cells).rstrip() + "\n")
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, narrow: bool = False) -> None:
+    """Write a table to stdout: columns as wide as needed, those ending in ">" to the right.
+
+    Of a long table the first rows decide how wide. narrow: leave out the last column if it is empty.
+    """
+    left = iter(rows)
+    first = [[clean(cell) for cell in row] for row in islice(left, _FIRST_ROWS)]
+    more = next(left, None)
+    if narrow and more is None and not any(row[-1] for row in first):  # 80 columns are soon full
+        columns, first = columns[:-1], [row[:-1] for row in first]
+    heads = [column.removesuffix(">") for column in columns]
+    widths = [max(map(len, cells)) for cells in zip(heads, *first, strict=True)]
+    line = "  ".join(
+        f"{{:{'>' if column.endswith('>') else '<'}{width}}}"
+        for column, width in zip(columns, widths, strict=True)
+    )
+    for cells in (heads, *first):
+        _output.write(line.format(*cells).rstrip() + "\n")
+    for row in [] if more is None else chain([more], left):
+        text = line.format(*row).rstrip()
+        _output.write((text if text.isprintable() else line.format(*map(clean, row)).rstrip()) + "\n")
     _output.flush()
 
 
