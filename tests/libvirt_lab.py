@@ -112,7 +112,7 @@ def plain(lab: Lab, *words: str) -> str:
 
 
 def wait_for(what: Callable[[], Any], run: "subprocess.Popen[str] | None" = None) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not what():
         assert time.monotonic() < deadline
         assert run is None or run.poll() is None, run.communicate()

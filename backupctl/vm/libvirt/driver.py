@@ -15,12 +15,15 @@ from backupctl.errors import UNTOUCHED, CommandFailed, MonitorUnreachable, Refus
 from backupctl.finding import Finding
 from backupctl.names import PREFIX, BitmapName, DiskName, Namespace, NodeName
 from backupctl.options import LibvirtAccess, RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
+from backupctl.vm import definition as definitions
 from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
 from backupctl.vm.libvirt import (
     checkpoints,
+    definition,
     diagnosis,
     domain,
     inventory,
@@ -102,6 +105,16 @@ class LibvirtDriver:
     def inventory(self) -> Inventory:
         """Ask libvirt for the domain's disks."""
         return inventory.inventory(self._connection, self._vm.disk_names)
+
+    def definition(self, include: Sequence[Path]) -> Definition:
+        """Return the domain's XML as it will be started next time, and the files that the user named."""
+        return definition.definition(self._connection) + definitions.included(
+            include, self._host.files.read_plain
+        )
+
+    def state_files(self, *, firmware: bool) -> Definition:
+        """Read the UEFI variables and the TPM's state: libvirt's backups do not hold them."""
+        return definition.state_files(self._connection, self._host.files, firmware=firmware)
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the domain's checkpoints, each once for each of its disks."""

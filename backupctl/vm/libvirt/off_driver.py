@@ -2,24 +2,28 @@
 """The driver for a domain that is off: a storage daemon on its images, and libvirt's notes of checkpoints."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, NodeName
 from backupctl.options import LibvirtAccess, RunOptions, Timeouts, VmConfig
+from backupctl.vm import definition as definitions
 from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, Session
-from backupctl.vm.libvirt import checkpoints, diagnosis, off_checkpoints, off_images, off_recovery
+from backupctl.vm.libvirt import checkpoints, definition, diagnosis, off_checkpoints, off_images, off_recovery
 from backupctl.vm.libvirt.connection import Connection
 from backupctl.vm.libvirt.host import LOCK_SECONDS
 from backupctl.vm.libvirt.off_session import Off, OffSession
 from backupctl.vm.offline import images as vm_images
 from backupctl.vm.offline.daemon import Daemon
 from backupctl.vm.offline.driver import OfflineDriver
+from backupctl.vm.qmp.files import LOCAL
 
 
 @contextmanager
@@ -62,6 +66,14 @@ class OffDriver(OfflineDriver):
         images = off_checkpoints.layers(self._off.daemon, self._off.disks)
         found = off_checkpoints.listed(self._off.connection, images)
         return off_recovery.inventory(self._off.daemon, self._off.disks, list(found))
+
+    def definition(self, include: Sequence[Path]) -> Definition:
+        """Return the domain's XML, and the files that the user named."""
+        return definition.definition(self._off.connection) + definitions.included(include, LOCAL.read_plain)
+
+    def state_files(self, *, firmware: bool) -> Definition:
+        """Read the UEFI variables and the TPM's state, as of a domain that runs."""
+        return definition.state_files(self._off.connection, LOCAL, firmware=firmware)
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the domain's checkpoints, each once for each of its disks."""
