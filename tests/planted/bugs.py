@@ -720,4 +720,32 @@ BUGS = (
         "        if taken.skipped and False:",
         ROUTINE + "test_after_a_backup_that_was_skipped_nothing_is_dropped",
     ),
+    Bug(
+        "the definition of a VM is not on stable storage before the commit",
+        "PendingPoint.commit",
+        "            stored_files.sync(self.path, manifest.definition)\n",
+        "",
+        "unit/repository/test_stored_files.py::test_all_files_are_durable_before_the_manifest",
+    ),
+    Bug(
+        "a file of a point is read through a link",
+        "read",
+        "        _refuse_link(point / DIRECTORY)\n",
+        "",
+        "unit/repository/test_stored_files.py::test_verify_finds_a_file_that_is_not_as_it_was_stored",
+    ),
+    Bug(
+        "a password on QEMU's command line is stored",
+        "_names_secret",
+        "return bool(_SECRET_NAME.search(name)) and",
+        "return bool(_SECRET_NAME.search(name)) and not name and",
+        "unit/vm/test_definition.py::test_no_secret_of_the_command_line_is_stored",
+    ),
+    Bug(
+        "a restored VM has the UUID of the old one",
+        "_identify",
+        "    made = str(uuid.uuid4())\n",
+        '    made = root.findtext("uuid", "")\n',
+        LIBVIRT + "test_libvirt_definition.py::test_the_new_domain_has_an_identity_of_its_own",
+    ),
 )

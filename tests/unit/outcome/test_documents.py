@@ -196,7 +196,7 @@ def test_a_point(builder):
     document = documents.point(second, 5)
     assert keys(document) == (
         "vm point kind disks_kind parent consistency frozen_ms start end qemu backupctl freeze disks "
-        "protected path stored_bytes chain_bytes"
+        "definition protected path stored_bytes chain_bytes"
     )
     assert [documents.disks_kind(one) for one in (first, second)] == ["full", "mixed"]
 
