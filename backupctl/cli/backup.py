@@ -58,7 +58,12 @@ class RunArguments:
 
 _FOR_EVERY_RUN = (
     click.option(
-        "--disk", "disks", multiple=True, default=(), metavar="D", help="Only this disk; may be repeated."
+        "--disk",
+        "disks",
+        multiple=True,
+        default=(),
+        metavar="D",
+        help="Back up only this disk; may be repeated.",
     ),
     click.option(
         "--include-file",

@@ -152,6 +152,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     jobs: Jobs | None = None
     jobs_per_storage: Jobs | None = None
+    jobs_per_host: Jobs | None = None
     random_delay: Wait | None = None
     wait_lock: Wait | None = None
     max_time: Wait | None = None

@@ -43,6 +43,7 @@ from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.disk import DISKS_AT_ONCE, DiskProgress, LayerCopier
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.backup.prepare import Prepared
+from backupctl.repository import summary
 from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.system.threads import Workers, side_by_side
@@ -65,16 +66,18 @@ def run(ctx: RunContext) -> RunReport:
     with prepare.explained(ctx.vm, ctx.options):
         ctx.step("prepare")
         timeouts = ctx.options.timeouts
-        with (
-            ctx.directory.lock() as lock,
-            open_for_backup(ctx.vm, timeouts, ctx.cancel) as driver,
-            driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
-        ):
-            ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
-            ctx.activity.step("prepare", None)
-            prepared = prepare.prepare(ctx, driver)
-            session.stand_by()
-            return _Run(ctx, driver, session, prepared).make()
+        with ctx.directory.lock() as lock:
+            with (
+                open_for_backup(ctx.vm, timeouts, ctx.cancel) as driver,
+                driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
+            ):
+                ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
+                ctx.activity.step("prepare", None)
+                prepared = prepare.prepare(ctx, driver)
+                session.stand_by()
+                report = _Run(ctx, driver, session, prepared).make()
+            summary.renew(ctx.directory)
+            return report
 
 
 class _Run:
@@ -271,7 +274,7 @@ class _Run:
     ) -> BackupctlError:
         error = recover.needs_recovery(err, self.ctx.vm.name)
         if failure is not None:
-            text = f"{_text(failure)}; and then it could not be rolled back: {err.message}"
+            text = f"{_text(failure)}; the roll-back failed as well: {err.message}"
             error = error.reworded(text)
             error.step = failed_in
         elif self.point is not None and self.facts.is_committed(self.point):
