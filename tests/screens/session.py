@@ -156,7 +156,7 @@ def file_system(directory: Path) -> bytes:
     (content / "etc/fstab").write_text("/dev/vda / ext4 defaults 0 1\n")
     (content / "srv/www").mkdir(parents=True)
     (content / "srv/www/index.html").write_text("<h1>It works</h1>\n" * 5000)
-    run("chown", "-R", "0:0", str(content))
+    run("chmod", "-R", "u=rwX,go=rX", str(content))
     made = make_ext(image, "-t", "ext4", content=content, size="64M")
     run("rm", "-r", str(content), str(image))
     return made
