@@ -46,6 +46,7 @@ _REPLACED = (
     (r"_age'=\d+s", "_age'=1s"),
     (r"(?<=2 VMs, )\d+\.\d KiB", "20.0 KiB"),
     (r"^Now\n.*?(?=^Time line of)", ""),  # the labels of an axis of times
+    (r"took \d+\.?\d* s", "took 1 s"),
     (r"\| \d+ s \| (\d+ ms|-) \|", "| 1 s | 5 ms |"),
     (re.escape(__version__), "VERSION"),
 )
@@ -63,6 +64,7 @@ class Session:
             "TERM": "xterm-256color",
             "TZ": "UTC",
             "TMPDIR": str(directory),
+            "STATE_DIRECTORY": str(directory / "state"),
         }
         self._terminal = Terminal(directory, self.environment)
 
