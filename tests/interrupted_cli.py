@@ -116,7 +116,7 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
 
 def _order(environment: Mapping[str, str], order: dict[str, object]) -> None:
     with socket.socket(socket.AF_UNIX) as control:
-        control.settimeout(20)
+        control.settimeout(60)
         control.connect(environment["CONTROL"])
         control.sendall(json.dumps(order).encode() + b"\n")
         control.recv(1000)

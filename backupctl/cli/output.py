@@ -14,9 +14,10 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Literal, TextIO, TypeAlias
 
 from backupctl.cli import units
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # a dataclass takes half a millisecond to make, and most erro
     from backupctl.events import Event, Severity
 
 LINE_SECONDS = 10.0
+_FIRST_ROWS = 1000
+"""As many rows of a table are held in memory; one that is longer is written as it comes."""
 
 
 clean = clean_text.clean
@@ -133,6 +136,14 @@ def print_line(text: str) -> None:
     _output.write(wrapped("", text, indent, sys.stdout) + "\n")
 
 
+def print_content(content: bytes) -> None:
+    """Write the text of a stored file to stdout: as it is to a pipe or file, cleaned to a terminal."""
+    text = content.decode(errors="replace")
+    if sys.stdout.isatty():
+        text = "\n".join(clean(line) for line in text.splitlines()) + "\n"
+    _output.write(text)
+
+
 def print_styled(text: str) -> None:
     """Write to stdout what `rich` has made, its own escape sequences in it; what is in it must be clean."""
     _output.write(text)
@@ -158,38 +169,51 @@ def wrapped(head: str, text: str, indent: str, stream: TextIO) -> str:
 
 
 def print_table(
-    headings: Sequence[str], rows: Sequence[Sequence[object]], *, spare: Sequence[str] = ()
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    spare: Sequence[str] = (),
+    narrow: bool = False,
 ) -> None:
-    """Write a table to stdout, at once: columns as wide as needed, those ending in ">" to the right.
+    """Write a table to stdout: columns as wide as needed, those ending in ">" to the right.
 
-    spare: columns that a terminal does without if it is too narrow for all, the first of them first.
+    Of a long table the first rows decide how wide. spare: columns that a terminal does without if it is too
+    narrow for all, the first of them first. narrow: leave out the last column if it is empty.
     """
+    left = iter(rows)
+    first = [[clean(cell) for cell in row] for row in islice(left, _FIRST_ROWS)]
+    more = next(left, None)
+    heads = [heading.removesuffix(">") for heading in headings]
     table = [
-        _Column(heading.removesuffix(">"), heading.endswith(">"), [clean(row[number]) for row in rows])
-        for number, heading in enumerate(headings)
+        _Column(number, head, heading.endswith(">"), max(map(len, (head, *(row[number] for row in first)))))
+        for number, (heading, head) in enumerate(zip(headings, heads, strict=True))
     ]
+    if narrow and more is None and not any(row[-1] for row in first):  # 80 columns are soon full
+        table.pop()
     if sys.stdout.isatty():
         table = _narrowed(table, spare, columns(least=40, margin=0))
-    for line in zip(*(column.lines() for column in table), strict=True):
-        _output.write("  ".join(line).rstrip() + "\n")
+    line = "  ".join(column.field for column in table)
+    for cells in (heads, *first):
+        _output.write(line.format(*cells).rstrip() + "\n")
+    for row in [] if more is None else chain([more], left):
+        text = line.format(*row).rstrip()
+        _output.write((text if text.isprintable() else line.format(*map(clean, row)).rstrip()) + "\n")
     _output.flush()
 
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of a table."""
+    """A column of a table. number: from 0, of its cell in each row."""
 
+    number: int
     heading: str
     to_the_right: bool
-    cells: Sequence[str]
+    width: int
 
     @property
-    def width(self) -> int:
-        return max(map(len, (self.heading, *self.cells)))
-
-    def lines(self) -> Iterator[str]:
-        for text in (self.heading, *self.cells):
-            yield text.rjust(self.width) if self.to_the_right else text.ljust(self.width)
+    def field(self) -> str:
+        """A replacement field of `str.format`, for a row."""
+        return f"{{{self.number}:{'>' if self.to_the_right else '<'}{self.width}}}"
 
 
 def _narrowed(table: list[_Column], spare: Sequence[str], limit: int) -> list[_Column]:

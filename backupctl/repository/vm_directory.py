@@ -7,7 +7,7 @@ since (see markers.py): then it is not a point any more, but younger ones may de
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +182,10 @@ class VmDirectory:
         (found,) = self._scan(True, tolerant=tolerant)
         return found
 
+    def scan_some(self, points: Iterable[PointId]) -> AllPoints:
+        """Return those of some points that are there, as `scan_points` and `retired` do; tolerant."""
+        return AllPoints(*self._scan(False, True, tolerant=True, points=points))
+
     def scan_all(self) -> AllPoints:
         """Return what `scan_points` and `retired` do, with one look at each. Raises RepositoryUnreadable."""
         return AllPoints(*self._scan(False, True, tolerant=False))
@@ -303,10 +307,12 @@ class VmDirectory:
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _scan(self, *retired: bool, tolerant: bool) -> list[ScannedPoints]:
-        """Return the points that are retired, and those that are not, as asked for."""
+    def _scan(
+        self, *retired: bool, tolerant: bool, points: Iterable[PointId] | None = None
+    ) -> list[ScannedPoints]:
+        """Return the points that are retired, and those that are not, as asked for; points: None for all."""
         found = {one: _Found() for one in retired}
-        for point in self.all_points():
+        for point in self.all_points() if points is None else points:
             into = list(found.values())
             try:
                 one = found.get(self._is_retired(point))

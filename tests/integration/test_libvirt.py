@@ -337,7 +337,7 @@ def test_domains_are_found_by_a_pattern_and_configured(make_lab: Make) -> None:
 
 
 def wait_for(what: Callable[[], Any], run: "subprocess.Popen[str] | None" = None) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not what():
         assert time.monotonic() < deadline
         assert run is None or run.poll() is None, run.communicate()

@@ -78,7 +78,7 @@ def frozen_asker(site) -> str:
     program = site.directory / "ask.py"
     program.write_text(
         "import json, socket, sys\n"
-        "s = socket.socket(socket.AF_UNIX)\ns.settimeout(5)\ns.connect(sys.argv[1])\n"
+        "s = socket.socket(socket.AF_UNIX)\ns.settimeout(60)\ns.connect(sys.argv[1])\n"
         's.sendall(b\'{"execute": "guest-fsfreeze-status"}\\n\')\n'
         'print(json.loads(s.makefile().readline())["return"], file=open(sys.argv[2], "a"))\n'
     )

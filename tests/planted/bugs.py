@@ -720,4 +720,25 @@ BUGS = (
         "        if taken.skipped and False:",
         ROUTINE + "test_after_a_backup_that_was_skipped_nothing_is_dropped",
     ),
+    Bug(
+        "a copy's lock is taken for the guard of a killed run",
+        "VmDirectory._holder",
+        "        if taker and str(taker) != number:",
+        "        if taker and not number:",
+        "integration/test_off_site.py::test_a_run_that_meets_a_copy_ends_with_75_and_names_its_process",
+    ),
+    Bug(
+        "what a guest encrypts is called unknown",
+        "kind",
+        "        if offset + len(magic) <= device.size and device.read(offset, len(magic)) == magic:\n",
+        "        if offset + len(magic) <= device.size and name != LUKS and device.read(offset, len(magic)) == magic:\n",
+        "unit/operations/test_files.py::test_what_is_not_supported_is_named_and_so_is_what_reads_it",
+    ),
+    Bug(
+        "a narrow terminal breaks the lines of a table",
+        "_narrowed",
+        "        if sum(column.width + 2 for column in table) - 2 <= limit:\n",
+        "        if sum(column.width for column in table) <= 4 * limit:\n",
+        "screens/test_screens.py::test_points",
+    ),
 )

@@ -86,7 +86,7 @@ def next_prune(vm: VmFacts) -> str:
     said = rules(vm.rules)
     if not vm.dropped:
         return f"drops nothing (rules: {said})"
-    return f"drops {number(len(vm.dropped), 'point')} of {len(vm.points)} (rules: {said})"
+    return f"drops {number(len(vm.dropped), 'point')} of {vm.count} (rules: {said})"
 
 
 def doing(run: RunFacts | None) -> str:

@@ -24,8 +24,8 @@ from tests.conftest import ROOT
 MANY = Limits(8, 8)
 
 
-def job(vm: str, script: str = "", *, storage: str = "8:1", monitor: str = "") -> Job:
-    return Job(VmName(vm), ("sh", "-c", script), storage, monitor or vm)
+def job(vm: str, script: str = "", *, storage: str = "8:1", monitor: str = "", host: str = "") -> Job:
+    return Job(VmName(vm), ("sh", "-c", script), storage, monitor or vm, host)
 
 
 @dataclass
@@ -64,6 +64,18 @@ def test_the_first_that_may_start_does():
     assert next_job([shop], [web, db], limits) is None
     assert next_job([shop, db], [web], Limits(1, 1)) is None
     assert next_job([], [], limits) is None
+
+
+def test_no_more_than_are_allowed_are_worked_on_at_once_on_each_host():
+    here, far, also, other = job("here"), job("a", host="h1"), job("b", host="h1"), job("c", host="h2")
+    limits = Limits(jobs=8, per_storage=8, per_host=1)
+    assert next_job([also, other], [far], limits) == other
+    assert next_job([also], [far, other], limits) is None
+    assert next_job([also, here], [far, other], limits) == here
+    assert next_job([also], [far], Limits(8, 8)) == also
+    jobs = [job(f"vm{number}", "sleep 0.1", host="h1") for number in range(4)]
+    _, seen = do(*jobs, limits=Limits(4, 4, 2))
+    assert seen.most == 2
 
 
 def test_one_monitor_is_never_spoken_to_by_two():
@@ -127,10 +139,10 @@ def test_a_stop_is_handed_on_and_nothing_more_is_started():
 
 
 def test_one_that_hangs_is_asked_to_end_and_then_killed():
-    patience = Patience(work=0.3, end=0.3, dead=5)
+    patience = Patience(work=2.0, end=0.3, dead=60)
     results, _ = do(job("deaf", "trap '' TERM; exec sleep 60"), job("well", "exit 0"), patience=patience)
     assert (results["deaf"].code, results["well"].code) == (-signal.SIGKILL, 0)
-    assert results["deaf"].why == "it took longer than 0.3 s"
+    assert results["deaf"].why == "it took longer than 2 s"
 
 
 def test_one_that_not_even_a_kill_ends_is_left_alone(monkeypatch):
@@ -138,11 +150,11 @@ def test_one_that_not_even_a_kill_ends_is_left_alone(monkeypatch):
     started: list[int] = []
     monkeypatch.setattr(subprocess.Popen, "kill", lambda self: started.append(self.pid))
     results, _ = do(
-        job("stuck", "trap '' TERM; exec sleep 60"), patience=Patience(work=0.2, end=0.2, dead=0.2)
+        job("stuck", "trap '' TERM; exec sleep 60"), patience=Patience(work=2.0, end=0.2, dead=0.2)
     )
     try:
         assert results["stuck"].code is None
-        assert results["stuck"].seconds > 0.5
+        assert results["stuck"].seconds > 2.3
     finally:
         os.kill(started[0], signal.SIGKILL)
         with suppress(ChildProcessError):
@@ -175,7 +187,7 @@ def test_a_parent_that_is_killed_has_its_children_roll_back(tmp_path):
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.02)

@@ -61,7 +61,7 @@ def mounting(vm: Builder, *words: object) -> Iterator["subprocess.Popen[str]"]:
 
 
 def awaited(look) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not look():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -85,7 +85,7 @@ def test_each_disk_is_a_file_until_the_command_is_stopped(vm, tmp_path):
         assert not locks.take(descriptor, 0), "a prune could change what is mounted"
         os.close(descriptor)
         child.send_signal(signal.SIGINT)
-        assert child.wait(30) == 0
+        assert child.wait(60) == 0
     assert os.listdir(target) == []
 
 
@@ -107,12 +107,12 @@ def test_a_killed_mount_leaves_nothing_mounted_and_the_next_one_works(vm, tmp_pa
     target = tmp_path / "m"
     with mounting(vm, P2, target) as child:
         child.send_signal(signal.SIGKILL)
-        child.wait(30)
+        child.wait(60)
     awaited(lambda: is_plain(target))
     with mounting(vm, P2, target) as child:
         assert (target / "vda.raw").read_bytes()[:65536] == CONTENT
         child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0
+        assert child.wait(60) == 0
     assert os.listdir(target) == []
 
 

@@ -153,7 +153,7 @@ def test_in_the_middle_of_a_prune_the_page_holds_as_well(chain, tmp_path):
 def _convert(image: Path, raw: Path) -> None:
     """The dead prune's QEMU ends with it, but perhaps a moment later: until then it holds its lock."""
     command = ["qemu-img", "convert", "-O", "raw", str(image), str(raw)]
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         if done.returncode == 0:

@@ -85,7 +85,7 @@ def test_the_wait_for_a_prompt_ends_in_time_and_names_the_last_line(tmp_path):
         pytest.raises(RestoreTestFailed, match=r"no 'login:' .*Kernel panic"),
     ):
         boot.wait(vm, TrialOptions(until="login", timeout_seconds=0.5), Cancellation())
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 def test_an_agent_that_never_answers_ends_in_time(tmp_path):
@@ -97,7 +97,7 @@ def test_an_agent_that_never_answers_ends_in_time(tmp_path):
 
 def test_an_agent_that_answers_is_enough(tmp_path):
     with PlayedAgent(tmp_path / "ga"), vm_with(tmp_path / "ga") as vm:
-        boot.wait(vm, TrialOptions(timeout_seconds=10), Cancellation())
+        boot.wait(vm, TrialOptions(timeout_seconds=60), Cancellation())
 
 
 def test_an_agent_without_guest_exec_is_said_to_be_one(tmp_path):
@@ -106,7 +106,7 @@ def test_an_agent_without_guest_exec_is_said_to_be_one(tmp_path):
         vm_with(tmp_path / "ga") as vm,
         pytest.raises(RestoreTestFailed, match="the guest agent refused guest-exec"),
     ):
-        boot.wait(vm, TrialOptions(until="command", command="true", timeout_seconds=10), Cancellation())
+        boot.wait(vm, TrialOptions(until="command", command="true", timeout_seconds=60), Cancellation())
 
 
 def test_a_stop_ends_the_wait(tmp_path):
@@ -190,7 +190,7 @@ def test_a_confined_child_ends_with_its_parent():
     words = [sys.executable, "-c", PARENT, str(ROOT)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     status = Path(f"/proc/{int(done.stdout)}/status")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while status.exists() and "State:\tZ" not in status.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -45,8 +45,8 @@ def test_a_call_that_hangs_has_an_unknown_outcome_in_time_and_ends_the_connectio
     never = threading.Event()
     begun = time.monotonic()
     with pytest.raises(OutcomeUnknown, match="virDomainBackupBegin"):
-        connection.call("virDomainBackupBegin", lambda: never.wait(30), 0.2)
-    assert time.monotonic() - begun < 5
+        connection.call("virDomainBackupBegin", lambda: never.wait(60), 0.2)
+    assert time.monotonic() - begun < 30
     assert not connection.alive
     with pytest.raises(OutcomeUnknown, match="broken"):
         connection.call("virDomainGetState", lambda: 1)

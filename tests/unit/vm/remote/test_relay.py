@@ -21,7 +21,7 @@ def ends():
             client, forwarded = socket.socketpair()
             ours, qemu = socket.socketpair()
             for one in (client, qemu):
-                one.settimeout(10)
+                one.settimeout(60)
                 held.enter_context(one)
             relay = Relay(forwarded, ours, outlives=outlives)
             held.callback(relay.close)
@@ -45,7 +45,7 @@ def test_an_nbd_client_stays_with_qemu_when_the_line_is_cut_and_takes_what_qemu_
     qemu.settimeout(0.2)
     with pytest.raises(TimeoutError):
         qemu.recv(1)
-    qemu.settimeout(10)
+    qemu.settimeout(60)
     relay.close()
     assert qemu.recv(1) == b""
 
