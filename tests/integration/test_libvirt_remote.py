@@ -158,3 +158,10 @@ def test_a_host_without_such_a_libvirt_is_said_so(remote_lab: Lab) -> None:
     lab = remote_lab
     lab.cli.vm[1] = f"qemu+ssh://{HOST}/system?socket=/nonexistent/socket"
     assert "no libvirt answers" in lab.cli.run("incremental", "web", code=1).stderr
+
+
+def test_a_domain_is_not_defined_on_another_host_with_images_of_this_one(remote_lab: Lab) -> None:
+    lab = remote_lab
+    words = ("restore", "web", "--to", f"{lab.directory}/new/", "--define", *lab.cli.vm[:2])
+    assert "is defined here" in lab.cli.run(*words, code=2, vm=False).stderr
+    assert not (lab.directory / "new").exists()

@@ -106,11 +106,13 @@ class LibvirtDriver:
         """Ask libvirt for the domain's disks."""
         return inventory.inventory(self._connection, self._vm.disk_names)
 
-    def definition(self, include: Sequence[Path]) -> Definition:
-        """Return the domain's XML as it will be started next time, and the files that the user named."""
-        return definition.definition(self._connection) + definitions.included(
-            include, self._host.files.read_plain
-        )
+    def definition(self) -> Definition:
+        """Return the domain's XML as it will be started next time."""
+        return definition.definition(self._connection)
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read them on libvirt's machine."""
+        return definitions.included(paths, self._host.files.read_plain)
 
     def state_files(self, *, firmware: bool) -> Definition:
         """Read the UEFI variables and the TPM's state: libvirt's backups do not hold them."""

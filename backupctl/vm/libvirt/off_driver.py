@@ -2,16 +2,14 @@
 """The driver for a domain that is off: a storage daemon on its images, and libvirt's notes of checkpoints."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, NodeName
 from backupctl.options import LibvirtAccess, RunOptions, Timeouts, VmConfig
-from backupctl.vm import definition as definitions
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Inventory
@@ -67,9 +65,9 @@ class OffDriver(OfflineDriver):
         found = off_checkpoints.listed(self._off.connection, images)
         return off_recovery.inventory(self._off.daemon, self._off.disks, list(found))
 
-    def definition(self, include: Sequence[Path]) -> Definition:
-        """Return the domain's XML, and the files that the user named."""
-        return definition.definition(self._off.connection) + definitions.included(include, LOCAL.read_plain)
+    def definition(self) -> Definition:
+        """Return the domain's XML."""
+        return definition.definition(self._off.connection)
 
     def state_files(self, *, firmware: bool) -> Definition:
         """Read the UEFI variables and the TPM's state, as of a domain that runs."""
