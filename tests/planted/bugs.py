@@ -748,4 +748,25 @@ BUGS = (
         '    made = root.findtext("uuid", "")\n',
         LIBVIRT + "test_libvirt_definition.py::test_the_new_domain_has_an_identity_of_its_own",
     ),
+    Bug(
+        "a copy's lock is taken for the guard of a killed run",
+        "VmDirectory._holder",
+        "        if taker and str(taker) != number:",
+        "        if taker and not number:",
+        "integration/test_off_site.py::test_a_run_that_meets_a_copy_ends_with_75_and_names_its_process",
+    ),
+    Bug(
+        "what a guest encrypts is called unknown",
+        "kind",
+        "    for name, offset, magic in _MAGICS:\n",
+        "    for name, offset, magic in _MAGICS[:6]:\n",
+        "unit/operations/test_files.py::test_what_is_not_supported_is_named_and_so_is_what_reads_it",
+    ),
+    Bug(
+        "a narrow terminal breaks the lines of a table",
+        "_narrowed",
+        "        if sum(column.width + 2 for column in table) - 2 <= limit:\n",
+        "        if sum(column.width for column in table) <= 4 * limit:\n",
+        "screens/test_screens.py::test_points",
+    ),
 )
