@@ -142,7 +142,8 @@ class RunOptions:
     """What one run was asked to do.
 
     disks: names of disks to take; all writable ones if empty. since: the point to differ from; None for the
-    newest. limit_bytes_per_second: rate limit of the copy over all disks; None for none.
+    newest. limit_bytes_per_second: rate limit of the copy over all disks; None for none. include: files of
+    the VM's host that are stored with the point. firmware: whether the UEFI variables are backed up.
     """
 
     kind: Kind
@@ -154,3 +155,5 @@ class RunOptions:
     scratch: ScratchOptions = ScratchOptions()
     chain: ChainOptions = ChainOptions()
     timeouts: Timeouts = DEFAULT_TIMEOUTS
+    include: tuple[Path, ...] = ()
+    firmware: bool = True

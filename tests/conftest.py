@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # pytest keeps its own directories, which show what failed.
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", root)
     directory = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bt-", dir=root)
+    os.environ["STATE_DIRECTORY"] = f"{directory}/state"  # not this machine's own
     Path(directory).chmod(0o1777)  # like the system's own: a QEMU of another user has its sockets there, too
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
 

@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl list` and `backupctl show`."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
 from backupctl.cli import common, output, reporters, times, units
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, DamageFound
+from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.events.repository import HistoryMismatch
-from backupctl.names import PointId, VmName, point_time
+from backupctl.names import VmName, point_time
 from backupctl.operations import usage
+from backupctl.operations.restore import definition
 from backupctl.outcome import documents
 from backupctl.progress import counted
-from backupctl.repository import audit
+from backupctl.repository import audit, summary
+from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
+from backupctl.repository.summary import DiskSummary, Listing
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _UTC = click.option("--utc", is_flag=True, help="Show times in UTC, not in local time.")
 
@@ -30,131 +38,209 @@ _UTC = click.option("--utc", is_flag=True, help="Show times in UTC, not in local
     4,
     examples=(
         ("All VMs", "backupctl list"),
+        ("How many points each VM has", "backupctl list --totals"),
         ("One VM, for a program", "backupctl list web --json"),
     ),
 )
 @common.named(needs_vm=False, optional=True, several=True)
 @_UTC
+@click.option("--totals", is_flag=True, help="One line for each VM: how many points, the newest, their size.")
 @common.json_option
-def list_points(target: Target, *, utc: bool, as_json: bool) -> None:
+def list_points(target: Target, *, utc: bool, totals: bool, as_json: bool) -> None:
     """List the recovery points of VMs, or of all VMs in every configured repository, newest last.
 
-    STORED is what the images of a point take; CHAIN is what a restore reads: its images and those below.
+    STORED is what the images of a point take; CHAIN is what a restore reads: its images and those below. A
+    narrow terminal shows fewer columns.
     """
-    found: dict[Path, list[_Listed]] = {}
-    failures: list[BackupctlError] = []
-    problems: list[HistoryMismatch] = []
-    for path, names in target.by_repository().items():
-        try:
-            directories = _directories(target.open(path), names)
-            found[path] = [_Listed.of(directory) for directory in directories]
-            problems += [
-                HistoryMismatch(directory.name, one.point, one.message)
-                for directory in directories
-                for one in audit.problems(directory)
-            ]
-        except BackupctlError as err:
-            failures.append(err)
-    if not found:
-        raise common.worst(failures)
-    listed = [one for each in found.values() for one in each]
-    surveys = [one.scanned for one in listed]
+    if totals and as_json:
+        raise UsageError("--totals and --json are mutually exclusive")
+    looked = _Look(target)
     if as_json:
-        output.print_json(
-            [documents.point(point, one.chains[point.id]) for one in listed for point in one.scanned.points]
-        )
+        looked.print_json()
     else:
-        for path, each in found.items():
-            _tell(path, each, utc=utc, alone=len(found) == 1)
-    with reporters.reporter(quiet=True) as reporter:
-        for problem in problems:
-            reporter.event(problem)
-    damaged = [(path, err) for survey in surveys for path, err in survey.damaged]
-    if damaged:
-        failures.append(
-            DamageFound(
-                "; ".join(err.message for _, err in damaged),
-                state="the points listed can be read; the damaged ones are not used",
+        looked.print_table(_totals_of if totals else _rows_of, _TOTALS if totals else _COLUMNS, utc=utc)
+    looked.tell()
+
+
+_COLUMNS = ("VM", "POINT", "TIME", "AGE", "KIND", "STORED>", "CHAIN>", "CONSISTENT", "DISKS", "PROTECTED")
+_SPARE = ("TIME", "CHAIN", "DISKS")
+_TOTALS = ("VM", "POINTS>", "NEWEST", "AGE", "STORED>", "OF DROPPED>")
+Row = tuple[str, ...]
+
+
+class _Look:
+    """A look at all VMs that are meant, one after the other: of many not all fit into memory.
+
+    Raises what is wrong with all repositories.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.failures: list[BackupctlError] = []
+        self.problems: list[HistoryMismatch] = []
+        self.damaged: list[BackupctlError] = []
+        self.unreadable: list[BackupctlError] = []
+        self.directories: dict[Path, list[VmDirectory]] = {}
+        for path, names in target.by_repository().items():
+            try:
+                self.directories[path] = _directories(target.open(path), names)
+            except BackupctlError as err:
+                self.failures.append(err)
+        if not self.directories:
+            raise common.worst(self.failures)
+
+    def print_json(self) -> None:
+        """Print the manifests of all points. They are read: no summary has all that is in them."""
+        found = []
+        for each in self.directories.values():
+            with self._noting_failure():
+                for directory in each:
+                    points = directory.scan_some(directory.all_points())
+                    self._note(directory, points.committed, audit.problems(directory))
+                    current = points.committed.points
+                    chains = usage.chain_bytes((*current, *points.retired.points))
+                    found += [documents.point(one, chains[one.id]) for one in current]
+        output.print_json(found)
+
+    def print_table(self, rows_of: "RowsOf", columns: Sequence[str], *, utc: bool) -> None:
+        """Print a table for each repository; with its name, if there are others."""
+        for path, each in self.directories.items():
+            total = _Total()
+            rows = itertools.chain.from_iterable(
+                rows_of(directory.name, listing, utc=utc)
+                for directory, listing in self._listings(each, total)
             )
-        )
-    failures += [
-        unread.add(state="the points listed can be read; this one may be whole")
-        for survey in surveys
-        for _, unread in survey.unreadable
-    ]
-    if failures:
-        raise common.worst(failures)
+            first = next(rows, None)
+            if first is None:
+                output.print_line(f"no recovery points in {path}")
+                continue
+            if len(self.directories) > 1:
+                output.print_line(f"{path}:")
+            output.print_table(columns, itertools.chain([first], rows), spare=_SPARE, narrow=True)
+            output.print_line(total.text())
+
+    def tell(self) -> None:
+        """Report what is wrong. Raises the worst of it."""
+        with reporters.reporter(quiet=True) as reporter:
+            for problem in self.problems:
+                reporter.event(problem)
+        if self.damaged:
+            text = "; ".join(err.message for err in self.damaged)
+            state = "the points listed can be read; the damaged ones are not used"
+            self.failures.append(DamageFound(text, state=state))
+        for err in self.unreadable:
+            self.failures.append(err.add(state="the points listed can be read; this one may be whole"))
+        if self.failures:
+            raise common.worst(self.failures)
+
+    def _listings(
+        self, directories: Iterable[VmDirectory], total: "_Total"
+    ) -> Iterator[tuple[VmDirectory, Listing]]:
+        with self._noting_failure():
+            for directory in directories:
+                listing = summary.look(directory)
+                self._note(directory, listing, listing.problems)
+                total.add(listing)
+                yield directory, listing
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BackupctlError as err:
+            self.failures.append(err)
+
+    def _note(
+        self, directory: VmDirectory, found: ScannedPoints | Listing, problems: Iterable[audit.Problem]
+    ) -> None:
+        self.problems += [HistoryMismatch(directory.name, one.point, one.message) for one in problems]
+        self.damaged += [err for _, err in found.damaged]
+        self.unreadable += [err for _, err in found.unreadable]
 
 
 def _directories(repository: Repository, names: Sequence[VmName | None]) -> list[VmDirectory]:
     return [repository.vm(vm) for name in names for vm in ([name] if name else repository.vms())]
 
 
-@dataclass(frozen=True)
-class _Listed:
-    """The points of one VM. chains: what a restore of each reads. kept_bytes: of dropped points."""
+@dataclass
+class _Total:
+    """What a table comes to. kept_bytes: of dropped points that others depend on."""
 
-    vm: VmName
-    scanned: ScannedPoints
-    chains: dict[PointId, int | None]
-    kept_bytes: int
+    points: int = 0
+    vms: int = 0
+    stored_bytes: int = 0
+    kept_bytes: int = 0
 
-    @classmethod
-    def of(cls, directory: VmDirectory) -> "_Listed":
-        """Look at a VM. Raises RepositoryError."""
-        scanned, retired = directory.scan_points(tolerant=True), directory.retired(tolerant=True).points
-        chains = usage.chain_bytes((*scanned.points, *retired))
-        return cls(directory.name, scanned, chains, sum(map(_stored_bytes, retired)))
+    def add(self, listing: Listing) -> None:
+        """Add a VM."""
+        self.points += len(listing.points)
+        self.vms += bool(listing.points)
+        self.stored_bytes += sum(one.stored_bytes for one in listing.points)
+        self.kept_bytes += sum(one.stored_bytes for one in listing.retired)
+
+    def text(self) -> str:
+        """Return the line below the table."""
+        text = f"{counted(self.points, 'point')} of {counted(self.vms, 'VM')}, "
+        text += f"{units.size(self.stored_bytes)} stored"
+        kept = self.kept_bytes
+        return f"{text}; {units.size(kept)} more of dropped points that others depend on" if kept else text
 
 
-def _tell(path: Path, listed: list[_Listed], *, utc: bool, alone: bool) -> None:
-    """Show the points of one repository; with its name, if there are others."""
-    rows = [_row(one, point, utc=utc) for one in listed for point in one.scanned.points]
-    if not rows:
-        output.print_line(f"no recovery points in {path}")
+class RowsOf(Protocol):
+    """What makes the rows of a table about one VM."""
+
+    def __call__(self, vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
+        """Yield the rows."""
+
+
+def _rows_of(vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
+    """Yield a row for each point."""
+    chains = usage.chain_bytes((*listing.points, *listing.retired))
+    now = times.now()
+    for point in listing.points:
+        chain = chains[point.id]
+        yield (
+            vm,
+            point.id,
+            times.of_point(point.id, utc=utc),
+            times.age(point_time(point.id), now),
+            _kind(point.disks),
+            units.size(point.stored_bytes),
+            "?" if chain is None else units.size(chain),
+            point.consistency,
+            ",".join([disk.name for disk in point.disks]),
+            "yes" if point.protected else "",
+        )
+
+
+def _totals_of(vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
+    """Yield one row, if there is a point."""
+    if not listing.points:
         return
-    if not alone:
-        output.print_line(f"{path}:")
-    columns = ("VM", "POINT", "TIME", "AGE", "KIND", "STORED>", "CHAIN>", "CONSISTENT", "DISKS", "PROTECTED")
-    wide = len(columns) - (not any(row[-1] for row in rows))  # 80 columns are soon full
-    output.print_table(columns[:wide], [row[:wide] for row in rows])
-    output.print_line(_total(listed))
-
-
-def _row(one: _Listed, point: Point, *, utc: bool) -> tuple[object, ...]:
-    taken, chain = point_time(point.id), one.chains[point.id]
-    return (
-        one.vm,
-        point.id,
-        times.local(taken, utc=utc),
-        times.age(taken, times.now()),
-        _kind(point),
-        units.size(_stored_bytes(point)),
-        "?" if chain is None else units.size(chain),
-        point.manifest.consistency,
-        ",".join(entry.name for entry in point.manifest.disks),
-        "yes" if point.protected else "",
+    newest = listing.points[-1].id
+    kept = sum(one.stored_bytes for one in listing.retired)
+    yield (
+        vm,
+        str(len(listing.points)),
+        times.of_point(newest, utc=utc),
+        times.age(point_time(newest), times.now()),
+        units.size(sum(one.stored_bytes for one in listing.points)),
+        units.size(kept) if kept else "",
     )
 
 
-def _total(listed: list[_Listed]) -> str:
-    points = [point for one in listed for point in one.scanned.points]
-    vms = sum(bool(one.scanned.points) for one in listed)
-    kept = sum(one.kept_bytes for one in listed)
-    text = f"{counted(len(points), 'point')} of {counted(vms, 'VM')}, "
-    text += f"{units.size(sum(map(_stored_bytes, points)))} stored"
-    return f"{text}; {units.size(kept)} more of dropped points that others depend on" if kept else text
-
-
-def _stored_bytes(point: Point) -> int:
-    return sum(entry.stored_bytes for entry in point.manifest.disks)
-
-
-def _kind(point: Point) -> str:
+def _kind(disks: Sequence[DiskSummary] | Sequence[DiskEntry]) -> str:
     """Say what a point is by what its disks are: a point that builds on another may hold full ones."""
-    full = sum(entry.kind == "full" for entry in point.manifest.disks)
-    kind = documents.disks_kind(point)
-    return f"incremental ({full} full)" if kind == "mixed" else kind
+    full = sum([disk.kind == "full" for disk in disks])
+    if full == len(disks):
+        return "full"
+    return f"incremental ({full} full)" if full else "incremental"
+
+
+_CONSISTENCIES = {
+    "filesystem": "file systems frozen",
+    "crash": "crash-consistent: not frozen",
+    "offline": "the VM was off",
+}
 
 
 @common.command(
@@ -163,19 +249,32 @@ def _kind(point: Point) -> str:
     2,
     4,
     examples=(
-        ("The newest point", "backupctl show web latest"),
+        ("The newest point", "backupctl show web"),
         ("The one before it", "backupctl show web latest~1"),
+        ("The XML of its domain, or what QEMU told of it", "backupctl show web latest --definition"),
     ),
 )
 @common.named(needs_vm=False)
-@common.point()
+@common.point(default="latest")
 @_UTC
+@click.option(
+    "--definition",
+    "wants_definition",
+    is_flag=True,
+    help="Print the XML of libvirt's domain, or what QEMU told of the VM, as the point holds it.",
+)
 @common.json_option
-def show(target: Target, *, point: str, utc: bool, as_json: bool) -> None:
-    """Show one recovery point: POINT is an id, the beginning of one, `latest`, or `latest~N`."""
+def show(target: Target, *, point: str, utc: bool, wants_definition: bool, as_json: bool) -> None:
+    """Show one recovery point. POINT is an id, the beginning of one, `latest` (default), or `latest~N`."""
     directory = target.vm_directory()
     found = directory.point(point)
-    chain = _Listed.of(directory).chains.get(found.id)
+    if wants_definition:
+        if as_json:
+            raise UsageError("--definition and --json are mutually exclusive")
+        output.print_content(definition.main_file(directory, found))
+        return
+    every = directory.scan_some(directory.all_points())
+    chain = usage.chain_bytes((*every.committed.points, *every.retired.points)).get(found.id)
     if as_json:
         output.print_json(documents.point(found, chain))
     else:
@@ -189,14 +288,14 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
     for name, value in (
         ("point", point.id),
         ("vm", vm),
-        ("kind", _kind(point)),
+        ("kind", _kind(manifest.disks)),
         ("parent", manifest.parent or "none"),
         ("time", f"{times.local(taken, utc=utc)}, {times.age(taken, times.now())}"),
-        ("taken", f"{manifest.start} to {manifest.end}"),
-        ("consistency", manifest.consistency),
-        ("frozen", f"{frozen} (asked: {freeze.asked})"),
+        ("run", f"{times.stamp(manifest.start, utc=utc)} to {times.stamp(manifest.end, utc=utc)}"),
+        ("consistency", _CONSISTENCIES[manifest.consistency]),
+        ("frozen", f"{frozen} (--freeze {freeze.asked})"),
         ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
-        ("stored", units.size(_stored_bytes(point))),
+        ("stored", units.size(sum(entry.stored_bytes for entry in manifest.disks))),
         ("chain", "unknown" if chain is None else f"{units.size(chain)}, which a restore reads"),
         ("protected", "yes, prune never drops it" if point.protected else "no"),
         ("directory", point.path),
@@ -219,7 +318,14 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
             )
             for entry in manifest.disks
         ],
+        spare=("FORMAT", "NODE", "PARENT"),
     )
+    if manifest.definition:
+        output.print_line("")
+        output.print_table(
+            ("FILE", "SIZE>", "KIND", "FROM"),
+            [(one.name, units.size(one.size), one.kind, one.origin or "-") for one in manifest.definition],
+        )
     for entry in manifest.disks:
         if entry.reason:
             how = "read in full and compared" if entry.scanned else "taken full"

@@ -33,6 +33,10 @@ _LOCAL = "a report tells of all VMs, and is not encrypted on its way"
 _FROM_AFAR = "listen on 127.0.0.1, and connect with ssh -L 8080:127.0.0.1:8080 HOST"
 DEFAULT_MAPS = 30
 MOST_MAPS = 400
+_PAGE_MAPS = 1500
+"""As many rows of maps a page has without --maps: of many VMs, each has fewer."""
+_PAGE_POINTS = 5000
+_LEAST_POINTS = 5
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Asked:
 
     path: Path | None
     web: str | None
-    maps: int
+    maps: int | None
+    points: int | None
     force: bool
     as_json: bool
     quiet: bool
@@ -76,9 +81,15 @@ class Asked:
     "--maps",
     type=click.IntRange(0, MOST_MAPS),
     metavar="N",
-    default=DEFAULT_MAPS,
-    show_default=True,
-    help="Draw which parts of each disk the newest N points store; 0 for no maps.",
+    help=f"Draw which parts of each disk the newest N points store; 0 for no maps. Default: {DEFAULT_MAPS}, "
+    "fewer of many VMs.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(1),
+    metavar="N",
+    help=f"Show the newest N points of each VM one by one, and the older ones as a sum. Default: all, unless "
+    f"the page had more than {_PAGE_POINTS:,}.",
 )
 @click.option("--force", is_flag=True, help="Replace FILE even if it is not a report.")
 @common.json_option
@@ -103,7 +114,7 @@ def report(target: Target, asked: Asked) -> None:
 def _write(target: Target, asked: Asked, path: Path, stop: Cancellation, reporter: Reporter) -> None:
     """Write the page into a file."""
     where = files.destination(path, target.by_repository(), page.MARK, force=asked.force)
-    work = _Work(target, asked.maps, datetime.now(UTC), stop)
+    work = _Work(target, asked, datetime.now(UTC), stop)
     found = work.report()
     content = page.render(found)
     stop.check()
@@ -124,10 +135,10 @@ def _serve(target: Target, asked: Asked, stop: Cancellation) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
 
     def render(version: str) -> bytes:
-        return page.render(_Work(target, asked.maps, datetime.now(UTC), stop).report(), live=version)
+        return page.render(_Work(target, asked, datetime.now(UTC), stop).report(), live=version)
 
     def look() -> dict[str, Any]:
-        return _Work(target, asked.maps, datetime.now(UTC), stop).look()
+        return _Work(target, asked, datetime.now(UTC), stop).look()
 
     def ready(address: str) -> None:
         if asked.as_json:
@@ -146,7 +157,7 @@ class _Work:
     """The look at all that is meant. failures: why some of it could not be looked at."""
 
     target: Target
-    maps: int
+    asked: Asked
     now: datetime
     stop: Cancellation
 
@@ -175,15 +186,31 @@ class _Work:
 
     def repositories(self) -> Iterator[RepositoryFacts]:
         """Yield each repository; one that cannot be opened hides no other. Raises Interrupted."""
+        found: list[tuple[Path, list[VmRequest], str]] = []
         for path, names in self.target.by_repository().items():
             try:
                 opened = self.target.open(path)
-                vms = [self._request(opened, vm) for vm in self._vms(opened, names)]
+                found.append((path, [self._request(opened, vm) for vm in self._vms(opened, names)], ""))
             except BackupctlError as err:
                 self.failures.append(err)
-                yield RepositoryFacts(str(path), problem=err.message)
-                continue
-            yield gather.repository(path, vms, self.now, self.stop)
+                found.append((path, [], err.message))
+        maps, points = self._bounds([one for _, vms, _ in found for one in vms])
+        for path, vms, problem in found:
+            if problem:
+                yield RepositoryFacts(str(path), problem=problem)
+            else:
+                bounded = [replace(one, maps=maps, points=points) for one in vms]
+                yield gather.repository(path, bounded, self.now, self.stop)
+
+    def _bounds(self, vms: Sequence[VmRequest]) -> tuple[int, int | None]:
+        """Return of how many points of each VM the page has maps, and how many it shows; None for all."""
+        each = max(len(vms), 1)
+        maps, points = self.asked.maps, self.asked.points
+        if maps is None:
+            maps = min(DEFAULT_MAPS, _PAGE_MAPS // each)
+        if points is None and sum(len(one.directory.all_points()) for one in vms) > _PAGE_POINTS:
+            points = max(_LEAST_POINTS, _PAGE_POINTS // each)
+        return maps, points
 
     def _vms(self, repository: Repository, names: Sequence[VmName | None]) -> list[VmName]:
         """Return the VMs that are meant; of all, those too that are configured and never were backed up."""
@@ -209,7 +236,6 @@ class _Work:
             prune.configured_rules(target),
             _last(target) if remembered else None,
             tuple(check.remembered(target)),
-            self.maps,
         )
 
 

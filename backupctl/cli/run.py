@@ -34,7 +34,7 @@ from backupctl.cli import (
 from backupctl.cli.common import Declared
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.target import Target
-from backupctl.errors import BackupctlError, Interrupted, VmIsOff
+from backupctl.errors import BackupctlError, Interrupted, UsageError, VmIsOff
 from backupctl.events.routine import StartDelayed
 from backupctl.names import VmName
 from backupctl.operations.fleet import run as fleet
@@ -48,6 +48,7 @@ from backupctl.outcome import documents
 from backupctl.outcome.documents import Document
 from backupctl.progress import Reporter
 from backupctl.system import mounts
+from backupctl.system.address import Address
 
 _LOOK_SECONDS = 0.2
 _BACKSTOP_SECONDS = 60.0
@@ -59,6 +60,7 @@ _OWN = frozenset(
         "config",
         "jobs",
         "jobs_per_storage",
+        "jobs_per_host",
         "random_delay",
         "as_json",
         "quiet",
@@ -84,6 +86,7 @@ class HowArguments:
 
     jobs: int
     jobs_per_storage: int | None
+    jobs_per_host: int | None
     random_delay: float
     wait_lock: float
     max_time: float
@@ -137,7 +140,13 @@ _OPTIONS = (
         "--jobs-per-storage",
         type=click.IntRange(1, settings.MAX_JOBS),
         metavar="N",
-        help="But at most on N whose repositories are on the same file system. Default: as --jobs.",
+        help="Of these, work on at most N whose repositories share a file system. Default: as --jobs.",
+    ),
+    click.option(
+        "--jobs-per-host",
+        type=click.IntRange(1, settings.MAX_JOBS),
+        metavar="N",
+        help="But at most on N that run on the same host. Default: as --jobs.",
     ),
     _seconds("--random-delay", "Wait for a random time first, SECONDS at most."),
     _seconds("--wait-lock", "Wait for another run that works on a VM, SECONDS at most."),
@@ -284,7 +293,7 @@ class _Fleet:
         watcher = run_screen.Watcher(quiet=asked.quiet, verbose=logs.current().verbose)
         with reporters.reporter(quiet=asked.quiet) as reporter:
             _delay(0 if asked.dry_run else asked.random_delay, reporter, self.stop)
-        limits = Limits(asked.jobs, asked.jobs_per_storage or asked.jobs)
+        limits = Limits(asked.jobs, asked.jobs_per_storage or asked.jobs, asked.jobs_per_host)
         patience = fleet.Patience(asked.max_time + _BACKSTOP_SECONDS if asked.max_time else None)
         jobs = [self._job(vm) for vm in self.names]
         results = fleet.run(jobs, limits, patience, watcher, self.stop)
@@ -300,6 +309,7 @@ class _Fleet:
             tuple(command),
             storage=mounts.device(repository) if repository else "",
             monitor=said.qmp or f"{said.libvirt or vm} {said.domain or vm}",
+            host=_host_of(said.qmp),
         )
 
     def _options(self) -> list[str]:
@@ -311,3 +321,12 @@ class _Fleet:
         if file := logs.current().file:
             words += ["--log-file", str(file.absolute())]
         return words
+
+
+def _host_of(monitor: str | None) -> str:
+    """Return the host that a VM runs on, "" for this one, by the address of its monitor."""
+    try:
+        address = Address.parse(monitor or "/")
+    except UsageError:  # which the process of this VM reports
+        return ""
+    return "" if address.host is None or (address.loopback and not address.remote) else address.host.lower()

@@ -27,7 +27,7 @@ from backupctl.outcome import documents
 def status(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing.
 
-    Of a backup that is running it shows the step, how far it is, and when it ends.
+    For a backup that is running it shows the step, the progress and the time left.
     """
     options = backup.options_of(target, "incremental", backup.configured(context))
     found = core.look(target.vm(), target.repository(), options, target.other_repositories)
@@ -109,4 +109,4 @@ def recover(target: Target, *, as_json: bool) -> None:
     if as_json:
         output.print_json(documents.recover(vm.name, done, reporter.events))
     else:
-        output.print_line("recovered" if done.actions else "Nothing to recover.")
+        output.print_line("Nothing is left of the earlier run." if done.actions else "Nothing to recover.")

@@ -205,7 +205,7 @@ class Target:
             raise UsageError(
                 err.message,
                 state=UNTOUCHED,
-                hint="if there should be one: is its file system mounted? The first full creates one",
+                hint="if you expected one, is its file system mounted? Otherwise take a first full",
                 next_command=f"backupctl full {owner}" if (owner := self._owner(path)) else "",
             ) from err
         except RepositoryError as err:

@@ -3,8 +3,10 @@
 
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from backupctl.errors import UsageError
+from backupctl.names import PointId
 
 _TIME = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[ T]([0-9]{2}:[0-9]{2}(?::[0-9]{2})?)\s*(Z|UTC|[+-][0-9]{2}:?[0-9]{2})?",
@@ -53,6 +55,23 @@ def local(time: datetime, *, utc: bool = False) -> str:
     """Return a time with its zone: "2026-11-26 18:00:04 CET"; such as `parse` reads, but for the zone."""
     shown = time.astimezone(UTC) if utc else time.astimezone()
     return f"{shown:%Y-%m-%d %H:%M:%S %Z}"
+
+
+def stamp(text: str, *, utc: bool = False) -> str:
+    """Return a time of a manifest ("2026-11-23T04:15:00Z", checked when it was read) as `local` does."""
+    return local(datetime.fromisoformat(text), utc=utc)
+
+
+def of_point(point: PointId, *, utc: bool = False) -> str:
+    """Return the time in a point's id as `local` does."""
+    begin, end = _of_minute(point[:13], utc=utc)
+    return f"{begin}{point[13:15]}{end}"
+
+
+@lru_cache(1 << 16)  # a list of many points; zones differ by whole minutes
+def _of_minute(minute: str, *, utc: bool) -> tuple[str, str]:
+    shown = local(datetime.fromisoformat(f"{minute}00Z"), utc=utc)
+    return shown[:17], shown[19:]
 
 
 def age(time: datetime, now: datetime) -> str:

@@ -57,6 +57,17 @@ class DiskSkipped(Event):
 
 
 @dataclass(frozen=True)
+class DefinitionIncomplete(WarningEvent):
+    """A part of what describes the VM cannot be stored with the point; the disks are not affected."""
+
+    code = "definition-incomplete"
+    reason: str
+
+    def _text(self) -> str:
+        return f"the definition of the VM is stored without a part: {self.reason}"
+
+
+@dataclass(frozen=True)
 class DiskMissing(WarningEvent):
     """Earlier points hold a disk that the VM does not have any more. point: the newest that holds it."""
 

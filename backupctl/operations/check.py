@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Whether the backups of a VM are recent and sound, by what its repository holds: for monitoring systems.
 
-The VM itself is not asked. Manifests, history, headers and digest maps are read; the stored data is not, for
-that `verify` is there.
+The VM itself is not asked, and the stored data is not read, for that `verify` is there. Where the summary
+of a VM fits, each point is as it was when its manifest was read and compared with the history. Then the
+newest point is read: its manifest, and the header and the digest map of each of its layers; of the layers
+below these, the length. Otherwise manifests, history, headers and digest maps of all points are read.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 
 from backupctl.errors import BackupctlError, RepositoryUnreadable
+from backupctl.names import DiskName, PointId
 from backupctl.progress import counted
-from backupctl.repository import audit, chain
-from backupctl.repository.point import Point
+from backupctl.repository import chain, summary
+from backupctl.repository.summary import Listing, PointSummary
 from backupctl.repository.vm_directory import VmDirectory
 
 Broken = tuple[chain.Broken, ...]
@@ -84,37 +87,75 @@ def _refusal(err: BackupctlError) -> Finding:
     return Finding(level, err.message)
 
 
+def broken_chains(directory: VmDirectory, listing: Listing) -> Broken:
+    """Return the disks that cannot be restored, as far as it is looked at. Raises RepositoryError."""
+    if listing.unreadable:
+        return ()
+    if not listing.fits:
+        return chain.damaged(directory)
+    return _of_newest(directory, listing) if listing.points else ()
+
+
 def examine(
     directory: VmDirectory,
     limits: Limits,
     now: datetime,
-    look: Callable[[VmDirectory], Broken] = chain.damaged,
+    look: Callable[[VmDirectory, Listing], Broken] = broken_chains,
 ) -> Verdict:
     """Look at the points of a VM. Changes and locks nothing, and raises nothing for what it finds.
 
     look: how broken chains are found.
     """
     findings: list[Finding] = []
-    sound: tuple[Point, ...] = ()
+    sound: Sequence[PointSummary] = ()
     newest = "the newest point"
     try:
-        scanned = directory.scan_points(tolerant=True)
-        sound = scanned.points
-        findings += [Finding(Level.CRITICAL, err.message) for _, err in scanned.damaged]
-        findings += [_refusal(err) for _, err in scanned.unreadable]
-        broken = () if scanned.unreadable else look(directory)
-        sound = tuple(point for point in sound if point.id not in {one.point for one in broken})
-        if scanned.points[-1:] != sound[-1:]:
+        listing = summary.look(directory)
+        sound = listing.points
+        findings += [Finding(Level.CRITICAL, err.message) for _, err in listing.damaged]
+        findings += [_refusal(err) for _, err in listing.unreadable]
+        if broken := look(directory, listing):
+            sound = [point for point in sound if point.id not in {one.point for one in broken}]
+        if listing.points[-1:] != tuple(sound[-1:]):
             newest = "the newest sound point"
         findings += _of_chains(broken)
-        findings += [Finding(Level.CRITICAL, one.message) for one in audit.problems(directory)]
+        findings += [Finding(Level.CRITICAL, one.message) for one in listing.problems]
         findings += _of_killed_runs(directory)
     except BackupctlError as err:
         findings.append(_refusal(err))
-    age = now - _taken(sound[-1]) if sound else None
+    age = now - datetime.fromtimestamp(sound[-1].started, UTC) if sound else None
     findings.append(_of_age(age, limits, newest))
     verdict = Verdict(directory.name, (), None if age is None else max(0.0, age.total_seconds()))
     return verdict.also(*findings)
+
+
+def _of_newest(directory: VmDirectory, listing: Listing) -> Broken:
+    """Return the disks that cannot be restored from the newest point. Raises RepositoryError."""
+    there = {one.id: one for one in (*listing.points, *listing.retired)}
+    newest = directory.point_or_retired(listing.points[-1].id)
+    found = []
+    for entry in newest.manifest.disks:
+        layer = chain.Layer.of(newest, entry)
+        if why := chain.why_broken(layer) or _why_broken_below(
+            directory, layer.entry.parent, entry.name, there
+        ):
+            found.append(chain.Broken(newest.id, entry.name, why))
+    return tuple(found)
+
+
+def _why_broken_below(
+    directory: VmDirectory, parent: PointId | None, disk: DiskName, there: Mapping[PointId, PointSummary]
+) -> str | None:
+    """Return what is wrong with the layers below one, by what the summary says of them; None for nothing."""
+    while parent is not None:
+        point = there.get(parent)
+        held = next((one for one in point.disks if one.name == disk), None) if point else None
+        if held is None or (held.parent is not None and held.parent >= parent):
+            return f"{directory.path / parent} is missing or damaged"
+        if why := chain.why_cut(directory.path / parent, disk, held.file_bytes):
+            return why
+        parent = held.parent
+    return None
 
 
 def _of_chains(broken: Broken) -> Iterator[Finding]:
@@ -141,10 +182,6 @@ def _of_age(age: timedelta | None, limits: Limits, newest: str) -> Finding:
     if age > limits.critical:
         return Finding(Level.CRITICAL, text)
     return Finding(Level.WARNING if limits.warning and age > limits.warning else Level.OK, text)
-
-
-def _taken(point: Point) -> datetime:
-    return point.manifest.started.astimezone(UTC)
 
 
 def ago(age: timedelta) -> str:

@@ -105,15 +105,15 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             worker or err.message,
             (),
             (*(() if worker else left), *unmerged),
-            "it waits for a few seconds, then leaves with exit code 75"
+            "waits for a few seconds, then exits with code 75"
             if worker
-            else "cannot reach the VM, so the next run would fail",
+            else f"fails while the VM cannot be reached; check with `backupctl doctor {vm.name}`",
             running=now,
         )
     plan, broken = _plan(inventory, facts, points, options, gone)
     refusal = refusal or broken
     states = tuple(_disk_status(one, points, namespace) for one in plan.disks)
-    next_run = f"the next run would be refused: {refusal}" if refusal else _next_run(plan, left)
+    next_run = f"would be refused: {refusal}" if refusal else _next_run(plan, left)
     return Status(
         vm=vm.name,
         points=ids,
@@ -191,11 +191,9 @@ def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], namespace: N
 
 
 def _next_run(plan: planning.Plan, left: list[str]) -> str:
-    first = (
-        "the next run first clears up what an earlier one left, then " if left else "the next incremental "
-    )
+    first = "first finishes or rolls back what an earlier run left, then " if left else "incremental: "
     if plan.parent is None:
-        return f"{first}takes a full: there is no point yet"
+        return f"{first if left else ''}takes a full, because there is no point yet"
     full = [one.disk.name for one in plan.disks if one.kind == "full"]
     scanned = [one.disk.name for one in plan.disks if one.scanned]
     text = f"{first}builds on {plan.parent}"

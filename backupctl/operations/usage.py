@@ -10,9 +10,10 @@ known beforehand, so that is an estimate, within a few clusters for each layer.
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -112,7 +113,35 @@ def freed_by(directory: VmDirectory, dropped: Collection[PointId]) -> dict[Point
         return None
 
 
-def chain_bytes(points: Iterable[Point]) -> dict[PointId, int | None]:
+class DiskOfPoint(Protocol):
+    """What is known of a disk, by its manifest or by the summary of a VM."""
+
+    @property
+    def name(self) -> DiskName:
+        """Its name."""
+
+    @property
+    def parent(self) -> PointId | None:
+        """The point whose layer is below; None for a full."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its image takes."""
+
+
+class Stored(Protocol):
+    """A point, or the summary of one."""
+
+    @property
+    def id(self) -> PointId:
+        """Its id."""
+
+    @property
+    def disks(self) -> Sequence[DiskOfPoint]:
+        """Its disks."""
+
+
+def chain_bytes(points: Iterable[Stored]) -> dict[PointId, int | None]:
     """Return what a restore of each point reads, by the manifests: its images and all below.
 
     points: all that there are, retired ones too. None where a layer below is not among them.
@@ -120,11 +149,13 @@ def chain_bytes(points: Iterable[Point]) -> dict[PointId, int | None]:
     known: dict[LayerId, int | None] = {}
     found: dict[PointId, int | None] = {}
     for point in sorted(points, key=lambda one: one.id):  # parents come first
-        for entry in point.manifest.disks:
-            below = known.get((entry.parent, entry.name)) if entry.parent else 0
-            known[point.id, entry.name] = None if below is None else below + entry.stored_bytes
-        sizes = [known[point.id, entry.name] for entry in point.manifest.disks]
-        found[point.id] = None if None in sizes else sum(size for size in sizes if size is not None)
+        total: int | None = 0
+        for disk in point.disks:
+            below = known.get((disk.parent, disk.name)) if disk.parent else 0
+            size = None if below is None else below + disk.stored_bytes
+            known[point.id, disk.name] = size
+            total = None if total is None or size is None else total + size
+        found[point.id] = total
     return found
 
 

@@ -7,6 +7,7 @@ attacker chose, so it is damage. The check that counts is made on the very descr
 (`opened`): an image that was replaced after an earlier check is not opened.
 """
 
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -225,16 +226,42 @@ def _why_broken(
     """Return what is wrong with a layer, or else with those below it; None if nothing is found."""
     try:
         layer = Layer.of(point, entry)
+    except DamageFound as err:
+        return err.message
+    parent = layer.entry.parent
+    if (why := why_broken(layer)) or parent is None:
+        return why
+    return known.get((parent, entry.name), f"{directory.path / parent} is missing or damaged")
+
+
+def why_broken(layer: Layer) -> str | None:
+    """Return what is wrong with the image or the digest map of a layer. Raises RepositoryUnreadable."""
+    try:
         layer.check()
         layer.digests()
     except DamageFound as err:
         return err.message
-    parent = layer.entry.parent
-    return (
-        known.get((parent, entry.name), f"{directory.path / parent} is missing or damaged")
-        if parent
-        else None
-    )
+    return None
+
+
+def why_cut(directory: Path, disk: DiskName, file_bytes: int) -> str | None:
+    """Return why a layer in a point's directory cannot be whole, without opening it; None for nothing.
+
+    file_bytes: the length of its image. Raises RepositoryUnreadable.
+    """
+    image = directory / f"{disk}.qcow2"
+    for path, wanted in ((image, file_bytes), (digest_map.path_of(image), None)):
+        with safe_open.unreadable(path):
+            try:
+                found = path.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return f"{path} is missing"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{path} is not a regular file"
+        if found.st_size != wanted and (wanted is not None or not found.st_size):
+            text = "" if wanted is None else f", manifest says {wanted} bytes"
+            return f"{path}: length is {found.st_size} bytes{text}"
+    return None
 
 
 Lengths = dict[tuple[PointId, DiskName], int]

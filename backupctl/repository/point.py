@@ -6,7 +6,7 @@ from pathlib import Path
 
 from backupctl.names import PointId
 from backupctl.repository import markers
-from backupctl.repository.manifest import Manifest
+from backupctl.repository.manifest import DiskEntry, Manifest
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class Point:
     def id(self) -> PointId:
         """Its id, the directory's name."""
         return self.manifest.point
+
+    @property
+    def disks(self) -> tuple[DiskEntry, ...]:
+        """Its disks."""
+        return self.manifest.disks
 
     @property
     def protected(self) -> bool:

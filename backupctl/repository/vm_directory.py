@@ -7,7 +7,7 @@ since (see markers.py): then it is not a point any more, but younger ones may de
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +144,9 @@ class VmDirectory:
         with suppress(OSError):
             first, _, _ = os.pread(descriptor, 20, 0).decode("ascii", "replace").partition("\n")
             number = first.strip()
+        taker = locks.taker(descriptor)
+        if taker and str(taker) != number:  # flock(1) writes nothing into the file
+            return f"process {taker}{_program(taker)} keeps {self.name} of this repository locked"
         if number.isdigit() and not Path("/proc", number).exists():
             return (
                 f"the guard of a killed run (process {number}) is still working on {self.name}: "
@@ -178,6 +181,10 @@ class VmDirectory:
         """Return, like `scan_points`, the points that were dropped but whose layers younger ones may need."""
         (found,) = self._scan(True, tolerant=tolerant)
         return found
+
+    def scan_some(self, points: Iterable[PointId]) -> AllPoints:
+        """Return those of some points that are there, as `scan_points` and `retired` do; tolerant."""
+        return AllPoints(*self._scan(False, True, tolerant=True, points=points))
 
     def scan_all(self) -> AllPoints:
         """Return what `scan_points` and `retired` do, with one look at each. Raises RepositoryUnreadable."""
@@ -300,10 +307,12 @@ class VmDirectory:
     def _is_retired(self, point: PointId) -> bool:
         return markers.has(self.path / point, markers.RETIRED)
 
-    def _scan(self, *retired: bool, tolerant: bool) -> list[ScannedPoints]:
-        """Return the points that are retired, and those that are not, as asked for."""
+    def _scan(
+        self, *retired: bool, tolerant: bool, points: Iterable[PointId] | None = None
+    ) -> list[ScannedPoints]:
+        """Return the points that are retired, and those that are not, as asked for; points: None for all."""
         found = {one: _Found() for one in retired}
-        for point in self.all_points():
+        for point in self.all_points() if points is None else points:
             into = list(found.values())
             try:
                 one = found.get(self._is_retired(point))
@@ -369,3 +378,11 @@ def _ids(names: list[str]) -> list[PointId]:
         with suppress(InvalidName):
             found.append(point_id(name))
     return sorted(found)
+
+
+def _program(process: int) -> str:
+    """Return the name of a process's program in brackets; "" if it cannot be read."""
+    try:
+        return f" ({Path(f'/proc/{process}/comm').read_text(errors='replace').strip()})"
+    except OSError:
+        return ""

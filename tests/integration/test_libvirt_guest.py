@@ -10,15 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TextIO
-from xml.sax.saxutils import quoteattr
+from typing import Any
 
 import pytest
 
 from fixtures import guest as guests
 from fixtures.debian import CannotBeHad
-from fixtures.libvirtd import Domain, Libvirtd
-from fixtures.machine import line_socket
+from fixtures.libvirt_guest import Guest
+from fixtures.libvirtd import Libvirtd
 from tests import interrupted_cli
 from tests.conftest import MIB, ROOT, Cli
 
@@ -33,46 +32,6 @@ def daemon() -> Iterator[Libvirtd]:
             yield made
     except CannotBeHad as err:
         pytest.skip(str(err))
-
-
-class Guest(Domain):
-    """The guest of `fixtures.guest`, as a domain with one disk on an iothread."""
-
-    def __init__(self, daemon: Libvirtd, path: Path) -> None:
-        kernel, initramfs = guests.images()
-        self.control: TextIO | None = None
-        name = f"g{os.getpid()}-{path.parent.name[-20:]}"
-        self.place = daemon.directory / f"{name}.ctl"
-        system = (
-            "<os><type arch='x86_64' machine='q35'>hvm</type>"
-            f"<kernel>{kernel}</kernel><initrd>{initramfs}</initrd>"
-            "<cmdline>console=ttyS0 quiet panic=-1 random.trust_cpu=on</cmdline></os>"
-        )
-        devices = (
-            "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>"
-            f"<channel type='unix'><source mode='bind' path={quoteattr(str(self.place))}/>"
-            "<target type='virtio' name='control'/></channel>"
-            f"<serial type='file'><source path={quoteattr(str(self.place))[:-1]}.console\"/></serial>"
-        )
-        disk = {"target": "vda", "path": path, "driver": "iothread='1'"}
-        super().__init__(daemon, name, [disk], extra=system, devices=devices)
-
-    def start(self) -> None:
-        super().start()
-        self.control = line_socket(self.place, 90.0)
-        assert self.control.readline().strip() == "ready"
-
-    def tell(self, command: str) -> str:
-        assert self.control is not None
-        self.control.write(command + "\n")
-        self.control.flush()
-        return str(self.control.readline().strip())
-
-    def close(self) -> None:
-        if self.control is not None:
-            self.control.close()
-            self.control = None
-        super().close()
 
 
 Boot = Callable[..., tuple[Guest, Cli]]

@@ -30,7 +30,7 @@ from backupctl.operations.prune import copy_layer, retention
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.operations.prune.survey import Survey
 from backupctl.progress import Reporter
-from backupctl.repository import audit, chain, history, markers, merge
+from backupctl.repository import audit, chain, history, markers, merge, summary
 from backupctl.repository.chain import Layer
 from backupctl.repository.history import PointEvent
 from backupctl.repository.manifest import DiskEntry
@@ -122,10 +122,11 @@ def prune(
             decisions = _decide(steps.survey, rules)
             steps.retire_all(retention.dropped(decisions))
         steps.clear()
+        summary.renew_if_free(directory)
     except Failed as err:
         raise err.add(
             state=STATE,
-            hint="the same prune again continues where this one ended",
+            hint="run the same prune again: it continues where this one stopped",
             next_command=f"backupctl prune {directory.name}",
         ) from err
     return replace(steps.outcome.report(decisions), long_chains=long_chains(directory, max_chain))
@@ -152,6 +153,7 @@ def drop(
         chosen = choose(steps.survey)
         steps.retire_all(chosen)
     steps.clear()
+    summary.renew_if_free(directory)
     decisions = [Decision(point, keep=False, reasons=("named",)) for point in chosen]
     return steps.outcome.report(tuple(decisions))
 

@@ -119,9 +119,20 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class VmFacts:
-    """One VM. points: oldest first. pruning_problem: why it is not known what the next prune does, or "".
+class OlderPoints:
+    """Points that are not reported one by one. oldest: UTC. dropped: those that the next prune drops."""
 
+    count: int
+    stored_bytes: int
+    oldest: datetime
+    dropped: tuple[PointId, ...] = ()
+
+
+@dataclass(frozen=True)
+class VmFacts:
+    """One VM. points: oldest first. older: the rest of them, None if there are no others.
+
+    pruning_problem: why it is not known what the next prune does, or "".
     run: what works on it now, None if nothing does. tested: the last restore tests, None if there was none.
     """
 
@@ -135,16 +146,24 @@ class VmFacts:
     maps: tuple[DiskMap, ...] = ()
     run: RunFacts | None = None
     tested: RestoreTests | None = None
+    older: OlderPoints | None = None
+
+    @property
+    def count(self) -> int:
+        """How many points there are."""
+        return len(self.points) + (self.older.count if self.older else 0)
 
     @property
     def stored_bytes(self) -> int:
         """What its points store together."""
-        return sum(point.stored_bytes for point in self.points)
+        older = self.older.stored_bytes if self.older else 0
+        return sum(point.stored_bytes for point in self.points) + older
 
     @property
-    def dropped(self) -> tuple[PointFacts, ...]:
-        """The points that the next prune drops."""
-        return tuple(point for point in self.points if point.is_dropped)
+    def dropped(self) -> tuple[PointId, ...]:
+        """The points that the next prune drops, oldest first."""
+        older = self.older.dropped if self.older else ()
+        return tuple(sorted((*older, *(point.id for point in self.points if point.is_dropped))))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ What a run or a prune changes meanwhile may be seen before or after the change.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,27 +13,30 @@ from pathlib import Path
 from backupctl.cancel import Cancellation
 from backupctl.digests import regions
 from backupctl.errors import BackupctlError, Interrupted
-from backupctl.names import PointId
+from backupctl.names import DiskName, PointId
 from backupctl.operations import check
 from backupctl.operations.check import Finding, Limits
+from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as prune
-from backupctl.operations.prune.retention import Decision, Rules
+from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.operations.report import progress
 from backupctl.operations.report.facts import (
     BadPoint,
     DiskMap,
     LastResults,
     MapRow,
+    OlderPoints,
     PointFacts,
     RepositoryFacts,
     VmFacts,
 )
-from backupctl.repository import chain, tested
+from backupctl.repository import tested
 from backupctl.repository.chain import Broken, Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
+from backupctl.repository.summary import DiskSummary, Listing, PointSummary
 from backupctl.repository.tested import RestoreTests
-from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
+from backupctl.repository.vm_directory import VmDirectory
 
 MAP_COLUMNS = 256
 
@@ -41,7 +45,8 @@ MAP_COLUMNS = 256
 class VmRequest:
     """A VM to report on. findings: what else is known of it. last: None if nothing is remembered.
 
-    maps: of how many points, the newest, the map of each disk is drawn.
+    maps: of how many points, the newest, the map of each disk is drawn. points: how many, the newest, are
+    reported one by one; None for all.
     """
 
     directory: VmDirectory
@@ -50,6 +55,7 @@ class VmRequest:
     last: LastResults | None = None
     findings: tuple[Finding, ...] = ()
     maps: int = 30
+    points: int | None = None
 
 
 def repository(path: Path, vms: Sequence[VmRequest], now: datetime, stop: Cancellation) -> RepositoryFacts:
@@ -69,28 +75,31 @@ class _Vm:
     now: datetime
     stop: Cancellation
     _broken: tuple[Broken, ...] = field(default=(), init=False)
+    _listing: Listing | None = field(default=None, init=False)
 
     def facts(self) -> VmFacts:
         """Return all that is reported of the VM. Raises Interrupted."""
         directory = self.asked.directory
         verdict = check.examine(directory, self.asked.limits, self.now, self._look)
         verdict = verdict.also(*self.asked.findings)
-        try:
-            scanned, run = directory.scan_points(tolerant=True), progress.of(directory, self.now)
-        except BackupctlError:  # the verdict says it
+        run, listing = progress.of(directory, self.now), self._listing
+        if listing is None:  # the verdict says why
             return VmFacts(directory.name, verdict, rules=self.asked.rules, last=self.asked.last)
-        decisions, problem = self._decisions(scanned)
+        decisions, problem = self._decisions(listing)
+        shown = self._shown(listing.points)
+        older = [one for one in listing.points if one.id not in {point.id for point in shown}]
         return VmFacts(
             directory.name,
             verdict,
-            self._points(scanned.points, decisions),
-            _bad(scanned),
+            self._points(shown, listing, decisions),
+            _bad(listing),
             self.asked.rules,
             problem,
             self.asked.last,
-            self._maps(scanned.points),
+            self._maps(listing),
             run,
             self._tested(),
+            _older(older, decisions) if older else None,
         )
 
     def _tested(self) -> RestoreTests | None:
@@ -99,66 +108,138 @@ class _Vm:
         except BackupctlError:  # it is about the past, and is made again
             return None
 
-    def _look(self, directory: VmDirectory) -> tuple[Broken, ...]:
-        self._broken = chain.damaged(directory)
+    def _look(self, directory: VmDirectory, listing: Listing) -> tuple[Broken, ...]:
+        self._listing = listing
+        self._broken = check.broken_chains(directory, listing)
         return self._broken
 
-    def _decisions(self, scanned: ScannedPoints) -> tuple[dict[PointId, Decision], str]:
+    def _shown(self, points: Sequence[PointSummary]) -> Sequence[PointSummary]:
+        """Return the points that are reported one by one: the newest, and all that are broken."""
+        most = self.asked.points
+        if most is None or most >= len(points):
+            return points
+        broken = {one.point for one in self._broken}
+        cut = len(points) - most
+        return [*(one for one in points[:cut] if one.id in broken), *points[cut:]]
+
+    def _decisions(self, listing: Listing) -> tuple[dict[PointId, Decision], str]:
         """Return what the next prune decides, and why it decides nothing."""
-        if self.asked.rules.hold_nothing() or not scanned.points:
+        rules = self.asked.rules
+        if rules.hold_nothing() or not listing.points:
             return {}, ""
         try:
-            found = prune.plan(self.asked.directory, self.asked.rules)
+            if listing.fits:
+                found = retention.decide(list(map(_candidate, listing.points)), rules, datetime.now(UTC))
+            else:
+                found = prune.plan(self.asked.directory, rules)
         except BackupctlError as err:
             return {}, err.message
         return {one.point: one for one in found}, ""
 
-    def _points(self, points: Sequence[Point], decisions: dict[PointId, Decision]) -> tuple[PointFacts, ...]:
-        known: chain.Lengths = {}
+    def _points(
+        self, points: Sequence[PointSummary], listing: Listing, decisions: dict[PointId, Decision]
+    ) -> tuple[PointFacts, ...]:
+        chains = _Chains.of(listing)
         broken: dict[PointId, list[str]] = {}
         for one in self._broken:
             broken.setdefault(one.point, []).append(f"{one.disk}: {one.why}")
         return tuple(
             _point(
                 point,
-                self._layers(point, known),
+                chains.most_layers(point),
                 decisions.get(point.id),
                 tuple(broken.get(point.id, ())),
             )
             for point in points
         )
 
-    def _layers(self, point: Point, known: chain.Lengths) -> int | None:
-        """Count the layers of the longest chain of a point; None if one of them is missing."""
-        try:
-            return max(
-                chain.length(self.asked.directory, point, entry, known) for entry in point.manifest.disks
-            )
-        except BackupctlError:
-            return None
-
-    def _maps(self, points: Sequence[Point]) -> tuple[DiskMap, ...]:
+    def _maps(self, listing: Listing) -> tuple[DiskMap, ...]:
         """Return the map of each disk of the newest point."""
-        if not points or not self.asked.maps:
+        if not listing.points or not self.asked.maps:
             return ()
-        return tuple(self._map(points, entry) for entry in points[-1].manifest.disks)
+        chains, points = _Chains.of(listing), []
+        for one in listing.points[-self.asked.maps :]:
+            with suppress(BackupctlError):  # it was removed, or damaged, just now
+                points.append(self.asked.directory.point_or_retired(one.id))
+        if not points:
+            return ()
+        return tuple(
+            self._map(points, entry, chains.bytes_of(points[-1].id, entry.name)) for entry in points[-1].disks
+        )
 
-    def _map(self, points: Sequence[Point], newest: DiskEntry) -> DiskMap:
+    def _map(self, points: Sequence[Point], newest: DiskEntry, chain_bytes: int | None) -> DiskMap:
         columns = regions.columns_of(newest.size, MAP_COLUMNS)
         rows = []
-        for point in points[-self.asked.maps :]:
+        for point in points:
             self.stop.check()
             entry = point.manifest.disk(newest.name)
             if entry is not None:
                 rows.append(_row(point, entry, newest.size, columns, self.stop.check))
-        return DiskMap(newest.name, newest.size, columns, tuple(rows), self._chain_bytes(points[-1], newest))
+        return DiskMap(newest.name, newest.size, columns, tuple(rows), chain_bytes)
 
-    def _chain_bytes(self, point: Point, entry: DiskEntry) -> int | None:
-        try:
-            layers = chain.layers(self.asked.directory, point, entry.name)
-        except BackupctlError:
-            return None
-        return sum(layer.entry.file_bytes for layer in layers)
+
+@dataclass(frozen=True)
+class _Chains:
+    """What is below what, by the manifests."""
+
+    points: dict[PointId, PointSummary]
+    lengths: dict[tuple[PointId, DiskName], int | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, listing: Listing) -> "_Chains":
+        """Take all points of a VM."""
+        return cls({one.id: one for one in (*listing.points, *listing.retired)})
+
+    def most_layers(self, point: PointSummary) -> int | None:
+        """Count the layers of the longest chain of a point; None if one of them is missing."""
+        counts = [self._layers(point.id, disk.name) for disk in point.disks]
+        known = [one for one in counts if one is not None]
+        return max(known, default=None) if len(known) == len(counts) else None
+
+    def bytes_of(self, point: PointId, disk: DiskName) -> int | None:
+        """Return the lengths of all images that a disk consists of at a point; None if one is missing."""
+        total, at = 0, PointId(point)
+        while held := self._held(at, disk):
+            total += held.file_bytes
+            if held.parent is None:
+                return total
+            at = held.parent
+        return None
+
+    def _layers(self, point: PointId, disk: DiskName) -> int | None:
+        above: list[PointId] = []
+        while (point, disk) not in self.lengths:
+            held = self._held(point, disk)
+            if held is None or held.parent is None:
+                self.lengths[point, disk] = None if held is None else 1
+                break
+            above.append(point)
+            point = held.parent
+        count = self.lengths[point, disk]
+        for one in reversed(above):
+            count = self.lengths[one, disk] = None if count is None else count + 1
+        return count
+
+    def _held(self, point: PointId, disk: DiskName) -> DiskSummary | None:
+        """Return a disk of a point; None if there is none, or one that no chain can have."""
+        found = self.points.get(point)
+        held = next((one for one in found.disks if one.name == disk), None) if found else None
+        # Each parent is older, so that following them ends.
+        return None if held is None or (held.parent is not None and held.parent >= point) else held
+
+
+def _candidate(point: PointSummary) -> RetentionCandidate:
+    started = datetime.fromtimestamp(point.started, UTC)
+    return RetentionCandidate(point.id, started, tuple(one.name for one in point.disks), point.protected)
+
+
+def _older(points: Sequence[PointSummary], decisions: dict[PointId, Decision]) -> OlderPoints:
+    return OlderPoints(
+        len(points),
+        sum(one.stored_bytes for one in points),
+        datetime.fromtimestamp(points[0].started, UTC),
+        tuple(one.id for one in points if one.id in decisions and not decisions[one.id].keep),
+    )
 
 
 def _row(point: Point, entry: DiskEntry, size_bytes: int, columns: int, check: Callable[[], None]) -> MapRow:
@@ -172,37 +253,28 @@ def _row(point: Point, entry: DiskEntry, size_bytes: int, columns: int, check: C
 
 
 def _point(
-    point: Point, layers: int | None, decision: Decision | None, broken: tuple[str, ...]
+    point: PointSummary, layers: int | None, decision: Decision | None, broken: tuple[str, ...]
 ) -> PointFacts:
-    manifest = point.manifest
-    begun = manifest.started
-    kinds = {entry.after_merge().kind for entry in manifest.disks}
+    kinds = {disk.kind for disk in point.disks}
     return PointFacts(
         id=point.id,
-        taken=begun.astimezone(UTC),
-        seconds=max(0.0, (manifest.ended - begun).total_seconds()),
+        taken=datetime.fromtimestamp(point.started, UTC),
+        seconds=max(0.0, point.ended - point.started),
         kind=kinds.pop() if len(kinds) == 1 else "mixed",
-        parent=manifest.parent,
-        consistency=manifest.consistency,
-        frozen_ms=manifest.freeze.milliseconds,
-        stored_bytes=sum(entry.stored_bytes for entry in manifest.disks),
-        copied_bytes=sum(entry.copied_bytes for entry in manifest.disks),
-        disks=tuple(entry.name for entry in manifest.disks),
+        parent=point.parent,
+        consistency=point.consistency,
+        frozen_ms=point.frozen_ms,
+        stored_bytes=point.stored_bytes,
+        copied_bytes=sum(disk.copied_bytes for disk in point.disks),
+        disks=tuple(disk.name for disk in point.disks),
         layers=layers,
-        protected=_is_protected(point),
+        protected=point.protected,
         decision=decision,
         broken=broken,
     )
 
 
-def _is_protected(point: Point) -> bool:
-    try:
-        return point.protected
-    except BackupctlError:  # what cannot be read is in the verdict
-        return False
-
-
-def _bad(scanned: ScannedPoints) -> tuple[BadPoint, ...]:
+def _bad(scanned: Listing) -> tuple[BadPoint, ...]:
     damaged = [BadPoint(path.name, err.message, unreadable=False) for path, err in scanned.damaged]
     unread = [BadPoint(path.name, err.message, unreadable=True) for path, err in scanned.unreadable]
     return tuple(sorted((*damaged, *unread), key=lambda one: one.id))

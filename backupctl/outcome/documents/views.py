@@ -65,11 +65,11 @@ def _reported(vm: "VmFacts") -> Document:
     return {
         "vm": vm.name,
         "state": vm.verdict.level.name,
-        "points": len(vm.points),
+        "points": vm.count,
         "damaged": sum(bool(one.broken) for one in vm.points) + sum(not one.unreadable for one in vm.bad),
         "unreadable": sum(one.unreadable for one in vm.bad),
         "stored_bytes": vm.stored_bytes,
-        "next_prune_drops": [point.id for point in vm.dropped],
+        "next_prune_drops": list(vm.dropped),
         "findings": [one.text for one in vm.verdict.findings if one.level],
     }
 
@@ -91,6 +91,10 @@ def point(found: "Point", chain_bytes: int | None) -> Document:
         "backupctl": manifest["backupctl"],
         "freeze": manifest["freeze"],
         "disks": manifest["disks"],
+        "definition": [
+            {"name": one.name, "kind": one.kind, "origin": one.origin, "size": one.size}
+            for one in found.manifest.definition
+        ],
         "protected": found.protected,
         "path": str(found.path),
         "stored_bytes": sum(entry.stored_bytes for entry in found.manifest.disks),

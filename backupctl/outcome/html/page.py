@@ -62,7 +62,7 @@ def _hash(content: str) -> str:
 
 def _header(report: Report) -> Markup:
     vms = report.vms
-    points = sum(len(vm.points) for vm in vms)
+    points = sum(vm.count for vm in vms)
     stored = words.size(sum(vm.stored_bytes for vm in vms))
     bad = sum(bool(vm.verdict.level) for vm in vms) + sum(bool(one.problem) for one in report.repositories)
     said = f"{words.number(len(vms), 'VM')}, {words.number(points, 'point')}, {stored} stored"
@@ -128,7 +128,7 @@ def _overview_row(vm: VmFacts, key: str, report: Report) -> Markup:
         tag("th", tag("a", vm.name, href=f"#{key}"), scope="row"),
         tag("td", vm_section.badge(vm)),
         tag("td", words.age(newest.taken, report.made) if newest else "none"),
-        tag("td", len(vm.points), class_="n"),
+        tag("td", vm.count, class_="n"),
         tag("td", words.size(vm.stored_bytes), class_="n"),
         tag("td", words.NONE if layers is None else layers, class_="n"),
         tag("td", verified),

@@ -64,16 +64,20 @@ def _facts(vm: VmFacts, now: datetime) -> Markup:
             "Newest point",
             f"{words.time_of(newest.taken)}, {words.age(newest.taken, now)}" if newest else "none",
         ),
-        ("Points", f"{len(vm.points)}, storing {words.size(vm.stored_bytes)}"),
+        ("Points", f"{vm.count}, storing {words.size(vm.stored_bytes)}"),
         ("Next prune", words.next_prune(vm)),
     ]
+    if vm.older:
+        left_out = f"{vm.older.count}, from {words.time_of(vm.older.oldest)} on, "
+        left_out += f"storing {words.size(vm.older.stored_bytes)}; not in the time line and the table"
+        said.append(("Older points", left_out))
     if vm.last is not None:
         said += [
             ("Last backup", words.result(vm.last.backup, now)),
             ("Last verify", words.result(vm.last.verify, now)),
         ]
     else:
-        said.append(("Last verify", "not remembered: no [metrics] or [notify] is configured"))
+        said.append(("Last verify", "not known: the VM is not in the configuration"))
     if vm.tested is not None:
         said.append(("Last restore test", words.restore_test(vm.tested, now)))
     entries = [tag("div", tag("dt", name), tag("dd", value)) for name, value in said]
@@ -190,9 +194,10 @@ def _table(vm: VmFacts, key: str, scale: Scale) -> Markup:
     body = (row for _, row in sorted(rows, reverse=True))
     head = tag("tr", *(tag("th", name, scope="col") for name in _COLUMNS))
     count = words.number(len(rows), "point")
+    newest = f"the newest {len(rows)} of {words.number(vm.count, 'point')}" if vm.older else count
     return tag(
         "details",
-        tag("summary", f"Table of {count}"),
+        tag("summary", f"Table of {newest}"),
         _scrolled(tag("table", tag("thead", head), tag("tbody", *body), id=key), f"Points of {vm.name}"),
     )
 

@@ -86,7 +86,7 @@ def next_prune(vm: VmFacts) -> str:
     said = rules(vm.rules)
     if not vm.dropped:
         return f"drops nothing (rules: {said})"
-    return f"drops {number(len(vm.dropped), 'point')} of {len(vm.points)} (rules: {said})"
+    return f"drops {number(len(vm.dropped), 'point')} of {vm.count} (rules: {said})"
 
 
 def doing(run: RunFacts | None) -> str:
@@ -117,7 +117,7 @@ def restore_test(found: RestoreTests, now: datetime) -> str:
 def result(found: LastResult | None, now: datetime) -> str:
     """Return how the last command of a kind ended."""
     if found is None:
-        return "not remembered"
+        return "none is known"
     how = f"failed ({found.reason})" if found.reason else "no damage" if found.command == "verify" else "ok"
     part = ", a part of the data" if found.partial else ""
     return f"{how}, {age(found.ended, now)}{part}, took {duration(found.seconds)}"

@@ -16,8 +16,11 @@ from backupctl.errors import UNTOUCHED, CommandFailed, MonitorUnreachable, Refus
 from backupctl.finding import Finding
 from backupctl.names import PREFIX, BitmapName, DiskName, NodeName
 from backupctl.options import LibvirtAccess, RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
+from backupctl.system import bounded_read
 from backupctl.system.open_files import Place
+from backupctl.vm import definition as definitions
 from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
@@ -25,6 +28,7 @@ from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.libvirt import (
     agent,
     checkpoints,
+    definition,
     diagnosis,
     domain,
     inventory,
@@ -102,6 +106,18 @@ class LibvirtDriver(LocalScratch):
     def inventory(self) -> Inventory:
         """Ask libvirt for the domain's disks."""
         return inventory.inventory(self._connection, self._vm.disk_names)
+
+    def definition(self) -> Definition:
+        """Return the domain's XML as it will be started next time."""
+        return definition.definition(self._connection)
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read them here."""
+        return definitions.included(paths, bounded_read.read)
+
+    def state_files(self, *, firmware: bool) -> Definition:
+        """Read the UEFI variables and the TPM's state: libvirt's backups do not hold them."""
+        return definition.state_files(self._connection, firmware=firmware)
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the domain's checkpoints, each once for each of its disks."""

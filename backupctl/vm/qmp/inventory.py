@@ -9,6 +9,7 @@ qemu-storage-daemon has no devices: there a disk is a node that is exported to a
 vduse, FUSE).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ _PASSED = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = ("vhost-user-blk", "vhost-user-scsi", "vhost-scsi")
 _JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "copy-on-read"})
 """What jobs put over a disk; the first and the last one may be a user's own as well."""
+_FIRMWARE = re.compile(r"/machine/(?:\w+\.)?flash\d+", re.ASCII)
+"""The flash chips of a machine (`system.flash1`, `virt.flash1`); a writable one has UEFI's variables."""
 _NAMELESS = "#"
 """How the name of a node begins that nobody gave one."""
 
@@ -363,6 +366,7 @@ def _disk(
         apart=_lies_apart(image),
         encrypted=any(_encrypted(nodes[NodeName(name)]) for name in beneath if name in nodes),
         shared=medium.shared,
+        firmware=bool(_FIRMWARE.fullmatch(medium.qdev)),
         held_bytes=_held_bytes(number(image["virtual-size"], MAX_SIZE), node),
     )
 

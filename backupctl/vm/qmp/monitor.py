@@ -133,6 +133,8 @@ class Monitor:
         self._line = line
         self._timeout = timeout_seconds
         self._loop = asyncio.new_event_loop()
+        # Its own handler prints a traceback of each task that ends badly when nobody waits for it any more.
+        self._loop.set_exception_handler(_note)
         self._client = _Client()
         self._broken = ""
         self._until: float | None = None
@@ -317,6 +319,10 @@ class Monitor:
         self._broken = why
         _log.debug("<- nothing: %s", why)
         return OutcomeUnknown(command, why)
+
+
+def _note(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    _log.debug("%s: %.300r", context.get("message"), context.get("exception"))
 
 
 async def _turns() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The file system of a remote host: see `vm.qmp.files.Files`."""
 
+import base64
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 from backupctl.errors import Failed, MonitorError
 from backupctl.names import Namespace, VmName
+from backupctl.system.bounded_read import Unusable
 from backupctl.vm.filling import Filling
 from backupctl.vm.qmp import reply
 from backupctl.vm.qmp.scratch_file import Made
@@ -17,6 +19,7 @@ from backupctl.vm.remote.channel import Channel
 _MOST_BYTES = (1 << 63) - 1
 _MOST_PATH = 8192
 _AGAIN_SECONDS = 1.0
+_PART_BYTES = 1 << 20
 
 
 class RemoteFiles:
@@ -62,6 +65,40 @@ class RemoteFiles:
     def close(self, descriptor: int) -> None:
         """Close the file there."""
         self._ask("close", descriptor)
+
+    def read_plain(self, path: Path, most_bytes: int) -> bytes:
+        """Open the file there once, and fetch it in parts."""
+        with self._understood():
+            descriptor, size, why = self._ask("open_plain", str(path), most_bytes)
+            if why:
+                raise Unusable(f"on {self._channel.host}: {reply.text(why, _MOST_PATH)}")
+            reply.number(descriptor, 1 << 30)
+            size = reply.number(size, most_bytes)
+        try:
+            return self._fetched(path, descriptor, size)
+        finally:
+            self.close(descriptor)
+
+    def command_line(self, process: int) -> tuple[str, ...] | None:
+        """Ask the host for a process's arguments."""
+        with self._understood():
+            found = self._ask("command_line", process)
+            if found is None:
+                return None
+            if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+                raise TypeError("not a command line")
+            return tuple(found)
+
+    def _fetched(self, path: Path, descriptor: int, size: int) -> bytes:
+        found = bytearray()
+        while len(found) < size:
+            with self._understood():
+                length = min(_PART_BYTES, size - len(found))
+                part = base64.b64decode(self._ask("read_at", descriptor, len(found), length), validate=True)
+            if not part or len(part) > length:
+                raise Unusable(f"cannot read {path} on {self._channel.host}: its size changed meanwhile")
+            found += part
+        return bytes(found)
 
     def filling(self, directory: Path, process: int | None) -> "RemoteFilling":
         """Return the file system of a directory there. process: QEMU's, None if not known."""

@@ -13,6 +13,7 @@ the run. It ends too, and the guard, which has all that could harm the guest, th
 on the run's own machine. It imports only what loads quickly, and needs nothing but Python's standard library.
 """
 
+import base64
 import json
 import os
 import select
@@ -27,7 +28,7 @@ from typing import Any, NoReturn
 
 from backupctl.errors import BackupctlError, Failed, Refused
 from backupctl.names import Namespace, VmName
-from backupctl.system import open_files, private_dir
+from backupctl.system import bounded_read, open_files, private_dir
 from backupctl.system.address import Address
 from backupctl.vm.filling import Filling
 from backupctl.vm.guest import agent, guard_process
@@ -204,7 +205,22 @@ def _namespace(repository: str) -> Namespace:
     return Namespace(repository)
 
 
+def _open_plain(path: str, most_bytes: int) -> list[Any]:
+    """Return descriptor and size of a plain file, or why it cannot be used."""
+    try:
+        return [*bounded_read.open_plain(Path(path), most_bytes), ""]
+    except bounded_read.Unusable as err:
+        return [-1, 0, str(err)]
+
+
+def _read_at(descriptor: int, offset: int, length: int) -> str:
+    return base64.b64encode(bounded_read.read_at(descriptor, offset, length)).decode()
+
+
 _FILES: dict[str, Any] = {
+    "open_plain": _open_plain,
+    "read_at": _read_at,
+    "command_line": LOCAL.command_line,
     "check_directory": lambda directory: LOCAL.check_directory(Path(directory)),
     "free_bytes": lambda directory: LOCAL.free_bytes(Path(directory)),
     "make_private": _private,

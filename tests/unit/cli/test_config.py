@@ -135,6 +135,7 @@ def test_every_key_is_an_option_of_the_same_name_but_tables_and_what_an_option_s
         if key not in ("disks", "when_off"):  # --if-running is one value of the latter
             # Those of a restore test belong to a command of that name.
             spelt = key.removeprefix("restore_test_").replace("_", "-")
+            spelt = spelt.replace("include-files", "include-file")  # one of several
             assert options[key].opts == [f"--{spelt}"]
 
 

@@ -86,6 +86,25 @@ def test_two_with_one_monitor_or_on_one_storage_are_known_as_such(started):
     assert limits == Limits(3, 2)
 
 
+def test_the_host_of_a_vm_is_that_of_its_monitor(started, configured):
+    text = "".join(
+        f'[vm.vm{number}]\nqmp = "{qmp}"\n'
+        for number, qmp in enumerate(
+            (
+                "ssh://root@Far:22/q",
+                "ssh://far/q2",
+                "tcp:127.0.0.1:4444",
+                "tcp:10.0.0.7:4444",
+                "ssh://localhost/q",
+            )
+        )
+    )
+    configured.write_text(configured.read_text() + text)
+    jobs, limits, _ = started("vm*", "web", "--jobs-per-host", "2")
+    assert [job.host for job in jobs] == ["far", "far", "", "10.0.0.7", "localhost", ""]
+    assert limits == Limits(3, 2, 2)
+
+
 def test_a_process_that_takes_too_long_is_ended_after_it_should_have_ended_itself(started):
     assert started("--all", "--max-time", "100")[2].work > 100
 

@@ -24,8 +24,8 @@ from tests.conftest import ROOT
 MANY = Limits(8, 8)
 
 
-def job(vm: str, script: str = "", *, storage: str = "8:1", monitor: str = "") -> Job:
-    return Job(VmName(vm), ("sh", "-c", script), storage, monitor or vm)
+def job(vm: str, script: str = "", *, storage: str = "8:1", monitor: str = "", host: str = "") -> Job:
+    return Job(VmName(vm), ("sh", "-c", script), storage, monitor or vm, host)
 
 
 @dataclass
@@ -64,6 +64,18 @@ def test_the_first_that_may_start_does():
     assert next_job([shop], [web, db], limits) is None
     assert next_job([shop, db], [web], Limits(1, 1)) is None
     assert next_job([], [], limits) is None
+
+
+def test_no_more_than_are_allowed_are_worked_on_at_once_on_each_host():
+    here, far, also, other = job("here"), job("a", host="h1"), job("b", host="h1"), job("c", host="h2")
+    limits = Limits(jobs=8, per_storage=8, per_host=1)
+    assert next_job([also, other], [far], limits) == other
+    assert next_job([also], [far, other], limits) is None
+    assert next_job([also, here], [far, other], limits) == here
+    assert next_job([also], [far], Limits(8, 8)) == also
+    jobs = [job(f"vm{number}", "sleep 0.1", host="h1") for number in range(4)]
+    _, seen = do(*jobs, limits=Limits(4, 4, 2))
+    assert seen.most == 2
 
 
 def test_one_monitor_is_never_spoken_to_by_two():

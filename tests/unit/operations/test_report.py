@@ -62,7 +62,7 @@ def test_only_the_newest_points_get_a_map_and_none_if_none_is_wanted(chain):
 
 def test_what_the_next_prune_drops_is_what_a_prune_drops(chain):
     found = facts(chain, Rules(last=1))
-    assert [one.id for one in found.dropped] == [P1]
+    assert list(found.dropped) == [P1]
     assert found.points[1].decision.reasons == ("the newest", "last 1 of 1")
     markers.put(chain.directory.path / P1, markers.PROTECTED)
     found = facts(chain, Rules(last=1))
