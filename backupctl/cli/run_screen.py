@@ -116,9 +116,8 @@ def _without_document(result: JobResult, last_line: str) -> BackupctlError:
 def print_summary(vms: Sequence[Document], seconds: float, *, dry_run: bool) -> None:
     """Print what became of all VMs."""
     if dry_run:
-        output.print_table(
-            ("VM", "BACKUP", "AT MOST>", "PRUNE", "VERIFY"), [_planned_row(one) for one in vms]
-        )
+        planned = ("VM", "BACKUP", "AT MOST>", "PRUNE", "VERIFY", "RESTORE TEST")
+        output.print_table(planned, [_planned_row(one) for one in vms], narrow=True)
     else:
         columns = ("VM", "RESULT", "BACKUP", "POINT", "STORED>", "PRUNE", "VERIFY", "TIME>")
         output.print_table(columns, [_row(one) for one in vms], spare=("POINT", "TIME", "BACKUP"))
@@ -202,16 +201,21 @@ def _cell(one: Document, task: str, done: str) -> str:
 def _planned_row(one: Document) -> tuple[str, ...]:
     backup, prune, verify = (_report(one, task) for task in ("backup", "prune", "verify"))
     if one["error"]:
-        return (one["vm"], _RESULTS[one["exit_code"]], "-", "-", "-")
+        return (one["vm"], _RESULTS[one["exit_code"]], "-", "-", "-", "")
     if not backup:
-        return (one["vm"], "skipped", "-", "-", "-")
+        return (one["vm"], "skipped", "-", "-", "-", "")
     return (
         one["vm"],
         _planned_kind(backup),
         units.size(backup["most_bytes"]),
         f"drops {len(prune['dropped'])}" if prune else "-",
         f"{verify['percent']:g} %" if verify else "-",
+        _DUE[_tasks(one).get("restore-test", {}).get("outcome", "")],
     )
+
+
+_DUE = {"planned": "due", "skipped": "not due", "": ""}
+"""Of a restore test that is configured, by what would become of it."""
 
 
 def _planned_kind(backup: Document) -> str:

@@ -20,10 +20,11 @@ import msgspec
 from blake3 import blake3
 from msgspec import Meta, Struct
 
-from backupctl.errors import BackupctlError, RepositoryUnreadable
+from backupctl.errors import BackupctlError, DamageFound, RepositoryUnreadable
 from backupctl.names import DiskName, PointId
-from backupctl.repository import audit, history, markers, point_names
+from backupctl.repository import audit, chain, history, markers, point_names
 from backupctl.repository import manifest as manifests
+from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import Consistency, PointKind
 from backupctl.repository.point import Point
 from backupctl.repository.strict_json import Size
@@ -96,7 +97,11 @@ class PointSummary(Struct, array_like=True, frozen=True, gc=False):
 
 
 class _Content(Struct, frozen=True, forbid_unknown_fields=True):
-    """The file. history: the identity of the history with which these points were compared, None if not."""
+    """The file.
+
+    history: the identity of the history with which these points were compared; None if anything was wrong, or
+    could not be told: then manifests, history and layers are read each time.
+    """
 
     format: Literal[1]
     vm: str
@@ -291,10 +296,28 @@ def _renew(directory: VmDirectory) -> None:
     # A change in the same tick as the one before would not be seen.
     settled = [one for one in looked.points if one.identity.newest_change + _TICK_SECONDS <= begun]
     points = [one for one in settled if one.id not in looked.merging]
-    whole = len(points) == len(looked.points) and looked.is_sound
+    whole = len(points) == len(looked.points) and looked.is_sound and _has_sound_layers(directory, looked)
     compared = past if whole and not audit.problems(directory) else None
     content = _ENCODER.encode(_Content(_FORMAT, directory.name, directory.repository, compared, points))
     durable.replace(directory.path / FILE_NAME, _checksum(content) + b"\n" + content)
+
+
+def _has_sound_layers(directory: VmDirectory, looked: _Looked) -> bool:
+    """Whether no layer is cut off or missing, and the headers of those of new points are right.
+
+    Raises RepositoryUnreadable.
+    """
+    for point in (*looked.read.committed.points, *looked.read.retired.points):
+        for entry in point.disks:
+            try:
+                Layer.of(point, entry).check()
+            except DamageFound:
+                return False
+    return not any(
+        chain.why_cut(directory.path / one.id, disk.name, disk.file_bytes)
+        for one in looked.points
+        for disk in one.disks
+    )
 
 
 def _newest_change(looked: _Looked) -> float:

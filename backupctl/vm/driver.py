@@ -282,11 +282,16 @@ class Driver(Resolver, Protocol):
     def inventory(self) -> Inventory:
         """Return the VM's disks as they are. Raises Refused, MonitorError."""
 
-    def definition(self, include: Sequence[Path]) -> Definition:
-        """Return what the VM is beside its disks, and the files of its host that the user named.
+    def definition(self) -> Definition:
+        """Return what the VM is beside its disks. Asked before the guest is frozen.
 
-        Asked before the guest is frozen. What cannot be found out is left out, and named. Raises UsageError
-        for a named file that cannot be read, MonitorError.
+        What cannot be found out is left out, and named. Raises MonitorError if the VM is lost.
+        """
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read the files of the VM's host that the user named.
+
+        Raises UsageError for one that cannot be read, MonitorError.
         """
 
     def state_files(self, *, firmware: bool) -> Definition:

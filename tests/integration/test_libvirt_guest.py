@@ -152,7 +152,8 @@ def test_a_guest_that_a_full_scratch_file_paused_goes_on_and_none_of_its_writes_
         [*inside, *program, *words], cwd=ROOT, env=cli.environment, stderr=subprocess.PIPE, text=True
     )
     try:
-        wait_for(guest.has_job)
+        wait_for(lambda: guest.has_job() or run.poll() is not None)
+        assert run.poll() is None, run.communicate()[1]
         if killed:
             run.send_signal(signal.SIGSTOP)  # it must not see the guest paused
         assert guest.control is not None

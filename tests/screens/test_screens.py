@@ -505,6 +505,8 @@ def test_what_a_run_would_do(show, configured, monkeypatch):
     found = Forecast("incremental", False, disks, (P1,), 5.0)
     monkeypatch.setattr(forecast, "look", lambda *_: found)
     show("run-dry-run", "run", "web", "--dry-run", "--config", "run.toml")
+    monkeypatch.setattr(forecast, "look", lambda *_: replace(found, restore_test_due=True))
+    show("run-dry-run-restore-test", "run", "web", "--dry-run", "--config", "run.toml")
 
 
 def test_each_of_several_vms(show, configured, monkeypatch):

@@ -14,7 +14,8 @@ def asked(driver: Driver, options: RunOptions, reporter: Reporter) -> Definition
 
     Raises UsageError for a file that the user named and that cannot be read, MonitorError.
     """
-    return _reported(driver.definition(options.include), reporter)
+    named = driver.included(options.include)
+    return _reported(driver.definition() + named, reporter)
 
 
 def state(driver: Driver, options: RunOptions, reporter: Reporter) -> Definition:

@@ -97,7 +97,7 @@ def rehearse(vm: VmConfig, options: RunOptions, cancel: Cancellation) -> None:
     Raises VmIsOff, MonitorError, Refused, Failed, Interrupted.
     """
     with explained(vm, options), open_for_backup(vm, options.timeouts, cancel) as driver:
-        driver.definition(options.include)
+        driver.included(options.include)
         _, chosen = _chosen(driver, options)
         driver.plan_scratch(chosen, options.scratch)
         cancel.check()

@@ -24,8 +24,8 @@ from backupctl.repository import read_locks, stored_files
 from backupctl.repository.point import Point
 from backupctl.system import durable
 from backupctl.targets import output
-from backupctl.vm.libvirt import define
-from backupctl.vm.libvirt.define import Changes, NewDisk, Rewritten
+from backupctl.vm import define
+from backupctl.vm.define import Changes, NewDisk, Rewritten
 
 _VARIABLES, _DOMAIN = "variables.fd", "domain.xml"
 _DIRECTORY_MODE = 0o711

@@ -42,7 +42,7 @@ def no_definition(directory: VmDirectory, point: Point) -> BackupctlError:
     return UsageError(
         f"{directory.name} {point.id} has no definition of the VM",
         state=UNTOUCHED,
-        hint="points of versions before 0.2 hold the disks only; a later point may have it",
+        hint="points that an older version made hold disks only; a later point may have it",
         next_command=f"backupctl list {directory.name}",
     )
 

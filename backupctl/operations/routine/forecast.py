@@ -11,7 +11,7 @@ from backupctl.operations.bitmaps import Known, nobody_else
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import RetentionCandidate
-from backupctl.operations.routine.run import Routine, is_full_due
+from backupctl.operations.routine.run import Routine, is_full_due, is_restore_test_due
 from backupctl.operations.status import DiskStatus, Status
 from backupctl.options import Kind
 from backupctl.vm.open_driver import refuse_skipped
@@ -33,13 +33,17 @@ class DiskForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do. full_due: whether a policy asks for a full. dropped: None without a rule."""
+    """What a run would do. full_due: whether a policy asks for a full. dropped: None without a rule.
+
+    restore_test_due: whether it would boot the new point; None if no restore test is configured.
+    """
 
     kind: Kind
     full_due: bool
     disks: tuple[DiskForecast, ...]
     dropped: tuple[PointId, ...] | None
     verify_percent: float
+    restore_test_due: bool | None = None
 
     @property
     def most_bytes(self) -> int:
@@ -64,7 +68,9 @@ def look(asked: Routine, known: Known = nobody_else) -> Forecast:
     due = is_full_due(asked)
     disks = tuple(_disk(one, found, full=due) for one in found.disks)
     kind: Kind = "full" if due or not found.points else "incremental"
-    return Forecast(kind, due, disks, _dropped(asked, found), asked.policy.verify_percent)
+    return Forecast(
+        kind, due, disks, _dropped(asked, found), asked.policy.verify_percent, is_restore_test_due(asked)
+    )
 
 
 def _disk(one: DiskStatus, found: Status, *, full: bool) -> DiskForecast:

@@ -171,16 +171,15 @@ class _Work:
 
     def restore_test(self, *before: BackupctlError | None) -> tuple[TaskResult, ...]:
         """Boot the newest point, if that is configured."""
-        asked, every = self.asked, self.asked.policy.restore_test_every
-        if every is None:
+        asked = self.asked
+        if asked.policy.restore_test_every is None:
             return ()
         if any(isinstance(err, Interrupted) for err in before) or self.stop.requested:
             return (self._skip("restore-test", "the run was stopped"),)
         try:
             if not asked.directory.scan_points(tolerant=True).points:
                 return (self._skip("restore-test", "there are no recovery points yet"),)
-            tests = tested.read(asked.directory.path)
-            if not policy.is_restore_test_due(tests, every, datetime.now(UTC)):
+            if not is_restore_test_due(asked):
                 return (self._skip("restore-test", "it is not due yet"),)
             wanted = RestoreTestRequest(
                 asked.directory, "latest", (), asked.trial, asked.options.scratch.directory
@@ -214,6 +213,17 @@ class _Work:
             while time.monotonic() < deadline and self.asked.directory.lock_holder():
                 self.stop.check()
                 time.sleep(_LOOK_SECONDS)
+
+
+def is_restore_test_due(asked: Routine) -> bool | None:
+    """Whether the newest point is to be booted; None if no restore test is configured.
+
+    Raises RepositoryUnreadable.
+    """
+    every = asked.policy.restore_test_every
+    if every is None:
+        return None
+    return policy.is_restore_test_due(tested.read(asked.directory.path), every, datetime.now(UTC))
 
 
 def is_full_due(asked: Routine) -> bool:

@@ -156,7 +156,19 @@ def forecast(vm: str, found: "Forecast") -> Document:
         }
         for task, plan in planned.items()
     ]
+    if found.restore_test_due is not None:
+        tasks.append(_planned_restore_test(due=found.restore_test_due))
     return {**routine_failed(vm, None), "tasks": tasks}
+
+
+def _planned_restore_test(*, due: bool) -> Document:
+    return {
+        "task": "restore-test",
+        "outcome": "planned" if due else "skipped",
+        "reason": "" if due else "it is not due yet",
+        "report": {"of": "the new point"} if due else None,
+        "error": None,
+    }
 
 
 def routines(vms: Sequence[Document], seconds: float, exit_code: int, *, dry_run: bool) -> Document:

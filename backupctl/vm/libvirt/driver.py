@@ -107,9 +107,13 @@ class LibvirtDriver(LocalScratch):
         """Ask libvirt for the domain's disks."""
         return inventory.inventory(self._connection, self._vm.disk_names)
 
-    def definition(self, include: Sequence[Path]) -> Definition:
-        """Return the domain's XML as it will be started next time, and the files that the user named."""
-        return definition.definition(self._connection) + definitions.included(include, bounded_read.read)
+    def definition(self) -> Definition:
+        """Return the domain's XML as it will be started next time."""
+        return definition.definition(self._connection)
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read them here."""
+        return definitions.included(paths, bounded_read.read)
 
     def state_files(self, *, firmware: bool) -> Definition:
         """Read the UEFI variables and the TPM's state: libvirt's backups do not hold them."""

@@ -75,14 +75,18 @@ class OfflineDriver(LocalScratch):
         """List the disks whose images are named."""
         return of_images(self._daemon)
 
-    def definition(self, include: Sequence[Path]) -> Definition:
+    def definition(self) -> Definition:
         """Name the images and their formats: nothing else is known of a VM that is off."""
         images = [
             {"disk": one.disk, "path": str(one.path), "format": one.format} for one in self._daemon.disks
         ]
         content = json.dumps({"format": 1, "images": images}, indent=2) + "\n"
         known = DefinitionFile("images", "images.json", "", content.encode())
-        return Definition((known,)) + definition.included(include, bounded_read.read)
+        return Definition((known,))
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read them here."""
+        return definition.included(paths, bounded_read.read)
 
     def state_files(self, *, firmware: bool) -> Definition:  # noqa: ARG002 - as above
         """Return none: UEFI variables are an image like others."""

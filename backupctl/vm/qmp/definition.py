@@ -49,9 +49,9 @@ def definition(monitor: Monitor, arguments: Sequence[str] | None) -> Definition:
         except (LookupError, TypeError, ValueError, AttributeError):
             document[question.part] = None
             omitted.append(f"{question.part}: the answer to {question.command} makes no sense")
-    shown = None if arguments is None else command_line.without_secrets(arguments)
-    document["command_line"] = shown
-    document["secrets_hidden"] = shown is not None and shown != tuple(arguments or ())
+    told = None if arguments is None else command_line.without_secrets(arguments)
+    document["command_line"] = told
+    document["secrets_hidden"] = told is not None and told != tuple(arguments or ())
     document["omitted"] = omitted
     content = (json.dumps(document, indent=2, ensure_ascii=True) + "\n").encode()
     if len(content) > _MOST_BYTES:

@@ -70,12 +70,16 @@ class QmpDriver:
         """Ask QEMU for the VM's disks."""
         return inventory.inventory(self._monitor, self._vm.disk_names)
 
-    def definition(self, include: Sequence[Path]) -> Definition:
+    def definition(self) -> Definition:
         """Ask QEMU; its command line is that of the process at the other end of the monitor."""
-        files, monitor = self._host.files, self._monitor
+        monitor = self._monitor
         process = monitor.remote_process if monitor.process is None else monitor.process
-        named = definitions.included(include, files.read_plain)
-        return definition.definition(monitor, files.command_line(process) if process else None) + named
+        line = self._host.files.command_line(process) if process else None
+        return definition.definition(monitor, line)
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read them on QEMU's host."""
+        return definitions.included(paths, self._host.files.read_plain)
 
     def state_files(self, *, firmware: bool) -> Definition:  # noqa: ARG002 - the seam's signature
         """Return none: UEFI variables are a disk of QEMU's, and a TPM is another process's."""

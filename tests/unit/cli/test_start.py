@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
+from backupctl.cli.main import cli
 from tests.conftest import ROOT
 
 PROGRAM = [sys.executable, "-m", "backupctl"]
@@ -46,6 +48,36 @@ def test_the_exit_code_is_that_of_the_command(arguments, code):
     done = call(*arguments)
     assert done.returncode == code
     assert done.stdout if code == 0 else done.stderr
+
+
+def test_the_version_is_told_without_the_command_line_and_as_that_would():
+    program = (
+        "import sys; from backupctl import __main__ as main\n"
+        "main._leave = sys.exit; sys.argv[1:] = ['--version']\n"
+        "try: main.main()\n"
+        "finally: print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    version, loaded = done.stdout.splitlines()
+    assert {"click", "msgspec", "backupctl.cli"}.isdisjoint(loaded.split())
+    assert f"{version}\n" == CliRunner().invoke(cli, ["--version"]).output
+    assert call("-V").stdout == call("--version").stdout == f"{version}\n"
+
+
+def test_a_version_that_nobody_can_read_is_a_failure():
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*PROGRAM, "--version"],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "cannot write to standard output" in done.stderr
 
 
 def test_a_reader_that_has_left_is_no_traceback():

@@ -311,6 +311,19 @@ def test_what_would_be_stored_is_told_by_the_bitmaps(work, monkeypatch, tmp_path
     assert (seen.kind, seen.dropped, seen.most_bytes) == ("full", None, 2 << 30)
 
 
+def test_a_restore_test_is_foretold_if_it_is_due(work, monkeypatch, tmp_path):
+    work()
+    found = Status(WEB, (P1,), (), "10.0", "", (disk("vda", "scan"),), (), "")
+    assert foresee(monkeypatch, tmp_path, found).restore_test_due is None
+    tests_it = replace(ALL, restore_test_every=MONTH)
+    assert foresee(monkeypatch, tmp_path, found, tests_it).restore_test_due is True
+    directory = Repository.open(tmp_path / "r").vm(WEB).path
+    tested.record(directory, P1, datetime.now(UTC), passed=True)
+    assert foresee(monkeypatch, tmp_path, found, tests_it).restore_test_due is False
+    tested.record(directory, P1, datetime.now(UTC), passed=False)
+    assert foresee(monkeypatch, tmp_path, found, tests_it).restore_test_due is True
+
+
 def test_a_run_that_would_fail_is_foretold_as_failing(work, monkeypatch, tmp_path):
     work()
     off = Status(WEB, (P1,), (), None, "no monitor", (), (), "")

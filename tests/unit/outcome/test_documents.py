@@ -180,6 +180,9 @@ def test_a_forecast():
     assert keys(document["tasks"][0]["report"]) == "kind full_due most_bytes disks"
     assert keys(document["tasks"][0]["report"]["disks"][0]) == "name how reason most_bytes"
     assert document["tasks"][1]["report"] == {"dropped": [P1]}
+    for due, outcome in ((True, "planned"), (False, "skipped")):
+        found = Forecast("incremental", False, (disk,), (P1,), 0.0, due)
+        assert documents.forecast(WEB, found)["tasks"][3]["outcome"] == outcome
 
 
 def test_what_a_command_for_several_vms_came_to():
@@ -196,7 +199,7 @@ def test_a_point(builder):
     document = documents.point(second, 5)
     assert keys(document) == (
         "vm point kind disks_kind parent consistency frozen_ms start end qemu backupctl freeze disks "
-        "protected path stored_bytes chain_bytes"
+        "definition protected path stored_bytes chain_bytes"
     )
     assert [documents.disks_kind(one) for one in (first, second)] == ["full", "mixed"]
 

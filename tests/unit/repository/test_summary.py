@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -24,17 +26,24 @@ from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system import durable
 from fixtures import many_points, many_vms
 from tests.unit.operations.test_growth import opened
-from tests.unit.points import Builder, changing_step, die_at, disk_entry
+from tests.unit.points import Builder, changing_step, die_at
+
+
+@cache
+def parts() -> many_points.Parts:
+    with tempfile.TemporaryDirectory() as name:
+        made = many_points.Parts(Path(name), data=True)
+        made.remove()
+    return made
 
 
 def commit(builder: Builder, point: PointId, parent: PointId | None = None, vm: str = "vm1") -> None:
-    """Commit a point whose images are empty files."""
+    """Commit a point with a tiny image."""
     directory = builder.repository.vm(VmName(vm))
     with directory.lock():
         partial = directory.begin(point, replace(builder.journal(point), vm=VmName(vm)))
-        for name in ("vda.qcow2", "vda.digests"):
-            (partial.path / name).write_bytes(b"x")
-        partial.commit(replace(builder.manifest(point, disk_entry(parent=parent)), vm=VmName(vm)))
+        entry = parts().write(partial.path, parent)
+        partial.commit(replace(builder.manifest(point, entry), vm=VmName(vm)))
 
 
 def renew(directory: VmDirectory) -> None:
@@ -346,3 +355,21 @@ def test_a_check_by_the_summary_finds_a_chain_of_the_newest_point_that_is_cut(tm
     found = check.examine(vm, limits, now)
     assert found.level is check.Level.CRITICAL
     assert why in " ".join(one.text for one in found.findings)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda point: os.truncate(point / "vda.qcow2", 70000),
+        lambda point: os.truncate(point / "vda.digests", 0),
+        lambda point: (point / "vda.qcow2").write_bytes(bytes((point / "vda.qcow2").stat().st_size)),
+    ],
+)
+def test_of_a_vm_with_a_damaged_layer_everything_is_read_each_time(tmp_path, spoil):
+    """Also of one that the newest point does not need."""
+    vm = many_points.make(tmp_path / "repository", [2, 2])
+    spoil(vm.path / many_points.point_number(0))
+    renew(vm)
+    assert not summary.look(vm).fits
+    found = check.examine(vm, check.Limits(check.timedelta(days=36500)), check.datetime.now(check.UTC))
+    assert "2 points damaged" in found.findings[0].text

@@ -156,7 +156,7 @@ SHOW = "import sys; print(open('/proc/self/status').read()); print(open('/proc/n
 def test_a_confined_child_has_no_rights_of_root(tmp_path):
     rights = confined.rights_for_kvm()
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", SHOW],
+        [os.path.realpath(sys.executable), "-I", "-S", "-c", SHOW],  # .venv may be in a home closed to others
         capture_output=True,
         text=True,
         check=False,

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from backupctl.errors import CommandFailed, Failed, OutcomeUnknown, TargetExists
-from backupctl.vm.libvirt import define, definition, xml
-from backupctl.vm.libvirt.define import Changes, NewDisk
+from backupctl.vm import define
+from backupctl.vm.define import Changes, NewDisk
+from backupctl.vm.libvirt import definition, xml
 
 STORED = """\
 <domain type='kvm' id='7'>
