@@ -146,7 +146,7 @@ _OPTIONS = (
         "--jobs-per-host",
         type=click.IntRange(1, settings.MAX_JOBS),
         metavar="N",
-        help="But at most on N that run on the same host. Default: as --jobs.",
+        help="Of these, work on at most N that run on the same host. Default: as --jobs.",
     ),
     _seconds("--random-delay", "Wait for a random time first, SECONDS at most."),
     _seconds("--wait-lock", "Wait for another run that works on a VM, SECONDS at most."),

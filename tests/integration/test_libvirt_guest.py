@@ -219,7 +219,8 @@ def test_a_guest_that_a_full_scratch_file_paused_goes_on_and_none_of_its_writes_
         run.kill()
     if not killed:
         assert run.returncode == 1, said
-        assert "paused the guest" in said
+        # On a busy machine the run may look at the file system first, which is as full.
+        assert "paused the guest" in said or "is filling up (0 MiB left)" in said, said
     wait_for(lambda: guest.is_running() and not guest.has_job())
     assert guest.control.readline().strip() == "ok"
     assert guest.tell("stop") == "ok"

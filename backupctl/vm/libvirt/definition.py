@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from backupctl.errors import CommandFailed, Failed
+from backupctl.errors import CommandFailed
 from backupctl.names import safe_file_name
 from backupctl.system import bounded_read
 from backupctl.vm.definition import Definition, DefinitionFile, state_file
@@ -33,25 +33,23 @@ def definition(connection: Connection) -> Definition:
     """Return the XML of a domain as it is defined. Raises MonitorError if libvirt is lost."""
     try:
         text = connection.call("virDomainGetXMLDesc", lambda: connection.domain.XMLDesc(_INACTIVE))
-        xml.parse(text)
     except CommandFailed as err:
         return Definition(omitted=(err.message,))
-    except Failed as err:
-        if type(err) is not Failed:
-            raise
-        return Definition(omitted=(err.message,))
+    if len(text) > xml.MAX_BYTES:
+        return Definition(omitted=(f"the XML of the domain has {len(text)} characters",))
     return Definition((DefinitionFile("domain", "domain.xml", "", text.encode()),))
 
 
 def state_files(connection: Connection, files: Files, *, firmware: bool) -> Definition:
-    """Read a domain's UEFI variables (firmware), and the state of its TPM. Raises MonitorError.
+    """Read a domain's UEFI variables (firmware), and the state of its TPM. Raises MonitorError, Failed.
 
     files: those of libvirt's machine. The state of a TPM is read on this machine only.
     """
     try:
-        root = xml.parse(connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc))
+        text = connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc)
     except CommandFailed as err:
         return Definition(omitted=(err.message,))
+    root = xml.parse(text)
     found = Definition()
     if firmware and (variables := variables_path(root)):
         found += state_file("variables", "variables.fd", Path(variables), files.read_plain)

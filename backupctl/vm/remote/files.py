@@ -154,7 +154,7 @@ class RemoteFiles:
         try:
             yield
         except (KeyError, TypeError, ValueError, IndexError) as err:
-            raise MonitorError(f"what {self._channel.host} answers makes no sense") from err
+            raise MonitorError(f"what {self._channel.host} answers is invalid") from err
 
 
 class RemoteFilling(Filling):
