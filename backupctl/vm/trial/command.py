@@ -10,9 +10,8 @@ from backupctl.vm.trial.options import DiskBus, TrialOptions
 AGENT_PORT = "org.qemu.guest_agent.0"
 """The name of the port where a guest agent listens (qga/main.c, QGA_VIRTIO_PATH_DEFAULT)."""
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-# Where KVM is nested, the host's own hypervisor may show this register (MSR 0x10a) and refuse to set it: QEMU
-# 10.0 then aborts (kvm_buf_set_msrs in target/i386/kvm/kvm.c). It tells a guest only which mitigations it can do
-# without.
+# Where KVM is nested, the host's own hypervisor may show this register (MSR 0x10a) and refuse to set it: then
+# QEMU 10.0 aborts (kvm_buf_set_msrs in target/i386/kvm/kvm.c). No guest needs it to boot.
 _CPU = "max,arch-capabilities=off"
 _CONTROLLERS: Mapping[DiskBus, tuple[str, ...]] = {
     "virtio": (),
