@@ -15,6 +15,7 @@ from backupctl.system import bounded_read
 from backupctl.vm.definition import Definition, DefinitionFile, state_file
 from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import Connection
+from backupctl.vm.qmp.files import LOCAL, Files
 
 _INACTIVE = 2
 """VIR_DOMAIN_XML_INACTIVE: what the domain is defined as. Without VIR_DOMAIN_XML_SECURE: no passwords."""
@@ -25,6 +26,7 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _MOST_TPM_FILES = 16
 _MOST_TPM_BYTES = 1 << 20
 _NO_STATE = (".lock",)
+_TPM_ELSEWHERE = Definition(omitted=("the state of the TPM: it is on another host",))
 
 
 def definition(connection: Connection) -> Definition:
@@ -38,8 +40,11 @@ def definition(connection: Connection) -> Definition:
     return Definition((DefinitionFile("domain", "domain.xml", "", text.encode()),))
 
 
-def state_files(connection: Connection, *, firmware: bool) -> Definition:
-    """Read a domain's UEFI variables (firmware), and the state of its TPM. Raises MonitorError, Failed."""
+def state_files(connection: Connection, files: Files, *, firmware: bool) -> Definition:
+    """Read a domain's UEFI variables (firmware), and the state of its TPM. Raises MonitorError, Failed.
+
+    files: those of libvirt's machine. The state of a TPM is read on this machine only.
+    """
     try:
         text = connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc)
     except CommandFailed as err:
@@ -47,11 +52,11 @@ def state_files(connection: Connection, *, firmware: bool) -> Definition:
     root = xml.parse(text)
     found = Definition()
     if firmware and (variables := variables_path(root)):
-        found += state_file("variables", "variables.fd", Path(variables), bounded_read.read)
+        found += state_file("variables", "variables.fd", Path(variables), files.read_plain)
     elif firmware and root.find("os/nvram") is not None:
         found += Definition(omitted=("the UEFI variables are not in a file of this host",))
     if (tpm := root.find("devices/tpm/backend[@type='emulator']")) is not None:
-        found += _tpm_state(root, tpm)
+        found += _tpm_state(root, tpm) if files is LOCAL else _TPM_ELSEWHERE
     return found
 
 
