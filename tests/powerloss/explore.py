@@ -51,7 +51,7 @@ class Recorded:
         """Return the committed points of a tree with their files."""
         found: Points = {}
         for path, content in tree.items():
-            parts = path.split("/")
+            parts = path.split("/", 2)
             if len(parts) == 3 and content is not None and not parts[1].endswith(".partial"):
                 found.setdefault(parts[1], {})[parts[2]] = (content, WHOLE)
         return found
@@ -209,7 +209,7 @@ def _points(directory: VmDirectory, before: Points, after: Points, due: str | No
     if not set(before) <= there or (due and due not in there):
         return f"a committed point is gone; there are {sorted(there)}"
     for point in survey.points:
-        names = {path.name for path in point.path.iterdir()}
+        names = {str(path.relative_to(point.path)) for path in point.path.rglob("*") if not path.is_dir()}
         if names != set(after[point.id]):
             return f"{point.id} holds {sorted(names)}"
         for name, (content, fate) in after[point.id].items():
