@@ -25,6 +25,8 @@ BitmapName = NewType("BitmapName", str)
 
 PREFIX = "backupctl-"
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}", re.ASCII)
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+-]", re.ASCII)
+_MOST_OF_A_NAME = 80
 _POINT = re.compile(r"[0-9]{8}T[0-9]{6}Z", re.ASCII)
 _BITMAP = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-([0-9]{{8}}T[0-9]{{6}}Z)(-{_SAFE.pattern})?", re.ASCII)
 _UNION = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-since", re.ASCII)
@@ -41,6 +43,17 @@ def vm_name(text: str) -> VmName:
 def disk_name(text: str) -> DiskName:
     """Check a disk's name, which becomes part of a file's name. Raises InvalidName."""
     return DiskName(_checked(text, "disk name"))
+
+
+def file_name(text: str) -> str:
+    """Check the name of a file of the VM's definition in a point. Raises InvalidName."""
+    return _checked(text, "file name")
+
+
+def safe_file_name(text: str) -> str:
+    """Return a name that `file_name` accepts, as close to `text` as can be."""
+    kept = _UNSAFE.sub("-", text)[:_MOST_OF_A_NAME].lstrip("._+-") or "file"
+    return f"{kept}-" if kept.endswith(".partial") or kept in _TAKEN else kept
 
 
 @lru_cache(1 << 16)  # a prune looks at the names of all points after each step

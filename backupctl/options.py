@@ -26,7 +26,10 @@ class QmpAccess:
 
 @dataclass(frozen=True)
 class LibvirtAccess:
-    """A domain of libvirt. uri: of a libvirt on this machine. domain: its name there."""
+    """A domain of libvirt.
+
+    uri: of a libvirt, on this machine or on another (`system.libvirt_uri`). domain: its name there.
+    """
 
     uri: str
     domain: str
@@ -68,8 +71,8 @@ class VmConfig:
     """A virtual machine as the user names it.
 
     disk_names: the VM's own name of a disk (with QEMU: qdev id, node or device name) to the name it is stored
-    under. images: those of its disks, for when it is off. when_off: what a backup does then; None for
-    "backup" if there are images, otherwise "fail".
+    under. images: those of its disks, for when it is off; libvirt tells them for its domains, unless named
+    here. when_off: what a backup does then; None for "backup" if the images are known, otherwise "fail".
     """
 
     name: VmName
@@ -142,7 +145,8 @@ class RunOptions:
     """What one run was asked to do.
 
     disks: names of disks to take; all writable ones if empty. since: the point to differ from; None for the
-    newest. limit_bytes_per_second: rate limit of the copy over all disks; None for none.
+    newest. limit_bytes_per_second: rate limit of the copy over all disks; None for none. include: files of
+    the VM's host that are stored with the point. firmware: whether the UEFI variables are backed up.
     """
 
     kind: Kind
@@ -154,3 +158,5 @@ class RunOptions:
     scratch: ScratchOptions = ScratchOptions()
     chain: ChainOptions = ChainOptions()
     timeouts: Timeouts = DEFAULT_TIMEOUTS
+    include: tuple[Path, ...] = ()
+    firmware: bool = True

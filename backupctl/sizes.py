@@ -22,5 +22,18 @@ MOST_LAYERS = 500
 """Layers of a chain that are opened, at most: a chain is handed to QEMU whole, link within link, as one
 argument, of which Linux takes 128 KiB (MAX_ARG_STRLEN)."""
 
+MAX_DEFINITION_FILE_BYTES = 64 << 20
+"""A file that describes a VM (its XML, its UEFI variables, a file that the user named) is not larger."""
+
+MAX_DEFINITION_FILES = 100
+"""A point holds at most so many of them."""
+
+MAX_DEFINITION_BYTES = 256 << 20
+"""All of them together: they are in memory while a run works."""
+
+MAX_INCLUDED_FILES = 64
+MAX_INCLUDED_BYTES = 160 << 20
+"""Of these, the files that the user named; the rest is for what the VM itself has."""
+
 Range = tuple[int, int]
 """Part of a disk: offset and length, in bytes."""

@@ -40,11 +40,20 @@ def pytest_configure(config: pytest.Config) -> None:
     """Give the session a temporary directory of its own: what killed processes leave goes with it."""
     if hasattr(config, "workerinput"):
         return  # a worker of xdist has inherited it
+    root = _temporary_root()
     # pytest keeps its own directories, which show what failed.
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    directory = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bt-")
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", root)
+    directory = os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="bt-", dir=root)
+    os.environ["STATE_DIRECTORY"] = f"{directory}/state"  # not this machine's own
     Path(directory).chmod(0o1777)  # like the system's own: a QEMU of another user has its sockets there, too
     config.add_cleanup(lambda: shutil.rmtree(directory, ignore_errors=True))
+
+
+def _temporary_root() -> str:
+    """Return where temporary files go: to a disk. Debian 13 has /tmp in memory, which has other manners."""
+    mounts = [line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    in_memory = ["/tmp", "tmpfs"] in mounts and "TMPDIR" not in os.environ
+    return "/var/tmp" if in_memory else tempfile.gettempdir()
 
 
 def get_build(which: str) -> Build:

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import get_args
 
 import click
@@ -47,6 +48,8 @@ class RunArguments:
     limit: int | None
     scratch_size: int | None
     keep_checkpoints: int
+    include_files: tuple[Path, ...] = ()
+    no_firmware: bool = False
     disks: tuple[str, ...] = ()
     on_broken_chain: OnBrokenChain = common.DEFAULTS.chain.on_broken
     max_chain: int = common.DEFAULTS.chain.max_layers
@@ -55,7 +58,26 @@ class RunArguments:
 
 _FOR_EVERY_RUN = (
     click.option(
-        "--disk", "disks", multiple=True, default=(), metavar="D", help="Only this disk; may be repeated."
+        "--disk",
+        "disks",
+        multiple=True,
+        default=(),
+        metavar="D",
+        help="Back up only this disk; may be repeated.",
+    ),
+    click.option(
+        "--include-file",
+        "include_files",
+        type=param_types.PATH,
+        multiple=True,
+        default=(),
+        metavar="FILE",
+        help="Store this file of the VM's host with the point; may be repeated.",
+    ),
+    click.option(
+        "--no-firmware",
+        is_flag=True,
+        help="Leave out the UEFI variables.",
     ),
     click.option(
         "--keep-checkpoints",
@@ -169,7 +191,7 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
 def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> None:
     """Take a full recovery point of a VM: all data of all its writable disks.
 
-    A VM that is off is backed up by its images, if image or --image names them.
+    A VM that is off is backed up by its images, if image or --image names them or libvirt knows them.
 
     If there is no repository yet, it creates one, once the VM has answered.
     """
@@ -269,6 +291,8 @@ def options_of(target: Target, kind: Kind, asked: RunArguments) -> RunOptions:
         scratch=ScratchOptions(target.scratch, asked.scratch_size),
         chain=ChainOptions(asked.on_broken_chain, asked.max_chain, asked.keep_checkpoints),
         timeouts=target.timeouts,
+        include=asked.include_files,
+        firmware=not asked.no_firmware,
     )
 
 

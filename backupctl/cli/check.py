@@ -222,7 +222,7 @@ def _text(verdicts: Sequence[Verdict], level: Level) -> str:
     if len(verdicts) == 1:
         return f"{verdicts[0].vm}: {_findings(verdicts[0])}"
     if level is Level.OK:
-        return f"all {len(verdicts)} VMs have a recent, sound recovery point"
+        return f"{len(verdicts)} VMs, each with a recent, sound recovery point"
     bad = sorted((one for one in verdicts if one.level), key=lambda one: one.level is not level)
     more = f"; and {len(bad) - _MOST_NAMED} more" if len(bad) > _MOST_NAMED else ""
     named = "; ".join(f"{one.vm}: {_findings(one)}" for one in bad[:_MOST_NAMED])

@@ -172,10 +172,28 @@ def point_or_time(point: str | None, at: str | None) -> str | None:
     return point or at
 
 
+def point_then_paths(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command `[POINT] [PATH]...`, and `--at`; it is called with `point` and `paths`.
+
+    A PATH begins with a slash, so POINT may be left out: it is then `latest`.
+    """
+
+    @functools.wraps(command)
+    def call(*arguments: Any, words: tuple[str, ...], at: str | None, **given: Any) -> Any:
+        named, paths = (None, words) if not words or words[0].startswith("/") else (words[0], words[1:])
+        checked = (
+            None if named is None else param_types.POINT.convert(named, None, click.get_current_context())
+        )
+        return command(*arguments, point=point_or_time(checked, at) or "latest", paths=paths, **given)
+
+    option = at_option("In place of POINT: the newest point not later than this")
+    words = click.argument("words", metavar="[POINT] [PATH]...", nargs=-1, shell_complete=completion.points)
+    return words(option(call))
+
+
 def _missing_argument(name: str) -> click.MissingParameter:
     context = click.get_current_context()
-    found = next(one for one in context.command.params if one.name == name)
-    return click.MissingParameter(ctx=context, param=found)
+    return click.MissingParameter(ctx=context, param_hint=f"'{name.upper()}'", param_type="argument")
 
 
 def named(
@@ -305,7 +323,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--libvirt",
         type=param_types.LIBVIRT_URI,
         metavar="URI",
-        help="libvirt, for a VM that it manages: qemu:///system.",
+        help="libvirt, for a VM that it manages: qemu:///system, or qemu+ssh://HOST/system.",
     ),
     click.option("--domain", metavar="NAME", help="The VM's name in libvirt.  [default: the same]"),
     click.option(

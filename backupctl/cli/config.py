@@ -181,8 +181,8 @@ def _redacted(name: str, value: Any) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{disk} = {stored}" for disk, stored in value.items())
-    if isinstance(value, list):
-        return shlex.join(value)
+    if isinstance(value, list | tuple):
+        return shlex.join(map(str, value))
     return "-" if value is None else str(value)
 
 

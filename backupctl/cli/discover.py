@@ -19,6 +19,7 @@ from backupctl.options import DEFAULT_TIMEOUTS
     2,
     examples=(
         ("All domains of libvirt, and which are configured", "backupctl discover"),
+        ("Those of another host", "backupctl discover --libvirt qemu+ssh://root@vmhost/system"),
         ("Tables for the configuration, for those that are not", "backupctl discover 'web*' --toml"),
     ),
 )
@@ -45,7 +46,10 @@ def discover(
     config: str | None,  # noqa: ARG001 - the invocation has read it
     as_json: bool,
 ) -> None:
-    """List the domains of libvirt, and as which VMs they are configured. A PATTERN is such as 'web*'."""
+    """List the domains of libvirt, and as which VMs they are configured.
+
+    PATTERN may contain wildcards: 'web*'.
+    """
     configured: defaultdict[tuple[str, str], tuple[str, ...]] = defaultdict(tuple)
     for name, said in Invocation.of(context).config.content.vm.items():
         if said.libvirt:

@@ -12,6 +12,7 @@ from backupctl.errors import UNTOUCHED, Failed
 from backupctl.operations.doctor import run as core
 from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
+from backupctl.progress import counted
 
 
 @common.command(
@@ -62,14 +63,22 @@ def doctor(target: Target, context: click.Context, *, report: Path | None, as_js
         raise Failed(
             f"a backup of {found.vm} would fail: {len(found.bad)} of {len(found.findings)} checks failed",
             state=UNTOUCHED,
-            hint="fix what is marked bad, then check again",
+            hint="fix what is marked FAIL, then check again",
             next_command=f"backupctl doctor {found.vm}",
         )
 
 
+_MARKS = {"ok": "OK", "warning": "WARN", "bad": "FAIL"}
+
+
 def _tell(found: Diagnosis) -> None:
+    width = max(len(one.subject) for one in found.findings)
     for one in found.findings:
-        head = f"{one.verdict:<8} {one.subject:<11} "
+        head = f"{_MARKS[one.verdict]:<4}  {one.subject:<{width}}  "
         output.print_wrapped(head, one.said)
         if one.advice:
             output.print_wrapped(" " * len(head), f"({one.advice})")
+    if not found.bad:
+        warnings = sum(one.verdict == "warning" for one in found.findings)
+        also = f", with {counted(warnings, 'warning')}" if warnings else ""
+        output.print_line(f"{found.vm} can be backed up{also}.")

@@ -22,7 +22,7 @@ from backupctl.operations.files import run as core
 from backupctl.operations.files.extract import ExtractReport
 from backupctl.operations.files.run import Found, Place, Selection
 from backupctl.outcome import documents
-from backupctl.progress import Reporter
+from backupctl.progress import Reporter, counted
 
 _TYPES = {
     "file": stat.S_IFREG,
@@ -52,7 +52,7 @@ class Arguments:
     4,
     75,
     examples=(
-        ("Which file systems a point holds", "backupctl files web latest"),
+        ("Which file systems the newest point holds", "backupctl files web"),
         ("List a directory", "backupctl files web latest /etc"),
         (
             "Copy a file and a directory out",
@@ -65,8 +65,7 @@ class Arguments:
     ),
 )
 @common.named(needs_vm=False)
-@common.point()
-@click.argument("paths", metavar="[PATH]...", nargs=-1)
+@common.point_then_paths
 @click.option("--to", type=param_types.PATH, metavar="DIR", help="Copy each PATH into this directory.")
 @click.option("--disk", metavar="D", help="Only on this disk.")
 @click.option(
@@ -81,7 +80,7 @@ class Arguments:
 @common.gathered(Arguments)
 @common.gathered(Selection)
 def files(target: Target, asked: Arguments, selection: Selection, *, point: str) -> None:
-    """List files of POINT, or copy them out with --to.
+    """List files of POINT (default: `latest`), or copy them out with --to.
 
     Without a PATH it shows the disks, their partitions and file systems. A PATH is looked for on each of
     them. ext2, ext3, ext4, XFS and FAT are read, on partitions (GPT, MBR), linear volumes of LVM, or whole
@@ -123,6 +122,8 @@ def _show_places(places: tuple[Place, ...], *, as_json: bool) -> None:
         return
     rows = [(one.name, units.size(one.size), one.kind or "-", _state(one)) for one in places]
     output.print_table(("PLACE", "SIZE>", "HOLDS", "STATE"), rows)
+    for kinds, text in core.advice(places):
+        output.print_line(f"{kinds}: {text}")
 
 
 def _state(one: Place) -> str:
@@ -166,6 +167,10 @@ def _show_report(report: ExtractReport, reporter: Reporter, *, as_json: bool) ->
         output.print_json(documents.extracted(report))
         return
     output.print_line(
-        f"{report.files} files and {report.directories} directories copied to {report.target} "
+        f"{counted(report.files, 'file')} and {_directories(report.directories)} copied to {report.target} "
         f"({units.size(report.data_bytes)})"
     )
+
+
+def _directories(number: int) -> str:
+    return f"{number:,} {'directory' if number == 1 else 'directories'}"

@@ -15,6 +15,7 @@ from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.events.repository import HistoryMismatch
 from backupctl.names import VmName, point_time
 from backupctl.operations import usage
+from backupctl.operations.restore import definition
 from backupctl.outcome import documents
 from backupctl.progress import counted
 from backupctl.repository import audit, summary
@@ -48,7 +49,8 @@ _UTC = click.option("--utc", is_flag=True, help="Show times in UTC, not in local
 def list_points(target: Target, *, utc: bool, totals: bool, as_json: bool) -> None:
     """List the recovery points of VMs, or of all VMs in every configured repository, newest last.
 
-    STORED is what the images of a point take; CHAIN is what a restore reads: its images and those below.
+    STORED is what the images of a point take; CHAIN is what a restore reads: its images and those below. A
+    narrow terminal shows fewer columns.
     """
     if totals and as_json:
         raise UsageError("--totals and --json are mutually exclusive")
@@ -61,6 +63,7 @@ def list_points(target: Target, *, utc: bool, totals: bool, as_json: bool) -> No
 
 
 _COLUMNS = ("VM", "POINT", "TIME", "AGE", "KIND", "STORED>", "CHAIN>", "CONSISTENT", "DISKS", "PROTECTED")
+_SPARE = ("TIME", "CHAIN", "DISKS")
 _TOTALS = ("VM", "POINTS>", "NEWEST", "AGE", "STORED>", "OF DROPPED>")
 Row = tuple[str, ...]
 
@@ -112,7 +115,7 @@ class _Look:
                 continue
             if len(self.directories) > 1:
                 output.print_line(f"{path}:")
-            output.print_table(columns, itertools.chain([first], rows), narrow=True)
+            output.print_table(columns, itertools.chain([first], rows), spare=_SPARE, narrow=True)
             output.print_line(total.text())
 
     def tell(self) -> None:
@@ -233,24 +236,43 @@ def _kind(disks: Sequence[DiskSummary] | Sequence[DiskEntry]) -> str:
     return f"incremental ({full} full)" if full else "incremental"
 
 
+_CONSISTENCIES = {
+    "filesystem": "file systems frozen",
+    "crash": "crash-consistent: not frozen",
+    "offline": "the VM was off",
+}
+
+
 @common.command(
     "show",
     0,
     2,
     4,
     examples=(
-        ("The newest point", "backupctl show web latest"),
+        ("The newest point", "backupctl show web"),
         ("The one before it", "backupctl show web latest~1"),
+        ("The XML of its domain, or what QEMU told of it", "backupctl show web latest --definition"),
     ),
 )
 @common.named(needs_vm=False)
-@common.point()
+@common.point(default="latest")
 @_UTC
+@click.option(
+    "--definition",
+    "wants_definition",
+    is_flag=True,
+    help="Print the XML of libvirt's domain, or what QEMU told of the VM, as the point holds it.",
+)
 @common.json_option
-def show(target: Target, *, point: str, utc: bool, as_json: bool) -> None:
-    """Show one recovery point: POINT is an id, the beginning of one, `latest`, or `latest~N`."""
+def show(target: Target, *, point: str, utc: bool, wants_definition: bool, as_json: bool) -> None:
+    """Show one recovery point. POINT is an id, the beginning of one, `latest` (default), or `latest~N`."""
     directory = target.vm_directory()
     found = directory.point(point)
+    if wants_definition:
+        if as_json:
+            raise UsageError("--definition and --json are mutually exclusive")
+        output.print_content(definition.main_file(directory, found))
+        return
     every = directory.scan_some(directory.all_points())
     chain = usage.chain_bytes((*every.committed.points, *every.retired.points)).get(found.id)
     if as_json:
@@ -269,9 +291,9 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
         ("kind", _kind(manifest.disks)),
         ("parent", manifest.parent or "none"),
         ("time", f"{times.local(taken, utc=utc)}, {times.age(taken, times.now())}"),
-        ("taken", f"{manifest.start} to {manifest.end}"),
-        ("consistency", manifest.consistency),
-        ("frozen", f"{frozen} (asked: {freeze.asked})"),
+        ("run", f"{times.stamp(manifest.start, utc=utc)} to {times.stamp(manifest.end, utc=utc)}"),
+        ("consistency", _CONSISTENCIES[manifest.consistency]),
+        ("frozen", f"{frozen} (--freeze {freeze.asked})"),
         ("made by", f"backupctl {manifest.backupctl}, QEMU {manifest.qemu}"),
         ("stored", units.size(sum(entry.stored_bytes for entry in manifest.disks))),
         ("chain", "unknown" if chain is None else f"{units.size(chain)}, which a restore reads"),
@@ -296,7 +318,14 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
             )
             for entry in manifest.disks
         ],
+        spare=("FORMAT", "NODE", "PARENT"),
     )
+    if manifest.definition:
+        output.print_line("")
+        output.print_table(
+            ("FILE", "KIND", "FROM"),
+            [(one.name, one.kind, one.origin or "-") for one in manifest.definition],
+        )
     for entry in manifest.disks:
         if entry.reason:
             how = "read in full and compared" if entry.scanned else "taken full"

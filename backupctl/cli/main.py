@@ -219,7 +219,7 @@ def _bug() -> Failed:
     kind, text, _ = sys.exc_info()
     return Failed(
         f"an error in backupctl itself: {kind.__name__ if kind else ''}: {text!s:.200}",
-        state="what had been started was rolled back where that was possible",
+        state="everything that could be rolled back was rolled back",
         hint="please report it, with the log",
     )
 

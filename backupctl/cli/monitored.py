@@ -115,14 +115,12 @@ def state_directory(config: Config) -> Path:
 
 
 def is_remembered(target: Target) -> bool:
-    """Whether results of this VM are remembered: metrics or notices need them.
+    """Whether results of this VM are remembered, for `check`, the report, metrics and notices.
 
     Only those of a VM of the configuration in its configured repository: a backup to another one must not
     look like one to that.
     """
-    said, metrics = target.config.of(target.name), target.config.content.metrics
-    if (said.notify, metrics) == (NotifySettings(), MetricsSettings()):
-        return False
+    said = target.config.of(target.name)
     if target.name not in target.config.vms or not said.repository:
         return False
     return target.repository_path == param_types.absolute(said.repository)
@@ -141,9 +139,10 @@ class _Watch:
 
     @classmethod
     def of(cls, target: Target, kind: "Kind", command: str, reporter: RecordingReporter) -> "_Watch | None":
-        """Return one for a command; None if the configuration asks for nothing that surrounds it."""
+        """Return one for a command; None if nothing surrounds it, and the VM is not in the configuration."""
         said, metrics = target.config.of(target.name), target.config.content.metrics
-        if (said.hooks, said.notify, metrics) == (HookSettings(), NotifySettings(), MetricsSettings()):
+        is_asked = (said.notify, metrics) != (NotifySettings(), MetricsSettings())
+        if not is_asked and said.hooks == HookSettings() and not is_remembered(target):
             return None
         from backupctl.monitoring.follow import Follower  # noqa: PLC0415 - most commands need none of it
         from backupctl.monitoring.result import Result  # noqa: PLC0415 - as above
@@ -155,6 +154,7 @@ class _Watch:
             _channels(said.notify),
             state_directory(target.config) if is_remembered(target) else None,
             param_types.absolute(metrics.textfile) if metrics.textfile else None,
+            state_is_asked_for=is_asked,
         )
         started = Result(target.vm_name, command, str(place), time.time())
         return cls(kind, reporter, _hooks(said.hooks), follower, started, len(reporter.events))

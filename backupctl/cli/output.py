@@ -100,7 +100,7 @@ def finish(code: int) -> int:
         return code
     why = "its reader has left" if isinstance(lost, BrokenPipeError) else lost.strerror
     if _output.done:
-        print_message(f"standard output takes no more ({why}), but {_output.done}", "warning")
+        print_message(f"cannot write more to standard output ({why}), but {_output.done}", "warning")
         return code
     if code or isinstance(lost, BrokenPipeError):
         return code
@@ -136,6 +136,14 @@ def print_line(text: str) -> None:
     _output.write(wrapped("", text, indent, sys.stdout) + "\n")
 
 
+def print_content(content: bytes) -> None:
+    """Write the text of a stored file to stdout: as it is to a pipe or file, cleaned to a terminal."""
+    text = content.decode(errors="replace")
+    if sys.stdout.isatty():
+        text = "\n".join(clean(line) for line in text.splitlines()) + "\n"
+    _output.write(text)
+
+
 def print_styled(text: str) -> None:
     """Write to stdout what `rich` has made, its own escape sequences in it; what is in it must be clean."""
     _output.write(text)
@@ -160,28 +168,61 @@ def wrapped(head: str, text: str, indent: str, stream: TextIO) -> str:
     )
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, narrow: bool = False) -> None:
+def print_table(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    spare: Sequence[str] = (),
+    narrow: bool = False,
+) -> None:
     """Write a table to stdout: columns as wide as needed, those ending in ">" to the right.
 
-    Of a long table the first rows decide how wide. narrow: leave out the last column if it is empty.
+    Of a long table the first rows decide how wide. spare: columns that a terminal does without if it is too
+    narrow for all, the first of them first. narrow: leave out the last column if it is empty.
     """
     left = iter(rows)
     first = [[clean(cell) for cell in row] for row in islice(left, _FIRST_ROWS)]
     more = next(left, None)
+    heads = [heading.removesuffix(">") for heading in headings]
+    table = [
+        _Column(number, head, heading.endswith(">"), max(map(len, (head, *(row[number] for row in first)))))
+        for number, (heading, head) in enumerate(zip(headings, heads, strict=True))
+    ]
     if narrow and more is None and not any(row[-1] for row in first):  # 80 columns are soon full
-        columns, first = columns[:-1], [row[:-1] for row in first]
-    heads = [column.removesuffix(">") for column in columns]
-    widths = [max(map(len, cells)) for cells in zip(heads, *first, strict=True)]
-    line = "  ".join(
-        f"{{:{'>' if column.endswith('>') else '<'}{width}}}"
-        for column, width in zip(columns, widths, strict=True)
-    )
+        table.pop()
+    if sys.stdout.isatty():
+        table = _narrowed(table, spare, columns(least=40, margin=0))
+    line = "  ".join(column.field for column in table)
     for cells in (heads, *first):
         _output.write(line.format(*cells).rstrip() + "\n")
     for row in [] if more is None else chain([more], left):
         text = line.format(*row).rstrip()
         _output.write((text if text.isprintable() else line.format(*map(clean, row)).rstrip()) + "\n")
     _output.flush()
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of a table. number: from 0, of its cell in each row."""
+
+    number: int
+    heading: str
+    to_the_right: bool
+    width: int
+
+    @property
+    def field(self) -> str:
+        """A replacement field of `str.format`, for a row."""
+        return f"{{{self.number}:{'>' if self.to_the_right else '<'}{self.width}}}"
+
+
+def _narrowed(table: list[_Column], spare: Sequence[str], limit: int) -> list[_Column]:
+    """Return the columns that fit."""
+    for heading in spare:
+        if sum(column.width + 2 for column in table) - 2 <= limit:
+            break
+        table = [column for column in table if column.heading != heading]
+    return table
 
 
 def printable(text: str, instead: str, stream: TextIO | None = None) -> str:
@@ -228,8 +269,9 @@ _PRIORITIES: "dict[Level, int]" = {"debug": 7, "step": 6, "note": 6, "warning": 
 
 
 def print_message(text: str, level: "Level") -> None:
-    """Write a line to stderr. Never raises."""
-    print_to_stderr([message_line(clean(text), level)])
+    """Write a line to stderr; on a terminal it is wrapped between words. Never raises."""
+    line = message_line(clean(text), level)
+    print_to_stderr([line if level == "debug" else wrapped("", line, "  ", sys.stderr)])
 
 
 def message_line(text: str, level: "Level") -> str:

@@ -66,7 +66,7 @@ class RelayReporter:
         """So much is copied."""
         self._overall.note(label, done_bytes, total_bytes)
         now = time.monotonic()
-        if now - self._told >= LINE_SECONDS:
+        if now - self._told >= LINE_SECONDS and self._overall.total_bytes:
             self._told = now
             self._write({"severity": "progress", "text": progress_text(self._overall)})
 

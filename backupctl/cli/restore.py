@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl restore`."""
 
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, reporters, units
+from backupctl.cli import common, output, param_types, reporters, units
 from backupctl.cli.target import Target
 from backupctl.errors import DamageFound, UsageError
 from backupctl.images.create import ImageFormat
 from backupctl.images.foreign_header import FEATURES, ImageFeature
-from backupctl.operations.restore import in_place, overlay, whole
+from backupctl.operations.restore import definition, in_place, overlay, whole
+from backupctl.operations.restore.definition import RestoredFile
 from backupctl.operations.restore.destination import STDOUT
 from backupctl.operations.restore.in_place import InPlaceReport
 from backupctl.operations.restore.overlay import OverlayReport
@@ -22,6 +25,12 @@ from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import RestoreReport
 from backupctl.outcome import documents
 from backupctl.progress import Reporter
+from backupctl.system import libvirt_uri
+
+if TYPE_CHECKING:  # it loads what few restores need
+    from backupctl.operations.restore.define import DefineReport
+
+DEFAULT_URI = "qemu:///system"
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,9 @@ class RestoreArguments:
     thin: bool
     only_changed: bool
     allowed: tuple[ImageFeature, ...]
+    with_definition: bool
+    define: bool
+    keep_identity: bool
     as_json: bool
 
 
@@ -62,6 +74,14 @@ class RestoreArguments:
         (
             "Only the differences, onto a device in place",
             "backupctl restore web --disk vda --to /dev/vg/web --only-changed",
+        ),
+        (
+            "The disks, and the files that describe the VM",
+            "backupctl restore web --to /srv/restored/ --with-definition",
+        ),
+        (
+            "A VM of libvirt on a new host: its disks, and a domain that uses them",
+            "backupctl restore web --to /var/lib/libvirt/images/web/ --define",
         ),
     ),
 )
@@ -101,6 +121,28 @@ class RestoreArguments:
     multiple=True,
     help="Accept that the existing qcow2 image has a backing file, an external data file, or is encrypted.",
 )
+@click.option(
+    "--with-definition",
+    is_flag=True,
+    help="Also restore the files that describe the VM, to DIR/definition/.",
+)
+@click.option(
+    "--define",
+    is_flag=True,
+    help="Define the VM in libvirt, with the restored disks; it is not started.",
+)
+@click.option(
+    "--keep-identity",
+    is_flag=True,
+    help="With --define: keep the UUID and the MAC addresses. Without: the VM gets new ones.",
+)
+@click.option(
+    "--libvirt",
+    type=param_types.LIBVIRT_URI,
+    metavar="URI",
+    help="With --define: libvirt.  [default: qemu:///system]",
+)
+@click.option("--domain", metavar="NAME", help="With --define: the new VM's name.  [default: the same]")
 @common.json_option
 @common.gathered(RestoreArguments)
 def restore(target: Target, asked: RestoreArguments) -> None:
@@ -118,7 +160,7 @@ def restore(target: Target, asked: RestoreArguments) -> None:
     The VM is not touched, and the repository is only read.
     """
     directory = target.vm_directory()
-    run = _way(asked)
+    run = _way(asked, target)
     stop = Cancellation()
     with stop.on_signals():
         with reporters.reporter() as reporter:
@@ -133,16 +175,21 @@ def restore(target: Target, asked: RestoreArguments) -> None:
                 allow_damage=asked.allow_damage,
                 allowed=asked.allowed,
             )
+            if asked.with_definition:
+                definition.refuse(request)
             tell = run(request, asked, reporter, stop)
+            files = definition.restore(request, reporter) if asked.with_definition else ()
         output.done(f"the restore to {asked.to} is complete")
-        tell()
+        tell(files)
 
 
-Run = Callable[[RestoreRequest, RestoreArguments, Reporter, Cancellation], Callable[[], None]]
+Tell = Callable[[Sequence[RestoredFile]], None]
+"""Prints the outcome. It is given the files of the definition that were restored as well."""
+Run = Callable[[RestoreRequest, RestoreArguments, Reporter, Cancellation], Tell]
 """Restores; what it returns prints the outcome."""
 
 
-def _way(asked: RestoreArguments) -> Run:
+def _way(asked: RestoreArguments, target: Target) -> Run:
     """Return what restores in the way that was asked for. Raises UsageError."""
     if asked.as_json and asked.to == STDOUT:
         raise UsageError("standard output cannot hold both an image and the document of --json")
@@ -154,41 +201,69 @@ def _way(asked: RestoreArguments) -> Run:
         raise UsageError("--only-changed never writes damaged data: it cannot be used with --allow-damage")
     if asked.thin and asked.allow_damage:
         raise UsageError("--thin reads no data: it cannot be used with --allow-damage")
+    _refuse_mixed(asked)
+    if asked.define:
+        return partial(_define, target)
     return _thin if asked.thin else _only_changed if asked.only_changed else _whole
 
 
-def _whole(
-    request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, stop: Cancellation
-) -> Callable[[], None]:
-    return partial(_tell, whole.restore(request, reporter, stop), asked)
+def _refuse_mixed(asked: RestoreArguments) -> None:
+    if asked.define and (asked.thin or asked.only_changed):
+        other = "--thin" if asked.thin else "--only-changed"
+        raise UsageError(f"--define restores whole disks: it cannot be used with {other}")
+    if asked.keep_identity and not asked.define:
+        raise UsageError("--keep-identity needs --define")
 
 
-def _thin(
-    request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, _stop: Cancellation
-) -> Callable[[], None]:
+def _define(
+    target: Target,
+    request: RestoreRequest,
+    asked: RestoreArguments,
+    reporter: Reporter,
+    stop: Cancellation,
+) -> Tell:
+    from backupctl.operations.restore import define  # noqa: PLC0415 - needed by few restores
+
+    uri = target.libvirt or DEFAULT_URI
+    if libvirt_uri.is_remote(uri):
+        raise UsageError(
+            "the images are restored on this machine, and libvirt is on another: a domain is defined here",
+            hint="run the restore on that host, or name --libvirt qemu:///system",
+        )
+    wanted = define.DefineRequest(uri, target.domain or "", asked.keep_identity, target.timeouts)
+    report = define.restore(request, wanted, reporter, stop)
+    return partial(_tell, report.restored, asked, report)
+
+
+def _whole(request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, stop: Cancellation) -> Tell:
+    return partial(_tell, whole.restore(request, reporter, stop), asked, None)
+
+
+def _thin(request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, _stop: Cancellation) -> Tell:
     return partial(_tell_thin, overlay.restore(request, reporter), as_json=asked.as_json)
 
 
 def _only_changed(
     request: RestoreRequest, asked: RestoreArguments, reporter: Reporter, stop: Cancellation
-) -> Callable[[], None]:
+) -> Tell:
     report = in_place.restore(request, reporter, stop)
     return partial(_tell_only_changed, report, as_json=asked.as_json)
 
 
-def _tell_thin(report: OverlayReport, *, as_json: bool) -> None:
+def _tell_thin(report: OverlayReport, files: Sequence[RestoredFile], *, as_json: bool) -> None:
     if as_json:
-        output.print_json(documents.overlay(report))
+        output.print_json(documents.with_definition(documents.overlay(report), files))
         return
     for one in report.images:
         output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({units.size(one.size)}, on {one.backing})"
         )
+    _tell_files(files)
 
 
-def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
+def _tell_only_changed(report: InPlaceReport, files: Sequence[RestoredFile], *, as_json: bool) -> None:
     if as_json:
-        output.print_json(documents.restore_in_place(report))
+        output.print_json(documents.with_definition(documents.restore_in_place(report), files))
         return
     for one in report.images:
         output.print_line(
@@ -196,22 +271,39 @@ def _tell_only_changed(report: InPlaceReport, *, as_json: bool) -> None:
             f"{units.size(one.written_bytes)} written, {units.size(one.same_bytes)} already identical "
             f"({units.duration(one.seconds)})"
         )
+    _tell_files(files)
 
 
-def _tell(report: RestoreReport, asked: RestoreArguments) -> None:
-    if asked.to != STDOUT:
-        _tell_whole(report, as_json=asked.as_json)
+def _tell(
+    report: RestoreReport,
+    asked: RestoreArguments,
+    defined: "DefineReport | None",
+    files: Sequence[RestoredFile],
+) -> None:
+    if asked.to != STDOUT and asked.as_json:
+        document = documents.with_definition(documents.restore(report), files)
+        output.print_json(documents.defined(document, defined) if defined else document)
+    elif asked.to != STDOUT:
+        _tell_whole(report)
+        _tell_files(files)
+        if defined is not None:
+            output.print_line(
+                f"domain {defined.domain} is defined (UUID {defined.uuid}) and not started: "
+                f"virsh start {shlex.quote(defined.domain)}"
+            )
     if any(one.damaged or one.unverified for one in report.images):
         # Everything that was asked for is there, but a script that relies on it must learn of the damage.
         sys.exit(DamageFound.exit_code)
 
 
-def _tell_whole(report: RestoreReport, *, as_json: bool) -> None:
-    if as_json:
-        output.print_json(documents.restore(report))
-        return
+def _tell_whole(report: RestoreReport) -> None:
     for one in report.images:
         output.print_line(
             f"{report.vm} {one.point} {one.name}: {one.path} ({one.format}, {units.size(one.size)}, "
             f"{units.duration(one.seconds)})"
         )
+
+
+def _tell_files(files: Sequence[RestoredFile]) -> None:
+    for one in files:
+        output.print_line(f"{one.path} ({one.kind}{f', was {one.origin}' if one.origin else ''})")

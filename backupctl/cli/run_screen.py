@@ -61,7 +61,8 @@ class Watcher:
             _log.debug("%s: %s", vm, line)
         elif told["severity"] in self._shown:
             severity: Any = told["severity"] if told["severity"] in ("warning", "note") else "step"
-            output.print_message(f"{vm}: {told['text']}", severity)
+            # A verify reports its progress under the name of the VM.
+            output.print_message(f"{vm}: {told['text'].removeprefix(f'{vm}: ')}", severity)
 
     def ended(self, result: JobResult) -> None:
         """Say so, unless it was not even started."""
@@ -102,7 +103,7 @@ def _without_document(result: JobResult, last_line: str) -> BackupctlError:
     if result.code is not None and result.code > 0:
         return Failed(f"its process ended with exit code {result.code}: {last_line or 'no message'}")
     if result.code is None:
-        how = "does not end, even by SIGKILL"
+        how = "did not end, even after SIGKILL"
     else:
         how = f"was ended by {signal.Signals(-result.code).name}" if result.code else "left no report"
     return NeedsRecovery(
@@ -119,7 +120,7 @@ def print_summary(vms: Sequence[Document], seconds: float, *, dry_run: bool) -> 
         output.print_table(planned, [_planned_row(one) for one in vms], narrow=True)
     else:
         columns = ("VM", "RESULT", "BACKUP", "POINT", "STORED>", "PRUNE", "VERIFY", "TIME>")
-        output.print_table(columns, [_row(one) for one in vms])
+        output.print_table(columns, [_row(one) for one in vms], spare=("POINT", "TIME", "BACKUP"))
     if len(vms) > 1:
         results = Counter(_RESULTS[one["exit_code"]] for one in vms)
         listed = ", ".join(f"{number} {result}" for result, number in results.items())
@@ -129,11 +130,15 @@ def print_summary(vms: Sequence[Document], seconds: float, *, dry_run: bool) -> 
 
 
 def print_errors(vms: Sequence[Document]) -> None:
-    """Print every error, with the name of its VM."""
+    """Print every error, with the names of its VMs: what several have in common is printed once."""
+    alike: dict[tuple[object, ...], tuple[list[str], Mapping[str, Any]]] = {}
     for one in vms:
         failed = [task["error"] for task in one["tasks"] if task["error"]] or [one["error"]]
         for error in filter(None, failed):
-            output.print_error(_error(one["vm"], error), as_json=False, log=error.get("log") or "")
+            what = tuple(error.get(key) for key in ("exit_code", "message", "step", "state", "hint"))
+            alike.setdefault((*what, error.get("log")), ([], error))[0].append(one["vm"])
+    for names, error in alike.values():
+        output.print_error(_error(", ".join(names), error), as_json=False, log=error.get("log") or "")
 
 
 def _error(vm: str, told: Mapping[str, Any]) -> BackupctlError:

@@ -36,6 +36,7 @@ Flag = Annotated[bool, Meta(description="true or false")]
 Command = Annotated[
     tuple[str, ...], Meta(description="a list of quoted strings: a program's path, and its arguments")
 ]
+Paths = Annotated[tuple[str, ...], Meta(description="a list of quoted strings, each an absolute path")]
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT, description=f"a whole number, 0 to {MAX_COUNT}")]
 Layers = Annotated[int, Meta(ge=0, le=MAX_CHAIN, description=f"a whole number, 0 to {MAX_CHAIN}")]
 Seconds = Annotated[
@@ -66,6 +67,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     on_broken_chain: OnBrokenChain | None = None
     max_chain: Layers | None = None
     keep_checkpoints: Count | None = None
+    include_files: Paths | None = None
+    no_firmware: Flag | None = None
     command_timeout: Seconds | None = None
     agent_timeout: Seconds | None = None
     stall_timeout: Seconds | None = None
@@ -129,7 +132,7 @@ class MetricsSettings(
 class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The keys and tables of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under.
 
-    Either qmp (and agent, image), or libvirt (and domain). image: the name that a disk is stored under to its
+    Either qmp (and agent), or libvirt (and domain). image: the name that a disk is stored under to its
     files, as `image_texts` reads them.
     """
 
@@ -174,6 +177,7 @@ _PATHS = (
     *("repository", "scratch", "sendmail", "textfile", "state"),
     *("restore_test_firmware", "restore_test_kernel", "restore_test_initrd"),
 )
+_PATH_LISTS = ("include_files",)
 _SOCKETS = ("qmp", "agent")
 _VM_TABLES = ("disks", "image", *TABLES)
 _TEXT_TYPES: Mapping[str, click.ParamType[Any]] = {
@@ -252,7 +256,7 @@ class _Check:
             image=self._images(self._table(table.get("image", {}), (*key, "image")), (*key, "image")),
             **{one: self._of(table, key, one, model) for one, model in TABLES.items()},
         )
-        for other in ("qmp", "agent", "image") if found.libvirt else ():
+        for other in ("qmp", "agent") if found.libvirt else ():
             if getattr(found, other):
                 said = f"libvirt and {other} in {_where(key)} cannot be used together"
                 self._add((*key, other), said)
@@ -319,15 +323,19 @@ class _Check:
         except msgspec.ValidationError:
             self._add((*key, name), f"{name} in {_where(key)} must be {_expected(kind)}")
             return False
-        if name in _PATHS and not Path(value).is_absolute() and not value.startswith("~"):
-            self._add(
-                (*key, name),
-                f"{name} in {_where(key)} must be an absolute path, not {value!r:.120}: "
-                "it must not depend on where backupctl is started",
-            )
-            return False
+        paths = [value] if name in _PATHS else value if name in _PATH_LISTS else ()
+        for path in paths:
+            if not Path(path).is_absolute() and not path.startswith("~"):
+                self._add(
+                    (*key, name),
+                    f"{name} in {_where(key)} must be an absolute path, not {path!r:.120}: "
+                    "it must not depend on where backupctl is started",
+                )
+                return False
         try:
             _TEXT_TYPES[name].convert(value, None, None) if name in _TEXT_TYPES else None
+            for path in paths:
+                param_types.PATH.convert(path, None, None)
         except click.BadParameter as err:
             self._add((*key, name), f"{name} in {_where(key)}: {err.message}")
             return False

@@ -27,7 +27,7 @@ from backupctl.outcome import documents
 def status(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing.
 
-    Of a backup that is running it shows the step, how far it is, and when it ends.
+    For a backup that is running it shows the step, the progress and the time left.
     """
     options = backup.options_of(target, "incremental", backup.configured(context))
     found = core.look(target.vm(), target.repository(), options, target.other_repositories)
@@ -49,6 +49,8 @@ def _show(found: Status, configuration: str | None) -> None:
         output.print_wrapped(f"{'damaged':<12} ", f"{path}")
     for number, left in enumerate(found.leftovers or ("none",)):
         output.print_wrapped(f"{'' if number else 'leftovers':<12} ", left)
+    for tool in found.other_tools:
+        output.print_wrapped(f"{'other tools':<12} ", tool.said)
     output.print_wrapped(f"{'next run':<12} ", f"{found.next_run}")
     for gone in found.missing_disks:
         output.print_wrapped(f"{'missing':<12} ", f"{gone}")
@@ -109,4 +111,4 @@ def recover(target: Target, *, as_json: bool) -> None:
     if as_json:
         output.print_json(documents.recover(vm.name, done, reporter.events))
     else:
-        output.print_line("recovered" if done.actions else "Nothing to recover.")
+        output.print_line("Nothing is left of the earlier run." if done.actions else "Nothing to recover.")

@@ -22,6 +22,7 @@ from backupctl.options import (
     VmConfig,
     VmImage,
 )
+from backupctl.system import libvirt_uri
 from backupctl.system.address import Address
 
 if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
@@ -78,10 +79,13 @@ class Target:
 
     def _access(self, images: tuple[VmImage, ...]) -> Access:
         if self.libvirt is not None:
-            if self.agent is not None or images:
-                other = "--agent" if self.agent is not None else "--image"
+            if self.agent is not None:
                 raise UsageError(
-                    f"{other} cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
+                    "--agent cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
+                )
+            if images and libvirt_uri.is_remote(self.libvirt):
+                raise UsageError(
+                    "--image is for a VM of this host, and --libvirt leads to another", state=UNTOUCHED
                 )
             return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
         if self.qmp is None and not images:
@@ -205,7 +209,7 @@ class Target:
             raise UsageError(
                 err.message,
                 state=UNTOUCHED,
-                hint="if there should be one: is its file system mounted? The first full creates one",
+                hint="if you expected one, is its file system mounted? Otherwise take a first full",
                 next_command=f"backupctl full {owner}" if (owner := self._owner(path)) else "",
             ) from err
         except RepositoryError as err:

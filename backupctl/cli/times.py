@@ -57,6 +57,11 @@ def local(time: datetime, *, utc: bool = False) -> str:
     return f"{shown:%Y-%m-%d %H:%M:%S %Z}"
 
 
+def stamp(text: str, *, utc: bool = False) -> str:
+    """Return a time of a manifest ("2026-11-23T04:15:00Z", checked when it was read) as `local` does."""
+    return local(datetime.fromisoformat(text), utc=utc)
+
+
 def of_point(point: PointId, *, utc: bool = False) -> str:
     """Return the time in a point's id as `local` does."""
     begin, end = _of_minute(point[:13], utc=utc)

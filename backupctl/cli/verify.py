@@ -63,7 +63,9 @@ class Scope:
     metavar="PERCENT",
     help="Read only PERCENT of the data, chosen at random: a different part each time.",
 )
-@click.option("--seed", type=click.IntRange(0), help="Choose the same sample again.")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Read the same sample as the verify that printed this number."
+)
 @common.at_option("In place of POINT: the newest point not later than this")
 @common.json_option
 @common.quiet

@@ -45,6 +45,18 @@ class RepositoryCreated(Event):
 
 
 @dataclass(frozen=True)
+class OtherToolFound(Event):
+    """Another program left bitmaps or checkpoints in the VM of which this is the first point."""
+
+    code = "other-tool-found"
+    said: str
+    removal: tuple[str, ...]
+
+    def _text(self) -> str:
+        return f"{self.said}; if you have left it, this removes them: {'; '.join(self.removal):.400}"
+
+
+@dataclass(frozen=True)
 class DiskSkipped(Event):
     """A disk of the VM is never backed up, e.g. a read-only medium."""
 
@@ -54,6 +66,17 @@ class DiskSkipped(Event):
 
     def _text(self) -> str:
         return f"{self.disk} is left out: {self.reason}"
+
+
+@dataclass(frozen=True)
+class DefinitionIncomplete(WarningEvent):
+    """A part of what describes the VM cannot be stored with the point; the disks are not affected."""
+
+    code = "definition-incomplete"
+    reason: str
+
+    def _text(self) -> str:
+        return f"the definition of the VM is stored without a part: {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -94,4 +94,4 @@ class SampleChosen(Event):
     seed: int
 
     def _text(self) -> str:
-        return f"a sample of {self.percent:g} %; for the same sample: --seed {self.seed}"
+        return f"a sample of {self.percent:g} % of the data is verified (--seed {self.seed} chooses it again)"

@@ -173,3 +173,15 @@ class FilesSkipped(WarningEvent):
 
     def _text(self) -> str:
         return f"{self.count} not copied, among them {self.path} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class DomainNote(WarningEvent):
+    """Something in a domain that --define has made needs a look before it is started."""
+
+    code = "domain-note"
+    domain: str
+    note: str
+
+    def _text(self) -> str:
+        return f"domain {self.domain}: {self.note}"

@@ -28,7 +28,7 @@ class TaskSkipped(Event):
     reason: str
 
     def _text(self) -> str:
-        return f"no {self.task} of {self.vm}: {self.reason}"
+        return f"no {self.task}: {self.reason}"
 
 
 @dataclass(frozen=True)

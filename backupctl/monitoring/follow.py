@@ -30,7 +30,8 @@ class Follower:
     """What follows the results of a command on one VM.
 
     state: the directory in which they are remembered; None if this VM's are not. textfile: where metrics are
-    written, as `exposition.file_of` takes it.
+    written, as `exposition.file_of` takes it. state_is_asked_for: whether the configuration has metrics or
+    notices; otherwise a directory that cannot be written to is no reason for a warning.
     """
 
     vm: VmName
@@ -38,6 +39,7 @@ class Follower:
     channels: Channels
     state: Path | None = None
     textfile: Path | None = None
+    state_is_asked_for: bool = True
 
     def ping(self, result: Result) -> Iterator[Event]:
         """Tell healthchecks that a backup has started, or how it ended."""
@@ -56,7 +58,8 @@ class Follower:
                     memory.write(self.state, self.vm, known)
                     yield from self._write_metrics(known)
             except (OSError, BackupctlError) as err:
-                yield MetricsNotWritten(self.state, _why(err))
+                if self.state_is_asked_for:
+                    yield MetricsNotWritten(self.state, _why(err))
         if not before.hides(record):
             yield from self._notify(kind, before, result)
 

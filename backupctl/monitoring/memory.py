@@ -114,8 +114,11 @@ def _field(kind: Kind) -> str:
 def default_directory() -> Path:
     """Return where it is kept if the configuration does not say: for root /var/lib/backupctl.
 
-    For others it is the directory of the XDG Base Directory Specification for a program's state.
+    In a unit of systemd it is the first directory of StateDirectory= (systemd.exec(5)). For others than root
+    it is the directory of the XDG Base Directory Specification for a program's state.
     """
+    if of_unit := os.environ.get("STATE_DIRECTORY", "").partition(":")[0]:
+        return Path(of_unit)
     if os.geteuid() == 0:
         return _SYSTEM_DIRECTORY
     named = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")

@@ -110,7 +110,7 @@ def _resumable(err: Failed, directory: VmDirectory, choice: _Choice) -> Failed:
     ids = " ".join(point.id for point in choice.going)
     return err.add(
         state=prune.STATE,
-        hint="the same command again continues where this one ended",
+        hint="run the same command again: it continues where this one stopped",
         next_command=f"backupctl delete {directory.name} {ids}".strip(),
     )
 

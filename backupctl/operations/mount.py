@@ -104,5 +104,5 @@ def _unmount(children: list[tuple[Path, Child]]) -> None:
             fuse.end(child)
         # Without nbdfuse, a process of fusermount3 unmounts.
         deadline = time.monotonic() + _GONE_SECONDS
-        while path in mount_points.mounted(path.parent) and time.monotonic() < deadline:
+        while mount_points.is_listed(path) and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)

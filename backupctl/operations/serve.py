@@ -81,7 +81,9 @@ def _serve(
         names = ", ".join(entry.name for entry in entries)
         raise UsageError(f"--writable-overlay is for one disk: choose one of {names} with --disk")
     if request.tls is not None and request.tcp is None:
-        raise UsageError("--tls is for --tcp: only you and root can connect to a unix socket")
+        raise UsageError(
+            "--tls needs --tcp; a unix socket needs no TLS, since only you and root can connect to it"
+        )
     credentials = tls.read(request.tls) if request.tls is not None else None
     with _listen(request.unix, request.tcp, secured=bool(credentials)) as open_socket, ExitStack() as held:
         shown = [

@@ -6,14 +6,15 @@ It has a checksum over all its other fields, so any changed byte is found before
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from backupctl.errors import DamageFound, UnknownFormat
 from backupctl.names import DiskName, PointId, VmName, disk_name, point_id, vm_name
-from backupctl.repository import strict_json
+from backupctl.repository import stored_files, strict_json
+from backupctl.repository.stored_files import StoredFile
 from backupctl.repository.strict_json import (
     Document,
     Hex,
@@ -26,10 +27,11 @@ from backupctl.repository.strict_json import (
     Text,
 )
 
-FORMAT = 2
+FORMAT = 3
 _WITHOUT_OFFLINE = 1
-"""The format of all points but those of a VM that is off. A program that does not know these must not take
-them for damaged."""
+_WITHOUT_DEFINITION = 2
+"""The lowest formats of points without what came later: the VM's definition, a VM that is off. A program that
+does not know these must not take them for damaged."""
 FILE_NAME = "manifest.json"
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 
@@ -112,6 +114,7 @@ class Manifest(Document):
 
     consistency: filesystem if the guest's file systems were frozen; offline if the VM was off; otherwise
     crash. checkpoints: how many bitmaps of older points the VM was asked to keep for differentials.
+    definition: the files that describe the VM, none in points of older versions.
     """
 
     point: PointId
@@ -127,6 +130,7 @@ class Manifest(Document):
     start: str
     end: str
     checkpoints: Size
+    definition: tuple[StoredFile, ...] = field(default=(), metadata={strict_json.LEFT_OUT: True})
 
     def check(self) -> None:
         """Check what types do not say. Raises ValueError, InvalidName."""
@@ -137,6 +141,7 @@ class Manifest(Document):
         names = [entry.name for entry in self.disks]
         if not names or len(set(names)) != len(names):
             raise ValueError("no disk, or one of them twice")
+        stored_files.check(self.definition)
         _moment(self.start)
         _moment(self.end)
 
@@ -166,12 +171,15 @@ class Manifest(Document):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document, without its checksum."""
-        return {"format": self.format, **asdict(self), "disks": [asdict(entry) for entry in self.disks]}
+        document = {"format": self.format, **asdict(self), "disks": [asdict(entry) for entry in self.disks]}
+        return strict_json.without_left_out(document, self)
 
     @property
     def format(self) -> int:
         """The lowest format version that has all values of this manifest: older programs read that."""
-        return FORMAT if self.consistency == "offline" else _WITHOUT_OFFLINE
+        if self.definition:
+            return FORMAT
+        return _WITHOUT_DEFINITION if self.consistency == "offline" else _WITHOUT_OFFLINE
 
     def to_json(self) -> bytes:
         """Return the file's content."""

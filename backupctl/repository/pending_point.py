@@ -4,19 +4,21 @@
 import errno
 import logging
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from backupctl.errors import BackupctlError, RepositoryError
 from backupctl.names import PointId, VmName
-from backupctl.repository import history, strict_json
+from backupctl.repository import history, stored_files, strict_json
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
 from backupctl.repository.history import PointEvent
 from backupctl.repository.journal import Journal
 from backupctl.repository.manifest import Manifest
 from backupctl.repository.point import Point
+from backupctl.repository.stored_files import NewFile, StoredFile
 from backupctl.system import durable, safe_open
 
 _log = logging.getLogger("backupctl.repository")
@@ -59,6 +61,18 @@ class PendingPoint:
         except OSError as err:
             raise RepositoryError(f"cannot write to {self.path}: {err.strerror}") from err
 
+    def store(self, files: Iterable[NewFile]) -> tuple[StoredFile, ...]:
+        """Store the files that describe the VM, and return their entries for the manifest.
+
+        Raises RepositoryError.
+        """
+        try:
+            return stored_files.write(self.path, files)
+        except OSError as err:
+            raise RepositoryError(f"cannot write to {self.path}: {err.strerror}") from err
+        except ValueError as err:
+            raise RepositoryError(f"cannot store the definition of the VM: {err}") from err
+
     def commit(self, manifest: Manifest) -> Point:
         """Make this a recovery point. The rename in here is the commit of the whole system.
 
@@ -78,6 +92,7 @@ class PendingPoint:
             for entry in manifest.disks:
                 durable.sync_file(self.path / f"{entry.name}.qcow2")
                 durable.sync_file(self.path / f"{entry.name}.digests")
+            stored_files.sync(self.path, manifest.definition)
             durable.write_new(self.path / manifests.FILE_NAME, manifest.to_json())
             (self.path / journals.FILE_NAME).unlink()
             durable.sync_directory(self.path)

@@ -93,5 +93,5 @@ def _delete(path: Path) -> None:
         raise RepositoryError(
             f"cannot delete {path}: {err.strerror}",
             state="the VM is not in the repository any more; some of its files are left",
-            hint="the same command again deletes the rest",
+            hint="run the same command again to delete the rest",
         ) from err

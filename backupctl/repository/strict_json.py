@@ -7,7 +7,7 @@ A document in which anything is wrong raises `Malformed`, and nothing of it is u
 """
 
 import json
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -18,6 +18,8 @@ from backupctl.errors import InvalidName
 from backupctl.names import NodeName, RepositoryId
 from backupctl.sizes import MAX_SIZE
 
+LEFT_OUT = "left out"
+"""Key in a field's metadata: the field is not written while it has its default, as older programs expect."""
 MAX_BYTES = 4 * 1024 * 1024
 """A manifest or journal that is larger is not read."""
 
@@ -134,10 +136,21 @@ def _same(given: object, found: object) -> bool:
         return isinstance(given, list) and len(given) == len(found) and all(map(_same, given, found))
     if not is_dataclass(found):
         return given == found
-    names = {one.name for one in fields(found)}
+    names = {one.name for one in fields(found) if not _is_left_out(one, found)}
     if not isinstance(given, dict) or given.keys() != names:
         return False
     return all(_same(given[name], getattr(found, name)) for name in names)
+
+
+def _is_left_out(one: Field[Any], found: object) -> bool:
+    return LEFT_OUT in one.metadata and bool(getattr(found, one.name) == one.default)
+
+
+def without_left_out(document: dict[str, Any], found: object) -> dict[str, Any]:
+    """Return a document without the fields that are left out while they have their defaults."""
+    assert is_dataclass(found)
+    absent = {one.name for one in fields(found) if _is_left_out(one, found)}
+    return {name: value for name, value in document.items() if name not in absent}
 
 
 def _canonical(document: dict[str, Any]) -> bytes:

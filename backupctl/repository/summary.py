@@ -58,8 +58,8 @@ class DiskSummary(Struct, array_like=True, frozen=True, gc=False):
 
 Identity = tuple[int, int, int, int, int]
 """What shows that a point is as it was: inode and time of change of its directory, the same of its manifest,
-and the length of that. Times are in nanoseconds; no program can set them. Every file that is created, removed or
-replaced in a directory, a marker too, sets that of the directory."""
+and the length of that. Times are in nanoseconds; no program can set them. Every file that is created, removed
+or replaced in a directory, a marker too, sets that of the directory."""
 
 
 class PointSummary(Struct, array_like=True, frozen=True, gc=False):

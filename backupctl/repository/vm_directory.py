@@ -144,6 +144,9 @@ class VmDirectory:
         with suppress(OSError):
             first, _, _ = os.pread(descriptor, 20, 0).decode("ascii", "replace").partition("\n")
             number = first.strip()
+        taker = locks.taker(descriptor)
+        if taker and str(taker) != number:  # flock(1) writes nothing into the file
+            return f"process {taker}{_program(taker)} keeps {self.name} of this repository locked"
         if number.isdigit() and not Path("/proc", number).exists():
             return (
                 f"the guard of a killed run (process {number}) is still working on {self.name}: "
@@ -375,3 +378,11 @@ def _ids(names: list[str]) -> list[PointId]:
         with suppress(InvalidName):
             found.append(point_id(name))
     return sorted(found)
+
+
+def _program(process: int) -> str:
+    """Return the name of a process's program in brackets; "" if it cannot be read."""
+    try:
+        return f" ({Path(f'/proc/{process}/comm').read_text(errors='replace').strip()})"
+    except OSError:
+        return ""

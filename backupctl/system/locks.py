@@ -32,6 +32,29 @@ def take(descriptor: int, patience_seconds: float, *, shared: bool = False) -> b
         raise RepositoryError(f"cannot lock the repository: {err.strerror}") from err
 
 
+def taker(descriptor: int) -> int | None:
+    """Return the process that took the lock of an open file, if it is alive; None if that is not known.
+
+    A process that has inherited the lock is not the one that took it (proc_locks(5)).
+    """
+    found = os.fstat(descriptor)
+    place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    # 1: FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF
+    held = (line.split()[1:6] for line in lines if "->" not in line)
+    return next(
+        (
+            int(words[3])
+            for words in held
+            if words[:1] == ["FLOCK"] and words[4:] == [place] and int(words[3]) > 0
+        ),
+        None,
+    )
+
+
 @contextmanager
 def directory(path: Path, patience_seconds: float, *, shared: bool = False) -> Iterator[None]:
     """Lock a directory for as long as the block lasts. Raises Locked, FileNotFoundError, RepositoryError.

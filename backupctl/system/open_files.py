@@ -20,6 +20,7 @@ from backupctl.names import PREFIX
 _EMULATORS = ("qemu-system-", "qemu-kvm")
 _LOOP_MAJOR = 7
 _STANDARD = frozenset({"0", "1", "2"})
+_MOST_ARGUMENT_BYTES = 1 << 19
 _DELETED = " (deleted)"
 _NAMELESS = re.compile(r"#[0-9]+ \(deleted\)")
 """What the kernel calls a file made with O_TMPFILE."""
@@ -68,6 +69,18 @@ def peer(connection: socket.socket) -> int | None:
 def is_qemu(process: int) -> bool:
     """Whether a process is one of QEMU's, an emulator or a storage daemon."""
     return _is_emulator(process) or _program(process).startswith("qemu-")
+
+
+def command_line(process: int) -> tuple[str, ...] | None:
+    """Return a process's arguments, its program first; None if they cannot be read, or are too long."""
+    try:
+        with Path(f"/proc/{process}/cmdline").open("rb") as file:
+            content = file.read(_MOST_ARGUMENT_BYTES + 1)
+    except OSError:
+        return None
+    if not content or len(content) > _MOST_ARGUMENT_BYTES:
+        return None
+    return tuple(os.fsdecode(one) for one in content.removesuffix(b"\0").split(b"\0"))
 
 
 def emulators() -> Iterator[int]:

@@ -7,6 +7,7 @@ and removed only if it is asked for.
 
 import errno
 import os
+import re
 import shlex
 import stat
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,10 @@ from backupctl.errors import UNTOUCHED, TargetExists, UsageError, WriteFailed
 from backupctl.targets import output
 
 _SUFFIX = ".raw"
+_MOUNTS = Path("/proc/self/mounts")
+_ESCAPED = re.compile(
+    rb"\\([0-7]{3})"
+)  # spaces, tabs, line ends and backslashes: proc_pid_mounts(5), fstab(5)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -51,6 +56,19 @@ def mounted(directory: Path) -> tuple[Path, ...]:
     except OSError as err:
         raise UsageError(f"cannot read {directory}: {err.strerror}", state=UNTOUCHED) from err
     return tuple(path for path in paths if _is_mounted(own, path))
+
+
+def is_listed(path: Path) -> bool:
+    """Whether the kernel lists a mount over a file; its directory is an absolute path without links.
+
+    Nothing of the mount is touched: whoever is about to remove it would find it in use.
+    """
+    places = (line.split(b" ")[1] for line in _MOUNTS.read_bytes().splitlines())
+    return any(_ESCAPED.sub(_unescaped, place) == os.fsencode(path) for place in places)
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    return bytes([int(found[1], 8)])
 
 
 def _is_mounted(own_device: int, path: Path) -> bool:

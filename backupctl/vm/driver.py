@@ -31,6 +31,8 @@ end         remove exports, jobs, nodes  virDomainAbortJob, and drain    and cha
 resolve     merge or remove bitmaps      delete checkpoints              merge or remove bitmaps
 ==========  ===========================  ==============================  ===========================
 
+A domain of libvirt that is off is as any VM that is off, with checkpoints for bitmaps.
+
 Rules for every driver:
 
 1. Nothing is remembered between runs. `resolve` asks the VM what there is, and the repository one question:
@@ -52,6 +54,7 @@ from backupctl.finding import Finding
 from backupctl.names import BitmapName, DiskName, Namespace, NodeName, PointId
 from backupctl.options import RunOptions, ScratchOptions, ViewKind
 from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.filling import Filling
 
@@ -280,6 +283,26 @@ class Driver(Resolver, Protocol):
 
     def inventory(self) -> Inventory:
         """Return the VM's disks as they are. Raises Refused, MonitorError."""
+
+    def definition(self) -> Definition:
+        """Return what the VM is beside its disks. Asked before the guest is frozen.
+
+        What cannot be found out is left out, and named. Raises MonitorError if the VM is lost.
+        """
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read the files of the VM's host that the user named.
+
+        Raises UsageError for one that cannot be read, MonitorError.
+        """
+
+    def state_files(self, *, firmware: bool) -> Definition:
+        """Return the files in which the VM keeps a state beside its disks: UEFI variables, a TPM's state.
+
+        firmware: whether the UEFI variables are wanted.
+        Asked right after the point in time, when the guest is not frozen any more: a state that the guest
+        changes just then may be newer. Raises MonitorError.
+        """
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return all dirty bitmaps, of whatever node. Raises MonitorError."""

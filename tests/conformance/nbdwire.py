@@ -61,7 +61,7 @@ CLOSED = "connection closed"
 class Wire:
     """A raw connection to an NBD server on a unix socket."""
 
-    def __init__(self, path: Path, timeout: float = 20.0) -> None:
+    def __init__(self, path: Path, timeout: float = 60.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout)
         self._socket.connect(str(path))

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS = 60.0
 
 
 class MonitorClosed(Exception):

@@ -185,7 +185,7 @@ class Session:
     def another_client(self) -> socket.socket:
         """Connect a further client to the same monitor."""
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(20)
+        client.settimeout(60)
         client.connect(str(self.subject.qmp))
         return client
 

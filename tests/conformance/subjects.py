@@ -37,7 +37,7 @@ SIMULATED = {f"simulator-{short}": whole for short, whole in VERSIONS.items()}
 PAIRS = [*pairwise(REAL), *((f"simulator-{version}", version) for version in REAL)]
 ENDS = [(REAL[0], REAL[-1]), *((f"simulator-{version}", version) for version in (REAL[0], REAL[-1]))]
 """The pairs of the oldest and the newest: what holds on both holds between them."""
-_START_SECONDS = 20.0
+_START_SECONDS = 60.0
 
 
 class Subject(Protocol):
@@ -94,7 +94,7 @@ class Process:
             _wait_for(self.directory / "qmp", process, self.directory / "log")
         except BaseException:
             process.kill()
-            process.wait(10)
+            process.wait(60)
             raise
         return process
 
@@ -108,7 +108,7 @@ class Process:
     def close(self) -> None:
         """End it."""
         self._running.kill()
-        self._running.wait(10)
+        self._running.wait(60)
 
 
 class RealQemu:

@@ -30,8 +30,8 @@ class Agent:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(20)
-        deadline = time.monotonic() + 20
+        self._socket.settimeout(60)
+        deadline = time.monotonic() + 60
         while self._socket.connect_ex(str(path)):  # its name is there before it listens
             assert time.monotonic() < deadline, f"nobody listens at {path}"
             time.sleep(0.02)
@@ -99,7 +99,7 @@ def _qemu_ga(directory: Path) -> Iterator[None]:
         yield
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
 
 
 def _debians_qemu_ga() -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line with little memory, and with time-outs of $SECONDS where there are any, as `bounded`.
+"""The command line with little memory, and with a teardown of $TEARDOWN_SECONDS if given, as `bounded`.
 
 The most memory that it had goes to the file $PEAK at the end, in KiB. What `wait4` tells would not do: to a
 child it counts what its parent had when it forked.
@@ -9,7 +9,6 @@ import os
 import resource
 from pathlib import Path
 
-from backupctl.cli import faulty
 from backupctl.cli.main import main
 from backupctl.vm.qmp import teardown
 
@@ -18,8 +17,7 @@ MOST_MEMORY = 8 << 30  # of address space: a guard for this machine
 
 def bounded() -> None:
     """Be the command line."""
-    if seconds := os.environ.pop("SECONDS", ""):
-        faulty.short_timeouts(float(seconds))
+    if seconds := os.environ.pop("TEARDOWN_SECONDS", ""):
         assert teardown.teardown.__kwdefaults__
         teardown.teardown.__kwdefaults__["patience_seconds"] = float(seconds)
     peak = Path(os.environ.pop("PEAK"))

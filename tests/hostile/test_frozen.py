@@ -51,7 +51,7 @@ def test_a_guard_that_is_stopped_with_the_guest_frozen_is_killed_and_the_guest_t
     lies[where][command] = stops_the_guard(victim)
     done = victim.attack("incremental", "--freeze", "require", "--freeze-budget", str(BUDGET), **lies)
     assert (done.code, done.error["kind"]) == (1, "GuardLost"), done
-    assert frozen_seconds(victim) < BUDGET + 4
+    assert frozen_seconds(victim) < BUDGET + 6
     assert list(guards(victim)) == []
     victim.recovers()
 
@@ -68,8 +68,8 @@ def test_a_monitor_that_hangs_at_the_transaction_is_waited_for_as_long_as_the_bu
         "incremental", "--freeze-budget", str(BUDGET), agent={}, qmp={"transaction": lambda _: b""}
     )
     assert done.code in (1, 3), done
-    assert done.seconds < 15
-    assert frozen_seconds(victim) < BUDGET + 2
+    assert done.seconds < 25
+    assert frozen_seconds(victim) < BUDGET + 6
     victim.recovers()
 
 
@@ -109,8 +109,8 @@ def test_recover_right_after_a_run_was_killed_with_the_guest_frozen_thaws_it(vic
         begun = time.monotonic()
         done = victim.run("recover", "web", qmp=qmp, agent=agent)
     assert done.code == 0, done
-    assert time.monotonic() - begun < 8
-    assert frozen_seconds(victim) < 10
+    assert time.monotonic() - begun < 25
+    assert frozen_seconds(victim) < 25
     victim.recovers()
 
 
@@ -119,7 +119,7 @@ def test_recover_thaws_before_it_asks_for_the_monitor(victim):
     with killed_while_frozen(victim, signal.SIGKILL) as (_, agent):
         done = victim.run("recover", "web", qmp=victim.directory / "nowhere", agent=agent)
     assert done.code == 3, done
-    assert frozen_seconds(victim) < 10
+    assert frozen_seconds(victim) < 25
     victim.code = done.code
     victim.recovers()
 

@@ -58,6 +58,6 @@ def test_the_guard_gives_a_try_up_in_time_and_in_bounds(tmp_path, monkeypatch, n
             guard_monitor.take_down(Address(path=str(tmp_path / "qmp")), left, lambda: None)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        assert time.monotonic() - begun < (2 if pause else 5)
+        assert time.monotonic() - begun < 20
         assert most < 32 << 20
         thread.join(10)

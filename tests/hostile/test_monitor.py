@@ -66,7 +66,7 @@ GREETING = {
 def test_what_does_not_greet_as_a_monitor_is_unreachable_and_nothing_is_touched(victim, lie):
     done = victim.attack(qmp={"greeting": lie})
     assert done.error["kind"] == "MonitorUnreachable", done
-    assert done.seconds < 15
+    assert done.seconds < 25
     victim.recovers()
 
 
@@ -155,6 +155,9 @@ def test_an_answer_that_is_none_is_a_typed_error_and_nothing_is_lost(victim, com
     done = victim.attack(qmp={command: lie})
     assert done.code in (0, 1, 3), done
     assert done.code == 0 or done.error["message"]
+    if command == "nbd-server-start":
+        # A refusal means that somebody else's server runs, which a run must not stop. Here it was a lie.
+        victim.vm.qmp("nbd-server-stop")
     victim.recovers()
 
 

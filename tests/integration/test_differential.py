@@ -79,7 +79,7 @@ def test_a_differential_that_ends_in_mid_copy_gives_all_bitmaps_back(build, make
     with lab.cli.start("incremental", "web", "--since", first, "--keep-checkpoints", "5", *SLOW) as run:
         wait_for(copying(lab))
         run.send_signal(number)
-        run.communicate(timeout=30)
+        run.communicate(timeout=60)
     lab.writer.write(20)
     if number == signal.SIGKILL:
         lab.cli.run("recover", "web")

@@ -54,7 +54,7 @@ def follow(lab: Lab, step: int, kind: str, *options: str) -> None:
     assert did == foretold, f"killed after step {step}"
     assert (f"builds on {report['parent']}" if report["parent"] else "takes a full") in told["next_run"]
     lab.assert_point(report["point"], lab.writer.moment)
-    assert "clears up" not in lab.cli.json("status", "web")["next_run"]
+    assert "an earlier run left" not in lab.cli.json("status", "web")["next_run"]
 
 
 @pytest.mark.parametrize("view", ["fleecing", "snapshot-access"])

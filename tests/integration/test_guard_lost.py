@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import NeedsRecovery
+from backupctl.errors import GuardLost, NeedsRecovery
 from backupctl.names import vm_name
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.context import RunContext
@@ -20,6 +20,7 @@ from backupctl.options import QmpAccess, RunOptions, ScratchOptions, Timeouts, V
 from backupctl.progress import Silent
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
+from backupctl.vm.guest.guard import GuardClient
 from fixtures.proxy import Proxy
 from tests.integration.test_failures import SLOW, copying, wait_for
 
@@ -54,21 +55,39 @@ def test_a_guard_that_is_killed_in_mid_copy_costs_the_run_and_leaves_nothing(lab
     lab.next_is_right()
 
 
+def vm_of(lab) -> VmConfig:
+    qmp, agent = (Address(path=str(one)) for one in (lab.machine.qmp_path, lab.machine.agent_path))
+    return VmConfig(vm_name("web"), QmpAccess(qmp, agent))
+
+
+def test_a_guard_that_dies_while_clients_connect_costs_the_run_and_no_guest(lab, monkeypatch):
+    """The first client has said nothing: while it is there, `nbd-server-stop` hangs QEMU 7.2."""
+    hold, held = GuardClient.hold, []
+
+    def hold_one(guard: GuardClient, connection: socket.socket, export: str) -> None:
+        if held:
+            os.kill(guard_of(os.getpid()), signal.SIGKILL)
+        held.append(export)
+        hold(guard, connection, export)
+
+    monkeypatch.setattr(GuardClient, "hold", hold_one)
+    options = RunOptions(kind="incremental", scratch=ScratchOptions(lab.cli.scratch))
+    repository = Repository.open(lab.cli.repository)
+    with pytest.raises(GuardLost):
+        backup.run(RunContext(vm_of(lab), repository, options, Silent(), Cancellation()))
+    assert len(held) == 2
+    lab.assert_at_rest()
+    lab.next_is_right()
+
+
 def test_a_guest_that_neither_run_nor_guard_could_thaw_is_thawed_by_recover(lab):
     """The run ends in time, and tells; its guard goes on, and is killed."""
     lab.agent.behaviour["guest-fsfreeze-thaw"] = "refuse"
-    vm = VmConfig(
-        vm_name("web"),
-        QmpAccess(
-            Address(path=str(lab.machine.qmp_path)),
-            Address(path=str(lab.machine.agent_path)),
-        ),
-    )
     scratch, timeouts = ScratchOptions(lab.cli.scratch), Timeouts(agent_seconds=0.5)
     options = RunOptions(kind="incremental", scratch=scratch, timeouts=timeouts)
     repository = Repository.open(lab.cli.repository)
     with pytest.raises(NeedsRecovery):
-        backup.run(RunContext(vm, repository, options, Silent(), Cancellation()))
+        backup.run(RunContext(vm_of(lab), repository, options, Silent(), Cancellation()))
     guard = guard_of(os.getpid())
     os.kill(guard, signal.SIGKILL)
     os.waitpid(guard, 0)
@@ -114,7 +133,7 @@ def test_the_guard_of_a_dead_run_waits_for_a_monitor_that_somebody_else_took_fir
         other.connect(str(lab.machine.qmp_path))  # served when the run has left
         guard = os.pidfd_open(guard_of(run.pid))
         run.kill()
-        run.communicate(timeout=30)
+        run.communicate(timeout=60)
         assert b"QMP" in other.recv(65536)
         time.sleep(1)
         assert lab.machine.qmp("query-block-exports"), "no socket may go before its export"

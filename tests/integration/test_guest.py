@@ -74,14 +74,14 @@ def test_sigkill_in_mid_copy_leaves_a_guest_on_an_iothread_alive(build, boot, tm
     for _ in range(times):
         time.sleep(0.5)
         with cli.start("incremental", "web", "--limit", "1M") as run:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while not guest.qmp("query-block-exports"):
                 assert time.monotonic() < deadline
                 assert run.poll() is None, run.communicate()
                 time.sleep(0.01)
             time.sleep(0.15)
             run.kill()
-            run.communicate(timeout=30)
+            run.communicate(timeout=60)
         time.sleep(0.3)
         assert_unharmed(guest)
     report = cli.json("incremental", "web")

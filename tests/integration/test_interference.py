@@ -16,7 +16,7 @@ pytestmark = pytest.mark.simulator_too
 SLOW = ("--limit", "2M")  # slow enough to be met in mid-copy
 
 
-def wait_for(what: Callable[[], object], seconds: float = 20) -> None:
+def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not happen"
@@ -196,7 +196,7 @@ def test_a_base_that_somebody_enabled_before_the_recovery_gets_the_record_all_th
         wait_for(copying(lab))
         lab.writer.do("vda", "data", MIB, 65536, 0x61)
         run.kill()
-        run.communicate(timeout=30)
+        run.communicate(timeout=60)
     wait_for(lambda: not lab.machine.qmp("query-block-exports") and not lab.machine.qmp("query-jobs"))
     base = min(name for name in lab.machine.bitmaps()["node-vda"] if name.startswith("backupctl-"))
     assert lab.machine.qmp("block-dirty-bitmap-enable", node="node-vda", name=base) == {}

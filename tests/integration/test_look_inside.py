@@ -53,7 +53,7 @@ def _served(lab, point: str) -> dict[str, bytes]:
             found = {one["disk"]: _raw(lab, one["uri"], "raw") for one in json.loads(text)["exports"]}
         finally:
             child.terminate()
-            child.wait(30)
+            child.wait(60)
     assert child.returncode == 0
     return found
 

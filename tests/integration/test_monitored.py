@@ -78,7 +78,7 @@ def frozen_asker(site) -> str:
     program = site.directory / "ask.py"
     program.write_text(
         "import json, socket, sys\n"
-        "s = socket.socket(socket.AF_UNIX)\ns.settimeout(5)\ns.connect(sys.argv[1])\n"
+        "s = socket.socket(socket.AF_UNIX)\ns.settimeout(60)\ns.connect(sys.argv[1])\n"
         's.sendall(b\'{"execute": "guest-fsfreeze-status"}\\n\')\n'
         'print(json.loads(s.makefile().readline())["return"], file=open(sys.argv[2], "a"))\n'
     )
@@ -331,3 +331,33 @@ def test_of_several_vms_each_has_its_hooks_and_metrics(site):
     assert site.got("failed")[1]["BACKUPCTL_VM"] == "db"
     assert sorted(one.name for one in site.metrics.iterdir()) == ["backupctl-db.prom", "backupctl-web.prom"]
     assert site.values()["last_run_success"] == 1
+
+
+def test_without_metrics_and_notices_the_last_verify_is_on_the_page_and_in_check(site):
+    site.config.write_text(f'[vm.web]\nrepository = "{site.cli.repository}"\n')
+    site.cli.environment["STATE_DIRECTORY"] = f"{site.state}:/other"
+    page = site.directory / "report.html"
+    site.lab.writer.write(5)
+    site.lab.backup("full")
+    site.cli.run("report", "web", "--html", str(page), vm=False)
+    assert "none is known" in page.read_text()
+    site.cli.run("verify", "web", vm=False)
+    site.cli.run("report", "web", "--html", str(page), vm=False)
+    assert "no damage, " in page.read_text()
+    (image,) = site.cli.repository.glob("web/*/vda.qcow2")
+    content = bytearray(image.read_bytes())
+    content[len(content.rstrip(b"\0")) - 1] ^= 1
+    image.write_bytes(content)
+    site.cli.run("verify", "web", vm=False, code=4)
+    assert "the verify of" in site.cli.run("check", "web", vm=False, code=2).stdout
+
+
+def test_a_state_directory_that_nobody_asked_for_and_nobody_may_write_is_no_warning(site):
+    site.config.write_text(f'[vm.web]\nrepository = "{site.cli.repository}"\n')
+    site.cli.environment["STATE_DIRECTORY"] = "/proc/none"
+    assert site.lab.backup("full")["warnings"] == []
+    site.configure("")
+    site.cli.environment["STATE_DIRECTORY"] = ""
+    site.config.write_text(site.config.read_text().replace(f"{site.state}", "/proc/none"))
+    (warning,) = site.lab.backup("incremental")["warnings"]
+    assert warning["code"] == "metrics-not-written"

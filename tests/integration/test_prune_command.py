@@ -97,7 +97,7 @@ def test_what_is_not_merged_yet_is_told_and_none_of_the_points(lab):
     (lab.cli.repository / "web" / points[1] / "retired").touch()  # as a prune that died leaves it
     status = lab.cli.json("status", "web")
     assert any(points[1] in line and "merged" in line for line in status["leftovers"])
-    assert "clears up" not in status["next_run"]
+    assert "an earlier run left" not in status["next_run"]
     assert listed(lab) == [points[0], points[2]]
     lab.cli.run("restore", "web", points[1], "--to", str(lab.directory / "no"), vm=False, code=2)
     lab.cli.run("verify", "web", vm=False)

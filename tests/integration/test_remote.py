@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A VM on another host, reached by ssh: an sshd on the loopback with keys of its own."""
 
+import json
 import os
 import signal
 import time
@@ -61,6 +62,24 @@ def test_full_and_incremental_over_ssh_restore_byte_equal_with_a_frozen_guest(re
     assert report["consistency"] == "filesystem", report
     assert {disk["kind"] for disk in report["disks"]} == {"incremental"}
     lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_at_rest()
+    sshd.await_end()
+
+
+def test_files_of_the_other_host_are_stored_and_one_that_is_missing_fails_the_run(remote_lab, sshd, tmp_path):
+    lab = remote_lab
+    content = os.urandom(3 << 20)  # fetched in several parts
+    (tmp_path / "web conf").write_bytes(content)
+    (tmp_path / "link").symlink_to("web conf")
+    for wrong in ("missing", "link"):
+        error = lab.backup("incremental", "--include-file", str(tmp_path / wrong), code=2)["error"]
+        assert error["message"].startswith("on vmhost: cannot open"), error
+    point = lab.backup("incremental", "--include-file", str(tmp_path / "web conf"))["point"]
+    directory = lab.cli.repository / "web" / point / "definition"
+    assert (directory / "included-1-web-conf").read_bytes() == content
+    if not lab.machine.build.simulated:
+        told = json.loads((directory / "qemu.json").read_text())
+        assert told["command_line"][0] == lab.machine.build.system[0]
     lab.assert_at_rest()
     sshd.await_end()
 

@@ -110,7 +110,7 @@ def test_qemu_has_few_rights_and_ends_with_a_killed_backupctl(vm, options, tmp_p
             everything = [qemu, *children(child.pid)]
         finally:
             child.send_signal(signal.SIGKILL)
-            child.wait(30)
+            child.wait(60)
     awaited(lambda: not any(alive(one) for one in everything))
     assert sorted(os.listdir(tmp_path)) == ["image", "kernel", "repository"]
 

@@ -57,7 +57,7 @@ def test_no_answer_comes_but_the_monitor_goes_on(vm, action, done):
     client = other(vm)
     with socket.socket(socket.AF_UNIX) as raw:
         client.close()
-        raw.settimeout(10)
+        raw.settimeout(60)
         raw.connect(str(vm.qmp_path))
         stream = raw.makefile("rb")
         stream.readline()
@@ -107,7 +107,7 @@ def test_it_comes_back_with_bitmaps_as_qemu_leaves_them(vm, action, inconsistent
 @pytest.mark.parametrize(("end", "reason"), [("quit", "host-qmp-quit"), ("SIGTERM", "host-signal")])
 def test_a_clean_end_says_who_wanted_it(vm, end, reason):
     with socket.socket(socket.AF_UNIX) as raw:
-        raw.settimeout(10)
+        raw.settimeout(60)
         raw.connect(str(vm.qmp_path))
         stream = raw.makefile("rb")
         stream.readline()

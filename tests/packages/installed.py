@@ -12,8 +12,29 @@ from pathlib import Path
 from fixtures.machine import line_socket
 
 PATIENCE_SECONDS = 120.0
+SYSTEM_PYTHON = "/usr/bin/python3"
 SITE = Path(sys.prefix) / f"lib/python3.{sys.version_info.minor}/site-packages"
 """The packages that backupctl needs, as they are pinned."""
+
+
+def environment(directory: Path, *options: str) -> Path:
+    """Make an empty virtual environment; return its directory of programs."""
+    subprocess.run(
+        [SYSTEM_PYTHON, "-m", "venv", "--without-pip", *options, directory], check=True, timeout=120
+    )
+    return directory / "bin"
+
+
+def install(programs: Path, *what: str) -> None:
+    """Install into an environment with our own pip, as it has none."""
+    command = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "-q", "--no-input"]
+    subprocess.run([*command, "--disable-pip-version-check", "--no-compile", *what], check=True, timeout=600)
+
+
+def with_dependencies(programs: Path) -> None:
+    """Lend an environment the pinned packages of ours, as if pip had installed them."""
+    (target,) = programs.parent.glob("lib/python3.*/site-packages")
+    (target / "dependencies.pth").write_text(f"{SITE}\n")
 
 
 class Installed:

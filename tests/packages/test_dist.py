@@ -7,41 +7,26 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from backupctl import __version__
 from fixtures import dist, manual
 from tests.conftest import ROOT
-from tests.packages.installed import SITE, Installed, backs_up_and_restores
-
-SYSTEM_PYTHON = "/usr/bin/python3"
+from tests.packages.installed import (
+    SYSTEM_PYTHON,
+    Installed,
+    backs_up_and_restores,
+    environment,
+    install,
+    with_dependencies,
+)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The wheel and the source distribution of this tree."""
     return dist.make(tmp_path_factory.mktemp("dist"))
-
-
-def environment(directory: Path, *options: str) -> Path:
-    """Make an empty virtual environment; return its directory of programs."""
-    subprocess.run(
-        [SYSTEM_PYTHON, "-m", "venv", "--without-pip", *options, directory], check=True, timeout=120
-    )
-    return directory / "bin"
-
-
-def install(programs: Path, *what: str) -> None:
-    command = [sys.executable, "-m", "pip", "--python", programs / "python", "install", "-q", "--no-input"]
-    subprocess.run([*command, "--disable-pip-version-check", "--no-compile", *what], check=True, timeout=600)
-
-
-def with_dependencies(programs: Path) -> None:
-    """Lend an environment the pinned packages of ours, as if pip had installed them."""
-    (target,) = programs.parent.glob("lib/python3.*/site-packages")
-    (target / "dependencies.pth").write_text(f"{SITE}\n")
 
 
 @pytest.fixture(scope="module")

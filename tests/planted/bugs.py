@@ -51,11 +51,48 @@ LIBVIRT = "unit/vm/libvirt/"
 
 BUGS = (
     Bug(
+        "a mount over a name with a space is taken for none",
+        "is_listed",
+        "_ESCAPED.sub(_unescaped, place)",
+        "place",
+        "unit/operations/test_mount.py::test_a_mount_is_listed_whatever_its_name_and_without_being_touched",
+    ),
+    Bug(
         "a checkpoint of libvirt is used for another image",
         "Checkpoint.is_of",
         "return bool(then and files and (then[0] in files or files[0] in then))",
         "return True",
         LIBVIRT + "test_libvirt_checkpoints.py::test_a_bitmap_is_not_used_for_another_image",
+    ),
+    Bug(
+        "libvirt does not know of a bitmap that a killed run made in the image of a domain that is off",
+        "OffSession.hand_over",
+        """checkpoints.redefine(self._off.connection, self._described(name, recorded))
+        off_checkpoints.make(self._off.daemon, recorded, name)""",
+        """off_checkpoints.make(self._off.daemon, recorded, name)
+        checkpoints.redefine(self._off.connection, self._described(name, recorded))""",
+        LIBVIRT + "test_libvirt_off.py::test_libvirt_notes_a_checkpoint_before_its_bitmaps_are_made",
+    ),
+    Bug(
+        "a bitmap with a gap below it is believed while a domain is off",
+        "recorded",
+        "if gap or other_size or not all(map(_usable, there)):",
+        "if other_size or not all(map(_usable, there)):",
+        LIBVIRT + "test_libvirt_off.py::test_only_bitmaps_without_a_gap_tell_what_changed",
+    ),
+    Bug(
+        "a client in its handshake is taken for one that QEMU has let in",
+        "HandshakeReader.read",
+        "self._last = magic == _REPLY_MAGIC and option == _OPT_GO and kind == _REP_ACK",
+        "self._last = magic == _REPLY_MAGIC and kind == _REP_ACK",
+        "unit/vm/remote/test_relay.py::test_replies_before_the_last_do_not_end_a_handshake",
+    ),
+    Bug(
+        "a backup that libvirt is about to begin is taken for none",
+        "end",
+        "    await_quiet(connection, drain)\n",
+        "",
+        LIBVIRT + "test_libvirt_connection.py::test_a_backup_that_is_about_to_begin_is_waited_for",
     ),
     Bug(
         "the checkpoint of a failed run becomes the base of the next",
@@ -748,5 +785,54 @@ BUGS = (
         "            and hosts.count(one.host) < per_host\n",
         "            and hosts.count(one.host) <= per_host\n",
         FLEET + "test_no_more_than_are_allowed_are_worked_on_at_once_on_each_host",
+    ),
+    Bug(
+        "the definition of a VM is not on stable storage before the commit",
+        "PendingPoint.commit",
+        "            stored_files.sync(self.path, manifest.definition)\n",
+        "",
+        "unit/repository/test_stored_files.py::test_all_files_are_durable_before_the_manifest",
+    ),
+    Bug(
+        "a file of a point is read through a link",
+        "read",
+        "        _refuse_link(point / DIRECTORY)\n",
+        "",
+        "unit/repository/test_stored_files.py::test_verify_finds_a_file_that_is_not_as_it_was_stored",
+    ),
+    Bug(
+        "a password on QEMU's command line is stored",
+        "_names_secret",
+        "return bool(_SECRET_NAME.search(name)) and",
+        "return bool(_SECRET_NAME.search(name)) and not name and",
+        "unit/vm/test_definition.py::test_no_secret_of_the_command_line_is_stored",
+    ),
+    Bug(
+        "a restored VM has the UUID of the old one",
+        "_identify",
+        "    made = str(uuid.uuid4())\n",
+        '    made = root.findtext("uuid", "")\n',
+        LIBVIRT + "test_libvirt_definition.py::test_the_new_domain_has_an_identity_of_its_own",
+    ),
+    Bug(
+        "a copy's lock is taken for the guard of a killed run",
+        "VmDirectory._holder",
+        "        if taker and str(taker) != number:",
+        "        if taker and not number:",
+        "integration/test_off_site.py::test_a_run_that_meets_a_copy_ends_with_75_and_names_its_process",
+    ),
+    Bug(
+        "what a guest encrypts is called unknown",
+        "kind",
+        "    for name, offset, magic in _MAGICS:\n",
+        "    for name, offset, magic in _MAGICS[:6]:\n",
+        "unit/operations/test_files.py::test_what_is_not_supported_is_named_and_so_is_what_reads_it",
+    ),
+    Bug(
+        "a narrow terminal breaks the lines of a table",
+        "_narrowed",
+        "        if sum(column.width + 2 for column in table) - 2 <= limit:\n",
+        "        if sum(column.width for column in table) <= 4 * limit:\n",
+        "screens/test_screens.py::test_points",
     ),
 )

@@ -337,7 +337,7 @@ def test_status(show, monkeypatch, tmp_path):
         problem="",
         disks=(disk,),
         leftovers=(f"to clean up: unfinished bitmap backupctl-0123abcd-{P3}-vda on drive-vda",),
-        next_run=f"the next run first clears up what an earlier one left, then builds on {P2}",
+        next_run=f"first finishes or rolls back what an earlier run left, then builds on {P2}",
         missing_disks=(MissingDisk(DiskName("vdb"), P1),),
         bitmaps=BITMAPS,
     )
@@ -345,7 +345,16 @@ def test_status(show, monkeypatch, tmp_path):
     show("status", "status", "web", *VM)
     monkeypatch.setattr(status, "look", lambda *_: RUNNING)
     show("status-running", "status", "web", *VM)
-    empty = Status(VmName("web"), (), (), None, LONG, (), (), "the VM can't be reached")
+    empty = Status(
+        VmName("web"),
+        (),
+        (),
+        None,
+        LONG,
+        (),
+        (),
+        "fails while the VM cannot be reached; check with `backupctl doctor web`",
+    )
     monkeypatch.setattr(status, "look", lambda *_: empty)
     show("status-off", "status", "web", *VM)
 
@@ -358,7 +367,7 @@ RUNNING = Status(
     "another run (process 4711) is working on web in this repository",
     (),
     (),
-    "it waits for a few seconds, then leaves with exit code 75",
+    "waits for a few seconds, then exits with code 75",
     running=Running(
         command="incremental",
         pid=4711,

@@ -35,9 +35,11 @@ SPIN = "import time\ntime.sleep(2)\nwhile time.process_time() < 0.4: pass\n"
 
 
 def test_the_cpu_of_an_orphan_that_outlives_its_parent_is_counted_but_not_its_time():
+    begun = time.monotonic()
     usage = measure(f"import os\nif os.fork() == 0:\n os.setsid()\n exec({SPIN!r})\n")
-    assert 0.4 <= usage.cpu_seconds < 1.5
-    assert usage.wall_seconds < 2
+    with_orphan_seconds = time.monotonic() - begun
+    assert 0.4 <= usage.cpu_seconds < 3
+    assert usage.wall_seconds < with_orphan_seconds - 1
 
 
 def test_the_memory_of_each_process_is_measured():
@@ -70,12 +72,12 @@ def test_a_program_does_not_outlive_the_process_that_measures_it(tmp_path):
     process.stdin.close()
     wait_for(lambda: note.exists() and note.read_text())
     process.kill()
-    process.wait(10)
+    process.wait(60)
     wait_for(lambda: not Path("/proc", note.read_text()).exists())
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

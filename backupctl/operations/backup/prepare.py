@@ -31,13 +31,15 @@ from backupctl.events.backup import (
     DiskTakenFull,
     ImagesRead,
     NoPointToBuildOn,
+    OtherToolFound,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
     VmRenamed,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
 from backupctl.names import DiskName, Namespace, PointId, VmName
-from backupctl.operations import recover
+from backupctl.operations import other_tools, recover
+from backupctl.operations.backup import definition
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.plan import Plan
@@ -48,6 +50,7 @@ from backupctl.repository.checked_chains import CheckedChains
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 from backupctl.system import private_dir
+from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Driver, ScratchBudget
 from backupctl.vm.filling import Filling
@@ -61,9 +64,10 @@ _MAY_PASS = (Interrupted, OutcomeUnknown, ReadFailed, AgentTimeout)
 class Prepared:
     """What step 1 found out.
 
-    chains: those that the plan builds on. budgets: the scratch space of each disk of the plan. filling: the
-    file systems that the run writes to. recorded: the newest point from which a bitmap in the VM records, of
-    whatever copy of the repository. version: of what runs the VM.
+    definition: what the VM is beside its disks. chains: those that the plan builds on. budgets: the scratch
+    space of each disk of the plan. filling: the file systems that the run writes to. recorded: the newest
+    point from which a bitmap in the VM records, of whatever copy of the repository. version: of what runs the
+    VM.
     """
 
     plan: Plan
@@ -72,6 +76,7 @@ class Prepared:
     filling: tuple[Filling, ...]
     recorded: PointId | None
     version: str
+    definition: Definition
 
 
 @contextmanager
@@ -93,6 +98,7 @@ def rehearse(vm: VmConfig, options: RunOptions, cancel: Cancellation) -> None:
     Raises VmIsOff, MonitorError, Refused, Failed, Interrupted.
     """
     with explained(vm, options), open_for_backup(vm, options.timeouts, cancel) as driver:
+        driver.included(options.include)
         _, chosen = _chosen(driver, options)
         driver.plan_scratch(chosen, options.scratch)
         cancel.check()
@@ -112,6 +118,7 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     gone = recover.gone(facts, recorded)
     for done in recover.recover_vm(vm, facts, driver, options.scratch.directory, options.timeouts):
         reporter.event(RecoveredFromEarlierRun(done))
+    described = definition.asked(driver, options, reporter)
     points = directory.scan_all()
     audit.reconcile(directory, points)
     for problem in audit.problems(directory, points.committed):
@@ -124,8 +131,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
     plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
-    if not directory.all_points() and (renamed := former_names.bearer(ctx.repository.path, vm.name)):
-        reporter.event(VmRenamed(vm.name, renamed))
+    if not directory.all_points():
+        _tell_of_before(ctx, driver)
     filling = (
         *driver.filling((ctx.repository.path,), inventory.disks),
         driver.scratch_filling(options.scratch.directory, inventory.disks),
@@ -134,7 +141,15 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
         one.check()
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
     ctx.cancel.check()
-    return Prepared(plan, chains, budgets, filling, recorded, driver.version)
+    return Prepared(plan, chains, budgets, filling, recorded, driver.version, described)
+
+
+def _tell_of_before(ctx: RunContext, driver: Driver) -> None:
+    """Before the first point of a VM: what else it may be known by, and who backed it up."""
+    if renamed := former_names.bearer(ctx.repository.path, ctx.vm.name):
+        ctx.reporter.event(VmRenamed(ctx.vm.name, renamed))
+    for one in other_tools.found(driver, ctx.vm):
+        ctx.reporter.event(OtherToolFound(one.said, one.removal))
 
 
 def _plan(
@@ -202,6 +217,8 @@ def _chosen(driver: Driver, options: RunOptions) -> tuple[Inventory, tuple[Disk,
     inventory = driver.inventory()
     inventory.refuse_busy()
     chosen = inventory.chosen(options.disks)
+    if not (options.firmware or options.disks):
+        chosen = tuple(disk for disk in chosen if not disk.firmware)
     if not chosen:
         why = "".join(f"; {name} is left out: {reason}" for name, reason in inventory.skipped)
         raise Refused(f"the VM has no writable disk{why}", state=UNTOUCHED)
@@ -246,7 +263,7 @@ def _report(plan: Plan, options: RunOptions, reporter: Reporter) -> None:
             reporter.event(DiskScanned(one.disk.name, one.base, one.reason, one.damaged))
         elif one.reason:
             reporter.event(DiskTakenFull(one.disk.name, one.reason, one.damaged))
-        if not one.disk.persistent:
+        if not (one.disk.persistent or one.disk.firmware):  # reading all of that takes no time
             reporter.event(BitmapNotPersistent(one.disk.name, one.disk.driver, full=not plan.parent))
         if one.disk.encrypted:
             reporter.event(DiskEncrypted(one.disk.name, full=not plan.parent))

@@ -37,7 +37,7 @@ from backupctl.errors import (
 from backupctl.events.backup import CrashConsistent
 from backupctl.names import PointId
 from backupctl.operations import recover
-from backupctl.operations.backup import outcome, prepare
+from backupctl.operations.backup import definition, outcome, prepare
 from backupctl.operations.backup.activity_log import ActivityLog
 from backupctl.operations.backup.context import RunContext
 from backupctl.operations.backup.disk import DISKS_AT_ONCE, DiskProgress, LayerCopier
@@ -50,7 +50,7 @@ from backupctl.system.threads import Workers, side_by_side
 from backupctl.transfer import copy
 from backupctl.transfer.rate_limit import TokenBucket
 from backupctl.transfer.source import Source
-from backupctl.vm.driver import DiskSnapshot, Request, Session, Thawed
+from backupctl.vm.driver import DiskSnapshot, Driver, Request, Session, Thawed
 from backupctl.vm.open_driver import open_for_backup
 
 _ROLLED_BACK = "rolled back: nothing is lost, nothing of this run is left"
@@ -75,7 +75,7 @@ def run(ctx: RunContext) -> RunReport:
                 ctx.activity.step("prepare", None)
                 prepared = prepare.prepare(ctx, driver)
                 session.stand_by()
-                report = _Run(ctx, session, prepared).make()
+                report = _Run(ctx, driver, session, prepared).make()
             summary.renew(ctx.directory)
             return report
 
@@ -83,8 +83,9 @@ def run(ctx: RunContext) -> RunReport:
 class _Run:
     """Steps 2 to 10 of one run."""
 
-    def __init__(self, ctx: RunContext, session: Session, prepared: Prepared) -> None:
+    def __init__(self, ctx: RunContext, driver: Driver, session: Session, prepared: Prepared) -> None:
         self.ctx = ctx
+        self.driver = driver
         self.session = session
         self.prepared = prepared
         self.plan = prepared.plan
@@ -119,6 +120,7 @@ class _Run:
             ctx.point = self.point
         session.attach(self._request(self.point, freezes=freezes))
         freeze = self._point_in_time(partial, freezes=freezes)
+        state = definition.state(self.driver, ctx.options, ctx.reporter)
         self._begin("export")
         sources = self._connected()
         self._begin("copy")
@@ -131,6 +133,8 @@ class _Run:
         manifest = outcome.manifest(journal, self.plan.parent, entries, freeze, qemu, kept)
         if not session.has_guest:
             manifest = replace(manifest, consistency="offline")
+        files = definition.to_store(self.prepared.definition + state)
+        manifest = replace(manifest, definition=partial.store(files))
         partial.commit(manifest)
         return manifest
 
@@ -270,7 +274,7 @@ class _Run:
     ) -> BackupctlError:
         error = recover.needs_recovery(err, self.ctx.vm.name)
         if failure is not None:
-            text = f"{_text(failure)}; and then it could not be rolled back: {err.message}"
+            text = f"{_text(failure)}; the roll-back failed as well: {err.message}"
             error = error.reworded(text)
             error.step = failed_in
         elif self.point is not None and self.facts.is_committed(self.point):

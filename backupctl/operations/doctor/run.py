@@ -22,7 +22,7 @@ from backupctl.errors import (
 )
 from backupctl.finding import Finding, Verdict
 from backupctl.names import VmName
-from backupctl.operations import recover, status
+from backupctl.operations import other_tools, recover, status
 from backupctl.operations.bitmaps import Known, nobody_else
 from backupctl.operations.doctor import trials
 from backupctl.options import RunOptions, VmConfig
@@ -58,7 +58,14 @@ def examine(vm: VmConfig, path: Path, options: RunOptions, known: Known = nobody
         repository = Repository.open(path)
     found = [*_tools(), *_repository(vm, path), *_trials(vm, path, options)]
     if repository is not None and (worker := repository.vm(vm.name).lock_holder()):
-        found.append(Finding("monitor", "warning", worker, "it serves one client: call again after the run"))
+        found.append(
+            Finding(
+                "monitor",
+                "warning",
+                worker,
+                "the monitor serves one client at a time; check again after the run",
+            )
+        )
     else:
         found += _vm(vm, repository, path, options, known)
     return Diagnosis(vm.name, tuple(found))
@@ -70,7 +77,7 @@ def _tools() -> Iterator[Finding]:
         advice = "apt install qemu-utils qemu-system-common (or set QEMU_IMG, QEMU_STORAGE_DAEMON)"
         yield Finding("tools", "bad", f"not found: {' and '.join(missing)}", advice)
     else:
-        yield Finding("tools", "ok", f"{' and '.join(programs)} are there")
+        yield Finding("tools", "ok", f"{' and '.join(programs)} are installed")
 
 
 def _repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
@@ -115,8 +122,8 @@ def _no_repository(vm: VmConfig, path: Path) -> Iterator[Finding]:
     if locked := _locked(path):
         yield Finding("repository", "bad", locked)
         return
-    said = f"none in {path} yet, the first `backupctl full {vm.name}` makes it; {_free(path)}"
-    yield Finding("repository", "warning", said, "if there should be one: is its file system mounted?")
+    said = f"none in {path} yet; `backupctl full {vm.name}` creates it. {_free(path)}"
+    yield Finding("repository", "warning", said, "if you expected one, check that its file system is mounted")
 
 
 def _locked(path: Path) -> str:
@@ -132,7 +139,7 @@ def _existing(path: Path) -> Path:
 
 
 def _free(path: Path) -> str:
-    return f"{_mib(files.free_bytes(_existing(path)))} are free"
+    return f"{_size(files.free_bytes(_existing(path)))} free"
 
 
 def _vm(
@@ -143,6 +150,7 @@ def _vm(
         with open_driver(vm, options.timeouts.brief()) as driver:
             has_guest = driver.has_guest
             yield from driver.findings(options)
+            yield from _other_tools(driver, vm)
             yield from _disks(vm, driver, repository, path, options)
     except (MonitorError, Refused) as err:
         yield Finding("monitor", "bad", err.message, err.hint)
@@ -153,7 +161,14 @@ def _vm(
         try:
             yield from _history(vm, repository, options, known)
         except RepositoryError as err:
-            yield Finding("chain", "bad", err.message, "mend what keeps it from being read")
+            yield Finding("chain", "bad", err.message, "make the repository readable again")
+
+
+def _other_tools(driver: Driver, vm: VmConfig) -> Iterator[Finding]:
+    for one in other_tools.found(driver, vm):
+        yield Finding(
+            "other tools", "ok", one.said, f"if you have left it, this removes them: {'; '.join(one.removal)}"
+        )
 
 
 def _disks(
@@ -184,7 +199,7 @@ def _foreseen(vm: VmConfig, driver: Driver, repository: Repository | None) -> Fo
 
 
 def _media(inventory: Inventory) -> Iterator[Finding]:
-    found = ", ".join(f"{one.name} ({_mib(one.size)}, {one.driver})" for one in inventory.disks)
+    found = ", ".join(f"{one.name} ({_size(one.size)}, {one.driver})" for one in inventory.disks)
     yield Finding("disks", "ok", found) if found else Finding("disks", "bad", "the VM has no writable disk")
     for name, why in inventory.skipped:
         yield Finding("disks", "ok", f"{name} is left out: {why}")
@@ -213,10 +228,13 @@ def _filling(driver: Driver, inventory: Inventory, path: Path, options: RunOptio
     for one in {(type(one), one.directory): one for one in found}.values():
         if who := one.who():
             verdict: Verdict = "bad" if one.free_bytes() < LOW_BYTES else "ok"
-            limit = _mib(LOW_BYTES)
-            said = f"on the file system of {one.directory}, {who}: a run is given up when {limit} are left"
+            limit = _size(LOW_BYTES)
+            said = f"file system of {one.directory}: {who}. A run stops when less than {limit} are free"
             yield Finding(
-                "file system", verdict, said, "" if verdict == "ok" else "more room, or another disk"
+                "file system",
+                verdict,
+                said,
+                "" if verdict == "ok" else "free some space, or use another disk",
             )
 
 
@@ -229,9 +247,9 @@ def _scratch(driver: Driver, inventory: Inventory, options: RunOptions) -> Itera
         yield Finding("scratch", "bad", err.message)
         return
     size, wanted = sum(one.size for one in budgets), sum(one.ideal_bytes for one in budgets)
-    said = f"{directory}: {_mib(size)} would be reserved for a run"
+    said = f"{directory}: a run reserves {_size(size)}"
     if size < wanted:
-        said += f"; {_mib(wanted)} would be enough if the guest overwrote everything meanwhile"
+        said += f"; {_size(wanted)} are needed if the guest overwrites all of its data meanwhile"
         yield Finding("scratch", "warning", said, "more space, or another directory: scratch, --scratch")
     else:
         yield Finding("scratch", "ok", said)
@@ -245,8 +263,8 @@ def _room(inventory: Inventory, repository: Repository | None, path: Path) -> It
         marked = [one.dirty_bytes for one in ours if one.recording and not one.inconsistent]
         most += min(marked, default=disk.held_bytes)
     if most > free:
-        said = f"the next run may store {_mib(most)}; {_mib(free)} are free"
-        yield Finding("repository", "warning", said, "backupctl prune, or more room")
+        said = f"the next run may store {_size(most)}; {_size(free)} are free"
+        yield Finding("repository", "warning", said, "backupctl prune, or more space")
 
 
 def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
@@ -259,18 +277,20 @@ def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
             "agent",
             without,
             f"no agent is configured, so {costs}",
-            "agent = in the configuration, or --agent",
+            "set agent in the configuration, or use --agent",
         )
         return
     try:
         frozen = freeze_status(vm, options.timeouts)
     except AgentError as err:
         yield Finding(
-            "agent", without, f"{err.message}: so {costs}", "is qemu-guest-agent at work in the guest?"
+            "agent", without, f"{err.message}: so {costs}", "check that qemu-guest-agent runs in the guest"
         )
         return
     if frozen == "frozen":
-        advice = f"backupctl recover {vm.name}, if a run of backupctl died; else ask who froze it"
+        advice = (
+            f"backupctl recover {vm.name}, if a run of backupctl crashed; otherwise find out who froze them"
+        )
         yield Finding("agent", "bad", "the guest's file systems are frozen", advice)
     else:
         yield Finding("agent", "ok", f"answers at {agent_place(vm)}; the guest is not frozen")
@@ -281,7 +301,10 @@ def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: K
     found = status.look(vm, repository, options, known)
     for left in found.leftovers:
         yield Finding(
-            "leftovers", "warning", left, f"backupctl recover {vm.name}, or leave it to the next run"
+            "leftovers",
+            "warning",
+            left,
+            f"the next run cleans this up; `backupctl recover {vm.name}` does it now",
         )
     yield from _bitmaps(vm, found)
     for gone in found.missing_disks:
@@ -306,5 +329,5 @@ def _bitmaps(vm: VmConfig, found: status.Status) -> Iterator[Finding]:
             yield Finding("bitmaps", "warning", f"{one.name} on {one.node}: {one.why}", advice)
 
 
-def _mib(count: int) -> str:
-    return f"{count >> 20:,} MiB"
+def _size(count: int) -> str:
+    return f"{count / (1 << 30):,.1f} GiB" if count >> 30 else f"{count >> 20} MiB"

@@ -16,6 +16,7 @@ from backupctl.filesystems.device import Device
 from backupctl.filesystems.tree import FileSystem, Node
 from backupctl.images.layered_image import LayeredImage
 from backupctl.names import DiskName
+from backupctl.operations.files import elsewhere
 from backupctl.operations.files.disk import PointDisk
 from backupctl.repository import chain, read_locks
 from backupctl.repository.point import Point
@@ -196,10 +197,15 @@ def _nothing_readable(places: tuple[Place, ...]) -> FilesystemError:
     return FilesystemError(
         f"no file system can be read ({listed})",
         state="nothing was copied",
-        hint="backupctl reads ext2, ext3, ext4, XFS and FAT, also on linear volumes of LVM. "
-        "For others serve the disk and use guestfish: "
-        "backupctl serve --help; guestfish --ro --format=raw -a URI -i",
+        hint="; ".join(f"{kinds}: {text}" for kinds, text in advice(places))
+        or "backupctl reads ext2, ext3, ext4, XFS and FAT",
     )
+
+
+def advice(places: tuple[Place, ...]) -> tuple[tuple[str, str], ...]:
+    """Return what reads the places that we do not read: their kinds, and what to do about them."""
+    unread = [one for one in places if one.filesystem is None and one.problem]
+    return elsewhere.advice((one.kind, bool(one.volume)) for one in unread)
 
 
 def listing(found: Found, *, recursive: bool) -> Iterator[tuple[bytes, Node]]:

@@ -126,7 +126,7 @@ def prune(
     except Failed as err:
         raise err.add(
             state=STATE,
-            hint="the same prune again continues where this one ended",
+            hint="run the same prune again: it continues where this one stopped",
             next_command=f"backupctl prune {directory.name}",
         ) from err
     return replace(steps.outcome.report(decisions), long_chains=long_chains(directory, max_chain))

@@ -40,7 +40,7 @@ _ALLOW_DAMAGE = (
     "verify lists everything that is damaged; restore --allow-damage writes damaged data as well "
     "(--force only overwrites an existing target)"
 )
-_GIVEN_UP = "the restore was given up; what it wrote is gone, or not complete"
+_GIVEN_UP = "the restore was aborted; what it wrote is removed or incomplete"
 _DEVICE_ZERO_CLUSTERS = 128  # on a device without a zero command they are written as data
 _SHOWN = 4
 

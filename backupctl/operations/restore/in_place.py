@@ -45,7 +45,7 @@ from backupctl.transfer.verify_filter import VerifyFilter
 from backupctl.vm import filling
 
 _ZERO_CLUSTERS = 128  # on a device without a zero command they are written as data
-_HALF_DONE = "the target is partly changed; the same command again finishes it"
+_HALF_DONE = "the target is partly changed; run the same command again to finish it"
 
 
 @dataclass(frozen=True)

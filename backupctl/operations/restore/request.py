@@ -117,4 +117,9 @@ def refuse_new_file(
 def refuse_overwriting(request: RestoreRequest, why: str) -> None:
     """Refuse to replace what exists, unless the request says so. Raises TargetExists."""
     if not request.overwrite:
-        raise TargetExists(why, state=UNTOUCHED, next_command="backupctl restore --force")
+        raise TargetExists(
+            why,
+            state=UNTOUCHED,
+            hint="choose another target, or overwrite this one",
+            next_command="backupctl restore --force",
+        )

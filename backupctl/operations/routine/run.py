@@ -141,7 +141,7 @@ class _Work:
         if rules.hold_nothing():
             return self._skip("prune", "no retention rule is configured (keep_last, keep_daily, ...)")
         if taken.error is not None:
-            return self._skip("prune", "the backup failed, or found damage")
+            return self._skip("prune", "the backup failed or found damage")
         if taken.skipped:  # time alone must not drop points that nothing replaces
             return self._skip("prune", "no backup was taken")
         try:

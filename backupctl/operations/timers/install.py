@@ -73,7 +73,7 @@ def carry_out(changes: Iterable[Change], *, force: bool) -> None:
     except OSError as err:
         raise Failed(
             f"cannot change {err.filename or one.path}: {err.strerror}",
-            state="units named before it were changed; calling the command again finishes the work",
+            state="the units before it are written; run the command again for the rest",
         ) from err
 
 

@@ -30,7 +30,7 @@ from backupctl.system.threads import Workers
 from backupctl.transfer import read_layer
 from backupctl.transfer.batch import Part
 
-Kind = Literal["manifest", "history", "chain", "image", "digests", "data"]
+Kind = Literal["manifest", "history", "chain", "image", "digests", "data", "definition"]
 
 _NONE: Clusters = np.empty(0, np.uint64)
 

@@ -35,7 +35,7 @@ from backupctl.operations import chain_reader
 from backupctl.operations.verify.impact import Affected, Impact
 from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope
 from backupctl.progress import Reporter
-from backupctl.repository import audit, history, markers
+from backupctl.repository import audit, history, markers, stored_files
 from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
@@ -276,6 +276,7 @@ class _VmCheck:
         self.found.layers += len(layers)
         if chosen is None:
             self._check_directory(contents, impact)
+        self._check_definitions(contents.current.points if chosen is None else (chosen,))
         self._check_parents(contents, impact, layers)
         self._check_layers(maps, impact, layers)
 
@@ -299,6 +300,21 @@ class _VmCheck:
         self.found.notes += [
             f"{pending.path}: an unfinished point" for pending in self.directory.pending_points()
         ]
+
+    def _check_definitions(self, points: Iterable[Point]) -> None:
+        """Compare the files that describe the VM with their digests; all of them, since they are small."""
+        for point in points:
+            if not point.manifest.definition:
+                continue
+            self.stop.check()
+            with self._locked(point) as now:
+                for entry in now.manifest.definition if now else ():
+                    try:
+                        stored_files.read(point.path, entry)
+                    except DamageFound as err:
+                        self._add_damage("definition", entry.path_in(point.path), "", err.message, ())
+                    except RepositoryUnreadable as err:
+                        self._add_unchecked(entry.path_in(point.path), "", err)
 
     def _check_parents(
         self, contents: _Contents, impact: Impact, layers: Iterable[tuple[Point, DiskEntry]]

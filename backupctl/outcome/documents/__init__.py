@@ -30,6 +30,7 @@ from backupctl.outcome.documents.care import (
 )
 from backupctl.outcome.documents.parts import Document, error, event
 from backupctl.outcome.documents.restores import (
+    defined,
     extracted,
     guest_files,
     mounted,
@@ -39,6 +40,7 @@ from backupctl.outcome.documents.restores import (
     restore_in_place,
     restore_test,
     served,
+    with_definition,
 )
 from backupctl.outcome.documents.views import (
     bitmaps,
@@ -57,6 +59,7 @@ __all__ = [
     "Document",
     "bitmaps",
     "bitmaps_removed",
+    "defined",
     "deletion",
     "diff",
     "disks_kind",
@@ -95,4 +98,5 @@ __all__ = [
     "versions",
     "vm_removal",
     "vm_rename",
+    "with_definition",
 ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What the commands print with `--json` that give data back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # see `documents`
     from backupctl.operations.files.extract import ExtractReport
     from backupctl.operations.files.run import Found, Place
     from backupctl.operations.mount import MountedDisk
+    from backupctl.operations.restore.define import DefineReport
+    from backupctl.operations.restore.definition import RestoredFile
     from backupctl.operations.restore.in_place import InPlaceReport
     from backupctl.operations.restore.overlay import OverlayReport
     from backupctl.operations.restore.whole import RestoreReport
@@ -36,6 +38,20 @@ def restore(report: "RestoreReport") -> Document:
         for one in report.images
     ]
     return _restored(report, disks)
+
+
+def with_definition(document: Document, files: "Sequence[RestoredFile]") -> Document:
+    """Return what a restore made, with the files that describe the VM."""
+    listed = [
+        {"kind": one.kind, "path": str(one.path), "origin": one.origin, "size": one.size} for one in files
+    ]
+    return {**document, "definition": listed}
+
+
+def defined(document: Document, report: "DefineReport") -> Document:
+    """Return what a restore made, with the domain that it defined."""
+    variables = str(report.variables) if report.variables else None
+    return {**document, "domain": {"name": report.domain, "uuid": report.uuid, "variables": variables}}
 
 
 def restore_in_place(report: "InPlaceReport") -> Document:

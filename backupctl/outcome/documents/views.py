@@ -91,6 +91,10 @@ def point(found: "Point", chain_bytes: int | None) -> Document:
         "backupctl": manifest["backupctl"],
         "freeze": manifest["freeze"],
         "disks": manifest["disks"],
+        "definition": [
+            {"name": one.name, "kind": one.kind, "origin": one.origin, "size": one.size}
+            for one in found.manifest.definition
+        ],
         "protected": found.protected,
         "path": str(found.path),
         "stored_bytes": sum(entry.stored_bytes for entry in found.manifest.disks),

@@ -77,7 +77,7 @@ def _facts(vm: VmFacts, now: datetime) -> Markup:
             ("Last verify", words.result(vm.last.verify, now)),
         ]
     else:
-        said.append(("Last verify", "not remembered: no [metrics] or [notify] is configured"))
+        said.append(("Last verify", "not known: the VM is not in the configuration"))
     if vm.tested is not None:
         said.append(("Last restore test", words.restore_test(vm.tested, now)))
     entries = [tag("div", tag("dt", name), tag("dd", value)) for name, value in said]

@@ -117,7 +117,7 @@ def restore_test(found: RestoreTests, now: datetime) -> str:
 def result(found: LastResult | None, now: datetime) -> str:
     """Return how the last command of a kind ended."""
     if found is None:
-        return "not remembered"
+        return "none is known"
     how = f"failed ({found.reason})" if found.reason else "no damage" if found.command == "verify" else "ok"
     part = ", a part of the data" if found.partial else ""
     return f"{how}, {age(found.ended, now)}{part}, took {duration(found.seconds)}"

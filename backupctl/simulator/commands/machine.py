@@ -27,6 +27,30 @@ def query_status(vm: Machine, _given: Arguments) -> dict[str, Any]:
     return described | ({"singlestep": False} if vm.settings.version < (9, 0, 0) else {})
 
 
+@command("query-name")
+def query_name(_vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Return the VM's name: it has none."""
+    return {}
+
+
+@command("query-uuid")
+def query_uuid(_vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Return the VM's UUID: it was given none."""
+    return {"UUID": "00000000-0000-0000-0000-000000000000"}
+
+
+@command("query-target")
+def query_target(_vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Return the architecture."""
+    return {"arch": "x86_64"}
+
+
+@command("query-kvm")
+def query_kvm(_vm: Machine, _given: Arguments) -> dict[str, Any]:
+    """Return whether KVM is used, which it is not."""
+    return {"enabled": False, "present": True}
+
+
 @command("query-commands")
 def query_commands(_vm: Machine, _given: Arguments) -> list[dict[str, Any]]:
     """Return all commands."""

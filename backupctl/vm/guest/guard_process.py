@@ -243,7 +243,7 @@ class FreezeControl:
     def _talk(self) -> GuestAgent:
         if self._agent is None:
             if self._connect is None:
-                raise AgentUnavailable("no guest agent is known")
+                raise AgentUnavailable("no guest agent is configured")
             self._agent = self._connect()
         return self._agent
 

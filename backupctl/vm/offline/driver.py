@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The driver for a VM that is off: the same protocol, by a storage daemon of ours on its images."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -12,7 +13,10 @@ from backupctl.errors import UNTOUCHED, CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, NodeName, VmName
 from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
+from backupctl.system import bounded_read
+from backupctl.vm import definition
 from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.definition import Definition, DefinitionFile
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
@@ -70,6 +74,23 @@ class OfflineDriver(LocalScratch):
     def inventory(self) -> Inventory:
         """List the disks whose images are named."""
         return of_images(self._daemon)
+
+    def definition(self) -> Definition:
+        """Name the images and their formats: nothing else is known of a VM that is off."""
+        images = [
+            {"disk": one.disk, "path": str(one.path), "format": one.format} for one in self._daemon.disks
+        ]
+        content = json.dumps({"format": 1, "images": images}, indent=2) + "\n"
+        known = DefinitionFile("images", "images.json", "", content.encode())
+        return Definition((known,))
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read them here."""
+        return definition.included(paths, bounded_read.read)
+
+    def state_files(self, *, firmware: bool) -> Definition:  # noqa: ARG002 - as above
+        """Return none: UEFI variables are an image like others."""
+        return Definition()
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the bitmaps of every image."""

@@ -10,11 +10,14 @@ from backupctl.errors import UNTOUCHED, CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, Namespace, NodeName
 from backupctl.options import QmpAccess, RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
+from backupctl.vm import definition as definitions
 from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
 from backupctl.vm.qmp import (
+    definition,
     diagnosis,
     inventory,
     preflight,
@@ -66,6 +69,21 @@ class QmpDriver:
     def inventory(self) -> Inventory:
         """Ask QEMU for the VM's disks."""
         return inventory.inventory(self._monitor, self._vm.disk_names)
+
+    def definition(self) -> Definition:
+        """Ask QEMU; its command line is that of the process at the other end of the monitor."""
+        monitor = self._monitor
+        process = monitor.remote_process if monitor.process is None else monitor.process
+        line = self._host.files.command_line(process) if process else None
+        return definition.definition(monitor, line)
+
+    def included(self, paths: Sequence[Path]) -> Definition:
+        """Read them on QEMU's host."""
+        return definitions.included(paths, self._host.files.read_plain)
+
+    def state_files(self, *, firmware: bool) -> Definition:  # noqa: ARG002 - the seam's signature
+        """Return none: UEFI variables are a disk of QEMU's, and a TPM is another process's."""
+        return Definition()
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the bitmaps of every node."""

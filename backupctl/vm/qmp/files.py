@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from backupctl.names import Namespace, VmName
-from backupctl.system import files
+from backupctl.system import bounded_read, files, open_files
 from backupctl.vm import scratch_directory
 from backupctl.vm.qmp import scratch_file
 
@@ -46,6 +46,12 @@ class Files(Protocol):
 
     def close(self, descriptor: int) -> None:
         """Close a file. Raises OSError."""
+
+    def read_plain(self, path: Path, most_bytes: int) -> bytes:
+        """Return the content of a plain file. Raises Unusable."""
+
+    def command_line(self, process: int) -> tuple[str, ...] | None:
+        """Return a process's arguments; None if it is not a QEMU, or cannot be looked at."""
 
 
 class LocalFiles:
@@ -88,6 +94,14 @@ class LocalFiles:
     def close(self, descriptor: int) -> None:
         """Close it."""
         os.close(descriptor)
+
+    def read_plain(self, path: Path, most_bytes: int) -> bytes:
+        """See `bounded_read.read`."""
+        return bounded_read.read(path, most_bytes)
+
+    def command_line(self, process: int) -> tuple[str, ...] | None:
+        """See `open_files.command_line`."""
+        return open_files.command_line(process) if open_files.is_qemu(process) else None
 
 
 LOCAL = LocalFiles()

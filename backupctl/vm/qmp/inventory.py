@@ -9,6 +9,7 @@ qemu-storage-daemon has no devices: there a disk is a node that is exported to a
 vduse, FUSE).
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,8 @@ _PASSED = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = ("vhost-user-blk", "vhost-user-scsi", "vhost-scsi")
 _JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "copy-on-read"})
 """What jobs put over a disk; the first and the last one may be a user's own as well."""
+_FIRMWARE = re.compile(r"/machine/(?:\w+\.)?flash\d+", re.ASCII)
+"""The flash chips of a machine (`system.flash1`, `virt.flash1`); a writable one has UEFI's variables."""
 _NAMELESS = "#"
 """How the name of a node begins that nobody gave one."""
 
@@ -233,7 +236,9 @@ def _who_works(
         job = known.jobs.get(medium.node, "") if known else ""
         return f"another job works on {medium.qemu_name}: {job}" if job else ""
     if medium.node.startswith(PREFIX):
-        return f"a run of backupctl works on {medium.qemu_name}, or died there: its top node is {medium.node}"
+        return (
+            f"a run of backupctl works on {medium.qemu_name}, or has crashed: its top node is {medium.node}"
+        )
     job = f"another job works on {medium.qemu_name}: its top node is a {driver}"
     if known is not None:
         return f"{job} of the job {known.jobs[medium.node]}" if medium.node in known.jobs else ""
@@ -363,6 +368,7 @@ def _disk(
         apart=_lies_apart(image),
         encrypted=any(_encrypted(nodes[NodeName(name)]) for name in beneath if name in nodes),
         shared=medium.shared,
+        firmware=bool(_FIRMWARE.fullmatch(medium.qdev)),
         held_bytes=_held_bytes(number(image["virtual-size"], MAX_SIZE), node),
     )
 

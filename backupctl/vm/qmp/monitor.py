@@ -133,6 +133,8 @@ class Monitor:
         self._line = line
         self._timeout = timeout_seconds
         self._loop = asyncio.new_event_loop()
+        # Its own handler prints a traceback of each task that ends badly when nobody waits for it any more.
+        self._loop.set_exception_handler(_note)
         self._client = _Client()
         self._broken = ""
         self._until: float | None = None
@@ -210,7 +212,7 @@ class Monitor:
         except (ExecInterruptedError, StateError) as err:
             raise self._lost(command, "the monitor's connection broke") from err
         except BadReplyError as err:
-            raise self._lost(command, "what it answers makes no sense") from err
+            raise self._lost(command, "what it answers is invalid") from err
         except (QMPError, OSError, EOFError) as err:
             raise self._lost(command, f"{_root(err):.300}") from err
 
@@ -317,6 +319,10 @@ class Monitor:
         self._broken = why
         _log.debug("<- nothing: %s", why)
         return OutcomeUnknown(command, why)
+
+
+def _note(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    _log.debug("%s: %.300r", context.get("message"), context.get("exception"))
 
 
 async def _turns() -> None:

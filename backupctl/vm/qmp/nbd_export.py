@@ -11,7 +11,7 @@ before its client goes away, or (Debian's 7.2, disk on an iothread) it aborts.
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from backupctl.errors import Failed
 from backupctl.names import BitmapName, Namespace, NodeKind, NodeName
 from backupctl.system import private_dir
 from backupctl.vm.driver import Export
+from backupctl.vm.guest import handshake
 from backupctl.vm.qmp.monitor import Monitor
 
 Serve = Callable[[Monitor, Namespace, int], AbstractContextManager[Callable[[], socket.socket]]]
@@ -55,16 +56,19 @@ def start_exports(
     """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
 
     connections: sockets for each export. serve: starts the server where QEMU is, here by default.
-    Raises MonitorError, GuardLost, Failed.
+    Raises MonitorError, GuardLost, Failed; no client is connected then.
     """
     names = [namespace.node(NodeKind.EXPORT, number) for number in range(len(specs))]
-    with (serve or served)(monitor, namespace, len(specs) * connections) as connect:
+    with (serve or served)(monitor, namespace, len(specs) * connections) as connect, ExitStack() as failed:
         for name, one in zip(names, specs, strict=True):
             monitor.execute("block-export-add", _arguments(monitor, name, one))
         # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
         # guest and all (7.2.22; docs/protocol.md, "What QEMU does"). From here on nothing stands between
         # connect and handshake.
-        groups = [tuple(_connected(guard, name, connect) for _ in range(connections)) for name in names]
+        groups = [
+            tuple(_connected(guard, name, connect, failed) for _ in range(connections)) for name in names
+        ]
+        failed.pop_all()
     return tuple(
         Export(name, one.bitmap, group) for name, one, group in zip(names, specs, groups, strict=True)
     )
@@ -76,6 +80,11 @@ def drain(exports: Sequence[Export]) -> None:
         with suppress(OSError):  # nothing more for now, or the server has closed it
             while sock.recv(1 << 20, socket.MSG_DONTWAIT):
                 pass
+
+
+def leave(exports: Sequence[Export]) -> None:
+    """Have the clients of exports that are gone leave, and wait until QEMU knows. Never raises."""
+    _leave([sock for one in exports for sock in one.sockets])
 
 
 def descriptor_name(namespace: Namespace) -> str:
@@ -143,14 +152,18 @@ def _connect(path: str) -> socket.socket:
     return made
 
 
-def _connected(guard: SocketHolder, name: str, connect: Callable[[], socket.socket]) -> socket.socket:
+def _connected(
+    guard: SocketHolder, name: str, connect: Callable[[], socket.socket], failed: ExitStack
+) -> socket.socket:
+    """Connect a client. failed: disconnects it if one after it can't connect."""
     try:
-        made = connect()
+        made = failed.enter_context(connect())
     except OSError as err:
         raise Failed(f"cannot connect to QEMU's NBD server: {err.strerror}") from err
-    try:
-        guard.hold(made, name)
-    except BaseException:
-        made.close()
-        raise
+    failed.callback(_leave, [made])
+    guard.hold(made, name)
     return made
+
+
+def _leave(sockets: Sequence[socket.socket]) -> None:
+    handshake.leave(sockets, surely=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The file system of a remote host: see `vm.qmp.files.Files`."""
 
+import base64
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,9 @@ from typing import Any
 
 from backupctl.errors import Failed, MonitorError
 from backupctl.names import Namespace, VmName
+from backupctl.system.bounded_read import Unusable
 from backupctl.vm.filling import Filling
+from backupctl.vm.libvirt.run_directory import QemuUser
 from backupctl.vm.qmp import reply
 from backupctl.vm.qmp.scratch_file import Made
 from backupctl.vm.remote.channel import Channel
@@ -17,6 +20,7 @@ from backupctl.vm.remote.channel import Channel
 _MOST_BYTES = (1 << 63) - 1
 _MOST_PATH = 8192
 _AGAIN_SECONDS = 1.0
+_PART_BYTES = 1 << 20
 
 
 class RemoteFiles:
@@ -63,6 +67,59 @@ class RemoteFiles:
         """Close the file there."""
         self._ask("close", descriptor)
 
+    def header(self, path: str) -> bytes:
+        """Read the first bytes of an image there; none if it cannot be read."""
+        with self._understood():
+            return bytes.fromhex(self._text("header", path))
+
+    def check_run_directory(self, directory: Path, prefix: str, qemu_user: QemuUser | None) -> None:
+        """Look at the directories there."""
+        self._ask("check_run_directory", str(directory), prefix, qemu_user)
+
+    def make_run_directory(
+        self, namespace: Namespace, vm: VmName, directory: Path, qemu_user: QemuUser | None
+    ) -> Path:
+        """Make the directory there."""
+        return Path(self._text("make_run_directory", namespace.tag, vm, str(directory), qemu_user))
+
+    def give(self, descriptor: int, qemu_user: QemuUser | None) -> None:
+        """Change the owner of a file there."""
+        self._ask("give", descriptor, qemu_user)
+
+    def read_plain(self, path: Path, most_bytes: int) -> bytes:
+        """Open the file there once, and fetch it in parts."""
+        with self._understood():
+            descriptor, size, why = self._ask("open_plain", str(path), most_bytes)
+            if why:
+                raise Unusable(f"on {self._channel.host}: {reply.text(why, _MOST_PATH)}")
+            reply.number(descriptor, 1 << 30)
+            size = reply.number(size, most_bytes)
+        try:
+            return self._fetched(path, descriptor, size)
+        finally:
+            self.close(descriptor)
+
+    def command_line(self, process: int) -> tuple[str, ...] | None:
+        """Ask the host for a process's arguments."""
+        with self._understood():
+            found = self._ask("command_line", process)
+            if found is None:
+                return None
+            if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+                raise TypeError("not a command line")
+            return tuple(found)
+
+    def _fetched(self, path: Path, descriptor: int, size: int) -> bytes:
+        found = bytearray()
+        while len(found) < size:
+            with self._understood():
+                length = min(_PART_BYTES, size - len(found))
+                part = base64.b64decode(self._ask("read_at", descriptor, len(found), length), validate=True)
+            if not part or len(part) > length:
+                raise Unusable(f"cannot read {path} on {self._channel.host}: its size changed meanwhile")
+            found += part
+        return bytes(found)
+
     def filling(self, directory: Path, process: int | None) -> "RemoteFilling":
         """Return the file system of a directory there. process: QEMU's, None if not known."""
         return RemoteFilling(self, directory, process)
@@ -97,7 +154,7 @@ class RemoteFiles:
         try:
             yield
         except (KeyError, TypeError, ValueError, IndexError) as err:
-            raise MonitorError(f"what {self._channel.host} answers makes no sense") from err
+            raise MonitorError(f"what {self._channel.host} answers is invalid") from err
 
 
 class RemoteFilling(Filling):

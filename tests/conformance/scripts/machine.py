@@ -53,3 +53,9 @@ def a_stopped_guest_keeps_its_job(s: Session) -> None:
     s.do("stop")
     s.do("query-jobs")
     s.end_job()
+
+
+@script()
+def what_the_machine_is(s: Session) -> None:
+    for question in ("query-name", "query-uuid", "query-target", "query-kvm"):
+        s.do(question)

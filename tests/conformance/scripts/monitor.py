@@ -154,7 +154,7 @@ def second_client_waits_for_the_first(s: Session) -> None:
         except TimeoutError:
             s.note("while the first is here", "nothing")
         s.monitor.close()
-        second.settimeout(20)
+        second.settimeout(60)
         s.note("after it left", json.loads(second.makefile().readline()))
 
 

@@ -43,7 +43,7 @@ def test_show_takes_every_name_of_a_point(call, words, point):
 
 
 def test_what_is_missing_doubled_or_ambiguous_is_an_error(call):
-    assert "Missing argument '[POINT]'" in call("show", "vm1")[1]
+    assert "Missing argument 'POINT'" in call("protect", "vm1")[1]
     assert "mutually exclusive" in call("show", "vm1", "latest", "--at", "2026-01-01 12:00")[1]
     error = call("show", "vm1", "2026")[0]["error"]
     assert (error["kind"], error["exit_code"]) == ("AmbiguousPoint", 2)

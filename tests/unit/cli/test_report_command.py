@@ -83,7 +83,7 @@ def test_a_time_that_is_not_one_is_not_shown(place, two_points):
     memory = {"repository": str(two_points[0].repository.path), "verify": {"last": record}}
     (place / "state" / "vm1.json").write_text(json.dumps(memory))
     call(place, "vm1")
-    assert "not remembered" in (place / "r.html").read_text()
+    assert "none is known" in (place / "r.html").read_text()
 
 
 def test_damage_is_on_the_page_and_in_the_exit_code(place, two_points):

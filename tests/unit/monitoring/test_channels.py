@@ -114,7 +114,7 @@ def test_a_server_that_does_not_come_to_an_end_is_left_in_time(drops):
             with connection:
                 while drops and not done.wait(0.05):
                     connection.sendall(b"x")
-                done.wait(10)
+                done.wait(60)
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
@@ -124,7 +124,7 @@ def test_a_server_that_does_not_come_to_an_end_is_left_in_time(drops):
         done.set()
         thread.join(5)
     assert attempt.why
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
 
 
 def test_what_is_no_http_is_a_failure_without_the_url():

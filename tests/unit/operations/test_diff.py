@@ -193,7 +193,7 @@ def test_a_terminal_gets_colours(changed):
         pass
     finally:
         os.close(leader)
-    _, complaints = child.communicate(timeout=30)
+    _, complaints = child.communicate(timeout=60)
     assert child.returncode == 0, complaints
     assert "\x1b[1;31m" in said.decode()
     assert "█" in said.decode()

@@ -120,18 +120,48 @@ def test_a_path_on_two_file_systems_must_be_chosen(builder, source, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("magic", "kind"),
+    ("magic", "kind", "hint"),
     [
-        ((0, b"LUKS\xba\xbe"), "LUKS"),
-        ((3, b"NTFS    "), "NTFS"),
+        ((0, b"LUKS\xba\xbe"), "LUKS", "passphrase"),
+        ((3, b"NTFS    "), "NTFS", "guestmount"),
+        ((3, b"-FVE-FS-"), "BitLocker", "its key"),
+        ((4096, b"\xfc\x4e\x2b\xa9"), r"RAID of Linux \(md\)", "-a for each disk of the array"),
+        ((16384 + 24, b"version\0"), "ZFS", "--thin"),
+        ((4086, b"SWAPSPACE2"), "swap", "it has no files"),
+        ((32769, b"CD001"), "ISO 9660", "guestmount"),
     ],
 )
-def test_what_is_not_supported_is_named(builder, magic, kind):
+def test_what_is_not_supported_is_named_and_so_is_what_reads_it(builder, magic, kind, hint):
     offset, content = magic
-    builder.point(P1, (disk_entry(), [(offset // 512 * 512, bytes(offset % 512) + content + bytes(512))]))
+    disk = (bytes(offset) + content).ljust(-(-(offset + len(content)) // 512) * 512, b"\0")
+    builder.point(P1, (disk_entry(), [(0, disk)]))
     with pytest.raises(FilesystemError, match=f"vda: {kind} is not supported") as caught:
         located(builder, b"/")
-    assert "guestfish" in caught.value.hint
+    assert hint in caught.value.hint
+    shown = " ".join(cli(builder).stdout.split())
+    assert hint in shown
+
+
+def test_an_empty_disk_is_called_so(builder):
+    builder.point(P1, (disk_entry(), []))
+    with pytest.raises(FilesystemError, match="vda: empty: it begins with 128 KiB of zeroes") as caught:
+        located(builder, b"/")
+    assert caught.value.hint == "empty: it has no files"
+
+
+def test_the_newest_point_is_meant_where_none_is_named(builder, point):
+    assert json.loads(cli(builder, "/etc", "--json").stdout)["paths"][0]["path"] == "/etc"
+    assert "hostname" in cli(builder, P1, "/etc").stdout
+    at = cli(
+        builder,
+        "--at",
+        "2026-01-01 00:00:00 UTC",
+        "/etc/hostname",
+        "--to",
+        point.path.parent.parent.parent / "o",
+    )
+    assert at.returncode == 0, at.stderr
+    assert (point.path.parent.parent.parent / "o/hostname").read_text() == "web\n"
 
 
 def test_a_stop_ends_the_reading(builder, point):

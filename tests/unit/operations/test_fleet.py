@@ -139,10 +139,10 @@ def test_a_stop_is_handed_on_and_nothing_more_is_started():
 
 
 def test_one_that_hangs_is_asked_to_end_and_then_killed():
-    patience = Patience(work=0.3, end=0.3, dead=5)
+    patience = Patience(work=2.0, end=0.3, dead=60)
     results, _ = do(job("deaf", "trap '' TERM; exec sleep 60"), job("well", "exit 0"), patience=patience)
     assert (results["deaf"].code, results["well"].code) == (-signal.SIGKILL, 0)
-    assert results["deaf"].why == "it took longer than 0.3 s"
+    assert results["deaf"].why == "it took longer than 2 s"
 
 
 def test_one_that_not_even_a_kill_ends_is_left_alone(monkeypatch):
@@ -150,11 +150,11 @@ def test_one_that_not_even_a_kill_ends_is_left_alone(monkeypatch):
     started: list[int] = []
     monkeypatch.setattr(subprocess.Popen, "kill", lambda self: started.append(self.pid))
     results, _ = do(
-        job("stuck", "trap '' TERM; exec sleep 60"), patience=Patience(work=0.2, end=0.2, dead=0.2)
+        job("stuck", "trap '' TERM; exec sleep 60"), patience=Patience(work=2.0, end=0.2, dead=0.2)
     )
     try:
         assert results["stuck"].code is None
-        assert results["stuck"].seconds > 0.5
+        assert results["stuck"].seconds > 2.3
     finally:
         os.kill(started[0], signal.SIGKILL)
         with suppress(ChildProcessError):
@@ -187,7 +187,7 @@ def test_a_parent_that_is_killed_has_its_children_roll_back(tmp_path):
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.02)

@@ -264,11 +264,11 @@ def test_a_lock_is_waited_for_as_long_as_was_said(work, tmp_path, monkeypatch):
     def hold() -> None:
         with directory.lock():
             holding.set()
-            leave.wait(30)
+            leave.wait(60)
 
     other = threading.Thread(target=hold)
     other.start()
-    holding.wait(30)
+    holding.wait(60)
     threading.Timer(0.3, leave.set).start()
     begun = time.monotonic()
     taken = RunReport(WEB, P2, "incremental", P1, (), None, "crash", 1.0)

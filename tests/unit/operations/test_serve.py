@@ -44,7 +44,7 @@ class Serving:
 
     def end(self, number: int = signal.SIGTERM) -> str:
         self.child.send_signal(number)
-        _, said = self.child.communicate(timeout=30)
+        _, said = self.child.communicate(timeout=60)
         assert self.child.returncode == 0, said
         return said
 
@@ -95,7 +95,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Serving]]:
 def _end(child: "subprocess.Popen[str]") -> None:
     if child.poll() is None:
         child.kill()
-    child.communicate(timeout=30)
+    child.communicate(timeout=60)
 
 
 def refused(builder: Builder, *arguments: object, code: int = 2) -> str:
@@ -204,7 +204,7 @@ def test_after_sigkill_nothing_serves_on_and_the_same_socket_is_free_again(two_p
     path = tmp_path / "s"
     dead = serve(builder, P2, "--socket", path)
     dead.child.kill()
-    dead.child.wait(30)
+    dead.child.wait(60)
     assert path.exists()
     assert serve(builder, P2, "--socket", path).content(tmp_path / "out") == content
 
@@ -222,7 +222,7 @@ def test_when_qemu_s_server_dies_that_is_an_error(two_points, serve):
     children = Path(f"/proc/{serving.child.pid}/task/{serving.child.pid}/children").read_text().split()
     assert len(children) == 1
     os.kill(int(children[0]), signal.SIGKILL)
-    _, said = serving.child.communicate(timeout=30)
+    _, said = serving.child.communicate(timeout=60)
     assert serving.child.returncode == 1
     assert "qemu-storage-daemon ended" in said
 

@@ -91,7 +91,7 @@ def test_a_status():
     document = documents.status(Status(WEB, (P1,), (), "10.0.2", "", (disk,), (), "full"), None)
     assert keys(document) == (
         "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps refusal "
-        "running configuration"
+        "running other_tools configuration"
     )
     assert keys(document["disks"][0]) == "name node size bitmap bitmap_state next reason"
 
@@ -199,7 +199,7 @@ def test_a_point(builder):
     document = documents.point(second, 5)
     assert keys(document) == (
         "vm point kind disks_kind parent consistency frozen_ms start end qemu backupctl freeze disks "
-        "protected path stored_bytes chain_bytes"
+        "definition protected path stored_bytes chain_bytes"
     )
     assert [documents.disks_kind(one) for one in (first, second)] == ["full", "mixed"]
 

@@ -95,7 +95,7 @@ def test_a_manifest_cut_at_any_length_is_found():
 
 def test_a_newer_format_is_told_from_damage():
     with pytest.raises(UnknownFormat, match="newer"):
-        Manifest.from_json(signed(format=3))
+        Manifest.from_json(signed(format=4))
 
 
 def test_a_point_of_a_vm_that_is_off_has_a_format_that_older_programs_do_not_take_for_damaged():

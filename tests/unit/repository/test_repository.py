@@ -79,7 +79,7 @@ def test_two_that_make_a_repository_at_once_agree_on_its_id(tmp_path):
         barrier = threading.Barrier(4)
 
         def make(path=path, barrier=barrier, found=found):
-            barrier.wait(10)
+            barrier.wait(60)
             found.append(Repository.open_or_create(path))
 
         threads = [threading.Thread(target=make) for _ in range(4)]
@@ -242,7 +242,7 @@ def test_a_dead_run_leaves_no_lock(builder: Builder):
             raise AssertionError
     finally:
         holder.kill()
-        holder.wait(10)
+        holder.wait(60)
         holder.stdout.close()
     with builder.directory.lock():
         assert builder.directory.exists()

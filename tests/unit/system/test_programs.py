@@ -26,7 +26,7 @@ def failure(text: str, seconds: float = 10.0) -> str:
 def is_gone(pid: Path) -> bool:
     """Whether a process has ended, which its parent may not have noticed yet. A killed one takes a moment."""
     status = Path(f"/proc/{int(pid.read_text())}/stat")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
             if status.read_text().rsplit(") ", 1)[1][0] == "Z":
@@ -65,22 +65,22 @@ def test_a_failure_tells_how_it_ended_and_its_last_lines():
 )
 def test_one_that_hangs_is_ended_with_what_it_has_started(tmp_path, text):
     pid, begun = tmp_path / "pid", time.monotonic()
-    assert "took longer than 0.5 s and was ended" in failure(text.format(pid=pid), 0.5)
-    assert time.monotonic() - begun < 10
+    assert "took longer than 2 s and was ended" in failure(text.format(pid=pid), 2.0)
+    assert time.monotonic() - begun < 30
     assert is_gone(pid)
 
 
 def test_one_that_prints_without_end_is_ended_and_not_kept(caplog):
     caplog.set_level(logging.INFO)
-    said = failure("yes " + "x" * 100, 0.5)
+    said = failure("yes " + "x" * 100, 2.0)
     assert len(said) < 1000
     assert len(caplog.records) == 1000
 
 
 def test_what_it_leaves_in_the_background_holds_nobody_up(tmp_path):
     begun = time.monotonic()
-    shell(f"sleep 30 & echo $! > {tmp_path}/pid")
-    assert time.monotonic() - begun < 10
+    shell(f"sleep 60 & echo $! > {tmp_path}/pid")
+    assert time.monotonic() - begun < 30
     os.kill(int((tmp_path / "pid").read_text()), 9)
 
 

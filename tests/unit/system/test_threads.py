@@ -70,7 +70,7 @@ def test_what_check_raises_ends_all_even_those_that_hang(monkeypatch):
     begun = time.monotonic()
     with pytest.raises(Interrupted):
         side_by_side([until_stopped, lambda _check: hanging.wait(60)], at_once=2, check=check)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert set(seen) == {main}
     hanging.set()
 

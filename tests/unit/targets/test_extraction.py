@@ -80,7 +80,7 @@ def test_a_file_whose_content_cannot_be_read_to_its_end_is_removed(tmp_path, rep
         with pytest.raises(FilesystemError):
             out.file(b"a", content(), executable=False, modified=0)
         with pytest.raises(WriteFailed):
-            out.file(b"b", [1 << 62, b"x"], executable=False, modified=0)
+            out.file(b"b", [(1 << 63) - 1, b"x"], executable=False, modified=0)
     assert os.listdir(tmp_path / "out") == []
 
 

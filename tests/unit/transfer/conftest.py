@@ -56,7 +56,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Export]]:
             start_new_session=True,
         )
         started.append(Export(address, name, process))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not ready.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
@@ -67,7 +67,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Export]]:
     for export in started:
         export.process.kill()
         export.process.send_signal(signal.SIGCONT)
-        export.process.wait(10)
+        export.process.wait(60)
 
 
 def raw_node(path: Path) -> dict[str, Any]:

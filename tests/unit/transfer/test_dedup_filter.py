@@ -99,7 +99,7 @@ def test_a_copy_through_the_filter_stores_only_what_is_new(serve, tmp_path):
         wanted = [of_range(0, 41, zero=False)]
         copied = Copy(NbdReader(source), sink, check=lambda: None, filter_records=dedup).run(wanted)
     target.process.terminate()
-    assert target.process.wait(20) == 0
+    assert target.process.wait(60) == 0
     assert copied == Copied(len(now), 0)
     assert dedup.unchanged_bytes == 38 * CLUSTER_BYTES
     assert stored(layer) == {5, 20, 40} == {cluster for cluster, _, _ in kept(table)}
@@ -123,7 +123,7 @@ def test_read_zeroes_are_stored_as_zeroes_and_take_no_room(serve, tmp_path):
         wanted = [of_range(0, 128, zero=False)]
         Copy(NbdReader(source), sink, check=lambda: None, filter_records=dedup).run(wanted)
     target.process.terminate()
-    assert target.process.wait(20) == 0
+    assert target.process.wait(60) == 0
     assert layer.stat().st_blocks * 512 < 1 << 20
     tool("qemu-img", "compare", "-f", "raw", "-F", "qcow2", tmp_path / "disk", layer)
 

@@ -94,7 +94,7 @@ def test_a_server_that_is_lost_is_no_damage_of_a_cluster(serve, layer):
     wanted = parts(*range(4))
     with closing(Source.connect([export.address], export.name)) as source:
         export.process.kill()
-        export.process.wait(10)
+        export.process.wait(60)
         with pytest.raises(ReadFailed, match="lost"):
             read_layer.read(
                 NbdReader(source), wanted, pytest.fail, check=lambda: None, progress=lambda _done: None

@@ -97,7 +97,7 @@ def test_the_guard_makes_nothing_that_others_may_use(start):
     assert "Umask:\t0077\n" in status
 
 
-def wait_for(what, seconds: float = 10) -> None:
+def wait_for(what, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not happen"
@@ -106,10 +106,11 @@ def wait_for(what, seconds: float = 10) -> None:
 
 def test_freeze_and_thaw_tell_how_long(agent, start):
     guard = start()
+    begun = time.monotonic()
     assert guard.freeze(10) == 1
     time.sleep(0.2)
     thawed = guard.thaw()
-    assert 200 <= thawed.milliseconds < 2000
+    assert 200 <= thawed.milliseconds < (time.monotonic() - begun) * 1000 + 1
     assert not thawed.doubt
     assert not guard.may_be_frozen()
     assert (len(agent.freezes), len(agent.thaws)) == (1, 1)
@@ -144,7 +145,7 @@ def test_a_freeze_that_somebody_in_the_guest_ended_is_told(agent, start):
 def test_the_budget_ends_the_freeze_and_the_run_is_told(agent, start):
     guard = start()
     guard.freeze(0.5)
-    wait_for(lambda: not agent.frozen, 5)
+    wait_for(lambda: not agent.frozen)
     with pytest.raises(FreezeOverrun):
         guard.thaw()
 
@@ -195,7 +196,7 @@ def test_an_agent_that_is_not_there_is_unavailable(agent, start):
     begun = time.monotonic()
     with pytest.raises(AgentUnavailable):
         guard.ping_agent()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 20
 
 
 @pytest.mark.parametrize("behaviour", ["garbage", "hang up"])
@@ -246,8 +247,14 @@ def test_the_guard_of_a_dead_run_holds_the_lock_until_the_guest_is_thawed(agent,
             fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
         agent.behaviour.clear()
         wait_for(lambda: not agent.frozen)
-        time.sleep(0.5)
-        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        wait_for(lambda: is_free(mine))
+
+
+def is_free(lock) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def test_signals_do_not_end_the_guard(agent, start):
@@ -275,7 +282,7 @@ def test_a_guard_that_was_killed_is_noticed_and_the_run_thaws_itself(agent, star
     with pytest.raises(GuardLost):
         guard.thaw()
     assert not agent.frozen
-    guard._process.wait(10)  # its sockets close a moment before it has ended
+    guard._process.wait(60)  # its sockets close a moment before it has ended
     with pytest.raises(GuardLost):
         guard.check()
 
@@ -293,13 +300,13 @@ def test_a_guard_that_hangs_with_the_guest_frozen_is_killed_and_the_run_thaws_it
     with pytest.raises(GuardLost, match="does not answer"):
         guard.thaw()
     assert not agent.frozen
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 15
     assert not guard.alive
     assert not guard.due
 
 
 def test_a_guard_that_hangs_while_it_freezes_is_killed_and_the_run_thaws_itself(agent, start):
-    agent.late_seconds = 0.5
+    agent.late_seconds = 3.0  # time to stop the guard before it has the answer
     agent.behaviour["guest-fsfreeze-freeze"] = "late"
     guard = start(30.0)
     begun = time.monotonic()
@@ -309,7 +316,7 @@ def test_a_guard_that_hangs_while_it_freezes_is_killed_and_the_run_thaws_itself(
         guard.freeze(1.0)
     stopped.join()
     assert not agent.frozen
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 15
 
 
 REQUESTS = {
@@ -361,15 +368,16 @@ def test_a_guard_that_hangs_while_nothing_is_asked_is_noticed(agent, start, monk
 @PLAYED
 def test_an_agent_that_is_slow_to_thaw_does_not_cost_the_guard_its_life(agent, start):
     """The budget ends; the guard says so at once, and goes on with the agent as long as it must."""
-    guard = start(5.0)
-    agent.late_seconds = 3.0
+    guard = start(60.0)
+    agent.late_seconds = 60.0
     agent.behaviour["guest-fsfreeze-thaw"] = "late"
     guard.freeze(0.2)
     time.sleep(0.4)
     begun = time.monotonic()
     with pytest.raises(FreezeOverrun):
         guard.thaw()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 15
+    agent.late_enough.set()
     wait_for(lambda: not guard.may_be_frozen())
     assert guard.alive
 
@@ -377,16 +385,16 @@ def test_an_agent_that_is_slow_to_thaw_does_not_cost_the_guard_its_life(agent, s
 @PLAYED
 @pytest.mark.parametrize("behaviour", ["silent", "refuse"])
 def test_a_thaw_that_fails_is_told_in_time_and_tried_again_by_the_guard(agent, start, behaviour):
-    guard = start(5.0)
+    guard = start(8.0)
     guard.freeze(0.5)
     agent.behaviour["guest-fsfreeze-thaw"] = behaviour
     begun = time.monotonic()
     with pytest.raises(AgentError):
         guard.thaw()
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 6
     assert guard.may_be_frozen()
     agent.behaviour.clear()
-    wait_for(lambda: not guard.may_be_frozen(), 15)
+    wait_for(lambda: not guard.may_be_frozen())
     assert not agent.frozen
 
 
@@ -435,7 +443,7 @@ def test_a_status_that_is_not_told_before_the_thaw_holds_it_up_for_a_second(beha
         freezer.freeze(10)
         agent.behaviour["guest-fsfreeze-status"] = behaviour
         agent.on_thaw = agent.behaviour.clear
-        assert freezer.thaw() < 3000
+        assert freezer.thaw() < 4500
         assert freezer.doubt == ""
 
 

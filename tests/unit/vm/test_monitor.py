@@ -3,6 +3,7 @@
 
 import gc
 import json
+import logging
 import os
 import signal
 import socket
@@ -101,6 +102,19 @@ def test_an_interrupt_while_nobody_greets_leaves_without_a_complaint(tmp_path, c
         signal.signal(signal.SIGUSR1, before)
     gc.collect()
     assert capfd.readouterr().err == ""
+
+
+def test_a_task_that_fails_when_nobody_waits_for_it_any_more_prints_nothing(tmp_path, caplog):
+    async def fails() -> None:
+        raise ConnectionError("the peer has gone")
+
+    with speaking(tmp_path / "s", b"") as monitor:
+        task = monitor._loop.create_task(fails())
+        monitor.pump()
+        assert task.done()
+        del task
+        gc.collect()
+    assert [record for record in caplog.records if record.levelno > logging.DEBUG] == []
 
 
 def test_no_text_is_made_of_messages_that_nobody_reads(tmp_path, monkeypatch):

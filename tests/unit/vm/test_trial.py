@@ -70,6 +70,11 @@ class Process:
         return self.returncode
 
 
+def test_the_cpu_has_nothing_that_a_nested_kvm_may_refuse():
+    given = words(TrialOptions())
+    assert given[given.index("-cpu") + 1] == "max,arch-capabilities=off"
+
+
 @contextmanager
 def vm_with(agent_path, console_text: bytes = b""):
     ours, theirs = socket.socketpair()
@@ -85,7 +90,7 @@ def test_the_wait_for_a_prompt_ends_in_time_and_names_the_last_line(tmp_path):
         pytest.raises(RestoreTestFailed, match=r"no 'login:' .*Kernel panic"),
     ):
         boot.wait(vm, TrialOptions(until="login", timeout_seconds=0.5), Cancellation())
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 def test_an_agent_that_never_answers_ends_in_time(tmp_path):
@@ -97,7 +102,7 @@ def test_an_agent_that_never_answers_ends_in_time(tmp_path):
 
 def test_an_agent_that_answers_is_enough(tmp_path):
     with PlayedAgent(tmp_path / "ga"), vm_with(tmp_path / "ga") as vm:
-        boot.wait(vm, TrialOptions(timeout_seconds=10), Cancellation())
+        boot.wait(vm, TrialOptions(timeout_seconds=60), Cancellation())
 
 
 def test_an_agent_without_guest_exec_is_said_to_be_one(tmp_path):
@@ -106,7 +111,7 @@ def test_an_agent_without_guest_exec_is_said_to_be_one(tmp_path):
         vm_with(tmp_path / "ga") as vm,
         pytest.raises(RestoreTestFailed, match="the guest agent refused guest-exec"),
     ):
-        boot.wait(vm, TrialOptions(until="command", command="true", timeout_seconds=10), Cancellation())
+        boot.wait(vm, TrialOptions(until="command", command="true", timeout_seconds=60), Cancellation())
 
 
 def test_a_stop_ends_the_wait(tmp_path):
@@ -156,7 +161,7 @@ SHOW = "import sys; print(open('/proc/self/status').read()); print(open('/proc/n
 def test_a_confined_child_has_no_rights_of_root(tmp_path):
     rights = confined.rights_for_kvm()
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", SHOW],
+        [os.path.realpath(sys.executable), "-I", "-S", "-c", SHOW],  # .venv may be in a home closed to others
         capture_output=True,
         text=True,
         check=False,
@@ -190,7 +195,7 @@ def test_a_confined_child_ends_with_its_parent():
     words = [sys.executable, "-c", PARENT, str(ROOT)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     status = Path(f"/proc/{int(done.stdout)}/status")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while status.exists() and "State:\tZ" not in status.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)

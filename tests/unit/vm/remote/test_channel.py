@@ -159,7 +159,7 @@ def test_the_program_ends_when_nobody_speaks_to_it(tmp_path):
         assert program.stdin is not None
         program.stdin.write(text)
         program.stdin.flush()
-        assert program.wait(20) == 0
+        assert program.wait(60) == 0
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["a socket that nobody listens on", "no socket"])
