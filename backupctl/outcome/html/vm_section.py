@@ -68,9 +68,9 @@ def _facts(vm: VmFacts, now: datetime) -> Markup:
         ("Next prune", words.next_prune(vm)),
     ]
     if vm.older:
-        left_out = f"{vm.older.count}, from {words.time_of(vm.older.oldest)} on, "
-        left_out += f"storing {words.size(vm.older.stored_bytes)}; not in the time line and the table"
-        said.append(("Older points", left_out))
+        older = f"{vm.older.count}, from {words.time_of(vm.older.oldest)} on, "
+        older += f"storing {words.size(vm.older.stored_bytes)}; not in the time line and the table"
+        said.append(("Older points", older))
     if vm.last is not None:
         said += [
             ("Last backup", words.result(vm.last.backup, now)),
