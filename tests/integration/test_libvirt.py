@@ -265,9 +265,12 @@ def test_what_is_told_of_a_domain(make_lab: Make) -> None:
     assert "Nothing to recover" in lab.cli.run("recover", "web").stdout
 
 
-def test_a_domain_that_is_off_or_unknown_is_said_so(make_lab: Make) -> None:
+def test_a_domain_that_is_off_and_is_to_fail_then_or_is_unknown_is_said_so(make_lab: Make) -> None:
     lab = make_lab({"vda": 4 * MIB})
     lab.domain.destroy()
+    configuration = lab.directory / "backupctl.toml"
+    configuration.write_text('[defaults]\nwhen_off = "fail"\n')
+    lab.cli.environment["BACKUPCTL_CONFIG"] = str(configuration)
     assert "is not running" in lab.cli.run("full", "web", code=1).stderr
     lab.cli.vm[-1] = "nobody"
     assert "has no domain named 'nobody'" in lab.cli.run("full", "web", code=1).stderr

@@ -112,7 +112,8 @@ def test_a_full_begins_a_chain_while_the_domain_is_off(make_lab: Make) -> None:
     lab = make_lab(ONE)
     lab.writer.write(10)
     shut_down(lab)
-    offline(lab, "full")
+    report = offline(lab, "full")
+    assert "domain.xml" in json.dumps(lab.cli.json("show", "web", report["point"], vm=False))
     lab.domain.start()
     assert kinds(online(lab)) == {"vda": "incremental"}
 
