@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import msgspec
 from blake3 import blake3
@@ -56,23 +56,10 @@ class DiskSummary(Struct, array_like=True, frozen=True, gc=False):
     file_bytes: Size
 
 
-class Identity(NamedTuple):
-    """What shows that a point is as it was: of its directory (which has its markers), and of its manifest.
-
-    Times are in nanoseconds. A directory's `changed` cannot be set by a program, and every file that is
-    created, removed or replaced in it sets it.
-    """
-
-    inode: int
-    changed: int
-    manifest_inode: int
-    manifest_changed: int
-    manifest_bytes: int
-
-    @property
-    def newest_change(self) -> float:
-        """When either was changed last, in seconds since 1970."""
-        return max(self.changed, self.manifest_changed) / 1e9
+Identity = tuple[int, int, int, int, int]
+"""What shows that a point is as it was: inode and time of change of its directory, the same of its manifest,
+and the length of that. Times are in nanoseconds; no program can set them. Every file that is created, removed
+or replaced in a directory, a marker too, sets that of the directory."""
 
 
 class PointSummary(Struct, array_like=True, frozen=True, gc=False):
@@ -217,14 +204,13 @@ def _sorted_out(
     fitting, others = [], {}
     for name in sorted(os.listdir(above)):
         one = known.get(PointId(name))
-        if one is not None:
-            identity = _identity(above, name)
-            if identity == one.identity:
-                fitting.append(one)
-            else:
-                others[one.id] = identity
-        elif point_names.is_id(name):
-            others[PointId(name)] = _identity(above, name)
+        if one is None and not point_names.is_id(name):
+            continue
+        identity = _identity(above, name)
+        if one is not None and identity == one.identity:
+            fitting.append(one)
+        else:
+            others[PointId(name)] = identity
     return fitting, others
 
 
@@ -235,7 +221,12 @@ def _identity(above: int, name: str) -> Identity | None:
         manifest = os.stat(name + _MANIFEST, dir_fd=above, follow_symlinks=False)
     except OSError:
         return None
-    return Identity(found.st_ino, found.st_ctime_ns, manifest.st_ino, manifest.st_ctime_ns, manifest.st_size)
+    return (found.st_ino, found.st_ctime_ns, manifest.st_ino, manifest.st_ctime_ns, manifest.st_size)
+
+
+def _newest_change(one: PointSummary) -> float:
+    """Return when its directory or its manifest was changed last, in seconds since 1970."""
+    return max(one.identity[1], one.identity[3]) / 1e9
 
 
 def _id(one: PointSummary) -> PointId:
@@ -270,7 +261,7 @@ def _summary(point: Point, identity: Identity | None, *, retired: bool) -> Point
     )
 
 
-_NOT_TOLD = Identity(0, 0, 0, 0, 0)
+_NOT_TOLD: Identity = (0, 0, 0, 0, 0)
 
 
 def _is_protected(point: Point) -> bool:
@@ -289,15 +280,21 @@ def _renew(directory: VmDirectory) -> None:
     looked = _look(directory)
     if looked.compared:
         return
-    if 0 < (wait := _newest_change(looked) + _TICK_SECONDS - begun) <= 2 * _TICK_SECONDS:
+    newest = max(map(_newest_change, looked.points), default=0.0)
+    if 0 < (wait := newest + _TICK_SECONDS - begun) <= 2 * _TICK_SECONDS:
         time.sleep(wait)
         past, begun = _history(directory), time.time()
         looked = _look(directory)
     # A change in the same tick as the one before would not be seen.
-    settled = [one for one in looked.points if one.identity.newest_change + _TICK_SECONDS <= begun]
-    points = [one for one in settled if one.id not in looked.merging]
+    settled = [one for one in looked.points if _newest_change(one) + _TICK_SECONDS <= begun]
+    merging = looked.merging
+    points = [one for one in settled if one.id not in merging]
     whole = len(points) == len(looked.points) and looked.is_sound and _has_sound_layers(directory, looked)
     compared = past if whole and not audit.problems(directory) else None
+    _write(directory, points, compared)
+
+
+def _write(directory: VmDirectory, points: list[PointSummary], compared: tuple[int, int, int] | None) -> None:
     content = _ENCODER.encode(_Content(_FORMAT, directory.name, directory.repository, compared, points))
     durable.replace(directory.path / FILE_NAME, _checksum(content) + b"\n" + content)
 
@@ -318,10 +315,6 @@ def _has_sound_layers(directory: VmDirectory, looked: _Looked) -> bool:
         for one in looked.points
         for disk in one.disks
     )
-
-
-def _newest_change(looked: _Looked) -> float:
-    return max((one.identity.newest_change for one in looked.points), default=0.0)
 
 
 def _history(directory: VmDirectory) -> tuple[int, int, int] | None:

@@ -32,6 +32,7 @@ HISTORY = "unit/repository/test_history.py::"
 EXTENTS = "unit/transfer/test_extents.py::"
 CLUSTER_MAP = "unit/transfer/test_cluster_map.py::"
 FLEET = "unit/operations/test_fleet.py::"
+SUMMARY = "unit/repository/test_summary.py::"
 ROUTINE = "unit/operations/test_routine.py::"
 GUARD = "unit/vm/test_guard.py::"
 IOTHREAD = (
@@ -756,6 +757,34 @@ BUGS = (
         "        if taken.skipped:",
         "        if taken.skipped and False:",
         ROUTINE + "test_after_a_backup_that_was_skipped_nothing_is_dropped",
+    ),
+    Bug(
+        "a point that has changed is shown as the summary has it",
+        "_sorted_out",
+        "        if one is not None and identity == one.identity:\n",
+        "        if one is not None:\n",
+        SUMMARY + "test_what_has_changed_since_is_read_anew",
+    ),
+    Bug(
+        "the summary of another VM is believed",
+        "_read",
+        "    of_this = (found.vm, found.repository) == (directory.name, directory.repository)\n",
+        "    of_this = found.repository == directory.repository\n",
+        SUMMARY + "test_a_file_that_can_not_be_used_is_as_good_as_none[another VM]",
+    ),
+    Bug(
+        "a second change in one tick of the clock is missed",
+        "_renew",
+        "_newest_change(one) + _TICK_SECONDS <= begun",
+        "_newest_change(one) <= begun",
+        SUMMARY + "test_a_point_that_changed_in_this_tick_of_the_clock_is_left_out",
+    ),
+    Bug(
+        "one more VM of a host is worked on than is allowed",
+        "next_job",
+        "            and hosts.count(one.host) < per_host\n",
+        "            and hosts.count(one.host) <= per_host\n",
+        FLEET + "test_no_more_than_are_allowed_are_worked_on_at_once_on_each_host",
     ),
     Bug(
         "the definition of a VM is not on stable storage before the commit",

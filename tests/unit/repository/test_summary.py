@@ -115,6 +115,18 @@ def test_a_new_point_is_read_and_nothing_else(builder, three):
     assert said(summary.look(three)) == said(without_summary(three))
 
 
+def test_what_has_changed_since_is_read_anew(three):
+    markers.put(three.path / many_points.point_number(1), markers.PROTECTED)
+    markers.put(three.path / many_points.point_number(2), markers.RETIRED)
+    found = summary.look(three)
+    assert [one.protected for one in found.points] == [False, True]
+    assert [one.id for one in found.retired] == [many_points.point_number(2)]
+    merge.rewrite(
+        three.point(many_points.point_number(0)), replace(three.points()[0].manifest, consistency="offline")
+    )
+    assert summary.look(three).points[0].consistency == "offline"
+
+
 @dataclass
 class Life:
     """What may happen to the points of a VM, chosen at random."""
@@ -373,3 +385,22 @@ def test_of_a_vm_with_a_damaged_layer_everything_is_read_each_time(tmp_path, spo
     assert not summary.look(vm).fits
     found = check.examine(vm, check.Limits(check.timedelta(days=36500)), check.datetime.now(check.UTC))
     assert "2 points damaged" in found.findings[0].text
+
+
+def test_what_a_renewal_asks_of_the_file_system_grows_in_a_line_with_the_points(tmp_path, monkeypatch):
+    asked = 0
+    real = Path.lstat
+
+    def counting(path: Path) -> os.stat_result:
+        nonlocal asked
+        asked += 1
+        return real(path)
+
+    monkeypatch.setattr(Path, "lstat", counting)
+    counts = []
+    for points in (10, 40):
+        vm = many_points.make(tmp_path / str(points), [10] * (points // 10))
+        asked = 0
+        renew(vm)
+        counts.append(asked)
+    assert counts[1] <= 4 * counts[0] + 20, counts
