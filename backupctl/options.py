@@ -26,7 +26,10 @@ class QmpAccess:
 
 @dataclass(frozen=True)
 class LibvirtAccess:
-    """A domain of libvirt. uri: of a libvirt on this machine. domain: its name there."""
+    """A domain of libvirt.
+
+    uri: of a libvirt, on this machine or on another (`system.libvirt_uri`). domain: its name there.
+    """
 
     uri: str
     domain: str
@@ -68,8 +71,8 @@ class VmConfig:
     """A virtual machine as the user names it.
 
     disk_names: the VM's own name of a disk (with QEMU: qdev id, node or device name) to the name it is stored
-    under. images: those of its disks, for when it is off. when_off: what a backup does then; None for
-    "backup" if there are images, otherwise "fail".
+    under. images: those of its disks, for when it is off; libvirt tells them for its domains, unless named
+    here. when_off: what a backup does then; None for "backup" if the images are known, otherwise "fail".
     """
 
     name: VmName

@@ -13,7 +13,8 @@ The interruption is SIGKILL of the run, or ACTION:
 - cut: the ssh connection to the VM's host breaks: the sessions of the sshd with the process id SSHD_PID end;
 - silence: nothing passes that connection any more, and nobody says so: those sessions are stopped;
 - quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
-  VM_PID may be libvirtd's, too.
+  VM_PID may be libvirtd's, too;
+- stop: the process VM_PID is stopped, as if it hung.
 
 CONTROL is the simulator's control socket. Its guest then writes before each export is added, so that the new
 bitmap has dirty bits that a bug could lose.
@@ -75,7 +76,7 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
     def stepped(*arguments, **options):
         mine = next(numbers)
         commands = (owner, name) in ((Monitor, "execute"), (Connection, "call"))
-        first = arguments[1] if commands else name if owner is GuardClient else ""
+        first = arguments[1] if commands else name if owner in (GuardClient, RemoteGuard) else ""
         hit = at in (str(mine), first)
         if steps:
             with open(steps, "a") as log:
@@ -106,6 +107,9 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
     if how in ("cut", "silence"):
         number = signal.SIGKILL if how == "cut" else signal.SIGSTOP
         sshd.end_sessions(int(environment["SSHD_PID"]), number)
+        return
+    if how == "stop":
+        os.kill(int(environment["VM_PID"]), signal.SIGSTOP)
         return
     if "VM_PID" in environment:
         _end(int(environment["VM_PID"]), signal.SIGKILL if how == "crash" else signal.SIGTERM)

@@ -191,7 +191,7 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
 def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> None:
     """Take a full recovery point of a VM: all data of all its writable disks.
 
-    A VM that is off is backed up by its images, if image or --image names them.
+    A VM that is off is backed up by its images, if image or --image names them or libvirt knows them.
 
     If there is no repository yet, it creates one, once the VM has answered.
     """

@@ -323,7 +323,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--libvirt",
         type=param_types.LIBVIRT_URI,
         metavar="URI",
-        help="libvirt, for a VM that it manages: qemu:///system.",
+        help="libvirt, for a VM that it manages: qemu:///system, or qemu+ssh://HOST/system.",
     ),
     click.option("--domain", metavar="NAME", help="The VM's name in libvirt.  [default: the same]"),
     click.option(

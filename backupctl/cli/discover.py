@@ -19,6 +19,7 @@ from backupctl.options import DEFAULT_TIMEOUTS
     2,
     examples=(
         ("All domains of libvirt, and which are configured", "backupctl discover"),
+        ("Those of another host", "backupctl discover --libvirt qemu+ssh://root@vmhost/system"),
         ("Tables for the configuration, for those that are not", "backupctl discover 'web*' --toml"),
     ),
 )

@@ -35,7 +35,7 @@ class _Image(click.ParamType[VmImage]):
             return value
         disk, equals, text = value.partition("=")
         if not equals:
-            self.fail(f"{value!r:.200} does not say which disk it is: use DISK={SYNTAX}", param, ctx)
+            self.fail(f"{value!r:.200} does not name its disk: use DISK={SYNTAX}", param, ctx)
         try:
             return parse(disk, text)
         except (UsageError, InvalidName) as err:

@@ -323,8 +323,8 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
     if manifest.definition:
         output.print_line("")
         output.print_table(
-            ("FILE", "SIZE>", "KIND", "FROM"),
-            [(one.name, units.size(one.size), one.kind, one.origin or "-") for one in manifest.definition],
+            ("FILE", "KIND", "FROM"),
+            [(one.name, one.kind, one.origin or "-") for one in manifest.definition],
         )
     for entry in manifest.disks:
         if entry.reason:

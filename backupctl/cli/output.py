@@ -100,7 +100,7 @@ def finish(code: int) -> int:
         return code
     why = "its reader has left" if isinstance(lost, BrokenPipeError) else lost.strerror
     if _output.done:
-        print_message(f"standard output takes no more ({why}), but {_output.done}", "warning")
+        print_message(f"cannot write more to standard output ({why}), but {_output.done}", "warning")
         return code
     if code or isinstance(lost, BrokenPipeError):
         return code

@@ -15,6 +15,7 @@ from backupctl.errors import InvalidName, UsageError
 from backupctl.names import VmName, did_you_mean, vm_name
 from backupctl.operations.prune import retention
 from backupctl.repository import point_names
+from backupctl.system import libvirt_uri
 from backupctl.system.address import Address
 
 _MACHINE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}", re.ASCII)
@@ -91,15 +92,20 @@ class _Socket(click.ParamType[Address]):
 
 
 class _LibvirtUri(click.ParamType[str]):
-    """The URI of a libvirt on this machine."""
+    """The URI of a libvirt, on this machine or on one that ssh reaches."""
 
     name = "uri"
 
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if not _LIBVIRT_URI.fullmatch(value):
+        if libvirt_uri.is_remote(value):
+            try:
+                libvirt_uri.remote(value)
+            except UsageError as err:
+                self.fail(err.message, param, ctx)
+        elif not _LIBVIRT_URI.fullmatch(value):
             self.fail(
-                f"{value!r:.120} is not a libvirt URI of this machine. Examples: qemu:///system, "
-                "qemu:///session.",
+                f"{value!r:.120} is not a libvirt URI. Examples: qemu:///system, qemu:///session, "
+                "qemu+ssh://root@vmhost/system.",
                 param,
                 ctx,
             )

@@ -25,6 +25,7 @@ from backupctl.operations.restore.request import RestoreRequest
 from backupctl.operations.restore.whole import RestoreReport
 from backupctl.outcome import documents
 from backupctl.progress import Reporter
+from backupctl.system import libvirt_uri
 
 if TYPE_CHECKING:  # it loads what few restores need
     from backupctl.operations.restore.define import DefineReport
@@ -224,6 +225,11 @@ def _define(
     from backupctl.operations.restore import define  # noqa: PLC0415 - needed by few restores
 
     uri = target.libvirt or DEFAULT_URI
+    if libvirt_uri.is_remote(uri):
+        raise UsageError(
+            "the images are restored on this machine, and libvirt is on another: a domain is defined here",
+            hint="run the restore on that host, or name --libvirt qemu:///system",
+        )
     wanted = define.DefineRequest(uri, target.domain or "", asked.keep_identity, target.timeouts)
     report = define.restore(request, wanted, reporter, stop)
     return partial(_tell, report.restored, asked, report)

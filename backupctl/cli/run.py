@@ -47,7 +47,7 @@ from backupctl.operations.routine.run import Routine
 from backupctl.outcome import documents
 from backupctl.outcome.documents import Document
 from backupctl.progress import Reporter
-from backupctl.system import mounts
+from backupctl.system import libvirt_uri, mounts
 from backupctl.system.address import Address
 
 _LOOK_SECONDS = 0.2
@@ -146,7 +146,7 @@ _OPTIONS = (
         "--jobs-per-host",
         type=click.IntRange(1, settings.MAX_JOBS),
         metavar="N",
-        help="But at most on N that run on the same host. Default: as --jobs.",
+        help="Of these, work on at most N that run on the same host. Default: as --jobs.",
     ),
     _seconds("--random-delay", "Wait for a random time first, SECONDS at most."),
     _seconds("--wait-lock", "Wait for another run that works on a VM, SECONDS at most."),
@@ -309,7 +309,7 @@ class _Fleet:
             tuple(command),
             storage=mounts.device(repository) if repository else "",
             monitor=said.qmp or f"{said.libvirt or vm} {said.domain or vm}",
-            host=_host_of(said.qmp),
+            host=_host_of(said.qmp or said.libvirt),
         )
 
     def _options(self) -> list[str]:
@@ -324,8 +324,10 @@ class _Fleet:
 
 
 def _host_of(monitor: str | None) -> str:
-    """Return the host that a VM runs on, "" for this one, by the address of its monitor."""
+    """Return the host that a VM runs on, "" for this one, by the address of its monitor or its libvirt."""
     try:
+        if libvirt_uri.is_remote(monitor or ""):
+            return (libvirt_uri.remote(monitor or "").address.host or "").lower()
         address = Address.parse(monitor or "/")
     except UsageError:  # which the process of this VM reports
         return ""

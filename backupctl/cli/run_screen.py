@@ -103,7 +103,7 @@ def _without_document(result: JobResult, last_line: str) -> BackupctlError:
     if result.code is not None and result.code > 0:
         return Failed(f"its process ended with exit code {result.code}: {last_line or 'no message'}")
     if result.code is None:
-        how = "does not end, even by SIGKILL"
+        how = "did not end, even after SIGKILL"
     else:
         how = f"was ended by {signal.Signals(-result.code).name}" if result.code else "left no report"
     return NeedsRecovery(

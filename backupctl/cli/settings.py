@@ -132,7 +132,7 @@ class MetricsSettings(
 class VmSettings(Settings, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The keys and tables of [vm.NAME]. disks: QEMU's name of a disk to the name it is stored under.
 
-    Either qmp (and agent, image), or libvirt (and domain). image: the name that a disk is stored under to its
+    Either qmp (and agent), or libvirt (and domain). image: the name that a disk is stored under to its
     files, as `image_texts` reads them.
     """
 
@@ -256,7 +256,7 @@ class _Check:
             image=self._images(self._table(table.get("image", {}), (*key, "image")), (*key, "image")),
             **{one: self._of(table, key, one, model) for one, model in TABLES.items()},
         )
-        for other in ("qmp", "agent", "image") if found.libvirt else ():
+        for other in ("qmp", "agent") if found.libvirt else ():
             if getattr(found, other):
                 said = f"libvirt and {other} in {_where(key)} cannot be used together"
                 self._add((*key, other), said)

@@ -49,6 +49,8 @@ def _show(found: Status, configuration: str | None) -> None:
         output.print_wrapped(f"{'damaged':<12} ", f"{path}")
     for number, left in enumerate(found.leftovers or ("none",)):
         output.print_wrapped(f"{'' if number else 'leftovers':<12} ", left)
+    for tool in found.other_tools:
+        output.print_wrapped(f"{'other tools':<12} ", tool.said)
     output.print_wrapped(f"{'next run':<12} ", f"{found.next_run}")
     for gone in found.missing_disks:
         output.print_wrapped(f"{'missing':<12} ", f"{gone}")

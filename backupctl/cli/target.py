@@ -22,6 +22,7 @@ from backupctl.options import (
     VmConfig,
     VmImage,
 )
+from backupctl.system import libvirt_uri
 from backupctl.system.address import Address
 
 if TYPE_CHECKING:  # every call loads this module, `--version` too, and few open a repository
@@ -78,10 +79,13 @@ class Target:
 
     def _access(self, images: tuple[VmImage, ...]) -> Access:
         if self.libvirt is not None:
-            if self.agent is not None or images:
-                other = "--agent" if self.agent is not None else "--image"
+            if self.agent is not None:
                 raise UsageError(
-                    f"{other} cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
+                    "--agent cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
+                )
+            if images and libvirt_uri.is_remote(self.libvirt):
+                raise UsageError(
+                    "--image is for a VM of this host, and --libvirt leads to another", state=UNTOUCHED
                 )
             return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
         if self.qmp is None and not images:

@@ -45,6 +45,18 @@ class RepositoryCreated(Event):
 
 
 @dataclass(frozen=True)
+class OtherToolFound(Event):
+    """Another program left bitmaps or checkpoints in the VM of which this is the first point."""
+
+    code = "other-tool-found"
+    said: str
+    removal: tuple[str, ...]
+
+    def _text(self) -> str:
+        return f"{self.said}; if you have left it, this removes them: {'; '.join(self.removal):.400}"
+
+
+@dataclass(frozen=True)
 class DiskSkipped(Event):
     """A disk of the VM is never backed up, e.g. a read-only medium."""
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from backupctl.errors import MonitorError, MonitorUnreachable, Refused
 from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import bitmaps as bitmap_survey
-from backupctl.operations import recover
+from backupctl.operations import other_tools, recover
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup import prepare
 from backupctl.operations.bitmaps import Known, StoredBitmap, nobody_else
+from backupctl.operations.other_tools import OtherTool
 from backupctl.operations.running import Running, running
 from backupctl.options import OnBrokenChain, RunOptions, VmConfig
 from backupctl.repository import audit, chain
@@ -46,6 +47,7 @@ class Status:
     damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
     problem). missing_disks: those that the last points hold and the VM has not. bitmaps: all of ours.
     refusal: why the next run would be refused, "" if it would not. running: the backup that is running.
+    other_tools: what other programs left in it.
     """
 
     vm: VmName
@@ -60,6 +62,7 @@ class Status:
     bitmaps: tuple[StoredBitmap, ...] = ()
     refusal: str = ""
     running: Running | None = None
+    other_tools: tuple[OtherTool, ...] = ()
 
 
 def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
@@ -93,6 +96,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
             gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))
             refusal = _refusal(driver, inventory, left)
             stored = bitmap_survey.survey(driver, vm, repository, known)
+            others = other_tools.found(driver, vm)
     except (MonitorError, Refused) as err:
         worker = directory.lock_holder() or (
             f"the run of process {now.pid} has just ended" if now else None
@@ -126,6 +130,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
         missing_disks=plan.missing,
         bitmaps=stored,
         refusal=refusal,
+        other_tools=others,
     )
 
 

@@ -31,6 +31,8 @@ end         remove exports, jobs, nodes  virDomainAbortJob, and drain    and cha
 resolve     merge or remove bitmaps      delete checkpoints              merge or remove bitmaps
 ==========  ===========================  ==============================  ===========================
 
+A domain of libvirt that is off is as any VM that is off, with checkpoints for bitmaps.
+
 Rules for every driver:
 
 1. Nothing is remembered between runs. `resolve` asks the VM what there is, and the repository one question:

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, MonitorUnreachable, VmIsOff
 from backupctl.options import LibvirtAccess, NoMonitor, QmpAccess, Timeouts, VmConfig, WhenOff
+from backupctl.system import libvirt_uri
 from backupctl.vm.driver import Driver
 from backupctl.vm.guest import agent
 from backupctl.vm.qmp import driver as qmp
@@ -50,7 +51,14 @@ def refuse_skipped(vm: VmConfig, timeouts: Timeouts) -> None:
 
 def when_off(vm: VmConfig) -> WhenOff:
     """Return what a backup does with a VM that is off."""
-    return vm.when_off or ("backup" if vm.images else "fail")
+    return vm.when_off or ("backup" if _has_images(vm) else "fail")
+
+
+def _has_images(vm: VmConfig) -> bool:
+    """Whether it is known which images a VM has: libvirt knows those of its domains."""
+    return bool(vm.images) or (
+        isinstance(vm.access, LibvirtAccess) and not libvirt_uri.is_remote(vm.access.uri)
+    )
 
 
 def _opened(
@@ -67,22 +75,24 @@ def _opened(
         except MonitorUnreachable as err:
             if not err.nobody_listens:
                 raise
-            if decided == "fail" or (decided == "backup" and not vm.images):
+            if decided == "fail" or (decided == "backup" and not _has_images(vm)):
                 if isinstance(vm.access, QmpAccess) and not vm.images:
                     err.hint = f"{err.hint}; {_HOW_TO_BACK_UP}"
                 raise
             why = err.message
     if decided == "skip":
         raise VmIsOff(f"{vm.name} is off ({why}), so it was skipped", state=UNTOUCHED)
-    from backupctl.vm.offline import driver as offline  # noqa: PLC0415 - see above
-
-    return held.enter_context(offline.connect(vm, f"{vm.name} is off ({why})", timeouts, cancel))
+    return held.enter_context(_open_images(vm, f"{vm.name} is off ({why})", timeouts, cancel))
 
 
 def _connect(
     vm: VmConfig, access: QmpAccess | LibvirtAccess, timeouts: Timeouts, cancel: Cancellation | None
 ) -> AbstractContextManager[Driver]:
     if isinstance(access, LibvirtAccess):
+        if libvirt_uri.is_remote(access.uri):
+            from backupctl.vm.remote import libvirt_driver  # noqa: PLC0415 - see above
+
+            return libvirt_driver.connect(vm, access, timeouts, cancel)
         from backupctl.vm.libvirt import driver as libvirt  # noqa: PLC0415 - see above
 
         return libvirt.connect(vm, access, timeouts, cancel)
@@ -93,9 +103,24 @@ def _connect(
     return qmp.connect(vm, access, timeouts, cancel)
 
 
+def _open_images(
+    vm: VmConfig, why_off: str, timeouts: Timeouts, cancel: Cancellation | None
+) -> AbstractContextManager[Driver]:
+    if isinstance(vm.access, LibvirtAccess):
+        from backupctl.vm.libvirt import off_driver  # noqa: PLC0415 - see above
+
+        return off_driver.connect(vm, vm.access, why_off, timeouts, cancel)
+    from backupctl.vm.offline import driver as offline  # noqa: PLC0415 - see above
+
+    return offline.connect(vm, why_off, timeouts, cancel)
+
+
 def is_remote(vm: VmConfig) -> bool:
     """Whether the VM runs on another host: the scratch directory is there then."""
-    return isinstance(vm.access, QmpAccess) and vm.access.qmp.remote
+    access = vm.access
+    if isinstance(access, LibvirtAccess):
+        return libvirt_uri.is_remote(access.uri)
+    return isinstance(access, QmpAccess) and access.qmp.remote
 
 
 def can_freeze(vm: VmConfig) -> bool:
@@ -117,6 +142,10 @@ def freeze_status(vm: VmConfig, timeouts: Timeouts) -> str:
     """
     access = vm.access
     if isinstance(access, LibvirtAccess):
+        if libvirt_uri.is_remote(access.uri):
+            from backupctl.vm.remote import libvirt_host  # noqa: PLC0415 - see above
+
+            return libvirt_host.freeze_status(access, timeouts)
         from backupctl.vm.libvirt.agent import LibvirtAgent  # noqa: PLC0415 - see above
 
         with LibvirtAgent.connect(access.uri, access.domain, timeouts.agent_seconds) as talk:
@@ -138,6 +167,10 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
     """
     access = vm.access
     if isinstance(access, LibvirtAccess):
+        if libvirt_uri.is_remote(access.uri):
+            from backupctl.vm.remote import libvirt_host  # noqa: PLC0415 - see above
+
+            return libvirt_host.thaw_if_frozen(access, timeouts)
         from backupctl.vm.libvirt import agent as libvirt_agent  # noqa: PLC0415 - see above
 
         return libvirt_agent.thaw_if_frozen(access.uri, access.domain, timeouts.agent_seconds)
@@ -150,8 +183,12 @@ def thaw_if_frozen(vm: VmConfig, timeouts: Timeouts) -> bool:
     return agent.thaw_if_frozen(access.agent, timeouts.agent_seconds)
 
 
-def domains(uri: str, timeouts: Timeouts) -> list[tuple[str, bool]]:
-    """Return the names of a libvirt's domains, and whether each runs. Raises MonitorError."""
+def domains(where: str, timeouts: Timeouts) -> list[tuple[str, bool]]:
+    """Return the names of a libvirt's domains, and whether each runs. where: its URI. Raises MonitorError."""
+    if libvirt_uri.is_remote(where):
+        from backupctl.vm.remote import libvirt_host  # noqa: PLC0415 - see above
+
+        return libvirt_host.domains(where, timeouts)
     from backupctl.vm.libvirt.connection import domain_names  # noqa: PLC0415 - see above
 
-    return domain_names(uri, timeouts.command_seconds)
+    return domain_names(where, timeouts.command_seconds)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Every bitmap of ours is shown with what it is for, and only what nothing needs can be removed."""
 
+import json
+
 import pytest
 
 from tests.conftest import MIB
@@ -21,6 +23,27 @@ def begun(make_lab, build, *names: str):
         made = lab.machine.qmp("block-dirty-bitmap-add", node="node-vda", name=name, persistent=True)
         assert made == {}
     return lab
+
+
+def test_what_another_program_left_is_told_and_goes_by_the_command_that_is_named(any_build, make_lab):
+    lab = make_lab(any_build, {"vda": 16 * MIB})
+    theirs = "qmpbackup-vda-8a1050f7-cabd-4e29-a825-742e5eecdfea"
+    assert lab.machine.qmp("block-dirty-bitmap-add", node="node-vda", name=theirs, persistent=True) == {}
+    first = lab.backup("full")
+    (note,) = [one for one in first["notes"] if one["code"] == "other-tool-found"]
+    assert theirs in json.dumps(note)
+    lab.writer.write(2)
+    again = lab.backup("incremental")
+    assert "other-tool-found" not in [one["code"] for one in again["notes"]]
+    assert theirs in lab.machine.bitmaps()["node-vda"]
+    (told,) = lab.cli.json("status", "web")["other_tools"]
+    assert (told["tool"], told["names"]) == ("qmpbackup", [theirs])
+    assert theirs in lab.cli.run("status", "web").stdout
+    (finding,) = [one for one in lab.cli.json("doctor", "web")["findings"] if one["subject"] == "other tools"]
+    assert told["removal"][0] in finding["advice"]
+    command = json.loads(told["removal"][0])
+    assert lab.machine.qmp(command["execute"], **command["arguments"]) == {}
+    assert lab.cli.json("status", "web")["other_tools"] == []
 
 
 def uses(lab) -> dict[str, str]:

@@ -3,24 +3,21 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fixtures.debian import CannotBeHad
-from fixtures.libvirtd import Domain, Libvirtd
-from fixtures.writer import Writer
+from fixtures.libvirtd import Libvirtd
 from tests import interrupted_cli
-from tests.conftest import MIB, ROOT, Cli
+from tests.conftest import MIB
+from tests.libvirt_lab import Lab, Make, begun, guard_of, kinds, maker, plain, wait_for
 
 libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
 
@@ -35,88 +32,9 @@ def daemon() -> Iterator[Libvirtd]:
         pytest.skip(str(err))
 
 
-@dataclass
-class Lab:
-    """A domain, its writer, and the command line for it."""
-
-    domain: Domain
-    writer: Writer
-    cli: Cli
-    directory: Path
-
-    def backup(self, kind: str, *options: str, code: int = 0) -> Any:
-        return self.cli.json(kind, "web", *options, code=code)
-
-    def assert_point(self, point: str, moment: dict[str, bytes]) -> None:
-        for disk, content in moment.items():
-            assert self.cli.raw(point, disk, self.directory) == content, f"{disk} of {point}"
-
-    def assert_clean(self, checkpoints: int = 1) -> None:
-        """Nothing of ours is left in the domain but checkpoints, and nothing on the disk but points."""
-        assert not self.domain.has_job()
-        assert self.domain.is_running()
-        ours = [one for one in self.domain.checkpoints() if one.startswith("backupctl-")]
-        assert len(ours) == checkpoints, ours
-        assert list(self.cli.scratch.iterdir()) == []
-        partial = [one for one in os.listdir(self.cli.repository / "web") if one.endswith(".partial")]
-        assert partial == []
-
-    def next_is_right(self) -> None:
-        """After whatever happened: an incremental is byte-equal, and nothing is left."""
-        self.writer.write(5)
-        self.writer.remember()
-        report = self.backup("incremental")
-        self.assert_point(report["point"], self.writer.moment)
-        self.assert_clean()
-        scanned = {name for name, kind in kinds(report).items() if kind == "scan"}
-        assert scanned <= {"vdc"}, "a checkpoint was lost"  # vdc is raw, where there is one
-
-
-Make = Callable[..., Lab]
-
-
 @pytest.fixture
 def make_lab(daemon: Libvirtd, tmp_path: Path, held: ExitStack, request: pytest.FixtureRequest) -> Make:
-    def make(
-        sizes: dict[str, int] | None = None, *, formats: dict[str, str] | None = None, driver: str = ""
-    ) -> Lab:
-        sizes = sizes or {"vda": 8 * MIB, "vdb": 4 * MIB}
-        disks = []
-        for name, size in sizes.items():
-            kind = (formats or {}).get(name, "qcow2")
-            path = tmp_path / f"{name}.{kind}"
-            subprocess.run(["qemu-img", "create", "-q", "-f", kind, path, str(size)], check=True, timeout=30)
-            disks.append({"target": name, "path": path, "format": kind, "driver": driver})
-        domain = Domain(daemon, f"d{os.getpid()}-{abs(hash(request.node.nodeid)) % 10**8}", disks)
-        held.callback(domain.close)
-        domain.start()
-        scratch = Path(tempfile.mkdtemp(prefix="s-", dir=daemon.directory))  # short: it holds a socket
-        cli = Cli(
-            repository=tmp_path / "repository",
-            environment={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"},
-            scratch=scratch,
-            vm=domain.arguments,
-        )
-        writer = Writer(sizes, domain.io, 1)
-        held.callback(writer.stop)
-        return Lab(domain, writer, cli, tmp_path)
-
-    return make
-
-
-def plain(lab: Lab, *words: str) -> str:
-    """Call a command that knows no repository; return what it prints."""
-    command = [sys.executable, "-m", "backupctl", *words]
-    around = lab.cli.environment
-    done = subprocess.run(
-        command, env=around, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def kinds(report: Any) -> dict[str, str]:
-    return {disk["name"]: "scan" if disk["scanned"] else disk["kind"] for disk in report["disks"]}
+    return maker(daemon, tmp_path, held, request.node.nodeid)
 
 
 def test_a_full_and_incrementals_are_byte_equal(make_lab: Make) -> None:
@@ -132,14 +50,6 @@ def test_a_full_and_incrementals_are_byte_equal(make_lab: Make) -> None:
     lab.assert_point(first["point"], begun)
     lab.assert_point(second["point"], then)
     lab.next_is_right()
-
-
-def begun(make_lab: Make, **options: Any) -> Lab:
-    lab = make_lab(**options)
-    lab.writer.write(10)
-    lab.backup("full")
-    lab.writer.write(5)
-    return lab
 
 
 CHANGING = ("virDomainBackupBegin", "virDomainAbortJob", "virDomainCheckpointDelete")
@@ -194,6 +104,42 @@ def test_a_run_killed_in_mid_copy_with_its_guard_leaves_a_job_that_the_next_run_
     os.kill(guard, signal.SIGKILL)
     assert lab.domain.has_job()
     assert "backup job" in lab.cli.run("status", "web").stdout
+    lab.next_is_right()
+
+
+def copying(lab: Lab) -> "subprocess.Popen[str]":
+    """Return a run that copies, slowly."""
+    lab.writer.write(20)
+    run = lab.cli.start("incremental", "web", "--limit", "200K")
+    wait_for(lambda: list((lab.cli.repository / "web").glob("*.partial/*.qcow2")), run)
+    wait_for(lab.domain.has_job, run)
+    return run
+
+
+def test_a_libvirtd_that_is_restarted_in_mid_copy_loses_nothing(make_lab: Make, daemon: Libvirtd) -> None:
+    lab = begun(make_lab)
+    run = copying(lab)
+    os.kill(daemon.daemon_process(), signal.SIGTERM)
+    run.communicate(timeout=100)
+    assert run.returncode in (0, 1, 3)
+    daemon.come_again()
+    lab.next_is_right()
+
+
+def test_a_client_that_does_not_read_while_somebody_aborts_the_job_keeps_the_guest_only_until_it_dies(
+    make_lab: Make, daemon: Libvirtd
+) -> None:
+    """QEMU stands still until the client reads or leaves; the guard reads then."""
+    lab = begun(make_lab)
+    run = copying(lab)
+    run.send_signal(signal.SIGSTOP)
+    words = ["virsh", "-q", "-c", daemon.uri, "domjobabort", lab.domain.name]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as abort:
+        time.sleep(1.0)
+        run.kill()
+        run.communicate(timeout=60)
+        abort.wait(60)
+    wait_for(lambda: lab.domain.is_running() and not lab.domain.has_job())
     lab.next_is_right()
 
 
@@ -263,6 +209,10 @@ def test_checkpoints_of_others_stay(make_lab: Make) -> None:
     )
     lab.next_is_right()
     assert "virtnbdbackup.0" in lab.domain.checkpoints()
+    (told,) = lab.cli.json("status", "web")["other_tools"]
+    assert (told["tool"], told["names"]) == ("virtnbdbackup", ["virtnbdbackup.0"])
+    subprocess.run(shlex.split(told["removal"][0]), check=True, timeout=60, stdout=subprocess.DEVNULL)
+    assert "virtnbdbackup.0" not in lab.domain.checkpoints()
 
 
 def test_kept_checkpoints_serve_differentials(make_lab: Make) -> None:
@@ -334,21 +284,3 @@ def test_domains_are_found_by_a_pattern_and_configured(make_lab: Make) -> None:
     report = lab.cli.json("full", name, vm=False)
     assert kinds(report) == {"vda": "full"}
     assert "running" in plain(lab, "discover", "--libvirt", uri)
-
-
-def wait_for(what: Callable[[], Any], run: "subprocess.Popen[str] | None" = None) -> None:
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        assert run is None or run.poll() is None, run.communicate()
-        time.sleep(0.02)
-
-
-def guard_of(run: int) -> int:
-    """Return the guard of a run: its child that holds a socket pair."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            pid, parent = int(path.parent.name), int(path.read_text().rpartition(")")[2].split()[1])
-            if parent == run and b"guard_process" in (path.parent / "cmdline").read_bytes():
-                return pid
-    raise AssertionError("the run has no guard")

@@ -18,6 +18,7 @@ from fixtures import guest as guests
 from fixtures.debian import CannotBeHad
 from fixtures.libvirt_guest import Guest
 from fixtures.libvirtd import Libvirtd
+from fixtures.sshd import HOST, Sshd
 from tests import interrupted_cli
 from tests.conftest import MIB, ROOT, Cli
 
@@ -135,6 +136,57 @@ def test_a_libvirtd_killed_while_the_guest_is_frozen_has_it_thawed_when_it_is_ba
     assert guest.tell("stop") == "ok"
     check_point(cli, report["point"], tmp_path)
     assert "errors=0" in guest.tell("status")
+
+
+def test_a_qemu_that_hangs_while_the_backup_begins_is_given_up_and_found_again(
+    boot: Boot, daemon: Libvirtd, tmp_path: Path
+) -> None:
+    """libvirt has no time-out: the backup begins when QEMU goes on, and nobody waits for it any more."""
+    guest, cli = boot()
+    guest.tell("load")
+    qemu = daemon.qemu(guest.name)
+    around = {"ACTION": "stop", "VM_PID": str(qemu), "KILL_AT": "virDomainBackupBegin"}
+    words = ("full", "web", "--freeze", "require", "--freeze-budget", "3", "--command-timeout", "2")
+    try:
+        failed = cli.call(*words, entry=interrupted_cli.ENTRY, KILL_WHEN="before", **around)
+    finally:
+        os.kill(qemu, signal.SIGCONT)
+    assert failed.returncode in (1, 3), failed.stderr
+    assert not interrupted_cli.BUG.search(failed.stderr), failed.stderr
+    wait_for(lambda: is_thawed(guest) and not guest.has_job())
+    report = cli.json("full", "web", "--freeze", "require")
+    assert guest.tell("stop") == "ok"
+    check_point(cli, report["point"], tmp_path)
+    assert len(guest.checkpoints()) == 1
+    assert "errors=0" in guest.tell("status")
+
+
+def test_a_line_that_is_cut_while_the_guest_is_frozen_has_it_thawed_on_its_own_host(
+    boot: Boot, tmp_path: Path, held: ExitStack
+) -> None:
+    guest, cli = boot()
+    try:
+        sshd = Sshd(tmp_path / "sshd")
+    except CannotBeHad as err:
+        pytest.skip(str(err))
+    held.callback(sshd.close)
+    sshd.start()
+    cli.environment.update(sshd.environment)
+    there = f"qemu+ssh://{HOST}/system?socket={guest.daemon.directory}/sock/libvirt-sock"
+    cli.vm = ["--libvirt", there, "--domain", guest.name]
+    guest.tell("load")
+    around = {"ACTION": "cut", "SSHD_PID": str(sshd.pid), "KILL_AT": "virDomainBackupBegin"}
+    words = ("full", "web", "--freeze", "require")
+    done = cli.call(*words, entry=interrupted_cli.ENTRY, KILL_WHEN="after", **around)
+    assert done.returncode in (0, 1, 3), done.stderr
+    wait_for(lambda: is_thawed(guest) and not guest.has_job())
+    report = cli.json(*words)
+    assert 0 < report["frozen_ms"] < 10_000
+    assert guest.tell("stop") == "ok"
+    check_point(cli, report["point"], tmp_path)
+    assert "errors=0" in guest.tell("status")
+    findings = {one["subject"]: one["verdict"] for one in cli.json("doctor", "web")["findings"]}
+    assert (findings["agent"], findings["ssh"]) == ("ok", "ok")
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -64,6 +64,36 @@ BUGS = (
         LIBVIRT + "test_libvirt_checkpoints.py::test_a_bitmap_is_not_used_for_another_image",
     ),
     Bug(
+        "libvirt does not know of a bitmap that a killed run made in the image of a domain that is off",
+        "OffSession.hand_over",
+        """checkpoints.redefine(self._off.connection, self._described(name, recorded))
+        off_checkpoints.make(self._off.daemon, recorded, name)""",
+        """off_checkpoints.make(self._off.daemon, recorded, name)
+        checkpoints.redefine(self._off.connection, self._described(name, recorded))""",
+        LIBVIRT + "test_libvirt_off.py::test_libvirt_notes_a_checkpoint_before_its_bitmaps_are_made",
+    ),
+    Bug(
+        "a bitmap with a gap below it is believed while a domain is off",
+        "recorded",
+        "if gap or other_size or not all(map(_usable, there)):",
+        "if other_size or not all(map(_usable, there)):",
+        LIBVIRT + "test_libvirt_off.py::test_only_bitmaps_without_a_gap_tell_what_changed",
+    ),
+    Bug(
+        "a client in its handshake is taken for one that QEMU has let in",
+        "HandshakeReader.read",
+        "self._last = magic == _REPLY_MAGIC and option == _OPT_GO and kind == _REP_ACK",
+        "self._last = magic == _REPLY_MAGIC and kind == _REP_ACK",
+        "unit/vm/remote/test_relay.py::test_replies_before_the_last_do_not_end_a_handshake",
+    ),
+    Bug(
+        "a backup that libvirt is about to begin is taken for none",
+        "end",
+        "    await_quiet(connection, drain)\n",
+        "",
+        LIBVIRT + "test_libvirt_connection.py::test_a_backup_that_is_about_to_begin_is_waited_for",
+    ),
+    Bug(
         "the checkpoint of a failed run becomes the base of the next",
         "plan",
         "        if one not in valid:\n",

@@ -46,6 +46,7 @@ _REPLACED = (
     (r"_age'=\d+s", "_age'=1s"),
     (r"(?<=2 VMs, )\d+\.\d KiB", "20.0 KiB"),
     (r"^Now\n.*?(?=^Time line of)", ""),  # the labels of an axis of times
+    (r"qemu\.json +\d+ B", "qemu.json  900 B"),
     (r"took \d+\.?\d* s", "took 1 s"),
     (r"\| \d+ s \| (\d+ ms|-) \|", "| 1 s | 5 ms |"),
     (re.escape(__version__), "VERSION"),

@@ -31,13 +31,14 @@ from backupctl.events.backup import (
     DiskTakenFull,
     ImagesRead,
     NoPointToBuildOn,
+    OtherToolFound,
     RecoveredFromEarlierRun,
     ScratchMayNotSuffice,
     VmRenamed,
 )
 from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
 from backupctl.names import DiskName, Namespace, PointId, VmName
-from backupctl.operations import recover
+from backupctl.operations import other_tools, recover
 from backupctl.operations.backup import definition
 from backupctl.operations.backup import plan as planning
 from backupctl.operations.backup.context import RunContext
@@ -130,8 +131,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
     plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
-    if not directory.all_points() and (renamed := former_names.bearer(ctx.repository.path, vm.name)):
-        reporter.event(VmRenamed(vm.name, renamed))
+    if not directory.all_points():
+        _tell_of_before(ctx, driver)
     filling = (
         *driver.filling((ctx.repository.path,), inventory.disks),
         driver.scratch_filling(options.scratch.directory, inventory.disks),
@@ -141,6 +142,14 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     budgets = _budgets(plan, options, driver, reporter, guests=filling[-1].who())
     ctx.cancel.check()
     return Prepared(plan, chains, budgets, filling, recorded, driver.version, described)
+
+
+def _tell_of_before(ctx: RunContext, driver: Driver) -> None:
+    """Before the first point of a VM: what else it may be known by, and who backed it up."""
+    if renamed := former_names.bearer(ctx.repository.path, ctx.vm.name):
+        ctx.reporter.event(VmRenamed(ctx.vm.name, renamed))
+    for one in other_tools.found(driver, ctx.vm):
+        ctx.reporter.event(OtherToolFound(one.said, one.removal))
 
 
 def _plan(

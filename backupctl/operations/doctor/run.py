@@ -22,7 +22,7 @@ from backupctl.errors import (
 )
 from backupctl.finding import Finding, Verdict
 from backupctl.names import VmName
-from backupctl.operations import recover, status
+from backupctl.operations import other_tools, recover, status
 from backupctl.operations.bitmaps import Known, nobody_else
 from backupctl.operations.doctor import trials
 from backupctl.options import RunOptions, VmConfig
@@ -150,6 +150,7 @@ def _vm(
         with open_driver(vm, options.timeouts.brief()) as driver:
             has_guest = driver.has_guest
             yield from driver.findings(options)
+            yield from _other_tools(driver, vm)
             yield from _disks(vm, driver, repository, path, options)
     except (MonitorError, Refused) as err:
         yield Finding("monitor", "bad", err.message, err.hint)
@@ -161,6 +162,13 @@ def _vm(
             yield from _history(vm, repository, options, known)
         except RepositoryError as err:
             yield Finding("chain", "bad", err.message, "make the repository readable again")
+
+
+def _other_tools(driver: Driver, vm: VmConfig) -> Iterator[Finding]:
+    for one in other_tools.found(driver, vm):
+        yield Finding(
+            "other tools", "ok", one.said, f"if you have left it, this removes them: {'; '.join(one.removal)}"
+        )
 
 
 def _disks(

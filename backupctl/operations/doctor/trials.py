@@ -193,7 +193,7 @@ _REPOSITORY = (
         _map,
         "warning",
         "digest maps are held in memory instead: 384 MiB for each TiB that is stored",
-        "have that much memory, or use another file system",
+        "provide that much memory, or use another file system",
     ),
 )
 _TEMP = "set TMPDIR to another directory"
@@ -203,7 +203,7 @@ _SCRATCH = (
         "setting room aside (fallocate)",
         _reserve,
         "warning",
-        "the space is not guaranteed: a run is given up when little is left",
+        "the space is not guaranteed: a run stops when little is left",
         "another directory: scratch, --scratch",
     ),
 )

@@ -131,7 +131,8 @@ def _directory_made(directory: Path) -> Iterator[None]:
     """
     missing = not directory.is_dir() and directory.absolute().parent.is_dir()
     if missing:
-        durable.make_directory(directory, _DIRECTORY_MODE)
+        durable.make_directory(directory)
+        directory.chmod(_DIRECTORY_MODE)  # whatever the umask is, which keeps others out of what we create
     try:
         yield
     except BaseException:

@@ -81,14 +81,14 @@ class Agent:
         reply = self._command("guest-exec", arguments={"path": program, "arg": list(arguments)})
         process = reply.get("pid") if isinstance(reply, dict) else None
         if not isinstance(process, int) or isinstance(process, bool):
-            raise AgentTimeout(f"the agent's answer to guest-exec makes no sense: {reply!r:.60}")
+            raise AgentTimeout(f"the agent's answer to guest-exec is invalid: {reply!r:.60}")
         return process
 
     def exit_status(self, process: int) -> "Ended | None":
         """Return how a program that was started has ended; None if it has not. Raises AgentError."""
         reply = self._command("guest-exec-status", arguments={"pid": process})
         if not isinstance(reply, dict) or not isinstance(reply.get("exited"), bool):
-            raise AgentTimeout(f"the agent's answer to guest-exec-status makes no sense: {reply!r:.60}")
+            raise AgentTimeout(f"the agent's answer to guest-exec-status is invalid: {reply!r:.60}")
         status = reply.get("exitcode")
         return Ended(status if isinstance(status, int) else None) if reply["exited"] else None
 
@@ -99,7 +99,7 @@ class Agent:
         """
         status = self._command("guest-fsfreeze-status", seconds)
         if status not in ("thawed", "frozen"):
-            raise AgentRefused(f"the agent's guest-fsfreeze-status makes no sense: {status!r:.60}")
+            raise AgentRefused(f"the agent's answer to guest-fsfreeze-status is invalid: {status!r:.60}")
         return str(status)
 
     def freeze(self, seconds: float) -> int:
@@ -136,7 +136,7 @@ class Agent:
         reply = self._command(command, seconds)
         if not isinstance(reply, int) or isinstance(reply, bool) or reply < 0:
             raise AgentTimeout(  # no refusal: whether the command took effect is not known
-                f"the agent's {command} makes no sense: {reply!r:.60}"
+                f"the agent's answer to {command} is invalid: {reply!r:.60}"
             )
         return reply
 
@@ -156,7 +156,7 @@ class Agent:
             text = error.get("desc", "") if isinstance(error, dict) else ""
             raise AgentRefused(f"the guest agent refused {command}: {text or 'no reason given'!s:.300}")
         if "return" not in reply:  # no refusal: it may well have done it
-            raise AgentTimeout(f"the agent's answer to {command} makes no sense")
+            raise AgentTimeout(f"the agent's answer to {command} is invalid")
         return reply["return"]
 
     def _synchronise(self) -> None:

@@ -59,9 +59,9 @@ class LibvirtAgent:
         try:
             status: Any = json.loads(self._call("guest-fsfreeze-status", ask, allowed))["return"]
         except (ValueError, KeyError, TypeError, RecursionError) as err:
-            raise AgentRefused("the agent's guest-fsfreeze-status makes no sense") from err
+            raise AgentRefused("the agent's answer to guest-fsfreeze-status is invalid") from err
         if status not in ("thawed", "frozen"):
-            raise AgentRefused(f"the agent's guest-fsfreeze-status makes no sense: {status!r:.60}")
+            raise AgentRefused(f"the agent's answer to guest-fsfreeze-status is invalid: {status!r:.60}")
         return str(status)
 
     def freeze(self, seconds: float) -> int:

@@ -23,8 +23,10 @@ from backupctl.vm.driver import PointFacts
 from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import Connection
 
-_NO_DOMAIN_AND_SIZE = 2 | 4
-"""VIR_DOMAIN_CHECKPOINT_XML_NO_DOMAIN, and _SIZE: the sizes are there only of bitmaps that can be used."""
+_NO_DOMAIN, _SIZE = 2, 4
+"""Of VIR_DOMAIN_CHECKPOINT_XML: the sizes are there only of bitmaps that can be used."""
+_REDEFINE = 1
+"""VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE: libvirt notes the checkpoint, and touches no bitmap."""
 _METADATA_ONLY = 2
 """VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY."""
 _NOT_FOUND = "1"
@@ -66,13 +68,16 @@ def description(files: Mapping[str, Sequence[str]]) -> str:
     return json.dumps({"backupctl": {target: list(found) for target, found in files.items()}})
 
 
-def listed(connection: Connection) -> tuple[Checkpoint, ...]:
-    """Return all checkpoints of a domain, oldest first. Raises MonitorError, Failed."""
-    domain = connection.domain
+def listed(connection: Connection, *, off: bool = False) -> tuple[Checkpoint, ...]:
+    """Return all checkpoints of a domain, oldest first. Raises MonitorError, Failed.
+
+    off: whether the domain is off, when libvirt does not look into the images: it tells no sizes then.
+    """
+    domain, flags = connection.domain, _NO_DOMAIN if off else _NO_DOMAIN | _SIZE
     found = connection.call("virDomainListAllCheckpoints", domain.listAllCheckpoints)
     made = []
     for one in found:
-        text = connection.call("virDomainCheckpointGetXMLDesc", partial(one.getXMLDesc, _NO_DOMAIN_AND_SIZE))
+        text = connection.call("virDomainCheckpointGetXMLDesc", partial(one.getXMLDesc, flags))
         made.append(parsed(text))
     return tuple(sorted(made, key=lambda each: (each.created, each.name)))
 
@@ -150,6 +155,27 @@ class Deletion:
     planned: str
 
 
+def redefine(connection: Connection, document: str) -> None:
+    """Have libvirt note a checkpoint whose bitmaps we make ourselves: the domain is off.
+
+    libvirt allows this for a domain that is off, and for no other call that makes a checkpoint
+    (``qemuCheckpointCreateXML`` in src/qemu/qemu_checkpoint.c). Raises MonitorError.
+    """
+    domain = connection.domain
+    connection.call(
+        "virDomainCheckpointCreateXML", lambda: domain.checkpointCreateXML(document, _REDEFINE) is not None
+    )
+
+
+def forget(connection: Connection, name: str) -> None:
+    """Have libvirt forget a checkpoint whose bitmaps are gone; one that is gone is no error.
+
+    Raises MonitorError.
+    """
+    for one in _named(connection, name):
+        connection.call("virDomainCheckpointDelete", partial(one.delete, _METADATA_ONLY))
+
+
 def plan(found: Sequence[Checkpoint], facts: PointFacts) -> tuple[Deletion, ...]:
     """Return which checkpoints of ours must go: unfinished ones, and those that newer ones replace.
 
@@ -196,15 +222,18 @@ def delete(connection: Connection, name: str) -> None:
     If a bitmap of it was never stored, since QEMU was killed, libvirt can delete no more than what it knows
     of the checkpoint (measured with libvirt 9.0).
     """
-    domain = connection.domain
-    there = connection.call("virDomainListAllCheckpoints", domain.listAllCheckpoints)
-    found = connection.call(
-        "virDomainCheckpointGetName", lambda: [one for one in there if one.getName() == name]
-    )
-    for one in found:
+    for one in _named(connection, name):
         try:
             connection.call("virDomainCheckpointDelete", partial(one.delete, 0))
         except CommandFailed as err:
             if err.error_class != _NOT_FOUND:
                 raise
             connection.call("virDomainCheckpointDelete", partial(one.delete, _METADATA_ONLY))
+
+
+def _named(connection: Connection, name: str) -> list[Any]:
+    domain = connection.domain
+    there = connection.call("virDomainListAllCheckpoints", domain.listAllCheckpoints)
+    return connection.call(
+        "virDomainCheckpointGetName", lambda: [one for one in there if one.getName() == name]
+    )

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, Generic, Self, TypeVar
 
 from backupctl.errors import CommandFailed, MonitorUnreachable, OutcomeUnknown
@@ -74,6 +75,12 @@ class Pending(Generic[Result]):
         return self._result
 
 
+def _header(path: str) -> bytes:
+    from backupctl.vm.libvirt import run_directory  # noqa: PLC0415 - the guard needs none
+
+    return run_directory.header(path)
+
+
 def library() -> Any:
     """Return libvirt's Python module, which is loaded only where it is used. Raises MonitorUnreachable."""
     try:
@@ -89,22 +96,24 @@ def library() -> Any:
 class Connection:
     """A connection to one domain; `open` makes one.
 
-    domain: libvirt's handle, to be used in functions that `call` is given, and nowhere else.
+    domain: libvirt's handle, to be used in functions that `call` is given, and nowhere else. header: returns
+    the first bytes of an image of libvirt's machine, see `run_directory.header`.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.alive = True
         self.domain: Any = None
+        self.header: Callable[[str], bytes] = _header
         self._handle: Any = None
         self._calls: queue.SimpleQueue[Pending[Any] | None] = queue.SimpleQueue()
         # A daemon: a call that never ends must not keep the process.
         threading.Thread(target=self._work, daemon=True, name="libvirt").start()
 
     @classmethod
-    def open(cls, uri: str, domain: str, seconds: float) -> Self:
-        """Connect to libvirt, and find the domain. Raises MonitorUnreachable."""
-        made = cls.to_host(uri, seconds)
+    def open(cls, uri: str, domain: str, seconds: float, dial: Callable[[], object] | None = None) -> Self:
+        """Connect to libvirt, and find the domain. dial: see `to_host`. Raises MonitorUnreachable."""
+        made = cls.to_host(uri, seconds, dial)
         try:
             made.domain = made.call("virDomainLookupByName", lambda: made.handle.lookupByName(domain))
         except CommandFailed as err:
@@ -120,12 +129,21 @@ class Connection:
         return made
 
     @classmethod
-    def to_host(cls, uri: str, seconds: float) -> Self:
-        """Connect to libvirt, for all its domains. Raises MonitorUnreachable."""
+    def to_host(cls, uri: str, seconds: float, dial: Callable[[], object] | None = None) -> Self:
+        """Connect to libvirt, for all its domains. Raises MonitorUnreachable.
+
+        dial: has libvirt reached from the socket of the URI, once a client has connected to that; it may
+        raise MonitorError.
+        """
         libvirt = library()
         made = cls(seconds)
         try:
-            made._handle = made.call("virConnectOpen", lambda: libvirt.open(uri))
+            made._handle = made.call(
+                "virConnectOpen", lambda: libvirt.open(uri), meanwhile=dial and cache(dial)
+            )
+        except MonitorUnreachable:
+            made.give_up()
+            raise
         except (CommandFailed, OutcomeUnknown) as err:
             made.close()
             raise MonitorUnreachable(
@@ -221,9 +239,14 @@ class Connection:
             pending.run()
 
 
-def domain_names(uri: str, seconds: float) -> list[tuple[str, bool]]:
-    """Return the names of all domains of a libvirt, and whether each runs. Raises MonitorError."""
-    with Connection.to_host(uri, seconds) as connection:
+def domain_names(
+    uri: str, seconds: float, dial: Callable[[], object] | None = None
+) -> list[tuple[str, bool]]:
+    """Return the names of all domains of a libvirt, and whether each runs. Raises MonitorError.
+
+    dial: see `Connection.to_host`.
+    """
+    with Connection.to_host(uri, seconds, dial) as connection:
         found = connection.call("virConnectListAllDomains", connection.handle.listAllDomains)
         return sorted(
             connection.call("virDomainGetName", lambda: [(one.name(), bool(one.isActive())) for one in found])

@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from backupctl.errors import CommandFailed, Failed
+from backupctl.errors import CommandFailed
 from backupctl.names import safe_file_name
 from backupctl.system import bounded_read
 from backupctl.vm.definition import Definition, DefinitionFile, state_file
 from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import Connection
+from backupctl.vm.qmp.files import LOCAL, Files
 
 _INACTIVE = 2
 """VIR_DOMAIN_XML_INACTIVE: what the domain is defined as. Without VIR_DOMAIN_XML_SECURE: no passwords."""
@@ -25,35 +26,37 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _MOST_TPM_FILES = 16
 _MOST_TPM_BYTES = 1 << 20
 _NO_STATE = (".lock",)
+_TPM_ELSEWHERE = Definition(omitted=("the state of the TPM: it is on another host",))
 
 
 def definition(connection: Connection) -> Definition:
     """Return the XML of a domain as it is defined. Raises MonitorError if libvirt is lost."""
     try:
         text = connection.call("virDomainGetXMLDesc", lambda: connection.domain.XMLDesc(_INACTIVE))
-        xml.parse(text)
     except CommandFailed as err:
         return Definition(omitted=(err.message,))
-    except Failed as err:
-        if type(err) is not Failed:
-            raise
-        return Definition(omitted=(err.message,))
+    if len(text) > xml.MAX_BYTES:
+        return Definition(omitted=(f"the XML of the domain has {len(text)} characters",))
     return Definition((DefinitionFile("domain", "domain.xml", "", text.encode()),))
 
 
-def state_files(connection: Connection, *, firmware: bool) -> Definition:
-    """Read a domain's UEFI variables (firmware), and the state of its TPM. Raises MonitorError."""
+def state_files(connection: Connection, files: Files, *, firmware: bool) -> Definition:
+    """Read a domain's UEFI variables (firmware), and the state of its TPM. Raises MonitorError, Failed.
+
+    files: those of libvirt's machine. The state of a TPM is read on this machine only.
+    """
     try:
-        root = xml.parse(connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc))
+        text = connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc)
     except CommandFailed as err:
         return Definition(omitted=(err.message,))
+    root = xml.parse(text)
     found = Definition()
     if firmware and (variables := variables_path(root)):
-        found += state_file("variables", "variables.fd", Path(variables), bounded_read.read)
+        found += state_file("variables", "variables.fd", Path(variables), files.read_plain)
     elif firmware and root.find("os/nvram") is not None:
         found += Definition(omitted=("the UEFI variables are not in a file of this host",))
     if (tpm := root.find("devices/tpm/backend[@type='emulator']")) is not None:
-        found += _tpm_state(root, tpm)
+        found += _tpm_state(root, tpm) if files is LOCAL else _TPM_ELSEWHERE
     return found
 
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What `doctor` tells of a domain of libvirt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from backupctl.errors import UNTOUCHED, Refused
 from backupctl.finding import Finding
 from backupctl.names import PREFIX, bitmap_parts
 from backupctl.options import LibvirtAccess, RunOptions
 from backupctl.progress import counted
-from backupctl.vm.libvirt import checkpoints, domain, run_files
+from backupctl.vm.libvirt import checkpoints, domain
+from backupctl.vm.libvirt.checkpoints import Checkpoint
 from backupctl.vm.libvirt.connection import Connection
 from backupctl.vm.libvirt.domain import Description
+from backupctl.vm.libvirt.run_files import Place
 
 OLDEST_LIBVIRT = 7_002_000
 """Since 7.2 all bitmaps of checkpoints record, so that a run is undone by deleting its checkpoint."""
@@ -27,7 +29,7 @@ def refuse_libvirt(connection: Connection) -> None:
 
 
 def findings(
-    connection: Connection, access: LibvirtAccess, options: RunOptions, version: str
+    connection: Connection, access: LibvirtAccess, options: RunOptions, version: str, place: Place
 ) -> Iterator[Finding]:
     """Look at libvirt, the domain's settings, and its checkpoints. Raises MonitorError."""
     yield Finding("monitor", "ok", f"QEMU {version} runs the domain {access.domain} of {access.uri}")
@@ -37,9 +39,9 @@ def findings(
         yield Finding("libvirt", "bad", err.message)
     found = domain.describe(connection)
     yield from _persistence(connection)
-    yield from _rights(found, options)
+    yield from _rights(found, options, place)
     yield from _disks(found, version)
-    yield from _foreign(connection)
+    yield from of_checkpoints(checkpoints.listed(connection))
 
 
 def _persistence(connection: Connection) -> Iterator[Finding]:
@@ -53,10 +55,10 @@ def _persistence(connection: Connection) -> Iterator[Finding]:
         )
 
 
-def _rights(found: Description, options: RunOptions) -> Iterator[Finding]:
+def _rights(found: Description, options: RunOptions, place: Place) -> Iterator[Finding]:
     directory = options.scratch.directory
     try:
-        run_files.check(directory, f"{PREFIX}00000000-x@", found.qemu_user)
+        place.check_run_directory(directory, f"{PREFIX}00000000-x@", found.qemu_user)
     except Refused as err:
         yield Finding("rights", "bad", err.message)
     except OSError as err:
@@ -100,21 +102,12 @@ def _disks(found: Description, version: str) -> Iterator[Finding]:
         )
 
 
-def _foreign(connection: Connection) -> Iterator[Finding]:
-    """Name checkpoints of others, and what keeping our own means for the administrator."""
-    there = checkpoints.listed(connection)
-    others = [one.name for one in there if bitmap_parts(one.name) is None]
-    if others:
+def of_checkpoints(there: Sequence[Checkpoint]) -> Iterator[Finding]:
+    """Tell what our checkpoints mean for the administrator."""
+    if ours := [one for one in there if bitmap_parts(one.name)]:
         yield Finding(
             "checkpoints",
             "ok",
-            f"{counted(len(others), 'checkpoint')} of other programs ({', '.join(others):.200}): left alone. "
-            "virtnbdbackup refuses a domain with checkpoints of others",
-        )
-    if len(there) > len(others):
-        yield Finding(
-            "checkpoints",
-            "ok",
-            f"{counted(len(there) - len(others), 'checkpoint')} of backupctl; "
-            "`virsh undefine` needs --checkpoints-metadata",
+            f"{counted(len(ours), 'checkpoint')} of backupctl; `virsh undefine` needs "
+            "--checkpoints-metadata, and virtnbdbackup refuses a domain with checkpoints of others",
         )

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What a running domain's description tells: its disks, and who its QEMU runs as."""
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,10 +11,11 @@ from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import MAX_SIZE, Disk
 from backupctl.vm.libvirt import xml
 from backupctl.vm.libvirt.connection import Connection
+from backupctl.vm.libvirt.run_directory import HEADER_BYTES
 
 _USER = re.compile(r"\+(\d{1,10}):\+(\d{1,10})", re.ASCII)
-_HEADER_BYTES, _OLD, _DATA_FILE = 80, 2, 1 << 2
-"""Of qcow2's header: what is read of it, the version that stores no bitmap, the bit of an external data file.
+_OLD, _DATA_FILE = 2, 1 << 2
+"""Of qcow2's header: the version that stores no bitmap, the bit of an external data file.
 Source: docs/interop/qcow2.txt in QEMU's tree."""
 _SAFE_POLICIES = ("", "stop", "enospace")
 """Of `error_policy`: those with which a write that fails for lack of space pauses the guest."""
@@ -25,8 +25,9 @@ _SAFE_POLICIES = ("", "stop", "enospace")
 class DomainDisk:
     """One disk as libvirt describes it.
 
-    target: libvirt's name ("vda"). files: those it consists of, the active one first. format: of the active
-    one. why_not: why it is not backed up, "" if it is. error_policy: what becomes of a write that fails.
+    target: libvirt's name ("vda"). files: those it consists of, the active one first; a domain that is off
+    does not tell all of them. formats: of those, as the description has them. format: of the active one.
+    why_not: why it is not backed up, "" if it is. error_policy: what becomes of a write that fails.
     old, apart: of a qcow2, whether it is of version 2, and whether its data lie in another file.
     """
 
@@ -41,6 +42,7 @@ class DomainDisk:
     shared: bool
     old: bool = False
     apart: bool = False
+    formats: tuple[str, ...] = ()
 
     @property
     def records(self) -> bool:
@@ -76,7 +78,7 @@ class Description:
 def describe(connection: Connection) -> Description:
     """Ask libvirt for a domain's description. Raises MonitorError, Failed."""
     found = parsed(connection.call("virDomainGetXMLDesc", connection.domain.XMLDesc))
-    return replace(found, disks=tuple(map(_looked_at, found.disks)))
+    return replace(found, disks=tuple(_looked_at(one, connection) for one in found.disks))
 
 
 def parsed(document: str) -> Description:
@@ -97,19 +99,12 @@ def parsed(document: str) -> Description:
     return Description(tuple(map(_disk, root.findall("devices/disk"))), qemu_user, security)
 
 
-def _looked_at(one: DomainDisk) -> DomainDisk:
+def _looked_at(one: DomainDisk, connection: Connection) -> DomainDisk:
     """Add what the image's header tells, and libvirt does not; a header that cannot be read tells nothing."""
     if one.format != "qcow2" or not one.files or not one.files[0].startswith("/"):
         return one
-    try:
-        descriptor = os.open(one.files[0], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            header = os.pread(descriptor, _HEADER_BYTES, 0)
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError):
-        return one
-    if len(header) < _HEADER_BYTES or not header.startswith(b"QFI\xfb"):
+    header = connection.header(one.files[0])
+    if len(header) < HEADER_BYTES or not header.startswith(b"QFI\xfb"):
         return one
     version, incompatible = (int.from_bytes(header[at : at + size]) for at, size in ((4, 4), (72, 8)))
     return replace(one, old=version == _OLD, apart=version > _OLD and bool(incompatible & _DATA_FILE))
@@ -123,6 +118,7 @@ def _disk(element: Element) -> DomainDisk:
         target=name,
         names=tuple(one for one in (name, "" if alias is None else alias.get("name", ""), serial) if one),
         files=_files(element),
+        formats=_formats(element),
         format="raw" if driver is None else driver.get("type", "raw"),
         why_not=_why_not(element),
         error_policy="" if driver is None else driver.get("error_policy", ""),
@@ -153,6 +149,18 @@ def _files(element: Element) -> tuple[str, ...]:
     while layer is not None:
         if (source := layer.find("source")) is not None:
             found.append(_place(source))
+        layer = layer.find("backingStore")
+    return tuple(found)
+
+
+def _formats(element: Element) -> tuple[str, ...]:
+    """Return the formats of the same files, "" for one that is not told."""
+    driver = element.find("driver")
+    found = ["" if driver is None else driver.get("type", "")]
+    layer = element.find("backingStore")
+    while layer is not None and layer.find("source") is not None:
+        told = layer.find("format")
+        found.append("" if told is None else told.get("type", ""))
         layer = layer.find("backingStore")
     return tuple(found)
 

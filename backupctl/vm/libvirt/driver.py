@@ -8,25 +8,20 @@ paused, not slowed down, until the run is rolled back; and libvirt waits 30 s fo
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import UNTOUCHED, CommandFailed, MonitorUnreachable, Refused
 from backupctl.finding import Finding
-from backupctl.names import PREFIX, BitmapName, DiskName, NodeName
+from backupctl.names import PREFIX, BitmapName, DiskName, Namespace, NodeName
 from backupctl.options import LibvirtAccess, RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
-from backupctl.system import bounded_read
-from backupctl.system.open_files import Place
 from backupctl.vm import definition as definitions
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
-from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.libvirt import (
-    agent,
     checkpoints,
     definition,
     diagnosis,
@@ -34,16 +29,11 @@ from backupctl.vm.libvirt import (
     inventory,
     job,
     recovery,
-    run_files,
 )
-from backupctl.vm.libvirt.connection import Connection, module_directory
-from backupctl.vm.libvirt.guard_hands import Hands
+from backupctl.vm.libvirt.connection import Connection
+from backupctl.vm.libvirt.host import Host, LocalHost
 from backupctl.vm.libvirt.session import LibvirtSession
-from backupctl.vm.local_scratch import LocalScratch
 from backupctl.vm.qmp import scratch_space
-
-LOCK_SECONDS = 5.0
-"""libvirt waits 30 s for another operation to end; we wait a little longer, and have its answer."""
 
 
 @contextmanager
@@ -53,26 +43,35 @@ def connect(
     """Connect to libvirt for as long as the block lasts. Raises MonitorUnreachable, Interrupted."""
     if cancel is not None:
         cancel.check()
-    seconds = timeouts.command_seconds + LOCK_SECONDS
-    with Connection.open(access.uri, access.domain, seconds) as connection:
-        if not connection.is_running():
-            off = MonitorUnreachable(
-                f"the domain {access.domain} is not running; libvirt backs up running domains only",
-                hint=f"virsh start {access.domain}",
-            )
-            off.nobody_listens = True
-            raise off
-        yield LibvirtDriver(vm, access, timeouts, connection)
+    host = LocalHost(access, timeouts)
+    with host.connection() as connection:
+        refuse_off(connection, access)
+        yield LibvirtDriver(vm, access, timeouts, connection, host)
 
 
-class LibvirtDriver(LocalScratch):
+def refuse_off(connection: Connection, access: LibvirtAccess) -> None:
+    """Raise MonitorUnreachable, with `nobody_listens`, for a domain that is off; MonitorError."""
+    if not connection.is_running():
+        off = MonitorUnreachable(
+            f"the domain {access.domain} is not running", hint=f"virsh start {access.domain}"
+        )
+        off.nobody_listens = True
+        raise off
+
+
+class LibvirtDriver:
     """See `vm.driver.Driver`."""
 
     def __init__(
-        self, vm: VmConfig, access: LibvirtAccess, timeouts: Timeouts, connection: Connection
+        self,
+        vm: VmConfig,
+        access: LibvirtAccess,
+        timeouts: Timeouts,
+        connection: Connection,
+        host: Host,
     ) -> None:
-        super().__init__(vm.name)
         self._vm = vm
+        self._host = host
         self._access = access
         self._timeouts = timeouts
         self._connection = connection
@@ -112,12 +111,12 @@ class LibvirtDriver(LocalScratch):
         return definition.definition(self._connection)
 
     def included(self, paths: Sequence[Path]) -> Definition:
-        """Read them here."""
-        return definitions.included(paths, bounded_read.read)
+        """Read them on libvirt's machine."""
+        return definitions.included(paths, self._host.files.read_plain)
 
     def state_files(self, *, firmware: bool) -> Definition:
         """Read the UEFI variables and the TPM's state: libvirt's backups do not hold them."""
-        return definition.state_files(self._connection, firmware=firmware)
+        return definition.state_files(self._connection, self._host.files, firmware=firmware)
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the domain's checkpoints, each once for each of its disks."""
@@ -147,14 +146,14 @@ class LibvirtDriver(LocalScratch):
     def check_scratch(self, directory: Path) -> None:
         """Refuse a directory that QEMU's user cannot enter, or in which no socket has room for its path."""
         qemu_user = domain.describe(self._connection).qemu_user
-        run_files.check(directory, f"{PREFIX}00000000-{self._vm.name}@", qemu_user)
+        self._host.check_run_directory(directory, f"{PREFIX}00000000-{self._vm.name}@", qemu_user)
 
     def plan_scratch(
         self, disks: Sequence[Disk], options: ScratchOptions, guests: str = ""
     ) -> tuple[ScratchBudget, ...]:
         """See `scratch_space`. A guest that would get errors needs a scratch file that cannot be full."""
         found = domain.describe(self._connection)
-        made = scratch_space.plan(disks, options, limited=False, guests=guests)
+        made = scratch_space.plan(disks, options, limited=False, guests=guests, files=self._host.files)
         for disk, budget in zip(disks, made, strict=True):
             described = found.disk(disk.node)
             if described and not described.pauses and budget.abort_at is not None:
@@ -167,12 +166,20 @@ class LibvirtDriver(LocalScratch):
         return made
 
     def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:
-        """Look which disks are on a directory's file system."""
-        return tuple(Filling(each, _disks_on(each, disks)) for each in directories)
+        """Ask the host."""
+        return self._host.filling(directories, disks)
 
     def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:
-        """Look which disks are on the scratch directory's file system."""
-        return self.filling((directory,), disks)[0]
+        """Ask the host."""
+        return self._host.scratch_filling(directory, disks)
+
+    def left_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Ask the host."""
+        return self._host.files.left_directories(namespace, self._vm.name, directory)
+
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Have the host do it."""
+        return self._host.files.sweep(namespace, self._vm.name, directory)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""
@@ -185,11 +192,10 @@ class LibvirtDriver(LocalScratch):
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:
         """Start the guard, and with it a session. It loads while the caller goes on."""
-        access, timeouts = self._access, self._timeouts
-        hands = Hands(access.uri, access.domain, module_directory(), timeouts.command_seconds)
-        thaw = partial(agent.thaw_if_frozen, access.uri, access.domain, timeouts.agent_seconds)
-        with GuardClient.launch((hands.argument(), ""), thaw, timeouts.agent_seconds, lock) as guard:
-            session = LibvirtSession(self._vm.name, access, timeouts, self._connection, guard)
+        with self._host.guard(lock) as guard:
+            session = LibvirtSession(
+                self._vm.name, self._host, self._timeouts.agent_seconds, self._connection, guard
+            )
             try:
                 yield session
             finally:
@@ -197,21 +203,8 @@ class LibvirtDriver(LocalScratch):
 
     def findings(self, options: RunOptions) -> Iterator[Finding]:
         """See `diagnosis`."""
-        return diagnosis.findings(self._connection, self._access, options, self.version)
+        return diagnosis.findings(self._connection, self._access, options, self.version, self._host)
 
 
 def _dotted(number: int) -> str:
     return f"{number // 1000000}.{number // 1000 % 1000}.{number % 1000}"
-
-
-def _disks_on(directory: Path, disks: Sequence[Disk]) -> str:
-    place = Place.of(directory)
-    names = [one.name for one in disks if _is_on(one.filename, place)]
-    return f"{', '.join(names)} is on it too" if names else ""
-
-
-def _is_on(filename: str, place: Place) -> bool:
-    try:
-        return filename.startswith("/") and Path(filename).is_file() and Place.of(filename).shared_with(place)
-    except (OSError, ValueError):
-        return False

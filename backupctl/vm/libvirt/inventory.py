@@ -30,7 +30,7 @@ def inventory(
     skipped: list[tuple[str, str]] = []
     busy = list(_others_backup(connection, is_ours))
     for found in domain.describe(connection).disks:
-        if why := found.why_not or _bad_name(found, stored_names, disks):
+        if why := found.why_not or bad_name(found, stored_names, [one.name for one in disks]):
             skipped.append((found.target, why))
             continue
         name = found.stored_name(stored_names)
@@ -47,7 +47,7 @@ def bitmaps(connection: Connection, stored_names: Mapping[str, str]) -> tuple[Bi
     return tuple(
         bitmap
         for found in domain.describe(connection).disks
-        if not found.why_not and not _bad_name(found, stored_names, ())
+        if not found.why_not and not bad_name(found, stored_names, ())
         for bitmap in _bitmaps(there, found, found.stored_name(stored_names))
     )
 
@@ -83,9 +83,10 @@ def _others_backup(connection: Connection, is_ours: Callable[[str], bool]) -> tu
     return (("", "somebody else's backup of this domain is under way (virsh domjobinfo tells more)"),)
 
 
-def _bad_name(found: DomainDisk, stored_names: Mapping[str, str], disks: Sequence[Disk]) -> str:
+def bad_name(found: DomainDisk, stored_names: Mapping[str, str], taken: Collection[DiskName]) -> str:
+    """Say why a disk cannot be stored under its name; "" if it can. taken: by other disks."""
     try:
         name = found.stored_name(stored_names)
     except InvalidName as err:
         return err.message
-    return f"another disk is stored as {name} already" if any(one.name == name for one in disks) else ""
+    return f"another disk is stored as {name} already" if name in taken else ""

@@ -27,6 +27,8 @@ IsOurs = Callable[[str], bool]
 """Whether the path of a backup's socket is of ours."""
 _PAUSE_SECONDS = 0.02
 _ABORT = "virDomainAbortJob"
+_WORKED_ON = (1, 2)
+"""virDomainControlState: a job, or a command of QEMU's monitor, is under way."""
 
 
 def socket_of_job(connection: Connection, drain: Drain | None = None) -> str | None:
@@ -51,6 +53,7 @@ def end(connection: Connection, is_ours: IsOurs, drain: Drain, hang_up: Callable
     that a full scratch file has paused is resumed. Raises MonitorError, Failed.
     """
     drain()
+    await_quiet(connection, drain)
     if not _is_there(connection, is_ours, drain):
         return False
     hang_up()
@@ -69,6 +72,32 @@ def end(connection: Connection, is_ours: IsOurs, drain: Drain, hang_up: Callable
     if paused:
         resume(connection)
     return True
+
+
+def await_quiet(connection: Connection, drain: Drain = bool) -> None:
+    """Wait until libvirt works on the domain no more: a backup that is about to begin is not a job yet.
+
+    A virDomainBackupBegin that nobody waits for goes on as soon as QEMU answers
+    (``test_a_qemu_that_hangs_while_the_backup_begins_is_given_up_and_found_again``). virDomainGetControlInfo
+    itself waits for nothing (``qemuDomainGetControlInfo`` in src/qemu/qemu_driver.c). Raises MonitorError,
+    OutcomeUnknown if it still works after the time of one call.
+    """
+    deadline = time.monotonic() + connection.seconds
+    while _is_worked_on(connection, drain):
+        if time.monotonic() > deadline:
+            raise OutcomeUnknown("virDomainGetControlInfo", "libvirt still waits for QEMU")
+        drain()
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _is_worked_on(connection: Connection, drain: Drain) -> bool:
+    try:
+        state = connection.call("virDomainGetControlInfo", connection.domain.controlInfo, meanwhile=drain)[0]
+    except CommandFailed as err:
+        if err.error_class in (NO_JOB, NOT_RUNNING):
+            return False
+        raise
+    return bool(state in _WORKED_ON)
 
 
 def resume(connection: Connection) -> None:

@@ -5,21 +5,18 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
+from pathlib import Path
 
 from backupctl.errors import Failed, OutcomeUnknown
-from backupctl.names import VmName
-from backupctl.options import LibvirtAccess, Timeouts
-from backupctl.system.files import used_bytes
+from backupctl.names import Namespace, VmName
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, ScratchBudget
-from backupctl.vm.guest import handshake
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.guest.guarded_session import GuardedSession
-from backupctl.vm.libvirt import agent, checkpoints, domain, inventory, job, recovery, xml
+from backupctl.vm.libvirt import checkpoints, domain, inventory, job, recovery, run_files, xml
 from backupctl.vm.libvirt.connection import PAUSED, PAUSED_BY_IO_ERROR, Connection, Pending
-from backupctl.vm.libvirt.run_files import RunFiles
-from backupctl.vm.local_scratch import LocalScratch
+from backupctl.vm.libvirt.host import Host
 from backupctl.vm.qmp import nbd_export
+from backupctl.vm.qmp.scratch import Scratch  # noqa: TC001 - quick to load
 
 CONNECTIONS = 2
 """Sockets for each export."""
@@ -28,28 +25,27 @@ _REUSE_SCRATCH = 1
 """VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL: the scratch files are there already, which shortens the freeze."""
 
 
-class LibvirtSession(GuardedSession, LocalScratch):
+class LibvirtSession(GuardedSession):
     """See `vm.driver.Session`."""
 
     def __init__(
         self,
         name: VmName,
-        access: LibvirtAccess,
-        timeouts: Timeouts,
+        host: Host,
+        agent_seconds: float,
         connection: Connection,
         guard: GuardClient,
     ) -> None:
-        thaw = partial(agent.thaw_if_frozen, access.uri, access.domain, timeouts.agent_seconds)
-        GuardedSession.__init__(self, guard, timeouts.agent_seconds, thaw)
-        LocalScratch.__init__(self, name)
-        self._access = access
+        super().__init__(guard, agent_seconds, host.thaw_if_frozen)
+        self._name = name
+        self._host = host
         self._connection = connection
         self._clients = ExitStack()
         self._exports: tuple[Export, ...] = ()
         self._connected: list[tuple[str, socket.socket]] = []
         self._ready = 0
-        self._files: RunFiles | None = None
-        self._scratch: list[tuple[int, ScratchBudget]] = []
+        self._files: run_files.RunFiles | None = None
+        self._scratch: list[tuple[Scratch, ScratchBudget]] = []
         self._disks: tuple[DiskSnapshot, ...] = ()
         self._documents = ("", "")
         self._is_ours: job.IsOurs = lambda _path: False
@@ -62,11 +58,13 @@ class LibvirtSession(GuardedSession, LocalScratch):
         found = domain.describe(self._connection)
         self._disks = request.disks
         self._is_ours = recovery.owns(request.facts, self._name)
-        files = RunFiles(request.facts.namespace, self._name, request.scratch_directory, found.qemu_user)
+        files = run_files.RunFiles(
+            request.facts.namespace, self._name, request.scratch_directory, found.qemu_user, self._host
+        )
         self._files = files
         for one, budget in zip(request.disks, request.budgets, strict=True):
             scratch = files.make_scratch(one.disk.node, one.disk.size, budget.size)
-            self._scratch.append((scratch.descriptor, budget))
+            self._scratch.append((scratch, budget))
             self._guard.watch(str(files.socket), scratch.descriptor, budget.abort_at, None)
         inventory.refuse_changed(self._connection, [one.disk for one in request.disks])
         self._documents = self._described(request, found, files)
@@ -130,9 +128,7 @@ class LibvirtSession(GuardedSession, LocalScratch):
         with ExitStack() as fresh:
             connection = self._connection
             if not connection.alive:
-                connection = fresh.enter_context(
-                    Connection.open(self._access.uri, self._access.domain, connection.seconds)
-                )
+                connection = fresh.enter_context(self._host.connection())
             self._watching = False
             done = recovery.resolve(
                 connection,
@@ -145,13 +141,23 @@ class LibvirtSession(GuardedSession, LocalScratch):
         self._guard.unwatch()
         return done
 
+    def left_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Ask the host."""
+        return self._host.files.left_directories(namespace, self._name, directory)
+
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """Have the host do it."""
+        return self._host.files.sweep(namespace, self._name, directory)
+
     def close(self) -> None:
         """Close what this process has open; the guard has duplicates of the sockets. Never raises."""
         self._clients.close()
         if self._files is not None:
             self._files.close()
 
-    def _described(self, request: Request, found: domain.Description, files: RunFiles) -> tuple[str, str]:
+    def _described(
+        self, request: Request, found: domain.Description, files: run_files.RunFiles
+    ) -> tuple[str, str]:
         targets = [str(one.disk.node) for one in request.disks]
         others = [one.target for one in found.disks if one.target not in targets]
         recorded = [
@@ -185,8 +191,8 @@ class LibvirtSession(GuardedSession, LocalScratch):
     def _check_scratch(self) -> None:
         assert self._files is not None
         self._files.check()
-        for descriptor, budget in self._scratch:
-            if budget.abort_at is not None and used_bytes(descriptor) > budget.abort_at:
+        for scratch, budget in self._scratch:
+            if budget.abort_at is not None and self._files.used_bytes(scratch) > budget.abort_at:
                 raise Failed(
                     f"a scratch file in {self._files.directory} is nearly full: gave up before it could "
                     "pause the guest; more space for it is needed (--scratch, --scratch-size)"
@@ -219,7 +225,7 @@ class LibvirtSession(GuardedSession, LocalScratch):
     def _hang_up(self) -> None:
         """Disconnect the clients that are in their handshake."""
         ready = {one.name for one in self._exports[: self._ready]}
-        handshake.leave([one for name, one in self._connected if name not in ready], surely=True)
+        self._host.leave([one for name, one in self._connected if name not in ready])
 
     def _close_clients(self) -> None:
         self._clients.close()

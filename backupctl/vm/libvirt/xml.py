@@ -60,11 +60,35 @@ def backup(disks: Sequence[BackupDisk], others: Sequence[str], socket: Path) -> 
     return ET.tostring(root, encoding="unicode")
 
 
-def checkpoint(name: str, description: str, recorded: Sequence[str], others: Sequence[str]) -> str:
-    """Describe a new checkpoint. recorded: the disks of which it records changes. others: all the rest."""
+@dataclass(frozen=True)
+class Noted:
+    """What libvirt must be told of a checkpoint that it does not make itself.
+
+    created: seconds since 1970. parent: the newest checkpoint before it, "" without one.
+    """
+
+    created: int
+    parent: str
+
+
+def checkpoint(
+    name: str,
+    description: str,
+    recorded: Sequence[str],
+    others: Sequence[str],
+    noted: Noted | None = None,
+) -> str:
+    """Describe a new checkpoint. recorded: the disks of which it records changes. others: all the rest.
+
+    noted: of one whose bitmaps libvirt does not make.
+    """
     root = Element("domaincheckpoint")
     SubElement(root, "name").text = name
     SubElement(root, "description").text = description
+    if noted is not None:
+        if noted.parent:
+            SubElement(SubElement(root, "parent"), "name").text = noted.parent
+        SubElement(root, "creationTime").text = str(noted.created)
     listed = SubElement(root, "disks")
     for target in recorded:
         SubElement(listed, "disk", name=target, checkpoint="bitmap")

@@ -68,6 +68,11 @@ class DiskImages:
         """The newest image's format."""
         return self.files[0].format
 
+    @property
+    def layers(self) -> tuple[NodeName, ...]:
+        """The names of all files' nodes, newest first."""
+        return tuple(NodeName(self._name("node", depth)) for depth in range(len(self.files)))
+
     def nodes(self) -> list[dict[str, Any]]:
         """Return QEMU's options for each node of the disk, so that each comes after those that it names.
 

@@ -2,7 +2,7 @@
 """One backup of a VM that is off: no guest, no guard, no scratch files; the images stand still."""
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from backupctl.errors import AgentUnavailable, Failed, OutcomeUnknown
@@ -20,7 +20,8 @@ class OfflineSession(LocalScratch):
     """See `vm.driver.Session`.
 
     Bitmaps change hands in `end`, when all is read: nobody writes meanwhile, and until then a run that is
-    killed leaves the images as they were.
+    killed leaves the images as they were. Whose bitmaps they are, and what they are called, is told by three
+    methods (`union`, `hand_over`, `recover`), which libvirt's domains have otherwise.
     """
 
     def __init__(self, name: VmName, daemon: Daemon) -> None:
@@ -74,7 +75,7 @@ class OfflineSession(LocalScratch):
         """
         namespace, monitor = self._namespace, self._daemon.monitor
         union = namespace.differential_bitmap
-        monitor.transaction([action for one in self._disks for action in _union(one, union)])
+        monitor.transaction([action for one in self._disks for action in self.union(one, union)])
         specs = [
             nbd_export.ExportSpec(one.disk.node, one.disk.node, union if one.bases else None)
             for one in self._disks
@@ -103,10 +104,22 @@ class OfflineSession(LocalScratch):
         monitor = self._daemon.monitor
         teardown.teardown(monitor, facts.namespace, {}, clients=self._our_clients())
         recovery.drop_unions(monitor, facts.namespace)
-        actions = [action for one in self._disks for action in _handover(one, facts)]
+        self.hand_over(self._disks, facts)
+
+    def union(self, one: DiskSnapshot, union: BitmapName) -> list[bitmaps.Action]:
+        """Return what makes a disabled bitmap that tells all that changed since the disk's base."""
+        return bitmaps.merge_actions(one.disk.node, union, one.bases) if one.bases else []
+
+    def hand_over(self, disks: Sequence[DiskSnapshot], facts: PointFacts) -> None:
+        """Have the new bitmaps record, and be stored. Raises MonitorError."""
+        actions = [action for one in disks for action in _handover(one, facts)]
         if actions:
             with self._daemon.writable():
-                monitor.transaction(actions)
+                self._daemon.monitor.transaction(actions)
+
+    def recover(self, facts: PointFacts, clients: teardown.Clients) -> list[str]:
+        """See `recovery.resolve`."""
+        return recovery.resolve(self._daemon, facts, clients)
 
     def resolve(self, facts: PointFacts) -> list[str]:
         """As for anybody's runs. A daemon that ended or does not answer is replaced, and asked once more."""
@@ -118,7 +131,7 @@ class OfflineSession(LocalScratch):
     def _resolved(self, facts: PointFacts) -> list[str]:
         if self._daemon.restart():
             self._close_clients()
-        return recovery.resolve(self._daemon, facts, self._our_clients())
+        return self.recover(facts, self._our_clients())
 
     def await_thaw(self) -> None:
         """Nothing is frozen."""
@@ -153,11 +166,6 @@ class _Nobody:
 
     def hold(self, connection: socket.socket, export: str) -> None:
         """Hold nothing: a daemon that ends with us cannot be harmed by our end."""
-
-
-def _union(one: DiskSnapshot, union: BitmapName) -> Iterator[bitmaps.Action]:
-    if one.bases:
-        yield from bitmaps.merge_actions(one.disk.node, union, one.bases)
 
 
 def _handover(one: DiskSnapshot, facts: PointFacts) -> list[bitmaps.Action]:

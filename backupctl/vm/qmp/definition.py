@@ -48,7 +48,7 @@ def definition(monitor: Monitor, arguments: Sequence[str] | None) -> Definition:
             omitted.append(f"{question.part}: {err.description:.200}")
         except (LookupError, TypeError, ValueError, AttributeError):
             document[question.part] = None
-            omitted.append(f"{question.part}: the answer to {question.command} makes no sense")
+            omitted.append(f"{question.part}: the answer to {question.command} is invalid")
     told = None if arguments is None else command_line.without_secrets(arguments)
     document["command_line"] = told
     document["secrets_hidden"] = told is not None and told != tuple(arguments or ())

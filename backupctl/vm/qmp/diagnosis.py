@@ -46,5 +46,5 @@ def _iothreads(monitor: Monitor) -> Iterator[Finding]:
             "warning",
             f"QEMU {version} cannot let a guest with an iothread wait when a scratch file fills up; each "
             "disk has 512 MiB in reserve, so that the run can be given up in time",
-            "have much space in the scratch directory",
+            "leave ample free space in the scratch directory",
         )

@@ -236,7 +236,9 @@ def _who_works(
         job = known.jobs.get(medium.node, "") if known else ""
         return f"another job works on {medium.qemu_name}: {job}" if job else ""
     if medium.node.startswith(PREFIX):
-        return f"a run of backupctl works on {medium.qemu_name}, or died there: its top node is {medium.node}"
+        return (
+            f"a run of backupctl works on {medium.qemu_name}, or has crashed: its top node is {medium.node}"
+        )
     job = f"another job works on {medium.qemu_name}: its top node is a {driver}"
     if known is not None:
         return f"{job} of the job {known.jobs[medium.node]}" if medium.node in known.jobs else ""

@@ -212,7 +212,7 @@ class Monitor:
         except (ExecInterruptedError, StateError) as err:
             raise self._lost(command, "the monitor's connection broke") from err
         except BadReplyError as err:
-            raise self._lost(command, "what it answers makes no sense") from err
+            raise self._lost(command, "what it answers is invalid") from err
         except (QMPError, OSError, EOFError) as err:
             raise self._lost(command, f"{_root(err):.300}") from err
 

@@ -36,7 +36,9 @@ def _refuse_migrating(monitor: Monitor) -> None:
     if state in _GONE:
         raise Refused(f"the VM {_GONE[state]}: it was migrated ({state})", state=UNTOUCHED)
     if moves not in _AT_REST:
-        raise Refused(f"a migration of the VM is under way ({moves}), and would fail", state=UNTOUCHED)
+        raise Refused(
+            f"a migration of the VM is under way ({moves}), which a backup would make fail", state=UNTOUCHED
+        )
 
 
 def _refuse_fuse(monitor: Monitor) -> None:

@@ -18,7 +18,7 @@ def understood(what: str) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as err:
-        raise MonitorError(f"QEMU's {what} makes no sense: {err!r:.200}") from err
+        raise MonitorError(f"QEMU's {what} is invalid: {err!r:.200}") from err
 
 
 def number(value: object, most: int = MAX_NUMBER) -> int:

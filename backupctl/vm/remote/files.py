@@ -12,6 +12,7 @@ from backupctl.errors import Failed, MonitorError
 from backupctl.names import Namespace, VmName
 from backupctl.system.bounded_read import Unusable
 from backupctl.vm.filling import Filling
+from backupctl.vm.libvirt.run_directory import QemuUser
 from backupctl.vm.qmp import reply
 from backupctl.vm.qmp.scratch_file import Made
 from backupctl.vm.remote.channel import Channel
@@ -65,6 +66,25 @@ class RemoteFiles:
     def close(self, descriptor: int) -> None:
         """Close the file there."""
         self._ask("close", descriptor)
+
+    def header(self, path: str) -> bytes:
+        """Read the first bytes of an image there; none if it cannot be read."""
+        with self._understood():
+            return bytes.fromhex(self._text("header", path))
+
+    def check_run_directory(self, directory: Path, prefix: str, qemu_user: QemuUser | None) -> None:
+        """Look at the directories there."""
+        self._ask("check_run_directory", str(directory), prefix, qemu_user)
+
+    def make_run_directory(
+        self, namespace: Namespace, vm: VmName, directory: Path, qemu_user: QemuUser | None
+    ) -> Path:
+        """Make the directory there."""
+        return Path(self._text("make_run_directory", namespace.tag, vm, str(directory), qemu_user))
+
+    def give(self, descriptor: int, qemu_user: QemuUser | None) -> None:
+        """Change the owner of a file there."""
+        self._ask("give", descriptor, qemu_user)
 
     def read_plain(self, path: Path, most_bytes: int) -> bytes:
         """Open the file there once, and fetch it in parts."""
@@ -134,7 +154,7 @@ class RemoteFiles:
         try:
             yield
         except (KeyError, TypeError, ValueError, IndexError) as err:
-            raise MonitorError(f"what {self._channel.host} answers makes no sense") from err
+            raise MonitorError(f"what {self._channel.host} answers is invalid") from err
 
 
 class RemoteFilling(Filling):

@@ -25,10 +25,8 @@ from backupctl.vm.remote import channel
 from backupctl.vm.remote.channel import Channel
 from backupctl.vm.remote.files import RemoteFiles
 from backupctl.vm.remote.guard import RemoteGuard
-from backupctl.vm.remote.names import MONITOR, NBD, SILENCE_SECONDS
+from backupctl.vm.remote.names import GUARD_SECONDS, MONITOR, NBD, SILENCE_SECONDS
 
-_GUARD_SECONDS = 60.0
-"""How long the guard of a run whose line was cut may need, once it knows."""
 _MOST_DESCRIPTOR = 1 << 30
 _AGENT_WAITS = 5
 """Of the agent's time-out: to connect, to synchronise, for a status, the thaw, and the status again."""
@@ -65,7 +63,7 @@ class RemoteHost:
         if not self._there.alive:
             self._held.close()
             self._clients.clear()
-            self.open(SILENCE_SECONDS + _GUARD_SECONDS)
+            self.open(SILENCE_SECONDS + GUARD_SECONDS)
         return self.monitor()
 
     @property
@@ -154,7 +152,7 @@ def connected(
     """Connect to a VM's host while the block lasts. Raises MonitorUnreachable, Interrupted."""
     host = RemoteHost(access, timeouts)
     try:
-        host.open(min(2 * timeouts.command_seconds, _GUARD_SECONDS), cancel)
+        host.open(min(2 * timeouts.command_seconds, GUARD_SECONDS), cancel)
         yield host
     finally:
         host.close()

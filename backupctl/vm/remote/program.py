@@ -29,13 +29,14 @@ from typing import Any, NoReturn
 from backupctl.errors import BackupctlError, Failed, Refused
 from backupctl.names import Namespace, VmName
 from backupctl.system import bounded_read, open_files, private_dir
-from backupctl.system.address import Address
 from backupctl.vm.filling import Filling
-from backupctl.vm.guest import agent, guard_process
+from backupctl.vm.guest import guard_process, handshake
+from backupctl.vm.libvirt import run_directory
 from backupctl.vm.qmp.files import LOCAL
 from backupctl.vm.remote.names import MONITOR, NBD, READY, SILENCE_SECONDS
 from backupctl.vm.remote.relay import Relay
 from backupctl.vm.remote.vm_lock import VmLock
+from backupctl.vm.remote.vms import LibvirtVm, QmpVm
 
 _CONNECT_SECONDS = 10.0
 _GUARD_END_SECONDS = 10.0
@@ -43,17 +44,18 @@ _MOST_LINE_BYTES = 1 << 20
 
 
 class RemoteProgram:
-    """Serves one command's requests. options: what `vm.remote.host` asked for.
+    """Serves one command's requests. options: what `vm.remote.host` or `vm.remote.libvirt_host` asked for.
 
-    monitor, agent: sockets here; "" for no agent. directory: for our own sockets; "" where none are needed.
+    directory: for our own sockets; "" where none are needed. guard: whether there is to be one; there is if
+    nothing is said.
     """
 
     def __init__(self, options: dict[str, Any], held: ExitStack) -> None:
-        self._monitor_address = Address(path=str(options["monitor"]))
-        self._agent = Address(path=str(options["agent"])) if options["agent"] else None
+        self._vm: LibvirtVm | QmpVm = LibvirtVm(options) if "libvirt" in options else QmpVm(options)
         self._agent_seconds = float(options["agent_seconds"])
         self._held = held
         self._monitor: Relay | None = None
+        self._earlier: list[Relay] = []
         self._clients: list[Relay] = []
         self._nbd_path = ""
         self._guard: socket.socket | None = None
@@ -61,8 +63,9 @@ class RemoteProgram:
         self._lock: VmLock | None = None
         if options["directory"]:
             # Before anything that the guard need not have, and before any thread.
-            self._lock = VmLock.acquire(str(options["monitor"]), float(options["lock_seconds"]))
-            self._fork_guard()
+            if options.get("guard", True):
+                self._lock = VmLock.acquire(self._vm.lock_name, float(options["lock_seconds"]))
+                self._fork_guard()
             directory = held.enter_context(private_dir.named(Path(options["directory"])))
             self._listeners = {name: self._listener(directory / name) for name in (MONITOR, NBD)}
             self._directory = directory
@@ -75,12 +78,21 @@ class RemoteProgram:
 
     def end(self) -> None:
         """Leave the guard alone, which ends by itself, and wait for it: it has the lock."""
-        if self._monitor is not None:  # the guard needs it
-            self._monitor.close()
+        if isinstance(self._vm, LibvirtVm) and self._clients:
+            self._leave_handshakes()
+        for one in (*self._earlier, *([self._monitor] if self._monitor else [])):  # the guard needs it
+            one.close()
         if self._guard is not None:
             self._guard.close()
             self._await_guard()
         self._held.close()
+
+    def _leave_handshakes(self) -> None:
+        """Have clients leave that are in their handshake: the end of a job stops the NBD server, too."""
+        for one in self._clients:
+            one.hear_no_more()
+        time.sleep(handshake.SPEAKS_SECONDS)  # for what QEMU says to what it has heard
+        handshake.leave([one.qemu for one in self._clients if one.in_handshake], surely=True)
 
     def _await_guard(self) -> None:
         with suppress(OSError):
@@ -100,10 +112,15 @@ class RemoteProgram:
             return {"error": "OSError", "message": text, "state": "", "errno": err.errno or 0}
 
     def do_monitor(self) -> int | None:
-        """Connect to QEMU's monitor for a client that has connected to the forwarded socket."""
-        if self._monitor is not None:
+        """Connect to QEMU's monitor, or to libvirt, for a client that has connected to the forwarded socket.
+
+        A monitor serves one client at a time, libvirt several.
+        """
+        if self._monitor is not None and isinstance(self._vm, LibvirtVm):
+            self._earlier.append(self._monitor)
+        elif self._monitor is not None:
             self._monitor.close()
-        qemu = self._monitor_address.connect(_CONNECT_SECONDS)
+        qemu = self._vm.connect()
         qemu.settimeout(None)
         process = open_files.peer(qemu)
         self._monitor = Relay(self._accepted(MONITOR), qemu, outlives=False)
@@ -136,6 +153,21 @@ class RemoteProgram:
         self._clients.append(Relay(forwarded, qemu, outlives=True))
         return qemu.fileno()
 
+    def do_connect_nbd(self, path: str, qemu_user: list[int] | None) -> int:
+        """The same for an export of libvirt's, whose socket must be served by QEMU. Raises Failed."""
+        forwarded = self._accepted(NBD)
+        try:
+            qemu = run_directory.connect(Path(path), _user(qemu_user))
+        except BaseException:
+            forwarded.close()
+            raise
+        self._clients.append(Relay(forwarded, qemu, outlives=True))
+        return qemu.fileno()
+
+    def do_leave(self, descriptors: list[int]) -> None:
+        """Have NBD clients leave that are in their handshake."""
+        handshake.leave([one.qemu for one in self._clients if one.qemu.fileno() in descriptors], surely=True)
+
     def do_disconnect(self) -> None:
         """End the NBD clients, whose exports have gone."""
         while self._clients:
@@ -163,13 +195,11 @@ class RemoteProgram:
 
     def do_freeze_status(self) -> str:
         """Ask the guest agent."""
-        assert self._agent is not None
-        with agent.Agent.connect(self._agent, self._agent_seconds) as connection:
-            return connection.freeze_status()
+        return self._vm.freeze_status()
 
     def do_thaw(self) -> bool:
         """Thaw a guest that is frozen; whether it was."""
-        return self._agent is not None and agent.thaw_if_frozen(self._agent, self._agent_seconds)
+        return self._vm.thaw()
 
     def _listener(self, path: Path, clients: int = 8) -> socket.socket:
         made = self._held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -185,11 +215,12 @@ class RemoteProgram:
         return made
 
     def _fork_guard(self) -> None:
+        reached = self._vm.guard_arguments()
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._guard_pid = os.fork()
         if not self._guard_pid:
             ours.close()
-            _become_guard(its.detach(), self._monitor_address, self._agent, self._agent_seconds)
+            _become_guard(its.detach(), reached, self._agent_seconds)
         its.close()
         ours.settimeout(_CONNECT_SECONDS)
         if not ours.recv(65536):
@@ -199,6 +230,10 @@ class RemoteProgram:
 
 def _private(prefix: str, vm: str, directory: str) -> str:
     return str(LOCAL.make_private(_namespace(prefix), VmName(vm), Path(directory)))
+
+
+def _user(said: list[int] | None) -> tuple[int, int] | None:
+    return None if said is None else (int(said[0]), int(said[1]))
 
 
 def _namespace(repository: str) -> Namespace:
@@ -232,17 +267,25 @@ _FILES: dict[str, Any] = {
     "used_bytes": LOCAL.used_bytes,
     "empty": LOCAL.empty,
     "close": LOCAL.close,
+    "header": lambda path: run_directory.header(path).hex(),
+    "check_run_directory": lambda directory, prefix, user: run_directory.check(
+        Path(directory), prefix, _user(user)
+    ),
+    "make_run_directory": lambda one, vm, directory, user: str(
+        run_directory.make(_namespace(one), VmName(vm), Path(directory), _user(user))
+    ),
+    "give": lambda descriptor, user: run_directory.give(descriptor, _user(user)),
 }
 
 
-def _become_guard(descriptor: int, monitor: Address, of_agent: Address | None, seconds: float) -> NoReturn:
+def _become_guard(descriptor: int, reached: tuple[str, str], seconds: float) -> NoReturn:
     """Be the guard from now on: see `guard_process.main`, which never returns."""
     try:
         os.setsid()
         null = os.open(os.devnull, os.O_RDWR)
         for number in range(3):  # ssh waits for the end of our output
             os.dup2(null, number)
-        sys.argv = ["guard", str(descriptor), str(monitor), str(of_agent or ""), str(seconds)]
+        sys.argv = ["guard", str(descriptor), *reached, str(seconds)]
         guard_process.main()
     finally:
         os._exit(1)

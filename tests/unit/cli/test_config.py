@@ -214,7 +214,9 @@ def test_a_value_of_many_lines_is_passed_over_in_no_long_time():
         ),
         ('[vm.web]\nlibvirt = "qemu:///system"\nqmp = "/q"\n', "libvirt and qmp in [vm.web] cannot be used"),
         ('[vm.web]\nlibvirt = "qemu:///system"\nagent = "/a"\n', "libvirt and agent in [vm.web] cannot"),
-        ('[vm.web]\nlibvirt = "qemu+ssh://host/system"\n', "not a libvirt URI of this machine"),
+        ('[vm.web]\nlibvirt = "qemu+tcp://host/system"\n', "is not a libvirt URI"),
+        ('[vm.web]\nlibvirt = "qemu+ssh://host/session"\n', "invalid libvirt URI"),
+        ('[vm.web]\nlibvirt = "qemu+ssh://host/system?no_verify=1"\n', "ssh_config has the rest"),
         ('[vm.web]\ndomain = "web"\n', "domain in [vm.web] needs libvirt"),
         (
             '[vm.a]\nlibvirt = "qemu:///system"\ndomain = "b"\n[vm.b]\nlibvirt = "qemu:///system"\n',

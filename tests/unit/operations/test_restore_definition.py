@@ -153,6 +153,16 @@ def test_a_vm_of_plain_qemu_is_not_defined_and_the_error_leads_to_its_command_li
     assert libvirt.defined == []
 
 
+def test_qemu_s_user_can_enter_a_new_directory_whatever_the_umask_is(builder, tmp_path, libvirt):
+    before = os.umask(0o077)  # as the command line sets it
+    try:
+        defined(point(builder), tmp_path / "to")
+    finally:
+        os.umask(before)
+    assert len(libvirt.defined) == 1
+    assert (tmp_path / "to").stat().st_mode & 0o777 == 0o711
+
+
 def test_the_domain_uses_the_restored_files_by_the_names_that_its_disks_have(builder, tmp_path, libvirt):
     report = defined(point(builder), tmp_path / "to", name="web2")
     (document,) = libvirt.defined
@@ -163,7 +173,6 @@ def test_the_domain_uses_the_restored_files_by_the_names_that_its_disks_have(bui
     assert (tmp_path / "to/variables.fd").read_bytes() == FILES[1].content
     assert (tmp_path / "to/domain.xml").read_text() == document
     assert (report.domain, report.variables) == ("web2", tmp_path / "to/variables.fd")
-    assert (tmp_path / "to").stat().st_mode & 0o777 == 0o711
 
 
 def test_a_domain_that_exists_is_refused_before_a_byte_is_written(builder, tmp_path, libvirt):

@@ -4,13 +4,14 @@
 import subprocess
 import tomllib
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
 from backupctl.errors import Failed
 from backupctl.names import Namespace, PointId
 from backupctl.operations import discover
-from backupctl.vm.libvirt import checkpoints, domain, recovery, xml
+from backupctl.vm.libvirt import checkpoints, domain, recovery, run_directory, xml
 from backupctl.vm.libvirt.checkpoints import Checkpoint
 
 OURS = Namespace("0123abcd")
@@ -176,6 +177,9 @@ def test_what_a_domain_is_told_by():
     assert vda.stored_name({"S1": "system"}) == "system"
 
 
+HERE = SimpleNamespace(header=run_directory.header)
+
+
 @pytest.mark.parametrize(
     ("options", "records", "apart"),
     [("compat=1.1", True, False), ("compat=0.10", False, False), ("data_file={}/data", True, True)],
@@ -185,13 +189,13 @@ def test_what_only_the_header_of_an_image_tells(tmp_path, options, records, apar
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options.format(tmp_path), path, "1M"]
     subprocess.run(command, check=True)
     (made,) = domain.parsed(DOMAIN.replace("'/a'", f"'{path}'")).disks[:1]
-    found = domain._looked_at(made)
+    found = domain._looked_at(made, HERE)
     assert (found.records, found.apart) == (records, apart)
 
 
 def test_an_image_that_can_not_be_read_is_taken_for_a_usual_one():
     (made,) = domain.parsed(DOMAIN).disks[:1]
-    assert domain._looked_at(made).records
+    assert domain._looked_at(made, HERE).records
 
 
 @dataclass

@@ -81,6 +81,7 @@ class PlayedDomain:
         self.now = state
         self.calls: list[str] = []
         self.left = 3
+        self.occupied = 0
 
     def backupGetXMLDesc(self):  # noqa: N802 - libvirt's name
         if "abort" in self.calls:
@@ -88,6 +89,10 @@ class PlayedDomain:
         if not self.socket or self.left < 0:
             raise LibvirtError(int(NO_BACKUP_JOB))
         return f"<domainbackup><server transport='unix' socket='{self.socket}'/></domainbackup>"
+
+    def controlInfo(self):  # noqa: N802 - as above
+        self.occupied -= 1
+        return [2 if self.occupied >= 0 else 0, 0, 0]
 
     def abortJob(self):  # noqa: N802 - as above
         self.calls.append("abort")
@@ -137,6 +142,29 @@ def test_a_job_that_does_not_end_is_an_unknown_outcome(connection):
     domain = PlayedDomain("/ours")
     domain.left = 10**6
     with pytest.raises(OutcomeUnknown, match="has not ended"):
+        ended(connection, domain)
+
+
+def test_a_backup_that_is_about_to_begin_is_waited_for(connection):
+    domain = PlayedDomain("")
+    domain.occupied = 3
+    began = domain.controlInfo
+
+    def control_info():
+        answer = began()
+        domain.socket = "" if answer[0] else "/ours"
+        return answer
+
+    domain.controlInfo = control_info
+    assert ended(connection, domain)
+    assert domain.calls[-1] == "abort"
+
+
+def test_a_qemu_that_hangs_leaves_it_unknown_whether_a_backup_begins(connection):
+    connection.seconds = 0.2
+    domain = PlayedDomain("")
+    domain.occupied = 10**6
+    with pytest.raises(OutcomeUnknown, match="still waits for QEMU"):
         ended(connection, domain)
 
 

@@ -10,6 +10,7 @@ from backupctl.errors import CommandFailed, Failed, OutcomeUnknown, TargetExists
 from backupctl.vm import define
 from backupctl.vm.define import Changes, NewDisk
 from backupctl.vm.libvirt import definition, xml
+from backupctl.vm.qmp.files import LOCAL
 
 STORED = """\
 <domain type='kvm' id='7'>
@@ -183,19 +184,21 @@ def test_state_files_are_read_and_what_is_missing_is_told(tmp_path, monkeypatch)
     (state / "tpm2-00.permall").write_bytes(b"tpm")
     (state / ".lock").write_bytes(b"")
     document = STORED.replace("/var/lib/libvirt/qemu/nvram/web_VARS.fd", str(tmp_path / "v.fd"))
-    found = definition.state_files(asked(document), firmware=True)
+    found = definition.state_files(asked(document), LOCAL, firmware=True)
     assert [(one.kind, one.name, one.content) for one in found.files] == [
         ("variables", "variables.fd", b"vars"),
         ("tpm", "tpm-tpm2-00.permall", b"tpm"),
     ]
     assert found.omitted == ()
-    assert [one.kind for one in definition.state_files(asked(document), firmware=False).files] == ["tpm"]
+    assert [one.kind for one in definition.state_files(asked(document), LOCAL, firmware=False).files] == [
+        "tpm"
+    ]
     (tmp_path / "v.fd").unlink()
     (tmp_path / "v.fd").symlink_to("/etc/shadow")
     (state / "tpm2-00.permall").unlink()
     state.joinpath(".lock").unlink()
     state.rmdir()
-    found = definition.state_files(asked(document), firmware=True)
+    found = definition.state_files(asked(document), LOCAL, firmware=True)
     assert found.files == ()
     assert ["not a regular file" in found.omitted[0], "the state of the TPM" in found.omitted[1]] == [
         True,
@@ -205,6 +208,6 @@ def test_state_files_are_read_and_what_is_missing_is_told(tmp_path, monkeypatch)
 
 def test_a_uuid_that_leads_elsewhere_is_not_followed(tmp_path):
     document = STORED.replace("<uuid>11111111-2222-3333-4444-555555555555</uuid>", "<uuid>../../etc</uuid>")
-    found = definition.state_files(asked(document), firmware=False)
+    found = definition.state_files(asked(document), LOCAL, firmware=False)
     assert found.files == ()
     assert "TPM" in found.omitted[0]

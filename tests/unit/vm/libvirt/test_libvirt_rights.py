@@ -13,7 +13,7 @@ import pytest
 from backupctl.errors import Refused
 from backupctl.names import Namespace, VmName
 from backupctl.vm.guest import handshake
-from backupctl.vm.libvirt import run_files
+from backupctl.vm.libvirt import run_directory
 from backupctl.vm.libvirt.run_files import RunFiles
 
 USER = (64055, 64055)
@@ -45,13 +45,13 @@ def test_a_directory_that_qemus_user_may_not_enter_is_refused(short_directory):
     private = short_directory / "private"
     private.mkdir(mode=0o700)
     with pytest.raises(Refused, match="may not enter"):
-        run_files.check(private, "backupctl-00000000-web@", USER)
-    run_files.check(private, "backupctl-00000000-web@", (0, 0))
+        run_directory.check(private, "backupctl-00000000-web@", USER)
+    run_directory.check(private, "backupctl-00000000-web@", (0, 0))
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_refused(tmp_path):
     with pytest.raises(Refused, match="too long"):
-        run_files.check(tmp_path / ("x" * 90), "backupctl-00000000-web@", None)
+        run_directory.check(tmp_path / ("x" * 90), "backupctl-00000000-web@", None)
 
 
 def left(*, greeted: bool, surely: bool) -> bool:

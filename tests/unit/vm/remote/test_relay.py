@@ -2,12 +2,13 @@
 """Between a forwarded socket and QEMU's own."""
 
 import socket
+import struct
 from contextlib import ExitStack
 
 import pytest
 
 from backupctl.errors import Refused
-from backupctl.vm.remote import vm_lock
+from backupctl.vm.remote import relay, vm_lock
 from backupctl.vm.remote.relay import Relay
 from backupctl.vm.remote.vm_lock import VmLock
 
@@ -23,9 +24,9 @@ def ends():
             for one in (client, qemu):
                 one.settimeout(60)
                 held.enter_context(one)
-            relay = Relay(forwarded, ours, outlives=outlives)
-            held.callback(relay.close)
-            return client, qemu, relay
+            made = Relay(forwarded, ours, outlives=outlives)
+            held.callback(made.close)
+            return client, qemu, made
 
         yield make
 
@@ -39,14 +40,14 @@ def test_bytes_pass_in_both_directions(ends):
 
 
 def test_an_nbd_client_stays_with_qemu_when_the_line_is_cut_and_takes_what_qemu_says(ends):
-    client, qemu, relay = ends(outlives=True)
+    client, qemu, made = ends(outlives=True)
     client.close()
     qemu.sendall(bytes(8 << 20))  # more than any buffer holds
     qemu.settimeout(0.2)
     with pytest.raises(TimeoutError):
         qemu.recv(1)
     qemu.settimeout(60)
-    relay.close()
+    made.close()
     assert qemu.recv(1) == b""
 
 
@@ -77,3 +78,39 @@ def test_who_ends_removes_the_lock_and_who_waits_gets_a_new_one(tmp_path, monkey
     VmLock.acquire("/other", 0.0)
     lock.remove()
     assert VmLock.acquire("/q", 0.0).descriptor != lock.descriptor
+
+
+GREETING = b"NBDMAGICIHAVEOPT\0\3"
+
+
+def replied(option: int, kind: int, data: bytes = b"") -> bytes:
+    return struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data)) + data
+
+
+HANDSHAKE = [
+    GREETING,
+    replied(8, 1),
+    replied(10, 4, b"\0\0\0\1base:allocation"),
+    replied(10, 1),
+    replied(7, 3, b"\0\0" + bytes(10)),
+    replied(7, 1),
+]
+
+
+@pytest.mark.parametrize("step", [1, 3, 19, 20, 21, 1000])
+def test_a_handshake_has_ended_with_the_reply_to_go_and_not_before(step):
+    told = b"".join(HANDSHAKE)
+    reader = relay.HandshakeReader()
+    for start in range(0, len(told), step):
+        assert not reader.ended
+        reader.read(told[start : start + step])
+    assert reader.ended
+
+
+def test_replies_before_the_last_do_not_end_a_handshake():
+    reader = relay.HandshakeReader()
+    for one in HANDSHAKE[:-1]:
+        reader.read(one)
+    assert not reader.ended
+    reader.read(HANDSHAKE[-1] + b"what the transmission begins with")
+    assert reader.ended

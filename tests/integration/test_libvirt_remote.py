@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Domains of a libvirt that is reached by ssh: an sshd on the loopback, a libvirtd of the test's own."""
+
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixtures import builds
+from fixtures.debian import CannotBeHad
+from fixtures.libvirtd import Libvirtd
+from fixtures.sshd import HOST, Sshd
+from tests import interrupted_cli
+from tests.conftest import MIB
+from tests.libvirt_lab import Lab, Make, kinds, maker, plain, wait_for
+
+libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Libvirtd]:
+    try:
+        with Libvirtd(small=True) as made:
+            yield made
+    except CannotBeHad as err:
+        pytest.skip(str(err))
+
+
+@pytest.fixture
+def sshd(tmp_path: Path, held: ExitStack) -> Sshd:
+    try:
+        made = Sshd(tmp_path / "sshd")
+    except CannotBeHad as err:
+        if builds.required():
+            pytest.fail(f"required here: {err}")
+        pytest.skip(str(err))
+    held.callback(made.close)
+    made.start()
+    return made
+
+
+def there(daemon: Libvirtd) -> str:
+    return f"qemu+ssh://{HOST}/system?socket={daemon.directory}/sock/libvirt-sock"
+
+
+def over_ssh(lab: Lab, sshd: Sshd) -> Lab:
+    lab.cli.environment.update(sshd.environment)
+    lab.cli.vm = ["--libvirt", there(lab.domain.daemon), "--domain", lab.domain.name]
+    return lab
+
+
+@pytest.fixture
+def remote_lab(
+    daemon: Libvirtd, sshd: Sshd, tmp_path: Path, held: ExitStack, request: pytest.FixtureRequest
+) -> Lab:
+    """A lab whose command line reaches its domain by ssh, and that has a first point."""
+    make: Make = maker(daemon, tmp_path, held, request.node.nodeid)
+    lab = over_ssh(make({"vda": 4 * MIB, "vdb": 2 * MIB}), sshd)
+    lab.writer.write(10)
+    lab.backup("full")
+    lab.writer.write(5)
+    return lab
+
+
+def interrupted(lab: Lab, sshd: Sshd, at: str, **environment: str) -> Any:
+    environment |= {"KILL_AT": at, "SSHD_PID": str(sshd.pid)}
+    return lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, **environment)
+
+
+def test_full_and_incremental_over_ssh_are_byte_equal(remote_lab: Lab, sshd: Sshd) -> None:
+    lab = remote_lab
+    lab.writer.remember()
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    lab.assert_clean()
+    lab.next_is_right()
+    sshd.await_end()
+
+
+@pytest.mark.parametrize(
+    ("call", "when", "action"),
+    [
+        ("virDomainBackupBegin", "before", ""),
+        ("virDomainBackupBegin", "after", "cut"),
+        ("hold", "after", "cut"),
+        ("hold", "after", ""),
+        ("ready", "before", "cut"),
+        ("ready", "before", ""),
+        ("virDomainAbortJob", "before", "cut"),
+        ("virDomainCheckpointDelete", "before", ""),
+    ],
+)
+def test_a_line_that_is_cut_or_a_run_that_is_killed_loses_nothing(
+    remote_lab: Lab, sshd: Sshd, call: str, when: str, action: str
+) -> None:
+    """The guard is on the domain's host: it ends the job, and the guest lives on."""
+    done = interrupted(remote_lab, sshd, call, KILL_WHEN=when, ACTION=action)
+    assert done.returncode in ((0, 1, 3) if action else (-signal.SIGKILL,)), done.stderr
+    assert not interrupted_cli.BUG.search(done.stderr), done.stderr
+    wait_for(lambda: not remote_lab.domain.has_job())
+    remote_lab.next_is_right()
+    sshd.await_end()
+
+
+def test_a_run_killed_in_mid_copy_has_its_job_ended_by_the_guard_there(remote_lab: Lab, sshd: Sshd) -> None:
+    lab = remote_lab
+    lab.writer.write(20)
+    run = lab.cli.start("incremental", "web", "--limit", "200K")
+    wait_for(lambda: (lab.cli.repository / "web").glob("*.partial/*.qcow2"), run)
+    wait_for(lab.domain.has_job, run)
+    run.kill()
+    run.communicate()
+    wait_for(lambda: not lab.domain.has_job())
+    lab.next_is_right()
+    sshd.await_end()
+
+
+def test_a_domain_on_an_iothread_outlives_a_line_that_is_cut_in_mid_copy(
+    daemon: Libvirtd, sshd: Sshd, tmp_path: Path, held: ExitStack, request: pytest.FixtureRequest
+) -> None:
+    """QEMU 7.2 aborts when an NBD client leaves such a disk before its export has gone."""
+    lab = over_ssh(
+        maker(daemon, tmp_path, held, request.node.nodeid)({"vda": 4 * MIB}, driver="iothread='1'"), sshd
+    )
+    end_line = {"KILL_AT": "ready", "KILL_WHEN": "after", "ACTION": "cut", "SSHD_PID": str(sshd.pid)}
+    lab.cli.call("full", "web", entry=interrupted_cli.ENTRY, **end_line)
+    wait_for(lambda: not lab.domain.has_job())
+    assert lab.domain.is_running()
+    lab.backup("full")
+    lab.assert_clean()
+    sshd.await_end()
+
+
+def test_what_is_told_of_a_domain_on_another_host(remote_lab: Lab, daemon: Libvirtd) -> None:
+    lab = remote_lab
+    findings = {one["subject"]: one["verdict"] for one in lab.cli.json("doctor", "web")["findings"]}
+    assert (findings["ssh"], findings["rights"]) == ("ok", "ok")
+    assert "bad" not in findings.values()
+    assert "Nothing to recover" in lab.cli.run("recover", "web").stdout
+    told = plain(lab, "discover", "--libvirt", there(daemon), "--json")
+    found = {one["domain"]: one["running"] for one in json.loads(told)["domains"]}
+    assert found[lab.domain.name] is True
+
+
+def test_a_domain_that_is_off_there_is_skipped_or_fails(remote_lab: Lab) -> None:
+    lab = remote_lab
+    lab.domain.destroy()
+    assert "is not running" in lab.cli.run("incremental", "web", code=1).stderr
+    lab.cli.run("incremental", "web", "--if-running")
+
+
+def test_a_host_without_such_a_libvirt_is_said_so(remote_lab: Lab) -> None:
+    lab = remote_lab
+    lab.cli.vm[1] = f"qemu+ssh://{HOST}/system?socket=/nonexistent/socket"
+    assert "no libvirt answers" in lab.cli.run("incremental", "web", code=1).stderr
+
+
+def test_a_domain_is_not_defined_on_another_host_with_images_of_this_one(remote_lab: Lab) -> None:
+    lab = remote_lab
+    words = ("restore", "web", "--to", f"{lab.directory}/new/", "--define", *lab.cli.vm[:2])
+    assert "is defined here" in lab.cli.run(*words, code=2, vm=False).stderr
+    assert not (lab.directory / "new").exists()
