@@ -70,11 +70,6 @@ class Process:
         return self.returncode
 
 
-def test_the_cpu_has_nothing_that_a_nested_kvm_may_refuse():
-    given = words(TrialOptions())
-    assert given[given.index("-cpu") + 1] == "max,arch-capabilities=off"
-
-
 @contextmanager
 def vm_with(agent_path, console_text: bytes = b""):
     ours, theirs = socket.socketpair()
