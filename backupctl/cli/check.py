@@ -112,9 +112,9 @@ def threshold_options(command: Declared) -> Declared:
 @click.option("--repository", type=param_types.PATH, metavar="DIR", help="The repository's directory.")
 @common.config_option
 def check(context: click.Context, /, names: tuple[str, ...], **_options: Any) -> None:
-    """Check that the newest recovery point is recent and none is damaged or missing, for Nagios or Icinga.
+    """Check that the newest recovery point is recent and sound, and none is missing, for Nagios or Icinga.
 
-    The VM is not needed. It prints one line, with the age of the newest point in seconds as performance data.
+    The VM is not needed, and no stored data is read: `verify` does that. It prints one line, with the age of the newest point in seconds as performance data.
     Its exit codes are those of monitoring plugins, and differ from those of all other commands.
     """
     given = _Given.of(context)
