@@ -186,8 +186,7 @@ def test_make_demo_falls_back_to_the_simulator_and_says_so(monkeypatch, capfd, r
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     if reason == "no FUSE here":
         monkeypatch.setattr(StorageDaemon, "program", no_fuse)
-    else:
-        monkeypatch.setattr(builds, "version_of", lambda *_: "10.0")
+    monkeypatch.setattr(builds, "version_of", lambda *_: "7.2" if reason == "no FUSE here" else "10.0")
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert fixtures_demo.main() == 0
@@ -210,6 +209,8 @@ def test_make_demo_falls_back_to_the_simulator_and_says_so(monkeypatch, capfd, r
 def test_make_demo_takes_a_storage_daemon_where_there_is_no_emulator():
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("no FUSE here")
+    if builds.installed().number >= (8, 1):
+        pytest.skip("the storage daemon of this QEMU may hang")
     done = subprocess.run(
         [sys.executable, "-m", "fixtures.demo"],
         env={**ENVIRONMENT, "QEMU": "no-such-qemu"},

@@ -44,8 +44,8 @@ def test_a_vm_that_can_be_backed_up_has_nothing_bad_and_nothing_is_changed(any_b
     lab.agent.frozen = False
 
 
-def test_what_would_make_a_run_fail_is_bad_and_what_may_surprise_a_warning(any_build, make_lab, tmp_path):
-    lab = make_lab(any_build, {"vda": 8 * MIB, "vdb": 8 * MIB}, formats={"vdb": "raw"})
+def test_what_would_make_a_run_fail_is_bad_and_what_may_surprise_a_warning(oldest_build, make_lab, tmp_path):
+    lab = make_lab(oldest_build, {"vda": 8 * MIB, "vdb": 8 * MIB}, formats={"vdb": "raw"})
     lab.agent.behaviour["guest-fsfreeze-status"] = "refuse"
     told = lab.cli.json("doctor", "web")
     assert verdicts(told, "agent") == ["warning"]

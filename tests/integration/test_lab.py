@@ -300,7 +300,16 @@ def test_the_played_agent_answers_as_the_real_one(boot, tmp_path):
         *("guest-fsfreeze-freeze-list", "guest-fsfreeze-thaw", "guest-no-such-command"),
     )
     with PlayedAgent(tmp_path / "ga") as agent:
-        assert converse(agent.path, *commands) == converse(guest.agent_path, *commands)
+        played, real = converse(agent.path, *commands), converse(guest.agent_path, *commands)
+        assert without_why(played) == without_why(real)
+
+
+def without_why(answers: list) -> list:
+    """Leave out why a command is disabled, which later agents say otherwise."""
+    for answer in answers:
+        if "error" in answer:
+            answer["error"]["desc"] = answer["error"]["desc"].partition(" has been disabled: ")[0]
+    return answers
 
 
 @pytest.mark.guest
