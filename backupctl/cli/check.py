@@ -114,8 +114,9 @@ def threshold_options(command: Declared) -> Declared:
 def check(context: click.Context, /, names: tuple[str, ...], **_options: Any) -> None:
     """Check that the newest recovery point is recent and sound, and none is missing, for Nagios or Icinga.
 
-    The VM is not needed, and no stored data is read: `verify` does that. It prints one line, with the age of the newest point in seconds as performance data.
-    Its exit codes are those of monitoring plugins, and differ from those of all other commands.
+    The VM is not needed, and no stored data is read: `verify` does that. It prints one line, with the age of
+    the newest point in seconds as performance data. Its exit codes are those of monitoring plugins, and
+    differ from those of all other commands.
     """
     given = _Given.of(context)
     chosen = Selection(names, bool(context.params["everything"]))
