@@ -20,7 +20,7 @@ from backupctl.operations import restore_test as core
 from backupctl.operations.restore_test import RestoreTestReport, RestoreTestRequest
 from backupctl.outcome import documents
 from backupctl.targets import output as target_files
-from backupctl.vm.trial.options import DiskBus, TrialOptions, Until
+from backupctl.vm.trial.options import Accelerator, DiskBus, TrialOptions, Until
 
 BUILT_IN = TrialOptions()
 
@@ -35,6 +35,7 @@ class TrialArguments:
     restore_test_machine: str
     restore_test_memory: int
     restore_test_disk_bus: DiskBus
+    restore_test_accelerator: Accelerator
     restore_test_firmware: Path | None
     restore_test_kernel: Path | None
     restore_test_initrd: Path | None
@@ -49,6 +50,7 @@ class TrialArguments:
             machine=self.restore_test_machine,
             memory_mib=self.restore_test_memory >> 20,
             disk_bus=self.restore_test_disk_bus,
+            accelerator=self.restore_test_accelerator,
             firmware=self.restore_test_firmware,
             kernel=self.restore_test_kernel,
             initrd=self.restore_test_initrd,
@@ -71,6 +73,7 @@ def configured(target: Target) -> TrialOptions:
         machine=said.restore_test_machine or BUILT_IN.machine,
         memory_mib=memory or BUILT_IN.memory_mib,
         disk_bus=said.restore_test_disk_bus or BUILT_IN.disk_bus,
+        accelerator=said.restore_test_accelerator or BUILT_IN.accelerator,
         firmware=path(said.restore_test_firmware),
         kernel=path(said.restore_test_kernel),
         initrd=path(said.restore_test_initrd),
@@ -134,6 +137,14 @@ _OPTIONS = (
         default=BUILT_IN.disk_bus,
         show_default=True,
         help="How the disks are attached, in the order in which the point lists them.",
+    ),
+    click.option(
+        "--accelerator",
+        "restore_test_accelerator",
+        type=click.Choice(("auto", "tcg")),
+        default=BUILT_IN.accelerator,
+        show_default=True,
+        help="Use KVM where it can be used, or emulate the CPU: slower, but it works on every host.",
     ),
     _path("--firmware", "Boot with this firmware, e.g. /usr/share/ovmf/OVMF.fd. Default: the BIOS."),
     _path("--kernel", "Boot this kernel of the host instead of what is on the disks."),

@@ -22,7 +22,7 @@ from backupctl.names import did_you_mean, disk_name, vm_name
 from backupctl.options import FreezeMode, OnBrokenChain, ViewKind, WhenOff
 from backupctl.sizes import MAX_CHAIN
 from backupctl.system.address import Address
-from backupctl.vm.trial.options import DiskBus
+from backupctl.vm.trial.options import Accelerator, DiskBus
 
 MAX_SECONDS = 3600
 MAX_BOOT_SECONDS = 24 * 3600
@@ -90,6 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     restore_test_machine: Text | None = None
     restore_test_memory: Rate | None = None
     restore_test_disk_bus: DiskBus | None = None
+    restore_test_accelerator: Accelerator | None = None
     restore_test_firmware: Text | None = None
     restore_test_kernel: Text | None = None
     restore_test_initrd: Text | None = None

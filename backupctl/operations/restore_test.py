@@ -118,7 +118,7 @@ def _boot(asked: RestoreTestRequest, point: Point, stop: Cancellation) -> Restor
         try:
             boot.wait(vm, asked.options, limited)
         except RestoreTestFailed as err:
-            error = _failed(asked, point, err)
+            error = _failed(asked, point, err, vm.accelerator)
         seconds = time.monotonic() - begun
         screenshot = _screenshot(vm) if asked.screenshot else b""
         vm.console.read()
@@ -134,12 +134,15 @@ def _boot(asked: RestoreTestRequest, point: Point, stop: Cancellation) -> Restor
         )
 
 
-def _failed(asked: RestoreTestRequest, point: Point, err: RestoreTestFailed) -> RestoreTestFailed:
+def _failed(
+    asked: RestoreTestRequest, point: Point, err: RestoreTestFailed, accelerator: str
+) -> RestoreTestFailed:
+    without_kvm = f"; {machine.WITHOUT_KVM}" if accelerator == "kvm" else ""
     return RestoreTestFailed(
         f"{asked.directory.name} {point.id} did not boot: {err.message}",
         state="the point was not changed",
         hint="look at the console and a screenshot (--console, --screenshot); a guest that was backed up "
-        "with other firmware or another disk bus needs --firmware or --disk-bus",
+        "with other firmware or another disk bus needs --firmware or --disk-bus" + without_kvm,
         next_command=f"backupctl verify {asked.directory.name} {point.id}",
     )
 

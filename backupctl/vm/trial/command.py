@@ -5,14 +5,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from backupctl.vm.trial.options import DiskBus, TrialOptions
+from backupctl.vm.trial.options import Accelerator, DiskBus, TrialOptions
 
 AGENT_PORT = "org.qemu.guest_agent.0"
 """The name of the port where a guest agent listens (qga/main.c, QGA_VIRTIO_PATH_DEFAULT)."""
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-# Where KVM is nested, the host's own hypervisor may show this register (MSR 0x10a) and refuse to set it: then
-# QEMU 10.0 aborts (kvm_buf_set_msrs in target/i386/kvm/kvm.c). No guest needs it to boot.
-_CPU = "max,arch-capabilities=off"
+_ACCELERATORS: Mapping[Accelerator, tuple[str, ...]] = {
+    "auto": ("-accel", "kvm", "-accel", "tcg"),
+    "tcg": ("-accel", "tcg"),
+}
 _CONTROLLERS: Mapping[DiskBus, tuple[str, ...]] = {
     "virtio": (),
     "scsi": ("-device", "virtio-scsi-pci,id=scsi0"),
@@ -46,7 +47,7 @@ class Descriptors:
 def arguments(options: TrialOptions, given: Descriptors) -> list[str]:
     """Return the arguments."""
     found = ["-name", "backupctl-restore-test", "-no-user-config", "-nodefaults", "-sandbox", _SANDBOX]
-    found += ["-machine", options.machine, "-accel", "kvm", "-accel", "tcg", "-cpu", _CPU]
+    found += ["-machine", options.machine, *_ACCELERATORS[options.accelerator], "-cpu", "max"]
     found += ["-m", f"{options.memory_mib}M", "-smp", "1", "-display", "none", "-vga", "std", "-nic", "none"]
     found += ["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
     found += _chardev("monitor", given.monitor, listening=True)

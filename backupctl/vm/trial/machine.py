@@ -40,6 +40,7 @@ _MOST_BOOT_BYTES = 1 << 30
 _MOST_SCREEN_BYTES = 64 << 20
 _START_SECONDS = 60.0
 _END_SECONDS = 5.0
+WITHOUT_KVM = "if this host is itself a VM, its KVM may be at fault: try --accelerator tcg"
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _monitor(
     except MonitorError as err:
         with suppress(subprocess.TimeoutExpired):
             process.wait(_END_SECONDS)
-            raise Failed(f"QEMU did not start: {_why(process, complaints)}") from err
+            raise Failed(f"QEMU did not start: {_why(process, complaints)}", hint=WITHOUT_KVM) from err
         raise
     with monitor:
         yield monitor

@@ -7,6 +7,7 @@ from typing import Literal
 
 Until = Literal["agent", "login", "command"]
 DiskBus = Literal["virtio", "scsi", "sata"]
+Accelerator = Literal["auto", "tcg"]
 LOGIN = "login:"
 """What getty(8) writes on a console."""
 
@@ -17,7 +18,8 @@ class TrialOptions:
 
     until: what is waited for: an answer of the guest agent, a prompt to log in on the serial console, or the
     success of `command`, which the agent runs with the guest's shell. timeout_seconds: for all of it.
-    firmware: an image for `-bios`; None for the BIOS. kernel, initrd, append: to boot a kernel of the host.
+    accelerator: "auto" for KVM where it can be used. firmware: an image for `-bios`; None for the BIOS.
+    kernel, initrd, append: to boot a kernel of the host.
     """
 
     until: Until = "agent"
@@ -26,6 +28,7 @@ class TrialOptions:
     machine: str = "q35"
     memory_mib: int = 1024
     disk_bus: DiskBus = "virtio"
+    accelerator: Accelerator = "auto"
     firmware: Path | None = None
     kernel: Path | None = None
     initrd: Path | None = None

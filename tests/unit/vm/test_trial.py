@@ -70,6 +70,13 @@ class Process:
         return self.returncode
 
 
+def test_a_host_whose_kvm_is_at_fault_emulates_the_cpu():
+    assert "kvm" in words(TrialOptions())
+    given = words(TrialOptions(accelerator="tcg"))
+    assert "kvm" not in given
+    assert given[given.index("-accel") + 1] == "tcg"
+
+
 @contextmanager
 def vm_with(agent_path, console_text: bytes = b""):
     ours, theirs = socket.socketpair()
