@@ -16,37 +16,34 @@ found damaged is then reported as the user sees it: which bytes of which disks a
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
-from backupctl.digests.clusters import Records
-from backupctl.digests.digest_map import DigestMap
 from backupctl.errors import UNTOUCHED, DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
 from backupctl.events import StepStarted
 from backupctl.events.repository import DamageDetected, NotChecked, NothingToVerify
-from backupctl.names import DiskName, PointId, VmName
+from backupctl.names import PointId, VmName
 from backupctl.operations import chain_reader
+from backupctl.operations.verify.contents import Contents, DigestMaps, layer_of, with_valid_entries
 from backupctl.operations.verify.impact import Affected, Impact
 from backupctl.operations.verify.layer import Kind, LayerCheck, Problem, VerifyScope
 from backupctl.progress import Reporter
 from backupctl.repository import audit, history, markers, stored_files
-from backupctl.repository.chain import Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
+from backupctl.repository.vm_directory import VmDirectory
 from backupctl.sizes import Range
 from backupctl.system import locks, safe_open
 from backupctl.system.threads import Workers
 
 _LOCK_SECONDS = 30.0
-_MAX_SCANS = 5
 
 
 @dataclass(frozen=True)
@@ -167,92 +164,6 @@ class _Findings:
 
 
 @dataclass(frozen=True)
-class _Contents:
-    """All points of a VM, the retired ones too. unreadable: those whose manifests cannot be read."""
-
-    current: ScannedPoints
-    retired: ScannedPoints
-    points: Mapping[PointId, Point]
-    unreadable: Mapping[PointId, RepositoryUnreadable]
-
-    @classmethod
-    def scan(cls, directory: VmDirectory) -> "_Contents":
-        """Scan a VM's directory, again if a prune seems to have changed it meanwhile."""
-        found = directory.scan_points(tolerant=True), directory.retired(tolerant=True)
-        for _ in range(_MAX_SCANS):
-            again = directory.scan_points(tolerant=True), directory.retired(tolerant=True)
-            if [(each.points, [path for path, _ in each.damaged]) for each in again] == [
-                (each.points, [path for path, _ in each.damaged]) for each in found
-            ]:
-                break
-            found = again
-        current, retired = found
-        return cls(
-            current,
-            retired,
-            {point.id: _with_valid_entries(point) for point in (*current.points, *retired.points)},
-            {PointId(path.name): err for path, err in (*current.unreadable, *retired.unreadable)},
-        )
-
-    def all_layers(self) -> list[tuple[Point, DiskEntry]]:
-        """Return every layer that a point needs. What a retired one no longer holds up is left to prune."""
-        retired, parents = {point.id for point in self.retired.points}, self.parents()
-        return [
-            (point, entry)
-            for point in self.points.values()
-            for entry in point.manifest.disks
-            if point.id not in retired or (point.id, entry.name) in parents
-        ]
-
-    def layers_of(self, point: Point) -> list[tuple[Point, DiskEntry]]:
-        """Return the layers that a point needs, as far as they exist."""
-        return [layer for entry in point.manifest.disks for layer in self._chain(point, entry)]
-
-    def _chain(self, point: Point, entry: DiskEntry) -> Iterator[tuple[Point, DiskEntry]]:
-        at: Point | None = point
-        held: DiskEntry | None = entry
-        while at is not None and held is not None:
-            yield at, held
-            at = self.points.get(held.parent) if held.parent else None
-            held = at.manifest.disk(entry.name) if at else None
-
-    def parents(self) -> set[tuple[PointId | None, DiskName]]:
-        """Return the layers, by point and disk, that another layer is based on."""
-        return {
-            (entry.parent, entry.name) for point in self.points.values() for entry in point.manifest.disks
-        }
-
-
-class _DigestMaps:
-    """The digest maps of a VM, each opened once: that checks every byte of it."""
-
-    def __init__(self, stop: Cancellation) -> None:
-        self._stop = stop
-        self._opened: dict[tuple[PointId, str, str], DigestMap | DamageFound | RepositoryUnreadable] = {}
-
-    def open(self, point: Point, entry: DiskEntry) -> DigestMap | DamageFound | RepositoryUnreadable:
-        """Return the digest map of a layer, or why it cannot be read."""
-        key = point.id, entry.name, entry.digests
-        if key not in self._opened:
-            try:
-                self._opened[key] = _layer(point, entry).digests(self._stop.check)
-            except (DamageFound, RepositoryUnreadable) as err:
-                self._opened[key] = err
-        return self._opened[key]
-
-    def records(self, point: Point, entry: DiskEntry) -> Records | None:
-        """Return the records of a layer, None if they cannot be read."""
-        found = self.open(point, entry)
-        return found.records if isinstance(found, DigestMap) else None
-
-    def data_bytes(self, point: Point, entry: DiskEntry) -> int:
-        """Return how much data a layer stores, in whole clusters."""
-        records = self.records(point, entry)
-        data = 0 if records is None else int(np.count_nonzero(~clusters.is_zero(records)))
-        return data * clusters.CLUSTER_BYTES
-
-
-@dataclass(frozen=True)
 class _VmCheck:
     """The verification of one VM; `run` does it. rng: chooses the sample. workers: read."""
 
@@ -267,8 +178,8 @@ class _VmCheck:
     def run(self, wanted: str | None) -> None:
         """Check all of the VM's points, or what one needs. Raises as `verify`."""
         self.reporter.event(StepStarted(f"verify {self.directory.name}"))
-        chosen = None if wanted is None else _with_valid_entries(self._point(wanted))
-        contents, maps = _Contents.scan(self.directory), _DigestMaps(self.stop)
+        chosen = None if wanted is None else with_valid_entries(self._point(wanted))
+        contents, maps = Contents.scan(self.directory), DigestMaps(self.stop)
         retired = {point.id for point in contents.retired.points}
         impact = Impact(contents.points.values(), maps.records, retired)
         layers = contents.all_layers() if chosen is None else contents.layers_of(chosen)
@@ -287,7 +198,7 @@ class _VmCheck:
             audit.refuse_missing(self.directory, wanted)
             raise
 
-    def _check_directory(self, contents: _Contents, impact: Impact) -> None:
+    def _check_directory(self, contents: Contents, impact: Impact) -> None:
         """Report manifests, the history and unfinished points."""
         for path, err in (*contents.current.damaged, *contents.retired.damaged):
             affected = impact.based_on(PointId(path.name))
@@ -317,7 +228,7 @@ class _VmCheck:
                         self._add_unchecked(entry.path_in(point.path), "", err)
 
     def _check_parents(
-        self, contents: _Contents, impact: Impact, layers: Iterable[tuple[Point, DiskEntry]]
+        self, contents: Contents, impact: Impact, layers: Iterable[tuple[Point, DiskEntry]]
     ) -> None:
         for point, entry in layers:
             parent = contents.points.get(entry.parent) if entry.parent else None
@@ -337,7 +248,7 @@ class _VmCheck:
             affected = impact.affected_by_layer(point.id, entry.name)
             self._add_damage("chain", path, entry.name, text, affected)
 
-    def _check_layers(self, maps: _DigestMaps, impact: Impact, layers: list[tuple[Point, DiskEntry]]) -> None:
+    def _check_layers(self, maps: DigestMaps, impact: Impact, layers: list[tuple[Point, DiskEntry]]) -> None:
         total = sum(maps.data_bytes(point, entry) for point, entry in layers)
         done = 0
         for point, entry in layers:
@@ -357,19 +268,19 @@ class _VmCheck:
 
     def _was_merged(self, point: Point, entry: DiskEntry) -> bool:
         """Whether a prune has merged a layer's image into that of its child, which is the layer now."""
-        if safe_open.there(_layer(point, entry).path) or not markers.has(point.path, markers.RETIRED):
+        if safe_open.there(layer_of(point, entry).path) or not markers.has(point.path, markers.RETIRED):
             return False
-        return (point.id, entry.name) not in _Contents.scan(self.directory).parents()
+        return (point.id, entry.name) not in Contents.scan(self.directory).parents()
 
     def _check_layer(
         self,
-        maps: _DigestMaps,
+        maps: DigestMaps,
         impact: Impact,
         point: Point,
         entry: DiskEntry,
         progress: Callable[[int], None],
     ) -> None:
-        layer = _layer(point, entry)
+        layer = layer_of(point, entry)
         merging = markers.has(point.path, markers.merging(entry.name))
         check = LayerCheck(
             layer, maps.open(point, entry), self.scope, self.rng, self.stop, merging, self.workers
@@ -405,7 +316,7 @@ class _VmCheck:
         with ExitStack() as held:
             try:
                 held.enter_context(locks.directory(point.path, _LOCK_SECONDS, shared=True))
-                now = _with_valid_entries(self.directory.point_or_retired(point.id))
+                now = with_valid_entries(self.directory.point_or_retired(point.id))
             except (FileNotFoundError, NoSuchPoint):
                 self.found.notes.append(f"{point.path}: pruned meanwhile")
             except Locked:
@@ -425,16 +336,3 @@ class _VmCheck:
         ranges: tuple[Range, ...] = (),
     ) -> None:
         self.found.add_damage(Damage(self.directory.name, kind, path, disk, message, ranges, affected))
-
-
-def _with_valid_entries(point: Point) -> Point:
-    """Return a point in which, of two descriptions that a prune left of a disk, the valid one is chosen."""
-    manifest = point.manifest
-    for entry in manifest.disks:
-        with suppress(DamageFound, RepositoryUnreadable):  # reported when the layer itself is checked
-            manifest = manifest.with_disk(Layer.of(point, entry).entry)
-    return replace(point, manifest=manifest)
-
-
-def _layer(point: Point, entry: DiskEntry) -> Layer:
-    return Layer(point.path / f"{entry.name}.qcow2", entry)
