@@ -27,7 +27,7 @@ from backupctl.errors import (
     Refused,
 )
 from backupctl.system.address import Address
-from backupctl.vm.guest import guard_process, guard_survival
+from backupctl.vm.guest import freeze_control, guard_process, guard_survival
 from backupctl.vm.guest.agent import Agent, Thaw, thaw_if_frozen
 from backupctl.vm.guest.guard import PROGRAM, GuardClient
 from fixtures.agent import VSS, PlayedAgent
@@ -431,14 +431,14 @@ def test_a_thaw_that_is_refused_although_the_guest_is_thawed_is_no_error_and_no_
     ],
 )
 def test_a_freeze_lasted_if_its_status_and_its_count_say_so(before, refusal, count, lasted):
-    assert (guard_process._doubt(before, Thaw(count, refusal), 3) == "") == lasted
+    assert (freeze_control._doubt(before, Thaw(count, refusal), 3) == "") == lasted
 
 
 @pytest.mark.parametrize("behaviour", ["silent", "refuse"])
 def test_a_status_that_is_not_told_before_the_thaw_holds_it_up_for_a_second(behaviour):
     """The count alone then tells that the freeze lasted."""
     with tempfile.TemporaryDirectory(prefix="bc-") as directory, PlayedAgent(Path(directory, "ga")) as agent:
-        freezer = guard_process.FreezeControl(Address(path=str(agent.path)), 5.0)
+        freezer = freeze_control.FreezeControl(Address(path=str(agent.path)), 5.0)
         freezer.ping()
         freezer.freeze(10)
         agent.behaviour["guest-fsfreeze-status"] = behaviour
@@ -510,7 +510,7 @@ def test_sockets_that_the_guard_could_not_reach_are_refused_before_it_starts(tmp
 
 def test_a_thaw_is_done_without_a_thread_where_there_can_be_none(monkeypatch):
     with tempfile.TemporaryDirectory(prefix="bc-") as directory, PlayedAgent(Path(directory, "ga")) as agent:
-        freezer = guard_process.FreezeControl(Address(path=str(agent.path)), 2.0)
+        freezer = freeze_control.FreezeControl(Address(path=str(agent.path)), 2.0)
         freezer.ping()
         freezer.freeze(0.5)
         time.sleep(0.5)
