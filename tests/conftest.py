@@ -56,6 +56,14 @@ def _temporary_root() -> str:
     return "/var/tmp" if in_memory else tempfile.gettempdir()
 
 
+@pytest.fixture(autouse=True)
+def _umask() -> Iterator[None]:
+    """Take back the umask of a command line that a test ran in this process, before the next test."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 def get_build(which: str) -> Build:
     """Return a build as `builds.build` does; one that can't be had skips the test, or fails if required."""
     try:

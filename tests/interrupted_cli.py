@@ -28,6 +28,7 @@ import re
 import select
 import signal
 import socket
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import wraps
@@ -59,13 +60,19 @@ BUG = re.compile(r"\b[A-Z]\w*(Error|Exception)\b|in backupctl itself")
 
 def interrupt(environment: Mapping[str, str]) -> None:
     """Set up the interruption in this process."""
-    numbers = itertools.count()
+    numbers, told = itertools.count(), threading.Lock()
     for owner, names in WATCHED.items():
         for name in names:
-            _watch(owner, name, numbers, environment)
+            _watch(owner, name, numbers, told, environment)
 
 
-def _watch(owner: object, name: str, numbers: "itertools.count[int]", environment: Mapping[str, str]) -> None:
+def _watch(
+    owner: object,
+    name: str,
+    numbers: "itertools.count[int]",
+    told: threading.Lock,
+    environment: Mapping[str, str],
+) -> None:
     real = getattr(owner, name)
     at, when = environment.get("KILL_AT", "-1"), environment.get("KILL_WHEN", "before")
     wanted = int(at) if at.isdecimal() else -1
@@ -74,13 +81,14 @@ def _watch(owner: object, name: str, numbers: "itertools.count[int]", environmen
 
     @wraps(real)
     def stepped(*arguments, **options):
-        mine = next(numbers)
         commands = (owner, name) in ((Monitor, "execute"), (Connection, "call"))
         first = arguments[1] if commands else name if owner in (GuardClient, RemoteGuard) else ""
+        with told:  # disks are copied by several threads, and the nth line is that of the nth step
+            mine = next(numbers)
+            if steps:
+                with open(steps, "a") as log:
+                    log.write(f"{name} {first if commands else ''}\n")
         hit = at in (str(mine), first)
-        if steps:
-            with open(steps, "a") as log:
-                log.write(f"{name} {first if commands else ''}\n")
         if error and (mine == wanted or (mine > wanted >= 0 and error == errno.ENOSPC)):
             raise OSError(error, os.strerror(error))
         if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:

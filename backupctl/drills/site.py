@@ -269,8 +269,9 @@ class Site(ABC):
     def fingerprint(self) -> dict[str, str]:
         """Return a hash of every file of every committed point."""
         found = {}
-        for path in sorted((self.repository / VM).glob("*Z/*")):
-            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((self.repository / VM).glob("*Z/**/*")):
+            if path.is_file():
+                found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         return found
 
     def check_next_run(self, code: int = 0) -> None:

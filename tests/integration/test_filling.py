@@ -71,7 +71,7 @@ def data_file(directory: Path) -> type[Machine]:
 
 def told_of(lab, directory: Path) -> list[dict[str, str]]:
     findings = json.loads(lab.cli.call("doctor", "web", "--json").stdout)["findings"]
-    return [one for one in findings if f"on the file system of {directory}, " in one["said"]]
+    return [one for one in findings if f"file system of {directory}: " in one["said"]]
 
 
 @pytest.mark.parametrize(

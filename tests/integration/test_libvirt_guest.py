@@ -196,7 +196,10 @@ def test_a_guest_that_a_full_scratch_file_paused_goes_on_and_none_of_its_writes_
     guest, cli = boot(used=True)
     cli.scratch = daemon.directory / "small"
     # In the daemon's mounts, but with the test's own /proc.
-    inside = ["nsenter", "-t", str(daemon.daemon_process()), "-m", "unshare", "-m", "sh", "-c"]
+    inside = ["nsenter", "-t", str(daemon.daemon_process()), "-m"]
+    # What a run that was killed before left there, of another VM.
+    subprocess.run([*inside, "find", cli.scratch, "-mindepth", "1", "-delete"], check=True)
+    inside += ["unshare", "-m", "sh", "-c"]
     inside += ['mount -t proc proc /proc && exec "$@"', "sh"]
     program = [sys.executable, "-m", "tests.small_scratch"]
     words = cli.arguments("full", "web", "--freeze", "never", "--limit", "1M")

@@ -397,7 +397,7 @@ def test_if_running_skips_a_vm_that_is_off(old_lab):
     assert "is off" in report["skipped"]
     assert len(lab.cli.json("list", "web", vm=False)) == 1
     said = lab.cli.run("full", "web", "--if-running")
-    assert "no backup of web" in said.stderr
+    assert "no backup: web is off" in said.stderr
 
 
 def configured(lab, tmp_path: Path, when_off: str) -> Path:

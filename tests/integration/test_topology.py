@@ -115,7 +115,7 @@ def test_on_broken_chain_fail_touches_nothing(any_build, make_lab):
     error = lab.backup("incremental", "--on-broken-chain", "fail", code=1)["error"]
     assert "vdb" in error["message"]
     assert len(lab.agent.freezes) == freezes
-    assert len(list((lab.cli.repository / "web").iterdir())) == 3, "the lock, the history and the full"
+    assert len(list((lab.cli.repository / "web").iterdir())) == 4, "lock, history, summary and the full"
 
 
 def test_after_a_crash_of_qemu_the_disks_are_scanned_and_little_more_than_the_change_is_stored(

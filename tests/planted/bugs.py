@@ -71,14 +71,14 @@ BUGS = (
         off_checkpoints.make(self._off.daemon, recorded, name)""",
         """off_checkpoints.make(self._off.daemon, recorded, name)
         checkpoints.redefine(self._off.connection, self._described(name, recorded))""",
-        LIBVIRT + "test_libvirt_off.py::test_libvirt_notes_a_checkpoint_before_its_bitmaps_are_made",
+        LIBVIRT + "test_off_domains.py::test_libvirt_notes_a_checkpoint_before_its_bitmaps_are_made",
     ),
     Bug(
         "a bitmap with a gap below it is believed while a domain is off",
         "recorded",
         "if gap or other_size or not all(map(_usable, there)):",
         "if other_size or not all(map(_usable, there)):",
-        LIBVIRT + "test_libvirt_off.py::test_only_bitmaps_without_a_gap_tell_what_changed",
+        LIBVIRT + "test_off_domains.py::test_only_bitmaps_without_a_gap_tell_what_changed",
     ),
     Bug(
         "a client in its handshake is taken for one that QEMU has let in",

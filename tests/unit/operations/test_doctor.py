@@ -28,7 +28,7 @@ def test_a_monitor_that_is_not_there_is_bad_and_how_to_start_one_is_told(tmp_pat
 def test_a_repository_that_is_not_there_is_not_made(tmp_path):
     """An unmounted file system looks just like that, so it is told."""
     (repository,) = found(tmp_path / "a" / "r", "repository")
-    assert (repository.verdict, "mounted?" in repository.advice) == ("warning", True)
+    assert (repository.verdict, "is mounted" in repository.advice) == ("warning", True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -156,7 +156,12 @@ def test_a_chain_is_merged_from_below_and_its_directories_go(builder):
     points = [history.take("vda", full=number == 0, size=1 << 20) for number in range(5)]
     report = pruned(builder, Rules(last=2))
     assert list(report.dropped) == list(report.removed) == points[:3]
-    assert sorted(path.name for path in builder.directory.path.iterdir()) == [*points[3:], "history", "lock"]
+    assert sorted(path.name for path in builder.directory.path.iterdir()) == [
+        *points[3:],
+        "history",
+        "lock",
+        "summary",
+    ]
     kept = builder.directory.point(points[3]).manifest
     assert (kept.kind, kept.parent, kept.disks[0].kind) == ("full", None, "full")
     history.check()
@@ -412,7 +417,7 @@ def deaths(builder: Builder, shape: str, directory: Path, stride: int) -> int:
         history.check()
         for partial in builder.directory.pending_points():
             partial.drop()  # as each run's recovery does
-        names = {path.name for path in builder.directory.path.iterdir()} - {"lock", "history"}
+        names = {path.name for path in builder.directory.path.iterdir()} - {"lock", "history", "summary"}
         assert names == {one.point for one in report.decisions if one.keep}, f"step {number}"
     return number // stride
 

@@ -406,7 +406,7 @@ def test_tls_with_certificates_serves_only_who_has_one_of_the_same_authority(two
 def test_credentials_that_others_could_change_or_that_are_missing_serve_nothing(two_points, tmp_path):
     builder, _ = two_points
     keys = tls_directory(tmp_path)
-    assert "--tls is for --tcp" in refused(builder, P2, "--tls", keys)
+    assert "--tls needs --tcp" in refused(builder, P2, "--tls", keys)
     (keys / "keys.psk").chmod(0o622)
     assert "writable by other users" in refused(builder, P2, "--tcp", "0", "--tls", keys)
     (keys / "keys.psk").unlink()
