@@ -196,7 +196,7 @@ def print_table(
     for cells in (heads, *first):
         _output.write(line.format(*cells).rstrip() + "\n")
     for row in [] if more is None else chain([more], left):
-        text = line.format(*row).rstrip()
+        text = line.format(*map(str, row)).rstrip()
         _output.write((text if text.isprintable() else line.format(*map(clean, row)).rstrip()) + "\n")
     _output.flush()
 

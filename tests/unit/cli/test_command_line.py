@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -193,6 +194,14 @@ def test_a_directory_that_is_no_repository_is_refused(tmp_path):
 def test_what_comes_from_outside_can_not_move_the_cursor():
     assert output.clean("a\x1b[2Jb\rc\x9b\u202e") == "a\\x1b[2Jb\\x0dc\\x9b\\x202e"
     assert output.clean("é 漢") == "é 漢"
+
+
+def test_a_table_that_is_written_as_it_comes_takes_any_cell(capsys):
+    rows = [(Path("/x"), number, None) for number in range(output._FIRST_ROWS + 2)]
+    output.print_table(("FILE", "NUMBER>", "ELSE"), rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(rows) + 1
+    assert lines[-1].split() == ["/x", str(len(rows) - 1), "None"]
 
 
 def test_what_comes_from_outside_can_not_begin_a_line_as_if_we_said_it(capsys):
