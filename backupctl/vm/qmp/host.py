@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The machine that QEMU runs on, as far as a backup has to do with it: this one, or one that ssh reaches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from socket import socket
 from typing import Protocol
 
 from backupctl.options import QmpAccess, Timeouts
 from backupctl.vm.disk import Disk
 from backupctl.vm.filling import Filling
-from backupctl.vm.guest import agent
+from backupctl.vm.guest import agent, handshake
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import nbd_export, shared_files
 from backupctl.vm.qmp.files import LOCAL, Files
@@ -36,6 +37,9 @@ class Host(Protocol):
 
     def thaw_if_frozen(self) -> bool:
         """Thaw a guest that is frozen; whether it was. Raises AgentError."""
+
+    def leave(self, clients: Iterable[socket]) -> None:
+        """Have NBD clients leave whose exports are gone, and wait until QEMU knows. Never raises."""
 
     def scratch_filling(self, directory: Path, monitor: Monitor, disks: Sequence[Disk]) -> Filling:
         """Return who else needs the file system of the scratch directory. Raises MonitorError."""
@@ -71,6 +75,10 @@ class LocalHost:
         """Talk to the agent."""
         address = self._access.agent
         return address is not None and agent.thaw_if_frozen(address, self._timeouts.agent_seconds)
+
+    def leave(self, clients: Iterable[socket]) -> None:
+        """Have them leave."""
+        handshake.leave(clients, surely=True)
 
     def scratch_filling(self, directory: Path, monitor: Monitor, disks: Sequence[Disk]) -> Filling:
         """See `shared_files`."""

@@ -19,7 +19,6 @@ from backupctl.errors import Failed
 from backupctl.names import BitmapName, Namespace, NodeKind, NodeName
 from backupctl.system import private_dir
 from backupctl.vm.driver import Export
-from backupctl.vm.guest import handshake
 from backupctl.vm.qmp.monitor import Monitor
 
 Serve = Callable[[Monitor, Namespace, int], AbstractContextManager[Callable[[], socket.socket]]]
@@ -56,7 +55,7 @@ def start_exports(
     """Start QEMU's NBD server and export each view with its disk's bitmap, read-only.
 
     connections: sockets for each export. serve: starts the server where QEMU is, here by default.
-    Raises MonitorError, GuardLost, Failed; no client is connected then.
+    Raises MonitorError, GuardLost, Failed; the clients that were connected are closed then.
     """
     names = [namespace.node(NodeKind.EXPORT, number) for number in range(len(specs))]
     with (serve or served)(monitor, namespace, len(specs) * connections) as connect, ExitStack() as failed:
@@ -80,11 +79,6 @@ def drain(exports: Sequence[Export]) -> None:
         with suppress(OSError):  # nothing more for now, or the server has closed it
             while sock.recv(1 << 20, socket.MSG_DONTWAIT):
                 pass
-
-
-def leave(exports: Sequence[Export]) -> None:
-    """Have the clients of exports that are gone leave, and wait until QEMU knows. Never raises."""
-    _leave([sock for one in exports for sock in one.sockets])
 
 
 def descriptor_name(namespace: Namespace) -> str:
@@ -155,15 +149,10 @@ def _connect(path: str) -> socket.socket:
 def _connected(
     guard: SocketHolder, name: str, connect: Callable[[], socket.socket], failed: ExitStack
 ) -> socket.socket:
-    """Connect a client. failed: disconnects it if one after it can't connect."""
+    """Connect a client. failed: closes it if one after it cannot connect."""
     try:
         made = failed.enter_context(connect())
     except OSError as err:
         raise Failed(f"cannot connect to QEMU's NBD server: {err.strerror}") from err
-    failed.callback(_leave, [made])
     guard.hold(made, name)
     return made
-
-
-def _leave(sockets: Sequence[socket.socket]) -> None:
-    handshake.leave(sockets, surely=True)

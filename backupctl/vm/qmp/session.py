@@ -175,9 +175,8 @@ class QmpSession(GuardedSession):
 
     def _close_clients(self) -> None:
         """Close our NBD clients and the guard's duplicates; no export is left that they could harm."""
-        # `nbd-server-stop` hangs the guest while QEMU has not seen the end of a client in its handshake, and
-        # what lies between us (a relay, ssh) may pass that on later than the command.
-        nbd_export.leave(self._exports)
+        # `nbd-server-stop` hangs the guest while QEMU has not seen the end of a client in its handshake.
+        self._host.leave([sock for one in self._exports for sock in one.sockets])
         self._clients.close()
         self._exports = ()
         self._guard.release()

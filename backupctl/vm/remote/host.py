@@ -7,78 +7,49 @@ scratch files have no names, and QEMU needs no rights on any directory, unless i
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import AgentUnavailable, MonitorError
+from backupctl.errors import MonitorError
 from backupctl.names import Namespace
 from backupctl.options import QmpAccess, Timeouts
 from backupctl.system.address import Address
 from backupctl.vm.disk import Disk
 from backupctl.vm.filling import Filling
-from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.qmp import nbd_export, reply
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.nbd_export import Serve
-from backupctl.vm.remote import channel
+from backupctl.vm.remote import connected_host
 from backupctl.vm.remote.channel import Channel
-from backupctl.vm.remote.files import RemoteFiles
-from backupctl.vm.remote.guard import RemoteGuard
-from backupctl.vm.remote.names import GUARD_SECONDS, MONITOR, NBD, SILENCE_SECONDS
-
-_MOST_DESCRIPTOR = 1 << 30
-_AGENT_WAITS = 5
-"""Of the agent's time-out: to connect, to synchronise, for a status, the thaw, and the status again."""
+from backupctl.vm.remote.connected_host import MOST_DESCRIPTOR, ConnectedHost
+from backupctl.vm.remote.names import MONITOR
 
 
-class RemoteHost:
+class RemoteHost(ConnectedHost):
     """See `Host`; `connected` makes one."""
 
     def __init__(self, access: QmpAccess, timeouts: Timeouts) -> None:
+        super().__init__(access.qmp, timeouts)
         self._access = access
-        self._timeouts = timeouts
-        self._held = ExitStack()
-        self._channel: Channel | None = None
-        self._clients: dict[int, int] = {}
 
-    def open(self, lock_seconds: float, cancel: Cancellation | None = None) -> None:
-        """Connect to the host. lock_seconds: how long to wait while another run works on the VM.
-
-        Raises MonitorUnreachable, Interrupted.
-        """
-        options = options_for(self._access, self._timeouts, session=True, lock_seconds=lock_seconds)
-        self._channel = self._held.enter_context(channel.opened(self._access.qmp, options, cancel))
-
-    def close(self) -> None:
-        """Leave the host. The guard there goes on if it has to."""
-        self._held.close()
+    def options(self, lock_seconds: float) -> dict[str, object]:
+        """Tell of monitor and agent."""
+        return options_for(self._access, self._timeouts, session=True, lock_seconds=lock_seconds)
 
     def monitor(self, cancel: Cancellation | None = None) -> Monitor:
         """Connect to the monitor. Raises MonitorUnreachable, Interrupted."""
         return Monitor.connect(self._access.qmp, self._timeouts.command_seconds, cancel, _Line(self._there))
 
     def monitor_again(self) -> Monitor:
-        """Connect to the host anew, and wait until the guard there has done what a broken line asks of it."""
-        if not self._there.alive:
-            self._held.close()
-            self._clients.clear()
-            self.open(SILENCE_SECONDS + GUARD_SECONDS)
+        """Connect to the monitor anew, and to the host where that is necessary."""
+        self.open_again()
         return self.monitor()
-
-    @property
-    def files(self) -> RemoteFiles:
-        """Those of the host."""
-        return RemoteFiles(self._there)
 
     @property
     def serve(self) -> Serve:
         """Start the NBD server on the host, and relay its connections."""
         return self._serve
-
-    def guard(self, lock: int) -> AbstractContextManager[GuardClient]:  # noqa: ARG002 - it has a lock there
-        """Return the guard that was started there with the connection."""
-        return RemoteGuard(self._there, self._clients, self._timeouts.agent_seconds)
 
     def thaw_if_frozen(self) -> bool:
         """Have the program there talk to the agent."""
@@ -89,11 +60,6 @@ class RemoteHost:
         self.files.check_directory(directory)
         return self.files.filling(directory, monitor.remote_process)
 
-    @property
-    def _there(self) -> Channel:
-        assert self._channel is not None, "open comes first"
-        return self._channel
-
     @contextmanager
     def _serve(
         self, monitor: Monitor, namespace: Namespace, clients: int
@@ -101,21 +67,9 @@ class RemoteHost:
         answer = self._there.ask("listen", by_descriptor=monitor.passes_descriptors, clients=clients)
         with reply.understood("answer of its host"):
             path = reply.text(answer["path"])
-            descriptor = -1 if path else reply.number(answer["descriptor"], _MOST_DESCRIPTOR)
+            descriptor = -1 if path else reply.number(answer["descriptor"], MOST_DESCRIPTOR)
         nbd_export.start_server(monitor, namespace, clients, descriptor=descriptor, path=path)
-        yield self._connect
-
-    def _connect(self) -> socket.socket:
-        there = self._there
-        made = Address(path=str(there.directory / NBD)).connect(self._timeouts.command_seconds)
-        try:
-            made.settimeout(None)
-            with reply.understood("answer of its host"):
-                self._clients[made.fileno()] = reply.number(there.ask("connect"), _MOST_DESCRIPTOR)
-        except BaseException:
-            made.close()
-            raise
-        return made
+        yield lambda: self.connect_client("connect")
 
 
 class _Line:
@@ -145,17 +99,11 @@ class _Line:
         self._there.ask("send_fd", descriptor=descriptor)
 
 
-@contextmanager
 def connected(
     access: QmpAccess, timeouts: Timeouts, cancel: Cancellation | None = None
-) -> Iterator[RemoteHost]:
+) -> AbstractContextManager[RemoteHost]:
     """Connect to a VM's host while the block lasts. Raises MonitorUnreachable, Interrupted."""
-    host = RemoteHost(access, timeouts)
-    try:
-        host.open(min(2 * timeouts.command_seconds, GUARD_SECONDS), cancel)
-        yield host
-    finally:
-        host.close()
+    return connected_host.connected(RemoteHost(access, timeouts), timeouts, cancel)
 
 
 def options_for(
@@ -173,20 +121,11 @@ def options_for(
 
 def freeze_status(access: QmpAccess, timeouts: Timeouts) -> str:
     """Return "thawed" or "frozen", as the agent remembers it. Raises AgentError."""
-    found = _agent_asked(access, timeouts, "freeze_status")
-    return "frozen" if found == "frozen" else "thawed"
+    options = options_for(access, timeouts, session=False)
+    return connected_host.freeze_status(access.qmp, options, timeouts.agent_seconds, f"at {access.agent}")
 
 
 def thaw_if_frozen(access: QmpAccess, timeouts: Timeouts) -> bool:
     """Thaw a guest that is frozen; whether it was. Raises AgentError."""
-    return _agent_asked(access, timeouts, "thaw") is True
-
-
-def _agent_asked(access: QmpAccess, timeouts: Timeouts, request: str) -> object:
-    """Ask over a connection of its own: the guest must not wait for whoever has the monitor."""
     options = options_for(access, timeouts, session=False)
-    try:
-        with channel.opened(access.qmp, options) as there:
-            return there.ask(request, _AGENT_WAITS * timeouts.agent_seconds + 5.0)
-    except (MonitorError, OSError) as err:
-        raise AgentUnavailable(f"no guest agent at {access.agent}: {err}") from err
+    return connected_host.thaw_if_frozen(access.qmp, options, timeouts.agent_seconds, f"at {access.agent}")

@@ -6,92 +6,53 @@ there connects. The guard is there too, and has its own connection to libvirt.
 """
 
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import AgentUnavailable, BackupctlError, MonitorError, MonitorUnreachable
+from backupctl.errors import MonitorUnreachable
 from backupctl.names import Namespace, VmName
 from backupctl.options import LibvirtAccess, Timeouts
 from backupctl.system import libvirt_uri
-from backupctl.system.address import Address
 from backupctl.vm.disk import Disk
 from backupctl.vm.filling import Filling
-from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.libvirt.connection import Connection, domain_names
 from backupctl.vm.libvirt.host import LOCK_SECONDS
 from backupctl.vm.libvirt.run_directory import QemuUser
-from backupctl.vm.qmp import reply
-from backupctl.vm.remote import channel
+from backupctl.vm.remote import channel, connected_host
 from backupctl.vm.remote.channel import Channel
-from backupctl.vm.remote.files import RemoteFiles
-from backupctl.vm.remote.guard import RemoteGuard
-from backupctl.vm.remote.names import GUARD_SECONDS, MONITOR, NBD, SILENCE_SECONDS
-
-_MOST_DESCRIPTOR = 1 << 30
-_AGENT_WAITS = 5
-"""Of the agent's time-out: to connect twice, for a status, the thaw, and the status again."""
+from backupctl.vm.remote.connected_host import ConnectedHost
+from backupctl.vm.remote.names import MONITOR
 
 
-class RemoteLibvirtHost:
+class RemoteLibvirtHost(ConnectedHost):
     """See `Host`; `connected` makes one."""
 
     def __init__(self, access: LibvirtAccess, timeouts: Timeouts) -> None:
+        super().__init__(libvirt_uri.remote(access.uri).address, timeouts)
         self._access = access
-        self._timeouts = timeouts
-        self._held = ExitStack()
-        self._channel: Channel | None = None
-        self._clients: dict[int, int] = {}
 
     @property
     def name(self) -> str:
         """The host, as people know it."""
         return self._there.host
 
-    def open(self, lock_seconds: float, cancel: Cancellation | None = None) -> None:
-        """Connect to the host. lock_seconds: how long to wait while another run works on the domain.
-
-        Raises MonitorUnreachable, Interrupted.
-        """
-        options = _options(self._access, self._timeouts, lock_seconds=lock_seconds)
-        there = channel.opened(libvirt_uri.remote(self._access.uri).address, options, cancel)
-        self._channel = self._held.enter_context(there)
-
-    def close(self) -> None:
-        """Leave the host. The guard there goes on if it has to."""
-        self._held.close()
+    def options(self, lock_seconds: float) -> dict[str, object]:
+        """Tell of libvirt and the domain."""
+        return _options(self._access, self._timeouts, lock_seconds=lock_seconds)
 
     def connection(self) -> Connection:
         """Connect to libvirt there; if the line was cut, wait until the guard has done what is due."""
-        if not self._there.alive:
-            self._held.close()
-            self._clients.clear()
-            self.open(SILENCE_SECONDS + GUARD_SECONDS)
+        self.open_again()
         seconds = self._timeouts.command_seconds + LOCK_SECONDS
         made = Connection.open(_local(self._there), self._access.domain, seconds, _dial(self._there))
         made.header = self.files.header
         return made
 
-    @property
-    def files(self) -> RemoteFiles:
-        """Those of the host."""
-        return RemoteFiles(self._there)
-
-    def guard(self, lock: int) -> AbstractContextManager[GuardClient]:  # noqa: ARG002 - it has a lock there
-        """Return the guard that was started there with the connection."""
-        return RemoteGuard(self._there, self._clients, self._timeouts.agent_seconds)
-
     def thaw_if_frozen(self) -> bool:
         """Have the program there talk to the agent."""
         return thaw_if_frozen(self._access, self._timeouts)
-
-    def leave(self, clients: Iterable[socket.socket]) -> None:
-        """Have QEMU's side of these connections leave: what we close here does not end it."""
-        numbers = [self._clients[one.fileno()] for one in clients if one.fileno() in self._clients]
-        if numbers:
-            with suppress(BackupctlError, OSError):
-                self._there.ask("leave", descriptors=numbers)
 
     def filling(self, directories: Sequence[Path], disks: Sequence[Disk]) -> tuple[Filling, ...]:  # noqa: ARG002
         """No disk of the domain is on a file system of this machine."""
@@ -118,34 +79,14 @@ class RemoteLibvirtHost:
 
     def connect_nbd(self, path: Path, qemu_user: QemuUser | None) -> socket.socket:
         """Connect to the socket that ssh forwards, and have the program there go on to QEMU."""
-        made = Address(path=str(self._there.directory / NBD)).connect(self._timeouts.command_seconds)
-        try:
-            made.settimeout(None)
-            with reply.understood("answer of its host"):
-                number = self._there.ask("connect_nbd", path=str(path), qemu_user=qemu_user)
-                self._clients[made.fileno()] = reply.number(number, _MOST_DESCRIPTOR)
-        except BaseException:
-            made.close()
-            raise
-        return made
-
-    @property
-    def _there(self) -> Channel:
-        assert self._channel is not None, "open comes first"
-        return self._channel
+        return self.connect_client("connect_nbd", path=str(path), qemu_user=qemu_user)
 
 
-@contextmanager
 def connected(
     access: LibvirtAccess, timeouts: Timeouts, cancel: Cancellation | None = None
-) -> Iterator[RemoteLibvirtHost]:
+) -> AbstractContextManager[RemoteLibvirtHost]:
     """Connect to a domain's host while the block lasts. Raises MonitorUnreachable, Interrupted."""
-    host = RemoteLibvirtHost(access, timeouts)
-    try:
-        host.open(min(2 * timeouts.command_seconds, GUARD_SECONDS), cancel)
-        yield host
-    finally:
-        host.close()
+    return connected_host.connected(RemoteLibvirtHost(access, timeouts), timeouts, cancel)
 
 
 def domains(where: str, timeouts: Timeouts) -> list[tuple[str, bool]]:
@@ -158,21 +99,14 @@ def domains(where: str, timeouts: Timeouts) -> list[tuple[str, bool]]:
 
 def freeze_status(access: LibvirtAccess, timeouts: Timeouts) -> str:
     """Return "thawed" or "frozen", as the agent remembers it. Raises AgentError."""
-    return "frozen" if _agent_asked(access, timeouts, "freeze_status") == "frozen" else "thawed"
+    address, options = libvirt_uri.remote(access.uri).address, _options(access, timeouts, session=False)
+    return connected_host.freeze_status(address, options, timeouts.agent_seconds, f"of {access.domain}")
 
 
 def thaw_if_frozen(access: LibvirtAccess, timeouts: Timeouts) -> bool:
     """Thaw a guest that is frozen; whether it was. Raises AgentError."""
-    return _agent_asked(access, timeouts, "thaw") is True
-
-
-def _agent_asked(access: LibvirtAccess, timeouts: Timeouts, request: str) -> object:
-    options = _options(access, timeouts, session=False)
-    try:
-        with channel.opened(libvirt_uri.remote(access.uri).address, options) as there:
-            return there.ask(request, _AGENT_WAITS * timeouts.agent_seconds + 5.0)
-    except (MonitorError, OSError) as err:
-        raise AgentUnavailable(f"no guest agent of {access.domain}: {err}") from err
+    address, options = libvirt_uri.remote(access.uri).address, _options(access, timeouts, session=False)
+    return connected_host.thaw_if_frozen(address, options, timeouts.agent_seconds, f"of {access.domain}")
 
 
 def _options(
