@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
-from typing import NewType
+from typing import Literal, NewType
 
 from backupctl.errors import InvalidName, RepositoryError
 
@@ -33,6 +33,10 @@ _UNION = re.compile(rf"{PREFIX}([0-9a-f]{{8}})-since", re.ASCII)
 _TAKEN = ("lost+found", "repository.json")
 """Names that a repository's directory has already: of what fsck finds, and of what we put there."""
 _POINT_FORMAT = "%Y%m%dT%H%M%SZ"
+
+FileKind = Literal["domain", "qemu", "images", "variables", "tpm", "included"]
+"""What a file of a definition is: the XML of libvirt, what QEMU tells, the images of a VM that is off, UEFI
+variables, the state of a TPM, a file that the user named."""
 
 
 def vm_name(text: str) -> VmName:

@@ -8,22 +8,18 @@ can have the directory's name. People may read and copy these files without back
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from blake3 import blake3
 from msgspec import Meta
 
 from backupctl.errors import DamageFound
-from backupctl.names import file_name
+from backupctl.names import FileKind, file_name
 from backupctl.repository.strict_json import Hex, Text
 from backupctl.sizes import MAX_DEFINITION_BYTES, MAX_DEFINITION_FILE_BYTES, MAX_DEFINITION_FILES
 from backupctl.system import durable, safe_open
 
 DIRECTORY = "definition"
-
-FileKind = Literal["domain", "qemu", "images", "variables", "tpm", "included"]
-"""The XML of libvirt, what QEMU tells, the images of a VM that is off, UEFI variables, the state of a TPM, a
-file that the user named."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,10 @@ def check(files: tuple[StoredFile, ...]) -> None:
 
 
 def write(point: Path, files: Iterable[NewFile]) -> tuple[StoredFile, ...]:
-    """Write files into the directory of an unfinished point; they are synced. Raises OSError, InvalidName."""
+    """Write files into the directory of an unfinished point; `sync` is still to come.
+
+    Raises OSError, InvalidName.
+    """
     made = tuple(files)
     entries = tuple(one.entry() for one in made)
     if not entries:
@@ -78,7 +77,6 @@ def write(point: Path, files: Iterable[NewFile]) -> tuple[StoredFile, ...]:
     durable.make_directory(point / DIRECTORY)
     for one, entry in zip(made, entries, strict=True):
         durable.write_new(entry.path_in(point), one.content)
-    durable.sync_directory(point / DIRECTORY)
     return entries
 
 

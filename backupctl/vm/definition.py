@@ -8,14 +8,11 @@ fails a backup. A file that the user named is different: without it the run does
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from backupctl.errors import UNTOUCHED, UsageError
-from backupctl.names import safe_file_name
+from backupctl.names import FileKind, safe_file_name
 from backupctl.sizes import MAX_DEFINITION_FILE_BYTES, MAX_INCLUDED_BYTES, MAX_INCLUDED_FILES
 from backupctl.system.bounded_read import Unusable
-
-FileKind = Literal["domain", "qemu", "images", "variables", "tpm", "included"]
 
 Read = Callable[[Path, int], bytes]
 """Reads a plain file of the VM's host, of at most so many bytes. Raises bounded_read.Unusable."""

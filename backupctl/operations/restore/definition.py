@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backupctl.errors import UNTOUCHED, BackupctlError, TargetExists, UsageError, WriteFailed
+from backupctl.names import FileKind
 from backupctl.operations.restore import destination, request
 from backupctl.operations.restore.request import RestoreRequest
 from backupctl.progress import Reporter
 from backupctl.repository import read_locks, stored_files
 from backupctl.repository.point import Point
-from backupctl.repository.stored_files import FileKind, StoredFile
+from backupctl.repository.stored_files import StoredFile
 from backupctl.repository.vm_directory import VmDirectory
 from backupctl.targets import output
 
