@@ -19,10 +19,9 @@ from backupctl.operations.restore import definition
 from backupctl.outcome import documents
 from backupctl.progress import counted
 from backupctl.repository import audit, summary
-from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
-from backupctl.repository.summary import DiskSummary, Listing
+from backupctl.repository.summary import Listing, PointSummary
 from backupctl.repository.vm_directory import ScannedPoints, VmDirectory
 
 if TYPE_CHECKING:
@@ -203,7 +202,7 @@ def _rows_of(vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
             point.id,
             times.of_point(point.id, utc=utc),
             times.age(point_time(point.id), now),
-            _kind(point.disks),
+            _kind(point),
             units.size(point.stored_bytes),
             "?" if chain is None else units.size(chain),
             point.consistency,
@@ -228,12 +227,12 @@ def _totals_of(vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
     )
 
 
-def _kind(disks: Sequence[DiskSummary] | Sequence[DiskEntry]) -> str:
+def _kind(point: Point | PointSummary) -> str:
     """Say what a point is by what its disks are: a point that builds on another may hold full ones."""
-    full = sum([disk.kind == "full" for disk in disks])
-    if full == len(disks):
-        return "full"
-    return f"incremental ({full} full)" if full else "incremental"
+    kind = documents.disks_kind(point)
+    return (
+        f"incremental ({sum(disk.kind == 'full' for disk in point.disks)} full)" if kind == "mixed" else kind
+    )
 
 
 _CONSISTENCIES = {
@@ -288,7 +287,7 @@ def _show(vm: VmName, point: Point, chain: int | None, *, utc: bool) -> None:
     for name, value in (
         ("point", point.id),
         ("vm", vm),
-        ("kind", _kind(manifest.disks)),
+        ("kind", _kind(point)),
         ("parent", manifest.parent or "none"),
         ("time", f"{times.local(taken, utc=utc)}, {times.age(taken, times.now())}"),
         ("run", f"{times.stamp(manifest.start, utc=utc)} to {times.stamp(manifest.end, utc=utc)}"),

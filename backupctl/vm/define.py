@@ -8,7 +8,6 @@ executed here: it is parsed within bounds, changed as a tree, and given to libvi
 import shlex
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -146,11 +145,9 @@ def _remove(element: Element, *tags: str) -> None:
             element.remove(found)
 
 
-@contextmanager
-def connected(uri: str, seconds: float) -> Iterator[Connection]:
-    """Connect to a libvirt for as long as the block lasts. Raises MonitorUnreachable."""
-    with Connection.to_host(uri, seconds) as connection:
-        yield connection
+def connected(uri: str, seconds: float) -> Connection:
+    """Connect to a libvirt; the connection is closed at the end of a `with`. Raises MonitorUnreachable."""
+    return Connection.to_host(uri, seconds)
 
 
 def refuse_existing(connection: Connection, made: Rewritten) -> None:

@@ -64,38 +64,37 @@ def restore(
     MonitorError.
     """
     with read_locks.reading(wanted.directory, wanted.point) as point:
-        document, variables = _stored(wanted, point)
+        document, directory = _stored(wanted, point)
+        entry = stored_files.first(point.manifest.definition, "variables")
+        variables = directory / _VARIABLES if entry else None
         foretold = define.rewritten(document, _changes(point, (), variables, asked))
         with define.connected(asked.uri, asked.timeouts.command_seconds) as connection:
             define.refuse_existing(connection, foretold)
-        with _directory_made(Path(wanted.to)):
+        with _directory_made(directory):
             restored = whole.restore(wanted, reporter, stop)
-        entry = stored_files.first(point.manifest.definition, "variables")
         if entry is not None and variables is not None:
             definition.restore_file(wanted, point, entry, variables, reporter)
         stop.check()
         made = define.rewritten(document, _changes(point, restored.images, variables, asked))
         reporter.event(StepStarted("define"))
-        _define(wanted, made, asked, reporter)
+        definition.write(wanted, directory / _DOMAIN, made.document.encode(), reporter)
+        _define(wanted, made, asked, directory)
     for note in made.notes:
         reporter.event(DomainNote(made.name, note))
     return DefineReport(restored, made.name, made.uuid, variables)
 
 
-def _stored(wanted: RestoreRequest, point: Point) -> tuple[str, Path | None]:
-    """Return the XML of the point's domain, and where its UEFI variables go.
+def _stored(wanted: RestoreRequest, point: Point) -> tuple[str, Path]:
+    """Return the XML of the point's domain, and the directory that everything goes to.
 
     Raises UsageError, TargetExists, DamageFound.
     """
-    files = point.manifest.definition
-    entry = stored_files.first(files, "domain")
+    entry = stored_files.first(point.manifest.definition, "domain")
     if entry is None:
         raise _no_domain(wanted, point)
     directory = _directory(wanted)
     _refuse_files(wanted, directory)
-    has_variables = stored_files.first(files, "variables") is not None
-    content = stored_files.read(point.path, entry).decode(errors="replace")
-    return content, directory / _VARIABLES if has_variables else None
+    return stored_files.read(point.path, entry).decode(errors="replace"), directory
 
 
 def _no_domain(wanted: RestoreRequest, point: Point) -> BackupctlError:
@@ -129,7 +128,7 @@ def _directory_made(directory: Path) -> Iterator[None]:
 
     If the block fails before anything is in it, it goes again.
     """
-    missing = not directory.is_dir() and directory.absolute().parent.is_dir()
+    missing = not directory.is_dir() and directory.parent.is_dir()
     if missing:
         durable.make_directory(directory)
         directory.chmod(_DIRECTORY_MODE)  # whatever the umask is, which keeps others out of what we create
@@ -153,10 +152,8 @@ def _changes(
     return Changes(asked.name, disks, variables, asked.keep_identity)
 
 
-def _define(wanted: RestoreRequest, made: Rewritten, asked: DefineRequest, reporter: Reporter) -> None:
-    """Define the domain, of files that are all durable. Raises MonitorError, WriteFailed."""
-    path = _directory(wanted) / _DOMAIN
-    definition.write(wanted, path, made.document.encode(), reporter)
+def _define(wanted: RestoreRequest, made: Rewritten, asked: DefineRequest, directory: Path) -> None:
+    """Define the domain, of files that are all durable. Raises MonitorError, TargetExists."""
     try:
         with define.connected(asked.uri, asked.timeouts.command_seconds) as connection:
             define.refuse_existing(connection, made)
@@ -165,5 +162,5 @@ def _define(wanted: RestoreRequest, made: Rewritten, asked: DefineRequest, repor
         err.state = ""
         raise err.add(
             state=f"the disks are restored to {wanted.to}; no domain was defined",
-            next_command=shlex.join(["virsh", "-c", asked.uri, "define", str(path)]),
+            next_command=shlex.join(["virsh", "-c", asked.uri, "define", str(directory / _DOMAIN)]),
         ) from err

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # see `documents`
     from backupctl.operations.usage import VmUsage
     from backupctl.operations.versions import Component
     from backupctl.repository.point import Point
+    from backupctl.repository.summary import PointSummary
 
 
 def status(found: "Status", configuration: str | None) -> Document:
@@ -142,9 +143,9 @@ def _vm_usage(found: "VmUsage") -> Document:
     }
 
 
-def disks_kind(found: "Point") -> str:
+def disks_kind(found: "Point | PointSummary") -> str:
     """Return "full", "incremental" or "mixed", by the kinds of a point's disks."""
-    kinds = {entry.kind for entry in found.manifest.disks}
+    kinds = {disk.kind for disk in found.disks}
     return "mixed" if len(kinds) > 1 else str(next(iter(kinds)))
 
 

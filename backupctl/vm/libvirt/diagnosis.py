@@ -33,15 +33,20 @@ def findings(
 ) -> Iterator[Finding]:
     """Look at libvirt, the domain's settings, and its checkpoints. Raises MonitorError."""
     yield Finding("monitor", "ok", f"QEMU {version} runs the domain {access.domain} of {access.uri}")
-    try:
-        refuse_libvirt(connection)
-    except Refused as err:
-        yield Finding("libvirt", "bad", err.message)
+    yield from of_libvirt(connection)
     found = domain.describe(connection)
     yield from _persistence(connection)
     yield from _rights(found, options, place)
     yield from _disks(found, version)
     yield from of_checkpoints(checkpoints.listed(connection))
+
+
+def of_libvirt(connection: Connection) -> Iterator[Finding]:
+    """Tell of a libvirt that is refused."""
+    try:
+        refuse_libvirt(connection)
+    except Refused as err:
+        yield Finding("libvirt", "bad", err.message)
 
 
 def _persistence(connection: Connection) -> Iterator[Finding]:

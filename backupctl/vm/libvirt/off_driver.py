@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import CommandFailed, Refused
+from backupctl.errors import CommandFailed
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, NodeName
 from backupctl.options import LibvirtAccess, RunOptions, Timeouts, VmConfig
@@ -118,8 +118,5 @@ class OffDriver(OfflineDriver):
     def findings(self, options: RunOptions) -> Iterator[Finding]:
         """Tell that the domain is off, what reads its images, and whose checkpoints there are."""
         yield from super().findings(options)
-        try:
-            diagnosis.refuse_libvirt(self._off.connection)
-        except Refused as err:
-            yield Finding("libvirt", "bad", err.message)
+        yield from diagnosis.of_libvirt(self._off.connection)
         yield from diagnosis.of_checkpoints(checkpoints.listed(self._off.connection, off=True))
