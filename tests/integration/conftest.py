@@ -9,11 +9,27 @@ from typing import Any
 
 import pytest
 
+from fixtures import builds
 from fixtures import guest as guests
 from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
 from fixtures.guest import Disk, Guest
+from fixtures.sshd import Sshd
 from tests.conftest import MIB, Cli, make_cli
+
+
+@pytest.fixture
+def sshd(tmp_path: Path, held: ExitStack) -> Sshd:
+    """The other host, which is this machine behind an sshd of its own."""
+    try:
+        made = Sshd(tmp_path / "sshd")
+    except CannotBeHad as err:
+        if builds.required():
+            pytest.fail(f"required here: {err}")
+        pytest.skip(str(err))
+    held.callback(made.close)
+    made.start()
+    return made
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fixtures import builds
 from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Libvirtd
 from fixtures.sshd import HOST, Sshd
@@ -28,19 +27,6 @@ def daemon() -> Iterator[Libvirtd]:
             yield made
     except CannotBeHad as err:
         pytest.skip(str(err))
-
-
-@pytest.fixture
-def sshd(tmp_path: Path, held: ExitStack) -> Sshd:
-    try:
-        made = Sshd(tmp_path / "sshd")
-    except CannotBeHad as err:
-        if builds.required():
-            pytest.fail(f"required here: {err}")
-        pytest.skip(str(err))
-    held.callback(made.close)
-    made.start()
-    return made
 
 
 def there(daemon: Libvirtd) -> str:

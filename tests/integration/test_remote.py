@@ -8,26 +8,11 @@ import time
 
 import pytest
 
-from fixtures import builds
-from fixtures.debian import CannotBeHad
 from fixtures.sshd import Sshd
 from fixtures.storage_daemon import StorageDaemon
 from tests import interrupted_cli
 
 pytestmark = pytest.mark.simulator_too
-
-
-@pytest.fixture
-def sshd(tmp_path, held):
-    try:
-        made = Sshd(tmp_path / "sshd")
-    except CannotBeHad as err:
-        if builds.required():
-            pytest.fail(f"required here: {err}")
-        pytest.skip(str(err))
-    held.callback(made.close)
-    made.start()
-    return made
 
 
 @pytest.fixture
