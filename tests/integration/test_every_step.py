@@ -85,7 +85,7 @@ def images(request: pytest.FixtureRequest) -> Subject:
         lambda: assert_only_points(lab),
         settle=settle,
         finish=finish,
-        may_scan=while_images_change,
+        reopens=REOPENS,
     )
 
 
@@ -157,13 +157,11 @@ def libvirt_off(request: pytest.FixtureRequest) -> Subject:
         lambda: {"VM_PID": str(lab.domain.daemon.daemon_process())},
         settle,
         finish,
-        while_images_change,
+        REOPENS,
     )
 
 
-def while_images_change(step: str) -> bool:
-    """Whether images may be open for writing at a step, so that a kill may leave their bitmaps in use."""
-    return step.startswith("execute ")
+REOPENS = "execute blockdev-reopen"
 
 
 def await_images(paths: dict[str, Path]) -> None:
