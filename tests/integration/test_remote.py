@@ -89,52 +89,6 @@ def test_a_run_that_is_killed_after_its_copy_leaves_no_export_or_job_on_the_othe
     remote_lab.next_is_right()
 
 
-@pytest.mark.timeout(300)
-def test_a_line_that_is_cut_at_some_steps(remote_lab, sshd):
-    assert explore(remote_lab, sshd, 6, 11, "cut") >= 4
-
-
-CHUNKS = 6
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("chunk", range(CHUNKS))
-@pytest.mark.parametrize("action", ["cut", ""], ids=["cut", "SIGKILL"])
-def test_a_line_that_is_cut_or_a_run_that_is_killed_at_every_step(
-    remote_lab, sshd, action, chunk, record_property
-):
-    cases = explore(remote_lab, sshd, chunk, CHUNKS, action)
-    record_property("cases", (f"{action or 'SIGKILL'} over ssh at a step", cases))
-    assert cases > 10
-
-
-def explore(lab, sshd: Sshd, first: int, stride: int, action: str) -> int:
-    """Interrupt incrementals at steps; after each the guest is thawed, and the next run is right."""
-    log = lab.directory / "steps"
-    done = interrupted(lab, sshd, "-1", STEPS=str(log))
-    assert done.returncode == 0, done.stderr
-    numbers = range(first, len(log.read_text().splitlines()), stride)
-    for number in numbers:
-        for when in ("before", "after"):
-            case = f"KILL_AT={number} KILL_WHEN={when} ({log.read_text().splitlines()[number]})"
-            lab.writer.write(3)
-            done = interrupted(lab, sshd, str(number), KILL_WHEN=when, ACTION=action)
-            assert done.returncode in ((0, 1, 3) if action else (0, -signal.SIGKILL)), (
-                f"{case}: {done.stderr}"
-            )
-            assert not interrupted_cli.BUG.search(done.stderr), f"{case}: {done.stderr}"
-            try:
-                sshd.await_end()
-                assert not lab.agent.frozen
-                if action and done.returncode != 3:
-                    lab.assert_at_rest()
-                lab.next_is_right()
-            except AssertionError as err:
-                raise AssertionError(f"{case}: {err}\n{done.stderr}") from err
-    return 2 * len(numbers)
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
