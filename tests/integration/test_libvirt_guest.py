@@ -195,8 +195,8 @@ def test_a_guest_that_a_full_scratch_file_paused_goes_on_and_none_of_its_writes_
 ) -> None:
     guest, cli = boot(used=True)
     cli.scratch = daemon.directory / "small"
-    # In the daemon's mounts, but with the test's own /proc.
-    inside = ["nsenter", "-t", str(daemon.daemon_process()), "-m"]
+    # In the daemon's mounts, but with the test's own /proc. A chroot that the tests run in has its own root.
+    inside = ["nsenter", "-t", str(daemon.daemon_process()), "-m", "-r", "-w"]
     # What a run that was killed before left there, of another VM.
     subprocess.run([*inside, "find", cli.scratch, "-mindepth", "1", "-delete"], check=True)
     inside += ["unshare", "-m", "sh", "-c"]
@@ -204,7 +204,7 @@ def test_a_guest_that_a_full_scratch_file_paused_goes_on_and_none_of_its_writes_
     program = [sys.executable, "-m", "tests.small_scratch"]
     words = cli.arguments("full", "web", "--freeze", "never", "--limit", "1M")
     run = subprocess.Popen(
-        [*inside, *program, *words], cwd=ROOT, env=cli.environment, stderr=subprocess.PIPE, text=True
+        [*inside, *program, *words], env=cli.environment, stderr=subprocess.PIPE, text=True
     )
     try:
         wait_for(lambda: guest.has_job() or run.poll() is not None)
