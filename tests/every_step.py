@@ -14,6 +14,7 @@ every other step a `recover`. Then:
 import os
 import signal
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ class Subject:
     process that is to end. settle: waits until an interruption has had all its effects. clean: fails unless
     only what was committed is left. finish: checks at the end what takes too long after each case. reopens:
     the step that opens images for writing, and then read-only again: a kill between two of them leaves
-    bitmaps in use, which are lost. scans: the steps at which one was.
+    bitmaps in use, which are lost. scans: the steps at which one was. codes: how interrupted runs ended.
     """
 
     cli: Cli
@@ -54,6 +55,7 @@ class Subject:
     finish: Callable[[], None] = nothing
     reopens: str = ""
     scans: list[str] = field(default_factory=list)
+    codes: "Counter[int]" = field(default_factory=Counter)
 
     def steps(self) -> list[str]:
         """Run once to the end, and return the names of the steps."""
@@ -93,6 +95,7 @@ class Subject:
         """Check how a run ended. action: that interrupted it; None if it had fewer steps this time."""
         assert code in ((0,) if action is None else CODES.get(action, ENDED)), f"exit {code}"
         assert not interrupted_cli.BUG.search(words)
+        self.codes[code] += 1
         self.settle()
         if code in (0, 1):
             assert (self._committed() == before) == bool(code), f"exit {code} is a lie"

@@ -11,6 +11,7 @@ The interruption is SIGKILL of the run, or ACTION:
 - eio, enospc: a durable step fails, once, or this one and all that follow;
 - hangup, lost: the monitor connection is closed at the next command, before or after QEMU runs it;
 - cut: the ssh connection to the VM's host breaks: the sessions of the sshd with the process id SSHD_PID end;
+- unplugged: the same at this end: the run's own ssh processes are killed;
 - silence: nothing passes that connection any more, and nobody says so: those sessions are stopped;
 - quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
   VM_PID may be libvirtd's, too;
@@ -32,6 +33,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import wraps
+from pathlib import Path
 
 from backupctl.cli.main import main
 from backupctl.images import create
@@ -126,6 +128,9 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
         number = signal.SIGKILL if how == "cut" else signal.SIGSTOP
         sshd.end_sessions(int(environment["SSHD_PID"]), number)
         return
+    if how == "unplugged":
+        _kill_own_ssh()
+        return
     if how == "stop":
         os.kill(int(environment["VM_PID"]), signal.SIGSTOP)
         return
@@ -134,6 +139,14 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
         return
     fault = how in ("hangup", "lost")
     _order(environment, {"do": "fault", "spec": f"qmp:*={how}"} if fault else {"do": "end", "how": how})
+
+
+def _kill_own_ssh() -> None:
+    children = [path.read_text().split() for path in Path("/proc/self/task").glob("*/children")]
+    for child in itertools.chain.from_iterable(children):
+        with suppress(OSError):  # it may have ended
+            if Path(f"/proc/{child}/comm").read_text().strip() == "ssh":
+                os.kill(int(child), signal.SIGKILL)
 
 
 def _order(environment: Mapping[str, str], order: dict[str, object]) -> None:

@@ -186,11 +186,18 @@ AXES: dict[str, Callable[[pytest.FixtureRequest], Subject]] = {
     "ssh-simulator": simulated_ssh,
 }
 """Ways to a VM."""
-ACTIONS = {"SIGKILL": "", "cut": "cut", "libvirtd-killed": "crash", "libvirtd-restarted": "quit"}
+ACTIONS = {
+    "SIGKILL": "",
+    "cut": "cut",
+    "unplugged": "unplugged",
+    "libvirtd-killed": "crash",
+    "libvirtd-restarted": "quit",
+}
 """What happens at a step, and how `tests.interrupted_cli` calls it."""
 EVERY = [
     *((axis, "SIGKILL") for axis in AXES),
     *((axis, "cut") for axis in ("libvirt-ssh", "ssh", "ssh-simulator")),
+    ("ssh-simulator", "unplugged"),
     *(
         (axis, what)
         for axis in ("libvirt", "libvirt-off")
@@ -243,6 +250,7 @@ SOME: dict[tuple[str, str], dict[str, Sequence[str]]] = {
         "rename": WHEN,
     },
     ("ssh-simulator", "SIGKILL"): {"execute transaction": WHEN, "execute block-export-add": AFTER},
+    ("ssh-simulator", "unplugged"): {"execute transaction": WHEN, "hold": AFTER},
     ("ssh-simulator", "cut"): {
         "execute nbd-server-start": AFTER,
         "execute block-export-add": WHEN,
@@ -262,6 +270,7 @@ def test_some_steps(
     subject = AXES[axis](request)
     wanted = sample(subject.steps(), SOME[played])
     assert subject.explore(wanted, ACTIONS[what]) == len(wanted)
+    assert set(subject.codes) - {0}, "no run noticed it"
     record_property("cases", (f"{axis}: {what} at some steps", len(wanted)))
 
 
@@ -283,4 +292,5 @@ def test_every_step(
     cases = subject.explore([(number, when) for number in numbers], ACTIONS[what])
     record_property("cases", (f"{axis}: {what} {when} a step", cases))
     record_property("cases", (f"{axis}: {what} {when} a step: a bitmap was lost", len(subject.scans)))
+    assert set(subject.codes) - {0}, "no run noticed it"
     assert cases > 10
