@@ -31,7 +31,7 @@ ENDED = (0, 1, 3)
 """How a run may end that was not killed itself."""
 
 
-def nothing() -> None:
+def nothing(_action: str = "") -> None:
     """Wait for nothing."""
 
 
@@ -40,10 +40,11 @@ class Subject:
     """A VM with a full, as one driver reaches it.
 
     writer: writes to its disks, however that is done. environment: of a call that is interrupted, such as the
-    process that is to end. settle: waits until an interruption has had all its effects. clean: fails unless
-    only what was committed is left. finish: checks at the end what takes too long after each case. reopens:
-    the step that opens images for writing, and then read-only again: a kill between two of them leaves
-    bitmaps in use, which are lost. scans: the steps at which one was. codes: how interrupted runs ended.
+    process that is to end. settle: waits until an interruption, given its action, has had all its effects.
+    clean: fails unless only what was committed is left. finish: checks at the end what takes too long after
+    each case. reopens: the step that opens images for writing, and then read-only again: a kill between two
+    of them leaves bitmaps in use, which are lost. scans: the steps at which one was. codes: how interrupted
+    runs ended.
     """
 
     cli: Cli
@@ -51,7 +52,7 @@ class Subject:
     directory: Path
     clean: Callable[[], None]
     environment: Callable[[], dict[str, str]] = dict
-    settle: Callable[[], None] = nothing
+    settle: Callable[[str], None] = nothing
     finish: Callable[[], None] = nothing
     reopens: str = ""
     scans: list[str] = field(default_factory=list)
@@ -62,7 +63,7 @@ class Subject:
         self.writer.write(3)
         done = self._run()
         assert done.returncode == 0, done.stderr
-        self.settle()
+        self.settle("")
         return self._names()
 
     def explore(self, cases: Iterable[tuple[int, str]], action: str) -> int:
@@ -96,7 +97,7 @@ class Subject:
         assert code in ((0,) if action is None else CODES.get(action, ENDED)), f"exit {code}"
         assert not interrupted_cli.BUG.search(words)
         self.codes[code] += 1
-        self.settle()
+        self.settle(action or "")
         if code in (0, 1):
             assert (self._committed() == before) == bool(code), f"exit {code} is a lie"
 

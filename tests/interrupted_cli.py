@@ -15,6 +15,8 @@ The interruption is SIGKILL of the run, or ACTION:
 - silence: nothing passes that connection any more, and nobody says so: those sessions are stopped;
 - quit, crash, restart: the VM ends: the QEMU with the process id VM_PID (no restart), or the simulator.
   VM_PID may be libvirtd's, too;
+- terminate: the process VM_PID gets a SIGTERM, and nobody waits until it has ended: a libvirtd that waits for
+  its QEMU, which waits for the run's NBD clients, ends only if the run goes on;
 - stop: the process VM_PID is stopped, as if it hung.
 
 CONTROL is the simulator's control socket. Its guest then writes before each export is added, so that the new
@@ -131,8 +133,8 @@ def _interrupt_now(environment: Mapping[str, str]) -> None:
     if how == "unplugged":
         _kill_own_ssh()
         return
-    if how == "stop":
-        os.kill(int(environment["VM_PID"]), signal.SIGSTOP)
+    if how in ("stop", "terminate"):
+        os.kill(int(environment["VM_PID"]), signal.SIGSTOP if how == "stop" else signal.SIGTERM)
         return
     if "VM_PID" in environment:
         _end(int(environment["VM_PID"]), signal.SIGKILL if how == "crash" else signal.SIGTERM)

@@ -50,7 +50,7 @@ def ssh(request: pytest.FixtureRequest, build: builds.Build | None = None) -> Su
     lab.cli.vm = ["--qmp", qmp, "--agent", agent]
     lab.backup("full", "--freeze", "require")
 
-    def settle() -> None:
+    def settle(_action: str) -> None:
         sshd.await_end()
         assert not lab.agent.frozen
 
@@ -71,7 +71,7 @@ def images(request: pytest.FixtureRequest) -> Subject:
     lab.backup("full")
     lab.machine.quit()
 
-    def settle() -> None:
+    def settle(_action: str) -> None:
         await_images(paths)
 
     def finish() -> None:
@@ -100,7 +100,8 @@ def libvirt(request: pytest.FixtureRequest) -> Subject:
     """A domain of libvirt."""
     lab = domain(request)
     lab.backup("full")
-    return of_domain(lab, lambda: {"VM_PID": str(lab.domain.daemon.daemon_process())})
+    ending = EndOfLibvirtd(lab.domain.daemon)
+    return of_domain(lab, ending.environment, ending.settle)
 
 
 def libvirt_ssh(request: pytest.FixtureRequest) -> Subject:
@@ -111,22 +112,36 @@ def libvirt_ssh(request: pytest.FixtureRequest) -> Subject:
     where = f"qemu+ssh://{HOST}/system?socket={lab.domain.daemon.directory}/sock/libvirt-sock"
     lab.cli.vm = ["--libvirt", where, "--domain", lab.domain.name]
     lab.backup("full")
-    return of_domain(lab, lambda: {"SSHD_PID": str(sshd.pid)}, sshd.await_end)
+    return of_domain(lab, lambda: {"SSHD_PID": str(sshd.pid)}, lambda _action: sshd.await_end())
 
 
 def of_domain(
-    lab: libvirt_lab.Lab,
-    environment: Callable[[], dict[str, str]],
-    await_end: Callable[[], None] | None = None,
+    lab: libvirt_lab.Lab, environment: Callable[[], dict[str, str]], await_end: Callable[[str], None]
 ) -> Subject:
-    def settle() -> None:
-        lab.domain.daemon.come_again()
-        if await_end:
-            await_end()
+    def settle(action: str) -> None:
+        await_end(action)
         wait_for(lambda: not lab.domain.has_job())
         assert lab.domain.is_running()
 
     return Subject(lab.cli, lab.writer, lab.directory, lab.assert_clean, environment, settle)
+
+
+class EndOfLibvirtd:
+    """The libvirtd that an interruption may end, and its successor."""
+
+    def __init__(self, daemon: Libvirtd) -> None:
+        self._daemon = daemon
+        self._process = 0
+
+    def environment(self) -> dict[str, str]:
+        self._process = self._daemon.daemon_process()
+        return {"VM_PID": str(self._process)}
+
+    def settle(self, action: str) -> None:
+        """Wait until it has ended, if it was to, and the next one serves."""
+        if action:
+            wait_for(lambda: not Path(f"/proc/{self._process}").exists())
+        self._daemon.come_again()
 
 
 def libvirt_off(request: pytest.FixtureRequest) -> Subject:
@@ -136,9 +151,10 @@ def libvirt_off(request: pytest.FixtureRequest) -> Subject:
     lab.domain.quit()
     wait_for(lambda: not lab.domain.handle().isActive())
     paths = {str(disk["target"]): Path(disk["path"]) for disk in lab.domain.disks}
+    ending = EndOfLibvirtd(lab.domain.daemon)
 
-    def settle() -> None:
-        lab.domain.daemon.come_again()
+    def settle(action: str) -> None:
+        ending.settle(action)
         await_images(paths)
 
     def clean() -> None:
@@ -154,7 +170,7 @@ def libvirt_off(request: pytest.FixtureRequest) -> Subject:
         image_writer(paths, lab.writer),
         lab.directory,
         clean,
-        lambda: {"VM_PID": str(lab.domain.daemon.daemon_process())},
+        ending.environment,
         settle,
         finish,
         REOPENS,
@@ -191,7 +207,7 @@ ACTIONS = {
     "cut": "cut",
     "unplugged": "unplugged",
     "libvirtd-killed": "crash",
-    "libvirtd-restarted": "quit",
+    "libvirtd-restarted": "terminate",
 }
 """What happens at a step, and how `tests.interrupted_cli` calls it."""
 EVERY = [
