@@ -48,8 +48,23 @@ TABLES = "unit/images/test_qcow2_check.py::"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
 LIBVIRT = "unit/vm/libvirt/"
+SOME_STEPS = "integration/test_every_step.py::test_some_steps"
 
 BUGS = (
+    Bug(
+        "what a killed run left in the images of a VM that is off is not undone",
+        "resolve",
+        "            done += recovery.resolve_bitmaps(daemon.monitor, facts)\n",
+        "            pass\n",
+        SOME_STEPS + "[images-SIGKILL]",
+    ),
+    Bug(
+        "a job of libvirt is ended while clients of a line that was cut are in their handshake",
+        "RemoteProgram.end",
+        "            self._leave_handshakes()\n",
+        "            pass\n",
+        SOME_STEPS + "[libvirt-ssh-cut]",
+    ),
     Bug(
         "a mount over a name with a space is taken for none",
         "is_listed",
