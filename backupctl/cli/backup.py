@@ -192,7 +192,7 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
         ),
     ),
 )
-@vm_argument.named(several=True)
+@vm_argument.Named(several=True)
 @common.if_running
 @run_options(incremental=False)
 @common.json_option
@@ -227,7 +227,7 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
         ("Only if the VM runs", "backupctl incremental web --if-running"),
     ),
 )
-@vm_argument.named(several=True)
+@vm_argument.Named(several=True)
 @common.if_running
 @click.option(
     "--since",

@@ -28,7 +28,7 @@ from backupctl.progress import counted
         ),
     ),
 )
-@vm_argument.named()
+@vm_argument.Named()
 @click.option("--remove", "names", multiple=True, metavar="BITMAP", help="Remove this one; may be repeated.")
 @click.option("--remove-repository", "tag", metavar="TAG", help="Remove all bitmaps of this repository tag.")
 @common.dry_run("Only show which bitmaps would be removed.")

@@ -119,7 +119,7 @@ class Setting:
     ),
 )
 @click.pass_context
-@vm_argument.named(optional=True, defaults_for_all=True)
+@vm_argument.Named(optional=True, defaults_for_all=True)
 @backup.run_options(incremental=True)
 @prune.rule_options
 @thresholds.threshold_options

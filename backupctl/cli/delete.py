@@ -38,7 +38,7 @@ class DeleteArguments:
         ("One point, which is protected", "backupctl delete web 20261123T041500Z --protected"),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @click.argument(
     "points",
     nargs=-1,

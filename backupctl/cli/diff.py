@@ -38,7 +38,7 @@ _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
         ),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point_argument("before", required=False)
 @point_argument.point_argument("after", required=False)
 @point_argument.at_option("In place of BEFORE: the newest point not later than this")

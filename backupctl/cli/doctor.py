@@ -27,7 +27,7 @@ from backupctl.progress import counted
     ),
 )
 @click.pass_context
-@vm_argument.named(several=True)
+@vm_argument.Named(several=True)
 @click.option(
     "--report",
     type=param_types.PATH,

@@ -22,7 +22,7 @@ from backupctl.progress import counted
         ("All VMs, for a program", "backupctl du --json"),
     ),
 )
-@vm_argument.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @common.json_option
 def du(target: Target, *, as_json: bool) -> None:
     """Show what VMs take in the repository: in all, by chain and by point, with metadata.

@@ -64,7 +64,7 @@ class Arguments:
         ),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point_then_paths
 @click.option("--to", type=param_types.PATH, metavar="DIR", help="Copy each PATH into this directory.")
 @click.option("--disk", metavar="D", help="Only on this disk.")

@@ -41,7 +41,7 @@ _UTC = click.option("--utc", is_flag=True, help="Show times in UTC, not in local
         ("One VM, for a program", "backupctl list web --json"),
     ),
 )
-@vm_argument.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @_UTC
 @click.option("--totals", is_flag=True, help="One line for each VM: how many points, the newest, their size.")
 @common.json_option
@@ -253,7 +253,7 @@ _CONSISTENCIES = {
         ("The XML of its domain, or what QEMU told of it", "backupctl show web latest --definition"),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point(default="latest")
 @_UTC
 @click.option(

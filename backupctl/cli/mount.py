@@ -33,7 +33,7 @@ _READY = b"+"
         ("In the background", "backupctl mount web latest /mnt/web --background"),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point()
 @click.argument("directory", metavar="DIR", type=param_types.PATH)
 @click.option("--disk", metavar="D", help="Only this disk.")

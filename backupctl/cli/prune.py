@@ -103,7 +103,7 @@ def rule_options(command: Declared) -> Declared:
     ),
 )
 @click.pass_context
-@vm_argument.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @rule_options
 @common.dry_run("Only show which points would be kept or dropped, and why.")
 @click.option(
@@ -316,7 +316,7 @@ def _freed(count: int | None) -> str:
 @common.command(
     "protect", 0, 1, 2, 4, 75, examples=(("Before an upgrade of the guest", "backupctl protect web latest"),)
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point()
 @common.json_option
 def protect(target: Target, *, point: str, as_json: bool) -> None:
@@ -334,7 +334,7 @@ def protect(target: Target, *, point: str, as_json: bool) -> None:
     75,
     examples=(("When the point is no longer needed", "backupctl unprotect web 20261123T041500Z"),),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point()
 @common.json_option
 def unprotect(target: Target, *, point: str, as_json: bool) -> None:

@@ -37,7 +37,7 @@ class RemoveArguments:
         ("From a script, without being asked", "backupctl remove web --yes"),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @click.option("--protected", is_flag=True, help="Remove protected points, too.")
 @click.option(
     "--discard-unfinished",

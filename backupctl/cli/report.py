@@ -64,7 +64,7 @@ class Asked:
         ("A page that shows running backups, until Ctrl-C", "backupctl report --web 8080"),
     ),
 )
-@vm_argument.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @click.option(
     "--html",
     "path",

@@ -85,7 +85,7 @@ class RestoreArguments:
         ),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point(default="latest")
 @click.option(
     "--to", required=True, metavar="DIR|FILE|DEVICE|-", help="Where to (see above); `-` is standard output."

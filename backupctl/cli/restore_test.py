@@ -194,7 +194,7 @@ class ReportArguments:
         ),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point(default="latest")
 @click.option("--disk", "disks", multiple=True, metavar="D", help="Attach only this disk (repeatable).")
 @trial_options

@@ -177,7 +177,7 @@ def run_options(command: Declared) -> Declared:
     ),
 )
 @click.pass_context
-@vm_argument.named(several=True)
+@vm_argument.Named(several=True)
 @common.if_running
 @run_options
 @common.dry_run("Only show what would be done, and how much it would store at most.")

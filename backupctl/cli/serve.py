@@ -44,7 +44,7 @@ class Where:
         ),
     ),
 )
-@vm_argument.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @point_argument.point()
 @click.option("--disk", metavar="D", help="Only this disk.")
 @click.option(

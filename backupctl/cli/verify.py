@@ -55,7 +55,7 @@ class Scope:
         ("Another 5 % of the data every night", "backupctl verify --sample 5 --quiet"),
     ),
 )
-@vm_argument.named(needs_vm=False, optional=True, several=True, then_point=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True, then_point=True)
 @click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(
     "--sample",

@@ -7,6 +7,7 @@ What an option's value is, click decides: typed on the command line, or else con
 
 import functools
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -14,22 +15,12 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import (
-    common,
-    completion,
-    image_texts,
-    param_types,
-    settings,
-)
+from backupctl.cli import common, completion, image_texts, param_types, settings
 from backupctl.cli.common import Declared
 from backupctl.cli.invocation import Invocation
 from backupctl.cli.selection import Selection
 from backupctl.cli.target import Target
-from backupctl.errors import (
-    UNTOUCHED,
-    InvalidName,
-    UsageError,
-)
+from backupctl.errors import UNTOUCHED, InvalidName, UsageError
 from backupctl.names import VmName
 from backupctl.options import DEFAULT_TIMEOUTS, Timeouts
 
@@ -39,70 +30,76 @@ _NOT_OPTIONS = ("disks", "image", "when_off")
 """Settings whose name is that of another parameter (`disks` is also what --disk is given), or of none."""
 
 
-def named(
-    *,
-    needs_vm: bool = True,
-    optional: bool = False,
-    several: bool = False,
-    then_point: bool = False,
-    defaults_for_all: bool = False,
-) -> Callable[[Callable[Concatenate[Target, P], Any]], Callable[..., Any]]:
-    """Give a command NAME and the options that say where VM and repository are; it is called with a Target.
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """Gives a command NAME and the options that say where VM and repository are; it is called with a Target.
 
     needs_vm: whether the VM itself is spoken to. optional: whether NAME may be left out. several: whether
     there may be more of them, patterns, and --all. then_point: whether a POINT may follow a single NAME.
     defaults_for_all: without NAME, take what the configuration says for all VMs.
     """
 
-    def use_names(
-        context: click.Context, _parameter: click.Parameter, value: tuple[str, ...] | str | None
+    needs_vm: bool = True
+    optional: bool = False
+    several: bool = False
+    then_point: bool = False
+    defaults_for_all: bool = False
+
+    def __call__(self, function: Callable[Concatenate[Target, P], Any]) -> Callable[..., Any]:
+        """Declare the parameters, and gather them when the command is called."""
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **given: Any) -> Any:
+            target = _target(click.get_current_context(), given)
+            return function(target, *arguments, **given)
+
+        declared: Callable[..., Any] = common.config_option(call)
+        for option in reversed((*(_VM_OPTIONS if self.needs_vm else ()), *_REPOSITORY_OPTIONS)):
+            declared = option(declared)
+        if self.several:
+            declared = _ALL_OPTION(declared)
+        return self._argument()(declared)
+
+    def _argument(self) -> Callable[[Declared], Declared]:
+        several = "NAME..." if self.several and not self.optional else None
+        return click.argument(
+            "name",
+            nargs=-1 if self.several else 1,
+            metavar="[NAME]... [POINT]" if self.then_point else several,
+            required=not (self.optional or self.several),
+            is_eager=True,
+            callback=self._use_names,
+            shell_complete=completion.vms_then_points if self.then_point else completion.vms,
+        )
+
+    def _use_names(
+        self, context: click.Context, _parameter: click.Parameter, value: tuple[str, ...] | str | None
     ) -> VmName | None:
         """Check NAME, and let the configuration say what the other options are by default."""
         _refuse_missing_directory()
         words = (value,) if isinstance(value, str) else (value or ())
-        if then_point:
-            words, context.params["point"] = _split_point(words, Invocation.of(context).config.vms)
         invocation = Invocation.of(context)
-        chosen = invocation.only or Selection(words, bool(several and invocation.typed.get("everything")))
-        try:
-            chosen.check()
-            name = chosen.one
-        except InvalidName as err:
-            if needs_vm:
-                raise UsageError(err.message) from err
-            raise
-        invocation.selection = chosen
-        if chosen.is_empty and not optional:
+        if self.then_point:
+            words, context.params["point"] = _split_point(words, invocation.config.vms)
+        everything = bool(self.several and invocation.typed.get("everything"))
+        invocation.selection = invocation.only or Selection(words, everything)
+        name = self._one(invocation.selection)
+        if invocation.selection.is_empty and not self.optional:
             raise click.MissingParameter(ctx=context, param_hint="'NAME'", param_type="argument")
         config = invocation.config
-        said = option_defaults(config.of(name)) if name or defaults_for_all else {}
+        said = option_defaults(config.of(name)) if name or self.defaults_for_all else {}
         of_run = msgspec.to_builtins(config.content.run)
         context.default_map = {**(context.default_map or {}), **of_run, **said}
         return name
 
-    def decorate(function: Callable[Concatenate[Target, P], Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def call(*arguments: Any, **given: Any) -> Any:
-            context = click.get_current_context()
-            target = _target(context, given)
-            return function(target, *arguments, **given)
-
-        declared: Callable[..., Any] = common.config_option(call)
-        for option in reversed((*(_VM_OPTIONS if needs_vm else ()), *_REPOSITORY_OPTIONS)):
-            declared = option(declared)
-        if several:
-            declared = _ALL_OPTION(declared)
-        return click.argument(
-            "name",
-            nargs=-1 if several else 1,
-            metavar="[NAME]... [POINT]" if then_point else "NAME..." if several and not optional else None,
-            required=not (optional or several),
-            is_eager=True,
-            callback=use_names,
-            shell_complete=completion.vms_then_points if then_point else completion.vms,
-        )(declared)
-
-    return decorate
+    def _one(self, chosen: Selection) -> VmName | None:
+        try:
+            chosen.check()
+            return chosen.one
+        except InvalidName as err:
+            if self.needs_vm:
+                raise UsageError(err.message) from err
+            raise
 
 
 def _split_point(words: tuple[str, ...], vms: Container[str]) -> tuple[tuple[str, ...], str | None]:
@@ -184,7 +181,7 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
 
 
 def _target(context: click.Context, given: dict[str, Any]) -> Target:
-    """Take what `named` added out of a command's parameters."""
+    """Take what `Named` added out of a command's parameters."""
     given.pop("config")
     given.pop("everything", None)
     of_vm = {name: given.pop(name) for name in _OF_VM if name in given}
