@@ -29,7 +29,7 @@ from backupctl.repository.summary_file import (
     PointSummary,
     Stored,
 )
-from backupctl.repository.vm_directory import AllPoints, ScannedPoints, VmDirectory
+from backupctl.repository.vm_directory import AllPoints, VmDirectory
 from backupctl.system import safe_open
 
 __all__ = ["DiskSummary", "Identity", "Listing", "PointSummary", "look", "renew", "renew_if_free"]
@@ -46,6 +46,7 @@ class Listing:
     """All points of a VM, oldest first. damaged, unreadable: as in `ScannedPoints`.
 
     problems: how they differ from the history. fits: whether all of this is from the summary, and compared.
+    sealed: whether nothing has changed since the last run or prune ended, and no unfinished point was there.
     """
 
     points: tuple[PointSummary, ...]
@@ -54,6 +55,7 @@ class Listing:
     unreadable: tuple[tuple[Path, RepositoryUnreadable], ...]
     problems: tuple[audit.Problem, ...]
     fits: bool
+    sealed: bool = False
 
 
 def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
@@ -65,10 +67,18 @@ def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
     past = _history(directory)
     stored = summary_file.read(directory)
     if stored is not None and _is_as_sealed(directory, stored, past, closely=closely):
-        return _listing(stored.content.points, AllPoints(_NOTHING, _NOTHING), (), fits=True)
+        return _sealed_listing(stored.content.points)
     looked = _look_at_each(directory, stored, past)
     problems = () if looked.compared else audit.problems(directory)
-    return _listing(looked.points, looked.read, problems, fits=looked.compared)
+    found = looked.read.committed
+    return Listing(
+        tuple([one for one in looked.points if not one.retired]),
+        tuple([one for one in looked.points if one.retired]),
+        found.damaged,
+        found.unreadable,
+        problems,
+        looked.compared,
+    )
 
 
 def below(points: Mapping[PointId, PointSummary], newest: PointSummary) -> Iterator[tuple[PointId, DiskName]]:
@@ -128,20 +138,10 @@ class _Looked:
         return not any(one.damaged or one.unreadable for one in self.read)
 
 
-_NOTHING = ScannedPoints((), ())
-
-
-def _listing(
-    points: Sequence[PointSummary], read: AllPoints, problems: tuple[audit.Problem, ...], *, fits: bool
-) -> Listing:
-    return Listing(
-        tuple([one for one in points if not one.retired]),
-        tuple([one for one in points if one.retired]),
-        read.committed.damaged,
-        read.committed.unreadable,
-        problems,
-        fits,
-    )
+def _sealed_listing(points: Sequence[PointSummary]) -> Listing:
+    retired = tuple([one for one in points if one.retired])
+    current = tuple([one for one in points if not one.retired]) if retired else tuple(points)
+    return Listing(current, retired, (), (), (), fits=True, sealed=True)
 
 
 def _is_as_sealed(
@@ -307,7 +307,9 @@ def _seal(directory: VmDirectory) -> None:
     stamp = seal.date(directory.path)
     past, stored = _history(directory), summary_file.read(directory)
     # After the directory got its date: what others changed before would not break this seal.
-    if stamp and stored and stored.content.history and _look_at_each(directory, stored, past).compared:
+    if stamp is None or stored is None or stored.content.history is None or directory.pending_points():
+        return
+    if _look_at_each(directory, stored, past).compared:
         summary_file.write_seal(directory, stored, stamp)
 
 
@@ -323,7 +325,7 @@ def _has_sound_layers(directory: VmDirectory, looked: _Looked) -> bool:
             except DamageFound:
                 return False
     return not any(
-        chain.why_cut(directory.path / one.id, disk.name, disk.file_bytes)
+        chain.why_cut(f"{directory.path}/{one.id}", disk.name, disk.file_bytes)
         for one in looked.points
         for disk in one.disks
     )
