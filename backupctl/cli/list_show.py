@@ -89,7 +89,9 @@ class _Look:
 
     def print_json(self) -> None:
         """Print the manifests of all points. They are read: no summary has all that is in them."""
-        found = []
+        output.print_json_list(self._documents())
+
+    def _documents(self) -> Iterator[documents.Document]:
         for each in self.directories.values():
             with self._noting_failure():
                 for directory in each:
@@ -97,8 +99,8 @@ class _Look:
                     self._note(directory, points.committed, audit.problems(directory))
                     current = points.committed.points
                     chains = usage.chain_bytes((*current, *points.retired.points))
-                    found += [documents.point(one, chains[one.id]) for one in current]
-        output.print_json(found)
+                    for one in current:
+                        yield documents.point(one, chains[one.id])
 
     def print_table(self, rows_of: "RowsOf", columns: Sequence[str], *, utc: bool) -> None:
         """Print a table for each repository; with its name, if there are others."""

@@ -118,6 +118,25 @@ def print_json(document: object) -> None:
     _output.flush()
 
 
+def print_json_list(parts: Iterable[object]) -> None:
+    """Write the one document to stdout, a list: each part as it comes, since not all may fit into memory.
+
+    If `parts` raises, what was written is not complete JSON, and nothing can be taken for all of it.
+    """
+    if _output.kept is not None:
+        _output.kept.append(list(parts))
+        return
+    before, end = "[\n  ", "[]\n"
+    for part in parts:
+        _output.document = True
+        # Line breaks in texts are escaped: each one here is of the layout.
+        _output.write(before + json.dumps(part, indent=2, ensure_ascii=True).replace("\n", "\n  "))
+        before, end = ",\n  ", "\n]\n"
+    _output.document = True
+    _output.write(end)
+    _output.flush()
+
+
 @contextmanager
 def keeping_documents() -> Iterator[list[object]]:
     """Have the documents of the block put into a list, in place of stdout."""

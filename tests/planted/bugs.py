@@ -803,6 +803,13 @@ BUGS = (
         SUMMARY + "test_a_manifest_that_vanished_below_the_newest_point_is_told_at_once",
     ),
     Bug(
+        "a list for programs is held in memory",
+        "print_json_list",
+        "    for part in parts:\n",
+        "    for part in list(parts):\n",
+        "unit/cli/test_command_line.py::test_a_list_for_programs_is_written_vm_by_vm",
+    ),
+    Bug(
         "a second change in one tick of the clock is missed",
         "_renew",
         "_newest_change(one) + _TICK_SECONDS <= begun",

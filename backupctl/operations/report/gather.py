@@ -87,7 +87,8 @@ class _Vm:
             return VmFacts(directory.name, verdict, rules=self.asked.rules, last=self.asked.last)
         decisions, problem = self._decisions(listing)
         shown = self._shown(listing.points)
-        older = [one for one in listing.points if one.id not in {point.id for point in shown}]
+        listed = {point.id for point in shown}
+        older = [one for one in listing.points if one.id not in listed]
         return VmFacts(
             directory.name,
             verdict,
@@ -236,7 +237,7 @@ def _candidate(point: PointSummary) -> RetentionCandidate:
 def _older(points: Sequence[PointSummary], decisions: dict[PointId, Decision]) -> OlderPoints:
     return OlderPoints(
         len(points),
-        sum(one.stored_bytes for one in points),
+        sum([disk.stored_bytes for one in points for disk in one.disks]),
         datetime.fromtimestamp(points[0].started, UTC),
         tuple(one.id for one in points if one.id in decisions and not decisions[one.id].keep),
     )
