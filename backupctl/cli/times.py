@@ -64,7 +64,7 @@ def stamp(text: str, *, utc: bool = False) -> str:
 
 def of_point(point: PointId, *, utc: bool = False) -> str:
     """Return the time in a point's id as `local` does."""
-    begin, end, _ = _of_minute(point[:13], utc=utc)
+    begin, end, _ = _of_minute(point[:13], utc)
     return f"{begin}{point[13:15]}{end}"
 
 
@@ -73,13 +73,13 @@ def of_point_with_age(point: PointId, now_seconds: int, *, utc: bool = False) ->
 
     now_seconds: since 1970.
     """
-    begin, end, minute = _of_minute(point[:13], utc=utc)
+    begin, end, minute = _of_minute(point[:13], utc)
     seconds = point[13:15]
     return f"{begin}{seconds}{end}", _age(now_seconds - minute - int(seconds))
 
 
 @lru_cache(1 << 16)  # a list of many points; zones differ by whole minutes
-def _of_minute(minute: str, *, utc: bool) -> tuple[str, str, int]:
+def _of_minute(minute: str, utc: bool) -> tuple[str, str, int]:
     time = datetime.fromisoformat(f"{minute}00Z")
     shown = local(time, utc=utc)
     return shown[:17], shown[19:], int(time.timestamp())

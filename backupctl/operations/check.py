@@ -132,7 +132,7 @@ def examine(
 
 def _of_newest(directory: VmDirectory, listing: Listing) -> Broken:
     """Return the disks that cannot be restored from the newest point. Raises RepositoryError."""
-    there = {one.id: one for one in (*listing.points, *listing.retired)}
+    there = listing.by_id
     newest = directory.point_or_retired(listing.points[-1].id)
     found = []
     for entry in newest.manifest.disks:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from backupctl.errors import BackupctlError, DamageFound, RepositoryUnreadable
@@ -57,6 +58,11 @@ class Listing:
     fits: bool
     sealed: bool = False
 
+    @cached_property
+    def by_id(self) -> Mapping[PointId, PointSummary]:
+        """All points, retired ones too."""
+        return {one.id: one for one in (*self.points, *self.retired)}
+
 
 def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
     """Return the points of a VM. Changes and locks nothing. Raises RepositoryError.
@@ -66,8 +72,10 @@ def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
     # Before the points: whoever changes one writes a line into the history then or after.
     past = _history(directory)
     stored = summary_file.read(directory)
-    if stored is not None and _is_as_sealed(directory, stored, past, closely=closely):
-        return _sealed_listing(stored.content.points)
+    if stored is not None and _is_as_sealed(directory, stored, past):
+        listing = _sealed_listing(stored.content.points)
+        if _is_newest_as_it_was(directory, listing, closely=closely):
+            return listing
     looked = _look_at_each(directory, stored, past)
     problems = () if looked.compared else audit.problems(directory)
     found = looked.read.committed
@@ -144,27 +152,22 @@ def _sealed_listing(points: Sequence[PointSummary]) -> Listing:
     return Listing(current, retired, (), (), (), fits=True, sealed=True)
 
 
-def _is_as_sealed(
-    directory: VmDirectory, stored: Stored, past: tuple[int, int, int] | None, *, closely: bool
-) -> bool:
-    """Whether neither the VM's directory nor its history nor its newest point has changed since the seal."""
-    content, stamp = stored.content, stored.stamp
-    if stamp is None or content.history is None or content.history != past:
+def _is_as_sealed(directory: VmDirectory, stored: Stored, past: tuple[int, int, int] | None) -> bool:
+    """Whether neither the VM's directory nor its history has changed since the seal."""
+    known, stamp = stored.content.history, stored.stamp
+    if stamp is None or known is None or known != past:
         return False
-    if not seal.is_whole(directory.path, stamp):
-        return False
-    newest = next((one for one in reversed(content.points) if not one.retired), None)
-    if newest is None:
+    return seal.is_whole(directory.path, stamp)
+
+
+def _is_newest_as_it_was(directory: VmDirectory, listing: Listing, *, closely: bool) -> bool:
+    """Whether the newest point has not changed. closely: nor any that it depends on."""
+    if not listing.points:
         return True
-    looked_at = _with_base(content.points, newest) if closely else (newest,)
+    newest, known = listing.points[-1], listing.by_id if closely else {}
+    needed = {point for point, _ in below(known, newest)} if closely else set()
+    looked_at = [newest, *(known[point] for point in needed if point in known)]
     return all(_identity(None, f"{directory.path}/{one.id}") == one.identity for one in looked_at)
-
-
-def _with_base(points: Sequence[PointSummary], newest: PointSummary) -> Iterable[PointSummary]:
-    """Return a point and those that it depends on."""
-    known = {one.id: one for one in points}
-    needed = {newest.id, *(point for point, _ in below(known, newest))}
-    return [known[point] for point in needed if point in known]
 
 
 def _look(directory: VmDirectory) -> _Looked:
