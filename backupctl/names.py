@@ -134,6 +134,15 @@ class NodeKind(StrEnum):
 
 
 _OBJECT = re.compile(rf"({PREFIX}[0-9a-f]{{8}}-)({'|'.join(NodeKind)})([0-9]+)", re.ASCII)
+_OURS = re.compile(rf"{PREFIX}[0-9a-f]{{8}}-.+", re.ASCII | re.DOTALL)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a run of any repository gave this name, to something in QEMU or to a temporary file.
+
+    That it begins with `PREFIX` is not enough: a user may call an image `backupctl-server.qcow2`.
+    """
+    return _OURS.fullmatch(name) is not None
 
 
 def node_parts(name: str) -> tuple[NodeKind, int] | None:

@@ -9,7 +9,17 @@ from typing import get_args
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, completion, monitored, output, param_types, reporters, settings, units
+from backupctl.cli import (
+    common,
+    completion,
+    monitored,
+    output,
+    param_types,
+    reporters,
+    settings,
+    units,
+    vm_argument,
+)
 from backupctl.cli.common import Declared
 from backupctl.cli.target import Target
 from backupctl.errors import VmIsOff
@@ -182,7 +192,7 @@ def run_options(*, incremental: bool) -> Callable[[Declared], Declared]:
         ),
     ),
 )
-@common.named(several=True)
+@vm_argument.Named(several=True)
 @common.if_running
 @run_options(incremental=False)
 @common.json_option
@@ -217,7 +227,7 @@ def full(target: Target, asked: RunArguments, *, as_json: bool, quiet: bool) -> 
         ("Only if the VM runs", "backupctl incremental web --if-running"),
     ),
 )
-@common.named(several=True)
+@vm_argument.Named(several=True)
 @common.if_running
 @click.option(
     "--since",

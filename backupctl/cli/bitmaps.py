@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import click
 
-from backupctl.cli import common, output, units
+from backupctl.cli import common, output, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import Failed, UsageError
 from backupctl.operations import bitmaps as core
@@ -28,7 +28,7 @@ from backupctl.progress import counted
         ),
     ),
 )
-@common.named()
+@vm_argument.Named()
 @click.option("--remove", "names", multiple=True, metavar="BITMAP", help="Remove this one; may be repeated.")
 @click.option("--remove-repository", "tag", metavar="TAG", help="Remove all bitmaps of this repository tag.")
 @common.dry_run("Only show which bitmaps would be removed.")

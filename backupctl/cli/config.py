@@ -13,7 +13,17 @@ import click
 import msgspec
 from click.core import ParameterSource
 
-from backupctl.cli import backup, common, configuration, output, prune, restore_test, run, settings
+from backupctl.cli import (
+    backup,
+    common,
+    configuration,
+    output,
+    prune,
+    restore_test,
+    run,
+    settings,
+    vm_argument,
+)
 from backupctl.cli import check as thresholds
 from backupctl.cli.configuration import Config
 from backupctl.cli.help import Group
@@ -109,7 +119,7 @@ class Setting:
     ),
 )
 @click.pass_context
-@common.named(optional=True, defaults_for_all=True)
+@vm_argument.Named(optional=True, defaults_for_all=True)
 @backup.run_options(incremental=True)
 @prune.rule_options
 @thresholds.threshold_options

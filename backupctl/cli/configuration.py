@@ -17,7 +17,7 @@
 
 Looked for in: ``--config``, ``$BACKUPCTL_CONFIG``, the user's and the system's configuration directory; never
 in the current directory, and believed only if nobody else could have written it (`trusted.py`). What it may
-hold is in `settings.py`; the command line overrides it by click's own rules (`common.named`).
+hold is in `settings.py`; the command line overrides it by click's own rules (`vm_argument.named`).
 """
 
 import os
@@ -31,8 +31,9 @@ from typing import Any
 
 import msgspec
 
-from backupctl.cli import param_types, settings
-from backupctl.cli.settings import File, Mistake, VmSettings
+from backupctl.cli import param_types, settings, settings_check
+from backupctl.cli.settings import File, VmSettings
+from backupctl.cli.settings_check import Mistake
 from backupctl.cli.toml_lines import Key, key_lines
 from backupctl.errors import UsageError
 from backupctl.system import trusted
@@ -165,7 +166,7 @@ def _read(path: Path) -> Config:
         RecursionError,
     ) as err:  # what is not TOML is a ValueError, or nested too deep
         raise _unreadable(path, err) from err
-    found, mistakes = settings.check(content, text)
+    found, mistakes = settings_check.check(content, text)
     return Config(path, found, text, tuple(mistakes))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, completion, output, param_types, reporters, units
+from backupctl.cli import common, completion, output, param_types, reporters, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import DamageFound
 from backupctl.operations import delete as core
@@ -38,7 +38,7 @@ class DeleteArguments:
         ("One point, which is protected", "backupctl delete web 20261123T041500Z --protected"),
     ),
 )
-@common.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @click.argument(
     "points",
     nargs=-1,

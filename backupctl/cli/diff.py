@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import block_map, common, output, units
+from backupctl.cli import block_map, common, output, point_argument, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.errors import UsageError
@@ -38,10 +38,10 @@ _STYLES = ("dim", "yellow", "yellow", "red", "bold red")
         ),
     ),
 )
-@common.named(needs_vm=False)
-@common.point_argument("before", required=False)
-@common.point_argument("after", required=False)
-@common.at_option("In place of BEFORE: the newest point not later than this")
+@vm_argument.Named(needs_vm=False)
+@point_argument.point_argument("before", required=False)
+@point_argument.point_argument("after", required=False)
+@point_argument.at_option("In place of BEFORE: the newest point not later than this")
 @click.option("--disk", metavar="D", help="Only this disk.")
 @common.json_option
 def diff(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from backupctl.cli import backup, common, exposure, output, param_types, problem_report
+from backupctl.cli import backup, common, exposure, output, param_types, problem_report, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, Failed
 from backupctl.operations.doctor import run as core
@@ -27,7 +27,7 @@ from backupctl.progress import counted
     ),
 )
 @click.pass_context
-@common.named(several=True)
+@vm_argument.Named(several=True)
 @click.option(
     "--report",
     type=param_types.PATH,

@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from backupctl.cli import common, output, units
+from backupctl.cli import common, output, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError
 from backupctl.operations import usage
@@ -22,7 +22,7 @@ from backupctl.progress import counted
         ("All VMs, for a program", "backupctl du --json"),
     ),
 )
-@common.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @common.json_option
 def du(target: Target, *, as_json: bool) -> None:
     """Show what VMs take in the repository: in all, by chain and by point, with metadata.

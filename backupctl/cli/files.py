@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli import common, output, param_types, point_argument, reporters, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.events.restore import FilesSkipped, FileSystemIncomplete
@@ -64,8 +64,8 @@ class Arguments:
         ),
     ),
 )
-@common.named(needs_vm=False)
-@common.point_then_paths
+@vm_argument.Named(needs_vm=False)
+@point_argument.point_then_paths
 @click.option("--to", type=param_types.PATH, metavar="DIR", help="Copy each PATH into this directory.")
 @click.option("--disk", metavar="D", help="Only on this disk.")
 @click.option(

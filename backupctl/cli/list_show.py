@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import click
 
-from backupctl.cli import common, output, reporters, times, units
+from backupctl.cli import common, output, point_argument, reporters, times, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.events.repository import HistoryMismatch
@@ -41,7 +41,7 @@ _UTC = click.option("--utc", is_flag=True, help="Show times in UTC, not in local
         ("One VM, for a program", "backupctl list web --json"),
     ),
 )
-@common.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @_UTC
 @click.option("--totals", is_flag=True, help="One line for each VM: how many points, the newest, their size.")
 @common.json_option
@@ -253,8 +253,8 @@ _CONSISTENCIES = {
         ("The XML of its domain, or what QEMU told of it", "backupctl show web latest --definition"),
     ),
 )
-@common.named(needs_vm=False)
-@common.point(default="latest")
+@vm_argument.Named(needs_vm=False)
+@point_argument.point(default="latest")
 @_UTC
 @click.option(
     "--definition",

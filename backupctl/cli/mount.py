@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli import common, output, param_types, point_argument, reporters, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.events import StepStarted
 from backupctl.operations import mount as core
@@ -33,8 +33,8 @@ _READY = b"+"
         ("In the background", "backupctl mount web latest /mnt/web --background"),
     ),
 )
-@common.named(needs_vm=False)
-@common.point()
+@vm_argument.Named(needs_vm=False)
+@point_argument.point()
 @click.argument("directory", metavar="DIR", type=param_types.PATH)
 @click.option("--disk", metavar="D", help="Only this disk.")
 @click.option("--background", is_flag=True, help="Return when the disks are mounted.")

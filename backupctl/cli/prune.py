@@ -9,7 +9,16 @@ import msgspec
 from click.core import ParameterSource
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, monitored, output, param_types, reporters, units
+from backupctl.cli import (
+    common,
+    monitored,
+    output,
+    param_types,
+    point_argument,
+    reporters,
+    units,
+    vm_argument,
+)
 from backupctl.cli.common import Declared
 from backupctl.cli.monitored import Ending
 from backupctl.cli.reporters import RecordingReporter
@@ -94,7 +103,7 @@ def rule_options(command: Declared) -> Declared:
     ),
 )
 @click.pass_context
-@common.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @rule_options
 @common.dry_run("Only show which points would be kept or dropped, and why.")
 @click.option(
@@ -307,8 +316,8 @@ def _freed(count: int | None) -> str:
 @common.command(
     "protect", 0, 1, 2, 4, 75, examples=(("Before an upgrade of the guest", "backupctl protect web latest"),)
 )
-@common.named(needs_vm=False)
-@common.point()
+@vm_argument.Named(needs_vm=False)
+@point_argument.point()
 @common.json_option
 def protect(target: Target, *, point: str, as_json: bool) -> None:
     """Protect POINT: prune never drops it, until `unprotect`."""
@@ -325,8 +334,8 @@ def protect(target: Target, *, point: str, as_json: bool) -> None:
     75,
     examples=(("When the point is no longer needed", "backupctl unprotect web 20261123T041500Z"),),
 )
-@common.named(needs_vm=False)
-@common.point()
+@vm_argument.Named(needs_vm=False)
+@point_argument.point()
 @common.json_option
 def unprotect(target: Target, *, point: str, as_json: bool) -> None:
     """Let prune drop POINT again, if no rule keeps it."""

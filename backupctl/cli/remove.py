@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import click
 
-from backupctl.cli import common, output, units
+from backupctl.cli import common, output, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, Interrupted, UsageError
 from backupctl.operations import remove_vm as core
@@ -37,7 +37,7 @@ class RemoveArguments:
         ("From a script, without being asked", "backupctl remove web --yes"),
     ),
 )
-@common.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @click.option("--protected", is_flag=True, help="Remove protected points, too.")
 @click.option(
     "--discard-unfinished",

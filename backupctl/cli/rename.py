@@ -3,7 +3,7 @@
 
 import click
 
-from backupctl.cli import common, output, param_types
+from backupctl.cli import common, output, param_types, vm_argument
 from backupctl.cli.target import Target
 from backupctl.names import VmName
 from backupctl.operations import remove_vm as core
@@ -19,7 +19,7 @@ from backupctl.outcome import documents
     75,
     examples=(("The points of web become those of www", "backupctl rename web www"),),
 )
-@common.named(needs_vm=False)
+@vm_argument.Named(needs_vm=False)
 @click.argument("new", type=param_types.VM_NAME, metavar="NEW")
 @common.dry_run("Only check that it can be renamed.")
 @common.json_option

@@ -12,7 +12,7 @@ import click
 
 from backupctl import __version__
 from backupctl.cancel import Cancellation
-from backupctl.cli import check, common, monitored, output, param_types, prune, reporters, units
+from backupctl.cli import check, common, monitored, output, param_types, prune, reporters, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.monitoring import memory
@@ -64,7 +64,7 @@ class Asked:
         ("A page that shows running backups, until Ctrl-C", "backupctl report --web 8080"),
     ),
 )
-@common.named(needs_vm=False, optional=True, several=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True)
 @click.option(
     "--html",
     "path",

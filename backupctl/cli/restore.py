@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli import common, output, param_types, point_argument, reporters, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.errors import DamageFound, UsageError
 from backupctl.images.create import ImageFormat
@@ -85,8 +85,8 @@ class RestoreArguments:
         ),
     ),
 )
-@common.named(needs_vm=False)
-@common.point(default="latest")
+@vm_argument.Named(needs_vm=False)
+@point_argument.point(default="latest")
 @click.option(
     "--to", required=True, metavar="DIR|FILE|DEVICE|-", help="Where to (see above); `-` is standard output."
 )

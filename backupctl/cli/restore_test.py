@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters, settings, units
+from backupctl.cli import common, output, param_types, point_argument, reporters, settings, units, vm_argument
 from backupctl.cli.common import DEFAULTS, Declared
 from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, TargetExists, WriteFailed
@@ -194,8 +194,8 @@ class ReportArguments:
         ),
     ),
 )
-@common.named(needs_vm=False)
-@common.point(default="latest")
+@vm_argument.Named(needs_vm=False)
+@point_argument.point(default="latest")
 @click.option("--disk", "disks", multiple=True, metavar="D", help="Attach only this disk (repeatable).")
 @trial_options
 @click.option(

@@ -30,6 +30,7 @@ from backupctl.cli import (
     restore_test,
     run_screen,
     settings,
+    vm_argument,
 )
 from backupctl.cli.common import Declared
 from backupctl.cli.invocation import Invocation
@@ -176,7 +177,7 @@ def run_options(command: Declared) -> Declared:
     ),
 )
 @click.pass_context
-@common.named(several=True)
+@vm_argument.Named(several=True)
 @common.if_running
 @run_options
 @common.dry_run("Only show what would be done, and how much it would store at most.")

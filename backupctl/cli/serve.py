@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, reporters, units
+from backupctl.cli import common, output, param_types, point_argument, reporters, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.events import StepStarted
 from backupctl.events.restore import OverlayKept, ServedToLocalUsers
@@ -44,8 +44,8 @@ class Where:
         ),
     ),
 )
-@common.named(needs_vm=False)
-@common.point()
+@vm_argument.Named(needs_vm=False)
+@point_argument.point()
 @click.option("--disk", metavar="D", help="Only this disk.")
 @click.option(
     "--socket",

@@ -4,7 +4,7 @@
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import backup, bitmaps, common, output, reporters, units
+from backupctl.cli import backup, bitmaps, common, output, reporters, units, vm_argument
 from backupctl.cli.target import Target
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
@@ -22,7 +22,7 @@ from backupctl.outcome import documents
     examples=(("What the next incremental will do", "backupctl status web"),),
 )
 @click.pass_context
-@common.named(several=True)
+@vm_argument.Named(several=True)
 @common.json_option
 def status(target: Target, context: click.Context, *, as_json: bool) -> None:
     """Show points, bitmaps and leftovers of a VM, and what the next run would do. Changes nothing.
@@ -100,7 +100,7 @@ def _progress(run: Running) -> str:
 @common.command(
     "recover", 0, 1, 2, 3, 75, for_each=True, examples=(("After a run was killed", "backupctl recover web"),)
 )
-@common.named(several=True)
+@vm_argument.Named(several=True)
 @common.json_option
 def recover(target: Target, *, as_json: bool) -> None:
     """Finish or undo what an earlier run left in the VM. Running it again changes nothing more."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, monitored, output, reporters, units
+from backupctl.cli import common, monitored, output, point_argument, reporters, units, vm_argument
 from backupctl.cli.monitored import Ending
 from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
@@ -55,7 +55,7 @@ class Scope:
         ("Another 5 % of the data every night", "backupctl verify --sample 5 --quiet"),
     ),
 )
-@common.named(needs_vm=False, optional=True, several=True, then_point=True)
+@vm_argument.Named(needs_vm=False, optional=True, several=True, then_point=True)
 @click.option("--fast", is_flag=True, help="Check everything except the stored data.")
 @click.option(
     "--sample",
@@ -66,7 +66,7 @@ class Scope:
 @click.option(
     "--seed", type=click.IntRange(0), help="Read the same sample as the verify that printed this number."
 )
-@common.at_option("In place of POINT: the newest point not later than this")
+@point_argument.at_option("In place of POINT: the newest point not later than this")
 @common.json_option
 @common.quiet
 @common.gathered(Scope)
@@ -78,7 +78,7 @@ def verify(
     Every layer is read back and compared with the digests taken when it was read from the VM.
     """
     depth = scope.checked()
-    point = common.point_or_time(point, at)
+    point = point_argument.point_or_time(point, at)
     if at and target.name is None:
         raise UsageError("--at needs one NAME")
     reports: dict[str, VerifyReport] = {}

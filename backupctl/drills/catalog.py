@@ -18,6 +18,8 @@ from backupctl.drills.sites import DISKS, SimulatorSite
 Play = Callable[[Site], None]
 STEPS = ("attach", "freeze", "transaction", "export", "copy", "dismantle", "commit", "settle")
 """The steps of a run, in order; `settle` comes after the commit."""
+_IN_DATA = 65536 * 3 // 2
+"""A byte of an image that holds data: the clusters of the disk follow that of the header."""
 SLOW = ("--limit", "200k")  # slow enough to be interrupted in the copy
 
 
@@ -133,14 +135,14 @@ def _damaged_data(site: Site) -> None:
     _prepare(site)
     (image,) = (site.repository / VM).glob("*Z/vda.qcow2")
     content = bytearray(image.read_bytes())
-    content[-65536 // 2] ^= 1
+    content[_IN_DATA] ^= 1
     image.write_bytes(content)
     arguments = ("restore", VM, "latest", "--disk", "vda", "--to", str(site.directory / "x.raw"))
     expect(site.run("verify", VM).code == 4, "verify ends with 4")
     site.last = site.run(*arguments)
     expect(site.last.code == 4, f"restore ends with 4, not {site.last.code}")
     expect(not (site.directory / "x.raw").exists(), "no damaged data are restored")
-    content[-65536 // 2] ^= 1
+    content[_IN_DATA] ^= 1
     image.write_bytes(content)
     site.check_next_run()
 

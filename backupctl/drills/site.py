@@ -163,9 +163,12 @@ class Site(ABC):
         found = [*arguments, "--repository", str(self.repository), "--json"]
         found += ["--log-file", str(self.directory / "log")]
         if arguments[0] in ("full", "incremental", "recover", "status"):
-            found += ["--qmp", self.qmp, "--scratch", str(self.scratch)]
-            found += ["--agent", self.agent] if self.agent else []
+            found += [*self.vm_arguments(), "--scratch", str(self.scratch)]
         return found
+
+    def vm_arguments(self) -> list[str]:
+        """Return the arguments by which a call finds the VM."""
+        return ["--qmp", self.qmp, *(["--agent", self.agent] if self.agent else [])]
 
     def environment(self) -> dict[str, str]:
         """Return an environment in which no configuration of the user is found."""

@@ -110,7 +110,7 @@ def examine(
     sound: Sequence[PointSummary] = ()
     newest = "the newest point"
     try:
-        listing = summary.look(directory)
+        listing = summary.look(directory, closely=True)
         sound = listing.points
         findings += [Finding(Level.CRITICAL, err.message) for _, err in listing.damaged]
         findings += [_refusal(err) for _, err in listing.unreadable]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What there is of a VM, and what its next run would do: all that a run asks, and nothing that it changes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backupctl.errors import MonitorError, MonitorUnreachable, Refused
@@ -65,72 +66,120 @@ class Status:
     other_tools: tuple[OtherTool, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """What the VM's directory tells. left, unmerged: what the next run and the next prune will finish."""
+
+    points: tuple[Point, ...]
+    damaged: tuple[str, ...]
+    left: tuple[str, ...]
+    unmerged: tuple[str, ...]
+    running: Running | None
+
+    @classmethod
+    def of(cls, directory: VmDirectory) -> "_Stored":
+        survey = directory.scan_points()
+        return cls(
+            points=survey.points,
+            damaged=(*(err.message for _, err in survey.damaged), *problems(directory)),
+            left=tuple(_unfinished(one) for one in directory.pending_points()),
+            unmerged=tuple(
+                f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
+                for point in directory.retired().points
+            ),
+            running=running(directory),
+        )
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the VM tells. gone: points that its bitmaps name and that are not there. left: as in `_Stored`."""
+
+    inventory: Inventory
+    left: tuple[str, ...]
+    version: str
+    gone: tuple[PointId, ...]
+    refusal: str
+    bitmaps: tuple[StoredBitmap, ...]
+    other_tools: tuple[OtherTool, ...]
+
+
 def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known = nobody_else) -> Status:
     """Tell what there is and what the next run, with these options, would do. Changes and locks nothing.
 
     The next run recovers first, so it is planned from what there will be then. known: for bitmaps of
     other repositories.
     """
-    directory, namespace = repository.vm(vm.name), repository.owner
-    facts = recover.DirectoryFacts(directory, namespace)
-    survey = directory.scan_points()
-    points = survey.points
-    damaged = (*(err.message for _, err in survey.damaged), *problems(directory))
-    left = [_unfinished(one) for one in directory.pending_points()]
-    ids = tuple(point.id for point in points)
-    unmerged = tuple(
-        f"{point.id} was dropped and its layers are still to be merged: the next prune does that"
-        for point in directory.retired().points
-    )
-    now = running(directory)
+    directory = repository.vm(vm.name)
+    facts = recover.DirectoryFacts(directory, repository.owner)
+    stored = _Stored.of(directory)
     try:
-        if now is not None:  # it has the monitor, which serves one client
-            raise MonitorUnreachable("a backup is running")
-        with open_driver(vm, options.timeouts.brief()) as driver:
-            foreseen = driver.foresee(facts)
-            inventory = foreseen.inventory
-            in_scratch = driver.left_scratch(namespace, options.scratch.directory)
-            left += [f"scratch directory {path}" for path in in_scratch]
-            left += foreseen.leftovers
-            version = driver.version
-            gone = recover.gone(facts, recover.newest_recorded(driver, facts.namespace))
-            refusal = _refusal(driver, inventory, left)
-            stored = bitmap_survey.survey(driver, vm, repository, known)
-            others = other_tools.found(driver, vm)
+        found = _ask(vm, repository, options, facts, stored, known)
     except (MonitorError, Refused) as err:
-        worker = directory.lock_holder() or (
-            f"the run of process {now.pid} has just ended" if now else None
-        )  # it has the monitor, which serves one client, and all that looks unfinished
-        return Status(
-            vm.name,
-            ids,
-            damaged,
-            None,
-            worker or err.message,
-            (),
-            (*(() if worker else left), *unmerged),
-            "waits for a few seconds, then exits with code 75"
-            if worker
-            else f"fails while the VM cannot be reached; check with `backupctl doctor {vm.name}`",
-            running=now,
-        )
-    plan, broken = _plan(inventory, facts, points, options, gone)
-    refusal = refusal or broken
-    states = tuple(_disk_status(one, points, namespace) for one in plan.disks)
-    next_run = f"would be refused: {refusal}" if refusal else _next_run(plan, left)
+        return _unanswered(directory, stored, err)
+    plan, broken = _plan(found.inventory, facts, stored.points, options, found.gone)
+    refusal = found.refusal or broken
     return Status(
         vm=vm.name,
-        points=ids,
-        damaged=damaged,
-        qemu=version,
+        points=tuple(point.id for point in stored.points),
+        damaged=stored.damaged,
+        qemu=found.version,
         problem="",
-        disks=states,
-        leftovers=(*left, *unmerged),
-        next_run=next_run,
+        disks=tuple(_disk_status(one, stored.points, facts.namespace) for one in plan.disks),
+        leftovers=(*found.left, *stored.unmerged),
+        next_run=f"would be refused: {refusal}" if refusal else _next_run(plan, found.left),
         missing_disks=plan.missing,
-        bitmaps=stored,
+        bitmaps=found.bitmaps,
         refusal=refusal,
-        other_tools=others,
+        other_tools=found.other_tools,
+    )
+
+
+def _ask(
+    vm: VmConfig,
+    repository: Repository,
+    options: RunOptions,
+    facts: recover.DirectoryFacts,
+    stored: _Stored,
+    known: Known,
+) -> _Answers:
+    """Ask the VM all that a run asks. Raises MonitorError, Refused."""
+    if stored.running is not None:  # it has the monitor, which serves one client
+        raise MonitorUnreachable("a backup is running")
+    with open_driver(vm, options.timeouts.brief()) as driver:
+        foreseen = driver.foresee(facts)
+        in_scratch = driver.left_scratch(facts.namespace, options.scratch.directory)
+        left = (*stored.left, *(f"scratch directory {path}" for path in in_scratch), *foreseen.leftovers)
+        return _Answers(
+            inventory=foreseen.inventory,
+            left=left,
+            version=driver.version,
+            gone=recover.gone(facts, recover.newest_recorded(driver, facts.namespace)),
+            refusal=_refusal(driver, foreseen.inventory, left),
+            bitmaps=bitmap_survey.survey(driver, vm, repository, known),
+            other_tools=other_tools.found(driver, vm),
+        )
+
+
+def _unanswered(directory: VmDirectory, stored: _Stored, err: MonitorError | Refused) -> Status:
+    """Tell what there is of a VM that did not answer.
+
+    A run that works on it has the monitor, which serves one client, and all that looks unfinished.
+    """
+    worker = directory.lock_holder()
+    if not worker and stored.running:
+        worker = f"the run of process {stored.running.pid} has just ended"
+    unreached = f"fails while the VM cannot be reached; check with `backupctl doctor {directory.name}`"
+    return Status(
+        vm=directory.name,
+        points=tuple(point.id for point in stored.points),
+        damaged=stored.damaged,
+        qemu=None,
+        problem=worker or err.message,
+        disks=(),
+        leftovers=(*(() if worker else stored.left), *stored.unmerged),
+        next_run="waits for a few seconds, then exits with code 75" if worker else unreached,
+        running=stored.running,
     )
 
 
@@ -165,7 +214,7 @@ def _plan(
         return planned("scan"), err.message
 
 
-def _refusal(driver: Driver, inventory: Inventory, left: list[str]) -> str:
+def _refusal(driver: Driver, inventory: Inventory, left: Sequence[str]) -> str:
     try:
         driver.preflight()
         if not left:  # else the job may be a dead run's, which the next one ends before it looks
@@ -195,7 +244,7 @@ def _disk_status(one: planning.DiskPlan, points: tuple[Point, ...], namespace: N
     )
 
 
-def _next_run(plan: planning.Plan, left: list[str]) -> str:
+def _next_run(plan: planning.Plan, left: Sequence[str]) -> str:
     first = "first finishes or rolls back what an earlier run left, then " if left else "incremental: "
     if plan.parent is None:
         return f"{first if left else ''}takes a full, because there is no point yet"

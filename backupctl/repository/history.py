@@ -15,9 +15,11 @@
 
 Each line has its own checksum and that of the line before it. A writer holds the VM's lock. Each line is
 durable before the event that it records happens, or before the traces of that event are removed. A torn last
-line is what a crash leaves: the event that it would have recorded has not happened.
+line is what a crash leaves: the event that it would have recorded has not happened. On a full disk a
+`committed` that was the last line is cut off instead, where there is no room for its `undone`.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -163,22 +165,15 @@ def record(directory: Path, *events: PointEvent) -> None:
 
     The caller holds the VM's lock.
     """
-    path = directory / FILE_NAME
-    last = _last(directory)
-    try:
-        if last is None:
-            durable.replace(path, _lines("", (PointEvent("begun"), *events)))
-            return
-        # A line that is cut off here was never durable, so what it records was never begun.
-        durable.append(path, last.end, _lines(last.checksum, events))
-    except OSError as err:
-        raise RepositoryError(f"cannot write {path}: {err.strerror}") from err
+    with _writing(directory):
+        _append(directory, events)
 
 
 def undo(directory: Path, point: PointId) -> None:
     """Record that a point was not committed, if its commit was recorded already. Raises RepositoryError.
 
-    To be called before the directory is removed: else a crash in between would leave a missing point.
+    To be called before the directory is removed: else a crash in between would leave a missing point. This
+    needs no room where the commit is what the history recorded last: a roll-back must succeed on a full disk.
     """
     known = Known()
     for line in (_content(directory) or b"").split(b"\n")[:-1]:
@@ -187,7 +182,15 @@ def undo(directory: Path, point: PointId) -> None:
         if entry is not None and entry.point == point:
             known = known.after(entry)
     if known.there:
-        record(directory, PointEvent("undone", point))
+        with _writing(directory):
+            try:
+                _append(directory, (PointEvent("undone", point),))
+            except OSError as err:
+                last = _last(directory)
+                full = err.errno in (errno.ENOSPC, errno.EDQUOT)
+                if last is None or not last.tells("committed", point) or not full:
+                    raise
+                durable.cut(directory / FILE_NAME, last.begin)
 
 
 def end(directory: Path) -> int:
@@ -196,7 +199,7 @@ def end(directory: Path) -> int:
     Raises RepositoryError.
     """
     last = _last(directory)
-    return last.end if last is not None and last.checksum else 0
+    return last.end if last is not None and last.entry is not None else 0
 
 
 def points_since(directory: Path, before: int) -> frozenset[PointId] | None:
@@ -212,10 +215,37 @@ def points_since(directory: Path, before: int) -> frozenset[PointId] | None:
 
 
 class _Line(NamedTuple):
-    """The last readable line. end: where it ends. checksum: "" if no line is readable."""
+    """The last readable line, and its bytes in the file. entry: None if no line is readable."""
 
+    begin: int
     end: int
-    checksum: str
+    entry: Entry | None
+
+    @property
+    def checksum(self) -> str:
+        return "" if self.entry is None else self.entry.checksum
+
+    def tells(self, event: EventKind, point: PointId) -> bool:
+        return self.entry is not None and (self.entry.event, self.entry.point) == (event, point)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise RepositoryError(f"cannot write {directory / FILE_NAME}: {err.strerror}") from err
+
+
+def _append(directory: Path, events: Iterable[PointEvent]) -> None:
+    """Append durably; begin a history if there is none. Raises OSError, RepositoryError."""
+    path = directory / FILE_NAME
+    last = _last(directory)
+    if last is None:
+        durable.replace(path, _lines("", (PointEvent("begun"), *events)))
+        return
+    # A line that is cut off here was never durable, so what it records was never begun.
+    durable.append(path, last.end, _lines(last.checksum, events))
 
 
 def _content(directory: Path) -> bytes | None:
@@ -247,9 +277,9 @@ def _last(directory: Path) -> _Line | None:
             file.seek(begin)
             found = _last_in(file.read(size - begin))
             if found is not None:
-                return _Line(begin + found.end, found.checksum)
+                return found._replace(begin=begin + found.begin, end=begin + found.end)
             if not begin or length > MAX_BYTES:
-                return _Line(size, "")
+                return _Line(size, size, None)
             length *= 4
 
 
@@ -259,7 +289,7 @@ def _last_in(content: bytes) -> _Line | None:
         begin = content.rfind(b"\n", 0, at - 1) + 1
         entry = Entry.from_line(content[begin : at - 1])
         if entry is not None:
-            return _Line(at, entry.checksum)
+            return _Line(begin, at, entry)
         at = begin
     return None
 

@@ -1,103 +1,44 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`summary` in a VM's directory: what the manifests say, in one file, for commands that only show points.
 
-It is a cache. Nothing that decides what to delete, to restore or to trust reads it. Of each point it has the
-identity of its directory and of its manifest; a point that is not exactly as it was then is read anew, and so
-is everything if the file is missing, damaged, of another version, or of another VM. Whoever writes it holds
-the VM's lock; a crash leaves the file before or none, and either is right.
+It is a cache. Nothing that decides what to delete, to restore or to trust reads it. While the VM's directory
+is sealed (seal.py), and its history and its newest point are as they were, it is believed. Else each point is
+compared with the identity of its directory and of its manifest, and one that is not exactly as it was is read
+anew; and so is everything if the file is missing, damaged, of another version, or of another VM. Whoever
+writes it holds the VM's lock; a crash leaves the file before or none, and either is right.
 """
 
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import msgspec
-from blake3 import blake3
-from msgspec import Meta, Struct
 
 from backupctl.errors import BackupctlError, DamageFound, RepositoryUnreadable
 from backupctl.names import DiskName, PointId
-from backupctl.repository import audit, chain, history, markers, point_names
+from backupctl.repository import audit, chain, history, markers, point_names, seal, summary_file
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer
-from backupctl.repository.manifest import Consistency, PointKind
 from backupctl.repository.point import Point
-from backupctl.repository.strict_json import Size
-from backupctl.repository.vm_directory import AllPoints, VmDirectory
-from backupctl.system import durable, safe_open
+from backupctl.repository.summary_file import (
+    FILE_NAME,
+    DiskSummary,
+    Identity,
+    PointSummary,
+    Stored,
+)
+from backupctl.repository.vm_directory import AllPoints, ScannedPoints, VmDirectory
+from backupctl.system import safe_open
+
+__all__ = ["DiskSummary", "Identity", "Listing", "PointSummary", "look", "renew", "renew_if_free"]
 
 _log = logging.getLogger("backupctl.repository")
 
-FILE_NAME = "summary"
-_FORMAT: Literal[1] = 1
-MAX_BYTES = 1 << 27
 _TICK_SECONDS = 0.02
 """Longer than a clock tick of the kernel, by which it dates files: two changes in one tick look like one."""
-_MOST_TIME = 253402300799  # the end of the year 9999
 _MANIFEST = f"/{manifests.FILE_NAME}"
-
-Time = Annotated[int, Meta(ge=0, le=_MOST_TIME)]
-
-
-class DiskSummary(Struct, array_like=True, frozen=True, gc=False):
-    """One disk of a point; sizes in bytes. See `DiskEntry`."""
-
-    name: DiskName
-    kind: PointKind
-    parent: PointId | None
-    size: Size
-    copied_bytes: Size
-    stored_bytes: Size
-    file_bytes: Size
-
-
-Identity = tuple[int, int, int, int, int]
-"""What shows that a point is as it was: inode and time of change of its directory, the same of its manifest,
-and the length of that. Times are in nanoseconds; no program can set them. Every file that is created, removed
-or replaced in a directory, a marker too, sets that of the directory."""
-
-
-class PointSummary(Struct, array_like=True, frozen=True, gc=False):
-    """One point. started, ended: of its run, in seconds since 1970. frozen_ms: None if it was not frozen."""
-
-    id: PointId
-    identity: Identity
-    retired: bool
-    protected: bool
-    kind: PointKind
-    parent: PointId | None
-    consistency: Consistency
-    started: Time
-    ended: Time
-    frozen_ms: Size | None
-    disks: tuple[DiskSummary, ...]
-
-    @property
-    def stored_bytes(self) -> int:
-        """What its images take."""
-        return sum(disk.stored_bytes for disk in self.disks)
-
-
-class _Content(Struct, frozen=True, forbid_unknown_fields=True):
-    """The file.
-
-    history: the identity of the history with which these points were compared; None if anything was wrong, or
-    could not be told: then manifests, history and layers are read each time.
-    """
-
-    format: Literal[1]
-    vm: str
-    repository: str
-    history: tuple[int, int, int] | None
-    points: list[PointSummary]
-
-
-_ENCODER, _DECODER = msgspec.json.Encoder(), msgspec.json.Decoder(_Content)
 
 
 @dataclass(frozen=True)
@@ -115,26 +56,47 @@ class Listing:
     fits: bool
 
 
-def look(directory: VmDirectory) -> Listing:
-    """Return the points of a VM. Changes and locks nothing. Raises RepositoryError."""
-    looked = _look(directory)
+def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
+    """Return the points of a VM. Changes and locks nothing. Raises RepositoryError.
+
+    closely: if any layer that the newest point needs has changed, each point is compared.
+    """
+    # Before the points: whoever changes one writes a line into the history then or after.
+    past = _history(directory)
+    stored = summary_file.read(directory)
+    if stored is not None and _is_as_sealed(directory, stored, past, closely=closely):
+        return _listing(stored.content.points, AllPoints(_NOTHING, _NOTHING), (), fits=True)
+    looked = _look_at_each(directory, stored, past)
     problems = () if looked.compared else audit.problems(directory)
-    found = looked.read
-    return Listing(
-        tuple(one for one in looked.points if not one.retired),
-        tuple(one for one in looked.points if one.retired),
-        found.committed.damaged,
-        found.committed.unreadable,
-        problems,
-        looked.compared,
-    )
+    return _listing(looked.points, looked.read, problems, fits=looked.compared)
+
+
+def below(points: Mapping[PointId, PointSummary], newest: PointSummary) -> Iterator[tuple[PointId, DiskName]]:
+    """Yield the layers below those of a point, of each disk from the newest to the oldest.
+
+    A layer that is not among these points, or that no chain can have, ends the chain of its disk.
+    """
+    for disk in newest.disks:
+        at, held = newest.id, disk
+        # Each parent is older, so that following them ends.
+        while held.parent is not None and held.parent < at:
+            yield held.parent, disk.name
+            at, point = held.parent, points.get(held.parent)
+            found = point.disk(disk.name) if point else None
+            if found is None:
+                break
+            held = found
 
 
 def renew(directory: VmDirectory) -> None:
-    """Write the summary anew if it does not fit. The caller holds the VM's lock. Raises nothing."""
+    """Write the summary anew if it does not fit, and seal it. The caller holds the VM's lock. Raises nothing.
+
+    The caller changes nothing of the VM's points any more while it holds that lock.
+    """
     try:
         _renew(directory)
-    except (BackupctlError, OSError) as err:  # what it says is in the manifests, too
+        _seal(directory)
+    except (BackupctlError, OSError, safe_open.NotThere) as err:  # what it says is in the manifests, too
         _log.debug("%s is not written: %s", directory.path / FILE_NAME, err)
         with suppress(OSError):
             (directory.path / f".{FILE_NAME}.new").unlink()
@@ -166,10 +128,56 @@ class _Looked:
         return not any(one.damaged or one.unreadable for one in self.read)
 
 
+_NOTHING = ScannedPoints((), ())
+
+
+def _listing(
+    points: Sequence[PointSummary], read: AllPoints, problems: tuple[audit.Problem, ...], *, fits: bool
+) -> Listing:
+    return Listing(
+        tuple([one for one in points if not one.retired]),
+        tuple([one for one in points if one.retired]),
+        read.committed.damaged,
+        read.committed.unreadable,
+        problems,
+        fits,
+    )
+
+
+def _is_as_sealed(
+    directory: VmDirectory, stored: Stored, past: tuple[int, int, int] | None, *, closely: bool
+) -> bool:
+    """Whether neither the VM's directory nor its history nor its newest point has changed since the seal."""
+    content, stamp = stored.content, stored.stamp
+    if stamp is None or content.history is None or content.history != past:
+        return False
+    if not seal.is_whole(directory.path, stamp):
+        return False
+    newest = next((one for one in reversed(content.points) if not one.retired), None)
+    if newest is None:
+        return True
+    looked_at = _with_base(content.points, newest) if closely else (newest,)
+    return all(_identity(None, f"{directory.path}/{one.id}") == one.identity for one in looked_at)
+
+
+def _with_base(points: Sequence[PointSummary], newest: PointSummary) -> Iterable[PointSummary]:
+    """Return a point and those that it depends on."""
+    known = {one.id: one for one in points}
+    needed = {newest.id, *(point for point, _ in below(known, newest))}
+    return [known[point] for point in needed if point in known]
+
+
 def _look(directory: VmDirectory) -> _Looked:
-    # Before the points: whoever changes one writes a line into the history then or after.
+    """Look at each point, whether the directory is sealed or not."""
     past = _history(directory)
-    known = _read(directory)
+    return _look_at_each(directory, summary_file.read(directory), past)
+
+
+def _look_at_each(
+    directory: VmDirectory, stored: Stored | None, past: tuple[int, int, int] | None
+) -> _Looked:
+    """Look at each point. past: the identity of the history, from before."""
+    known = stored.content if stored else None
     fitting, others = _compared(directory, known.points if known else [])
     read = directory.scan_some(list(others))
     made = [_summary(one, others[one.id], retired=False) for one in read.committed.points]
@@ -214,7 +222,7 @@ def _sorted_out(
     return fitting, others
 
 
-def _identity(above: int, name: str) -> Identity | None:
+def _identity(above: int | None, name: str) -> Identity | None:
     """Return what shows whether a point changes; None if it cannot be told."""
     try:
         found = os.stat(name, dir_fd=above, follow_symlinks=False)
@@ -291,12 +299,16 @@ def _renew(directory: VmDirectory) -> None:
     points = [one for one in settled if one.id not in merging]
     whole = len(points) == len(looked.points) and looked.is_sound and _has_sound_layers(directory, looked)
     compared = past if whole and not audit.problems(directory) else None
-    _write(directory, points, compared)
+    summary_file.write(directory, points, compared)
 
 
-def _write(directory: VmDirectory, points: list[PointSummary], compared: tuple[int, int, int] | None) -> None:
-    content = _ENCODER.encode(_Content(_FORMAT, directory.name, directory.repository, compared, points))
-    durable.replace(directory.path / FILE_NAME, _checksum(content) + b"\n" + content)
+def _seal(directory: VmDirectory) -> None:
+    """Seal the summary if it fits. Raises as `renew` does not."""
+    stamp = seal.date(directory.path)
+    past, stored = _history(directory), summary_file.read(directory)
+    # After the directory got its date: what others changed before would not break this seal.
+    if stamp and stored and stored.content.history and _look_at_each(directory, stored, past).compared:
+        summary_file.write_seal(directory, stored, stamp)
 
 
 def _has_sound_layers(directory: VmDirectory, looked: _Looked) -> bool:
@@ -323,21 +335,3 @@ def _history(directory: VmDirectory) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_size, found.st_ctime_ns
-
-
-def _read(directory: VmDirectory) -> _Content | None:
-    """Read the file; None if there is nothing that can be used."""
-    try:
-        content = safe_open.read(directory.path / FILE_NAME, MAX_BYTES)
-        checksum, _, rest = content.partition(b"\n")
-        if checksum != _checksum(rest):
-            return None
-        found = _DECODER.decode(rest)
-    except (safe_open.NotThere, RepositoryUnreadable, msgspec.MsgspecError, RecursionError):
-        return None
-    of_this = (found.vm, found.repository) == (directory.name, directory.repository)
-    return found if of_this else None
-
-
-def _checksum(content: bytes) -> bytes:
-    return blake3(content).hexdigest(16).encode()

@@ -25,7 +25,7 @@ from backupctl.errors import (
     UnknownFormat,
 )
 from backupctl.names import PointId, RepositoryId, VmName, did_you_mean, point_id, vm_name
-from backupctl.repository import former_names, history, markers, point_names, strict_json
+from backupctl.repository import former_names, history, markers, point_names, seal, strict_json
 from backupctl.repository import journal as journals
 from backupctl.repository import manifest as manifests
 from backupctl.repository.journal import Journal
@@ -94,10 +94,23 @@ class VmDirectory:
         try:
             self._acquire(descriptor, patience_seconds)
             self._refuse_moved(descriptor)
-            self._sync_names()
+            self.break_seal()
             yield descriptor
         finally:
             os.close(descriptor)
+
+    def break_seal(self) -> None:
+        """Have each point looked at, until the summary is renewed. Raises RepositoryError.
+
+        Whoever changes anything in the directory of a point does this before; without the VM's lock, which
+        does it, afterwards as well.
+        """
+        try:
+            seal.break_of(self.path)
+        except OSError as err:
+            raise RepositoryError(f"cannot write to {self.path}: {err.strerror}", state=UNTOUCHED) from err
+        # What is changed next must not be durable without it.
+        self._sync_names()
 
     def lock_holder(self) -> str | None:
         """Describe who holds the lock; None if nobody does or there is no lock yet. Changes nothing."""

@@ -121,6 +121,22 @@ def append(path: Path, end: int, content: bytes) -> None:
     replace(path, kept + content)
 
 
+def cut(path: Path, end: int) -> None:
+    """Cut a file to its first `end` bytes, durably. Unlike `append`, this needs no room on a full disk.
+
+    A file with a second hard link is left as it is, and EMLINK raised (see `append`). Raises OSError.
+    """
+    _log.debug("cut %s to %d bytes", path, end)
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_nlink != 1:
+            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(path))
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def publish(path: Path, content: bytes) -> None:
     """Create a file with this content: it is absent or complete. Raises FileExistsError, OSError."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.names import PREFIX
+from backupctl.names import is_ours
 
 _EMULATORS = ("qemu-system-", "qemu-kvm")
 _LOOP_MAJOR = 7
@@ -167,6 +167,10 @@ def _may_write(process: int, name: str) -> bool:
 
 
 def _is_scratch(link: str) -> bool:
-    """Whether a file is a run's scratch file. Its space is preallocated, so its growth takes none."""
-    name = link.rpartition("/")[2]
-    return bool(_NAMELESS.fullmatch(name)) or name.startswith(PREFIX)
+    """Whether a file is a run's scratch file, itself or by its directory.
+
+    Its space is preallocated, so its growth takes none.
+    """
+    path, _, name = link.rpartition("/")
+    directory = path.rpartition("/")[2]
+    return bool(_NAMELESS.fullmatch(name)) or is_ours(name) or (is_ours(directory) and "@" in directory)

@@ -16,7 +16,7 @@ from tests.exploration.explorer import SHAPES, TERMINATIONS, WHEN, Explorer, Int
 MIB = 1 << 20
 CHUNKS = 8
 MOST_STEPS = 60  # more than any recovery has
-DURABLE = ("sync_file ", "sync_directory ", "make_directory ", "write_new ", "replace ", "rename ")
+DURABLE = ("sync_file ", "sync_directory ", "make_directory ", "write_new ", "append ", "replace ", "rename ")
 MET = {"term": "", "hangup": "execute ", "lost": "execute ", "eio": DURABLE, "enospc": DURABLE}
 """Interruptions that do not kill a run, each with the beginnings of the steps at which it can happen."""
 SINGLES, OTHERS, AGAIN = 3, 1, ("", "", *TERMINATIONS)  # in the quick tier

@@ -15,7 +15,6 @@ import pytest
 
 from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Libvirtd
-from tests import interrupted_cli
 from tests.conftest import MIB
 from tests.libvirt_lab import Lab, Make, begun, guard_of, kinds, maker, plain, wait_for
 
@@ -49,44 +48,6 @@ def test_a_full_and_incrementals_are_byte_equal(make_lab: Make) -> None:
     assert kinds(second) == {"vda": "incremental", "vdb": "incremental", "vdc": "scan"}
     lab.assert_point(first["point"], begun)
     lab.assert_point(second["point"], then)
-    lab.next_is_right()
-
-
-CHANGING = ("virDomainBackupBegin", "virDomainAbortJob", "virDomainCheckpointDelete")
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("call", CHANGING)
-def test_a_run_that_is_killed_is_undone_by_the_next(make_lab: Make, call: str, when: str) -> None:
-    lab = begun(make_lab, sizes={"vda": 4 * MIB})
-    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=call, KILL_WHEN=when)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    lab.next_is_right()
-
-
-@pytest.mark.parametrize(("asked", "when"), [("hold", "after"), ("ready", "before")])
-def test_a_run_killed_in_its_clients_handshake_does_not_make_the_guest_stand_still(
-    make_lab: Make, asked: str, when: str
-) -> None:
-    lab = begun(make_lab, sizes={"vda": 4 * MIB})
-    died = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=asked, KILL_WHEN=when)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    wait_for(lambda: not lab.domain.has_job())
-    lab.next_is_right()
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("call", CHANGING)
-def test_a_run_whose_libvirtd_is_killed_loses_nothing(
-    make_lab: Make, daemon: Libvirtd, call: str, when: str
-) -> None:
-    lab = begun(make_lab, sizes={"vda": 4 * MIB})
-    around = {"ACTION": "crash", "VM_PID": str(daemon.daemon_process())}
-    done = lab.cli.call(
-        "incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=call, KILL_WHEN=when, **around
-    )
-    assert done.returncode in (0, 1, 3), done.stderr
-    daemon.come_again()
     lab.next_is_right()
 
 

@@ -246,20 +246,6 @@ def test_a_run_that_is_killed_is_undone_by_the_next_whether_the_domain_runs_then
     assert set(kinds(offline(lab)).values()) == {"incremental"}
 
 
-def test_a_libvirtd_that_is_killed_in_mid_run_loses_nothing(make_lab: Make, daemon: Libvirtd) -> None:
-    lab = begun(make_lab, sizes=ONE)
-    shut_down(lab)
-    around = {"ACTION": "crash", "VM_PID": str(daemon.daemon_process())}
-    done = lab.cli.call(
-        "incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT="block-export-add", **around
-    )
-    assert done.returncode in (0, 1, 3), done.stderr
-    daemon.come_again()
-    assert kinds(offline(lab)) == {"vda": "incremental"}
-    lab.domain.start()
-    lab.next_is_right()
-
-
 @pytest.mark.parametrize("clean", [True, False])
 def test_an_unfinished_run_of_the_running_domain_is_rolled_back_when_it_is_off(
     make_lab: Make, clean: bool

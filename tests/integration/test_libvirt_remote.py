@@ -2,11 +2,9 @@
 """Domains of a libvirt that is reached by ssh: an sshd on the loopback, a libvirtd of the test's own."""
 
 import json
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -52,11 +50,6 @@ def remote_lab(
     return lab
 
 
-def interrupted(lab: Lab, sshd: Sshd, at: str, **environment: str) -> Any:
-    environment |= {"KILL_AT": at, "SSHD_PID": str(sshd.pid)}
-    return lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, **environment)
-
-
 def test_full_and_incremental_over_ssh_are_byte_equal(remote_lab: Lab, sshd: Sshd) -> None:
     lab = remote_lab
     lab.writer.remember()
@@ -65,31 +58,6 @@ def test_full_and_incremental_over_ssh_are_byte_equal(remote_lab: Lab, sshd: Ssh
     lab.assert_point(report["point"], lab.writer.moment)
     lab.assert_clean()
     lab.next_is_right()
-    sshd.await_end()
-
-
-@pytest.mark.parametrize(
-    ("call", "when", "action"),
-    [
-        ("virDomainBackupBegin", "before", ""),
-        ("virDomainBackupBegin", "after", "cut"),
-        ("hold", "after", "cut"),
-        ("hold", "after", ""),
-        ("ready", "before", "cut"),
-        ("ready", "before", ""),
-        ("virDomainAbortJob", "before", "cut"),
-        ("virDomainCheckpointDelete", "before", ""),
-    ],
-)
-def test_a_line_that_is_cut_or_a_run_that_is_killed_loses_nothing(
-    remote_lab: Lab, sshd: Sshd, call: str, when: str, action: str
-) -> None:
-    """The guard is on the domain's host: it ends the job, and the guest lives on."""
-    done = interrupted(remote_lab, sshd, call, KILL_WHEN=when, ACTION=action)
-    assert done.returncode in ((0, 1, 3) if action else (-signal.SIGKILL,)), done.stderr
-    assert not interrupted_cli.BUG.search(done.stderr), done.stderr
-    wait_for(lambda: not remote_lab.domain.has_job())
-    remote_lab.next_is_right()
     sshd.await_end()
 
 

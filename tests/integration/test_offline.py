@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import interrupted_cli
+from tests.every_step import storage_daemons
 
 pytestmark = pytest.mark.needs_qemu("a VM that is off has no simulator")
 
@@ -96,22 +97,6 @@ def assert_images_are_whole(lab, leaks: bool = False) -> None:
         assert done.returncode in ((0, 3) if leaks else (0,)), done.stdout + done.stderr
 
 
-def storage_daemons(lab) -> list[int]:
-    """Return the processes that have an image of the lab open, besides its machine."""
-    ids = {(one.path.stat().st_dev, one.path.stat().st_ino) for one in lab.machine.disks}
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        if b"qemu-storage-daemon" not in _command(process):
-            continue
-        try:
-            opened = [one.stat() for one in (process / "fd").iterdir()]
-        except OSError:
-            continue
-        if ids & {(one.st_dev, one.st_ino) for one in opened}:
-            found.append(int(process.name))
-    return found
-
-
 def await_copy(lab, run) -> list[int]:
     """Wait until a run copies; returns its storage daemon, which has an image open."""
     deadline = time.monotonic() + 60
@@ -119,14 +104,11 @@ def await_copy(lab, run) -> list[int]:
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return storage_daemons(lab)
+    return daemons_of(lab)
 
 
-def _command(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except OSError:
-        return b""
+def daemons_of(lab) -> list[int]:
+    return storage_daemons(disk.path for disk in lab.machine.disks)
 
 
 def test_a_chain_goes_on_across_shutdowns_in_both_directions(lab):
@@ -227,7 +209,7 @@ def test_a_vm_cannot_start_while_its_images_are_read(oldest_build, make_lab, kin
     finally:
         run.send_signal(signal.SIGTERM)
         run.communicate(timeout=60)
-    assert storage_daemons(lab) == []
+    assert daemons_of(lab) == []
 
 
 def test_a_monitor_that_is_silent_is_not_a_vm_that_is_off(old_lab):
@@ -294,45 +276,6 @@ def contents(lab, disk) -> bytes:
     return raw.read_bytes()
 
 
-CHUNKS = 3
-
-
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_sigkill_at_every_step_of_a_run_on_images_loses_nothing(old_lab, chunk, record_property):
-    """The next run is byte-equal, no daemon or lock is left; a bitmap is lost in the short windows only."""
-    lab = old_lab
-    lab.writer.write(20)
-    lab.backup("full")
-    lab.writer.write(5)
-    shut_down(lab)
-    log = lab.directory / "steps"
-    done = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, STEPS=str(log))
-    assert done.returncode == 0, done.stderr
-    steps = log.read_text().splitlines()
-    cases = scanned = 0
-    for number in range(chunk, len(steps), CHUNKS):
-        when = "after" if number % 2 else "before"
-        case = f"KILL_AT={number} KILL_WHEN={when} ({steps[number]})"
-        died = lab.cli.call(
-            "incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT=str(number), KILL_WHEN=when
-        )
-        assert died.returncode == -signal.SIGKILL, f"{case}: {died.stderr}"
-        assert_images_are_whole(lab, leaks=True)
-        report = lab.backup("incremental")
-        lab.assert_point(report["point"], lab.writer.moment)
-        assert storage_daemons(lab) == [], case
-        lost = any(disk["scanned"] for disk in report["disks"])
-        assert not lost or number > steps.index("execute block-export-del"), f"{case}: a bitmap was lost"
-        scanned += lost
-        cases += 1
-        assert [name for name in os.listdir(lab.cli.repository / "web") if name.endswith(".partial")] == []
-    record_property("cases", ("SIGKILL at a step of a run on images", cases))
-    record_property("cases", ("SIGKILL at a step of a run on images: a bitmap was lost", scanned))
-    assert cases > 5
-    assert scanned <= 3
-
-
 def test_a_storage_daemon_that_is_killed_costs_the_run_and_nothing_else(old_lab):
     lab = old_lab
     lab.writer.write(20)
@@ -360,7 +303,7 @@ def test_a_storage_daemon_that_hangs_is_replaced_and_the_run_rolled_back(old_lab
     os.kill(daemon, signal.SIGSTOP)
     said, _ = run.communicate(timeout=100)
     assert run.returncode == 1, said
-    assert storage_daemons(lab) == []
+    assert daemons_of(lab) == []
     report = offline(lab, "incremental")
     assert not any(disk["scanned"] for disk in report["disks"])
 

@@ -48,8 +48,23 @@ TABLES = "unit/images/test_qcow2_check.py::"
 SIMULATED_YEAR = "test_full_and_five_incrementals_under_writes_equal_their_moments[simulator]"
 
 LIBVIRT = "unit/vm/libvirt/"
+SOME_STEPS = "integration/test_every_step.py::test_some_steps"
 
 BUGS = (
+    Bug(
+        "what a killed run left in the images of a VM that is off is not undone",
+        "resolve",
+        "            done += recovery.resolve_bitmaps(daemon.monitor, facts)\n",
+        "            pass\n",
+        SOME_STEPS + "[images-SIGKILL]",
+    ),
+    Bug(
+        "a job of libvirt is ended while clients of a line that was cut are in their handshake",
+        "RemoteProgram.end",
+        "            self._leave_handshakes()\n",
+        "            pass\n",
+        SOME_STEPS + "[libvirt-ssh-cut]",
+    ),
     Bug(
         "a mount over a name with a space is taken for none",
         "is_listed",
@@ -769,10 +784,38 @@ BUGS = (
     ),
     Bug(
         "the summary of another VM is believed",
-        "_read",
-        "    of_this = (found.vm, found.repository) == (directory.name, directory.repository)\n",
-        "    of_this = found.repository == directory.repository\n",
+        "_parsed",
+        "    if (found.vm, found.repository) != (directory.name, directory.repository):\n",
+        "    if found.repository != directory.repository:\n",
         SUMMARY + "test_a_file_that_can_not_be_used_is_as_good_as_none[another VM]",
+    ),
+    Bug(
+        "a change in the tick in which a summary was sealed is missed",
+        "is_whole",
+        " and _stamp(found) == stamp\n",
+        " and _stamp(found)[::2] == stamp[::2]\n",
+        SUMMARY + "test_a_change_in_the_tick_in_which_the_seal_was_made_is_seen[0]",
+    ),
+    Bug(
+        "a point that was put in another's place is shown as the one before",
+        "_is_as_sealed",
+        "    if not seal.is_whole(directory.path, stamp):\n",
+        "    if not directory.path.is_dir():\n",
+        SUMMARY + "test_a_point_that_comes_goes_or_is_exchanged_breaks_the_seal[exchanged]",
+    ),
+    Bug(
+        "a point that is protected during a run is shown as it was",
+        "_unsealed",
+        "    finally:\n        directory.break_seal()\n",
+        "    finally:\n        pass\n",
+        SUMMARY + "test_a_point_protected_while_a_run_seals_is_shown_as_protected",
+    ),
+    Bug(
+        "a manifest that vanishes below the newest point is not told",
+        "_is_as_sealed",
+        "_with_base(content.points, newest) if closely else (newest,)",
+        "(newest,)",
+        SUMMARY + "test_a_manifest_that_vanished_below_the_newest_point_is_told_at_once",
     ),
     Bug(
         "a second change in one tick of the clock is missed",

@@ -106,21 +106,15 @@ class LayerCopier:
         """
         disk = one.disk
         source.use_check(check)
-        path = self.partial.path / f"{disk.name}.qcow2"
-        below = self.chains.content(one.base, disk.name, disk.size)
         if source.size != disk.size:
             raise ReadFailed(f"the export of {disk.name} has {source.size} bytes; the disk has {disk.size}")
-        newest = below
-        if one.newest is not None:
-            newest = self.chains.content(one.newest, disk.name, disk.size)
-        known_bytes = min(below.described_bytes, newest.described_bytes)
-        cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, known_bytes)
-        if newest is not below:
-            cluster_map.mark_differences(below, newest)
-        total = cluster_map.marked_bytes()
-        link = f"../{one.base}/{disk.name}.qcow2" if one.base else None
+        below = self.chains.content(one.base, disk.name, disk.size)
+        wanted, dirty_bytes = self._wanted(one, source, below)
         table = RecordTable(self.partial.path)
         dedup = DedupFilter(below, table)
+        total = wanted.marked_bytes()
+        path = self.partial.path / f"{disk.name}.qcow2"
+        link = f"../{one.base}/{disk.name}.qcow2" if one.base else None
         with create.new_file(path) as image:
             with (
                 moving(disk.name, f"{path.name} in {self.chains.directory.path}"),
@@ -135,7 +129,7 @@ class LayerCopier:
                     stall_seconds=self.stall_seconds,
                     filter_records=dedup,
                     workers=self.workers,
-                ).run(cluster_map.parts())
+                ).run(wanted.parts())
                 sink.finish()
                 check()
                 map_path = digest_map.path_of(path)
@@ -159,6 +153,17 @@ class LayerCopier:
             scanned=one.scanned,
             digests=checksum,
         )
+
+    def _wanted(self, one: DiskPlan, source: Source, below: EffectiveContent) -> tuple[ClusterMap, int]:
+        """Return what the layer may have to hold, and how many bytes of it the disk's source names."""
+        newest = below
+        if one.newest is not None:
+            newest = self.chains.content(one.newest, one.disk.name, one.disk.size)
+        known_bytes = min(below.described_bytes, newest.described_bytes)
+        cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, known_bytes)
+        if newest is not below:
+            cluster_map.mark_differences(below, newest)
+        return cluster_map, dirty_bytes
 
 
 def _find_clusters(

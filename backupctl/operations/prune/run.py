@@ -164,18 +164,32 @@ def protect(directory: VmDirectory, wanted: str) -> PointId:
     try:
         # To retire a point prune needs this lock exclusively. Without it prune could retire the point between
         # the look at it and the marker, and a point that the user believes protected would go.
-        with locks.directory(point.path, _LOCK_SECONDS, shared=True):
+        with locks.directory(point.path, _LOCK_SECONDS, shared=True), _unsealed(directory):
             markers.put(directory.point(point.id).path, markers.PROTECTED)
     except FileNotFoundError as err:
         raise NoSuchPoint(f"a prune has just removed {point.id} of {directory.name}") from err
+    summary.renew_if_free(directory)
     return point.id
 
 
 def unprotect(directory: VmDirectory, wanted: str) -> PointId:
     """Remove a point's protection. Raises NoSuchPoint, RepositoryError."""
     point = directory.point(wanted)
-    markers.remove(point.path, markers.PROTECTED)
+    with _unsealed(directory):
+        markers.remove(point.path, markers.PROTECTED)
+    summary.renew_if_free(directory)
     return point.id
+
+
+@contextmanager
+def _unsealed(directory: VmDirectory) -> Iterator[None]:
+    """Change a marker without the VM's lock, which a run may hold for hours. Raises RepositoryError."""
+    # Before: a crash after the change must leave no seal. After: a run may have made one meanwhile.
+    directory.break_seal()
+    try:
+        yield
+    finally:
+        directory.break_seal()
 
 
 def long_chains(directory: VmDirectory, most: int | None) -> tuple[str, ...]:

@@ -111,7 +111,10 @@ class FreezeControl:
         "frozen", and shows in what there is to thaw.)
         """
         if self.overrun:
-            raise FreezeOverrun("the freeze budget ended, and the guard thawed the guest before the run did")
+            guard = (
+                "the guard thawed the guest" if self.deadline is None else "the guard is thawing the guest"
+            )
+            raise FreezeOverrun(f"the freeze budget ended before the run thawed, and {guard}")
         try:
             self._thaw_once(self._soon())
         except AgentError:

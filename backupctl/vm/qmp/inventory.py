@@ -1,36 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The VM's disks: which there are, what their active node is, and which bitmaps lie where.
+"""The VM's disks: which there are, and which bitmaps lie where.
 
-`query-block` tells the devices and the node each one writes to (the active node);
-`query-named-block-nodes` (flat) tells the bitmaps of every node. Bitmaps are never taken from
-`query-block`: while a job runs it shows the job's filter in the disk's place.
-
-qemu-storage-daemon has no devices: there a disk is a node that is exported to a guest (vhost-user-blk,
-vduse, FUSE).
+`query-named-block-nodes` (flat) tells the bitmaps of every node. They are never taken from `query-block`:
+while a job runs it shows the job's filter in the disk's place (see `media`).
 """
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from backupctl.errors import CommandFailed, Failed, InvalidName, MonitorError, Refused
-from backupctl.names import PREFIX, BitmapName, DiskName, NodeName, disk_name
+from backupctl.errors import InvalidName, Refused
+from backupctl.names import DiskName, NodeName, disk_name
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import MAX_SIZE, Disk, Inventory
-from backupctl.vm.qmp import bitmaps, graph
+from backupctl.vm.qmp import bitmaps, graph, media
 from backupctl.vm.qmp.graph import Graph
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.reply import flag, number, text, understood
 
-_PASSED = frozenset({"scsi-block", "scsi-generic"})
-_ELSEWHERE = ("vhost-user-blk", "vhost-user-scsi", "vhost-scsi")
-_JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "copy-on-read"})
-"""What jobs put over a disk; the first and the last one may be a user's own as well."""
 _FIRMWARE = re.compile(r"/machine/(?:\w+\.)?flash\d+", re.ASCII)
 """The flash chips of a machine (`system.flash1`, `virt.flash1`); a writable one has UEFI's variables."""
-_NAMELESS = "#"
-"""How the name of a node begins that nobody gave one."""
 
 
 def inventory(
@@ -49,15 +39,23 @@ def inventory(
     devices = monitor.execute("query-block")
     exports = [] if devices else monitor.execute("query-block-exports")
     with understood("description of its disks"):
-        devices = [_seen_through(device, nodes, names, beneath or {}) for device in devices]
-        found = [_from_device(device, nodes) for device in devices] if devices else _exported(exports, nodes)
-        kinds = _kinds(monitor)
-        found = [_unless_passed_through(medium, kinds) for medium in found] + _served_elsewhere(kinds)
+        devices = [media.seen_through(device, nodes, names, beneath or {}) for device in devices]
+        found = (
+            [media.from_device(device, nodes) for device in devices]
+            if devices
+            else media.exported(exports, nodes)
+        )
+        kinds = media.kinds(monitor)
+        found = [media.unless_passed_through(medium, kinds) for medium in found] + media.served_elsewhere(
+            kinds
+        )
         known = _graph(monitor, found, nodes)
-        ours = {medium.node for medium in found if _stored_name(medium, names) in (beneath or {})}
+        ours = {medium.node for medium in found if media.stored_name(medium, names) in (beneath or {})}
         found = [
             # A job of ours that is about to go is not somebody else's.
-            replace(medium, busy="" if medium.node in ours else _who_works(monitor, medium, nodes, known))
+            replace(
+                medium, busy="" if medium.node in ours else media.who_works(monitor, medium, nodes, known)
+            )
             for medium in found
         ]
         return _collect(found, nodes, names, known)
@@ -70,7 +68,7 @@ def of_nodes(monitor: Monitor, names: Mapping[NodeName, DiskName]) -> Inventory:
     """
     nodes = named_nodes(monitor)
     with understood("description of its block nodes"):
-        found = [_Found(name, node, "", "") for node, name in names.items()]
+        found = [media.Medium(name, node, "", "") for node, name in names.items()]
         return _collect(found, nodes, {}, None)
 
 
@@ -97,47 +95,6 @@ def root_nodes(monitor: Monitor) -> dict[str, str]:
         }
 
 
-def refuse_moved(monitor: Monitor, disks: Iterable[Disk]) -> None:
-    """Raise Failed if a device writes to another node than when it was listed: a snapshot came between.
-
-    To be called while no view or job stands over the disks. Raises MonitorError too.
-    """
-    by_device = root_nodes(monitor)
-    for disk in disks:
-        if disk.qdev and (top := by_device.get(disk.qdev)) != disk.node:
-            raise Failed(
-                f"{disk.name} writes to {top or 'nothing'} now, not to {disk.node}: an external snapshot was "
-                "taken while the run began, or its medium was changed"
-            )
-
-
-def refuse_resized(monitor: Monitor, disks: Iterable[Disk]) -> None:
-    """Raise Failed if a disk has another size than when it was listed. Raises MonitorError if it is gone.
-
-    From the point in time on QEMU refuses a resize; one just before it would cut the view short.
-    """
-    nodes = named_nodes(monitor)
-    for disk in disks:
-        try:
-            size = nodes[disk.node]["image"]["virtual-size"]
-        except (KeyError, TypeError) as err:
-            raise MonitorError(f"the node {disk.node} of {disk.name} has gone") from err
-        if size != disk.size:
-            raise Failed(f"{disk.name} was resized while the run began")
-
-
-def refuse_disabled(monitor: Monitor, recording: Mapping[NodeName, BitmapName]) -> None:
-    """Raise Failed if a bitmap, by its node, has stopped to record since it was listed.
-
-    The transaction disables it all the same, and nobody could tell afterwards. Raises MonitorError.
-    """
-    nodes = named_nodes(monitor)
-    for node, name in recording.items():
-        found = {bitmap.name: bitmap for bitmap in bitmaps_of(node, nodes.get(node, {}))}
-        if name not in found or not found[name].recording:
-            raise Failed(f"somebody removed or disabled the bitmap {name} of {node} while the run began")
-
-
 def with_bitmaps(found: Inventory, after: Mapping[NodeName, tuple[Bitmap, ...]]) -> Inventory:
     """Return an inventory with other bitmaps on these nodes."""
     elsewhere = {bitmap.node: after.get(bitmap.node) for bitmap in found.foreign_node_bitmaps}
@@ -157,173 +114,26 @@ def bitmaps_of(node: NodeName, reply: Mapping[str, Any]) -> tuple[Bitmap, ...]:
         return tuple(bitmap for bitmap in parsed if bitmap)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A medium before it is decided whether it is a disk to back up.
-
-    why_not: "" if it is. busy: who else works on it, "" if nobody does. shared: whether another device
-    writes to its node too.
-    """
-
-    qemu_name: str
-    node: str
-    qdev: str
-    why_not: str
-    busy: str = ""
-    shared: bool = False
-
-
-def _seen_through(
-    device: Mapping[str, Any],
-    nodes: Mapping[NodeName, Mapping[str, Any]],
-    stored_names: Mapping[str, str],
-    beneath: Mapping[DiskName, NodeName],
-) -> Mapping[str, Any]:
-    """Return a device as it will be when our filter is gone from it."""
-    medium = _from_device(device, nodes)
-    node = beneath.get(_stored_name(medium, stored_names))
-    filtered = medium.node.startswith(PREFIX) or _driver(medium, nodes) in _JOB_FILTERS
-    return {**device, "inserted": nodes[node]} if filtered and node and node in nodes else device
-
-
-def _stored_name(medium: _Found, stored_names: Mapping[str, str]) -> DiskName:
-    return DiskName(stored_names.get(medium.qemu_name, medium.qemu_name))
-
-
-def _from_device(device: Mapping[str, Any], nodes: Mapping[NodeName, Mapping[str, Any]]) -> _Found:
-    qdev = text(device.get("qdev", ""))
-    inserted = device.get("inserted")
-    node = text(inserted.get("node-name", "")) if inserted else ""
-    own = text(device.get("device", ""))
-    name = _device_id(qdev) or ("" if node.startswith("#") else node) or own or node
-    return _Found(name or "(unnamed)", node, qdev, _why_not(device, inserted, nodes))
-
-
-def _why_not(
-    device: Mapping[str, Any], inserted: Mapping[str, Any] | None, nodes: Mapping[NodeName, Mapping[str, Any]]
-) -> str:
-    if not inserted:
-        return "the drive is empty"
-    if flag(inserted.get("ro", False)):
-        return "it is read-only"
-    if flag(device.get("removable", False)) and "tray_open" in device:
-        return "it is a removable medium"
-    if inserted.get("node-name", "") not in nodes:
-        return "its node has no name"
-    return ""
-
-
 def _graph(
-    monitor: Monitor, found: Iterable[_Found], nodes: Mapping[NodeName, Mapping[str, Any]]
+    monitor: Monitor, found: Iterable[media.Medium], nodes: Mapping[NodeName, Mapping[str, Any]]
 ) -> Graph | None:
     """Ask for the block graph where something hangs on it. Raises MonitorError.
 
     A job whose filter nobody named is not seen in `query-block` (mirror, commit, stream).
     """
-    filtered = any(_driver(medium, nodes) in _JOB_FILTERS for medium in found)
+    filtered = any(media.driver_of(medium, nodes) in media.JOB_FILTERS for medium in found)
     encrypted = any(map(_encrypted, nodes.values()))
     return graph.ask(monitor) if filtered or encrypted or monitor.execute("query-block-jobs") else None
 
 
-def _who_works(
-    monitor: Monitor, medium: _Found, nodes: Mapping[NodeName, Mapping[str, Any]], known: Graph | None
-) -> str:
-    """Say who else works on a disk; "" if nobody does. A user's own filter is no job. Raises MonitorError."""
-    driver = _driver(medium, nodes)
-    if medium.why_not:
-        return ""
-    if driver not in _JOB_FILTERS:
-        job = known.jobs.get(medium.node, "") if known else ""
-        return f"another job works on {medium.qemu_name}: {job}" if job else ""
-    if medium.node.startswith(PREFIX):
-        return (
-            f"a run of backupctl works on {medium.qemu_name}, or has crashed: its top node is {medium.node}"
-        )
-    job = f"another job works on {medium.qemu_name}: its top node is a {driver}"
-    if known is not None:
-        return f"{job} of the job {known.jobs[medium.node]}" if medium.node in known.jobs else ""
-    if driver == "copy-on-read" and not medium.node.startswith(_NAMELESS):
-        return ""
-    return job if medium.node.startswith(_NAMELESS) or monitor.execute("query-block-jobs") else ""
-
-
-def _driver(medium: _Found, nodes: Mapping[NodeName, Mapping[str, Any]]) -> str:
-    return text(nodes.get(NodeName(medium.node), {}).get("drv", ""), 100)
-
-
-def _kinds(monitor: Monitor) -> dict[str, str]:
-    """Return the type of each device that a user made, by its path. Raises MonitorError."""
-    found = {}
-    for directory in ("/machine/peripheral", "/machine/peripheral-anon"):
-        try:
-            listed = monitor.execute("qom-list", {"path": directory})
-        except CommandFailed:  # a storage daemon has no machine
-            continue
-        for entry in listed:
-            if (kind := text(entry["type"])).startswith("child<"):
-                found[f"{directory}/{text(entry['name'])}"] = kind[len("child<") : -1]
-    return found
-
-
-def _unless_passed_through(medium: _Found, kinds: Mapping[str, str]) -> _Found:
-    """Say why not of a SCSI device that hands the guest's commands to the disk as they are.
-
-    All that it writes is SG_IO (QEMU's hw/scsi): no bitmap sees it, and a filter over the disk, such as a
-    job's, does not let it pass.
-    """
-    path = medium.qdev if "/" in medium.qdev else f"/machine/peripheral/{medium.qdev}"
-    kind = kinds.get(path)
-    if medium.why_not or kind not in _PASSED:
-        return medium
-    return replace(medium, why_not=f"it is passed through ({kind}), so no bitmap sees what the guest writes")
-
-
-def _served_elsewhere(kinds: Mapping[str, str]) -> list[_Found]:
-    """Return the disks that another process serves to the guest: `query-block` doesn't tell of them."""
-    return [
-        _Found(path.rpartition("/")[2], "", "", f"another process serves it to the guest ({kind})")
-        for path, kind in kinds.items()
-        if kind.startswith(_ELSEWHERE)
-    ]
-
-
-def _exported(exports: list[Mapping[str, Any]], nodes: Mapping[NodeName, Mapping[str, Any]]) -> list[_Found]:
-    names = {text(export["node-name"]) for export in exports if not export["id"].startswith(PREFIX)}
-    return [
-        _Found(name, name, "", "it is read-only" if flag(nodes[NodeName(name)].get("ro", False)) else "")
-        for name in sorted(names & set(nodes))
-    ]
-
-
-def _once_each(found: list[_Found], stored_names: Mapping[str, str]) -> list[_Found]:
-    """Say why not of each device but the first of those that write to one node (share-rw).
-
-    The first takes the node for all of them, and knows that it is not alone.
-    """
-    first: dict[str, int] = {}
-    once: list[_Found] = []
-    for medium in found:
-        if medium.why_not or medium.busy or medium.node not in first:
-            if not medium.why_not and not medium.busy:
-                first[medium.node] = len(once)
-            once.append(medium)
-            continue
-        at = first[medium.node]
-        name = stored_names.get(once[at].qemu_name, once[at].qemu_name)
-        once[at] = replace(once[at], shared=True)
-        why = f"it is the same disk as {name} (node {medium.node}), and backed up once, under that name"
-        once.append(replace(medium, why_not=why))
-    return once
-
-
 def _collect(
-    found: list[_Found],
+    found: list[media.Medium],
     nodes: Mapping[NodeName, Mapping[str, Any]],
     stored_names: Mapping[str, str],
     known: Graph | None,
 ) -> Inventory:
     disks: dict[DiskName, Disk] = {}
-    found = _once_each(found, stored_names)
+    found = media.once_each(found, stored_names)
     for medium in found:
         if not medium.why_not and not medium.busy:
             disk = _disk(medium, nodes, stored_names, known)
@@ -344,7 +154,7 @@ def _collect(
 
 
 def _disk(
-    medium: _Found,
+    medium: media.Medium,
     nodes: Mapping[NodeName, Mapping[str, Any]],
     stored_names: Mapping[str, str],
     known: Graph | None,
@@ -403,15 +213,3 @@ def _specific(image: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _encrypted(node: Mapping[str, Any]) -> bool:
     return flag(node.get("encrypted", False))
-
-
-def _device_id(qdev: str) -> str:
-    """Return the id that the user gave a device.
-
-    `query-block` shows the id itself (scsi-hd, ide-cd) or, for virtio, the path of a part of the device:
-    `/machine/peripheral/vd0/virtio-backend` is vd0.
-    """
-    if "/" not in qdev:
-        return qdev
-    parts = qdev.strip("/").split("/")
-    return parts[2] if parts[:2] == ["machine", "peripheral"] and len(parts) > 2 else ""

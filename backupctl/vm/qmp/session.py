@@ -11,7 +11,7 @@ from backupctl.options import Timeouts
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request
 from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.guest.guarded_session import GuardedSession
-from backupctl.vm.qmp import bitmaps, inventory, nbd_export, recovery, snapshot_access, teardown
+from backupctl.vm.qmp import bitmaps, nbd_export, recovery, snapshot_access, teardown, unchanged
 from backupctl.vm.qmp.fleecing import Fleecing
 from backupctl.vm.qmp.host import Host
 from backupctl.vm.qmp.monitor import Monitor
@@ -45,9 +45,9 @@ class QmpSession(GuardedSession):
         view = self._view = self._made_view(request)
         self._watching = True
         view.prepare()
-        inventory.refuse_moved(self._monitor, [one.disk for one in self._disks])
+        unchanged.refuse_moved(self._monitor, [one.disk for one in self._disks])
         newest = {one.disk.node: one.bases[-1] for one in self._disks if one.bases}
-        inventory.refuse_disabled(self._monitor, newest)
+        unchanged.refuse_disabled(self._monitor, newest)
         view.register_guard(self._guard)
 
     def refuse_unfrozen(self) -> None:
@@ -62,7 +62,7 @@ class QmpSession(GuardedSession):
 
     def exports(self) -> tuple[Export, ...]:
         """Start the NBD server; connect every client, and let the guard know it, before a byte is read."""
-        inventory.refuse_resized(self._monitor, [one.disk for one in self._disks])
+        unchanged.refuse_resized(self._monitor, [one.disk for one in self._disks])
         nodes = self._attached.export_nodes()
         specs = [
             nbd_export.ExportSpec(node, one.disk.node, bitmap)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from backupctl.names import PREFIX, NodeName
+from backupctl.names import NodeName, is_ours
 from backupctl.system import open_files
 from backupctl.system.open_files import Place
 from backupctl.vm.disk import Disk
@@ -38,7 +38,7 @@ def _named(nodes: Mapping[NodeName, Mapping[str, Any]], place: Place) -> str:
     """Say which file that the nodes name takes its space there, or which name tells us nothing."""
     doubt = ""
     for name, node in nodes.items():
-        if node["drv"] != "file" or flag(node.get("ro", False)) or name.startswith(PREFIX):
+        if node["drv"] != "file" or flag(node.get("ro", False)) or is_ours(name):
             continue
         filename = str(node["image"]["filename"])[:4096]
         there = _is_there(filename, place)

@@ -32,7 +32,7 @@ from backupctl.names import Namespace, NodeKind, NodeName
 from backupctl.vm.disk import Disk
 from backupctl.vm.driver import ScratchBudget
 from backupctl.vm.guest.guard import GuardClient
-from backupctl.vm.qmp import bitmaps, inventory
+from backupctl.vm.qmp import bitmaps, inventory, unchanged
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.point_in_time import ViewDisk, device_path
 from backupctl.vm.qmp.scratch import ScratchFiles
@@ -91,7 +91,7 @@ class SnapshotAccess:
         )
         for number, one in enumerate(self._disks):
             # Of a snapshot taken meanwhile this would take the guest's newest layer from it.
-            inventory.refuse_moved(self._monitor, [one.disk])
+            unchanged.refuse_moved(self._monitor, [one.disk])
             drive = {"path": device_path(one.disk.qdev), "property": "drive"}
             self._monitor.execute(
                 "qom-set", {**drive, "value": self._namespace.node(NodeKind.FILTER, number)}

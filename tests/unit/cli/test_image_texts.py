@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.cli import image_texts, settings
+from backupctl.cli import image_texts, settings_check
 from backupctl.errors import InvalidName, UsageError
 from backupctl.options import ImageFile, VmImage
 
@@ -42,12 +42,14 @@ def test_a_name_that_could_lead_out_of_the_repository_is_refused():
 
 
 def mistakes(image: object) -> list[str]:
-    _, found = settings.check({"vm": {"web": {"image": image}}}, "")
+    _, found = settings_check.check({"vm": {"web": {"image": image}}}, "")
     return [one.message for one in found]
 
 
 def test_the_configuration_names_images_by_absolute_paths():
-    found, none = settings.check({"vm": {"web": {"image": {"vda": "/a,backing=/b"}, "when_off": "skip"}}}, "")
+    found, none = settings_check.check(
+        {"vm": {"web": {"image": {"vda": "/a,backing=/b"}, "when_off": "skip"}}}, ""
+    )
     assert none == []
     assert found.vm["web"].image == {"vda": "/a,backing=/b"}
     assert found.vm["web"].when_off == "skip"
@@ -70,5 +72,5 @@ def test_a_mistake_in_an_image_is_told(image, why):
 
 
 def test_when_off_has_three_values():
-    _, (told,) = settings.check({"vm": {"web": {"when_off": "stop"}}}, "")
+    _, (told,) = settings_check.check({"vm": {"web": {"when_off": "stop"}}}, "")
     assert "backup, skip, fail" in told.message

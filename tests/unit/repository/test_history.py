@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What is missing is missed: a VM's history, its crashes, and what is found by it."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import DamageFound, NoSuchPoint
+from backupctl.errors import DamageFound, NoSuchPoint, RepositoryError
 from backupctl.events.repository import NothingToVerify
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
@@ -18,6 +19,7 @@ from backupctl.operations.verify.run import verify
 from backupctl.progress import Silent
 from backupctl.repository import audit, chain, history, markers
 from backupctl.repository.history import PointEvent
+from backupctl.system import durable
 from tests.unit.points import P1, P2, P3, Builder, changing_step, die_at, disk_entry
 from tests.unit.recording import Recording
 
@@ -235,6 +237,57 @@ def test_a_hard_linked_copy_keeps_its_own_history(builder: Builder, tmp_path):
     commit(builder, P2)
     assert (tmp_path / "copy").read_bytes() == before
     assert path(builder).read_bytes().startswith(before)
+
+
+def test_a_failed_commit_is_undone_without_room_for_a_line(builder: Builder, monkeypatch):
+    commit(builder, P1)
+    before = path(builder).read_bytes()
+    number, ended = 0, False
+    while not ended:
+        with monkeypatch.context() as full:
+            fail_to_commit(builder, full, errno.ENOSPC)
+            (pending,) = builder.directory.pending_points()
+            ended = die_at(number, pending.drop, changing_step)
+            assert told(builder) == [], f"after step {number}"
+            reconcile(builder)
+        assert (told(builder), builder.directory.pending_points()) == ([], []), f"after step {number}"
+        assert path(builder).read_bytes() == before, f"after step {number}"
+        number += 1
+    assert number > 4
+    commit(builder, P2)
+    assert told(builder) == []
+
+
+@pytest.mark.parametrize("why", ["another error", "another line is the last", "a copy shares the file"])
+def test_no_line_is_cut_off_but_ones_own_for_want_of_room(builder: Builder, monkeypatch, tmp_path, why):
+    commit(builder, P1)
+    with monkeypatch.context() as failing:
+        fail_to_commit(builder, failing, errno.ENOSPC)
+    if why == "another line is the last":
+        history.record(builder.directory.path, PointEvent("undone", P3))
+    if why == "a copy shares the file":
+        os.link(path(builder), tmp_path / "copy")
+    before = path(builder).read_bytes()
+    fail_to_commit(builder, monkeypatch, errno.EIO if why == "another error" else errno.ENOSPC, begin=False)
+    with pytest.raises(RepositoryError):
+        builder.directory.pending_points()[0].drop()
+    assert path(builder).read_bytes() == before
+    assert told(builder) == []  # its directory is still there, so the next run tries again
+
+
+def fail_to_commit(
+    builder: Builder, monkeypatch: pytest.MonkeyPatch, number: int, begin: bool = True
+) -> None:
+    """Let the rename of P2 and everything that is appended later fail."""
+
+    def fail(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(durable, "rename", fail)
+    if begin:
+        with pytest.raises(RepositoryError, match="cannot commit"):
+            commit(builder, P2)
+    monkeypatch.setattr(durable, "append", fail)
 
 
 def test_a_failed_sync_leaves_no_line_that_counts(builder: Builder, monkeypatch):

@@ -9,18 +9,25 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
 
+from backupctl.errors import BackupctlError
 from backupctl.names import PointId, VmName
 from backupctl.operations import check, usage
-from backupctl.repository import history, markers, merge, relocate, summary
+from backupctl.operations.prune import run as prune
+from backupctl.repository import history, markers, merge, relocate, seal, summary, summary_file
 from backupctl.repository.history import PointEvent
 from backupctl.repository.repository import Repository
+from backupctl.repository.seal import Stamp
 from backupctl.repository.summary import Listing
 from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system import durable
@@ -63,15 +70,9 @@ def said(listing: Listing) -> tuple[object, ...]:
 
 
 def without_summary(directory: VmDirectory) -> Listing:
-    """Look at the manifests only."""
-    file, aside = directory.path / "summary", directory.path / "aside"
-    if not os.path.lexists(file):
+    """Look at the manifests only, and leave the seal as it is."""
+    with mock.patch.object(summary_file, "read", return_value=None):
         return summary.look(directory)
-    file.rename(aside)
-    try:
-        return summary.look(directory)
-    finally:
-        aside.rename(file)
 
 
 @pytest.fixture
@@ -105,8 +106,7 @@ def test_a_summary_that_fits_is_not_written_again(three):
 
 
 def test_a_new_point_is_read_and_nothing_else(builder, three):
-    with three.lock():
-        known = summary.look(three)
+    known = summary.look(three)
     commit(builder, many_points.point_number(5))
     with opened() as files:
         read = summary._look(three)
@@ -118,6 +118,7 @@ def test_a_new_point_is_read_and_nothing_else(builder, three):
 def test_what_has_changed_since_is_read_anew(three):
     markers.put(three.path / many_points.point_number(1), markers.PROTECTED)
     markers.put(three.path / many_points.point_number(2), markers.RETIRED)
+    three.break_seal()
     found = summary.look(three)
     assert [one.protected for one in found.points] == [False, True]
     assert [one.id for one in found.retired] == [many_points.point_number(2)]
@@ -157,18 +158,21 @@ class Life:
 
     def retire(self) -> None:
         point = self.any()
-        markers.put(point, markers.RETIRED)
         with self.directory.lock():
+            markers.put(point, markers.RETIRED)
             history.record(self.directory.path, PointEvent("dropped", PointId(point.name)))
 
     def retire_without_a_line(self) -> None:
-        markers.put(self.any(), markers.RETIRED)
+        with self.directory.lock():
+            markers.put(self.any(), markers.RETIRED)
 
     def protect(self) -> None:
-        markers.put(self.any(), markers.PROTECTED)
+        with suppress(BackupctlError):  # of a point that is damaged
+            prune.protect(self.directory, self.any().name)
 
     def unprotect(self) -> None:
-        markers.remove(self.any(), markers.PROTECTED)
+        with suppress(BackupctlError):
+            prune.unprotect(self.directory, self.any().name)
 
     def remove(self) -> None:
         shutil.rmtree(self.any())
@@ -213,20 +217,250 @@ class Life:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_to_a_vm_both_ways_to_look_at_it_tell_the_same(builder, seed):
+    """What other hands change inside the directory of a point: after the next renewal."""
     life = Life(builder, random.Random(seed))
     often = [life.commit, life.renew]
+    inside = [life.replace_manifest, life.damage, life.lose_manifest]
     seldom: list[Callable[[], None]] = [
         *(life.retire, life.retire_without_a_line, life.protect, life.unprotect, life.remove, life.uncommit),
-        *(life.rewrite, life.replace_manifest, life.damage, life.lose_manifest, life.cut_history),
-        life.rename,
+        *(life.rewrite, life.cut_history, life.rename, *inside),
     ]
     life.commit()
+    life.renew()
+    believed = is_believed(life.directory)
     for _ in range(30):
         happens = life.random.choice([*often * (1 + seed), *seldom])
         if happens == life.commit or life.points():
             happens()
+        if happens in inside:
+            life.renew()
+        believed += is_believed(life.directory)
         found = summary.look(life.directory)
         assert said(found) == said(without_summary(life.directory)), happens
+    assert believed, "or this test shows nothing"
+
+
+def is_believed(directory: VmDirectory) -> bool:
+    """Whether a summary is taken for what it says, without a look at each point."""
+    with mock.patch.object(summary, "_look_at_each", side_effect=Compared):
+        try:
+            summary.look(directory)
+        except Compared:
+            return False
+    return True
+
+
+class Compared(Exception):
+    """Each point was compared."""
+
+
+def exchanged(vm: Path) -> None:
+    """Put a copy in a point's place, under the same name."""
+    point = vm / many_points.point_number(1)
+    shutil.copytree(point, vm / "copy")
+    shutil.rmtree(point)
+    (vm / "copy").rename(point)
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "removed": lambda vm: shutil.rmtree(vm / many_points.point_number(1)),
+    "added": lambda vm: shutil.copytree(vm / many_points.point_number(1), vm / many_points.point_number(7)),
+    "renamed": lambda vm: (vm / many_points.point_number(1)).rename(vm / many_points.point_number(8)),
+    "exchanged": exchanged,
+    "two exchanged": lambda vm: [
+        (vm / old).rename(vm / new)
+        for old, new in zip(
+            [many_points.point_number(0), many_points.point_number(1), "aside"],
+            ["aside", many_points.point_number(0), many_points.point_number(1)],
+            strict=True,
+        )
+    ],
+    "history cut": lambda vm: os.truncate(vm / "history", 300),
+    "history exchanged": lambda vm: (
+        shutil.copy(vm / "history", vm / "h"),
+        (vm / "h").rename(vm / "history"),
+    ),
+    "the newest has no manifest": lambda vm: (vm / many_points.point_number(2) / "manifest.json").unlink(),
+    "the newest is marked by hand": lambda vm: (vm / many_points.point_number(2) / "protected").touch(),
+    "the directory copied": lambda vm: (
+        vm.rename(vm.with_name("old")),
+        shutil.copytree(vm.with_name("old"), vm),
+        shutil.copystat(vm.with_name("old"), vm),
+    ),
+    "the dates put back": lambda vm: [
+        (
+            shutil.rmtree(vm / many_points.point_number(1)),
+            os.utime(vm, ns=(found.st_atime_ns, found.st_mtime_ns)),
+        )
+        for found in [vm.stat()]
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_point_that_comes_goes_or_is_exchanged_breaks_the_seal(three, change):
+    assert is_believed(three)
+    CHANGES[change](three.path)
+    assert not is_believed(three)
+    assert said(summary.look(three)) == said(without_summary(three))
+
+
+@pytest.mark.parametrize("shift_ns", [0, 1])
+def test_a_change_in_the_tick_in_which_the_seal_was_made_is_seen(three, monkeypatch, shift_ns):
+    """The kernel then sets the same time of change; the time of modification is another one."""
+    real = os.lstat
+    renew(three)
+    sealed = real(three.path)
+    shutil.rmtree(three.path / many_points.point_number(1))
+
+    def same_tick(path: Path) -> SimpleNamespace:
+        found = real(path)
+        assert found.st_ctime_ns > sealed.st_ctime_ns
+        modified = sealed.st_ctime_ns + shift_ns
+        return SimpleNamespace(
+            st_mode=found.st_mode,
+            st_ino=found.st_ino,
+            st_mtime_ns=modified,
+            st_ctime_ns=sealed.st_ctime_ns,
+        )
+
+    monkeypatch.setattr(os, "lstat", same_tick)
+    assert not is_believed(three)
+
+
+def test_a_file_system_that_does_not_keep_dates_gets_no_seal(three, monkeypatch):
+    monkeypatch.setattr(os, "utime", lambda *_arguments, **_options: None)
+    (three.path / "something").write_text("")
+    renew(three)
+    assert summary.look(three).fits
+    assert not is_believed(three)
+
+
+def test_what_changes_a_point_while_the_seal_is_made_is_seen(three, monkeypatch):
+    """Somebody protects a point, which takes no lock of the VM, at any moment of a renewal."""
+    moments = ["date", "write_seal"]
+    for number, name in enumerate(moments):
+        module = seal if name == "date" else summary_file
+        real = getattr(module, name)
+
+        def meanwhile(*arguments: Any, _real: Any = real, _number: int = number) -> Any:
+            prune.protect(three, many_points.point_number(_number))
+            return _real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, meanwhile)
+            renew(three)
+        assert summary.look(three).points[number].protected
+
+
+def test_whoever_takes_the_lock_breaks_the_seal_before_the_first_change(three):
+    assert is_believed(three)
+    with three.lock():
+        assert not is_believed(three)
+        summary.renew(three)
+        assert is_believed(three)
+
+
+def test_a_point_is_shown_as_protected_at_once_and_the_summary_is_believed(three):
+    prune.protect(three, many_points.point_number(0))
+    assert is_believed(three)
+    assert [one.protected for one in summary.look(three).points] == [True, False, False]
+    prune.unprotect(three, many_points.point_number(0))
+    assert is_believed(three)
+    assert not any(one.protected for one in summary.look(three).points)
+
+
+def test_during_a_run_a_point_that_is_protected_is_shown_as_that(three):
+    with three.lock():
+        summary.renew(three)
+        with mock.patch.object(summary, "renew_if_free"):  # the run has the lock
+            prune.protect(three, many_points.point_number(0))
+        assert [one.protected for one in summary.look(three).points] == [True, False, False]
+
+
+def test_a_point_protected_while_a_run_seals_is_shown_as_protected(three, monkeypatch):
+    """The run seals right before the marker is set, having seen the point without it."""
+    real = markers.put
+
+    def sealing(directory: Path, marker: str) -> None:
+        renew(three)
+        assert is_believed(three)
+        real(directory, marker)
+
+    monkeypatch.setattr(markers, "put", sealing)
+    with mock.patch.object(summary, "renew_if_free"):
+        prune.protect(three, many_points.point_number(0))
+    assert summary.look(three).points[0].protected
+
+
+def test_a_manifest_that_vanished_from_an_older_point_is_told_after_the_next_renewal(tmp_path):
+    """As docs/monitoring.md says: until then `check` looks at what the newest point needs."""
+    vm = many_points.make(tmp_path / "repository", [2, 2])
+    renew(vm)
+    limits, now = check.Limits(check.timedelta(days=36500)), check.datetime.now(check.UTC)
+    (vm.path / many_points.point_number(0) / "manifest.json").unlink()
+    assert check.examine(vm, limits, now).level is check.Level.OK
+    assert vm.scan_points().damaged, "who reads the points finds it"
+    renew(vm)
+    assert check.examine(vm, limits, now).level is check.Level.CRITICAL
+
+
+def test_a_manifest_that_vanished_below_the_newest_point_is_told_at_once(tmp_path):
+    vm = many_points.make(tmp_path / "repository", [2, 3])
+    renew(vm)
+    (vm.path / many_points.point_number(2) / "manifest.json").unlink()
+    limits, now = check.Limits(check.timedelta(days=36500)), check.datetime.now(check.UTC)
+    found = check.examine(vm, limits, now)
+    assert found.level is check.Level.CRITICAL
+    assert "manifest" in found.findings[0].text
+
+
+def test_a_copy_of_a_repository_by_hard_links_is_not_changed(three, tmp_path):
+    os.link(three.path / "summary", tmp_path / "copy")
+    before = (tmp_path / "copy").read_bytes()
+    renew(three)
+    assert (tmp_path / "copy").read_bytes() == before
+
+
+@pytest.mark.parametrize("junk", [b"", b"0", b" " * 95, b"9" * 95, b"\xff" * 200, b"1 2 3 4"])
+def test_a_seal_that_a_crash_has_torn_is_none(three, junk):
+    path = three.path / "summary"
+    stored = summary_file.read(three)
+    assert stored is not None
+    path.write_bytes(path.read_bytes()[: stored.end] + junk)
+    assert not is_believed(three)
+    assert said(summary.look(three)) == said(without_summary(three))
+
+
+def calls(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> int:
+    """Count how often an action asks the file system for anything."""
+    count = 0
+    with monkeypatch.context() as patch:
+        for name in ("stat", "lstat", "fstat", "listdir", "scandir", "open"):
+            real = getattr(os, name)
+
+            def counting(*arguments: Any, _real: Any = real, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                return _real(*arguments, **options)
+
+            patch.setattr(os, name, counting)
+        action()
+    return count
+
+
+def test_what_a_look_and_a_check_ask_of_the_file_system_does_not_grow_with_the_points(tmp_path, monkeypatch):
+    limits, now = check.Limits(check.timedelta(days=36500)), check.datetime.now(check.UTC)
+    counts = []
+    for chains in (2, 12):
+        vm = many_points.make(tmp_path / str(chains), [5] * chains)
+        renew(vm)
+        looked = calls(monkeypatch, lambda vm=vm: summary.look(vm))
+        checked = calls(monkeypatch, lambda vm=vm: check.examine(vm, limits, now))
+        counts.append((looked, checked))
+    assert counts[0] == counts[1]
+    assert counts[0][0] <= 8
+    assert counts[0][1] <= 50
 
 
 BAD: dict[str, Callable[[Path], object]] = {
@@ -240,10 +474,10 @@ BAD: dict[str, Callable[[Path], object]] = {
     "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
     "deep": lambda path: signed(path, b"[" * 100_000),
     "not JSON": lambda path: signed(path, b"\xff\x00"),
-    "another format": lambda path: changed(path, "format", 2),
+    "another format": lambda path: changed(path, "format", 1),
     "another VM": lambda path: changed(path, "vm", "vm2"),
     "another repository": lambda path: changed(path, "repository", "0" * 32),
-    "no points": lambda path: changed(path, "points", []),
+    "no points": lambda path: (unsealed(path), changed(path, "points", [])),
     "a field more": lambda path: changed(path, "more", 1),
     "negative": lambda path: in_a_point(path, 7, -1),
     "beyond all time": lambda path: in_a_point(path, 7, 1 << 60),
@@ -255,16 +489,33 @@ BAD: dict[str, Callable[[Path], object]] = {
 
 
 def signed(path: Path, content: bytes) -> None:
-    path.write_bytes(summary._checksum(content) + b"\n" + content)
+    """Write a file with this content, and with the seal that it had, as if it were of it."""
+    line = path.read_bytes().split(b"\n")[2]
+    stamp = Stamp(*map(int, line.split()[:3]))
+    found = path.stat()
+    path.write_bytes(summary_file.document(content))
+    content_checksum = summary_file.checksum_of(content)
+    with path.open("ab") as file:
+        file.write(summary_file.seal_line(content_checksum, stamp))
+    assert path.stat().st_ino == found.st_ino, "so the seal is whole"
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.json.decode(path.read_bytes().split(b"\n")[1])
+    return found
 
 
 def changed(path: Path, name: str, value: object) -> None:
-    document = msgspec.json.decode(path.read_bytes().partition(b"\n")[2])
-    signed(path, msgspec.json.encode({**document, name: value}))
+    signed(path, msgspec.json.encode({**content_of(path), name: value}))
+
+
+def unsealed(path: Path) -> None:
+    os.utime(path.parent)
 
 
 def in_a_point(path: Path, field: int, value: object) -> None:
-    points = msgspec.json.decode(path.read_bytes().partition(b"\n")[2])["points"]
+    unsealed(path)
+    points = content_of(path)["points"]
     points[1][field] = value
     changed(path, "points", points)
 
@@ -303,7 +554,7 @@ def test_a_point_that_changed_in_this_tick_of_the_clock_is_left_out(builder, thr
     monkeypatch.setattr(summary, "_TICK_SECONDS", 3600.0)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     renew(three)
-    assert msgspec.json.decode((three.path / "summary").read_bytes().partition(b"\n")[2])["points"] == []
+    assert content_of(three.path / "summary")["points"] == []
     assert said(summary.look(three)) == said(without_summary(three))
 
 

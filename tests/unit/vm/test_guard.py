@@ -518,6 +518,39 @@ def test_a_thaw_is_done_without_a_thread_where_there_can_be_none(monkeypatch):
         freezer.thaw_when_due()
         assert not agent.frozen
         assert freezer.overrun
+        with pytest.raises(FreezeOverrun, match="the guard thawed the guest"):
+            freezer.thaw()
+
+
+def test_a_guest_whose_thaw_goes_on_is_not_called_thawed():
+    frozen = threading.Event()
+
+    class Silent:
+        """An agent that froze, and then hangs with its QEMU."""
+
+        def freeze(self, _budget: float) -> int:
+            return 1
+
+        def freeze_status(self, *_: object) -> str:
+            if not frozen.is_set():
+                return "thawed"
+            raise AgentTimeout("no answer")
+
+        def thaw_for_sure(self) -> None:
+            raise AgentTimeout("no answer")
+
+        def close(self) -> None:
+            pass
+
+    freezer = freeze_control.FreezeControl(Silent, 0.1)  # type: ignore[arg-type]
+    freezer.ping()
+    freezer.freeze(0.0)
+    frozen.set()
+    freezer.thaw_when_due()
+    with pytest.raises(FreezeOverrun, match="the guard is thawing the guest"):
+        freezer.thaw()
+    freezer._give_up = 0.0
+    freezer.join()
 
 
 def test_stale_answers_in_the_channel_are_passed_over():

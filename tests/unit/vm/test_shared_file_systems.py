@@ -91,5 +91,5 @@ def test_a_name_says_that_a_file_is_there_or_that_nobody_can_tell(named, said, t
 
     found = shared_files.filling(tmp_path, Monitor(n0=node(named)), [])  # type: ignore[arg-type]
     assert said in found.who() if said else found.who() == ""
-    hidden = Monitor(n0=node(named, ro=True), n1=node(named, drv="nbd"), backupctl_x=node(named))
+    hidden = Monitor(n0=node(named, ro=True), n1=node(named, drv="nbd"), backupctl_0123abcd_x=node(named))
     assert shared_files.filling(tmp_path, hidden, []).who() == ""  # type: ignore[arg-type]
