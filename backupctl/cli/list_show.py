@@ -89,7 +89,9 @@ class _Look:
 
     def print_json(self) -> None:
         """Print the manifests of all points. They are read: no summary has all that is in them."""
-        found = []
+        output.print_json_list(self._documents())
+
+    def _documents(self) -> Iterator[documents.Document]:
         for each in self.directories.values():
             with self._noting_failure():
                 for directory in each:
@@ -97,8 +99,8 @@ class _Look:
                     self._note(directory, points.committed, audit.problems(directory))
                     current = points.committed.points
                     chains = usage.chain_bytes((*current, *points.retired.points))
-                    found += [documents.point(one, chains[one.id]) for one in current]
-        output.print_json(found)
+                    for one in current:
+                        yield documents.point(one, chains[one.id])
 
     def print_table(self, rows_of: "RowsOf", columns: Sequence[str], *, utc: bool) -> None:
         """Print a table for each repository; with its name, if there are others."""
@@ -173,8 +175,8 @@ class _Total:
         """Add a VM."""
         self.points += len(listing.points)
         self.vms += bool(listing.points)
-        self.stored_bytes += sum(one.stored_bytes for one in listing.points)
-        self.kept_bytes += sum(one.stored_bytes for one in listing.retired)
+        self.stored_bytes += _stored_bytes(listing.points)
+        self.kept_bytes += _stored_bytes(listing.retired)
 
     def text(self) -> str:
         """Return the line below the table."""
@@ -182,6 +184,10 @@ class _Total:
         text += f"{units.size(self.stored_bytes)} stored"
         kept = self.kept_bytes
         return f"{text}; {units.size(kept)} more of dropped points that others depend on" if kept else text
+
+
+def _stored_bytes(points: Iterable[PointSummary]) -> int:
+    return sum([disk.stored_bytes for point in points for disk in point.disks])
 
 
 class RowsOf(Protocol):
@@ -194,21 +200,31 @@ class RowsOf(Protocol):
 def _rows_of(vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
     """Yield a row for each point."""
     chains = usage.chain_bytes((*listing.points, *listing.retired))
-    now = times.now()
+    now, size, time_and_age = int(times.now().timestamp()), units.size, times.of_point_with_age
     for point in listing.points:
+        taken, age = time_and_age(point.id, now, utc=utc)
+        kind, stored_bytes, disks = _of_disks(point)
         chain = chains[point.id]
         yield (
             vm,
             point.id,
-            times.of_point(point.id, utc=utc),
-            times.age(point_time(point.id), now),
-            _kind(point),
-            units.size(point.stored_bytes),
-            "?" if chain is None else units.size(chain),
+            taken,
+            age,
+            kind,
+            size(stored_bytes),
+            "?" if chain is None else size(chain),
             point.consistency,
-            ",".join([disk.name for disk in point.disks]),
+            disks,
             "yes" if point.protected else "",
         )
+
+
+def _of_disks(point: PointSummary) -> tuple[str, int, str]:
+    """Return what a point is by what its disks are, what they store, and their names."""
+    disks = point.disks
+    if len(disks) == 1:  # most have one, and there may be very many
+        return disks[0].kind, disks[0].stored_bytes, disks[0].name
+    return _kind(point), point.stored_bytes, ",".join([disk.name for disk in disks])
 
 
 def _totals_of(vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
@@ -216,13 +232,13 @@ def _totals_of(vm: VmName, listing: Listing, *, utc: bool) -> Iterator[Row]:
     if not listing.points:
         return
     newest = listing.points[-1].id
-    kept = sum(one.stored_bytes for one in listing.retired)
+    kept = _stored_bytes(listing.retired)
     yield (
         vm,
         str(len(listing.points)),
         times.of_point(newest, utc=utc),
         times.age(point_time(newest), times.now()),
-        units.size(sum(one.stored_bytes for one in listing.points)),
+        units.size(_stored_bytes(listing.points)),
         units.size(kept) if kept else "",
     )
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self, TextIO
 
 import click
@@ -23,10 +23,12 @@ from backupctl.cli import output
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.outcome import documents
+from backupctl.system.log import Shown
 
 _ROOT = "backupctl"
 _MOST_LINES = 2000  # a run makes some 300
 _MOST_CHARACTERS = 2000
+_MOST_UNMADE = 300
 
 
 class _Formatter(logging.Formatter):
@@ -54,16 +56,48 @@ class _Handler(logging.Handler):
 
 
 class _Transcript(_Handler):
-    """Keeps the last lines in memory."""
+    """Keeps the last lines in memory.
+
+    To make lines of messages is a third of what a run does itself, and most runs need none. So the newest are
+    made when they are asked for. They are few, since a message may be large.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.setFormatter(_Formatter())
-        self.lines: deque[str] = deque(maxlen=_MOST_LINES)
+        self._made: deque[str] = deque(maxlen=_MOST_LINES)
+        self._newest: deque[logging.LogRecord | str] = deque()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a line."""
-        self.lines.append(self.format(record))
+        self._newest.append(record if _may_wait(record) else self.format(record))
+        if len(self._newest) > _MOST_UNMADE:
+            self._made.append(self._line(self._newest.popleft()))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The last lines, oldest first."""
+        return (*self._made, *map(self._line, self._newest))[-_MOST_LINES:]
+
+    def _line(self, one: logging.LogRecord | str) -> str:
+        return one if isinstance(one, str) else self.format(one)
+
+
+def _may_wait(record: logging.LogRecord) -> bool:
+    """Whether what a line shows is the same later, and little memory is held until then.
+
+    An exception would keep alive all that its frames hold, connections too.
+    """
+    shown = record.args if isinstance(record.args, tuple) else (record.args,)
+    return record.exc_info is None and all(map(_may_be_kept, shown))
+
+
+def _may_be_kept(argument: object) -> bool:
+    if isinstance(argument, Shown):
+        return argument.is_small
+    if isinstance(argument, str):
+        return len(argument) <= _MOST_CHARACTERS
+    return argument is None or isinstance(argument, int | float | PurePath)
 
 
 class _Stderr(_Handler):
@@ -171,7 +205,7 @@ class Logs:
     @property
     def transcript(self) -> tuple[str, ...]:
         """The last lines."""
-        return tuple(self._transcript.lines)
+        return self._transcript.lines
 
 
 _current: list[Logs] = []

@@ -14,7 +14,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -118,6 +118,25 @@ def print_json(document: object) -> None:
     _output.flush()
 
 
+def print_json_list(parts: Iterable[object]) -> None:
+    """Write the one document to stdout, a list: each part as it comes, since not all may fit into memory.
+
+    If `parts` raises, what was written is not complete JSON, and nothing can be taken for all of it.
+    """
+    if _output.kept is not None:
+        _output.kept.append(list(parts))
+        return
+    before, end = "[\n  ", "[]\n"
+    for part in parts:
+        _output.document = True
+        # Line breaks in texts are escaped: each one here is of the layout.
+        _output.write(before + json.dumps(part, indent=2, ensure_ascii=True).replace("\n", "\n  "))
+        before, end = ",\n  ", "\n]\n"
+    _output.document = True
+    _output.write(end)
+    _output.flush()
+
+
 @contextmanager
 def keeping_documents() -> Iterator[list[object]]:
     """Have the documents of the block put into a list, in place of stdout."""
@@ -192,13 +211,22 @@ def print_table(
         table.pop()
     if sys.stdout.isatty():
         table = _narrowed(table, spare, columns(least=40, margin=0))
-    line = "  ".join(column.field for column in table)
-    for cells in (heads, *first):
-        _output.write(line.format(*cells).rstrip() + "\n")
-    for row in [] if more is None else chain([more], left):
-        text = line.format(*map(str, row)).rstrip()
-        _output.write((text if text.isprintable() else line.format(*map(clean, row)).rstrip()) + "\n")
+    form = "  ".join([column.field for column in table]).__mod__
+    numbers = [column.number for column in table]
+    _write_rows([heads, *first], form, numbers)
+    left = chain([] if more is None else [more], left)
+    while rows_now := list(islice(left, _FIRST_ROWS)):
+        _write_rows(rows_now, form, numbers)
     _output.flush()
+
+
+def _write_rows(rows: Sequence[Sequence[object]], form: Callable[[object], str], numbers: list[int]) -> None:
+    """Write rows of a table, which need not be clean. form: what makes a line of the cells in it."""
+    cells = rows if numbers == list(range(len(rows[0]))) else [[row[one] for one in numbers] for row in rows]
+    lines = [form(tuple(row)).rstrip() for row in cells]
+    if not "".join(lines).isprintable():
+        lines = [form(tuple(map(clean, row))).rstrip() for row in cells]
+    _output.write("\n".join(lines) + "\n")
 
 
 @dataclass(frozen=True)
@@ -212,8 +240,8 @@ class _Column:
 
     @property
     def field(self) -> str:
-        """A replacement field of `str.format`, for a row."""
-        return f"{{{self.number}:{'>' if self.to_the_right else '<'}{self.width}}}"
+        """A conversion of `%`, for a row."""
+        return f"%{'' if self.to_the_right else '-'}{self.width}s"
 
 
 def _narrowed(table: list[_Column], spare: Sequence[str], limit: int) -> list[_Column]:

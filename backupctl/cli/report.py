@@ -208,7 +208,7 @@ class _Work:
         maps, points = self.asked.maps, self.asked.points
         if maps is None:
             maps = min(DEFAULT_MAPS, _PAGE_MAPS // each)
-        if points is None and sum(len(one.directory.all_points()) for one in vms) > _PAGE_POINTS:
+        if points is None and _have_more_points(vms, _PAGE_POINTS):
             points = max(_LEAST_POINTS, _PAGE_POINTS // each)
         return maps, points
 
@@ -237,6 +237,15 @@ class _Work:
             _last(target) if remembered else None,
             tuple(check.remembered(target)),
         )
+
+
+def _have_more_points(vms: Sequence[VmRequest], most: int) -> bool:
+    """Whether VMs have more points than that together. Raises RepositoryUnreadable."""
+    for one in vms:
+        most -= len(one.directory.all_points())
+        if most < 0:
+            return True
+    return False
 
 
 def _last(target: Target) -> LastResults:

@@ -64,19 +64,33 @@ def stamp(text: str, *, utc: bool = False) -> str:
 
 def of_point(point: PointId, *, utc: bool = False) -> str:
     """Return the time in a point's id as `local` does."""
-    begin, end = _of_minute(point[:13], utc=utc)
+    begin, end, _ = _of_minute(point[:13], utc)
     return f"{begin}{point[13:15]}{end}"
 
 
+def of_point_with_age(point: PointId, now_seconds: int, *, utc: bool = False) -> tuple[str, str]:
+    """Return the time in a point's id as `local` does, and how long ago it was as `age` does.
+
+    now_seconds: since 1970.
+    """
+    begin, end, minute = _of_minute(point[:13], utc)
+    seconds = point[13:15]
+    return f"{begin}{seconds}{end}", _age(now_seconds - minute - int(seconds))
+
+
 @lru_cache(1 << 16)  # a list of many points; zones differ by whole minutes
-def _of_minute(minute: str, *, utc: bool) -> tuple[str, str]:
-    shown = local(datetime.fromisoformat(f"{minute}00Z"), utc=utc)
-    return shown[:17], shown[19:]
+def _of_minute(minute: str, utc: bool) -> tuple[str, str, int]:
+    time = datetime.fromisoformat(f"{minute}00Z")
+    shown = local(time, utc=utc)
+    return shown[:17], shown[19:], int(time.timestamp())
 
 
 def age(time: datetime, now: datetime) -> str:
     """Return how long ago a time was, rounded down: "3 h ago"; "in the future" if it has yet to come."""
-    seconds = int((now - time).total_seconds())
+    return _age(int((now - time).total_seconds()))
+
+
+def _age(seconds: int) -> str:
     if seconds < 0:
         return "in the future"
     for length, unit in _AGES:

@@ -19,12 +19,15 @@ def parse_size(text: str) -> int:
 
 def size(count: int) -> str:
     """Return a number of bytes as text for people: "1.5 GiB"."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
+    if count < 1 << 10:
+        return f"{count} B"
+    if count < 1 << 20:
+        return f"{count / 1024:.1f} KiB"
+    if count < 1 << 30:
+        return f"{count / 1048576:.1f} MiB"
+    if count < 1 << 40:
+        return f"{count / 1073741824:.1f} GiB"
+    return f"{count / 1099511627776:.1f} TiB"
 
 
 def duration(seconds: float) -> str:

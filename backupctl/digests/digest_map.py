@@ -38,6 +38,8 @@ from backupctl.digests.clusters import CLUSTER_BYTES, RECORD, Records, count
 from backupctl.errors import DamageFound, WriteFailed
 from backupctl.system import durable, safe_open
 
+SUFFIX = ".digests"
+"""In place of the suffix of the image."""
 MAGIC = b"bkdigest"
 VERSION = 1
 _HEAD = struct.Struct("<8sIIQQ")
@@ -57,7 +59,7 @@ class Named(NamedTuple):
 
 def path_of(image: Path) -> Path:
     """Return where the digest map of a layer lies: beside its image."""
-    return image.with_suffix(".digests")
+    return image.with_suffix(SUFFIX)
 
 
 def merged_path_of(image: Path) -> Path:

@@ -120,7 +120,8 @@ def examine(
             newest = "the newest sound point"
         findings += _of_chains(broken)
         findings += [Finding(Level.CRITICAL, one.message) for one in listing.problems]
-        findings += _of_killed_runs(directory)
+        if not listing.sealed:
+            findings += _of_killed_runs(directory)
     except BackupctlError as err:
         findings.append(_refusal(err))
     age = now - datetime.fromtimestamp(sound[-1].started, UTC) if sound else None
@@ -131,7 +132,7 @@ def examine(
 
 def _of_newest(directory: VmDirectory, listing: Listing) -> Broken:
     """Return the disks that cannot be restored from the newest point. Raises RepositoryError."""
-    there = {one.id: one for one in (*listing.points, *listing.retired)}
+    there = listing.by_id
     newest = directory.point_or_retired(listing.points[-1].id)
     found = []
     for entry in newest.manifest.disks:
@@ -149,10 +150,10 @@ def _why_broken_below(
     """Return what is wrong with the layers below one, by what the summary says of them; None for nothing."""
     while parent is not None:
         point = there.get(parent)
-        held = next((one for one in point.disks if one.name == disk), None) if point else None
+        held = point.disk(disk) if point else None
         if held is None or (held.parent is not None and held.parent >= parent):
             return f"{directory.path / parent} is missing or damaged"
-        if why := chain.why_cut(directory.path / parent, disk, held.file_bytes):
+        if why := chain.why_cut(f"{directory.path}/{parent}", disk, held.file_bytes):
             return why
         parent = held.parent
     return None

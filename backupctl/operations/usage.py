@@ -12,6 +12,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -148,12 +149,13 @@ def chain_bytes(points: Iterable[Stored]) -> dict[PointId, int | None]:
     """
     known: dict[LayerId, int | None] = {}
     found: dict[PointId, int | None] = {}
-    for point in sorted(points, key=lambda one: one.id):  # parents come first
+    for point in sorted(points, key=attrgetter("id")):  # parents come first
         total: int | None = 0
         for disk in point.disks:
-            below = known.get((disk.parent, disk.name)) if disk.parent else 0
+            parent, name = disk.parent, disk.name
+            below = 0 if parent is None else known.get((parent, name))
             size = None if below is None else below + disk.stored_bytes
-            known[point.id, disk.name] = size
+            known[point.id, name] = size
             total = None if total is None or size is None else total + size
         found[point.id] = total
     return found

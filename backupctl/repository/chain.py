@@ -7,6 +7,7 @@ attacker chose, so it is damage. The check that counts is made on the very descr
 (`opened`): an image that was replaced after an earlier check is not opened.
 """
 
+import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from types import MappingProxyType
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import EffectiveContent
 from backupctl.digests.digest_map import DigestMap, Named
-from backupctl.errors import UNTOUCHED, DamageFound, NoSuchPoint
+from backupctl.errors import UNTOUCHED, DamageFound, NoSuchPoint, RepositoryUnreadable
 from backupctl.images import qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_header import Header
@@ -244,23 +245,27 @@ def why_broken(layer: Layer) -> str | None:
     return None
 
 
-def why_cut(directory: Path, disk: DiskName, file_bytes: int) -> str | None:
+def why_cut(directory: str, disk: DiskName, file_bytes: int) -> str | None:
     """Return why a layer in a point's directory cannot be whole, without opening it; None for nothing.
 
     file_bytes: the length of its image. Raises RepositoryUnreadable.
     """
-    image = directory / f"{disk}.qcow2"
-    for path, wanted in ((image, file_bytes), (digest_map.path_of(image), None)):
-        with safe_open.unreadable(path):
-            try:
-                found = path.lstat()
-            except (FileNotFoundError, NotADirectoryError):
-                return f"{path} is missing"
-        if not stat.S_ISREG(found.st_mode):
-            return f"{path} is not a regular file"
-        if found.st_size != wanted and (wanted is not None or not found.st_size):
-            text = "" if wanted is None else f", manifest says {wanted} bytes"
-            return f"{path}: length is {found.st_size} bytes{text}"
+    layer = f"{directory}/{disk}"
+    return _why_shortened(f"{layer}.qcow2", file_bytes) or _why_shortened(layer + digest_map.SUFFIX, None)
+
+
+def _why_shortened(path: str, wanted: int | None) -> str | None:
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path} is missing"
+    except OSError as err:
+        raise RepositoryUnreadable(f"cannot read {path}: {err.strerror}") from err
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path} is not a regular file"
+    if found.st_size != wanted and (wanted is not None or not found.st_size):
+        text = "" if wanted is None else f", manifest says {wanted} bytes"
+        return f"{path}: length is {found.st_size} bytes{text}"
     return None
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from backupctl.errors import BackupctlError, DamageFound, RepositoryUnreadable
@@ -29,7 +30,7 @@ from backupctl.repository.summary_file import (
     PointSummary,
     Stored,
 )
-from backupctl.repository.vm_directory import AllPoints, ScannedPoints, VmDirectory
+from backupctl.repository.vm_directory import AllPoints, VmDirectory
 from backupctl.system import safe_open
 
 __all__ = ["DiskSummary", "Identity", "Listing", "PointSummary", "look", "renew", "renew_if_free"]
@@ -46,6 +47,7 @@ class Listing:
     """All points of a VM, oldest first. damaged, unreadable: as in `ScannedPoints`.
 
     problems: how they differ from the history. fits: whether all of this is from the summary, and compared.
+    sealed: whether nothing has changed since the last run or prune ended, and no unfinished point was there.
     """
 
     points: tuple[PointSummary, ...]
@@ -54,6 +56,12 @@ class Listing:
     unreadable: tuple[tuple[Path, RepositoryUnreadable], ...]
     problems: tuple[audit.Problem, ...]
     fits: bool
+    sealed: bool = False
+
+    @cached_property
+    def by_id(self) -> Mapping[PointId, PointSummary]:
+        """All points, retired ones too."""
+        return {one.id: one for one in (*self.points, *self.retired)}
 
 
 def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
@@ -64,11 +72,21 @@ def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
     # Before the points: whoever changes one writes a line into the history then or after.
     past = _history(directory)
     stored = summary_file.read(directory)
-    if stored is not None and _is_as_sealed(directory, stored, past, closely=closely):
-        return _listing(stored.content.points, AllPoints(_NOTHING, _NOTHING), (), fits=True)
+    if stored is not None and _is_as_sealed(directory, stored, past):
+        listing = _sealed_listing(stored.content.points)
+        if _is_newest_as_it_was(directory, listing, closely=closely):
+            return listing
     looked = _look_at_each(directory, stored, past)
     problems = () if looked.compared else audit.problems(directory)
-    return _listing(looked.points, looked.read, problems, fits=looked.compared)
+    found = looked.read.committed
+    return Listing(
+        tuple([one for one in looked.points if not one.retired]),
+        tuple([one for one in looked.points if one.retired]),
+        found.damaged,
+        found.unreadable,
+        problems,
+        looked.compared,
+    )
 
 
 def below(points: Mapping[PointId, PointSummary], newest: PointSummary) -> Iterator[tuple[PointId, DiskName]]:
@@ -128,43 +146,28 @@ class _Looked:
         return not any(one.damaged or one.unreadable for one in self.read)
 
 
-_NOTHING = ScannedPoints((), ())
+def _sealed_listing(points: Sequence[PointSummary]) -> Listing:
+    retired = tuple([one for one in points if one.retired])
+    current = tuple([one for one in points if not one.retired]) if retired else tuple(points)
+    return Listing(current, retired, (), (), (), fits=True, sealed=True)
 
 
-def _listing(
-    points: Sequence[PointSummary], read: AllPoints, problems: tuple[audit.Problem, ...], *, fits: bool
-) -> Listing:
-    return Listing(
-        tuple([one for one in points if not one.retired]),
-        tuple([one for one in points if one.retired]),
-        read.committed.damaged,
-        read.committed.unreadable,
-        problems,
-        fits,
-    )
-
-
-def _is_as_sealed(
-    directory: VmDirectory, stored: Stored, past: tuple[int, int, int] | None, *, closely: bool
-) -> bool:
-    """Whether neither the VM's directory nor its history nor its newest point has changed since the seal."""
-    content, stamp = stored.content, stored.stamp
-    if stamp is None or content.history is None or content.history != past:
+def _is_as_sealed(directory: VmDirectory, stored: Stored, past: tuple[int, int, int] | None) -> bool:
+    """Whether neither the VM's directory nor its history has changed since the seal."""
+    known, stamp = stored.content.history, stored.stamp
+    if stamp is None or known is None or known != past:
         return False
-    if not seal.is_whole(directory.path, stamp):
-        return False
-    newest = next((one for one in reversed(content.points) if not one.retired), None)
-    if newest is None:
+    return seal.is_whole(directory.path, stamp)
+
+
+def _is_newest_as_it_was(directory: VmDirectory, listing: Listing, *, closely: bool) -> bool:
+    """Whether the newest point has not changed. closely: nor any that it depends on."""
+    if not listing.points:
         return True
-    looked_at = _with_base(content.points, newest) if closely else (newest,)
+    newest, known = listing.points[-1], listing.by_id if closely else {}
+    needed = {point for point, _ in below(known, newest)} if closely else set()
+    looked_at = [newest, *(known[point] for point in needed if point in known)]
     return all(_identity(None, f"{directory.path}/{one.id}") == one.identity for one in looked_at)
-
-
-def _with_base(points: Sequence[PointSummary], newest: PointSummary) -> Iterable[PointSummary]:
-    """Return a point and those that it depends on."""
-    known = {one.id: one for one in points}
-    needed = {newest.id, *(point for point, _ in below(known, newest))}
-    return [known[point] for point in needed if point in known]
 
 
 def _look(directory: VmDirectory) -> _Looked:
@@ -307,7 +310,9 @@ def _seal(directory: VmDirectory) -> None:
     stamp = seal.date(directory.path)
     past, stored = _history(directory), summary_file.read(directory)
     # After the directory got its date: what others changed before would not break this seal.
-    if stamp and stored and stored.content.history and _look_at_each(directory, stored, past).compared:
+    if stamp is None or stored is None or stored.content.history is None or directory.pending_points():
+        return
+    if _look_at_each(directory, stored, past).compared:
         summary_file.write_seal(directory, stored, stamp)
 
 
@@ -323,7 +328,7 @@ def _has_sound_layers(directory: VmDirectory, looked: _Looked) -> bool:
             except DamageFound:
                 return False
     return not any(
-        chain.why_cut(directory.path / one.id, disk.name, disk.file_bytes)
+        chain.why_cut(f"{directory.path}/{one.id}", disk.name, disk.file_bytes)
         for one in looked.points
         for disk in one.disks
     )

@@ -15,6 +15,7 @@ _MOST_ITEMS = 100
 _MOST_CHARACTERS = 1000
 _MOST_TEXT = 200  # of any one text in a message
 _MOST_DEPTH = 8
+_SMALL_BYTES = 1 << 14
 
 _SECRET_NAME = re.compile(
     r"pass(word|wd|phrase)|secret|cookie|token|psk|credential|private.?key", re.IGNORECASE
@@ -25,10 +26,19 @@ _JSON_NAME = "json:"
 
 
 class Shown:
-    """A message, made into text when a line is written, and not before."""
+    """A message, made into text when a line is written, and not before.
 
-    def __init__(self, message: object) -> None:
+    size_bytes: what it takes as JSON, or more; None if that is not known.
+    """
+
+    def __init__(self, message: object, size_bytes: int | None = None) -> None:
         self._message = message
+        self._size_bytes = size_bytes
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it is certainly small enough to be kept until somebody asks for the line."""
+        return self._size_bytes is not None and self._size_bytes <= _SMALL_BYTES
 
     def __str__(self) -> str:
         try:

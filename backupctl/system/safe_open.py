@@ -81,7 +81,12 @@ def read(path: Path, most_bytes: int) -> bytes:
     Raises NotThere, RepositoryUnreadable.
     """
     with open_file(path) as file:
-        return file.read(most_bytes + 1)
+        # Python sets as much memory aside as is asked for.
+        length = min(os.fstat(file.fileno()).st_size, most_bytes) + 1
+        content = file.read(length)
+        if len(content) == length:  # it has grown, or is too large
+            content += file.read(most_bytes + 1 - length)
+        return content
 
 
 def there(path: Path) -> bool:

@@ -159,12 +159,26 @@ def test_an_overlay_that_libvirt_did_not_make_is_scanned(make_lab: Make) -> None
     assert kinds(online(lab)) == {"vda": "incremental"}
 
 
+def resume(lab: Lab) -> None:
+    """Start a saved domain: with its memory, unless this QEMU no longer loads it the way libvirt asks for.
+
+    libvirt 11.3 names the file as "fd:", which QEMU 11.1 refuses. The guest then boots from its images.
+    """
+    try:
+        lab.domain.start()
+    except CannotBeHad as err:
+        if "fd: migration to a file is not supported" not in str(err):
+            raise
+        lab.domain.handle().managedSaveRemove(0)
+        lab.domain.start()
+
+
 def test_a_saved_domain_is_backed_up_as_its_images_are(make_lab: Make) -> None:
     lab = begun(make_lab, sizes=ONE)
     lab.domain.handle().managedSave(0)
     lab.writer.remember()
     assert kinds(offline(lab)) == {"vda": "incremental"}
-    lab.domain.start()
+    resume(lab)
     lab.next_is_right()
 
 

@@ -4,7 +4,7 @@
 What a run or a prune changes meanwhile may be seen before or after the change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -87,7 +87,7 @@ class _Vm:
             return VmFacts(directory.name, verdict, rules=self.asked.rules, last=self.asked.last)
         decisions, problem = self._decisions(listing)
         shown = self._shown(listing.points)
-        older = [one for one in listing.points if one.id not in {point.id for point in shown}]
+        older = self._older(listing.points)
         return VmFacts(
             directory.name,
             verdict,
@@ -115,12 +115,19 @@ class _Vm:
 
     def _shown(self, points: Sequence[PointSummary]) -> Sequence[PointSummary]:
         """Return the points that are reported one by one: the newest, and all that are broken."""
-        most = self.asked.points
-        if most is None or most >= len(points):
-            return points
+        cut = self._cut(points)
         broken = {one.point for one in self._broken}
-        cut = len(points) - most
-        return [*(one for one in points[:cut] if one.id in broken), *points[cut:]]
+        return [*(one for one in points[:cut] if one.id in broken), *points[cut:]] if broken else points[cut:]
+
+    def _older(self, points: Sequence[PointSummary]) -> Sequence[PointSummary]:
+        """Return the others."""
+        broken = {one.point for one in self._broken}
+        older = points[: self._cut(points)]
+        return [one for one in older if one.id not in broken] if broken else older
+
+    def _cut(self, points: Sequence[PointSummary]) -> int:
+        most = self.asked.points
+        return 0 if most is None else max(0, len(points) - most)
 
     def _decisions(self, listing: Listing) -> tuple[dict[PointId, Decision], str]:
         """Return what the next prune decides, and why it decides nothing."""
@@ -182,13 +189,13 @@ class _Vm:
 class _Chains:
     """What is below what, by the manifests."""
 
-    points: dict[PointId, PointSummary]
+    points: Mapping[PointId, PointSummary]
     lengths: dict[tuple[PointId, DiskName], int | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, listing: Listing) -> "_Chains":
         """Take all points of a VM."""
-        return cls({one.id: one for one in (*listing.points, *listing.retired)})
+        return cls(listing.by_id)
 
     def most_layers(self, point: PointSummary) -> int | None:
         """Count the layers of the longest chain of a point; None if one of them is missing."""
@@ -236,7 +243,7 @@ def _candidate(point: PointSummary) -> RetentionCandidate:
 def _older(points: Sequence[PointSummary], decisions: dict[PointId, Decision]) -> OlderPoints:
     return OlderPoints(
         len(points),
-        sum(one.stored_bytes for one in points),
+        sum([disk.stored_bytes for one in points for disk in one.disks]),
         datetime.fromtimestamp(points[0].started, UTC),
         tuple(one.id for one in points if one.id in decisions and not decisions[one.id].keep),
     )

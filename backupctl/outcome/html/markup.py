@@ -8,6 +8,7 @@ cannot become a tag.
 import html
 import re
 from collections.abc import Iterable
+from functools import cache
 
 from backupctl.outcome.clean_text import clean
 
@@ -24,13 +25,16 @@ _NO_END = ("meta", "link", "img", "td", "th", "tr")
 """Elements without content, and those of a table, which end where the next one begins (fewer bytes)."""
 _PLAIN = re.compile(r"[A-Za-z0-9-]+")
 """Values that need no quotes."""
+_SPECIAL = re.compile(r"[^ !#-%(-;=?-~]")
+"""A character that is not printable ASCII, or that HTML gives a meaning."""
 
 
 def text(content: Content) -> Markup:
     """Return markup as it is, and anything else as a text without control characters."""
     if isinstance(content, Markup):
         return content
-    return Markup(html.escape(clean(content)))
+    said = str(content)
+    return Markup(html.escape(clean(said)) if _SPECIAL.search(said) else said)
 
 
 def tag(name: str, /, *content: Content, **attributes: object) -> Markup:
@@ -39,9 +43,15 @@ def tag(name: str, /, *content: Content, **attributes: object) -> Markup:
     `class_` is written `class`, and `_` in other names `-`. An attribute with None or False is left out; one
     with True has no value.
     """
-    values = "".join(_attribute(key, value) for key, value in attributes.items())
+    values = "".join([_attribute(key, value) for key, value in attributes.items()]) if attributes else ""
     inner = "".join(map(text, content))
     return Markup(f"<{name}{values}>{inner}" + ("" if name in _NO_END else f"</{name}>"))
+
+
+def each(name: str, contents: Iterable[Content]) -> Markup:
+    """Return an element without attributes for each content, one after the other. name: as of `tag`."""
+    begin, end = f"<{name}>", "" if name in _NO_END else f"</{name}>"
+    return Markup("".join([f"{begin}{text(content)}{end}" for content in contents]))
 
 
 def join(parts: Iterable[Content], between: str = "") -> Markup:
@@ -64,8 +74,13 @@ def document(*content: Content) -> Markup:
 def _attribute(key: str, value: object) -> str:
     if value is None or value is False:
         return ""
-    name = key.rstrip("_").replace("_", "-")
+    name = _name(key)
     if value is True:
         return f" {name}"
     said = text(str(value))
     return f" {name}={said}" if _PLAIN.fullmatch(said) else f' {name}="{said}"'
+
+
+@cache
+def _name(key: str) -> str:
+    return key.rstrip("_").replace("_", "-")

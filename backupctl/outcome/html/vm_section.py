@@ -7,7 +7,7 @@ from datetime import datetime
 from backupctl.digests.clusters import CLUSTER_BYTES
 from backupctl.operations.report.facts import BadPoint, DiskMap, MapRow, PointFacts, VmFacts
 from backupctl.outcome.html import map_image, timeline, words
-from backupctl.outcome.html.markup import Content, Markup, join, tag
+from backupctl.outcome.html.markup import Content, Markup, each, tag
 from backupctl.outcome.html.timeline import Scale
 
 _MOST_RANGES = 6
@@ -207,9 +207,9 @@ def _row(point: PointFacts, x: int) -> Markup:
     return tag(
         "tr",
         tag("th", point.id, scope="row"),
-        join(
-            tag("td", value)
-            for value in (
+        each(
+            "td",
+            (
                 words.time_of(point.taken),
                 point.kind,
                 words.size(point.stored_bytes),
@@ -220,7 +220,7 @@ def _row(point: PointFacts, x: int) -> Markup:
                 point.consistency,
                 words.retention(point),
                 "; ".join(notes),
-            )
+            ),
         ),
         class_="broken" if point.broken else "gone" if point.is_dropped else None,
         data_x=x,

@@ -55,12 +55,19 @@ class _Client(QMPClient):
 
     thresholds: the nodes whose write threshold was passed. ended: the block jobs that came to an end.
     Nothing else that QEMU says on its own is waited for here; kept, a flood of it would pile up without end.
+    received_bytes: all that ever came.
     """
 
     def __init__(self) -> None:
         super().__init__("monitor")
         self.thresholds: set[str] = set()
         self.ended: set[str] = set()
+        self.received_bytes = 0
+
+    async def _readline(self) -> bytes:
+        line = await super()._readline()
+        self.received_bytes += len(line)
+        return line
 
     async def _do_recv(self) -> Message:
         # A line without end, a nesting without end, a number of thousands of digits, what is no UTF-8: the
@@ -197,11 +204,12 @@ class Monitor:
         """Send one command and return its reply. Raises CommandFailed, OutcomeUnknown."""
         if self._broken:
             raise OutcomeUnknown(command, self._broken)
-        begun = time.monotonic()
-        _log.debug("-> %s %s", command, log.Shown(arguments or {}))
+        begun, had = time.monotonic(), self._client.received_bytes
+        _log.debug("-> %s %s", command, log.Shown(arguments or {}, 0))  # it is ours
         try:
             answer = self._run(self._client.execute(command, dict(arguments) if arguments else None))
-            _log.debug("<- %s (%.3f s)", log.Shown(answer), time.monotonic() - begun)
+            shown = log.Shown(answer, self._client.received_bytes - had)
+            _log.debug("<- %s (%.3f s)", shown, time.monotonic() - begun)
             return answer
         except ExecuteError as err:
             error = err.error.error

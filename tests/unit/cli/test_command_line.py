@@ -17,8 +17,10 @@ from backupctl.errors import BackupctlError, UsageError
 from backupctl.events import StepStarted
 from backupctl.events.backup import DiskSkipped
 from backupctl.events.prune import VmFailed
-from backupctl.names import DiskName, vm_name
+from backupctl.names import DiskName, PointId, vm_name
 from backupctl.repository.repository import Repository
+from backupctl.repository.vm_directory import AllPoints, VmDirectory
+from fixtures import many_vms
 
 COMMANDS = cli.list_commands(click.Context(cli))
 
@@ -202,6 +204,47 @@ def test_a_table_that_is_written_as_it_comes_takes_any_cell(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(rows) + 1
     assert lines[-1].split() == ["/x", str(len(rows) - 1), "None"]
+
+
+@pytest.mark.parametrize("number", [1, output._FIRST_ROWS + 1, 3 * output._FIRST_ROWS])
+def test_no_row_of_a_table_can_move_the_cursor_wherever_it_is(capsys, number):
+    rows = [("a", "\x1b[2J\n" if at == number else "b") for at in range(3 * output._FIRST_ROWS + 1)]
+    output.print_table(("FILE", "ELSE"), rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[number + 1].split() == ["a", "\\x1b[2J\\x0a"]
+    assert len(lines) == len(rows) + 1
+
+
+@pytest.mark.parametrize(
+    "document", [[], [{}], [1], [{"a": [1, {"b": "é\n  {"}]}, []], [[{"x": None}], "\u2028", {}]]
+)
+def test_a_document_written_part_by_part_is_the_same(capsys, document):
+    output.print_json_list(iter(document))
+    assert capsys.readouterr().out == json.dumps(document, indent=2) + "\n"
+
+
+def test_a_list_for_programs_is_written_vm_by_vm(tmp_path, monkeypatch):
+    """Not all points of many VMs fit into memory."""
+    repository = many_vms.make(tmp_path / "repository", 3, 2)
+    happened = []
+    write, scan = output._Output.write, VmDirectory.scan_some
+
+    def writing(self: output._Output, text: str) -> None:
+        happened.extend(line.strip() for line in text.splitlines() if '"vm"' in line)
+        write(self, text)
+
+    def scanning(self: VmDirectory, points: list[PointId]) -> AllPoints:
+        happened.append(self.name)
+        return scan(self, points)
+
+    monkeypatch.setattr(output._Output, "write", writing)
+    monkeypatch.setattr(VmDirectory, "scan_some", scanning)
+    done = CliRunner().invoke(cli, ["list", "--repository", str(repository.path), "--json"])
+    assert done.exit_code == 0
+    assert happened == [one for vm in repository.vms() for one in (vm, *[f'"vm": "{vm}",'] * 2)]
+    found = json.loads(done.stdout)
+    assert done.stdout == json.dumps(found, indent=2) + "\n"
+    assert [one["chain_bytes"] for one in found] == [65536, 131072] * 3
 
 
 def test_what_comes_from_outside_can_not_begin_a_line_as_if_we_said_it(capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Log lines: where they go, what a failed run leaves, and what must not be in them."""
 
+import gc
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from backupctl.events.prune import VmSkipped
 from backupctl.operations.backup import run as backup
 from backupctl.repository.repository import Repository
 from backupctl.system.address import Address
+from backupctl.system.log import Shown
 from backupctl.vm.qmp.monitor import Monitor
 
 SECRET = "correct horse battery staple"
@@ -263,3 +265,34 @@ def test_options_parsed_outside_of_a_call_leave_no_handler(tmp_path, monkeypatch
     with logs.current():
         logging.getLogger("backupctl.test").debug("in the call")
     assert "in the call" in log.read_text()
+
+
+def test_a_message_is_made_into_a_line_only_when_somebody_wants_it(monkeypatch):
+    made = []
+    shown = Shown.__str__
+    monkeypatch.setattr(Shown, "__str__", lambda one: made.append(1) or shown(one))
+    with logs.begin() as found:
+        logging.getLogger("backupctl.test").debug("-> %s", Shown({"password": SECRET}, 100))
+        assert made == []
+        assert found.transcript[0].endswith('-> {"password": "***"}')
+
+
+@pytest.mark.parametrize(
+    "argument", [object(), ValueError("x"), Shown({}), Shown({}, 1 << 20), "x" * 10_000], ids=range(5)
+)
+def test_what_may_be_large_or_change_or_hold_more_is_not_kept(argument):
+    with logs.begin() as found:
+        logging.getLogger("backupctl.test").debug("%s", argument)
+        gc.collect()
+        kept = [one for one in gc.get_objects() if isinstance(one, logging.LogRecord)]
+        assert not any(argument is one for record in kept for one in record.args or ())
+        assert len(found.transcript) == 1
+
+
+def test_lines_are_in_order_however_late_they_are_made():
+    with logs.begin() as found:
+        for number in range(1000):
+            logging.getLogger("backupctl.test").debug("%s", number if number % 3 else ValueError(number))
+        assert [int(line.split()[-1]) for line in found.transcript] == list(range(1000))
+        unmade = [one for one in found._transcript._newest if not isinstance(one, str)]
+        assert 0 < len(unmade) <= 300

@@ -405,6 +405,16 @@ def test_a_manifest_that_vanished_from_an_older_point_is_told_after_the_next_ren
     assert check.examine(vm, limits, now).level is check.Level.CRITICAL
 
 
+def test_a_run_that_was_killed_long_ago_is_told(three):
+    """A directory in which an unfinished point lies is never sealed."""
+    (three.path / "20260301T000000Z.partial").mkdir()
+    renew(three)
+    limits, now = check.Limits(check.timedelta(days=36500)), check.datetime.now(check.UTC)
+    found = check.examine(three, limits, now)
+    assert found.level is check.Level.WARNING
+    assert "did not finish" in found.findings[0].text
+
+
 def test_a_manifest_that_vanished_below_the_newest_point_is_told_at_once(tmp_path):
     vm = many_points.make(tmp_path / "repository", [2, 3])
     renew(vm)
@@ -639,19 +649,8 @@ def test_of_a_vm_with_a_damaged_layer_everything_is_read_each_time(tmp_path, spo
 
 
 def test_what_a_renewal_asks_of_the_file_system_grows_in_a_line_with_the_points(tmp_path, monkeypatch):
-    asked = 0
-    real = Path.lstat
-
-    def counting(path: Path) -> os.stat_result:
-        nonlocal asked
-        asked += 1
-        return real(path)
-
-    monkeypatch.setattr(Path, "lstat", counting)
     counts = []
     for points in (10, 40):
         vm = many_points.make(tmp_path / str(points), [10] * (points // 10))
-        asked = 0
-        renew(vm)
-        counts.append(asked)
+        counts.append(calls(monkeypatch, lambda vm=vm: renew(vm)))
     assert counts[1] <= 4 * counts[0] + 20, counts
