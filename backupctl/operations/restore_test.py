@@ -35,7 +35,7 @@ from backupctl.images.open_image import OpenImage
 from backupctl.images.public_server import ServedImage
 from backupctl.names import DiskName, PointId, VmName
 from backupctl.progress import Reporter
-from backupctl.repository import chain, read_locks, tested
+from backupctl.repository import chain, read_locks, summary, tested
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import VmDirectory
@@ -98,6 +98,7 @@ def test(asked: RestoreTestRequest, reporter: Reporter, stop: Cancellation) -> R
         reporter.event(StepStarted(f"booting {asked.directory.name} {point.id} without network"))
         report = _boot(asked, point, stop)
     tested.record(asked.directory.path, report.point, datetime.now(UTC), passed=report.passed)
+    summary.renew_if_free(asked.directory)  # the new file has broken its seal
     return report
 
 

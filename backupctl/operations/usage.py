@@ -147,15 +147,14 @@ def chain_bytes(points: Iterable[Stored]) -> dict[PointId, int | None]:
 
     points: all that there are, retired ones too. None where a layer below is not among them.
     """
-    known: dict[LayerId, int | None] = {}
+    known: dict[DiskName, dict[PointId, int | None]] = defaultdict(dict)
     found: dict[PointId, int | None] = {}
     for point in sorted(points, key=attrgetter("id")):  # parents come first
         total: int | None = 0
         for disk in point.disks:
-            parent, name = disk.parent, disk.name
-            below = 0 if parent is None else known.get((parent, name))
-            size = None if below is None else below + disk.stored_bytes
-            known[point.id, name] = size
+            layers, parent = known[disk.name], disk.parent
+            below = 0 if parent is None else layers.get(parent)
+            size = layers[point.id] = None if below is None else below + disk.stored_bytes
             total = None if total is None or size is None else total + size
         found[point.id] = total
     return found

@@ -5,10 +5,11 @@ import subprocess
 
 import pytest
 
-from backupctl.names import PointId, disk_name
+from backupctl.names import PointId, disk_name, vm_name
 from backupctl.options import ChainOptions
-from backupctl.repository import chain
+from backupctl.repository import chain, summary
 from backupctl.repository.checked_chains import CheckedChains
+from backupctl.repository.repository import Repository
 from backupctl.sizes import MAX_CHAIN
 from tests.conftest import MIB
 
@@ -32,6 +33,23 @@ def take(lab, count: int) -> dict[str, dict[str, bytes]]:
 
 def prune(lab, *rules: str, code: int = 0):
     return lab.cli.json("prune", "web", *rules, vm=False, code=code)
+
+
+def is_sealed(lab) -> bool:
+    directory = Repository.open(lab.cli.repository).vm(vm_name("web"))
+    return summary.look(directory, closely=True).sealed
+
+
+def test_after_each_command_that_changes_points_the_summary_is_believed(lab):
+    for _ in range(3):
+        take(lab, 1)
+        assert is_sealed(lab)
+    lab.cli.json("protect", "web", "latest~1", vm=False)
+    assert is_sealed(lab)
+    prune(lab, "--keep-last", "1")
+    assert is_sealed(lab)
+    points = lab.cli.json("list", "web", vm=False)
+    assert [point["protected"] for point in points] == [True, False]
 
 
 def without_sizes(point: dict) -> dict:
