@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from backupctl.system.address import Address
@@ -52,9 +52,11 @@ def take_down(monitor: Address, left: Leftovers, drain: Callable[[], object]) ->
             execute("transaction", actions=[])  # see `throttle.disable`
         for job in left.jobs:
             execute("block-job-cancel", device=job, force=True)
-        for _ in _until_too_late():
-            if not _any(execute("query-jobs"), left.jobs):
-                break
+        # An answer that is none ends this: unlike a client of an export, a cancelled job needs no guard.
+        with suppress(KeyError, TypeError, ValueError):
+            for _ in _until_too_late():
+                if not _any(execute("query-jobs"), left.jobs):
+                    break
 
 
 def _set(execute: Execute, groups: tuple[str, ...], bytes_per_second: int) -> None:
@@ -64,7 +66,11 @@ def _set(execute: Execute, groups: tuple[str, ...], bytes_per_second: int) -> No
 
 
 def _any(answer: dict[str, Any], names: tuple[str, ...]) -> bool:
-    return any(entry["id"] in names for entry in answer["return"])
+    """Whether an entry bears one of the names; one without a name is not ours.
+
+    Raises KeyError, TypeError or ValueError for an answer that is none.
+    """
+    return any(dict(entry).get("id") in names for entry in answer["return"])
 
 
 @contextmanager
