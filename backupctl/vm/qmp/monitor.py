@@ -208,8 +208,8 @@ class Monitor:
         _log.debug("-> %s %s", command, log.Shown(arguments or {}, 0))  # it is ours
         try:
             answer = self._run(self._client.execute(command, dict(arguments) if arguments else None))
-            shown = log.Shown(answer, self._client.received_bytes - had)
-            _log.debug("<- %s (%.3f s)", shown, time.monotonic() - begun)
+            told = log.Shown(answer, self._client.received_bytes - had)
+            _log.debug("<- %s (%.3f s)", told, time.monotonic() - begun)
             return answer
         except ExecuteError as err:
             error = err.error.error
