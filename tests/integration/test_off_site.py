@@ -2,6 +2,7 @@
 """Copies of a repository as docs/off-site.md makes them, while runs and prunes go on."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -77,6 +78,17 @@ def test_each_copy_that_is_made_while_runs_and_prunes_go_on_is_sound(lab, tmp_pa
     assert 0 in ended
     assert len({tuple(each) for each in seen}) > 1, "nothing went on meanwhile"
     assert not any(name.endswith(".partial") for each in seen for name in each)
+
+
+def test_a_layer_that_changes_within_a_second_is_copied_again(lab, tmp_path):
+    copy, second = tmp_path / "copy", 1_700_000_000 * 10**9
+    copy.mkdir()
+    layer = lab.cli.repository / "web" / lab.backup("full")["point"] / "vda.qcow2"
+    for content, time_ns in ((b"as it was", second), (b"as it is ", second + 10**6)):
+        layer.write_bytes(content)
+        os.utime(layer, ns=(time_ns, time_ns))
+        copied(lab, copy)
+    assert (copy / layer.relative_to(lab.cli.repository)).read_bytes() == b"as it is "
 
 
 def test_a_copy_restores_what_the_original_does(lab, tmp_path):
