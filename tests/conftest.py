@@ -23,6 +23,7 @@ from fixtures import builds, fork_server, fuse
 from fixtures.agent import PlayedAgent
 from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
+from fixtures.libvirtd import Libvirtd
 from fixtures.machine import Disk, Machine
 from fixtures.simulated import SimulatedMachine
 from fixtures.simulated_guest import SimulatedAgent, SimulatedWriter
@@ -365,3 +366,14 @@ def make_cli(machine: Machine, directory: Path) -> Cli:
         scratch=scratch,
         vm=["--qmp", f"unix:{machine.qmp_path}", "--agent", f"unix:{machine.agent_path}"],
     )
+
+
+@pytest.fixture(scope="module")
+def daemon(request: pytest.FixtureRequest) -> Iterator[Libvirtd]:
+    """A libvirtd of the module's own. The module's `LIBVIRTD`, if there is one, has its options."""
+    pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
+    try:
+        with Libvirtd(**getattr(request.module, "LIBVIRTD", {})) as made:
+            yield made
+    except CannotBeHad as err:
+        pytest.skip(str(err))

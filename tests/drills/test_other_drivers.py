@@ -20,22 +20,12 @@ from backupctl.drills.fork_server import ForkServer
 from backupctl.drills.site import Site
 from backupctl.drills.sites import DISKS
 from fixtures.debian import CannotBeHad
-from fixtures.libvirtd import Domain, Libvirtd
+from fixtures.libvirtd import Domain
 from fixtures.sshd import Sshd
 from tests.drills.other_sites import DomainSite, ImagesSite, OffDomainSite
 from tests.libvirt_lab import wait_for
 
 BY_NAME = {drill.name: drill for drill in DRILLS}
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirtd]:
-    pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
-    try:
-        with Libvirtd() as made:
-            yield made
-    except CannotBeHad as err:
-        pytest.skip(str(err))
 
 
 @pytest.fixture(scope="module")

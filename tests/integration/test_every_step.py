@@ -6,14 +6,13 @@ step. A VM that is reached by its monitor on this host has test_killed.py and te
 """
 
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fixtures import builds
-from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Libvirtd
 from fixtures.sshd import HOST
 from tests import libvirt_lab
@@ -23,16 +22,6 @@ from tests.libvirt_lab import wait_for
 
 SIZES = {"vda": 4 * MIB, "vdb": 2 * MIB}
 CHUNKS = 4
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirtd]:
-    pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
-    try:
-        with Libvirtd() as made:
-            yield made
-    except CannotBeHad as err:
-        pytest.skip(str(err))
 
 
 def machine(request: pytest.FixtureRequest, build: builds.Build) -> Any:

@@ -7,13 +7,11 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Libvirtd
 from tests.conftest import MIB
 from tests.libvirt_lab import Lab, Make, begun, guard_of, kinds, maker, plain, wait_for
@@ -21,14 +19,7 @@ from tests.libvirt_lab import Lab, Make, begun, guard_of, kinds, maker, plain, w
 libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installed")
 
 
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirtd]:
-    try:
-        made = Libvirtd(small=True)
-        with made:
-            yield made
-    except CannotBeHad as err:
-        pytest.skip(str(err))
+LIBVIRTD = {"small": True}
 
 
 @pytest.fixture

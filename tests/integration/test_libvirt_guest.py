@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,7 @@ libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installe
 pytestmark = pytest.mark.guest
 
 
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirtd]:
-    try:
-        with Libvirtd(small=True) as made:
-            yield made
-    except CannotBeHad as err:
-        pytest.skip(str(err))
+LIBVIRTD = {"small": True}
 
 
 Boot = Callable[..., tuple[Guest, Cli]]

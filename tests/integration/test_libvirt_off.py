@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,6 @@ libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installe
 
 ONE = {"vda": 4 * MIB}
 TWO = {"vda": 4 * MIB, "vdb": 2 * MIB}
-
-
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirtd]:
-    try:
-        with Libvirtd() as made:
-            yield made
-    except CannotBeHad as err:
-        pytest.skip(str(err))
 
 
 @pytest.fixture

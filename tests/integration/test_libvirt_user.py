@@ -5,13 +5,11 @@ import os
 import pwd
 import stat
 import tempfile
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Libvirtd
 from tests.conftest import MIB
 from tests.libvirt_lab import Lab, kinds, maker, wait_for
@@ -21,13 +19,7 @@ libvirt = pytest.importorskip("libvirt", reason="python3-libvirt is not installe
 USER, GROUP = "nobody", "nogroup"
 
 
-@pytest.fixture(scope="module")
-def daemon() -> Iterator[Libvirtd]:
-    try:
-        with Libvirtd(user=(USER, GROUP)) as made:
-            yield made
-    except CannotBeHad as err:
-        pytest.skip(str(err))
+LIBVIRTD = {"user": (USER, GROUP)}
 
 
 @pytest.fixture
