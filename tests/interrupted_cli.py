@@ -62,7 +62,6 @@ WATCHED = {
         "append",
         "replace",
         "rename",
-        "cut",
     ),
     create: ("create_layer",),
 }
@@ -102,7 +101,8 @@ def _watch(
                 with open(steps, "a") as log:
                     log.write(f"{name} {first if commands else ''}\n")
         hit = at in (str(mine), first)
-        full = error == errno.ENOSPC and mine > wanted >= 0 and name != "cut"  # which needs no room
+        grows = name != "append" or arguments[-1] != b""
+        full = error == errno.ENOSPC and mine > wanted >= 0 and grows
         if error and (mine == wanted or full):
             raise OSError(error, os.strerror(error))
         if "CONTROL" in environment and owner is Monitor and "block-export-add" in arguments:

@@ -190,7 +190,7 @@ def undo(directory: Path, point: PointId) -> None:
                 full = err.errno in (errno.ENOSPC, errno.EDQUOT)
                 if last is None or not last.tells("committed", point) or not full:
                     raise
-                durable.cut(directory / FILE_NAME, last.begin)
+                durable.append(directory / FILE_NAME, last.begin, b"")
 
 
 def end(directory: Path) -> int:

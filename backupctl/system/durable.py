@@ -109,7 +109,8 @@ def append(path: Path, end: int, content: bytes) -> None:
     """Cut a file to its first `end` bytes, which survive any crash, and append `content`.
 
     After a crash, part of the new content or anything else may follow it. A file with a second hard link is
-    replaced instead: whoever made that link wants a copy that does not change. Raises OSError.
+    replaced instead: whoever made that link wants a copy that does not change. Without content, and if it
+    is not replaced, this needs no room on a full disk. Raises OSError.
     """
     _log.debug("append to %s, %d bytes", path, len(content))
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -119,22 +120,6 @@ def append(path: Path, end: int, content: bytes) -> None:
             return
         kept = os.pread(descriptor, end, 0)
     replace(path, kept + content)
-
-
-def cut(path: Path, end: int) -> None:
-    """Cut a file to its first `end` bytes, durably. Unlike `append`, this needs no room on a full disk.
-
-    A file with a second hard link is left as it is, and EMLINK raised (see `append`). Raises OSError.
-    """
-    _log.debug("cut %s to %d bytes", path, end)
-    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if os.fstat(descriptor).st_nlink != 1:
-            raise OSError(errno.EMLINK, os.strerror(errno.EMLINK), str(path))
-        os.ftruncate(descriptor, end)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(path: Path, content: bytes) -> None:

@@ -283,11 +283,18 @@ def fail_to_commit(
     def fail(*_arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
+    def append(path: Path, end: int, content: bytes) -> None:
+        if content or number != errno.ENOSPC:
+            fail()
+        real_append(path, end, content)
+
+    real_append = durable.append
     monkeypatch.setattr(durable, "rename", fail)
     if begin:
         with pytest.raises(RepositoryError, match="cannot commit"):
             commit(builder, P2)
-    monkeypatch.setattr(durable, "append", fail)
+    monkeypatch.setattr(durable, "append", append)
+    monkeypatch.setattr(durable, "replace", fail)
 
 
 def test_a_failed_sync_leaves_no_line_that_counts(builder: Builder, monkeypatch):
