@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from enum import IntEnum
 
 from backupctl.errors import BackupctlError, RepositoryUnreadable
-from backupctl.names import DiskName, PointId
+from backupctl.names import PointId
 from backupctl.progress import counted
 from backupctl.repository import chain, summary
 from backupctl.repository.summary import Listing, PointSummary
@@ -137,25 +137,21 @@ def _of_newest(directory: VmDirectory, listing: Listing) -> Broken:
     found = []
     for entry in newest.manifest.disks:
         layer = chain.Layer.of(newest, entry)
-        if why := chain.why_broken(layer) or _why_broken_below(
-            directory, layer.entry.parent, entry.name, there
-        ):
+        if why := chain.why_broken(layer) or _why_broken_below(directory, layer, there):
             found.append(chain.Broken(newest.id, entry.name, why))
     return tuple(found)
 
 
 def _why_broken_below(
-    directory: VmDirectory, parent: PointId | None, disk: DiskName, there: Mapping[PointId, PointSummary]
+    directory: VmDirectory, newest: chain.Layer, there: Mapping[PointId, PointSummary]
 ) -> str | None:
     """Return what is wrong with the layers below one, by what the summary says of them; None for nothing."""
-    while parent is not None:
-        point = there.get(parent)
-        held = point.disk(disk) if point else None
-        if held is None or (held.parent is not None and held.parent >= parent):
-            return f"{directory.path / parent} is missing or damaged"
-        if why := chain.why_cut(f"{directory.path}/{parent}", disk, held.file_bytes):
+    disk = newest.entry.name
+    for point, held in summary.below(there, disk, newest.entry.parent):
+        if held is None:
+            return f"{directory.path / point} is missing or damaged"
+        if why := chain.why_cut(f"{directory.path}/{point}", disk, held.file_bytes):
             return why
-        parent = held.parent
     return None
 
 

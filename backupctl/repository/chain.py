@@ -18,7 +18,7 @@ from types import MappingProxyType
 from backupctl.digests import digest_map
 from backupctl.digests.clusters import EffectiveContent
 from backupctl.digests.digest_map import DigestMap, Named
-from backupctl.errors import UNTOUCHED, DamageFound, NoSuchPoint, RepositoryUnreadable
+from backupctl.errors import UNTOUCHED, DamageFound, NoSuchPoint
 from backupctl.images import qcow2_header
 from backupctl.images.open_image import OpenImage
 from backupctl.images.qcow2_header import Header
@@ -255,12 +255,11 @@ def why_cut(directory: str, disk: DiskName, file_bytes: int) -> str | None:
 
 
 def _why_shortened(path: str, wanted: int | None) -> str | None:
-    try:
-        found = os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{path} is missing"
-    except OSError as err:
-        raise RepositoryUnreadable(f"cannot read {path}: {err.strerror}") from err
+    with safe_open.unreadable(path):
+        try:
+            found = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{path} is missing"
     if not stat.S_ISREG(found.st_mode):
         return f"{path} is not a regular file"
     if found.st_size != wanted and (wanted is not None or not found.st_size):

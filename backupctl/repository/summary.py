@@ -89,21 +89,21 @@ def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
     )
 
 
-def below(points: Mapping[PointId, PointSummary], newest: PointSummary) -> Iterator[tuple[PointId, DiskName]]:
-    """Yield the layers below those of a point, of each disk from the newest to the oldest.
+def below(
+    points: Mapping[PointId, PointSummary], disk: DiskName, parent: PointId | None
+) -> Iterator[tuple[PointId, DiskSummary | None]]:
+    """Yield the layers of a chain from `parent` to the oldest, each with what its point says of it.
 
-    A layer that is not among these points, or that no chain can have, ends the chain of its disk.
+    None: it is not among these points, or no chain can have it. It is the last one then.
     """
-    for disk in newest.disks:
-        at, held = newest.id, disk
-        # Each parent is older, so that following them ends.
-        while held.parent is not None and held.parent < at:
-            yield held.parent, disk.name
-            at, point = held.parent, points.get(held.parent)
-            found = point.disk(disk.name) if point else None
-            if found is None:
-                break
-            held = found
+    while parent is not None:
+        point = points.get(parent)
+        held = point.disk(disk) if point else None
+        # Each parent is older: without this, a summary that says otherwise would be followed without end.
+        if held is not None and held.parent is not None and held.parent >= parent:
+            held = None
+        yield parent, held
+        parent = held.parent if held else None
 
 
 def renew(directory: VmDirectory) -> None:
@@ -128,8 +128,13 @@ def renew_if_free(directory: VmDirectory) -> None:
 
 @dataclass(frozen=True)
 class _Looked:
-    """points: oldest first. read: what was read anew. compared: whether the history has no other points."""
+    """A look at each point.
 
+    past: the identity of the history, from before. points: oldest first. read: what was read anew. compared:
+    whether the history has no other points.
+    """
+
+    past: tuple[int, int, int] | None
     points: list[PointSummary]
     read: AllPoints
     compared: bool
@@ -165,7 +170,8 @@ def _is_newest_as_it_was(directory: VmDirectory, listing: Listing, *, closely: b
     if not listing.points:
         return True
     newest, known = listing.points[-1], listing.by_id if closely else {}
-    needed = {point for point, _ in below(known, newest)} if closely else set()
+    disks = newest.disks if closely else ()
+    needed = {point for disk in disks for point, _ in below(known, disk.name, disk.parent)}
     looked_at = [newest, *(known[point] for point in needed if point in known)]
     return all(_identity(None, f"{directory.path}/{one.id}") == one.identity for one in looked_at)
 
@@ -189,7 +195,7 @@ def _look_at_each(
     same = known is not None and not others and len(fitting) == len(known.points)
     compared = same and known is not None and known.history is not None and known.history == past
     points = sorted([*fitting, *made], key=_id) if made else fitting
-    return _Looked(points, read, compared)
+    return _Looked(past, points, read, compared)
 
 
 def _compared(
@@ -287,21 +293,19 @@ def _is_merging(point: Point) -> bool:
 
 
 def _renew(directory: VmDirectory) -> None:
-    past, begun = _history(directory), time.time()
-    looked = _look(directory)
+    begun, looked = time.time(), _look(directory)
     if looked.compared:
         return
     newest = max(map(_newest_change, looked.points), default=0.0)
     if 0 < (wait := newest + _TICK_SECONDS - begun) <= 2 * _TICK_SECONDS:
         time.sleep(wait)
-        past, begun = _history(directory), time.time()
-        looked = _look(directory)
+        begun, looked = time.time(), _look(directory)
     # A change in the same tick as the one before would not be seen.
     settled = [one for one in looked.points if _newest_change(one) + _TICK_SECONDS <= begun]
     merging = looked.merging
     points = [one for one in settled if one.id not in merging]
     whole = len(points) == len(looked.points) and looked.is_sound and _has_sound_layers(directory, looked)
-    compared = past if whole and not audit.problems(directory) else None
+    compared = looked.past if whole and not audit.problems(directory) else None
     summary_file.write(directory, points, compared)
 
 

@@ -13,7 +13,6 @@ name in the VM's directory would break it.
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -177,8 +176,3 @@ def _stamp(checksum: bytes, line: bytes) -> Stamp | None:
         return None
     stamp = Stamp(*map(int, numbers))
     return stamp if seal_line(checksum, stamp) == line else None
-
-
-def path_of(directory: VmDirectory) -> Path:
-    """Return the path of the file."""
-    return directory.path / FILE_NAME

@@ -63,7 +63,7 @@ def _opened(path: Path, flags: int) -> int:
 
 
 @contextmanager
-def unreadable(path: Path) -> Iterator[None]:
+def unreadable(path: Path | str) -> Iterator[None]:
     """Turn errors of the operating system in the block into RepositoryUnreadable, naming `path`.
 
     Raises RepositoryUnreadable.
