@@ -28,6 +28,7 @@ _log = logging.getLogger("backupctl.transfer")
 
 BASE_ALLOCATION = "base:allocation"
 _HANDSHAKE_BYTES = 64 << 20  # of memory; an honest handshake needs almost none
+_MOST_EXTENTS = 1 << 20  # of a context in one reply; QEMU's NBD_MAX_BLOCK_STATUS_EXTENTS is 131,072
 _CHECK_SECONDS = 0.1
 _DISCONNECT_SECONDS = 2.0  # a server that hangs must not delay the roll back
 
@@ -99,9 +100,14 @@ class Connection:
     def block_status(self, offset: int, length: int) -> Entries:
         """Ask for the state of a range of less than 4 GiB, in every agreed context. Raises `failure`."""
         found: Entries = {}
+        longest = 0
 
         def extents(context: str, _offset: int, entries: list[int], _error: object) -> int:
-            found[context] = list(entries)
+            nonlocal longest
+            longest = max(longest, len(entries) // 2)
+            # libnbd takes replies of eight million extents. Those of several contexts, and the arrays made of
+            # them, would be a gigabyte of the memory of a machine that runs guests.
+            found[context] = entries[: 2 * _MOST_EXTENTS]
             return 0
 
         try:
@@ -109,6 +115,8 @@ class Connection:
             self.wait(lambda: self.completed(cookie))
         except nbd.Error as err:
             raise self.explained(err) from err
+        if longest > _MOST_EXTENTS:
+            raise self.failure(f"the NBD server sent {longest:,} extents in one reply")
         return found
 
     def start_read(self, buffer: "nbd.Buffer", offset: int) -> int:

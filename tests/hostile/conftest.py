@@ -50,6 +50,7 @@ class Victim:
 
     def __init__(self, vm: Simulated, directory: Path) -> None:
         self.vm, self.directory, self.code, self.cases = vm, directory, 0, 0
+        self.most_resident = MOST_RESIDENT
         self.repository = directory / "repository"
         self.scratch = directory / "scratch"
         self.outside = directory / "outside"
@@ -194,7 +195,7 @@ class Victim:
 
     def _decent(self, done: Done, *, raw: bool) -> None:
         assert done.seconds < MOST_SECONDS, done
-        assert 0 < done.resident < MOST_RESIDENT, f"{done.resident >> 20} MiB: {done.err[-2000:]}"
+        assert 0 < done.resident < self.most_resident, f"{done.resident >> 20} MiB: {done.err[-2000:]}"
         assert done.code in (0, 1, 2, 3, 4, 75), done
         assert len(done.err) < MOST_WORDS, f"{len(done.err)} characters: {done.err[:500]}"
         for text in (done.err,) if raw else (done.err, done.out):

@@ -154,10 +154,12 @@ class Crumbs(LyingServer):
 
 
 class Millions(LyingServer):
-    """As many extents as a reply can hold."""
+    """Tells each byte on its own."""
 
-    def extents(self, offset: int, length: int, flags: int) -> list[tuple[int, int]]:
-        return [(1, flags)] * 4_000_000
+    def status(self, cookie: int, offset: int, length: int) -> Said:
+        for number in self.contexts.values():
+            told = struct.pack(">I", number) + struct.pack(">II", 1, 1) * length
+            yield chunk(cookie, nbd.STATUS, told, done=number == len(self.contexts))
 
 
 class OneContext(LyingServer):
@@ -233,6 +235,23 @@ STATUSES = {
 def test_block_status_that_can_not_be_is_a_read_error(victim, name):
     done = victim.attack(nbd=STATUSES[name](SIZE))
     assert (done.code, done.error["kind"]) == (1, "ReadFailed"), done
+    victim.recovers()
+
+
+class MostExtents(LyingServer):
+    """As many extents as libnbd takes, of a length that Python has no ready number for."""
+
+    def status(self, cookie: int, offset: int, length: int) -> Said:
+        for number in self.contexts.values():
+            told = struct.pack(">I", number) + struct.pack(">II", 4711, 1) * 8_000_000
+            yield chunk(cookie, nbd.STATUS, told, done=number == len(self.contexts))
+
+
+def test_of_too_many_extents_no_more_is_kept_than_libnbd_hands_over_at_once(victim, monkeypatch):
+    monkeypatch.setattr(victim, "most_resident", 600 << 20)  # libnbd's list of one context: 450 MiB
+    done = victim.attack(nbd=MostExtents(SIZE), seconds=20.0)
+    assert (done.code, done.error["kind"]) == (1, "ReadFailed"), done
+    assert "8,000,000 extents in one reply" in done.error["message"], done
     victim.recovers()
 
 
