@@ -150,7 +150,7 @@ class Daemon:
 
     def _in_use(self, err: Locked) -> MonitorUnreachable:
         paths = [disk.path for disk in self.disks if str(disk.path) in err.message]
-        return images.in_use(paths[0] if paths else self.disks[0].path)
+        return images.in_use(paths[0] if paths else self.disks[0].path, self.place.host)
 
     def _kill(self) -> None:
         if self._monitor is not None:

@@ -4,16 +4,15 @@
 The latter is in `vm.remote.images`.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import UNTOUCHED, Refused
 from backupctl.system.address import Address
 from backupctl.vm.filling import Filling
-from backupctl.vm.offline.images import DiskImages, OpenFile
+from backupctl.vm.offline import images
+from backupctl.vm.offline.images import DiskImages
 from backupctl.vm.offline.process import DaemonProcess
 from backupctl.vm.qmp import nbd_export
 from backupctl.vm.qmp.files import LOCAL, Files
@@ -124,34 +123,12 @@ class LocalPlace:
 
     def states(self) -> list[tuple[int, int]]:
         """Look at the open files."""
-        return states(self._disks)
+        return images.states(self._disks)
 
     def refuse_unwritable(self) -> None:
         """Try to open them."""
-        refuse_unwritable(self._disks)
+        images.refuse_unwritable(self._disks)
 
     def scratch_filling(self, directory: Path) -> Filling:
         """Name other VMs only: nothing of this one is written there."""
         return Filling(directory)
-
-
-def states(disks: Sequence[DiskImages]) -> list[tuple[int, int]]:
-    """Return the state of each open file of these disks."""
-    return [file.state() for disk in disks for file in disk.files]
-
-
-def refuse_unwritable(disks: Sequence[DiskImages]) -> None:
-    """Refuse an image whose bitmaps could not be stored in the end. Raises Refused."""
-    for one in disks:
-        if one.format == "qcow2":
-            _refuse_unwritable(one.files[0])
-
-
-def _refuse_unwritable(one: OpenFile) -> None:
-    try:
-        os.close(os.open(one.image.name, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as err:
-        raise Refused(
-            f"cannot write to {one.image.path}: {err.strerror}; the image stores which parts of it change",
-            state=UNTOUCHED,
-        ) from err

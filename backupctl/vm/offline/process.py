@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The process of a storage daemon on the images of a VM that is off, here or on another host.
 
-On another host it is a child of our program there. The kernel ends it if this process ends, by whatever cause.
+On another host it is a child of our program there. The kernel ends it if its parent ends, by whatever
+cause.
 """
 
 import json
@@ -18,6 +19,7 @@ from backupctl.vm.offline import images
 from backupctl.vm.offline.images import DiskImages
 
 _SOCKET, _READY = "qmp.sock", "ready"
+_INSTALL = "it is part of QEMU: apt install qemu-system-common"
 
 
 class DaemonProcess:
@@ -38,12 +40,15 @@ class DaemonProcess:
         opened = images.all_files(self._disks)
         directory = self._held.enter_context(private_dir.directory())
         self._complaints = self._held.enter_context(_complaints())
-        self._process = qemu_tools.start(
-            _command(self._disks, directory),
-            complaints=self._complaints,
-            environment=nbd_server.ALLOCATOR,
-            descriptors=open_image.descriptors(opened),
-        )
+        try:
+            self._process = qemu_tools.start(
+                _command(self._disks, directory),
+                complaints=self._complaints,
+                environment=nbd_server.ALLOCATOR,
+                descriptors=open_image.descriptors(opened),
+            )
+        except Failed as err:
+            raise err.add(state=UNTOUCHED, hint=_INSTALL) from err
         try:
             nbd_server.await_ready(self._process, directory / _READY, self._complaints, opened)
         except RepositoryError as err:
