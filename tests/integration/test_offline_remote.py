@@ -178,7 +178,7 @@ def test_what_an_image_there_must_not_be_is_refused_there(lab, sshd, tmp_path):
     lab.cli.vm[1] += f",backing={base}"
     point = lab.backup("full")["point"]
     told = json.loads((lab.cli.repository / "web" / point / "definition" / "images.json").read_text())
-    assert told["images"][0]["path"] == str(top)
+    assert (told["host"], told["images"][0]["path"]) == ("vmhost", str(top))
 
 
 def test_a_raw_image_there_is_scanned(lab, sshd, tmp_path):
@@ -193,6 +193,25 @@ def test_a_raw_image_there_is_scanned(lab, sshd, tmp_path):
     report = lab.backup("incremental")
     assert report["disks"][0]["scanned"]
     assert lab.cli.raw(report["point"], "vdb", tmp_path) == raw.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_line_that_falls_silent_ends_the_daemon_there_and_the_run_loses_nothing(lab, sshd):
+    """Nobody says that the line is cut: neither end gets a byte."""
+    lab.writer.write(20)
+    lab.backup("full")
+    lab.writer.write(5)
+    shut_down(lab)
+    silent = {"KILL_AT": "blockdev-reopen", "KILL_WHEN": "after", "ACTION": "silence"}
+    done = lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, SSHD_PID=str(sshd.pid), **silent)
+    assert done.returncode in (1, 3), done.stderr
+    for one in sshd.sessions():
+        os.kill(one, signal.SIGCONT)
+    sshd.await_end(90)
+    assert daemons_of(lab) == []
+    report = offline(lab, "incremental")
+    assert not any(disk["scanned"] for disk in report["disks"])
 
 
 def test_a_vm_that_is_off_there_is_skipped_if_that_is_asked_for(lab):

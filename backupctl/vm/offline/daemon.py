@@ -135,8 +135,9 @@ class Daemon:
         if other := sorted(set(inventory.named_nodes(self.monitor)) - ours):
             raise Refused(f"an image was changed while it was opened, and names another file ({other[0]})")
         if "blockdev-reopen" not in self.monitor.commands:
+            where = f"on {self.place.host}: " if self.place.host else ""
             raise Refused(
-                f"qemu-storage-daemon {self.monitor.version} is too old: 6.1 is needed",
+                f"{where}qemu-storage-daemon {self.monitor.version} is too old: 6.1 is needed",
                 state=UNTOUCHED,
             )
 

@@ -72,11 +72,13 @@ class OfflineDriver:
         return of_images(self._daemon)
 
     def definition(self) -> Definition:
-        """Name the images and their formats: nothing else is known of a VM that is off."""
+        """Name the images, their formats, and another host that they are on. Nothing else is known."""
         images = [
             {"disk": one.disk, "path": str(one.path), "format": one.format} for one in self._daemon.disks
         ]
-        content = json.dumps({"format": 1, "images": images}, indent=2) + "\n"
+        host = self._daemon.place.host
+        told = {"format": 1, **({"host": host} if host else {}), "images": images}
+        content = json.dumps(told, indent=2) + "\n"
         known = DefinitionFile("images", "images.json", "", content.encode())
         return Definition((known,))
 
