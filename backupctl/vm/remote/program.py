@@ -23,7 +23,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -71,7 +71,7 @@ class RemoteProgram:
             if options.get("guard", True):
                 self._lock = VmLock.acquire(self._vm.lock_name, float(options["lock_seconds"]))
             if options.get("images"):
-                self._images = held.enter_context(_image_server())
+                self._images = held.enter_context(closing(_image_server()))
             elif self._lock is not None:
                 self._fork_guard()
             directory = held.enter_context(private_dir.named(Path(options["directory"])))
@@ -264,15 +264,10 @@ def _vm(options: dict[str, Any]) -> LibvirtVm | QmpVm | ImagesVm:
     return ImagesVm(options) if "image" in options else QmpVm(options)
 
 
-@contextmanager
-def _image_server() -> "Iterator[ImageServer]":
+def _image_server() -> "ImageServer":
     from backupctl.vm.remote.image_server import ImageServer  # noqa: PLC0415 - sent to few hosts
 
-    server = ImageServer()
-    try:
-        yield server
-    finally:
-        server.close()
+    return ImageServer()
 
 
 def _hint(err: BackupctlError) -> str:
