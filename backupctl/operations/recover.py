@@ -8,7 +8,7 @@ every line may be the last one of a dying process, and the next call goes on.
 """
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +63,19 @@ class DirectoryFacts:
         """Whether a point is another VM's of this repository."""
         return not self.directory.is_committed(point) and self.directory.user_elsewhere(point) is not None
 
-    def lost(self) -> Collection[PointId]:
-        """Return the points that were committed and are gone; none if that cannot be told."""
+    def lost(self, named: Iterable[PointId]) -> Collection[PointId]:
+        """Return those of these points that are gone; none if that cannot be told.
+
+        The history need not know them: an older copy of the repository may have been put back.
+        """
         try:
-            return audit.missing(self.directory)
+            return {one for one in named if self._is_lost(one)}
         except RepositoryError:
             return ()
+
+    def _is_lost(self, point: PointId) -> bool:
+        known = self.is_committed(point) or self.is_another_vms(point)
+        return not known and not audit.is_unfinished(self.directory, point)
 
     def checkpoints(self) -> int:
         """Return how many older bitmaps the newest point wants kept; all if it cannot be read."""
@@ -174,15 +181,17 @@ def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]
     its place. To be asked before `recover_vm`, which takes such a bitmap for an unfinished run's. Raises
     RepositoryError.
     """
-    found = set(facts.lost())
+    found = set(audit.missing(facts.directory))
     newest = facts.directory.newest()
-    if (
-        recorded
-        and (newest is None or recorded > newest)
-        and not audit.is_unfinished(facts.directory, recorded)
-    ):
-        found.add(recorded)
+    if recorded and (newest is None or recorded > newest):
+        found.update(facts.lost([recorded]))
     return tuple(sorted(found))
+
+
+def unrecorded(facts: DirectoryFacts, gone: Iterable[PointId]) -> tuple[PointId, ...]:
+    """Return the points of `gone` that the history does not miss. Raises RepositoryError."""
+    recorded = audit.missing(facts.directory)
+    return tuple(point for point in gone if point not in recorded)
 
 
 def drop_leftover_files(facts: DirectoryFacts) -> list[str]:

@@ -185,7 +185,8 @@ def plan(found: Sequence[Checkpoint], facts: PointFacts) -> tuple[Deletion, ...]
     ours = [(point, one) for one in found if (point := _point(one, facts)) is not None]
     valid = [one for point, one in ours if facts.is_committed(point)]
     kept = 1 + facts.checkpoints() if valid else 0
-    lost = facts.lost() if len(valid) < len(ours) else ()
+    undone = [point for point, one in ours if one not in valid]
+    lost = facts.lost(undone) if undone else ()
     made = []
     for point, one in ours:
         what = f"checkpoint {one.name}"

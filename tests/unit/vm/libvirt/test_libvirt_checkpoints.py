@@ -34,7 +34,7 @@ class Facts:
     def is_another_vms(self, point):
         return point in self.others
 
-    def lost(self):
+    def lost(self, named):
         return self.gone
 
     def checkpoints(self):

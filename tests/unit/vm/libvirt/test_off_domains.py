@@ -37,7 +37,7 @@ class Facts:
     def is_another_vms(self, point):
         return point in self._others
 
-    def lost(self):
+    def lost(self, named):
         return ()
 
     def checkpoints(self):
