@@ -8,7 +8,7 @@ every line may be the last one of a dying process, and the next call goes on.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,19 +63,26 @@ class DirectoryFacts:
         """Whether a point is another VM's of this repository."""
         return not self.directory.is_committed(point) and self.directory.user_elsewhere(point) is not None
 
-    def lost(self, named: Iterable[PointId]) -> Collection[PointId]:
-        """Return those of these points that are gone; none if that cannot be told.
-
-        The history need not know them: an older copy of the repository may have been put back.
-        """
+    def what_became_of(self, named: Iterable[PointId]) -> Mapping[PointId, str]:
+        """Return why points are not there; nothing of those of which it cannot be told."""
         try:
-            return {one for one in named if self._is_lost(one)}
+            found = {one: self._fate(one) for one in named if not self.is_committed(one)}
         except RepositoryError:
-            return ()
+            return {}
+        return {point: fate for point, fate in found.items() if fate}
 
-    def _is_lost(self, point: PointId) -> bool:
+    def is_lost(self, point: PointId) -> bool:
+        """Whether a point was committed once, never dropped, and is gone. Raises RepositoryError.
+
+        The history need not know it: an older copy of the repository may have been put back.
+        """
         known = self.is_committed(point) or self.is_another_vms(point)
         return not known and not audit.is_unfinished(self.directory, point)
+
+    def _fate(self, point: PointId) -> str:
+        if audit.was_dropped(self.directory, point):
+            return "was deleted"
+        return "is gone" if self.is_lost(point) else ""
 
     def checkpoints(self) -> int:
         """Return how many older bitmaps the newest point wants kept; all if it cannot be read."""
@@ -183,8 +190,8 @@ def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]
     """
     found = set(audit.missing(facts.directory))
     newest = facts.directory.newest()
-    if recorded and (newest is None or recorded > newest):
-        found.update(facts.lost([recorded]))
+    if recorded and (newest is None or recorded > newest) and facts.is_lost(recorded):
+        found.add(recorded)
     return tuple(sorted(found))
 
 

@@ -83,11 +83,11 @@ def bitmap_plans(
         (inventory.bitmaps_of(node, reply), reply) for node, reply in inventory.named_nodes(monitor).items()
     ]
     undone = {point for each, _ in found for point in _undone(each, facts)}
-    lost = facts.lost(undone) if undone else ()
+    absent = facts.what_became_of(undone) if undone else {}
     for each, reply in found:
         yield (
             bitmaps.plan_bitmap_recovery(
-                each, facts.namespace, facts.is_committed, checkpoints, lost, facts.is_another_vms
+                each, facts.namespace, facts.is_committed, checkpoints, absent, facts.is_another_vms
             ),
             reply,
         )
