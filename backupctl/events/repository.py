@@ -102,6 +102,18 @@ class NothingToVerify(WarningEvent):
 
 
 @dataclass(frozen=True)
+class NoBackup(WarningEvent):
+    """A VM of the configuration, or of a repository, has no recovery point there."""
+
+    code = "no-backup"
+    vm: VmName
+    path: Path
+
+    def _text(self) -> str:
+        return f"there is no recovery point of {self.vm} in {self.path}"
+
+
+@dataclass(frozen=True)
 class SampleChosen(Event):
     """A verify reads only a part of the data. The same seed chooses the same part."""
 
