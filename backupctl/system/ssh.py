@@ -174,6 +174,12 @@ def connect(address: Address, program: str, remote: Path, names: Sequence[str]) 
             made.close()
 
 
+def command_to(address: Address) -> list[str]:
+    """Return how a person calls ssh to get to the host of an address; a command may follow."""
+    command = ["ssh", *(["-p", str(address.port)] if address.port else [])]
+    return [*command, f"{address.user}@{address.host}" if address.user else str(address.host)]
+
+
 def _refuse_untrusted(config: Path) -> None:
     """Refuse a configuration that others could change: it may name programs, which run with our rights.
 

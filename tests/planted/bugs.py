@@ -755,6 +755,27 @@ BUGS = (
         "unit/vm/test_open_driver.py::test_a_monitor_that_is_silent_is_never_taken_for_a_vm_that_is_off",
     ),
     Bug(
+        "a daemon on the images of another host is killed where the line is cut, and bitmaps are lost",
+        "ImageServer.close",
+        "        self.do_end()\n",
+        "        self.do_kill()\n",
+        "unit/vm/remote/test_remote_images.py::test_a_line_that_is_cut_ends_the_daemon_in_good_order",
+    ),
+    Bug(
+        "a run on images of another host does not wait for the daemon of the one before",
+        "RemoteProgram.__init__",
+        '            if options.get("guard", True):\n',
+        '            if options.get("guard", not options.get("images")):\n',
+        "unit/vm/remote/test_remote_images.py::test_another_run_waits_until_the_daemon_has_ended",
+    ),
+    Bug(
+        "an image of this host is read for a VM of another",
+        "_refuse_images_elsewhere",
+        "(one.host and one.host[1:]) == (host and host[1:])",
+        "one.host is None",
+        "unit/cli/test_image_texts.py::test_images_that_are_not_on_the_host_of_their_vm_are_refused",
+    ),
+    Bug(
         "a raw image that a VM writes to is backed up",
         "keep_from_writers",
         "        if kind != fcntl.F_UNLCK:\n",

@@ -145,7 +145,7 @@ def test_libvirt_notes_a_checkpoint_before_its_bitmaps_are_made(monkeypatch):
 
     described = SimpleNamespace(target="vda", files=("/a",))
     disks = off_images.OffDisks((), {DiskName("system"): described}, (("sda", "it is a cdrom"),))
-    off = off_session.Off(LibvirtAccess("qemu:///system", "web"), SimpleNamespace(), disks, Daemon())
+    off = off_session.Off(SimpleNamespace, SimpleNamespace(), disks, Daemon())
     disk = Disk(DiskName("system"), NodeName("image0"), SIZE, "qcow2", True, "", "/a", ())
     snapshot = DiskSnapshot(disk, OURS.bitmap(B, DiskName("system")))
     off_session.OffSession(VmName("web"), off).hand_over([snapshot], Facts(A))
