@@ -17,7 +17,6 @@ from backupctl.names import DiskName, PointId
 from backupctl.operations import check
 from backupctl.operations.check import Finding, Limits
 from backupctl.operations.prune import retention
-from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.operations.report import progress
 from backupctl.operations.report.facts import (
@@ -138,6 +137,8 @@ class _Vm:
             if listing.fits:
                 found = retention.decide(list(map(_candidate, listing.points)), rules, datetime.now(UTC))
             else:
+                from backupctl.operations.prune import run as prune  # noqa: PLC0415 - only without a summary
+
                 found = prune.plan(self.asked.directory, rules)
         except BackupctlError as err:
             return {}, err.message
