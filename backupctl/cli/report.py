@@ -44,7 +44,8 @@ _FROM_AFAR = "listen on 127.0.0.1, and connect with ssh -L 8080:127.0.0.1:8080 H
 DEFAULT_MAPS = 30
 MOST_MAPS = 400
 _PAGE_MAPS = 1500
-"""As many rows of maps a page has without --maps: of many VMs, each has fewer."""
+"""As many rows of maps a page has without --maps: of many VMs, each has fewer. One row compares nothing."""
+_LEAST_MAPS = 2
 _PAGE_POINTS = 5000
 _LEAST_POINTS = 5
 
@@ -221,6 +222,7 @@ class _Work:
         maps, points = self.asked.maps, self.asked.points
         if maps is None:
             maps = min(DEFAULT_MAPS, _PAGE_MAPS // each)
+            maps = maps if maps >= _LEAST_MAPS else 0
         if points is None and _have_more_points(vms, _PAGE_POINTS):
             points = max(_LEAST_POINTS, _PAGE_POINTS // each)
         return maps, points

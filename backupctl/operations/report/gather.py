@@ -231,7 +231,7 @@ class _Chains:
     def _held(self, point: PointId, disk: DiskName) -> DiskSummary | None:
         """Return a disk of a point; None if there is none, or one that no chain can have."""
         found = self.points.get(point)
-        held = next((one for one in found.disks if one.name == disk), None) if found else None
+        held = found.disk(disk) if found else None
         # Each parent is older, so that following them ends.
         return None if held is None or (held.parent is not None and held.parent >= point) else held
 
@@ -246,7 +246,9 @@ def _older(points: Sequence[PointSummary], decisions: dict[PointId, Decision]) -
         len(points),
         sum([disk.stored_bytes for one in points for disk in one.disks]),
         datetime.fromtimestamp(points[0].started, UTC),
-        tuple(one.id for one in points if one.id in decisions and not decisions[one.id].keep),
+        tuple(one.id for one in points if one.id in decisions and not decisions[one.id].keep)
+        if decisions
+        else (),
     )
 
 
