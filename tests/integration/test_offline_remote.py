@@ -138,6 +138,25 @@ def test_a_run_killed_while_its_bitmaps_change_loses_none_since_the_daemon_ends_
     assert not any(disk["scanned"] for disk in report["disks"])
 
 
+def test_an_unfinished_run_of_the_vm_is_rolled_back_there_when_it_is_off(lab, sshd):
+    lab.cli.vm += ["--agent", sshd.address(lab.machine.agent_path)]
+    lab.writer.write(20)
+    lab.backup("full")
+    lab.writer.write(3)
+    died = lab.cli.call(
+        "incremental", "web", entry=interrupted_cli.ENTRY, KILL_AT="transaction", KILL_WHEN="after"
+    )
+    assert died.returncode == -signal.SIGKILL
+    sshd.await_end()
+    lab.writer.write(3)
+    shut_down(lab)
+    assert lab.cli.json("status", "web")["leftovers"]
+    assert lab.cli.json("recover", "web")["actions"]
+    report = offline(lab, "incremental")
+    assert not any(disk["scanned"] for disk in report["disks"])
+    sshd.await_end()
+
+
 def test_a_daemon_that_is_killed_there_in_mid_copy_fails_the_run_and_loses_nothing(lab, sshd):
     lab.writer.write(20)
     lab.backup("full")
