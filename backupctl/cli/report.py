@@ -12,7 +12,17 @@ import click
 
 from backupctl import __version__
 from backupctl.cancel import Cancellation
-from backupctl.cli import check, common, monitored, output, param_types, prune, reporters, units, vm_argument
+from backupctl.cli import (
+    check,
+    common,
+    monitored,
+    output,
+    param_types,
+    reporters,
+    retention_rules,
+    units,
+    vm_argument,
+)
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.monitoring import memory
@@ -24,7 +34,7 @@ from backupctl.operations.report import write as files
 from backupctl.operations.report.facts import LastResult, LastResults, Report, RepositoryFacts
 from backupctl.operations.report.gather import VmRequest
 from backupctl.outcome import documents
-from backupctl.outcome.html import live, page, words
+from backupctl.outcome.html import page, words
 from backupctl.progress import Reporter, counted
 from backupctl.repository.repository import Repository
 from backupctl.system import listen
@@ -34,7 +44,8 @@ _FROM_AFAR = "listen on 127.0.0.1, and connect with ssh -L 8080:127.0.0.1:8080 H
 DEFAULT_MAPS = 30
 MOST_MAPS = 400
 _PAGE_MAPS = 1500
-"""As many rows of maps a page has without --maps: of many VMs, each has fewer."""
+"""As many rows of maps a page has without --maps: of many VMs, each has fewer. One row compares nothing."""
+_LEAST_MAPS = 2
 _PAGE_POINTS = 5000
 _LEAST_POINTS = 5
 
@@ -133,12 +144,14 @@ def _write(target: Target, asked: Asked, path: Path, stop: Cancellation, reporte
 
 def _serve(target: Target, asked: Asked, stop: Cancellation) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
+    from backupctl.outcome.html import live  # noqa: PLC0415 - http.server takes a sixth of a small report's start
 
     def render(version: str) -> bytes:
         return page.render(_Work(target, asked, datetime.now(UTC), stop).report(), live=version)
 
     def look() -> dict[str, Any]:
-        return _Work(target, asked, datetime.now(UTC), stop).look()
+        doing, version = _Work(target, asked, datetime.now(UTC), stop).look()
+        return live.document(doing, version)
 
     def ready(address: str) -> None:
         if asked.as_json:
@@ -168,8 +181,11 @@ class _Work:
         """Return all that is reported. Raises Interrupted."""
         return Report(self.now, __version__, tuple(self.repositories()))
 
-    def look(self) -> dict[str, Any]:
-        """Return what works on each VM now, and a version that changes when points come or go."""
+    def look(self) -> tuple[list[tuple[int, VmName, str]], str]:
+        """Return what works on each VM now, and a version that changes when points come or go.
+
+        Each VM with the number of its repository, and "" if nothing works on it.
+        """
         doing, versions = [], []
         for number, (path, names) in enumerate(self.target.by_repository().items()):
             try:
@@ -180,9 +196,7 @@ class _Work:
                     doing.append((number, vm, words.doing(progress.of(directory, self.now))))
             except BackupctlError as err:
                 versions.append(err.message)
-        return live.document(
-            doing, hashlib.sha256("\n".join(versions).encode(errors="replace")).hexdigest()[:16]
-        )
+        return doing, hashlib.sha256("\n".join(versions).encode(errors="replace")).hexdigest()[:16]
 
     def repositories(self) -> Iterator[RepositoryFacts]:
         """Yield each repository; one that cannot be opened hides no other. Raises Interrupted."""
@@ -208,6 +222,7 @@ class _Work:
         maps, points = self.asked.maps, self.asked.points
         if maps is None:
             maps = min(DEFAULT_MAPS, _PAGE_MAPS // each)
+            maps = maps if maps >= _LEAST_MAPS else 0
         if points is None and _have_more_points(vms, _PAGE_POINTS):
             points = max(_LEAST_POINTS, _PAGE_POINTS // each)
         return maps, points
@@ -233,7 +248,7 @@ class _Work:
                 retention.duration(configured.max_age or check.DEFAULT_MAX_AGE),
                 retention.duration(configured.warn_age) if configured.warn_age else None,
             ),
-            prune.configured_rules(target),
+            retention_rules.configured(target),
             _last(target) if remembered else None,
             tuple(check.remembered(target)),
         )

@@ -490,7 +490,7 @@ BUGS = (
     ),
     Bug(
         "configured rules are added to those of the command line",
-        "_Policy.of",
+        "Policy.of",
         "        said = typed or configured\n",
         "        said = configured | typed\n",
         "unit/cli/test_all_vms.py"

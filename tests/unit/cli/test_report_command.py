@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from backupctl.cli import report
 from backupctl.cli.main import cli
 from backupctl.errors import UsageError
 from backupctl.names import PointId
@@ -146,6 +147,13 @@ def test_a_served_page_shows_a_run_as_it_works_and_ends_when_asked(place, two_po
         finally:
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
+
+
+@pytest.mark.parametrize(("most", "maps"), [(4, 1), (3, 0)])  # for two VMs: two rows of each, or one of each
+def test_of_very_many_vms_the_page_has_no_maps_of_one_point_each(place, monkeypatch, most, maps):
+    monkeypatch.setattr(report, "_PAGE_MAPS", most)
+    call(place)
+    assert (place / "r.html").read_text().count("The map of") == 2 * maps
 
 
 def test_a_second_report_replaces_the_first(place):
