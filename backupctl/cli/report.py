@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,11 @@ _LEAST_POINTS = 5
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of the command, by their names. path: of --html. One of path and web is given."""
+    """The options of the command, by their names. path: of --html. One of path, web and metrics is given."""
 
     path: Path | None
     web: str | None
+    metrics: str | None
     maps: int | None
     points: int | None
     force: bool
@@ -73,6 +75,7 @@ class Asked:
         ("All VMs, as a page for the browser", "backupctl report --html /srv/backups.html"),
         ("Two VMs, without the maps of their disks", "backupctl report web db --html report.html --maps 0"),
         ("A page that shows running backups, until Ctrl-C", "backupctl report --web 8080"),
+        ("Metrics for Prometheus, until Ctrl-C", "backupctl report --metrics 9876"),
     ),
 )
 @vm_argument.Named(needs_vm=False, optional=True, several=True)
@@ -87,6 +90,11 @@ class Asked:
     "--web",
     metavar="[HOST:]PORT",
     help="Serve the page on this machine, with what works on each VM now; port 0 is any free port.",
+)
+@click.option(
+    "--metrics",
+    metavar="[HOST:]PORT",
+    help="Serve no page, but metrics for Prometheus, at /metrics on this machine; port 0 is any free port.",
 )
 @click.option(
     "--maps",
@@ -112,14 +120,18 @@ def report(target: Target, asked: Asked) -> None:
     It has a time line, sizes, durations, chains, what the next prune drops, and a map of each disk. The page
     is one file that fetches nothing. The VM is not needed, and stored data is not read: `verify` does that.
     """
-    if (asked.path is None) == (asked.web is None):
-        raise UsageError("use either --html FILE or --web PORT")
+    if sum(one is not None for one in (asked.path, asked.web, asked.metrics)) != 1:
+        raise UsageError("use one of --html FILE, --web PORT and --metrics PORT")
     stop = Cancellation()
     with stop.on_signals(), reporters.reporter(quiet=asked.quiet) as reporter:
-        if asked.path is None:
-            _serve(target, asked, stop)
-        else:
+        if asked.path is not None:
             _write(target, asked, asked.path, stop, reporter)
+        elif asked.web is not None:
+            _serve(target, asked, asked.web, stop)
+        else:
+            from backupctl.cli import metrics  # noqa: PLC0415 - as of `live` below
+
+            metrics.serve(target, asked.metrics or "", ready=partial(_ready, asked), stop=stop)
 
 
 def _write(target: Target, asked: Asked, path: Path, stop: Cancellation, reporter: Reporter) -> None:
@@ -142,7 +154,7 @@ def _write(target: Target, asked: Asked, path: Path, stop: Cancellation, reporte
         raise common.worst(work.failures)
 
 
-def _serve(target: Target, asked: Asked, stop: Cancellation) -> None:
+def _serve(target: Target, asked: Asked, web: str, stop: Cancellation) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     from backupctl.outcome.html import live  # noqa: PLC0415 - http.server takes a sixth of a small report's start
 
@@ -153,16 +165,18 @@ def _serve(target: Target, asked: Asked, stop: Cancellation) -> None:
         doing, version = _Work(target, asked, datetime.now(UTC), stop).look()
         return live.document(doing, version)
 
-    def ready(address: str) -> None:
-        if asked.as_json:
-            output.print_json(documents.report_served(address))
-        else:
-            output.print_table(("URL",), [(address,)])
-
     target.by_repository()  # what is wrong with the command line is known before anybody connects
-    host, port = listen.tcp_address(asked.web or "", why_here=_LOCAL, hint=_FROM_AFAR)
+    host, port = listen.tcp_address(web, why_here=_LOCAL, hint=_FROM_AFAR)
     with listen.tcp(host, port) as listening:
-        live.serve(listening, live.LivePage(render, look), ready=ready, stop=stop)
+        live.serve(listening, live.LivePage(render, look), ready=partial(_ready, asked), stop=stop)
+
+
+def _ready(asked: Asked, address: str) -> None:
+    """Print where it is served."""
+    if asked.as_json:
+        output.print_json(documents.report_served(address))
+    else:
+        output.print_table(("URL",), [(address,)])
 
 
 @dataclass
@@ -190,7 +204,7 @@ class _Work:
         for number, (path, names) in enumerate(self.target.by_repository().items()):
             try:
                 opened = self.target.open(path)
-                for vm in self._vms(opened, names):
+                for vm in self.target.vms_of(path, opened, names):
                     directory = opened.vm(vm)
                     versions.append(progress.version(directory))
                     doing.append((number, vm, words.doing(progress.of(directory, self.now))))
@@ -204,7 +218,9 @@ class _Work:
         for path, names in self.target.by_repository().items():
             try:
                 opened = self.target.open(path)
-                found.append((path, [self._request(opened, vm) for vm in self._vms(opened, names)], ""))
+                found.append(
+                    (path, [self._request(opened, vm) for vm in self.target.vms_of(path, opened, names)], "")
+                )
             except BackupctlError as err:
                 self.failures.append(err)
                 found.append((path, [], err.message))
@@ -226,16 +242,6 @@ class _Work:
         if points is None and _have_more_points(vms, _PAGE_POINTS):
             points = max(_LEAST_POINTS, _PAGE_POINTS // each)
         return maps, points
-
-    def _vms(self, repository: Repository, names: Sequence[VmName | None]) -> list[VmName]:
-        """Return the VMs that are meant; of all, those too that are configured and never were backed up."""
-        named = {vm for vm in names if vm}
-        if None in names:
-            named |= set(repository.vms())
-            if not self.target.typed_repository:
-                configured = (self.target.of(vm) for vm in self.target.config.vms)
-                named |= {one.vm_name for one in configured if one.repository_path == repository.path}
-        return sorted(named)
 
     def _request(self, repository: Repository, vm: VmName) -> VmRequest:
         # The directory decides, not the name: a VM may be configured for another repository by now.

@@ -739,10 +739,24 @@ BUGS = (
     ),
     Bug(
         "a served report is shown to whoever asks",
-        "_Handler._answer",
-        "        if not known or name not in self._KINDS:\n",
-        "        if name not in self._KINDS:\n",
+        "_Handler.find",
+        "        return found.get(name) if known else None\n",
+        "        return found.get(name)\n",
         "unit/outcome/test_html_live.py::test_without_the_token_there_is_nothing",
+    ),
+    Bug(
+        "a foreign page in a browser reads what is served",
+        "Handler._answer",
+        "        if not named or not all(map(self._is_ours, named)):\n",
+        "        if not named:\n",
+        "unit/monitoring/test_scrape.py::test_a_foreign_host_name_for_this_address_is_refused[evil.example]",
+    ),
+    Bug(
+        "metrics are made anew for whoever asks",
+        "Metrics.content",
+        "            if time.monotonic() >= self._until:\n",
+        "            if True:\n",
+        "unit/monitoring/test_scrape.py::test_who_asks_often_gets_what_is_kept",
     ),
     Bug(
         "a name of a guest leads out of the target directory",
