@@ -370,9 +370,12 @@ def worst(failures: Sequence[BackupctlError]) -> BackupctlError:
 
 _CROSSING: dict[str, type[BackupctlError]] = {
     kind.code: kind
-    for kind in (Refused, AgentError, AgentUnavailable, AgentRefused, AgentTimeout, FreezeOverrun)
+    for kind in (
+        *(Refused, Locked, MonitorUnreachable),
+        *(AgentError, AgentUnavailable, AgentRefused, AgentTimeout, FreezeOverrun),
+    )
 }
-"""The errors that the guard process sends to its run. Each is made of a message alone."""
+"""The errors that the guard, or our program on another host, sends to its run; made of a message alone."""
 
 
 def received(code: str, message: str, state: str) -> BackupctlError:

@@ -59,11 +59,13 @@ class VmImage:
     """The image of one disk, for when the VM is off.
 
     disk: the name that the disk is stored under. files: the image that the VM writes to, then the backing
-    files below it, one after the other.
+    files below it, one after the other. host: where ssh finds the host that they are on; None for this one,
+    or for where the VM's libvirt is. Its path has no meaning.
     """
 
     disk: DiskName
     files: tuple[ImageFile, ...]
+    host: Address | None = None
 
 
 @dataclass(frozen=True)

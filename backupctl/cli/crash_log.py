@@ -31,14 +31,22 @@ def write(transcript: Iterable[str] = ()) -> str:
     Returns the path of the file, "" if it could not be written.
     """
     with suppress(OSError):
-        _make_room(Path(tempfile.gettempdir()))
-        descriptor, path = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX)
+        descriptor, path = new_file(_PREFIX)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as log:
             log.write(f"{_HEAD}{__version__}, Python {sys.version.split()[0]}\n")
             log.writelines(f"{line}\n" for line in transcript)
             traceback.print_exc(file=log)
         return path
     return ""
+
+
+def new_file(prefix: str) -> tuple[int, str]:
+    """Create a log whose name begins so; of those there were, remove the oldest. Raises OSError.
+
+    Returns its descriptor and its path.
+    """
+    _make_room(prefix)
+    return tempfile.mkstemp(prefix=prefix, suffix=_SUFFIX)
 
 
 def of(err: BackupctlError, *, bug: bool = False) -> str:
@@ -51,10 +59,10 @@ def of(err: BackupctlError, *, bug: bool = False) -> str:
     return write(found.transcript) if found.transcript or bug else ""
 
 
-def ours(directory: Path | None = None) -> list[Path]:
+def ours(prefix: str = _PREFIX) -> list[Path]:
     """Return our own logs, oldest first; not links, nor those of other users."""
     found = []
-    for path in (directory or Path(tempfile.gettempdir())).glob(f"{_PREFIX}*{_SUFFIX}"):
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*{_SUFFIX}"):
         with suppress(FileNotFoundError):
             status = path.lstat()
             if _is_ours(status):
@@ -78,8 +86,8 @@ def _is_ours(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
 
 
-def _make_room(directory: Path) -> None:
+def _make_room(prefix: str) -> None:
     """Remove the oldest of our own logs; links and those of other users are left alone."""
-    found = ours(directory)
+    found = ours(prefix)
     for path in found[: max(0, len(found) - MOST + 1)]:
         path.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from backupctl.finding import Finding
 from backupctl.names import VmName
 from backupctl.system import programs, trusted
 from backupctl.system.programs import SENDMAIL
+from backupctl.system.ssh import CONFIG_VARIABLE
 
 PROGRAMS = ("QEMU_IMG", "QEMU_STORAGE_DAEMON", "QEMU_SYSTEM")
 _READ, _WRITE = stat.S_IRGRP | stat.S_IROTH, stat.S_IWGRP | stat.S_IWOTH
@@ -31,13 +32,18 @@ def configuration(config: Config) -> Iterator[Finding]:
     for name in PROGRAMS:
         if program := os.environ.get(name):
             yield _program(name, program)
+    if named := os.environ.get(CONFIG_VARIABLE):
+        yield _named(CONFIG_VARIABLE, f"{CONFIG_VARIABLE} is set: ssh reads {named}", Path(named))
 
 
 def _program(name: str, program: str) -> Finding:
     """Report a program that the environment names, and whether others could replace it."""
     said = f"{name} is set: {program} runs as {'root' if os.geteuid() == 0 else f'user {os.geteuid()}'}"
-    why = _objection(Path(shutil.which(program) or program))
-    if why:
+    return _named(name, said, Path(shutil.which(program) or program))
+
+
+def _named(name: str, said: str, path: Path) -> Finding:
+    if why := _objection(path):
         return Finding("configuration", "warning", f"{said}; {why.message}", f"unset {name}")
     return Finding("configuration", "ok", said)
 

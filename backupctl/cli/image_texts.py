@@ -3,9 +3,10 @@
 
 ::
 
-    FILE[,format=raw][,backing=FILE[,format=raw]]...
+    [ssh://[USER@]HOST[:PORT]]FILE[,format=raw][,backing=FILE[,format=raw]]...
 
-A format belongs to the file before it. A comma in a path is written twice, as for QEMU.
+A format belongs to the file before it. A comma in a path is written twice, as for QEMU. All files of a disk
+are on the host that its first one names.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,9 +19,13 @@ from backupctl.cli import param_types
 from backupctl.errors import InvalidName, UsageError
 from backupctl.names import disk_name
 from backupctl.options import ImageFile, ImageFormat, VmImage
+from backupctl.system.address import Address
 
 SYNTAX = "FILE[,format=raw][,backing=FILE]"
 _COMMA = "\0"  # no path holds one
+_SSH = "ssh://"
+_ANY_PATH = "/image"
+"""An address has one; that of an image's host is not used."""
 
 
 class _Image(click.ParamType[VmImage]):
@@ -47,16 +52,17 @@ IMAGE = _Image()
 
 def parse(disk: str, text: str) -> VmImage:
     """Read the files of one disk. Raises UsageError, InvalidName."""
+    host, text = split_host(text)
     files: list[ImageFile] = []
     for number, word in enumerate(_words(text)):
         key, _, value = word.partition("=") if number else ("backing", "=", word)
         if key == "backing" and value:
-            files.append(ImageFile(param_types.absolute(value)))
+            files.append(ImageFile(_path(value, host)))
         elif key == "format" and value in get_args(ImageFormat):
             files[-1] = ImageFile(files[-1].path, value)  # type: ignore[arg-type] # the line above narrows nothing
         else:
             raise UsageError(f"{word!r:.200} is not part of an image: use {SYNTAX}")
-    return VmImage(disk_name(disk), tuple(files))
+    return VmImage(disk_name(disk), tuple(files), host)
 
 
 def parse_all(texts: Mapping[str, str]) -> tuple[VmImage, ...]:
@@ -66,11 +72,31 @@ def parse_all(texts: Mapping[str, str]) -> tuple[VmImage, ...]:
 
 def paths(text: str) -> Iterable[Path]:
     """Yield the paths of one disk as they are written, absolute or not; for a text that `parse` reads."""
-    first, *rest = _words(text)
+    first, *rest = _words(split_host(text)[1])
     return [
         Path(first),
         *(Path(word.removeprefix("backing=")) for word in rest if word.startswith("backing=")),
     ]
+
+
+def split_host(text: str) -> tuple[Address | None, str]:
+    """Return the host that a text begins with, and the rest. Raises UsageError."""
+    if not text.startswith(_SSH):
+        return None, text
+    place, slash, rest = text.removeprefix(_SSH).partition("/")
+    try:
+        return Address.parse(f"{_SSH}{place}{_ANY_PATH}"), slash + rest
+    except UsageError as err:
+        raise UsageError(f"invalid image {text!r:.200}: use ssh://[USER@]HOST[:PORT]{SYNTAX}") from err
+
+
+def _path(text: str, host: Address | None) -> Path:
+    if host is None:
+        return param_types.absolute(text)
+    path = Path(text)
+    if not path.is_absolute():
+        raise UsageError(f"{text!r:.200} is on {host.host}, so it needs an absolute path")
+    return path
 
 
 def _words(text: str) -> list[str]:

@@ -2,7 +2,6 @@
 """`backupctl restore-test`."""
 
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,10 +10,20 @@ from pathlib import Path
 import click
 
 from backupctl.cancel import Cancellation
-from backupctl.cli import common, output, param_types, point_argument, reporters, settings, units, vm_argument
+from backupctl.cli import (
+    common,
+    crash_log,
+    output,
+    param_types,
+    point_argument,
+    reporters,
+    settings,
+    units,
+    vm_argument,
+)
 from backupctl.cli.common import DEFAULTS, Declared
 from backupctl.cli.target import Target
-from backupctl.errors import UNTOUCHED, TargetExists, WriteFailed
+from backupctl.errors import UNTOUCHED, TargetExists, UsageError, WriteFailed
 from backupctl.names import disk_name
 from backupctl.operations import restore_test as core
 from backupctl.operations.restore_test import RestoreTestReport, RestoreTestRequest
@@ -23,6 +32,8 @@ from backupctl.targets import output as target_files
 from backupctl.vm.trial.options import Accelerator, DiskBus, TrialOptions, Until
 
 BUILT_IN = TrialOptions()
+CONSOLE = "backupctl-console-"
+"""How the names of files begin that have the console of a failed test."""
 
 
 @dataclass(frozen=True)
@@ -234,9 +245,9 @@ def restore_test(
     The exit code is 0 if the guest booted, and 1 if it did not. On failure what the serial console showed is
     kept in a file.
     """
-    for path in (asked.screenshot, asked.console):
-        if path is not None and os.path.lexists(path):
-            raise TargetExists(f"{path} already exists", state=UNTOUCHED, hint="name a new file")
+    for option, path in (("--screenshot", asked.screenshot), ("--console", asked.console)):
+        if path is not None:
+            _refuse(path, option)
     directory = target.vm_directory()
     stop = Cancellation()
     request = RestoreTestRequest(
@@ -261,6 +272,15 @@ def restore_test(
         raise report.error
 
 
+def _refuse(target: Path, option: str) -> None:
+    """Refuse a file that could not be written when the test is over. Raises UsageError, TargetExists."""
+    if os.path.lexists(target):
+        raise TargetExists(f"{target} already exists", state=UNTOUCHED, hint="name a new file")
+    directory = target_files.place_of(target, option).parent
+    if not directory.is_dir():
+        raise UsageError(f"cannot write {target}: there is no directory {directory}", state=UNTOUCHED)
+
+
 def _keep(report: RestoreTestReport, asked: ReportArguments) -> dict[str, Path]:
     """Write screenshot and console where they are wanted; the console of a failure in any case."""
     kept = {}
@@ -270,7 +290,7 @@ def _keep(report: RestoreTestReport, asked: ReportArguments) -> dict[str, Path]:
         kept["console"] = _write(asked.console, report.console)
     elif report.error and report.console:
         with suppress(OSError):
-            descriptor, name = tempfile.mkstemp(prefix="backupctl-console-", suffix=".log")
+            descriptor, name = crash_log.new_file(CONSOLE)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(report.console)
             kept["console"] = Path(name)

@@ -20,6 +20,7 @@ from backupctl.cli import (
     common,
     crash_log,
     each_vm,
+    image_texts,
     logs,
     monitored,
     next_command,
@@ -310,7 +311,7 @@ class _Fleet:
             tuple(command),
             storage=mounts.device(repository) if repository else "",
             monitor=said.qmp or f"{said.libvirt or vm} {said.domain or vm}",
-            host=_host_of(said.qmp or said.libvirt),
+            host=_host_of(said.qmp or said.libvirt or next(iter(said.image.values()), None)),
         )
 
     def _options(self) -> list[str]:
@@ -325,11 +326,11 @@ class _Fleet:
 
 
 def _host_of(monitor: str | None) -> str:
-    """Return the host that a VM runs on, "" for this one, by the address of its monitor or its libvirt."""
+    """Return the host that a VM runs on, "" for this one, by its monitor, libvirt or first image."""
     try:
         if libvirt_uri.is_remote(monitor or ""):
             return (libvirt_uri.remote(monitor or "").address.host or "").lower()
-        address = Address.parse(monitor or "/")
+        address = image_texts.split_host(monitor or "/")[0] or Address.parse(monitor or "/")
     except UsageError:  # which the process of this VM reports
         return ""
     return "" if address.host is None or (address.loopback and not address.remote) else address.host.lower()

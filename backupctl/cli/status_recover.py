@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """`backupctl status` and `backupctl recover`."""
 
+from pathlib import Path
+
 import click
 
 from backupctl.cancel import Cancellation
 from backupctl.cli import backup, bitmaps, common, output, reporters, units, vm_argument
 from backupctl.cli.target import Target
+from backupctl.events.repository import PointGone
 from backupctl.operations import recover as recovery
 from backupctl.operations import status as core
 from backupctl.operations.running import Running
@@ -34,10 +37,10 @@ def status(target: Target, context: click.Context, *, as_json: bool) -> None:
     if as_json:
         output.print_json(documents.status(found, target.config.file))
     else:
-        _show(found, target.config.file)
+        _show(found, target.config.file, target.directory())
 
 
-def _show(found: Status, configuration: str | None) -> None:
+def _show(found: Status, configuration: str | None, repository: Path) -> None:
     points = f"{len(found.points)}, newest {found.points[-1]}" if found.points else "none"
     output.print_wrapped(f"{'vm':<12} ", f"{found.vm}")
     output.print_wrapped(f"{'config':<12} ", f"{configuration or 'none (command line only)'}")
@@ -47,6 +50,8 @@ def _show(found: Status, configuration: str | None) -> None:
     output.print_wrapped(f"{'points':<12} ", f"{points}")
     for path in found.damaged:
         output.print_wrapped(f"{'damaged':<12} ", f"{path}")
+    for point in found.gone:
+        output.print_wrapped(f"{'gone':<12} ", PointGone(found.vm, point, repository).text)
     for number, left in enumerate(found.leftovers or ("none",)):
         output.print_wrapped(f"{'' if number else 'leftovers':<12} ", left)
     for tool in found.other_tools:
@@ -54,6 +59,16 @@ def _show(found: Status, configuration: str | None) -> None:
     output.print_wrapped(f"{'next run':<12} ", f"{found.next_run}")
     for gone in found.missing_disks:
         output.print_wrapped(f"{'missing':<12} ", f"{gone}")
+    _show_disks(found)
+    if found.bitmaps:
+        output.print_line("")
+        bitmaps.print_table(found.bitmaps)
+        for one in found.bitmaps:
+            if one.use in ("orphan", "other-vm", "unusable"):
+                output.print_line(f"{one.name} on {one.node}: {one.why}")
+
+
+def _show_disks(found: Status) -> None:
     if found.disks:
         output.print_line("")
         output.print_table(
@@ -66,12 +81,6 @@ def _show(found: Status, configuration: str | None) -> None:
         for disk in found.disks:
             if disk.reason:
                 output.print_line(f"{disk.name}: {disk.reason}")
-    if found.bitmaps:
-        output.print_line("")
-        bitmaps.print_table(found.bitmaps)
-        for one in found.bitmaps:
-            if one.use in ("orphan", "other-vm", "unusable"):
-                output.print_line(f"{one.name} on {one.node}: {one.why}")
 
 
 def _show_running(run: Running) -> None:

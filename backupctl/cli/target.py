@@ -84,19 +84,17 @@ class Target:
                 raise UsageError(
                     "--agent cannot be used with --libvirt, which knows it by itself", state=UNTOUCHED
                 )
-            if images and libvirt_uri.is_remote(self.libvirt):
-                raise UsageError(
-                    "--image is for a VM of this host, and --libvirt leads to another", state=UNTOUCHED
-                )
+            remote = libvirt_uri.is_remote(self.libvirt)
+            _refuse_images_elsewhere(images, libvirt_uri.remote(self.libvirt).address if remote else None)
             return LibvirtAccess(self.libvirt, self.domain or self.vm_name)
         if self.qmp is None and not images:
             raise self._unconfigured()
         if self.qmp is None:
+            _refuse_images_elsewhere(images, images[0].host)
             return NoMonitor()
         self._refuse_plain_tcp()
         self._refuse_agent_elsewhere()
-        if self.qmp.remote and images:
-            raise UsageError("--image is for a VM of this host, and --qmp leads to another", state=UNTOUCHED)
+        _refuse_images_elsewhere(images, self.qmp if self.qmp.remote else None)
         return QmpAccess(self.qmp, self.agent)
 
     def _refuse_plain_tcp(self) -> None:
@@ -254,6 +252,24 @@ class Target:
         with suppress(BackupctlError, OSError):
             opened.pop(_repositories().open(self.directory()).id, None)
         return list(opened.values())
+
+
+def _refuse_images_elsewhere(images: tuple[VmImage, ...], host: Address | None) -> None:
+    """Refuse an image that is not where the VM is, or another of its images. host: that; None for here."""
+    for one in images:
+        if (one.host and one.host[1:]) == (host and host[1:]):
+            continue
+        wanted = str(host._replace(path="/PATH")) if host else "a path of this host"
+        raise UsageError(
+            f"the image of {one.disk} ({one.files[0].path}) is on {_place(one.host)}, and the VM is on "
+            f"{_place(host)}",
+            state=UNTOUCHED,
+            hint=f"all images are on the host of the VM: use {wanted}",
+        )
+
+
+def _place(host: Address | None) -> str:
+    return str(host.host) if host else "this host"
 
 
 def _repositories() -> "type[Repository]":

@@ -13,13 +13,14 @@ from backupctl.cli.monitored import Ending
 from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Interrupted, UsageError
-from backupctl.events.repository import SampleChosen
+from backupctl.events.repository import NoBackup, SampleChosen
+from backupctl.names import vm_name
 from backupctl.operations import verdict
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.layer import VerifyScope
 from backupctl.operations.verify.run import Damage, VerifyReport
 from backupctl.outcome import documents
-from backupctl.progress import counted
+from backupctl.progress import Reporter, counted
 from backupctl.sizes import Range
 
 _SHOWN = 8
@@ -98,6 +99,8 @@ def verify(
                 follow.failed(path, [vm] if vm else target.config.vms, err)
             else:
                 follow.done(path, report)
+                if vm is None and not target.typed_repository:
+                    _tell_of_none(target, path, report, reporter)
                 before = [reports[str(path)]] if str(path) in reports else []
                 reports[str(path)] = _together([*before, report])
     if not reports:
@@ -110,6 +113,13 @@ def verify(
     failures += verdict.of_verify(reports, target.name)
     if failures:
         raise common.worst(failures)
+
+
+def _tell_of_none(target: Target, path: Path, report: VerifyReport, reporter: Reporter) -> None:
+    """Tell of the VMs that are configured for a repository that holds nothing of them."""
+    for vm in target.config.vms:
+        if vm not in report.vms and target.of(vm).repository_path == path:
+            reporter.event(NoBackup(vm_name(vm), path))
 
 
 @dataclass(frozen=True)
@@ -171,7 +181,10 @@ def _tell(report: VerifyReport, depth: VerifyScope) -> None:
         output.print_line(f"NOT CHECKED: {one.message}")
     rate = f", {units.size(round(report.read_bytes / report.seconds))}/s" if depth.data else ""
     what = "all but the data" if not depth.data else f"{units.size(report.read_bytes)} of data"
-    verdict = f"damage found {len(report.damage)} times" if report.damage else "no damage"
+    checked = report.points or report.layers or report.unchecked
+    verdict = "no damage" if checked else "nothing to verify"
+    if report.damage:
+        verdict = f"damage found {len(report.damage)} times"
     verdict += f", {len(report.unchecked)} not checked" if report.unchecked else ""
     output.print_line(
         f"{', '.join(report.vms) or 'no VM'}: {counted(report.points, 'point')}, "

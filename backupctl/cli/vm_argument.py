@@ -157,7 +157,8 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         type=image_texts.IMAGE,
         multiple=True,
         metavar="DISK=FILE",
-        help="The image of a disk, for when the VM is off: a qcow2, or FILE,format=raw; may be repeated.",
+        help="The image of a disk, for when the VM is off: a qcow2, or FILE,format=raw. On another host "
+        "it begins with ssh://HOST. May be repeated.",
     ),
     click.option(
         "--libvirt",

@@ -22,6 +22,22 @@ class HistoryMismatch(WarningEvent):
 
 
 @dataclass(frozen=True)
+class PointGone(WarningEvent):
+    """A bitmap in the VM names a point of which the repository knows nothing. path: of the repository."""
+
+    code = "point-gone"
+    vm: VmName
+    point: PointId
+    path: Path
+
+    def _text(self) -> str:
+        return (
+            f"the recovery point {self.point}, from which a bitmap of {self.vm} records, is not in "
+            f"{self.path}: somebody removed it, or put an older copy of the repository back"
+        )
+
+
+@dataclass(frozen=True)
 class PointDamaged(WarningEvent):
     """A disk of a point cannot be restored; disk is None if the whole point is damaged."""
 
@@ -83,6 +99,18 @@ class NothingToVerify(WarningEvent):
 
     def _text(self) -> str:
         return f"nothing to verify: there are no recovery points in {self.path}"
+
+
+@dataclass(frozen=True)
+class NoBackup(WarningEvent):
+    """A VM of the configuration, or of a repository, has no recovery point there."""
+
+    code = "no-backup"
+    vm: VmName
+    path: Path
+
+    def _text(self) -> str:
+        return f"there is no recovery point of {self.vm} in {self.path}"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ A bitmap goes with its image, so it outlives its repository, and comes along whe
 What nothing needs costs memory in QEMU and time at each of the guest's writes until somebody removes it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
@@ -26,7 +26,7 @@ Known = Callable[[], Sequence[Repository]]
 
 _KEPT: dict[Use, str] = {
     "live": "the next incremental is based on it",
-    "unfinished": "it belongs to a run that did not end; `backupctl recover` cleans up and loses no change",
+    "unfinished": "no point is there for it; `backupctl recover` cleans up and loses no change",
 }
 
 
@@ -148,11 +148,13 @@ class _Judge:
     stay: frozenset[tuple[NodeName, BitmapName]]
     committed: Callable[[PointId], bool]
     user_elsewhere: Callable[[PointId], VmName | None]
+    what_became_of: Callable[[Iterable[PointId]], Mapping[PointId, str]]
 
     @classmethod
     def of(cls, driver: Driver, vm: VmConfig, repository: Repository) -> "_Judge":
         namespace, directory = repository.owner, repository.vm(vm.name)
-        inventory = driver.foresee(recover.DirectoryFacts(directory, namespace)).inventory
+        facts = recover.DirectoryFacts(directory, namespace)
+        inventory = driver.foresee(facts).inventory
         points = directory.scan_points().points
         live, unusable = set(), {}
         for disk in inventory.disks:
@@ -174,6 +176,7 @@ class _Judge:
             frozenset((one.node, one.name) for one in all_left),
             directory.is_committed,
             directory.user_elsewhere,
+            facts.what_became_of,
         )
 
     def use(self, bitmap: Bitmap, parts: BitmapParts) -> tuple[Use, str]:
@@ -186,7 +189,9 @@ class _Judge:
         if bitmap.name in self.unusable:
             return "unusable", self.unusable[bitmap.name]
         if (bitmap.node, bitmap.name) not in self.stay and not bitmap.read_only:
-            return "unfinished", "the next run, or `backupctl recover`, cleans it up"
+            absent = self.what_became_of([parts.point]) if parts.point else {}
+            of_point = "".join(f"its point {fate}; " for fate in absent.values())
+            return "unfinished", f"{of_point}the next run, or `backupctl recover`, cleans it up"
         if not committed:
             return "orphan", "its point is gone"
         if bitmap.node not in self.disks:

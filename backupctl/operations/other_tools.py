@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from backupctl.names import PREFIX, NodeName
 from backupctl.options import LibvirtAccess, VmConfig
 from backupctl.progress import counted
+from backupctl.system import ssh
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.driver import Driver
 
@@ -77,7 +78,9 @@ def removal(one: Bitmap, vm: VmConfig, images: Mapping[NodeName, str]) -> str:
         words = ["virsh", "-c", vm.access.uri, "checkpoint-delete", vm.access.domain, one.name]
         return shlex.join(words)
     if image := images.get(one.node):
-        return shlex.join(["qemu-img", "bitmap", "--remove", image, one.name])
+        words = ["qemu-img", "bitmap", "--remove", image, one.name]
+        host = next((each.host for each in vm.images if each.host), None)
+        return shlex.join([*ssh.command_to(host), shlex.join(words)] if host else words)
     return json.dumps(
         {"execute": "block-dirty-bitmap-remove", "arguments": {"node": one.node, "name": one.name}}
     )

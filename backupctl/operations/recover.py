@@ -8,7 +8,7 @@ every line may be the last one of a dying process, and the next call goes on.
 """
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +63,26 @@ class DirectoryFacts:
         """Whether a point is another VM's of this repository."""
         return not self.directory.is_committed(point) and self.directory.user_elsewhere(point) is not None
 
-    def lost(self) -> Collection[PointId]:
-        """Return the points that were committed and are gone; none if that cannot be told."""
+    def what_became_of(self, named: Iterable[PointId]) -> Mapping[PointId, str]:
+        """Return why points are not there; nothing of those of which it cannot be told."""
         try:
-            return audit.missing(self.directory)
+            found = {one: self._fate(one) for one in named if not self.is_committed(one)}
         except RepositoryError:
-            return ()
+            return {}
+        return {point: fate for point, fate in found.items() if fate}
+
+    def is_lost(self, point: PointId) -> bool:
+        """Whether a point was committed once, never dropped, and is gone. Raises RepositoryError.
+
+        The history need not know it: an older copy of the repository may have been put back.
+        """
+        known = self.is_committed(point) or self.is_another_vms(point)
+        return not known and not audit.is_unfinished(self.directory, point)
+
+    def _fate(self, point: PointId) -> str:
+        if audit.was_dropped(self.directory, point):
+            return "was deleted"
+        return "is gone" if self.is_lost(point) else ""
 
     def checkpoints(self) -> int:
         """Return how many older bitmaps the newest point wants kept; all if it cannot be read."""
@@ -174,15 +188,17 @@ def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]
     its place. To be asked before `recover_vm`, which takes such a bitmap for an unfinished run's. Raises
     RepositoryError.
     """
-    found = set(facts.lost())
+    found = set(audit.missing(facts.directory))
     newest = facts.directory.newest()
-    if (
-        recorded
-        and (newest is None or recorded > newest)
-        and not audit.is_unfinished(facts.directory, recorded)
-    ):
+    if recorded and (newest is None or recorded > newest) and facts.is_lost(recorded):
         found.add(recorded)
     return tuple(sorted(found))
+
+
+def unrecorded(facts: DirectoryFacts, gone: Iterable[PointId]) -> tuple[PointId, ...]:
+    """Return the points of `gone` that the history does not miss. Raises RepositoryError."""
+    recorded = audit.missing(facts.directory)
+    return tuple(point for point in gone if point not in recorded)
 
 
 def drop_leftover_files(facts: DirectoryFacts) -> list[str]:

@@ -21,6 +21,7 @@ from backupctl.repository.point import Point
 from backupctl.repository.vm_directory import VmDirectory
 from backupctl.system import listen, private_dir
 from backupctl.targets import overlay
+from backupctl.vm.filling import Filling
 
 _CHECK_SECONDS = 0.1
 
@@ -41,7 +42,8 @@ class ServeRequest:
 
     disk: None for all. unix: the socket's path. tcp: ``[HOST:]PORT``, on this machine unless there is TLS.
     Neither: a socket in a private directory. tls: a directory with credentials, for TCP. writable_overlay:
-    what is written goes into this qcow2 file (one disk only), which stays.
+    what is written goes into this qcow2 file (one disk only), which stays. The server ends before that takes
+    the room of a VM whose disks are on the same file system.
     """
 
     point: Point
@@ -75,6 +77,7 @@ def _serve(
     stop: Cancellation,
 ) -> None:
     point, writable_overlay = request.point, request.writable_overlay
+    filling = None if writable_overlay is None else Filling(writable_overlay.absolute().parent)
     entries = _entries(point, request.disk)
     chains = {entry.name: chain.layers(directory, point, entry.name) for entry in entries}
     if writable_overlay is not None and len(entries) > 1:
@@ -99,6 +102,8 @@ def _serve(
             )
             while not stop.requested:
                 server.check()
+                if filling is not None:
+                    filling.check(WriteFailed)
                 time.sleep(_CHECK_SECONDS)
 
 

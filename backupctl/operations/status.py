@@ -48,6 +48,7 @@ class Status:
     damaged: why points can't be used. qemu: its version, None if the monitor does not answer (see
     problem). missing_disks: those that the last points hold and the VM has not. bitmaps: all of ours.
     refusal: why the next run would be refused, "" if it would not. running: the backup that is running.
+    gone: points that bitmaps name, of which the repository and its history know nothing.
     other_tools: what other programs left in it.
     """
 
@@ -64,6 +65,7 @@ class Status:
     refusal: str = ""
     running: Running | None = None
     other_tools: tuple[OtherTool, ...] = ()
+    gone: tuple[PointId, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
         bitmaps=found.bitmaps,
         refusal=refusal,
         other_tools=found.other_tools,
+        gone=recover.unrecorded(facts, found.gone),
     )
 
 

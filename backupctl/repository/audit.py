@@ -80,6 +80,12 @@ def is_unfinished(directory: VmDirectory, point: PointId) -> bool:
     return undone or any(partial.point == point for partial in directory.pending_points())
 
 
+def was_dropped(directory: VmDirectory, point: PointId) -> bool:
+    """Whether the history says that a point was dropped. Raises RepositoryError."""
+    known = history.read(directory.path)
+    return known is not None and known.points.get(point, Known()).dropped
+
+
 def refuse_missing(directory: VmDirectory, wanted: str) -> None:
     """Raise DamageFound if the history says that a point must be there, and it is missing.
 

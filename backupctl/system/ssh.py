@@ -24,8 +24,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from backupctl.errors import Failed
-from backupctl.system import private_dir
+from backupctl.errors import UNTOUCHED, Failed, Refused, UsageError
+from backupctl.system import private_dir, trusted
 from backupctl.system.address import Address
 
 CONFIG_VARIABLE = "BACKUPCTL_SSH_CONFIG"
@@ -149,7 +149,7 @@ def connect(address: Address, program: str, remote: Path, names: Sequence[str]) 
     """Run a program on the host of an address for as long as the block lasts.
 
     program: as the remote user's shell takes it. remote: the directory there that will have the sockets of
-    these names; each is forwarded to one of its name here. Raises Failed.
+    these names; each is forwarded to one of its name here. Raises Failed, Refused.
     """
     with private_dir.directory() as local, tempfile.TemporaryFile() as errors:
         forwards = [f"-L{local / name}:{remote / name}" for name in names]
@@ -174,9 +174,31 @@ def connect(address: Address, program: str, remote: Path, names: Sequence[str]) 
             made.close()
 
 
+def command_to(address: Address) -> list[str]:
+    """Return how a person calls ssh to get to the host of an address; a command may follow."""
+    command = ["ssh", *(["-p", str(address.port)] if address.port else [])]
+    return [*command, f"{address.user}@{address.host}" if address.user else str(address.host)]
+
+
+def _refuse_untrusted(config: Path) -> None:
+    """Refuse a configuration that others could change: it may name programs, which run with our rights.
+
+    ssh itself checks only the one in the user's home directory. Raises Refused.
+    """
+    try:
+        why = trusted.objection(config)
+    except OSError as err:
+        why = UsageError(f"cannot open {config}: {err.strerror}")
+    if why is not None:
+        raise Refused(
+            f"{CONFIG_VARIABLE} is set, but {why.message}", state=UNTOUCHED, next_command=why.next_command
+        )
+
+
 def _command(address: Address) -> list[str]:
     command = ["ssh", "-T", "-a", "-x"]
     if config := os.environ.get(CONFIG_VARIABLE):
+        _refuse_untrusted(Path(config))
         command += ["-F", config]
     for option in _OPTIONS:
         command += ["-o", option]

@@ -22,7 +22,8 @@ class Disk:
     qdev: the device as `query-block` names it (see `point_in_time.device_path`), "" without one.
     filename: of the active node. apart: whether its data lie in another file than its bitmaps would
     (a qcow2 with a data file). encrypted: whether QEMU encrypts it; a backup holds what the guest sees.
-    shared: whether several devices write to it. firmware: whether it holds UEFI variables. held_bytes: how
+    shared: whether several devices write to it. open_to_others: whether it may be written to past this QEMU's
+    bitmaps, by another VM. firmware: whether it holds UEFI variables. held_bytes: how
     much of it is more than empty, as far as that is known; at most `size`, which is also what is not known.
     """
 
@@ -37,6 +38,7 @@ class Disk:
     apart: bool = False
     encrypted: bool = False
     shared: bool = False
+    open_to_others: bool = False
     firmware: bool = False
     held_bytes: int = MAX_SIZE
 

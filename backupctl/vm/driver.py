@@ -44,7 +44,7 @@ effect, that is `OutcomeUnknown`.
 """
 
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +96,11 @@ class PointFacts(Protocol):
     def is_another_vms(self, point: PointId) -> bool:
         """Whether a point belongs to another VM of the repository, whose disk this one was."""
 
-    def lost(self) -> Collection[PointId]:
-        """Return the points that were committed, that no prune dropped, and that are gone."""
+    def what_became_of(self, named: Iterable[PointId]) -> Mapping[PointId, str]:
+        """Return, in words behind their name, why points are not there, of those that were once committed.
+
+        A point of an unfinished run, or of another VM, is not among them.
+        """
 
     def checkpoints(self) -> int:
         """Return how many bitmaps of older points stay in the VM for differentials."""

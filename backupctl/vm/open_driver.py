@@ -56,9 +56,7 @@ def when_off(vm: VmConfig) -> WhenOff:
 
 def _has_images(vm: VmConfig) -> bool:
     """Whether it is known which images a VM has: libvirt knows those of its domains."""
-    return bool(vm.images) or (
-        isinstance(vm.access, LibvirtAccess) and not libvirt_uri.is_remote(vm.access.uri)
-    )
+    return bool(vm.images) or isinstance(vm.access, LibvirtAccess)
 
 
 def _opened(
@@ -106,6 +104,12 @@ def _connect(
 def _open_images(
     vm: VmConfig, why_off: str, timeouts: Timeouts, cancel: Cancellation | None
 ) -> AbstractContextManager[Driver]:
+    if is_remote(vm):
+        from backupctl.vm.remote import off_driver as remote  # noqa: PLC0415 - see above
+
+        if isinstance(vm.access, LibvirtAccess):
+            return remote.connect_domain(vm, vm.access, why_off, timeouts, cancel)
+        return remote.connect(vm, why_off, timeouts, cancel)
     if isinstance(vm.access, LibvirtAccess):
         from backupctl.vm.libvirt import off_driver  # noqa: PLC0415 - see above
 
@@ -116,11 +120,13 @@ def _open_images(
 
 
 def is_remote(vm: VmConfig) -> bool:
-    """Whether the VM runs on another host: the scratch directory is there then."""
+    """Whether the VM, or its images, are on another host: the scratch directory is there then."""
     access = vm.access
     if isinstance(access, LibvirtAccess):
         return libvirt_uri.is_remote(access.uri)
-    return isinstance(access, QmpAccess) and access.qmp.remote
+    if isinstance(access, QmpAccess):
+        return access.qmp.remote
+    return any(one.host is not None for one in vm.images)
 
 
 def can_freeze(vm: VmConfig) -> bool:

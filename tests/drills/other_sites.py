@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sites of drills that the product does not offer: domains of libvirt, and VMs that are off."""
+"""Sites of drills that the product does not offer: domains of libvirt, VMs that are off, also by ssh."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from typing import Any
 from backupctl.drills.site import VM, expect
 from backupctl.drills.sites import DISKS, QemuSite
 from fixtures.libvirtd import Domain
+from fixtures.sshd import HOST, Sshd
 from tests.every_step import SECONDS, storage_daemons
 from tests.libvirt_lab import wait_for
 
@@ -118,3 +119,39 @@ class OffDomainSite(ImagesSite):
 
     def close(self) -> None:
         self.domain.close()
+
+
+def _by_ssh(domain: Domain) -> list[str]:
+    socket = f"{domain.daemon.directory}/sock/libvirt-sock"
+    return ["--libvirt", f"qemu+ssh://{HOST}/system?socket={socket}", "--domain", domain.name]
+
+
+@dataclass
+class RemoteDomainSite(DomainSite):
+    """A domain of libvirt on another host."""
+
+    sshd: Sshd = field(kw_only=True)
+
+    def vm_arguments(self) -> list[str]:
+        return _by_ssh(self.domain)
+
+
+@dataclass
+class RemoteOffDomainSite(OffDomainSite):
+    """A domain of libvirt on another host that is off."""
+
+    sshd: Sshd = field(kw_only=True)
+
+    def vm_arguments(self) -> list[str]:
+        return _by_ssh(self.domain)
+
+
+@dataclass
+class RemoteImagesSite(ImagesSite):
+    """A VM on another host that is off, by its images."""
+
+    sshd: Sshd = field(kw_only=True)
+
+    def vm_arguments(self) -> list[str]:
+        named = ((disk, self.sshd.address(path)) for disk, path in self.images.items())
+        return [word for disk, path in named for word in ("--image", f"{disk}={path}")]

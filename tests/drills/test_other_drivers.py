@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The drills on other VMs: domains of libvirt, VMs on another host, and VMs that are off.
+"""The drills on other VMs: domains of libvirt, VMs on another host, and VMs that are off, here or there.
 
 `make test` plays a few, `make test-long` all that make sense there.
 """
@@ -22,7 +22,14 @@ from backupctl.drills.sites import DISKS
 from fixtures.debian import CannotBeHad
 from fixtures.libvirtd import Domain
 from fixtures.sshd import Sshd
-from tests.drills.other_sites import DomainSite, ImagesSite, OffDomainSite
+from tests.drills.other_sites import (
+    DomainSite,
+    ImagesSite,
+    OffDomainSite,
+    RemoteDomainSite,
+    RemoteImagesSite,
+    RemoteOffDomainSite,
+)
 from tests.libvirt_lab import wait_for
 
 BY_NAME = {drill.name: drill for drill in DRILLS}
@@ -49,6 +56,16 @@ def by_ssh(
     request: Request, directory: Path, fork_server: ForkServer, local: Callable[..., Any] = sites.simulator
 ) -> Iterator[Site]:
     """A simulated VM on another host."""
+    with host(request, directory) as sshd, local(directory, fork_server) as site:
+        site.qmp = sshd.address(site.qmp.removeprefix("unix:"))
+        site.agent = site.agent and sshd.address(site.agent.removeprefix("unix:"))
+        yield site
+        sshd.await_end()
+
+
+@contextmanager
+def host(request: Request, directory: Path) -> Iterator[Sshd]:
+    """Another host, which backupctl reaches in the block."""
     patch = request.getfixturevalue("monkeypatch")
     try:
         sshd = Sshd(directory / "sshd")
@@ -58,11 +75,7 @@ def by_ssh(
     for name, value in sshd.environment.items():
         patch.setenv(name, value)
     try:
-        with local(directory, fork_server) as site:
-            site.qmp = sshd.address(site.qmp.removeprefix("unix:"))
-            site.agent = site.agent and sshd.address(site.agent.removeprefix("unix:"))
-            yield site
-            sshd.await_end()
+        yield sshd
     finally:
         sshd.close()
 
@@ -97,6 +110,40 @@ def images(_request: Request, directory: Path, fork_server: ForkServer) -> Itera
     _create_images(directory)
     with made(ImagesSite, directory, fork_server) as site:
         yield site
+
+
+@contextmanager
+def domain_by_ssh(request: Request, directory: Path, fork_server: ForkServer) -> Iterator[Site]:
+    """A domain of libvirt on another host."""
+    with host(request, directory) as sshd:
+        found = _domain(request, directory)
+        with made(RemoteDomainSite, directory, fork_server, domain=found, sshd=sshd) as site:
+            yield site
+            sshd.await_end()
+
+
+@contextmanager
+def off_domain_by_ssh(request: Request, directory: Path, fork_server: ForkServer) -> Iterator[Site]:
+    """A domain of libvirt on another host that is off."""
+    with host(request, directory) as sshd:
+        found = _domain(request, directory)
+        found.quit()
+        wait_for(lambda: not found.handle().isActive())
+        with made(RemoteOffDomainSite, directory, fork_server, domain=found, sshd=sshd) as site:
+            yield site
+            sshd.await_end()
+
+
+@contextmanager
+def images_by_ssh(request: Request, directory: Path, fork_server: ForkServer) -> Iterator[Site]:
+    """A VM on another host that is off, by its images."""
+    _create_images(directory)
+    with (
+        host(request, directory) as sshd,
+        made(RemoteImagesSite, directory, fork_server, sshd=sshd) as site,
+    ):
+        yield site
+        sshd.await_end()
 
 
 @contextmanager
@@ -135,12 +182,17 @@ DRILLED: dict[Callable[..., Any], list[str]] = {
     domain: [*WITHOUT_GUEST, *HERE, *OF_QEMU],
     domain_that_is_off: [*WITHOUT_GUEST, *HERE],
     images: [*WITHOUT_GUEST, *HERE],
+    domain_by_ssh: [*WITHOUT_GUEST, *HERE, *OF_QEMU],
+    off_domain_by_ssh: [*WITHOUT_GUEST, *HERE],
+    images_by_ssh: [*WITHOUT_GUEST, *HERE],
 }
 QUICK = {
     by_ssh: ["agent-frozen", "reply-lost"],
     domain: ["two-runs"],
     domain_that_is_off: ["damaged-manifest"],
     images: ["target-full"],
+    domain_by_ssh: ["job-ended"],
+    images_by_ssh: ["sigterm"],
 }
 
 

@@ -122,7 +122,7 @@ GRAPH = {
 }
 LISTED = [{"name": "type", "type": "string"}, {"name": "vda", "type": "child<virtio-blk-pci>"}]
 MACHINE = {"query-named-block-nodes": NODES, "query-block": DEVICES, "qom-list": LISTED}
-MACHINE |= {"query-block-jobs": [{"device": "job"}], "x-debug-query-block-graph": GRAPH}
+MACHINE |= {"query-block-jobs": [{"device": "job"}], "x-debug-query-block-graph": GRAPH, "qom-get": False}
 EXPORTS = [{"id": "e", "node-name": "n0", "type": "vhost-user-blk"}]
 
 

@@ -218,7 +218,6 @@ STATUSES = {
     "lengths that overflow": telling((0xFFFFFFFF, 1), (0xFFFFFFFF, 1)),
     "no extent": telling(),
     "crumbs": Crumbs,
-    "millions": Millions,
     "one context": OneContext,
     "a strange context": StrangeContext,
     "no status": NoStatus,
@@ -247,11 +246,17 @@ class MostExtents(LyingServer):
             yield chunk(cookie, nbd.STATUS, told, done=number == len(self.contexts))
 
 
-def test_of_too_many_extents_no_more_is_kept_than_libnbd_hands_over_at_once(victim, monkeypatch):
+def test_millions_of_extents_are_not_kept(victim):
+    done = victim.attack(nbd=Millions(SIZE), seconds=20.0)
+    assert done.error["message"] == f"the NBD server sent {SIZE:,} extents in one reply", done
+    victim.recovers()
+
+
+def test_of_the_most_extents_no_more_is_kept_than_libnbd_hands_over_at_once(victim, monkeypatch):
     monkeypatch.setattr(victim, "most_resident", 600 << 20)  # libnbd's list of one context: 450 MiB
     done = victim.attack(nbd=MostExtents(SIZE), seconds=20.0)
-    assert (done.code, done.error["kind"]) == (1, "ReadFailed"), done
-    assert "8,000,000 extents in one reply" in done.error["message"], done
+    # Newer ones than Debian 12's libnbd refuse extents beyond what was asked for.
+    assert done.error["message"].endswith(("sent 8,000,000 extents in one reply", "Protocol error")), done
     victim.recovers()
 
 

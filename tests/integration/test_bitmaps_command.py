@@ -105,8 +105,10 @@ def test_a_bitmap_of_another_vms_point_is_told_and_left_alone(any_build, make_la
     told = lab.cli.json("status", "other")
     assert {one["use"] for one in told["bitmaps"]} == {"other-vm"}
     assert told["leftovers"] == []
+    assert told["gone"] == []
     done = lab.cli.run("full", "other")
     assert "unfinished" not in done.stderr
+    assert "is not in" not in done.stderr  # its point is there, as that of the other VM
     assert lab.cli.run("recover", "other").stdout == "Nothing to recover.\n"
     assert names < set(lab.machine.bitmaps()["node-vda"])
     lab.writer.write(3)

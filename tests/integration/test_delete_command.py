@@ -29,7 +29,15 @@ def test_the_newest_point_is_deleted_and_the_next_incremental_is_right(lab):
     done = lab.cli.json("delete", "web", points[2], "--newest", vm=False)
     assert (done["deleted"], [one["disk"] for one in done["newest"]]) == ([points[2]], ["vda", "vdb"])
     assert listed(lab) == points[:2]
-    assert {disk["next"] for disk in lab.cli.json("status", "web")["disks"]} == {"scan"}
+    status = lab.cli.json("status", "web")
+    assert {disk["next"] for disk in status["disks"]} == {"scan"}
+    assert status["gone"] == []
+    assert all(
+        left.endswith(f"the point {points[2]} that it names was deleted") for left in status["leftovers"]
+    )
+    assert len(status["leftovers"]) == 2
+    why = [one["why"] for one in lab.cli.json("bitmaps", "web")["bitmaps"] if one["point"] == points[2]]
+    assert all(one.startswith("its point was deleted; the next run") for one in why)
     lab.next_is_right()
     assert kinds(lab) == [("incremental", True)] * 2
     for point in points[:2]:

@@ -54,6 +54,26 @@ def test_a_point_is_listed_by_what_its_disks_are(any_build, make_lab):
     assert "incremental" not in said[3]
 
 
+def test_what_another_vm_writes_to_a_shared_disk_is_in_the_next_incremental(build, make_lab, tmp_path):
+    """A disk for a cluster of guests: the bitmap of one QEMU tells nothing of what another one wrote."""
+    image = tmp_path / "shared.raw"
+    image.write_bytes(bytes(4 * MIB))
+    node = {"driver": "raw", "node-name": "both", "file": {"driver": "file", "filename": str(image)}}
+    device = "virtio-blk-pci,id=one,drive=both,share-rw=on"
+    lab = make_lab(build, {"vda": 2 * MIB}, extra=["-blockdev", json.dumps(node), "-device", device])
+    lab.backup("full")
+    with image.open("r+b") as other:
+        other.seek(MIB)
+        other.write(b"\7" * 65536)
+    lab.machine.io("one", "write -q -P 9 2M 64k")
+    report = lab.backup("incremental")
+    content = lab.cli.raw(report["point"], "one", tmp_path)
+    assert (content[MIB], content[2 * MIB]) == (7, 9)
+    assert [disk["scanned"] for disk in report["disks"]] == [False, True]
+    assert "other VMs may write to it" in report["disks"][1]["reason"]
+    lab.assert_at_rest()
+
+
 def test_two_devices_on_one_node_are_one_disk(build, make_lab, tmp_path):
     """A shared disk (share-rw: multipath, a cluster of guests) is backed up once, under the first name."""
     image = tmp_path / "shared.qcow2"

@@ -7,6 +7,7 @@ step. A VM that is reached by its monitor on this host has test_killed.py and te
 
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,31 @@ def images(request: pytest.FixtureRequest) -> Subject:
         settle=settle,
         finish=finish,
         reopens=REOPENS,
+    )
+
+
+def images_ssh(request: pytest.FixtureRequest) -> Subject:
+    """A VM on another host that is off, by its images. The daemon there always ends in good order."""
+    subject = images(request)
+    sshd = request.getfixturevalue("sshd")
+    subject.cli.environment.update(sshd.environment)
+    where = sshd.address("")
+    qmp = subject.cli.vm[1].removeprefix("unix:")
+    words = [word.replace("=", f"={where}", 1) for word in subject.cli.vm if word.startswith("vd")]
+    by_monitor = subject.cli.vm[:]
+    subject.cli.vm = ["--qmp", f"{where}{qmp}", *(word for one in words for word in ("--image", one))]
+    local = subject.settle, subject.finish
+
+    def settle(action: str) -> None:
+        sshd.await_end()
+        local[0](action)
+
+    def finish() -> None:
+        subject.cli.vm = by_monitor
+        local[1]()
+
+    return replace(
+        subject, environment=lambda: {"SSHD_PID": str(sshd.pid)}, settle=settle, finish=finish, reopens=""
     )
 
 
@@ -166,6 +192,21 @@ def libvirt_off(request: pytest.FixtureRequest) -> Subject:
     )
 
 
+def libvirt_off_ssh(request: pytest.FixtureRequest) -> Subject:
+    """A domain of libvirt on another host that is off."""
+    subject = libvirt_off(request)
+    sshd = request.getfixturevalue("sshd")
+    subject.cli.environment.update(sshd.environment)
+    local, socket = subject.settle, subject.cli.vm[1].partition("socket=")[2]
+    subject.cli.vm[1] = f"qemu+ssh://{HOST}/system?socket={socket}"
+
+    def settle(_action: str) -> None:
+        sshd.await_end()
+        local("")
+
+    return replace(subject, environment=lambda: {"SSHD_PID": str(sshd.pid)}, settle=settle, reopens="")
+
+
 REOPENS = "execute blockdev-reopen"
 
 
@@ -185,8 +226,10 @@ def assert_only_points(lab: Any) -> None:
 AXES: dict[str, Callable[[pytest.FixtureRequest], Subject]] = {
     "libvirt": libvirt,
     "libvirt-off": libvirt_off,
+    "libvirt-off-ssh": libvirt_off_ssh,
     "libvirt-ssh": libvirt_ssh,
     "images": images,
+    "images-ssh": images_ssh,
     "ssh": ssh,
     "ssh-simulator": simulated_ssh,
 }
@@ -201,7 +244,7 @@ ACTIONS = {
 """What happens at a step, and how `tests.interrupted_cli` calls it."""
 EVERY = [
     *((axis, "SIGKILL") for axis in AXES),
-    *((axis, "cut") for axis in ("libvirt-ssh", "ssh", "ssh-simulator")),
+    *((axis, "cut") for axis in ("libvirt-off-ssh", "libvirt-ssh", "images-ssh", "ssh", "ssh-simulator")),
     ("ssh-simulator", "unplugged"),
     *(
         (axis, what)
@@ -244,6 +287,21 @@ SOME: dict[tuple[str, str], dict[str, Sequence[str]]] = {
         "execute transaction": WHEN,
         "execute block-export-add": AFTER,
         "execute block-dirty-bitmap-remove": WHEN,
+        "execute blockdev-reopen": WHEN,
+        "rename": WHEN,
+    },
+    ("libvirt-off-ssh", "cut"): {
+        "execute block-export-add": AFTER,
+        "call virDomainCheckpointCreateXML": WHEN,
+        "execute blockdev-reopen": AFTER,
+    },
+    ("images-ssh", "SIGKILL"): {
+        "execute block-export-add": AFTER,
+        "execute blockdev-reopen": WHEN,
+        "rename": BEFORE,
+    },
+    ("images-ssh", "cut"): {
+        "execute block-export-add": WHEN,
         "execute blockdev-reopen": WHEN,
         "rename": WHEN,
     },

@@ -93,11 +93,49 @@ def test_what_is_told_of_a_domain_on_another_host(remote_lab: Lab, daemon: Libvi
     assert found[lab.domain.name] is True
 
 
-def test_a_domain_that_is_off_there_is_skipped_or_fails(remote_lab: Lab) -> None:
+def shut_down(lab: Lab) -> None:
+    """End the guest and its QEMU, as a shutdown does."""
+    lab.writer.remember()
+    lab.domain.quit()
+    wait_for(lambda: not lab.domain.handle().isActive())
+
+
+def test_a_chain_goes_on_while_the_domain_there_is_off(remote_lab: Lab, sshd: Sshd) -> None:
+    lab = remote_lab
+    shut_down(lab)
+    first = lab.backup("incremental")
+    assert first["consistency"] == "offline"
+    assert sum(disk["stored_bytes"] for disk in first["disks"]) > 0
+    lab.assert_point(first["point"], lab.writer.moment)
+    second = lab.backup("incremental")
+    assert sum(disk["dirty_bytes"] for disk in second["disks"]) == 0
+    assert [set(kinds(one).values()) for one in (first, second)] == [{"incremental"}] * 2
+    findings = {one["subject"]: one["verdict"] for one in lab.cli.json("doctor", "web")["findings"]}
+    assert (findings["ssh"], findings["image"]) == ("ok", "ok")
+    lab.domain.start()
+    lab.writer.write(4)
+    lab.next_is_right()
+    lab.assert_clean()
+    sshd.await_end()
+
+
+def test_a_run_that_is_killed_is_undone_while_the_domain_there_is_off(remote_lab: Lab, sshd: Sshd) -> None:
+    lab = remote_lab
+    shut_down(lab)
+    at = {"KILL_AT": "virDomainCheckpointCreateXML", "KILL_WHEN": "after"}
+    lab.cli.call("incremental", "web", entry=interrupted_cli.ENTRY, **at)
+    assert any("unfinished" in one for one in lab.cli.json("status", "web")["leftovers"])
+    report = lab.backup("incremental")
+    assert set(kinds(report).values()) == {"incremental"}
+    lab.assert_point(report["point"], lab.writer.moment)
+    assert len([one for one in lab.domain.checkpoints() if one.startswith("backupctl-")]) == 1
+    sshd.await_end()
+
+
+def test_a_domain_that_is_off_there_is_skipped_if_that_is_asked_for(remote_lab: Lab) -> None:
     lab = remote_lab
     lab.domain.destroy()
-    assert "is not running" in lab.cli.run("incremental", "web", code=1).stderr
-    lab.cli.run("incremental", "web", "--if-running")
+    assert "so it was skipped" in lab.cli.run("incremental", "web", "--if-running").stderr
 
 
 def test_a_host_without_such_a_libvirt_is_said_so(remote_lab: Lab) -> None:

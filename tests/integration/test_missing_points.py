@@ -68,11 +68,35 @@ def test_an_older_copy_of_the_repository_is_told_by_the_vms_bitmaps(lab, tmp_pat
     newest = taken(lab)["point"]
     shutil.rmtree(lab.cli.repository)
     shutil.copytree(tmp_path / "older", lab.cli.repository)
+    _assert_told_as_gone(lab, newest)
     report = taken(lab)
     assert all(
         f"the point {newest} that its bitmap names is gone" in disk["reason"] for disk in report["disks"]
     )
+    assert [one["point"] for one in report["warnings"] if one["code"] == "point-gone"] == [newest]
+    assert not any("unfinished" in one["message"] for one in report["notes"])
     lab.assert_point(report["point"], lab.writer.moment)
+
+
+def test_the_loss_of_all_that_there_was_of_a_vm_is_told_by_its_bitmaps(lab):
+    newest = [taken(lab, kind)["point"] for kind in ("full", "incremental")][-1]
+    shutil.rmtree(lab.cli.repository / "web")
+    _assert_told_as_gone(lab, newest)
+    done = lab.cli.run("incremental", "web", "--quiet")
+    said = f"warning: the recovery point {newest}, from which a bitmap of web records, is not in"
+    assert said in done.stderr
+    assert lab.cli.run("incremental", "web", "--quiet").stderr == ""
+
+
+def _assert_told_as_gone(lab, point: str) -> None:
+    status = lab.cli.json("status", "web")
+    assert status["gone"] == [point]
+    assert all(f"the point {point} that it names is gone" in left for left in status["leftovers"])
+    said = f"the recovery point {point}, from which a bitmap of web records, is not in"
+    assert said in " ".join(lab.cli.run("status", "web").stdout.split())
+    assert any(said in one for one in _warnings(lab))
+    bitmaps = lab.cli.json("bitmaps", "web")["bitmaps"]
+    assert all(one["why"].startswith("its point is gone") for one in bitmaps if one["point"] == point)
 
 
 def test_a_run_that_meets_damage_commits_and_then_says_what_is_lost(lab):

@@ -163,9 +163,9 @@ def test_doctor_and_status_tell_of_the_host(remote_lab, sshd):
 
 @pytest.mark.needs_qemu("the simulator takes descriptors")
 def test_a_daemon_that_takes_no_descriptors_has_named_files_there_that_the_next_run_sweeps(
-    any_build, make_lab, sshd
+    oldest_build, make_lab, sshd
 ):
-    lab = make_lab(any_build, {"vda": 1 << 20}, kind_of_machine=StorageDaemon)
+    lab = make_lab(oldest_build, {"vda": 1 << 20}, kind_of_machine=StorageDaemon)
     over_ssh(lab, sshd)
     lab.cli.vm = lab.cli.vm[:2]
     lab.writer.write(5)

@@ -422,6 +422,31 @@ BUGS = (
         "_the_change_is_stored[simulator]",
     ),
     Bug(
+        "the bitmap of a disk that other VMs write to is trusted",
+        "bitmap_error",
+        "    if disk.open_to_others:\n",
+        "    if False:\n",
+        "integration/test_disks_missing_or_shared.py::"
+        "test_what_another_vm_writes_to_a_shared_disk_is_in_the_next_incremental[oldest]",
+    ),
+    Bug(
+        "a point that an older copy of the repository knows nothing of is not missed",
+        "DirectoryFacts.is_lost",
+        "        return not known and not audit.is_unfinished(self.directory, point)\n",
+        "        return False\n",
+        "integration/test_missing_points.py::"
+        "test_the_loss_of_all_that_there_was_of_a_vm_is_told_by_its_bitmaps",
+    ),
+    Bug(
+        "a disk of a domain whose name another one has is left out",
+        "stored_name",
+        "    if name in taken:\n        raise Refused(\n",
+        "    if name in taken:\n        raise Failed(\n",
+        LIBVIRT + "test_off_domains.py::"
+        "test_a_disk_whose_name_cannot_be_is_refused_and_not_left_out[-names0-two disks of the VM are both "
+        "called vdb]",
+    ),
+    Bug(
         "a run that copied some disks only ends with 0",
         "_Run._copied",
         "            entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)\n",
@@ -767,6 +792,27 @@ BUGS = (
         "            if not err.nobody_listens:\n                raise\n",
         "",
         "unit/vm/test_open_driver.py::test_a_monitor_that_is_silent_is_never_taken_for_a_vm_that_is_off",
+    ),
+    Bug(
+        "a daemon on the images of another host is killed where the line is cut, and bitmaps are lost",
+        "ImageServer.close",
+        "        self.do_end()\n",
+        "        self.do_kill()\n",
+        "unit/vm/remote/test_remote_images.py::test_a_line_that_is_cut_ends_the_daemon_in_good_order",
+    ),
+    Bug(
+        "a run on images of another host does not wait for the daemon of the one before",
+        "RemoteProgram.__init__",
+        '            if options.get("guard", True):\n',
+        '            if options.get("guard", not options.get("images")):\n',
+        "unit/vm/remote/test_remote_images.py::test_another_run_waits_until_the_daemon_has_ended",
+    ),
+    Bug(
+        "an image of this host is read for a VM of another",
+        "_refuse_images_elsewhere",
+        "(one.host and one.host[1:]) == (host and host[1:])",
+        "one.host is None",
+        "unit/cli/test_image_texts.py::test_images_that_are_not_on_the_host_of_their_vm_are_refused",
     ),
     Bug(
         "a raw image that a VM writes to is backed up",

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import click
 import pytest
 
-from backupctl.cli import times, units
+from backupctl.cli import check, times, units
 from backupctl.cli.main import cli
 from backupctl.errors import (
     AgentUnavailable,
@@ -21,23 +22,26 @@ from backupctl.errors import (
     Locked,
     MonitorUnreachable,
     NeedsRecovery,
+    RestoreTestFailed,
     WriteFailed,
 )
 from backupctl.events import StepStarted
 from backupctl.events.backup import CrashConsistent, DiskSkipped, RecoveredFromEarlierRun
 from backupctl.names import BitmapName, DiskName, NodeName, VmName
-from backupctl.operations import bitmaps, status, usage
+from backupctl.operations import bitmaps, discover, restore_test, status, usage
 from backupctl.operations import recover as recovery
 from backupctl.operations.backup import run as backup
 from backupctl.operations.backup.outcome import RunReport
 from backupctl.operations.backup.plan import MissingDisk
 from backupctl.operations.bitmaps import Removal, StoredBitmap
+from backupctl.operations.discover import FoundDomain
 from backupctl.operations.doctor import run as doctor
 from backupctl.operations.doctor.run import Diagnosis, Finding
 from backupctl.operations.fleet import run as fleet
 from backupctl.operations.fleet.run import JobResult
 from backupctl.operations.prune.run import PruneReport
 from backupctl.operations.recover import Recovered
+from backupctl.operations.restore_test import RestoreTestReport
 from backupctl.operations.routine import forecast
 from backupctl.operations.routine import run as routine
 from backupctl.operations.routine.forecast import DiskForecast, Forecast
@@ -343,6 +347,10 @@ def test_status(show, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(status, "look", lambda *_: found)
     show("status", "status", "web", *VM)
+    monkeypatch.setattr(
+        status, "look", lambda *_: replace(found, damaged=(), leftovers=(), bitmaps=(), gone=(P3,))
+    )
+    show("status-gone", "status", "web", *VM)
     monkeypatch.setattr(status, "look", lambda *_: RUNNING)
     show("status-running", "status", "web", *VM)
     empty = Status(
@@ -400,8 +408,69 @@ def test_bitmaps(show, monkeypatch, tmp_path):
     show("bitmaps-remove", "bitmaps", "web", "--remove", BITMAPS[1].name, *VM)
 
 
+class Tenth(datetime):
+    """A clock that stands still."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 10, 12, tzinfo=tz)
+
+
+def test_check(show, monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "datetime", Tenth)
+    builder = points(tmp_path)
+    show("check", "check", "vm1", "--max-age", "10y", *IN)
+    (builder.directory.path / P2 / "manifest.json").write_text("{}")
+    show("check-critical", "check", *IN)
+
+
+def test_nothing_to_verify(show, tmp_path):
+    Repository.create(tmp_path / "repository")
+    show("verify-nothing", "verify", *IN)
+    show("verify-unknown", "verify", "vm1", *IN)
+
+
+def test_other_restores(show, tmp_path):
+    points(tmp_path)
+    show("restore-thin", "restore", "vm1", P1, "--to", "thin/", "--thin", "--force", *IN)
+    (tmp_path / "vda.img").touch()
+    changed = ("--disk", "vda", "--only-changed", "--format", "raw")
+    show("restore-only-changed", "restore", "vm1", P1, "--to", "vda.img", *changed, *IN)
+    show("restore-no-directory", "restore", "vm1", "--to", "none/at/all/", *IN)
+    show("restore-other-suffix", "restore", "vm1", "--to", "vda.vmdk", "--disk", "vda", *IN)
+
+
+def test_a_restore_test(show, monkeypatch, tmp_path):
+    points(tmp_path)
+    passed = RestoreTestReport(VmName("vm1"), P3, "login", 12.0, "kvm", None, b"", b"")
+    monkeypatch.setattr(restore_test, "test", lambda *_: passed)
+    show("restore-test", "restore-test", "vm1", *IN)
+    error = RestoreTestFailed(f"vm1 {P3} did not boot: {LONG}", hint="look at the console and a screenshot")
+    monkeypatch.setattr(restore_test, "test", lambda *_: replace(passed, error=error))
+    show("restore-test-failed", "restore-test", "vm1", *IN)
+
+
+def test_discover(show, monkeypatch):
+    found = (FoundDomain("web", True, ("web", "web2")), FoundDomain("old db\x1b[2J", False, ()))
+    monkeypatch.setattr(discover, "discover", lambda *_: found)
+    show("discover", "discover")
+
+
 def test_drills(show):
     show("drill-list", "drill", "--list")
+
+
+WITHOUT_A_SCREEN = {
+    *("demo", "drill", "simulate"),  # tables of `rich`, and times
+    *("files", "mount", "umount", "serve", "report"),  # addresses and directories that are new each time
+    "version",  # of what is installed
+}
+
+
+def test_every_command_has_a_screen_beside_its_help():
+    text = Path(__file__).read_text()
+    shown = {name for name in COMMANDS if re.search(rf'show\(\s*[^,]+, "{name}"', text)}
+    assert set(COMMANDS) - shown - WITHOUT_A_SCREEN == set()
 
 
 def test_every_screen_that_is_kept_is_shown():

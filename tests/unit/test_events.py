@@ -17,11 +17,11 @@ attributes-not-kept bitmap-not-persistent configured-rules-not-used crash-consis
 damage-unknown definition-incomplete disk-encrypted disk-from-earlier-point disk-missing disk-scanned
 disk-skipped disk-taken-full disks-not-restored domain-note file-system-incomplete files-skipped full-due
 history-mismatch hook-failed images-read left-for-next-prune metrics-not-written next-run-reads-all
-no-point-to-build-on not-checked nothing-to-verify notice-not-sent other-tool-found overlay-kept
-point-damaged point-dropped point-must-stay recovered-from-earlier-run repository-created restored-unverified
-restored-with-damage sample-chosen scratch-may-not-suffice served-to-local-users start-delayed step-started
-target-larger target-resized task-skipped vm-ended vm-failed vm-renamed vm-skipped vm-started
-waiting-for-lock
+no-backup no-point-to-build-on not-checked nothing-to-verify notice-not-sent other-tool-found overlay-kept
+point-damaged point-dropped point-gone point-must-stay recovered-from-earlier-run repository-created
+restored-unverified restored-with-damage sample-chosen scratch-may-not-suffice served-to-local-users
+start-delayed step-started target-larger target-resized task-skipped vm-ended vm-failed vm-renamed vm-skipped
+vm-started waiting-for-lock
 """.split()  # noqa: SIM905 - one a line would be a page
 """Scripts rest on these: one may be added, and none may be changed or go."""
 

@@ -202,6 +202,8 @@ def bitmap_error(
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
     if not disk.trusts(bitmap):
         return "its data are in another file than its bitmap, and may have been replaced since it was stored"
+    if disk.open_to_others:
+        return "other VMs may write to it (share-rw=on), and its bitmap does not tell what they change"
     if newest and not bitmap.recording:
         return "its dirty bitmap is disabled, so changes may be missing from it"
     if bitmap.busy:

@@ -36,7 +36,7 @@ from backupctl.events.backup import (
     ScratchMayNotSuffice,
     VmRenamed,
 )
-from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged
+from backupctl.events.repository import DamageUnknown, HistoryMismatch, PointDamaged, PointGone
 from backupctl.names import DiskName, Namespace, PointId, VmName
 from backupctl.operations import other_tools, recover
 from backupctl.operations.backup import definition
@@ -123,6 +123,8 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     audit.reconcile(directory, points)
     for problem in audit.problems(directory, points.committed):
         reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
+    for point in recover.unrecorded(facts, gone):
+        reporter.event(PointGone(vm.name, point, ctx.repository.path))
     refuse_directories(ctx.repository.path, options.scratch.directory, driver)
     inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:

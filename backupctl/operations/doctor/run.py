@@ -20,6 +20,7 @@ from backupctl.errors import (
     Refused,
     RepositoryError,
 )
+from backupctl.events.repository import PointGone
 from backupctl.finding import Finding, Verdict
 from backupctl.names import VmName
 from backupctl.operations import other_tools, recover, status
@@ -299,6 +300,9 @@ def _agent(vm: VmConfig, options: RunOptions) -> Iterator[Finding]:
 def _history(vm: VmConfig, repository: Repository, options: RunOptions, known: Known) -> Iterator[Finding]:
     """What earlier runs left, and what the next one makes of it."""
     found = status.look(vm, repository, options, known)
+    for point in found.gone:
+        said = PointGone(vm.name, point, repository.path).text
+        yield Finding("repository", "warning", said, "look for it in copies of the repository")
     for left in found.leftovers:
         yield Finding(
             "leftovers",

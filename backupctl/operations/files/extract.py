@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backupctl.errors import FilesystemError
+from backupctl.errors import FilesystemError, WriteFailed
 from backupctl.filesystems import tree
 from backupctl.filesystems.tree import Node
 from backupctl.operations.files.run import Found
 from backupctl.targets import extraction
 from backupctl.targets.extraction import Extraction, UnsafeName
+from backupctl.vm.filling import Filling
 
 _MOST_SKIPPED = 1000
 _MOST_DEPTH = 100
@@ -41,13 +42,15 @@ def extract(found: tuple[Found, ...], target: Path, repository: Path) -> Extract
     """Copy what was found to `target`, each under its last name; directories with all that is in them.
 
     Symbolic links, devices, pipes and sockets are skipped. Nothing is overwritten. If it fails, what was
-    copied stays; only the file under way is removed. Raises UsageError, TargetExists, WriteFailed,
-    FilesystemError, DamageFound, RepositoryError, Interrupted.
+    copied stays; only the file under way is removed. It ends before it takes the room of a VM whose disks
+    are on the same file system. Raises UsageError, TargetExists, WriteFailed, FilesystemError, DamageFound,
+    RepositoryError, Interrupted.
     """
     report = ExtractReport(target)
     with extraction.into(target, repository) as out:
+        filling = Filling(target)
         for one in found:
-            _Copy(one, report).run(out)
+            _Copy(one, report, filling).run(out)
         report.files, report.directories, report.data_bytes = out.files, out.directories, out.data_bytes
     return report
 
@@ -59,8 +62,9 @@ class _Copy:
     made to fill the disk of the host.
     """
 
-    def __init__(self, found: Found, report: ExtractReport) -> None:
+    def __init__(self, found: Found, report: ExtractReport, filling: Filling) -> None:
         self._found = found
+        self._filling = filling
         self._filesystem = found.filesystem
         self._report = report
         self._met: set[int] = set()
@@ -105,6 +109,7 @@ class _Copy:
     def _content(self, node: Node) -> Iterator[bytes | int]:
         for piece in self._filesystem.content(node):
             if not isinstance(piece, int):
+                self._filling.check(WriteFailed)
                 self._left_bytes -= len(piece)
                 if self._left_bytes < 0:
                     raise FilesystemError("there is more data in its files than the file system can hold")

@@ -27,7 +27,7 @@ from backupctl.cancel import Cancellation
 from backupctl.digests import clusters
 from backupctl.errors import UNTOUCHED, DamageFound, Locked, NoSuchPoint, RepositoryUnreadable
 from backupctl.events import StepStarted
-from backupctl.events.repository import DamageDetected, NotChecked, NothingToVerify
+from backupctl.events.repository import DamageDetected, NoBackup, NotChecked, NothingToVerify
 from backupctl.names import PointId, VmName
 from backupctl.operations import chain_reader
 from backupctl.operations.verify.contents import Contents, DigestMaps, layer_of, with_valid_entries
@@ -108,12 +108,15 @@ def verify(
     with Workers(chain_reader.WORKERS) as workers:
         for directory in directories:
             rng = np.random.default_rng(scope.seed)
+            before = found.points, len(found.damage), len(found.unchecked)
             try:
                 _VmCheck(directory, scope, rng, reporter, stop, found, workers).run(point)
             except RepositoryUnreadable as err:
                 if vm is not None:
                     raise
                 found.add_unchecked(directory, directory.path, "", err)
+            if vm is None and before == (found.points, len(found.damage), len(found.unchecked)):
+                reporter.event(NoBackup(directory.name, repository.path))
     if not found.points and not found.damage:
         _refuse_empty(repository, vm)
         reporter.event(NothingToVerify(repository.path))

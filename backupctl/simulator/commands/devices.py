@@ -59,6 +59,7 @@ def qom_get(vm: Machine, given: Arguments) -> Any:
         "type": device.driver,
         "drive": device.link.node.name if device.link else "",
         "serial": "",
+        "share-rw": False,
         "iothread": f"/objects/{device.iothread}" if device.iothread else "",
     }
     if wanted not in known:

@@ -185,12 +185,13 @@ def plan(found: Sequence[Checkpoint], facts: PointFacts) -> tuple[Deletion, ...]
     ours = [(point, one) for one in found if (point := _point(one, facts)) is not None]
     valid = [one for point, one in ours if facts.is_committed(point)]
     kept = 1 + facts.checkpoints() if valid else 0
-    lost = facts.lost() if len(valid) < len(ours) else ()
+    undone = [point for point, one in ours if one not in valid]
+    absent = facts.what_became_of(undone) if undone else {}
     made = []
     for point, one in ours:
         what = f"checkpoint {one.name}"
         if one not in valid:
-            why = f": the point {point} that it names is gone" if point in lost else ""
+            why = f": the point {point} that it names {absent[point]}" if point in absent else ""
             which = f"{what}{why}" if why else f"unfinished {what}"
             made.append(Deletion(one, f"deleted the {which}", f"to clean up: {which}"))
         elif all(_newer(one, target, valid) >= kept for target in one.sizes):

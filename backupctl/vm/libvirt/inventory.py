@@ -4,7 +4,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
-from backupctl.errors import UNTOUCHED, Failed, InvalidName
+from backupctl.errors import UNTOUCHED, Failed, InvalidName, Refused
 from backupctl.names import DiskName
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk, Inventory
@@ -20,7 +20,7 @@ def inventory(
     is_ours: Callable[[str], bool] = lambda _path: False,
     without: Collection[str] = (),
 ) -> Inventory:
-    """Return a domain's disks. Raises MonitorError, Failed.
+    """Return a domain's disks. Raises Refused as `stored_name`, MonitorError, Failed.
 
     is_ours: whether a backup with such a socket is to be overlooked, since it will be ended. without: the
     names of checkpoints that will be gone.
@@ -30,10 +30,10 @@ def inventory(
     skipped: list[tuple[str, str]] = []
     busy = list(_others_backup(connection, is_ours))
     for found in domain.describe(connection).disks:
-        if why := found.why_not or bad_name(found, stored_names, [one.name for one in disks]):
-            skipped.append((found.target, why))
+        if found.why_not:
+            skipped.append((found.target, found.why_not))
             continue
-        name = found.stored_name(stored_names)
+        name = stored_name(found, stored_names, [one.name for one in disks])
         disks.append(domain.disk(connection, found, name, _bitmaps(there, found, name)))
         target = found.target
         if connection.call("virDomainGetBlockJobInfo", partial(connection.domain.blockJobInfo, target, 0)):
@@ -42,13 +42,13 @@ def inventory(
 
 
 def bitmaps(connection: Connection, stored_names: Mapping[str, str]) -> tuple[Bitmap, ...]:
-    """Return each checkpoint once for each of its disks. Raises MonitorError, Failed."""
+    """Return each checkpoint once for each of its disks. Raises Refused, MonitorError, Failed."""
     there = checkpoints.listed(connection)
     return tuple(
         bitmap
         for found in domain.describe(connection).disks
-        if not found.why_not and not bad_name(found, stored_names, ())
-        for bitmap in _bitmaps(there, found, found.stored_name(stored_names))
+        if not found.why_not
+        for bitmap in _bitmaps(there, found, stored_name(found, stored_names, ()))
     )
 
 
@@ -83,10 +83,18 @@ def _others_backup(connection: Connection, is_ours: Callable[[str], bool]) -> tu
     return (("", "somebody else's backup of this domain is under way (virsh domjobinfo tells more)"),)
 
 
-def bad_name(found: DomainDisk, stored_names: Mapping[str, str], taken: Collection[DiskName]) -> str:
-    """Say why a disk cannot be stored under its name; "" if it can. taken: by other disks."""
+def stored_name(found: DomainDisk, stored_names: Mapping[str, str], taken: Collection[DiskName]) -> DiskName:
+    """Return the name that a disk is stored under. taken: by other disks.
+
+    Raises Refused if it cannot have that name: a disk that is only left out would be missed when it is lost.
+    """
     try:
         name = found.stored_name(stored_names)
     except InvalidName as err:
-        return err.message
-    return f"another disk is stored as {name} already" if name in taken else ""
+        raise Refused(f"{err}; give the disk a name in the configuration", state=UNTOUCHED) from err
+    if name in taken:
+        raise Refused(
+            f"two disks of the VM are both called {name}: give them names in the configuration",
+            state=UNTOUCHED,
+        )
+    return name

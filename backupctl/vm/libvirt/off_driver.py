@@ -15,13 +15,12 @@ from backupctl.vm.definition import Definition
 from backupctl.vm.disk import Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, Session
 from backupctl.vm.libvirt import checkpoints, definition, diagnosis, off_checkpoints, off_images, off_recovery
-from backupctl.vm.libvirt.connection import Connection
-from backupctl.vm.libvirt.host import LOCK_SECONDS
+from backupctl.vm.libvirt.host import LocalHost
 from backupctl.vm.libvirt.off_session import Off, OffSession
 from backupctl.vm.offline import images as vm_images
 from backupctl.vm.offline.daemon import Daemon
 from backupctl.vm.offline.driver import OfflineDriver
-from backupctl.vm.qmp.files import LOCAL
+from backupctl.vm.offline.place import LocalPlace
 
 
 @contextmanager
@@ -37,13 +36,14 @@ def connect(
     why_off: as for `offline.driver.connect`, which raises the same. If the domain is started meanwhile,
     either its QEMU has the images, and they cannot be opened, or we have them, and its start fails.
     """
-    with Connection.open(access.uri, access.domain, timeouts.command_seconds + LOCK_SECONDS) as connection:
+    host = LocalHost(access, timeouts)
+    with host.connection() as connection:
         disks = off_images.find(connection, vm)
         with (
             vm_images.opened(disks.images) as opened,
-            closing(Daemon.start(opened, timeouts.command_seconds, cancel)) as daemon,
+            closing(Daemon.start(LocalPlace(opened), timeouts.command_seconds, cancel)) as daemon,
         ):
-            yield OffDriver(vm, why_off, Off(access, connection, disks, daemon))
+            yield OffDriver(vm, why_off, Off(host.connection, connection, disks, daemon))
 
 
 class OffDriver(OfflineDriver):
@@ -71,7 +71,7 @@ class OffDriver(OfflineDriver):
 
     def state_files(self, *, firmware: bool) -> Definition:
         """Read the UEFI variables and the TPM's state, as of a domain that runs."""
-        return definition.state_files(self._off.connection, LOCAL, firmware=firmware)
+        return definition.state_files(self._off.connection, self._daemon.place.files, firmware=firmware)
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the domain's checkpoints, each once for each of its disks."""

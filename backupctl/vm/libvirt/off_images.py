@@ -42,10 +42,10 @@ def find(connection: Connection, vm: VmConfig) -> OffDisks:
     described: dict[DiskName, DomainDisk] = {}
     skipped = []
     for one in domain.describe(connection).disks:
-        if why := one.why_not or inventory.bad_name(one, vm.disk_names, described.keys()):
-            skipped.append((one.target, why))
+        if one.why_not:
+            skipped.append((one.target, one.why_not))
             continue
-        name = one.stored_name(vm.disk_names)
+        name = inventory.stored_name(one, vm.disk_names, described.keys())
         described[name] = one
         images.append(named.pop(name) if name in named else _image(one, name))
     if named:

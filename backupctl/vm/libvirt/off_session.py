@@ -2,12 +2,11 @@
 """One backup of a domain that is off: that of any VM that is off, with checkpoints for bitmaps."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from backupctl.names import BitmapName, VmName
-from backupctl.options import LibvirtAccess
 from backupctl.vm.driver import DiskSnapshot, PointFacts
 from backupctl.vm.libvirt import checkpoints, off_checkpoints, off_recovery, xml
 from backupctl.vm.libvirt.connection import Connection
@@ -19,9 +18,12 @@ from backupctl.vm.qmp import bitmaps, teardown
 
 @dataclass(frozen=True)
 class Off:
-    """A domain that is off: its libvirt, its images, and the daemon that has them open."""
+    """A domain that is off: its libvirt, its images, and the daemon that has them open.
 
-    access: LibvirtAccess
+    connect: makes a new connection to the domain. Raises MonitorUnreachable.
+    """
+
+    connect: Callable[[], Connection]
     connection: Connection
     disks: OffDisks
     daemon: Daemon
@@ -58,10 +60,7 @@ class OffSession(OfflineSession):
         with ExitStack() as fresh:
             connection = off.connection
             if not connection.alive:
-                access = off.access
-                connection = fresh.enter_context(
-                    Connection.open(access.uri, access.domain, connection.seconds)
-                )
+                connection = fresh.enter_context(off.connect())
             return off_recovery.resolve(connection, off.daemon, off.disks, facts, clients)
 
     def _described(self, name: str, disks: Sequence[DiskSnapshot]) -> str:

@@ -2,29 +2,27 @@
 """The driver for a VM that is off: the same protocol, by a storage daemon of ours on its images."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import UNTOUCHED, CommandFailed, Refused
+from backupctl.errors import CommandFailed
 from backupctl.finding import Finding
-from backupctl.names import BitmapName, NodeName, VmName
+from backupctl.names import BitmapName, Namespace, NodeName, VmName
 from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
-from backupctl.system import bounded_read
 from backupctl.vm import definition
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.definition import Definition, DefinitionFile
 from backupctl.vm.disk import Disk, Inventory
 from backupctl.vm.driver import Foreseen, PointFacts, ScratchBudget, Session
 from backupctl.vm.filling import Filling
-from backupctl.vm.local_scratch import LocalScratch
 from backupctl.vm.offline import images as vm_images
 from backupctl.vm.offline import recovery
 from backupctl.vm.offline.daemon import Daemon
 from backupctl.vm.offline.inventory import of_images
+from backupctl.vm.offline.place import LocalPlace
 from backupctl.vm.offline.session import OfflineSession
 from backupctl.vm.qmp import inventory
 
@@ -42,16 +40,16 @@ def connect(
     """
     with (
         vm_images.opened(vm.images) as disks,
-        closing(Daemon.start(disks, timeouts.command_seconds, cancel)) as daemon,
+        closing(Daemon.start(LocalPlace(disks), timeouts.command_seconds, cancel)) as daemon,
     ):
         yield OfflineDriver(vm.name, daemon, why_off)
 
 
-class OfflineDriver(LocalScratch):
+class OfflineDriver:
     """See `vm.driver.Driver`."""
 
     def __init__(self, name: VmName, daemon: Daemon, why_off: str) -> None:
-        super().__init__(name)
+        self._name = name
         self._daemon = daemon
         self._why_off = why_off
 
@@ -67,26 +65,26 @@ class OfflineDriver(LocalScratch):
 
     def preflight(self) -> None:
         """Refuse an image whose bitmaps could not be stored in the end."""
-        for one in self._daemon.disks:
-            if one.format == "qcow2":
-                _refuse_unwritable(one)
+        self._daemon.place.refuse_unwritable()
 
     def inventory(self) -> Inventory:
         """List the disks whose images are named."""
         return of_images(self._daemon)
 
     def definition(self) -> Definition:
-        """Name the images and their formats: nothing else is known of a VM that is off."""
+        """Name the images, their formats, and another host that they are on. Nothing else is known."""
         images = [
             {"disk": one.disk, "path": str(one.path), "format": one.format} for one in self._daemon.disks
         ]
-        content = json.dumps({"format": 1, "images": images}, indent=2) + "\n"
+        host = self._daemon.place.host
+        told = {"format": 1, **({"host": host} if host else {}), "images": images}
+        content = json.dumps(told, indent=2) + "\n"
         known = DefinitionFile("images", "images.json", "", content.encode())
         return Definition((known,))
 
     def included(self, paths: Sequence[Path]) -> Definition:
-        """Read them here."""
-        return definition.included(paths, bounded_read.read)
+        """Read them on the machine of the images."""
+        return definition.included(paths, self._daemon.place.files.read_plain)
 
     def state_files(self, *, firmware: bool) -> Definition:  # noqa: ARG002 - as above
         """Return none: UEFI variables are an image like others."""
@@ -127,9 +125,17 @@ class OfflineDriver(LocalScratch):
         """Name other VMs only: this one's guest writes nothing."""
         return tuple(Filling(one) for one in directories)
 
-    def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:
-        """Name other VMs only: nothing of this one is written there."""
-        return self.filling((directory,), disks)[0]
+    def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:  # noqa: ARG002 - as above
+        """Ask the machine of the images."""
+        return self._daemon.place.scratch_filling(directory)
+
+    def left_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """See `scratch_directory.left_directories`."""
+        return self._daemon.place.files.left_directories(namespace, self._name, directory)
+
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """See `scratch_directory.sweep`."""
+        return self._daemon.place.files.sweep(namespace, self._name, directory)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""
@@ -149,7 +155,9 @@ class OfflineDriver(LocalScratch):
             session.close()
 
     def findings(self, options: RunOptions) -> Iterator[Finding]:  # noqa: ARG002 - as above
-        """Tell that the VM is off, and what reads its images."""
+        """Tell that the VM is off, and what reads its images; of another host first that it was reached."""
+        if host := self._daemon.place.host:
+            yield Finding("ssh", "ok", f"{host}: connected; its host key is known, and python3 runs there")
         yield Finding(
             "monitor",
             "ok",
@@ -157,13 +165,3 @@ class OfflineDriver(LocalScratch):
         )
         for one in self._daemon.disks:
             yield Finding("image", "ok", f"{one.disk}: {one.path} ({one.format}), no other process uses it")
-
-
-def _refuse_unwritable(one: vm_images.DiskImages) -> None:
-    try:
-        os.close(os.open(one.files[0].image.name, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as err:
-        raise Refused(
-            f"cannot write to {one.path}: {err.strerror}; the image stores which parts of it change",
-            state=UNTOUCHED,
-        ) from err

@@ -124,13 +124,36 @@ def all_files(disks: Iterable[DiskImages]) -> list[OpenImage]:
     return [one.image for disk in disks for one in disk.files]
 
 
-def in_use(path: Path) -> MonitorUnreachable:
-    """Return the error for an image that another process has open."""
+def states(disks: Sequence[DiskImages]) -> list[tuple[int, int]]:
+    """Return the state of each open file of these disks."""
+    return [file.state() for disk in disks for file in disk.files]
+
+
+def refuse_unwritable(disks: Sequence[DiskImages]) -> None:
+    """Refuse an image whose bitmaps could not be stored in the end. Raises Refused."""
+    for one in disks:
+        if one.format == "qcow2":
+            _refuse_unwritable(one.files[0])
+
+
+def in_use(path: Path, host: str = "") -> MonitorUnreachable:
+    """Return the error for an image that another process has open. host: "" for this machine."""
+    where = f"on {host}: " if host else ""
     return MonitorUnreachable(
-        f"{path} is in use by another process, perhaps the VM itself",
+        f"{where}{path} is in use by another process, perhaps the VM itself",
         state=UNTOUCHED,
         hint="a VM that runs is backed up through its monitor: is qmp in the configuration its socket?",
     )
+
+
+def _refuse_unwritable(one: OpenFile) -> None:
+    try:
+        os.close(os.open(one.image.name, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as err:
+        raise Refused(
+            f"cannot write to {one.image.path}: {err.strerror}; the image stores which parts of it change",
+            state=UNTOUCHED,
+        ) from err
 
 
 def _chain(image: VmImage, held: ExitStack) -> tuple[OpenFile, ...]:

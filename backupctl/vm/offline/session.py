@@ -4,11 +4,11 @@
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from backupctl.errors import AgentUnavailable, Failed, OutcomeUnknown
 from backupctl.names import BitmapName, Namespace, VmName
 from backupctl.vm.driver import DiskSnapshot, Export, PointFacts, Request, Thawed
-from backupctl.vm.local_scratch import LocalScratch
 from backupctl.vm.offline import recovery
 from backupctl.vm.offline.daemon import Daemon
 from backupctl.vm.qmp import bitmaps, nbd_export, teardown
@@ -16,7 +16,7 @@ from backupctl.vm.qmp import bitmaps, nbd_export, teardown
 _NO_GUEST = "the VM is off, so there is no guest to freeze"
 
 
-class OfflineSession(LocalScratch):
+class OfflineSession:
     """See `vm.driver.Session`.
 
     Bitmaps change hands in `end`, when all is read: nobody writes meanwhile, and until then a run that is
@@ -25,7 +25,7 @@ class OfflineSession(LocalScratch):
     """
 
     def __init__(self, name: VmName, daemon: Daemon) -> None:
-        super().__init__(name)
+        self._name = name
         self._daemon = daemon
         self._clients = ExitStack()
         self._request: Request | None = None
@@ -80,7 +80,9 @@ class OfflineSession(LocalScratch):
             nbd_export.ExportSpec(one.disk.node, one.disk.node, union if one.bases else None)
             for one in self._disks
         ]
-        self._exports = nbd_export.start_exports(monitor, _Nobody(), namespace, specs)
+        self._exports = nbd_export.start_exports(
+            monitor, _Nobody(), namespace, specs, serve=self._daemon.place.serve
+        )
         for one in self._exports:
             self._clients.callback(one.close)
         return self._exports
@@ -133,6 +135,10 @@ class OfflineSession(LocalScratch):
             self._close_clients()
         return self.recover(facts, self._our_clients())
 
+    def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
+        """See `scratch_directory.sweep`."""
+        return self._daemon.place.files.sweep(namespace, self._name, directory)
+
     def await_thaw(self) -> None:
         """Nothing is frozen."""
 
@@ -141,7 +147,7 @@ class OfflineSession(LocalScratch):
         self._clients.close()
 
     def _states(self) -> list[tuple[int, int]]:
-        return [file.state() for disk in self._daemon.disks for file in disk.files]
+        return self._daemon.place.states()
 
     @property
     def _disks(self) -> tuple[DiskSnapshot, ...]:

@@ -18,8 +18,9 @@ Only a bitmap on the ACTIVE node is of use: after an external snapshot the old o
 backing layer and records nothing more.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, cast
 
 from backupctl.names import BitmapName, Namespace, NodeName, PointId
@@ -119,16 +120,16 @@ def plan_bitmap_recovery(
     namespace: Namespace,
     committed: Callable[[PointId], bool],
     checkpoints: int = 0,
-    lost: Collection[PointId] = (),
+    absent: Mapping[PointId, str] = MappingProxyType({}),
     theirs: Theirs = _nobody,
 ) -> BitmapPlan:
     """Decide what must happen to the bitmaps of one node, from their names alone.
 
     bitmaps: all of one node. committed: whether a point's directory stands under its final name. checkpoints:
-    how many bitmaps of older points stay. lost: points that were committed and are gone; their bitmaps are
-    treated as those of unfinished ones, but not called so. The answer is one list of actions for one
-    transaction, empty when there is nothing to do. theirs: bitmaps that came along with a disk of another VM
-    are left to that VM.
+    how many bitmaps of older points stay. absent: what became of points that were committed; their bitmaps
+    are treated as those of unfinished ones, but not called so. theirs: bitmaps that came along with a disk of
+    another VM are left to that VM. The answer is one list of actions for one transaction, empty when there is
+    nothing to do.
     """
     bitmaps = tuple(bitmaps)
     ours = _ours(bitmaps, namespace, theirs)
@@ -142,8 +143,8 @@ def plan_bitmap_recovery(
         _on(one.node, one.name, "remove") for one in bitmaps if one.name == namespace.differential_bitmap
     ]
     actions += _roll_back(unfinished, newest) + _retain_checkpoints(kept, pruned)
-    done = [f"removed the {_which(one, namespace, lost)}" for one in unfinished]
-    planned = [f"to clean up: {_which(one, namespace, lost)}" for one in unfinished]
+    done = [f"removed the {_which(one, namespace, absent)}" for one in unfinished]
+    planned = [f"to clean up: {_which(one, namespace, absent)}" for one in unfinished]
     for old in valid[:-1]:
         if old not in kept and newest is not None:
             actions.append(_on(old.node, old.name, "remove"))
@@ -172,10 +173,10 @@ def applied(bitmaps: Iterable[Bitmap], actions: Iterable[Action], *, freed: bool
     return tuple(found.values())
 
 
-def _which(one: Bitmap, namespace: Namespace, lost: Collection[PointId]) -> str:
+def _which(one: Bitmap, namespace: Namespace, absent: Mapping[PointId, str]) -> str:
     point = namespace.point_of(one.name)
-    if point in lost:
-        return f"bitmap {one.name} on {one.node}: the point {point} that it names is gone"
+    if point is not None and point in absent:
+        return f"bitmap {one.name} on {one.node}: the point {point} that it names {absent[point]}"
     return f"unfinished bitmap {one.name} on {one.node}"
 
 

@@ -58,7 +58,14 @@ def inventory(
             )
             for medium in found
         ]
-        return _collect(found, nodes, names, known)
+        listed = _collect(found, nodes, names, known)
+    return replace(listed, disks=tuple(_with_sharing(monitor, disk) for disk in listed.disks))
+
+
+def _with_sharing(monitor: Monitor, disk: Disk) -> Disk:
+    # Of a qcow2 QEMU shares nothing, whatever the device allows.
+    others = not disk.persistent and media.lets_others_write(monitor, disk.qdev)
+    return replace(disk, open_to_others=others)
 
 
 def of_nodes(monitor: Monitor, names: Mapping[NodeName, DiskName]) -> Inventory:

@@ -16,7 +16,7 @@ from backupctl.errors import CommandFailed
 from backupctl.names import DiskName, NodeName, is_ours
 from backupctl.vm.qmp.graph import Graph
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.reply import flag, text
+from backupctl.vm.qmp.reply import flag, text, understood
 
 _PASSED = frozenset({"scsi-block", "scsi-generic"})
 _ELSEWHERE = ("vhost-user-blk", "vhost-user-scsi", "vhost-scsi")
@@ -131,11 +131,25 @@ def unless_passed_through(medium: Medium, kinds: Mapping[str, str]) -> Medium:
     All that it writes is SG_IO (QEMU's hw/scsi): no bitmap sees it, and a filter over the disk, such as a
     job's, does not let it pass.
     """
-    path = medium.qdev if "/" in medium.qdev else f"/machine/peripheral/{medium.qdev}"
-    kind = kinds.get(path)
+    kind = kinds.get(_path(medium.qdev))
     if medium.why_not or kind not in _PASSED:
         return medium
     return replace(medium, why_not=f"it is passed through ({kind}), so no bitmap sees what the guest writes")
+
+
+def lets_others_write(monitor: Monitor, qdev: str) -> bool:
+    """Whether a device lets other devices, or other VMs, write to its disk (``share-rw=on``).
+
+    Raises MonitorError.
+    """
+    if not qdev:
+        return False
+    try:
+        found = monitor.execute("qom-get", {"path": _path(qdev), "property": "share-rw"})
+    except CommandFailed:  # a device without this property keeps others off
+        return False
+    with understood("property share-rw"):
+        return flag(found)
 
 
 def served_elsewhere(kinds: Mapping[str, str]) -> list[Medium]:
@@ -175,6 +189,10 @@ def once_each(found: list[Medium], stored_names: Mapping[str, str]) -> list[Medi
         why = f"it is the same disk as {name} (node {medium.node}), and backed up once, under that name"
         once.append(replace(medium, why_not=why))
     return once
+
+
+def _path(qdev: str) -> str:
+    return qdev if "/" in qdev else f"/machine/peripheral/{qdev}"
 
 
 def _device_id(qdev: str) -> str:

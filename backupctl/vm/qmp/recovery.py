@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from backupctl.errors import CommandFailed
-from backupctl.names import DiskName, NodeKind, NodeName
+from backupctl.names import DiskName, NodeKind, NodeName, PointId
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.driver import Foreseen, PointFacts
 from backupctl.vm.qmp import bitmaps, inventory, teardown
@@ -82,20 +82,23 @@ def bitmap_plans(
     found = [
         (inventory.bitmaps_of(node, reply), reply) for node, reply in inventory.named_nodes(monitor).items()
     ]
-    lost = facts.lost() if any(_is_undone(each, facts) for each, _ in found) else ()
+    undone = {point for each, _ in found for point in _undone(each, facts)}
+    absent = facts.what_became_of(undone) if undone else {}
     for each, reply in found:
         yield (
             bitmaps.plan_bitmap_recovery(
-                each, facts.namespace, facts.is_committed, checkpoints, lost, facts.is_another_vms
+                each, facts.namespace, facts.is_committed, checkpoints, absent, facts.is_another_vms
             ),
             reply,
         )
 
 
-def _is_undone(found: Iterable[Bitmap], facts: PointFacts) -> bool:
-    """Whether a bitmap of a node names a point that is not committed."""
-    points = (facts.namespace.point_of(one.name) for one in found)
-    return any(point is not None and not facts.is_committed(point) for point in points)
+def _undone(found: Iterable[Bitmap], facts: PointFacts) -> Iterator[PointId]:
+    """Yield the points that bitmaps of a node name and that are not committed."""
+    for one in found:
+        point = facts.namespace.point_of(one.name)
+        if point is not None and not facts.is_committed(point):
+            yield point
 
 
 def _try_apart(monitor: Monitor, plan: bitmaps.BitmapPlan) -> list[str]:

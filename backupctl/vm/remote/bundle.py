@@ -13,6 +13,8 @@ from pathlib import Path
 import backupctl
 
 MAIN = "backupctl.vm.remote.program"
+IMAGES = "backupctl.vm.remote.image_server"
+"""The module that a run needs there which reads the images of a VM that is off."""
 NEEDS_PYTHON = (3, 11)
 LENGTH_DIGITS = 8
 _ROOT = Path(backupctl.__file__).parent.parent
@@ -45,20 +47,20 @@ def command() -> str:
     return f"exec python3 -I -S -c {shlex.quote(f'exec({_LOADER!r})')}"
 
 
-@lru_cache(maxsize=1)
-def content() -> bytes:
-    """Return the sources, with their length before them."""
+@lru_cache(maxsize=2)
+def content(*, images: bool = False) -> bytes:
+    """Return the sources, with their length before them. images: with `IMAGES`."""
     sources = {}
-    for name, path in modules().items():
+    for name, path in modules(images=images).items():
         sources[name] = [path.name == "__init__.py", path.read_text(encoding="utf-8")]
     text = json.dumps(sources).encode()
     return f"{len(text):0{LENGTH_DIGITS}d}".encode() + text
 
 
-def modules() -> dict[str, Path]:
-    """Return the modules of ours that the remote program imports, by name."""
+def modules(*, images: bool = False) -> dict[str, Path]:
+    """Return the modules of ours that the remote program imports, by name. images: with `IMAGES`."""
     found: dict[str, Path] = {}
-    waiting = [MAIN, "backupctl.vm.libvirt.guard_hands"]
+    waiting = [MAIN, "backupctl.vm.libvirt.guard_hands", *([IMAGES] if images else [])]
     while waiting:
         name = waiting.pop()
         path = _path(name)

@@ -69,7 +69,7 @@ class Channel:
         seconds = options.get("lock_seconds", 0.0)
         assert isinstance(seconds, float)
         try:
-            text = bundle.content() + json.dumps(options).encode() + b"\n"
+            text = bundle.content(images=bool(options.get("images"))) + json.dumps(options).encode() + b"\n"
             with self._writing:
                 self._connection.send(text, _START_SECONDS, cancel.check if cancel else lambda: None)
             answer = self._greeting(time.monotonic() + _START_SECONDS + seconds, cancel)
@@ -172,10 +172,11 @@ def _value(answer: dict[str, Any]) -> Any:
     if "error" not in answer:
         return answer.get("value")
     message, state = str(answer.get("message", ""))[:1000], str(answer.get("state", ""))[:300]
+    hint = str(answer.get("hint", ""))[:300]
     if answer["error"] == "OSError":
         number = answer.get("errno")
         raise OSError(number if isinstance(number, int) else 0, message)
-    raise errors.received(str(answer["error"]), message, state)
+    raise errors.received(str(answer["error"]), message, state).add(hint=hint)
 
 
 def _advice(text: str) -> str:

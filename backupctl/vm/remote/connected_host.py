@@ -5,21 +5,30 @@
 """
 
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import AgentUnavailable, BackupctlError, MonitorError
+from backupctl.errors import (
+    AgentUnavailable,
+    BackupctlError,
+    Failed,
+    MonitorError,
+    MonitorUnreachable,
+)
+from backupctl.names import Namespace
 from backupctl.options import Timeouts
 from backupctl.system.address import Address
 from backupctl.vm.guest.guard import GuardClient
-from backupctl.vm.qmp import reply
+from backupctl.vm.qmp import nbd_export, reply
+from backupctl.vm.qmp.monitor import Monitor
+from backupctl.vm.qmp.nbd_export import Serve
 from backupctl.vm.remote import channel
 from backupctl.vm.remote.channel import Channel
 from backupctl.vm.remote.files import RemoteFiles
 from backupctl.vm.remote.guard import RemoteGuard
-from backupctl.vm.remote.names import GUARD_SECONDS, NBD, SILENCE_SECONDS
+from backupctl.vm.remote.names import GUARD_SECONDS, MONITOR, NBD, SILENCE_SECONDS
 
 MOST_DESCRIPTOR = 1 << 30
 _AGENT_WAITS = 5
@@ -94,10 +103,84 @@ class ConnectedHost:
             raise
         return made
 
+    def line(self, request: str) -> "MonitorLine":
+        """Return the way to a monitor there. request: what the program is asked for."""
+        return MonitorLine(self._there, request)
+
+    @property
+    def serve(self) -> Serve:
+        """Start the NBD server on the host, and relay its connections."""
+        return self._serve
+
+    @contextmanager
+    def _serve(
+        self, monitor: Monitor, namespace: Namespace, clients: int
+    ) -> Iterator[Callable[[], socket.socket]]:
+        answer = self._there.ask("listen", by_descriptor=monitor.passes_descriptors, clients=clients)
+        with reply.understood("answer of its host"):
+            path = reply.text(answer["path"])
+            descriptor = -1 if path else reply.number(answer["descriptor"], MOST_DESCRIPTOR)
+        nbd_export.start_server(monitor, namespace, clients, descriptor=descriptor, path=path)
+        yield lambda: self.connect_client("connect")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the host could be reached when it was last asked."""
+        return self._there.alive
+
+    @property
+    def name(self) -> str:
+        """The host, as people know it."""
+        return self._there.host
+
+    def ask_images(self, call: str, *arguments: object, seconds: float) -> Any:
+        """Return what an `ImageServer` there answers within so many seconds.
+
+        Raises what it raises, MonitorError.
+        """
+        try:
+            return self._there.ask("images", seconds, call=call, arguments=list(arguments))
+        except OSError as err:
+            raise Failed(f"on {self.name}: {err.strerror}") from err
+        except MonitorUnreachable as err:
+            raise err.reworded(f"on {self.name}: {err.message}") from err
+        except MonitorError:  # which names the host
+            raise
+        except Failed as err:
+            raise err.reworded(f"on {self.name}: {err.message}") from err
+
     @property
     def _there(self) -> Channel:
         assert self._channel is not None, "open comes first"
         return self._channel
+
+
+class MonitorLine:
+    """See `vm.qmp.monitor.Line`. request: what the program there is asked for when a client has connected."""
+
+    def __init__(self, there: Channel, request: str) -> None:
+        self._there = there
+        self._request = request
+
+    def connect(self, seconds: float) -> tuple[socket.socket, int | None]:
+        """Connect to the socket that ssh forwards, and have the program there go on to the monitor."""
+        try:
+            made = Address(path=str(self._there.directory / MONITOR)).connect(seconds)
+        except OSError as err:  # of ours, so it says nothing of whether QEMU listens
+            raise ConnectionError(0, f"the socket that ssh forwards: {err.strerror}") from err
+        try:
+            process = self._there.ask(self._request, seconds)
+        except MonitorError as err:
+            made.close()
+            raise ConnectionError(0, err.message) from err
+        except BaseException:
+            made.close()
+            raise
+        return made, process if isinstance(process, int) else None
+
+    def send_descriptor(self, descriptor: int) -> None:
+        """Have the program there send it."""
+        self._there.ask("send_fd", descriptor=descriptor)
 
 
 HostType = TypeVar("HostType", bound=ConnectedHost)

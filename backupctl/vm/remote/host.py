@@ -5,25 +5,17 @@ QEMU gets descriptors there as it does here, since our program there sends them 
 scratch files have no names, and QEMU needs no rights on any directory, unless it takes no descriptors.
 """
 
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import MonitorError
-from backupctl.names import Namespace
 from backupctl.options import QmpAccess, Timeouts
-from backupctl.system.address import Address
 from backupctl.vm.disk import Disk
 from backupctl.vm.filling import Filling
-from backupctl.vm.qmp import nbd_export, reply
 from backupctl.vm.qmp.monitor import Monitor
-from backupctl.vm.qmp.nbd_export import Serve
 from backupctl.vm.remote import connected_host
-from backupctl.vm.remote.channel import Channel
-from backupctl.vm.remote.connected_host import MOST_DESCRIPTOR, ConnectedHost
-from backupctl.vm.remote.names import MONITOR
+from backupctl.vm.remote.connected_host import ConnectedHost
 
 
 class RemoteHost(ConnectedHost):
@@ -39,17 +31,12 @@ class RemoteHost(ConnectedHost):
 
     def monitor(self, cancel: Cancellation | None = None) -> Monitor:
         """Connect to the monitor. Raises MonitorUnreachable, Interrupted."""
-        return Monitor.connect(self._access.qmp, self._timeouts.command_seconds, cancel, _Line(self._there))
+        return Monitor.connect(self._access.qmp, self._timeouts.command_seconds, cancel, self.line("monitor"))
 
     def monitor_again(self) -> Monitor:
         """Connect to the monitor anew, and to the host where that is necessary."""
         self.open_again()
         return self.monitor()
-
-    @property
-    def serve(self) -> Serve:
-        """Start the NBD server on the host, and relay its connections."""
-        return self._serve
 
     def thaw_if_frozen(self) -> bool:
         """Have the program there talk to the agent."""
@@ -59,44 +46,6 @@ class RemoteHost(ConnectedHost):
         """Return who else needs the file system of a directory there."""
         self.files.check_directory(directory)
         return self.files.filling(directory, monitor.remote_process)
-
-    @contextmanager
-    def _serve(
-        self, monitor: Monitor, namespace: Namespace, clients: int
-    ) -> Iterator[Callable[[], socket.socket]]:
-        answer = self._there.ask("listen", by_descriptor=monitor.passes_descriptors, clients=clients)
-        with reply.understood("answer of its host"):
-            path = reply.text(answer["path"])
-            descriptor = -1 if path else reply.number(answer["descriptor"], MOST_DESCRIPTOR)
-        nbd_export.start_server(monitor, namespace, clients, descriptor=descriptor, path=path)
-        yield lambda: self.connect_client("connect")
-
-
-class _Line:
-    """See `vm.qmp.monitor.Line`."""
-
-    def __init__(self, there: Channel) -> None:
-        self._there = there
-
-    def connect(self, seconds: float) -> tuple[socket.socket, int | None]:
-        """Connect to the socket that ssh forwards, and have the program there go on to the monitor."""
-        try:
-            made = Address(path=str(self._there.directory / MONITOR)).connect(seconds)
-        except OSError as err:  # of ours, so it says nothing of whether QEMU listens
-            raise ConnectionError(0, f"the socket that ssh forwards: {err.strerror}") from err
-        try:
-            process = self._there.ask("monitor", seconds)
-        except MonitorError as err:
-            made.close()
-            raise ConnectionError(0, err.message) from err
-        except BaseException:
-            made.close()
-            raise
-        return made, process if isinstance(process, int) else None
-
-    def send_descriptor(self, descriptor: int) -> None:
-        """Have the program there send it."""
-        self._there.ask("send_fd", descriptor=descriptor)
 
 
 def connected(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import MonitorUnreachable, Refused
+from backupctl.errors import Refused
 from backupctl.finding import Finding
 from backupctl.options import LibvirtAccess, RunOptions, Timeouts, VmConfig
 from backupctl.vm.libvirt.connection import Connection
@@ -23,11 +23,7 @@ def connect(
     Raises MonitorUnreachable, Interrupted.
     """
     with libvirt_host.connected(access, timeouts, cancel) as there, there.connection() as connection:
-        try:
-            refuse_off(connection, access)
-        except MonitorUnreachable as err:
-            err.hint = "a domain of another host is backed up while it runs; skip it with --if-running"
-            raise
+        refuse_off(connection, access)
         yield RemoteLibvirtDriver(vm, access, timeouts, connection, there)
 
 

@@ -33,11 +33,6 @@ class RemoteLibvirtHost(ConnectedHost):
         super().__init__(libvirt_uri.remote(access.uri).address, timeouts)
         self._access = access
 
-    @property
-    def name(self) -> str:
-        """The host, as people know it."""
-        return self._there.host
-
     def options(self, lock_seconds: float) -> dict[str, object]:
         """Tell of libvirt and the domain."""
         return _options(self._access, self._timeouts, lock_seconds=lock_seconds)

@@ -5,6 +5,7 @@
 
     run ══ ssh ══► this program ──► QEMU's monitor       relayed, and descriptors of ours sent along
                       │    │   └──► QEMU's NBD server    relayed; the connections are the guard's as well
+                      │    ├──────► a storage daemon     on the images of a VM that is off, without a guard
                       │    └──────► scratch files
                       └── socket pair ──► the guard      (vm/guest/guard_process.py, a process of its own)
 
@@ -22,9 +23,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from backupctl.errors import BackupctlError, Failed, Refused
 from backupctl.names import Namespace, VmName
@@ -36,7 +37,10 @@ from backupctl.vm.qmp.files import LOCAL
 from backupctl.vm.remote.names import MONITOR, NBD, READY, SILENCE_SECONDS
 from backupctl.vm.remote.relay import Relay
 from backupctl.vm.remote.vm_lock import VmLock
-from backupctl.vm.remote.vms import LibvirtVm, QmpVm
+from backupctl.vm.remote.vms import ImagesVm, LibvirtVm, QmpVm
+
+if TYPE_CHECKING:
+    from backupctl.vm.remote.image_server import ImageServer
 
 _CONNECT_SECONDS = 10.0
 _GUARD_END_SECONDS = 10.0
@@ -47,11 +51,11 @@ class RemoteProgram:
     """Serves one command's requests. options: what `vm.remote.host` or `vm.remote.libvirt_host` asked for.
 
     directory: for our own sockets; "" where none are needed. guard: whether there is to be one; there is if
-    nothing is said.
+    nothing is said. images: whether the VM is off, and its images are read; then there is no guard.
     """
 
     def __init__(self, options: dict[str, Any], held: ExitStack) -> None:
-        self._vm: LibvirtVm | QmpVm = LibvirtVm(options) if "libvirt" in options else QmpVm(options)
+        self._vm = _vm(options)
         self._agent_seconds = float(options["agent_seconds"])
         self._held = held
         self._monitor: Relay | None = None
@@ -61,10 +65,14 @@ class RemoteProgram:
         self._guard: socket.socket | None = None
         self._guard_pid = 0
         self._lock: VmLock | None = None
+        self._images: ImageServer | None = None
         if options["directory"]:
             # Before anything that the guard need not have, and before any thread.
             if options.get("guard", True):
                 self._lock = VmLock.acquire(self._vm.lock_name, float(options["lock_seconds"]))
+            if options.get("images"):
+                self._images = held.enter_context(closing(_image_server()))
+            elif self._lock is not None:
                 self._fork_guard()
             directory = held.enter_context(private_dir.named(Path(options["directory"])))
             self._listeners = {name: self._listener(directory / name) for name in (MONITOR, NBD)}
@@ -77,8 +85,11 @@ class RemoteProgram:
                 os.write(1, json.dumps(self._answer(json.loads(line))).encode() + b"\n")
 
     def end(self) -> None:
-        """Leave the guard alone, which ends by itself, and wait for it: it has the lock."""
-        if isinstance(self._vm, LibvirtVm) and self._clients:
+        """Leave the guard alone, which ends by itself, and wait for it: it has the lock.
+
+        Without a guard the lock is held until a daemon on images has ended.
+        """
+        if isinstance(self._vm, LibvirtVm) and self._images is None and self._clients:
             self._leave_handshakes()
         for one in (*self._earlier, *([self._monitor] if self._monitor else [])):  # the guard needs it
             one.close()
@@ -86,6 +97,8 @@ class RemoteProgram:
             self._guard.close()
             self._await_guard()
         self._held.close()
+        if self._images is not None and self._lock is not None:
+            self._lock.remove()
 
     def _leave_handshakes(self) -> None:
         """Have clients leave that are in their handshake: the end of a job stops the NBD server, too."""
@@ -106,7 +119,7 @@ class RemoteProgram:
         try:
             return {"value": getattr(self, f"do_{request.pop('do')}")(**request)}
         except BackupctlError as err:
-            return {"error": err.code, "message": err.message, "state": err.state}
+            return {"error": err.code, "message": err.message, "state": err.state, "hint": _hint(err)}
         except OSError as err:
             text = err.strerror or str(err) or type(err).__name__
             return {"error": "OSError", "message": text, "state": "", "errno": err.errno or 0}
@@ -125,6 +138,22 @@ class RemoteProgram:
         process = open_files.peer(qemu)
         self._monitor = Relay(self._accepted(MONITOR), qemu, outlives=False)
         return process
+
+    def do_image_monitor(self) -> None:
+        """Connect to the monitor of the daemon on the images, for a client as of `do_monitor`."""
+        assert self._images is not None
+        forwarded = self._accepted(MONITOR)
+        try:
+            daemon = self._images.connect()
+        except OSError:
+            forwarded.close()
+            raise
+        daemon.settimeout(None)
+        self._earlier.append(Relay(forwarded, daemon, outlives=False))
+
+    def do_images(self, call: str, arguments: list[Any]) -> Any:
+        """Do the work of one of the methods of `ImageServer`."""
+        return getattr(self._images, f"do_{call}")(*arguments)
 
     def do_send_fd(self, descriptor: int) -> None:
         """Send a descriptor to QEMU, for the next command. No command is under way."""
@@ -150,7 +179,8 @@ class RemoteProgram:
             qemu.close()
             forwarded.close()
             raise
-        self._clients.append(Relay(forwarded, qemu, outlives=True))
+        # A daemon on images has no guest that could be harmed by a client that leaves.
+        self._clients.append(Relay(forwarded, qemu, outlives=self._images is None))
         return qemu.fileno()
 
     def do_connect_nbd(self, path: str, qemu_user: list[int] | None) -> int:
@@ -226,6 +256,22 @@ class RemoteProgram:
         if not ours.recv(65536):
             raise Failed("the guard process did not start")
         self._guard = ours
+
+
+def _vm(options: dict[str, Any]) -> LibvirtVm | QmpVm | ImagesVm:
+    if "libvirt" in options:
+        return LibvirtVm(options)
+    return ImagesVm(options) if "image" in options else QmpVm(options)
+
+
+def _image_server() -> "ImageServer":
+    from backupctl.vm.remote.image_server import ImageServer  # noqa: PLC0415 - sent to few hosts
+
+    return ImageServer()
+
+
+def _hint(err: BackupctlError) -> str:
+    return err.hint or (err.next_command and f"run this there: {err.next_command}")
 
 
 def _private(prefix: str, vm: str, directory: str) -> str:

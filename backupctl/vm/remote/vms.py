@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""On the remote host: how a VM there is reached, by QEMU's monitor or through libvirt.
+"""On the remote host: how a VM there is reached, by QEMU's monitor, through libvirt, or not at all.
 
-Both have the same methods: `connect` returns a socket on which a client here is relayed to, the monitor's or
+All have the same methods: `connect` returns a socket on which a client here is relayed to, the monitor's or
 libvirt's own; `guard_arguments` are those by which the guard knows the VM.
 """
 
@@ -54,6 +54,34 @@ class QmpVm:
     def thaw(self) -> bool:
         """Thaw a guest that is frozen; whether it was. Raises AgentError."""
         return self._agent is not None and agent.thaw_if_frozen(self._agent, self._seconds)
+
+
+class ImagesVm:
+    """A VM that is known by its images alone. options: image is the newest one of its first disk."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._image = str(options["image"])
+
+    @property
+    def lock_name(self) -> str:
+        """What a lock on the VM is called by."""
+        return self._image
+
+    def guard_arguments(self) -> tuple[str, str]:
+        """Raise MonitorUnreachable: there is nothing to guard."""
+        raise MonitorUnreachable("the VM has no monitor")
+
+    def connect(self) -> socket.socket:
+        """Raise MonitorUnreachable: it has no monitor of its own."""
+        raise MonitorUnreachable("the VM has no monitor")
+
+    def freeze_status(self) -> str:
+        """Raise AgentUnavailable."""
+        raise AgentUnavailable("no guest agent is configured")
+
+    def thaw(self) -> bool:
+        """Nothing is frozen."""
+        return False
 
 
 class LibvirtVm:

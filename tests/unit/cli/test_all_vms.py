@@ -2,6 +2,7 @@
 """Without a NAME: every VM of every configured repository. And whose rules a prune obeys."""
 
 import json
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -119,6 +120,19 @@ def test_prune_goes_by_each_vms_own_rules_and_says_whom_it_left_alone(two):
     assert "no recovery points yet" in skipped["shop"]
     assert "skipped db: no retention rule is configured" in said
     assert not (two[0].path / "shop").exists()
+
+
+def test_a_verify_of_all_names_the_vms_that_have_no_backup(two):
+    told, said, _ = call("verify", "--fast", "--quiet", error=DamageFound)  # their images are empty files
+    assert told["points"] == 5
+    assert f"warning: there is no recovery point of shop in {two[0].path}" in said
+    assert "point of web" not in said
+    assert "point of db" not in said
+    typed = ("--repository", str(two[1].path))
+    assert "no recovery point" not in call("verify", "--fast", *typed, error=DamageFound)[1]
+    shutil.rmtree(two[1].path / "db")
+    done = CliRunner().invoke(cli, ["verify", *typed])
+    assert (done.exit_code, done.stdout.endswith(": nothing to verify\n")) == (0, True)
 
 
 def test_rules_of_the_command_line_are_for_all(two):

@@ -4,7 +4,9 @@
 import pytest
 
 from backupctl.cli import exposure
+from backupctl.cli.configuration import Config
 from backupctl.cli.settings import HookSettings, NotifySettings, VmSettings
+from backupctl.system import ssh
 
 
 @pytest.fixture
@@ -34,3 +36,13 @@ def test_a_missing_sendmail_is_told_if_mail_is_to_be_sent(program, tmp_path):
     (said,) = messages(notify=NotifySettings(mail="root", sendmail=missing))
     assert said == f"sendmail will not run: {missing} cannot be started: No such file or directory"
     assert messages(notify=NotifySettings(mail="root", sendmail=str(program))) == []
+
+
+def test_an_ssh_config_that_the_environment_names_is_told(program, monkeypatch):
+    monkeypatch.setenv(ssh.CONFIG_VARIABLE, str(program))
+    told = list(exposure.configuration(Config()))[-1]
+    assert (told.verdict, told.said) == ("ok", f"{ssh.CONFIG_VARIABLE} is set: ssh reads {program}")
+    program.chmod(0o777)
+    told = list(exposure.configuration(Config()))[-1]
+    assert (told.verdict, told.advice) == ("warning", f"unset {ssh.CONFIG_VARIABLE}")
+    assert f"{program} is not trusted" in told.said

@@ -99,9 +99,10 @@ def test_the_host_of_a_vm_is_that_of_its_monitor(started, configured):
             )
         )
     )
+    text += '[vm.vm5]\nimage = {vda = "ssh://root@Far/a b.qcow2,format=raw"}\n'
     configured.write_text(configured.read_text() + text)
     jobs, limits, _ = started("vm*", "web", "--jobs-per-host", "2")
-    assert [job.host for job in jobs] == ["far", "far", "", "10.0.0.7", "localhost", ""]
+    assert [job.host for job in jobs] == ["far", "far", "", "10.0.0.7", "localhost", "far", ""]
     assert limits == Limits(3, 2, 2)
 
 

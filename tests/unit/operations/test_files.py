@@ -10,12 +10,23 @@ import time
 import pytest
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import DamageFound, FilesystemError, Interrupted, NoSuchPoint, TargetExists, UsageError
+from backupctl.errors import (
+    DamageFound,
+    FilesystemError,
+    Interrupted,
+    NoSuchPoint,
+    TargetExists,
+    UsageError,
+    WriteFailed,
+)
 from backupctl.operations.files import extract as copying
 from backupctl.operations.files import run as files
 from backupctl.operations.files.run import Selection
 from backupctl.repository import read_locks
 from backupctl.system import locks
+from backupctl.vm import filling
+from backupctl.vm.filling import Filling
+from backupctl.vm.scratch_directory import LOW_BYTES
 from tests.unit.filesystems.sources import make_ext, make_tree, of_directory
 from tests.unit.filesystems.test_lvm import IDS as LVM_IDS
 from tests.unit.filesystems.test_lvm import physical_volume
@@ -74,6 +85,17 @@ def test_all_of_a_file_system_is_copied_except_links(builder, point, source, tmp
         ("/link", "a symbolic link"),
         ("/long-link", "a symbolic link"),
     }
+
+
+def test_a_copy_ends_before_it_takes_the_room_of_vms(builder, point, tmp_path, monkeypatch):
+    monkeypatch.setattr(filling, "free_bytes", lambda _: LOW_BYTES - 1)
+    monkeypatch.setattr(Filling, "who", lambda one: f"a.qcow2 is on {one.directory} too")
+    target = tmp_path / "out"
+    with files.open_places(builder.directory, "latest", Selection(), Cancellation()) as places:
+        found = (files.locate(places, b"/etc"),)
+        with pytest.raises(WriteFailed, match=rf"255 MiB left\), and a\.qcow2 is on {target} too"):
+            copying.extract(found, target, builder.repository.path)
+    assert [path.name for path in target.rglob("*")] == ["etc"]
 
 
 def test_nothing_that_exists_is_overwritten(builder, point, tmp_path):

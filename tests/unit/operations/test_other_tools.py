@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from backupctl.names import NodeName, VmName
+from backupctl.names import DiskName, NodeName, VmName
 from backupctl.operations import other_tools
-from backupctl.options import LibvirtAccess, NoMonitor, QmpAccess, VmConfig
+from backupctl.options import LibvirtAccess, NoMonitor, QmpAccess, VmConfig, VmImage
 from backupctl.system.address import Address
 from backupctl.vm.bitmap import Bitmap
 from tests.conftest import ROOT
@@ -75,7 +75,14 @@ def test_the_command_fits_the_way_in_which_the_vm_is_reached():
         *("virsh", "-c", "qemu:///system", "checkpoint-delete", "a b", name)
     ]
     (off,) = other_tools.found(driver(bitmap(name), guest=False), replace(QMP, access=NoMonitor()))
-    assert shlex.split(off.removal[0]) == ["qemu-img", "bitmap", "--remove", "/images/it's.qcow2", name]
+    words = ["qemu-img", "bitmap", "--remove", "/images/it's.qcow2", name]
+    assert shlex.split(off.removal[0]) == words
+    host = Address.parse("ssh://root@vmhost:22/image")
+    there = replace(QMP, access=NoMonitor(), images=(VmImage(DiskName("vda"), (), host),))
+    (off,) = other_tools.found(driver(bitmap(name), guest=False), there)
+    *ssh, command = shlex.split(off.removal[0])
+    assert ssh == ["ssh", "-p", "22", "root@vmhost"]
+    assert shlex.split(command) == words, "the shell there takes it apart once more"
 
 
 def test_the_page_names_each_tool_that_is_known():

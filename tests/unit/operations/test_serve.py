@@ -19,8 +19,14 @@ from typing import Any
 import nbd
 import pytest
 
-from backupctl.errors import Locked, UsageError
+from backupctl.cancel import Cancellation
+from backupctl.errors import Locked, UsageError, WriteFailed
+from backupctl.operations import serve as core
+from backupctl.operations.serve import Export, ServeRequest
 from backupctl.system import listen, locks
+from backupctl.vm import filling
+from backupctl.vm.filling import Filling
+from backupctl.vm.scratch_directory import LOW_BYTES
 from tests.unit.points import P1, P2, Builder, disk_entry
 
 MIB = 1 << 20
@@ -262,6 +268,33 @@ def test_an_overlay_is_for_its_own_point_and_never_in_the_repository(two_points,
     inside = builder.directory.path / P2 / "o"
     assert "inside the repository" in refused(builder, P2, "--writable-overlay", inside)
     assert not inside.exists()
+
+
+def test_an_overlay_that_takes_the_room_of_vms_ends_the_server(two_points, tmp_path, monkeypatch):
+    builder, _ = two_points
+    monkeypatch.setattr(filling, "free_bytes", lambda _: LOW_BYTES - 1)
+    monkeypatch.setattr(Filling, "who", lambda one: f"a.qcow2 is on {one.directory} too")
+    shown: list[tuple[Export, ...]] = []
+    request = ServeRequest(builder.directory.point(P2), writable_overlay=tmp_path / "o")
+    with pytest.raises(WriteFailed, match=rf"255 MiB left\), and a\.qcow2 is on {tmp_path} too"):
+        core.serve(builder.directory, request, ready=shown.append, stop=Cancellation())
+    assert len(shown) == 1
+    read_only = ServeRequest(request.point)  # which fills nothing
+    core.serve(builder.directory, read_only, ready=shown.append, stop=Asked(times=2))
+    assert len(shown) == 2
+
+
+class Asked(Cancellation):
+    """Ends a server that has looked so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self._left = times
+
+    @property
+    def requested(self) -> bool:
+        self._left -= 1
+        return self._left < 0
 
 
 def test_an_overlay_is_for_one_disk(builder: Builder, serve, tmp_path):

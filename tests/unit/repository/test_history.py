@@ -11,7 +11,7 @@ import pytest
 
 from backupctl.cancel import Cancellation
 from backupctl.errors import DamageFound, NoSuchPoint, RepositoryError
-from backupctl.events.repository import NothingToVerify
+from backupctl.events.repository import NoBackup, NothingToVerify
 from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Rules
 from backupctl.operations.verify.layer import VerifyScope
@@ -88,6 +88,9 @@ def test_a_verify_of_an_empty_repository_says_that_there_is_nothing(builder: Bui
     told = Recording()
     verify(builder.repository, None, None, VerifyScope(), told, Cancellation())
     assert told.warnings == [NothingToVerify(builder.repository.path)]
+    reconcile(builder)  # a first run of the VM that failed
+    verify(builder.repository, None, None, VerifyScope(), told, Cancellation())
+    assert told.warnings[1:-1] == [NoBackup(builder.directory.name, builder.repository.path)]
 
 
 def test_a_point_of_another_content_under_the_same_name_is_found(builder: Builder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from backupctl.errors import Failed
+from backupctl.errors import Failed, Refused
 from backupctl.system import ssh
 from backupctl.system.address import Address
 
@@ -56,12 +56,30 @@ def test_ssh_asks_nothing_checks_the_host_key_shares_no_connection_and_forwards_
     assert not connection.local.exists()
 
 
-def test_another_ssh_config_is_read_if_the_environment_names_one(as_ssh, monkeypatch):
+def test_another_ssh_config_is_read_if_the_environment_names_one(as_ssh, monkeypatch, tmp_path):
     as_ssh('for each; do printf "%s\\n" "$each"; done')
-    monkeypatch.setenv(ssh.CONFIG_VARIABLE, "/etc/other")
+    other = tmp_path / "other"
+    other.touch(0o600)
+    monkeypatch.setenv(ssh.CONFIG_VARIABLE, str(other))
     with ssh.connect(ADDRESS, "p", Path("/far"), ()) as connection:
         words = lines(connection)
-    assert words[words.index("-F") + 1] == "/etc/other"
+    assert words[words.index("-F") + 1] == str(other)
+
+
+def test_an_ssh_config_that_others_could_change_is_refused(as_ssh, monkeypatch, tmp_path):
+    """Its ProxyCommand would run as root."""
+    as_ssh("exit 0")
+    other = tmp_path / "other"
+    monkeypatch.setenv(ssh.CONFIG_VARIABLE, str(other))
+    with pytest.raises(Refused, match="cannot open"), ssh.connect(ADDRESS, "p", Path("/far"), ()):
+        pass
+    other.touch(0o600)
+    other.chmod(0o666)
+    with pytest.raises(Refused) as caught, ssh.connect(ADDRESS, "p", Path("/far"), ()):
+        pass
+    said = f"{ssh.CONFIG_VARIABLE} is set, but {other} is not trusted: it is writable by other users"
+    assert caught.value.message.startswith(said)
+    assert caught.value.next_command == f"chmod go-w {other}"
 
 
 def test_what_ssh_says_last_is_kept(as_ssh):

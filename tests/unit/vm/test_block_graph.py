@@ -24,7 +24,7 @@ class Monitor:
         self.commands = frozenset({"x-debug-query-block-graph"}) if tells else frozenset()
 
     def execute(self, command: str, _arguments: Any = None) -> Any:
-        if command == "qom-list":
+        if command in ("qom-list", "qom-get"):
             raise CommandFailed(command, "DeviceNotFound", "no such thing")
         top = self.nodes[0]
         inserted = {"node-name": top["node-name"], "drv": top["drv"], "ro": False}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from backupctl.errors import CommandFailed, UsageError
+from backupctl.errors import CommandFailed, MonitorError, UsageError
 from backupctl.vm.qmp import inventory
 
 KINDS = {"lun": "scsi-block", "tape": "scsi-generic", "sda": "scsi-hd"}
@@ -13,7 +13,10 @@ UNSEEN = {"fast": "vhost-user-blk-pci"}
 
 
 class Monitor:
-    """A QEMU with one SCSI device of each kind, and a disk that another process serves."""
+    """A QEMU with one SCSI device of each kind, and a disk that another process serves. shares: share-rw."""
+
+    def __init__(self, shares: object = False) -> None:
+        self.shares = shares
 
     def execute(self, command: str, arguments: Any = None) -> Any:
         if command == "query-block":
@@ -22,6 +25,9 @@ class Monitor:
             return [self._node(name) for name in KINDS]
         if command == "query-block-jobs":
             return []
+        if command == "qom-get":
+            assert arguments == {"path": "/machine/peripheral/sda", "property": "share-rw"}
+            return self.shares
         assert command == "qom-list"
         if arguments["path"] != "/machine/peripheral":
             raise CommandFailed(command, "DeviceNotFound", "no such thing")
@@ -45,3 +51,11 @@ def test_a_disk_whose_writes_qemu_does_not_see_is_left_out():
     for name, why in (("lun", "passed through"), ("fast", "another process")):
         with pytest.raises(UsageError, match=why):
             found.chosen([name])
+
+
+def test_a_disk_that_others_may_write_to_says_so():
+    for shares in (False, True):
+        (disk,) = inventory.inventory(Monitor(shares)).disks
+        assert disk.open_to_others is shares
+    with pytest.raises(MonitorError, match="share-rw is invalid"):
+        inventory.inventory(Monitor("on"))

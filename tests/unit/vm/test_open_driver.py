@@ -3,17 +3,19 @@
 
 import socket
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from backupctl.errors import MonitorUnreachable, VmIsOff
 from backupctl.names import DiskName, VmName
-from backupctl.options import ImageFile, NoMonitor, QmpAccess, Timeouts, VmConfig, VmImage
+from backupctl.options import ImageFile, LibvirtAccess, NoMonitor, QmpAccess, Timeouts, VmConfig, VmImage
 from backupctl.system.address import Address
 from backupctl.vm import open_driver
 from backupctl.vm.offline import driver
 from backupctl.vm.open_driver import open_for_backup, refuse_skipped
+from backupctl.vm.remote import libvirt_driver, off_driver
 
 TIMEOUTS = Timeouts(command_seconds=0.3)
 IMAGES = (VmImage(DiskName("vda"), (ImageFile(Path("/nowhere")),)),)
@@ -105,6 +107,33 @@ def test_a_command_that_only_looks_reads_the_images_whatever_a_backup_does(refus
             vm(refusing, images=IMAGES, when_off=when_off), TIMEOUTS
         ) as opened_driver:
             assert opened_driver == "the images"
+
+
+@pytest.mark.parametrize("access", [NoMonitor(), LibvirtAccess("qemu+ssh://host/system", "web")])
+def test_a_vm_on_another_host_that_is_off_is_backed_up_there(access, offline, monkeypatch):
+    @contextmanager
+    def off_there(config, *_):
+        yield f"the images of {config.name} there"
+
+    @contextmanager
+    def domain(*_):
+        raise switched_off
+        yield
+
+    switched_off = MonitorUnreachable("the domain web is not running")
+    switched_off.nobody_listens = True
+    monkeypatch.setattr(libvirt_driver, "connect", domain)
+    monkeypatch.setattr(off_driver, "connect", off_there)
+    monkeypatch.setattr(off_driver, "connect_domain", off_there)
+    there = tuple(replace(one, host=Address.parse("ssh://host/image")) for one in IMAGES)
+    images = there if isinstance(access, NoMonitor) else ()
+    found = VmConfig(VmName("web"), access, images=images)
+    assert open_driver.is_remote(found)
+    assert opened(found) == "the images of web there"
+    assert offline == []
+    if not images:
+        with pytest.raises(VmIsOff):
+            opened(replace(found, when_off="skip"))
 
 
 def test_a_vm_without_monitor_is_its_images():

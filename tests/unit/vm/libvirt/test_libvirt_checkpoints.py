@@ -34,8 +34,8 @@ class Facts:
     def is_another_vms(self, point):
         return point in self.others
 
-    def lost(self):
-        return self.gone
+    def what_became_of(self, named):
+        return {point: "is gone" for point in self.gone if point in named}
 
     def checkpoints(self):
         return self.kept

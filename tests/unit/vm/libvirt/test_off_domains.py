@@ -14,7 +14,15 @@ from backupctl.options import ImageFile, LibvirtAccess, VmConfig, VmImage
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.disk import Disk
 from backupctl.vm.driver import DiskSnapshot
-from backupctl.vm.libvirt import checkpoints, off_checkpoints, off_images, off_session
+from backupctl.vm.libvirt import (
+    checkpoints,
+    domain,
+    inventory,
+    job,
+    off_checkpoints,
+    off_images,
+    off_session,
+)
 from backupctl.vm.libvirt.checkpoints import Checkpoint
 from backupctl.vm.libvirt.off_checkpoints import Layer
 
@@ -37,8 +45,8 @@ class Facts:
     def is_another_vms(self, point):
         return point in self._others
 
-    def lost(self):
-        return ()
+    def what_became_of(self, named):
+        return {}
 
     def checkpoints(self):
         return 0
@@ -137,7 +145,7 @@ def test_libvirt_notes_a_checkpoint_before_its_bitmaps_are_made(monkeypatch):
 
     described = SimpleNamespace(target="vda", files=("/a",))
     disks = off_images.OffDisks((), {DiskName("system"): described}, (("sda", "it is a cdrom"),))
-    off = off_session.Off(LibvirtAccess("qemu:///system", "web"), SimpleNamespace(), disks, Daemon())
+    off = off_session.Off(SimpleNamespace, SimpleNamespace(), disks, Daemon())
     disk = Disk(DiskName("system"), NodeName("image0"), SIZE, "qcow2", True, "", "/a", ())
     snapshot = DiskSnapshot(disk, OURS.bitmap(B, DiskName("system")))
     off_session.OffSession(VmName("web"), off).hand_over([snapshot], Facts(A))
@@ -193,3 +201,30 @@ def test_an_image_of_a_disk_that_the_domain_does_not_have_is_refused():
     mine = VmImage(DiskName("vdz"), (ImageFile(Path("/mine")),))
     with pytest.raises(Refused, match="has no disk vdz"):
         of_domain(images=(mine,))
+
+
+SECOND = """<disk type='file' device='disk'><driver type='raw'/><source file='/b'/>
+<target dev='vdb'/>{more}</disk>"""
+
+
+@pytest.mark.parametrize(
+    ("serial", "names", "words"),
+    [
+        ("", {"vda": "vdb"}, "two disks of the VM are both called vdb"),
+        ("one", {"one": "vda"}, "two disks of the VM are both called vda"),
+        ("", {"vdb": "../b"}, "give the disk a name"),
+    ],
+)
+def test_a_disk_whose_name_cannot_be_is_refused_and_not_left_out(serial, names, words, monkeypatch):
+    """Of the domain that runs as well; with --quiet nobody would see that it is in no point."""
+    more = SECOND.format(more=f"<serial>{serial}</serial>")
+    with pytest.raises(Refused, match=words):
+        of_domain(more, disk_names=names)
+    monkeypatch.setattr(checkpoints, "listed", lambda _talk: ())
+    monkeypatch.setattr(job, "socket_of_job", lambda _talk: None)
+    monkeypatch.setattr(domain, "describe", lambda _talk: domain.parsed(DOMAIN.format(more=more)))
+    monkeypatch.setattr(domain, "disk", lambda _talk, _found, name, _bitmaps: SimpleNamespace(name=name))
+    runs = SimpleNamespace(call=lambda *_: None, domain=SimpleNamespace(blockJobInfo=print))
+    assert [one.name for one in inventory.inventory(runs, {}).disks] == ["vda", "vdb"]
+    with pytest.raises(Refused, match=words):
+        inventory.inventory(runs, names)

@@ -16,7 +16,7 @@ from backupctl.errors import AgentUnavailable, Interrupted, MonitorError, Monito
 from backupctl.options import QmpAccess, Timeouts
 from backupctl.system import ssh
 from backupctl.system.address import Address
-from backupctl.vm.remote import bundle, channel, host
+from backupctl.vm.remote import bundle, channel, connected_host, host
 
 ADDRESS = Address.parse("ssh://host/nowhere/q")
 HERE = 'for last; do :; done; exec /bin/sh -c "$last"'
@@ -45,7 +45,8 @@ def options(**more: object) -> dict[str, object]:
 
 
 def test_the_program_needs_nothing_but_the_standard_library():
-    for name, path in bundle.modules().items():
+    assert bundle.IMAGES not in bundle.modules()
+    for name, path in bundle.modules(images=True).items():
         for imported in bundle._imports(path):
             top = imported.partition(".")[0]
             assert top == "backupctl" or top in sys.stdlib_module_names, f"{name} imports {imported}"
@@ -173,9 +174,9 @@ def test_a_vm_that_is_off_is_told_from_a_line_that_broke(as_ssh, tmp_path, left)
     with channel.opened(ADDRESS, asked) as there, socket.socket(socket.AF_UNIX) as forwarded:
         assert not (there.directory / "m").exists()
         with pytest.raises(ConnectionError, match="the socket that ssh forwards") as broken:
-            host._Line(there).connect(1.0)
+            connected_host.MonitorLine(there, "monitor").connect(1.0)
         assert not isinstance(broken.value, ConnectionRefusedError)
         forwarded.bind(str(there.directory / "m"))
         forwarded.listen()
         with pytest.raises(ConnectionRefusedError if left else FileNotFoundError):
-            host._Line(there).connect(1.0)
+            connected_host.MonitorLine(there, "monitor").connect(1.0)
