@@ -36,6 +36,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml | packages
 	@$(PYTHON) -m venv --system-site-packages $(VENV)
 	@$(PIP) --require-hashes -r requirements.txt
 	@$(PIP) --no-deps --no-build-isolation -e .
+	@$(VENV)/bin/python -m compileall -q backupctl  # a unit that may write nowhere would do it at each run
 	@touch $@
 
 $(VENV)/.tools: requirements-dev.txt $(VENV)/.ready | packages-for-tests

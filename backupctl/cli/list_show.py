@@ -15,7 +15,6 @@ from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.events.repository import HistoryMismatch
 from backupctl.names import VmName, point_time
 from backupctl.operations import usage
-from backupctl.operations.restore import definition
 from backupctl.outcome import documents
 from backupctl.progress import counted
 from backupctl.repository import audit, summary
@@ -286,6 +285,8 @@ def show(target: Target, *, point: str, utc: bool, wants_definition: bool, as_js
     if wants_definition:
         if as_json:
             raise UsageError("--definition and --json are mutually exclusive")
+        from backupctl.operations.restore import definition  # noqa: PLC0415 - `list` must load quickly
+
         output.print_content(definition.main_file(directory, found))
         return
     every = directory.scan_some(directory.all_points())

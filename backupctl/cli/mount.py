@@ -46,7 +46,8 @@ def mount(
 
     The files are raw disks, for programs that read disk images: guestmount, guestfish, qemu-img, testdisk.
     Only you can read them. The file systems in them are not mounted: do not mount them with the host's
-    kernel, which a malicious guest could attack that way. `backupctl files` reads single files safely.
+    kernel, which a malicious guest could attack that way. `backupctl files` reads single files safely. For
+    other file systems, guestfish can run as a user without rights: docs/rights.md says how.
 
     This needs nbdfuse (package libnbd-bin) and fusermount3 (package fuse3).
     """

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import click
-import msgspec
 from click.core import ParameterSource
 
 from backupctl.cancel import Cancellation
@@ -16,12 +15,14 @@ from backupctl.cli import (
     param_types,
     point_argument,
     reporters,
+    retention_rules,
     units,
     vm_argument,
 )
 from backupctl.cli.common import Declared
 from backupctl.cli.monitored import Ending
 from backupctl.cli.reporters import RecordingReporter
+from backupctl.cli.retention_rules import Policy
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.prune import ConfiguredRulesNotUsed, VmFailed, VmSkipped
@@ -29,12 +30,9 @@ from backupctl.names import PointId
 from backupctl.operations import usage, verdict
 from backupctl.operations.prune import retention
 from backupctl.operations.prune import run as core
-from backupctl.operations.prune.retention import Rules
 from backupctl.operations.prune.run import PruneReport
 from backupctl.outcome import documents
 
-_COUNTED = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
-_KEYS = (*(f"keep_{name}" for name in _COUNTED), "keep_within")
 _NO_RULE = "no retention rule is configured (keep_last, keep_daily, ...)"
 _HELP = {"last": "Keep the N newest points."}
 
@@ -79,7 +77,7 @@ def rule_options(command: Declared) -> Declared:
         default=None,
         help="Keep every point not older than this before the newest: 36h, 7d, 1y6m.",
     )(command)
-    for name in reversed(_COUNTED):
+    for name in reversed(retention_rules.COUNTED):
         text = _HELP.get(
             name, f"Keep the newest point of each of the last N {name} periods that have one (UTC)."
         )
@@ -146,42 +144,10 @@ def prune(target: Target, context: click.Context, rules: RuleArguments, asked: P
 
 
 @dataclass(frozen=True)
-class _Policy:
-    """Which points are kept. typed: whether the command line says so. said: the rules, by their keys.
-
-    unused: rules of the configuration that do not count, because the command line has some.
-    """
-
-    rules: Rules
-    typed: bool
-    said: dict[str, Any]
-    unused: dict[str, Any]
-
-    @classmethod
-    def of(cls, target: Target, typed: dict[str, Any]) -> "_Policy":
-        """Take the command line's rules, if it has any, or else those of the configuration, never both."""
-        found = msgspec.to_builtins(target.config.of(target.name))
-        configured = {key: found[key] for key in _KEYS if found.get(key)}
-        said = typed or configured
-        within = said.get("keep_within")
-        rules = Rules(
-            **{name: int(said.get(f"keep_{name}", 0)) for name in _COUNTED},
-            within=retention.duration(within) if within else None,
-        )
-        unused = {key: value for key, value in configured.items() if typed and typed.get(key) != value}
-        return cls(rules, bool(typed), said, unused)
-
-
-def configured_rules(target: Target) -> Rules:
-    """Return what the configuration keeps of a VM's points."""
-    return _Policy.of(target, {}).rules
-
-
-@dataclass(frozen=True)
 class _Done:
     """What became of one VM."""
 
-    policy: _Policy
+    policy: Policy
     report: PruneReport
 
 
@@ -223,7 +189,7 @@ class _Work:
             raise UsageError(f"nothing was dropped: {_NO_RULE}")
 
     def _one_of_all(self, target: Target) -> None:
-        policy = _Policy.of(target, self.typed)
+        policy = Policy.of(target, self.typed)
         name = target.vm_name
         if not policy.typed and name not in target.config.vms:
             self._skip(name, "it is not configured")
@@ -240,13 +206,13 @@ class _Work:
 
     def one(self, target: Target) -> None:
         """Prune one VM."""
-        self._prune(target, _Policy.of(target, self.typed))
+        self._prune(target, Policy.of(target, self.typed))
 
-    def _prune(self, target: Target, policy: _Policy) -> None:
+    def _prune(self, target: Target, policy: Policy) -> None:
         with monitored.prune(target, self.reporter, dry_run=self.asked.dry_run) as ending:
             self._prune_watched(target, policy, ending)
 
-    def _prune_watched(self, target: Target, policy: _Policy, ending: Ending) -> None:
+    def _prune_watched(self, target: Target, policy: Policy, ending: Ending) -> None:
         directory = target.vm_directory()
         if policy.unused:
             self.reporter.event(ConfiguredRulesNotUsed(directory.name, policy.unused))

@@ -5,6 +5,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import click
 
 from backupctl import __version__
 from backupctl.cancel import Cancellation
-from backupctl.cli import check, common, monitored, output, param_types, prune, reporters, units, vm_argument
+from backupctl.cli import (
+    check,
+    common,
+    monitored,
+    output,
+    param_types,
+    reporters,
+    retention_rules,
+    units,
+    vm_argument,
+)
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, DamageFound, UsageError
 from backupctl.monitoring import memory
@@ -24,7 +35,7 @@ from backupctl.operations.report import write as files
 from backupctl.operations.report.facts import LastResult, LastResults, Report, RepositoryFacts
 from backupctl.operations.report.gather import VmRequest
 from backupctl.outcome import documents
-from backupctl.outcome.html import live, page, words
+from backupctl.outcome.html import page, words
 from backupctl.progress import Reporter, counted
 from backupctl.repository.repository import Repository
 from backupctl.system import listen
@@ -34,17 +45,19 @@ _FROM_AFAR = "listen on 127.0.0.1, and connect with ssh -L 8080:127.0.0.1:8080 H
 DEFAULT_MAPS = 30
 MOST_MAPS = 400
 _PAGE_MAPS = 1500
-"""As many rows of maps a page has without --maps: of many VMs, each has fewer."""
+"""As many rows of maps a page has without --maps: of many VMs, each has fewer. One row compares nothing."""
+_LEAST_MAPS = 2
 _PAGE_POINTS = 5000
 _LEAST_POINTS = 5
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of the command, by their names. path: of --html. One of path and web is given."""
+    """The options of the command, by their names. path: of --html. One of path, web and metrics is given."""
 
     path: Path | None
     web: str | None
+    metrics: str | None
     maps: int | None
     points: int | None
     force: bool
@@ -62,6 +75,7 @@ class Asked:
         ("All VMs, as a page for the browser", "backupctl report --html /srv/backups.html"),
         ("Two VMs, without the maps of their disks", "backupctl report web db --html report.html --maps 0"),
         ("A page that shows running backups, until Ctrl-C", "backupctl report --web 8080"),
+        ("Metrics for Prometheus, until Ctrl-C", "backupctl report --metrics 9876"),
     ),
 )
 @vm_argument.Named(needs_vm=False, optional=True, several=True)
@@ -76,6 +90,11 @@ class Asked:
     "--web",
     metavar="[HOST:]PORT",
     help="Serve the page on this machine, with what works on each VM now; port 0 is any free port.",
+)
+@click.option(
+    "--metrics",
+    metavar="[HOST:]PORT",
+    help="Serve no page, but metrics for Prometheus, at /metrics on this machine; port 0 is any free port.",
 )
 @click.option(
     "--maps",
@@ -101,14 +120,18 @@ def report(target: Target, asked: Asked) -> None:
     It has a time line, sizes, durations, chains, what the next prune drops, and a map of each disk. The page
     is one file that fetches nothing. The VM is not needed, and stored data is not read: `verify` does that.
     """
-    if (asked.path is None) == (asked.web is None):
-        raise UsageError("use either --html FILE or --web PORT")
+    if sum(one is not None for one in (asked.path, asked.web, asked.metrics)) != 1:
+        raise UsageError("use one of --html FILE, --web PORT and --metrics PORT")
     stop = Cancellation()
     with stop.on_signals(), reporters.reporter(quiet=asked.quiet) as reporter:
-        if asked.path is None:
-            _serve(target, asked, stop)
-        else:
+        if asked.path is not None:
             _write(target, asked, asked.path, stop, reporter)
+        elif asked.web is not None:
+            _serve(target, asked, asked.web, stop)
+        else:
+            from backupctl.cli import metrics  # noqa: PLC0415 - as of `live` below
+
+            metrics.serve(target, asked.metrics or "", ready=partial(_ready, asked), stop=stop)
 
 
 def _write(target: Target, asked: Asked, path: Path, stop: Cancellation, reporter: Reporter) -> None:
@@ -131,25 +154,29 @@ def _write(target: Target, asked: Asked, path: Path, stop: Cancellation, reporte
         raise common.worst(work.failures)
 
 
-def _serve(target: Target, asked: Asked, stop: Cancellation) -> None:
+def _serve(target: Target, asked: Asked, web: str, stop: Cancellation) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
+    from backupctl.outcome.html import live  # noqa: PLC0415 - http.server takes a sixth of a small report's start
 
     def render(version: str) -> bytes:
         return page.render(_Work(target, asked, datetime.now(UTC), stop).report(), live=version)
 
     def look() -> dict[str, Any]:
-        return _Work(target, asked, datetime.now(UTC), stop).look()
-
-    def ready(address: str) -> None:
-        if asked.as_json:
-            output.print_json(documents.report_served(address))
-        else:
-            output.print_table(("URL",), [(address,)])
+        doing, version = _Work(target, asked, datetime.now(UTC), stop).look()
+        return live.document(doing, version)
 
     target.by_repository()  # what is wrong with the command line is known before anybody connects
-    host, port = listen.tcp_address(asked.web or "", why_here=_LOCAL, hint=_FROM_AFAR)
+    host, port = listen.tcp_address(web, why_here=_LOCAL, hint=_FROM_AFAR)
     with listen.tcp(host, port) as listening:
-        live.serve(listening, live.LivePage(render, look), ready=ready, stop=stop)
+        live.serve(listening, live.LivePage(render, look), ready=partial(_ready, asked), stop=stop)
+
+
+def _ready(asked: Asked, address: str) -> None:
+    """Print where it is served."""
+    if asked.as_json:
+        output.print_json(documents.report_served(address))
+    else:
+        output.print_table(("URL",), [(address,)])
 
 
 @dataclass
@@ -168,21 +195,22 @@ class _Work:
         """Return all that is reported. Raises Interrupted."""
         return Report(self.now, __version__, tuple(self.repositories()))
 
-    def look(self) -> dict[str, Any]:
-        """Return what works on each VM now, and a version that changes when points come or go."""
+    def look(self) -> tuple[list[tuple[int, VmName, str]], str]:
+        """Return what works on each VM now, and a version that changes when points come or go.
+
+        Each VM with the number of its repository, and "" if nothing works on it.
+        """
         doing, versions = [], []
         for number, (path, names) in enumerate(self.target.by_repository().items()):
             try:
                 opened = self.target.open(path)
-                for vm in self._vms(opened, names):
+                for vm in self.target.vms_of(path, opened, names):
                     directory = opened.vm(vm)
                     versions.append(progress.version(directory))
                     doing.append((number, vm, words.doing(progress.of(directory, self.now))))
             except BackupctlError as err:
                 versions.append(err.message)
-        return live.document(
-            doing, hashlib.sha256("\n".join(versions).encode(errors="replace")).hexdigest()[:16]
-        )
+        return doing, hashlib.sha256("\n".join(versions).encode(errors="replace")).hexdigest()[:16]
 
     def repositories(self) -> Iterator[RepositoryFacts]:
         """Yield each repository; one that cannot be opened hides no other. Raises Interrupted."""
@@ -190,7 +218,9 @@ class _Work:
         for path, names in self.target.by_repository().items():
             try:
                 opened = self.target.open(path)
-                found.append((path, [self._request(opened, vm) for vm in self._vms(opened, names)], ""))
+                found.append(
+                    (path, [self._request(opened, vm) for vm in self.target.vms_of(path, opened, names)], "")
+                )
             except BackupctlError as err:
                 self.failures.append(err)
                 found.append((path, [], err.message))
@@ -208,19 +238,10 @@ class _Work:
         maps, points = self.asked.maps, self.asked.points
         if maps is None:
             maps = min(DEFAULT_MAPS, _PAGE_MAPS // each)
+            maps = maps if maps >= _LEAST_MAPS else 0
         if points is None and _have_more_points(vms, _PAGE_POINTS):
             points = max(_LEAST_POINTS, _PAGE_POINTS // each)
         return maps, points
-
-    def _vms(self, repository: Repository, names: Sequence[VmName | None]) -> list[VmName]:
-        """Return the VMs that are meant; of all, those too that are configured and never were backed up."""
-        named = {vm for vm in names if vm}
-        if None in names:
-            named |= set(repository.vms())
-            if not self.target.typed_repository:
-                configured = (self.target.of(vm) for vm in self.target.config.vms)
-                named |= {one.vm_name for one in configured if one.repository_path == repository.path}
-        return sorted(named)
 
     def _request(self, repository: Repository, vm: VmName) -> VmRequest:
         # The directory decides, not the name: a VM may be configured for another repository by now.
@@ -233,7 +254,7 @@ class _Work:
                 retention.duration(configured.max_age or check.DEFAULT_MAX_AGE),
                 retention.duration(configured.warn_age) if configured.warn_age else None,
             ),
-            prune.configured_rules(target),
+            retention_rules.configured(target),
             _last(target) if remembered else None,
             tuple(check.remembered(target)),
         )

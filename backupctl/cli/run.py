@@ -26,9 +26,9 @@ from backupctl.cli import (
     next_command,
     output,
     param_types,
-    prune,
     reporters,
     restore_test,
+    retention_rules,
     run_screen,
     settings,
     vm_argument,
@@ -222,7 +222,7 @@ def _one(
     options = backup.options_of(target, "incremental", backup.configured(context))
     every = retention.duration(policies.full_every) if policies.full_every else None
     booted = retention.duration(policies.restore_test) if policies.restore_test else None
-    policy = Policy(every, prune.configured_rules(target), policies.verify_percent, booted)
+    policy = Policy(every, retention_rules.configured(target), policies.verify_percent, booted)
     vm = target.vm()
     if asked.dry_run:
         work = Routine(vm, target.repository(), options, policy, asked.wait_lock)

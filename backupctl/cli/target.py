@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Which VM and which repository a command line and the configuration mean, and how they are opened."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -162,6 +163,20 @@ class Target:
             path = self.of(vm).directory() if vm in self.config.vms or vm not in there else there[vm]
             found[path] = (*found.get(path, ()), vm)
         return found
+
+    def vms_of(self, path: Path, opened: "Repository | None", names: Iterable[VmName | None]) -> list[VmName]:
+        """Return the VMs that are meant of a repository. opened: None if it cannot be opened.
+
+        None among names stands for those that are in it, and those that are configured for it.
+        """
+        given = set(names)
+        named = {vm for vm in given if vm}
+        if None in given:
+            named |= set(opened.vms()) if opened else set()
+            if not self.typed_repository:
+                configured = (self.of(vm) for vm in self.config.vms)
+                named |= {one.vm_name for one in configured if one.repository_path == path}
+        return sorted(named)
 
     def has_repository(self) -> bool:
         """Whether there is one. Raises UsageError, RepositoryError."""

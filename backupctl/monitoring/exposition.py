@@ -6,7 +6,7 @@ the collector refuses them.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from backupctl.errors import UsageError
 from backupctl.system import path_walk
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 _READABLE = 0o644
 
@@ -29,13 +30,16 @@ class Gauge:
 
 
 def text(gauges: Iterable[Gauge]) -> str:
-    """Return the text of a file."""
-    return "".join(map(_lines, gauges))
+    """Return the text of a file: all samples of one metric together, as the format asks for."""
+    by_name: dict[str, list[Gauge]] = {}
+    for one in gauges:
+        by_name.setdefault(one.name, []).append(one)
+    return "".join([_lines(name, found) for name, found in by_name.items()])
 
 
-def _lines(one: Gauge) -> str:
-    sample = f"{one.name}{_labels(one.labels)} {_number(one.value)}"
-    return f"# HELP {one.name} {one.help}\n# TYPE {one.name} gauge\n{sample}\n"
+def _lines(name: str, gauges: Sequence[Gauge]) -> str:
+    samples = "".join([f"{name}{_labels(one.labels)} {_number(one.value)}\n" for one in gauges])
+    return f"# HELP {name} {gauges[0].help}\n# TYPE {name} gauge\n{samples}"
 
 
 def _labels(labels: Mapping[str, str]) -> str:

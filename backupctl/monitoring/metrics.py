@@ -8,14 +8,13 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from backupctl.errors import BackupctlError
 from backupctl.monitoring.exposition import Gauge
 from backupctl.monitoring.memory import Memory, Past
-from backupctl.repository import chain
-from backupctl.repository.point import Point
+from backupctl.repository import summary
+from backupctl.repository.summary import Listing, PointSummary
 from backupctl.repository.vm_directory import VmDirectory
 
 
@@ -24,22 +23,31 @@ class Stored:
     """What the repository holds of a VM. newest: the newest point. layers: of the longest of its chains."""
 
     points: int
-    newest: Point | None = None
+    newest: PointSummary | None = None
     layers: int | None = None
 
 
 def look(directory: VmDirectory) -> Stored | None:
     """Return what the repository holds of a VM; None if it cannot be read."""
     try:
-        points = directory.scan_points(tolerant=True).points
+        listing = summary.look(directory)
     except BackupctlError:
         return None
-    if not points:
+    if not listing.points:
         return Stored(0)
-    newest, layers = points[-1], None
-    with suppress(BackupctlError):  # damage is what `check` and `verify` report
-        layers = max(chain.length(directory, newest, entry, {}) for entry in newest.manifest.disks)
-    return Stored(len(points), newest, layers)
+    newest = listing.points[-1]
+    return Stored(len(listing.points), newest, _layers(listing, newest))
+
+
+def _layers(listing: Listing, newest: PointSummary) -> int | None:
+    """Count the layers of the longest chain of a point; None if one is damaged, which `check` reports."""
+    counts = []
+    for disk in newest.disks:
+        below = [held for _, held in summary.below(listing.by_id, disk.name, disk.parent)]
+        if None in below:
+            return None
+        counts.append(1 + len(below))
+    return max(counts)
 
 
 def gauges(vm: str, memory: Memory, repository: Path, stored: Stored | None) -> Iterator[Gauge]:
@@ -79,7 +87,7 @@ def _backups(past: Past, stored: Stored | None) -> Iterator[_Sample]:
     success = past.success.ended if past.success else None
     if stored is not None and stored.newest is not None:
         # A run that ended after the commit with an error, or one before metrics were configured, counts too.
-        success = max(success or 0.0, _seconds(stored.newest.manifest.end))
+        success = max(success or 0.0, stored.newest.ended)
     if success is not None:
         yield "last_success_timestamp_seconds", "When the last recovery point was completed.", success
     if last := past.last:
@@ -104,7 +112,7 @@ def _made(copied: int | None, stored: int | None, frozen_ms: int | None) -> Iter
 def _points(stored: Stored) -> Iterator[_Sample]:
     yield "points", "Number of recovery points.", stored.points
     if stored.newest is not None:
-        taken = _seconds(stored.newest.manifest.start)
+        taken = stored.newest.started
         yield "newest_point_timestamp_seconds", "The point in time of the newest recovery point.", taken
     if stored.layers is not None:
         yield "chain_layers", "Layers of the longest chain of the newest recovery point.", stored.layers
@@ -116,7 +124,3 @@ def _upkeep(kind: str, past: Past) -> Iterator[_Sample]:
         yield f"last_{kind}_success", f"Whether the last {kind} had no error.", not last.reason
         if last.damage is not None:
             yield f"last_{kind}_damage", f"How often the last {kind} found damage.", last.damage
-
-
-def _seconds(stamp: str) -> float:
-    return datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%S%z").timestamp()

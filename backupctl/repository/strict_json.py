@@ -8,6 +8,7 @@ A document in which anything is wrong raises `Malformed`, and nothing of it is u
 
 import json
 from dataclasses import Field, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -134,12 +135,22 @@ def _same(given: object, found: object) -> bool:
     """Whether JSON that was parsed says the same as what msgspec made of it, field by field."""
     if isinstance(found, tuple):
         return isinstance(given, list) and len(given) == len(found) and all(map(_same, given, found))
-    if not is_dataclass(found):
+    kind = type(found)
+    if not is_dataclass(kind):
         return given == found
-    names = {one.name for one in fields(found) if not _is_left_out(one, found)}
+    names, optional = _names_of(kind)
+    if optional:
+        names = names - {one.name for one in optional if _is_left_out(one, found)}
     if not isinstance(given, dict) or given.keys() != names:
         return False
     return all(_same(given[name], getattr(found, name)) for name in names)
+
+
+@cache
+def _names_of(kind: Any) -> tuple[frozenset[str], tuple[Field[Any], ...]]:
+    """Return the names of a dataclass's fields, and those fields that may be left out."""
+    found = fields(kind)
+    return frozenset([one.name for one in found]), tuple([one for one in found if LEFT_OUT in one.metadata])
 
 
 def _is_left_out(one: Field[Any], found: object) -> bool:

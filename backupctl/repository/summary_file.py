@@ -78,7 +78,10 @@ class PointSummary(Struct, array_like=True, frozen=True, gc=False):
 
     def disk(self, name: DiskName) -> DiskSummary | None:
         """Return one of its disks; None if it does not hold it."""
-        return next((one for one in self.disks if one.name == name), None)
+        for one in self.disks:
+            if one.name == name:
+                return one
+        return None
 
 
 class Content(Struct, frozen=True, forbid_unknown_fields=True):

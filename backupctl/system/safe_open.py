@@ -62,17 +62,25 @@ def _opened(path: Path, flags: int) -> int:
         raise
 
 
-@contextmanager
-def unreadable(path: Path | str) -> Iterator[None]:
+class unreadable:  # noqa: N801 - used as a function; one made of a generator takes twice as long
     """Turn errors of the operating system in the block into RepositoryUnreadable, naming `path`.
 
     Raises RepositoryUnreadable.
     """
-    try:
-        yield
-    except (OSError, MemoryError) as err:
-        why = (isinstance(err, OSError) and err.strerror) or "not enough memory"
-        raise RepositoryUnreadable(f"cannot read {path}: {why}") from err
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: Path | str) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, kind: object, err: BaseException | None, traceback: object) -> None:
+        """Raise RepositoryUnreadable in place of an error of the operating system."""
+        if isinstance(err, OSError | MemoryError):
+            why = (isinstance(err, OSError) and err.strerror) or "not enough memory"
+            raise RepositoryUnreadable(f"cannot read {self._path}: {why}") from err
 
 
 def read(path: Path, most_bytes: int) -> bytes:

@@ -2,18 +2,23 @@
 """Points of a real run looked into, booted from, and put back onto the VM's own disk."""
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
+from fixtures import builds
 from fixtures.guest import Guest
 from fixtures.machine import Disk, Machine
 from tests.integration.test_guest import assert_unharmed
 from tests.unit.repository.test_repository_page import READER
 
 MIB = 1 << 20
+_READER = 65534
 
 
 @pytest.mark.simulator_too
@@ -56,6 +61,48 @@ def _served(lab, point: str) -> dict[str, bytes]:
             child.wait(60)
     assert child.returncode == 0
     return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="connects as other users, which takes root")
+def test_a_user_who_is_given_the_socket_can_connect_and_no_other_user_can(make_lab):
+    """The way of docs/rights.md for file systems that `files` does not read."""
+    lab = make_lab(builds.simulator("10.0"), {"vda": 2 * MIB})
+    point = lab.backup("full")["point"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o711)
+        path = Path(name, "web.sock")
+        command = [*lab.cli.command("serve", "web", point, "--socket", str(path), vm=False), "--json"]
+        with subprocess.Popen(command, env=lab.cli.environment, stdout=subprocess.PIPE) as server:
+            try:
+                assert server.stdout.readline() == b"{\n"
+                assert "PermissionError" in _greeting(path, _READER)
+                os.chown(path, _READER, -1)
+                assert "NBDMAGICIHAVEOPT" in _greeting(path, _READER)
+                assert "PermissionError" in _greeting(path, _READER - 1)
+            finally:
+                server.terminate()
+                assert server.wait(60) == 0
+        assert not path.exists()
+
+
+def _greeting(path: Path, user: int) -> str:
+    """Return what a server says first, or the error, to a user without any rights."""
+    program = (
+        "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.settimeout(30)\n"
+        "s.connect(sys.argv[1])\nprint(s.recv(16, socket.MSG_WAITALL))"
+    )
+    done = subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", program, path],
+        user=user,
+        group=user,
+        extra_groups=[],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.stdout + done.stderr
 
 
 def _assert_diff(lab, first: str, second: str, before: dict[str, bytes], after: dict[str, bytes]) -> None:

@@ -3,13 +3,16 @@
 
 import json
 import signal
+import subprocess
 import time
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from fixtures import builds
+from tests.conftest import ROOT
 from tests.unit.monitoring import exposition_format
 from tests.unit.monitoring.listeners import listener, sendmail
 
@@ -331,6 +334,30 @@ def test_of_several_vms_each_has_its_hooks_and_metrics(site):
     assert site.got("failed")[1]["BACKUPCTL_VM"] == "db"
     assert sorted(one.name for one in site.metrics.iterdir()) == ["backupctl-db.prom", "backupctl-web.prom"]
     assert site.values()["last_run_success"] == 1
+
+
+def test_what_is_served_to_prometheus_is_what_the_file_says(site):
+    site.lab.backup("full")
+    site.cli.run("verify", "web", vm=False)
+    command = site.cli.command("report", "web", "--metrics", "0", vm=False)
+    with subprocess.Popen(
+        command, env=site.cli.environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            address = next(line for line in server.stdout if line.startswith("http")).strip()
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                served = answer.read().decode()
+        finally:
+            server.terminate()
+            assert server.wait(30) == 0
+    file = (site.metrics / "backupctl-web.prom").read_text()
+    assert "backupctl_points{" in file
+    assert without_free_bytes(served) == without_free_bytes(file)
+
+
+def without_free_bytes(text: str) -> list[str]:
+    """Return the lines without the one value that others change."""
+    return [line for line in text.splitlines() if not line.startswith("backupctl_repository_free_bytes")]
 
 
 def test_without_metrics_and_notices_the_last_verify_is_on_the_page_and_in_check(site):

@@ -422,6 +422,31 @@ BUGS = (
         "_the_change_is_stored[simulator]",
     ),
     Bug(
+        "the bitmap of a disk that other VMs write to is trusted",
+        "bitmap_error",
+        "    if disk.open_to_others:\n",
+        "    if False:\n",
+        "integration/test_disks_missing_or_shared.py::"
+        "test_what_another_vm_writes_to_a_shared_disk_is_in_the_next_incremental[oldest]",
+    ),
+    Bug(
+        "a point that an older copy of the repository knows nothing of is not missed",
+        "DirectoryFacts.is_lost",
+        "        return not known and not audit.is_unfinished(self.directory, point)\n",
+        "        return False\n",
+        "integration/test_missing_points.py::"
+        "test_the_loss_of_all_that_there_was_of_a_vm_is_told_by_its_bitmaps",
+    ),
+    Bug(
+        "a disk of a domain whose name another one has is left out",
+        "stored_name",
+        "    if name in taken:\n        raise Refused(\n",
+        "    if name in taken:\n        raise Failed(\n",
+        LIBVIRT + "test_off_domains.py::"
+        "test_a_disk_whose_name_cannot_be_is_refused_and_not_left_out[-names0-two disks of the VM are both "
+        "called vdb]",
+    ),
+    Bug(
         "a run that copied some disks only ends with 0",
         "_Run._copied",
         "            entries = side_by_side(tasks, at_once=DISKS_AT_ONCE, check=check)\n",
@@ -490,7 +515,7 @@ BUGS = (
     ),
     Bug(
         "configured rules are added to those of the command line",
-        "_Policy.of",
+        "Policy.of",
         "        said = typed or configured\n",
         "        said = configured | typed\n",
         "unit/cli/test_all_vms.py"
@@ -714,10 +739,24 @@ BUGS = (
     ),
     Bug(
         "a served report is shown to whoever asks",
-        "_Handler._answer",
-        "        if not known or name not in self._KINDS:\n",
-        "        if name not in self._KINDS:\n",
+        "_Handler.find",
+        "        return found.get(name) if known else None\n",
+        "        return found.get(name)\n",
         "unit/outcome/test_html_live.py::test_without_the_token_there_is_nothing",
+    ),
+    Bug(
+        "a foreign page in a browser reads what is served",
+        "Handler._answer",
+        "        if not named or not all(map(self._is_ours, named)):\n",
+        "        if not named:\n",
+        "unit/monitoring/test_scrape.py::test_a_foreign_host_name_for_this_address_is_refused[evil.example]",
+    ),
+    Bug(
+        "metrics are made anew for whoever asks",
+        "Metrics.content",
+        "            if time.monotonic() >= self._until:\n",
+        "            if True:\n",
+        "unit/monitoring/test_scrape.py::test_who_asks_often_gets_what_is_kept",
     ),
     Bug(
         "a name of a guest leads out of the target directory",

@@ -17,7 +17,6 @@ from backupctl.names import DiskName, PointId
 from backupctl.operations import check
 from backupctl.operations.check import Finding, Limits
 from backupctl.operations.prune import retention
-from backupctl.operations.prune import run as prune
 from backupctl.operations.prune.retention import Decision, RetentionCandidate, Rules
 from backupctl.operations.report import progress
 from backupctl.operations.report.facts import (
@@ -138,6 +137,8 @@ class _Vm:
             if listing.fits:
                 found = retention.decide(list(map(_candidate, listing.points)), rules, datetime.now(UTC))
             else:
+                from backupctl.operations.prune import run as prune  # noqa: PLC0415 - only without a summary
+
                 found = prune.plan(self.asked.directory, rules)
         except BackupctlError as err:
             return {}, err.message
@@ -230,7 +231,7 @@ class _Chains:
     def _held(self, point: PointId, disk: DiskName) -> DiskSummary | None:
         """Return a disk of a point; None if there is none, or one that no chain can have."""
         found = self.points.get(point)
-        held = next((one for one in found.disks if one.name == disk), None) if found else None
+        held = found.disk(disk) if found else None
         # Each parent is older, so that following them ends.
         return None if held is None or (held.parent is not None and held.parent >= point) else held
 
@@ -245,7 +246,9 @@ def _older(points: Sequence[PointSummary], decisions: dict[PointId, Decision]) -
         len(points),
         sum([disk.stored_bytes for one in points for disk in one.disks]),
         datetime.fromtimestamp(points[0].started, UTC),
-        tuple(one.id for one in points if one.id in decisions and not decisions[one.id].keep),
+        tuple(one.id for one in points if one.id in decisions and not decisions[one.id].keep)
+        if decisions
+        else (),
     )
 
 

@@ -8,7 +8,7 @@ cannot become a tag.
 import html
 import re
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 from backupctl.outcome.clean_text import clean
 
@@ -25,6 +25,8 @@ _NO_END = ("meta", "link", "img", "td", "th", "tr")
 """Elements without content, and those of a table, which end where the next one begins (fewer bytes)."""
 _PLAIN = re.compile(r"[A-Za-z0-9-]+")
 """Values that need no quotes."""
+_KNOWN_ATTRIBUTES = 512
+"""Most attributes of a page are a few that come again and again."""
 _SPECIAL = re.compile(r"[^ !#-%(-;=?-~]")
 """A character that is not printable ASCII, or that HTML gives a meaning."""
 
@@ -71,6 +73,7 @@ def document(*content: Content) -> Markup:
     return Markup("<!doctype html>\n" + "\n".join(map(text, content)) + "\n")
 
 
+@lru_cache(_KNOWN_ATTRIBUTES, typed=True)
 def _attribute(key: str, value: object) -> str:
     if value is None or value is False:
         return ""

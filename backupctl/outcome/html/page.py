@@ -8,7 +8,7 @@ hashes, and pictures that are in it. The script only adds to what is there: the 
 import base64
 import hashlib
 from collections.abc import Iterable
-from importlib import resources
+from pathlib import Path
 
 from backupctl.operations.report.facts import Report, RepositoryFacts, VmFacts
 from backupctl.outcome.html import vm_section, words
@@ -53,7 +53,7 @@ def render(report: Report, live: str | None = None) -> bytes:
 
 
 def _of_ours(name: str) -> Markup:
-    return verbatim(resources.files(__package__).joinpath(name).read_text())
+    return verbatim(Path(__file__).with_name(name).read_text())
 
 
 def _hash(content: str) -> str:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from backupctl.cli import configuration, metrics, report
 from backupctl.cli.main import cli
+from backupctl.cli.target import Target
 from backupctl.errors import UsageError
 from backupctl.names import PointId
 from backupctl.repository import activity
@@ -67,21 +69,23 @@ def test_only_the_vms_that_are_named_are_on_the_page(place):
     assert [vm["vm"] for vm in one["vms"]] == ["vm1"]
 
 
-def test_what_is_remembered_of_the_last_commands_is_shown(place, two_points):
+def remembered(place: Path, builder, **record: object) -> None:
+    """Write down the last verify of vm1."""
     (place / "state").mkdir()
-    record = {"command": "verify", "ended": 1.8e9, "seconds": 5, "exit_code": 4, "reason": "DamageFound"}
-    memory = {"repository": str(two_points[0].repository.path), "verify": {"last": record}}
+    last = {"command": "verify", "ended": 1.8e9, "seconds": 5, "exit_code": 0, **record}
+    memory = {"repository": str(builder.repository.path), "verify": {"last": last}}
     (place / "state" / "vm1.json").write_text(json.dumps(memory))
+
+
+def test_what_is_remembered_of_the_last_commands_is_shown(place, two_points):
+    remembered(place, two_points[0], exit_code=4, reason="DamageFound")
     (vm,) = document(place, "vm1")["repositories"][0]["vms"]
     assert vm["state"] == "CRITICAL"
     assert "failed (DamageFound)" in (place / "r.html").read_text()
 
 
 def test_a_time_that_is_not_one_is_not_shown(place, two_points):
-    (place / "state").mkdir()
-    record = {"command": "verify", "ended": 1e300, "seconds": 5, "exit_code": 0}
-    memory = {"repository": str(two_points[0].repository.path), "verify": {"last": record}}
-    (place / "state" / "vm1.json").write_text(json.dumps(memory))
+    remembered(place, two_points[0], ended=1e300)
     call(place, "vm1")
     assert "none is known" in (place / "r.html").read_text()
 
@@ -109,7 +113,7 @@ def test_a_report_that_is_not_one_is_refused_before_any_work(place):
 
 
 def test_a_file_or_a_port_is_asked_for_and_not_both(place):
-    for arguments in ([], ["--html", "x.html", "--web", "0"]):
+    for arguments in ([], ["--html", "x.html", "--web", "0"], ["--web", "0", "--metrics", "0"]):
         done = CliRunner().invoke(cli, ["report", "--config", str(place / "backupctl.toml"), *arguments])
         assert isinstance(done.exception, UsageError)
 
@@ -146,6 +150,49 @@ def test_a_served_page_shows_a_run_as_it_works_and_ends_when_asked(place, two_po
         finally:
             server.send_signal(signal.SIGTERM)
             assert server.wait(30) == 0
+
+
+@pytest.mark.parametrize(("most", "maps"), [(4, 1), (3, 0)])  # for two VMs: two rows of each, or one of each
+def test_of_very_many_vms_the_page_has_no_maps_of_one_point_each(place, monkeypatch, most, maps):
+    monkeypatch.setattr(report, "_PAGE_MAPS", most)
+    call(place)
+    assert (place / "r.html").read_text().count("The map of") == 2 * maps
+
+
+def test_metrics_are_served_of_every_vm_until_asked_to_stop(place, two_points):
+    command = [sys.executable, "-m", "backupctl", "report", "--config", str(place / "backupctl.toml")]
+    remembered(place, two_points[0])
+    path = two_points[0].repository.path
+    with subprocess.Popen(
+        [*command, "--metrics", "0", "--json"], stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            address = json.loads("".join(itertools.islice(server.stdout, 3)))["uri"]
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                lines = answer.read().decode().splitlines()
+            assert f'backupctl_points{{vm="vm1",repository="{path}"}} 2' in lines
+            assert f'backupctl_points{{vm="new",repository="{path}"}} 0' in lines
+            assert f'backupctl_last_verify_success{{vm="vm1",repository="{path}"}} 1' in lines
+        finally:
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(30) == 0
+
+
+def test_of_a_repository_that_cannot_be_opened_there_are_metrics_of_what_is_remembered(place, two_points):
+    remembered(place, two_points[0])
+    path = two_points[0].repository.path
+    target = Target(configuration.load(str(place / "backupctl.toml")), None, path, typed_repository=False)
+    (path / "repository.json").unlink()
+    found = metrics.text(target)
+    assert f'backupctl_last_verify_success{{vm="vm1",repository="{path}"}} 1' in found
+    assert "backupctl_points" not in found
+
+
+@pytest.mark.parametrize("port", ["192.0.2.1:80", "0.0.0.0:80", "[::]:80"])
+def test_metrics_are_served_on_this_machine_only(place, port):
+    done = CliRunner().invoke(cli, ["report", "--config", str(place / "backupctl.toml"), "--metrics", port])
+    assert "refusing to listen" in done.exception.message
+    assert "NBD" not in done.exception.message + done.exception.hint
 
 
 def test_a_second_report_replaces_the_first(place):

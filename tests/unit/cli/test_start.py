@@ -31,6 +31,8 @@ def call(*arguments, **options):
             "backup",
             {"rich", "numpy.random", "backupctl.operations.verify.run", "backupctl.operations.prune.run"},
         ),
+        ("report", {"rich", "nbd", "http.server", "backupctl.transfer", "backupctl.operations.prune.run"}),
+        ("list_show", {"rich", "nbd", "backupctl.transfer", "backupctl.operations.restore"}),
     ],
 )
 def test_a_command_loads_nothing_slow_that_it_does_not_need(module, slow):

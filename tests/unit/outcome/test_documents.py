@@ -91,7 +91,7 @@ def test_a_status():
     document = documents.status(Status(WEB, (P1,), (), "10.0.2", "", (disk,), (), "full"), None)
     assert keys(document) == (
         "vm points damaged qemu problem disks leftovers next_run missing_disks bitmaps refusal "
-        "running other_tools configuration"
+        "running other_tools gone configuration"
     )
     assert keys(document["disks"][0]) == "name node size bitmap bitmap_state next reason"
 

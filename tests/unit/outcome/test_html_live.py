@@ -12,7 +12,7 @@ import pytest
 from backupctl.cancel import Cancellation
 from backupctl.outcome.html import live
 from backupctl.outcome.html.live import LivePage
-from backupctl.system import listen
+from backupctl.system import http_server, listen
 
 PATIENCE = 20
 
@@ -150,7 +150,7 @@ def test_clients_that_say_nothing_hold_nobody_up(served):
 
 
 def test_a_client_that_trickles_is_cut_off_in_time(monkeypatch):
-    monkeypatch.setattr(live, "REQUEST_SECONDS", 0.5)
+    monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.5)
     with running() as served, socket.create_connection(("127.0.0.1", served.port), PATIENCE) as peer:
         peer.sendall(b"GET /")
         peer.settimeout(8)  # less than the time that each read may take
@@ -158,7 +158,7 @@ def test_a_client_that_trickles_is_cut_off_in_time(monkeypatch):
 
 
 def test_more_connections_than_are_answered_at_once_are_closed(monkeypatch):
-    monkeypatch.setattr(live, "MOST_CONNECTIONS", 1)
+    monkeypatch.setattr(http_server, "MOST_CONNECTIONS", 1)
     with running() as served, socket.create_connection(("127.0.0.1", served.port), PATIENCE) as first:
         first.sendall(b"GET /")
         with socket.create_connection(("127.0.0.1", served.port), PATIENCE) as second:
