@@ -167,3 +167,11 @@ def test_the_page_is_what_the_kept_results_give():
     kept = json.loads((ROOT / "docs/performance.json").read_text())
     for name, content in report.pages(kept["bench"]).items():
         assert (ROOT / "docs" / name).read_text() == content, f"{name}: run `python -m fixtures.bench.report`"
+
+
+def test_what_more_disks_can_bring_at_most_is_told_by_the_cores_that_one_keeps_busy():
+    contest = Contest("full of several disks")
+    contest.samples["1 disk"] = [sample(1.0, cpu_seconds=0.5, source_cpu_seconds=0.75)]
+    said = " ".join(report.bounds({"disks": contest}, cores=2))
+    assert "keep so many of the 2 cores busy: 1 disk 1.25." in said
+    assert "more disks can be 1.60 times as fast as one at most" in said
