@@ -34,6 +34,7 @@ from backupctl.images import create, public_server
 from backupctl.images.open_image import OpenImage
 from backupctl.images.public_server import ServedImage
 from backupctl.names import DiskName, PointId, VmName
+from backupctl.operations import flash
 from backupctl.progress import Reporter
 from backupctl.repository import chain, read_locks, summary, tested
 from backupctl.repository.manifest import DiskEntry
@@ -171,7 +172,9 @@ def _entries(asked: RestoreTestRequest, point: Point) -> tuple[DiskEntry, ...]:
     for name in asked.disks:
         if point.manifest.disk(name) is None:
             raise chain.no_such_disk(point, name)
-    return tuple(one for one in point.manifest.disks if not asked.disks or one.name in asked.disks)
+    chips = flash.disks(point)  # as a disk, one could take the place of the disk that the guest boots from
+    wanted = (one for one in point.manifest.disks if not asked.disks or one.name in asked.disks)
+    return tuple(one for one in wanted if one not in chips)
 
 
 @contextmanager

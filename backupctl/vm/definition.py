@@ -5,14 +5,21 @@ A driver gives them as files that a person can read. What cannot be found out is
 fails a backup. A file that the user named is different: without it the run does not begin.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.names import FileKind, safe_file_name
 from backupctl.sizes import MAX_DEFINITION_FILE_BYTES, MAX_INCLUDED_BYTES, MAX_INCLUDED_FILES
 from backupctl.system.bounded_read import Unusable
+
+FLASH_CHIP = re.compile(r"/machine/(?:\w+\.)?flash\d+", re.ASCII)
+"""How `query-block` names the flash chips of a machine (`system.flash1`, `virt.flash1`); a writable one has
+UEFI's variables."""
 
 Read = Callable[[Path, int], bytes]
 """Reads a plain file of the VM's host, of at most so many bytes. Raises bounded_read.Unusable."""
@@ -38,6 +45,24 @@ class Definition:
     def __add__(self, other: "Definition") -> "Definition":
         """Return what both have."""
         return Definition((*self.files, *other.files), (*self.omitted, *other.omitted))
+
+
+class _Block(msgspec.Struct):
+    qdev: str = ""
+    node: str = ""
+
+
+class _Told(msgspec.Struct):
+    block: list[_Block] | None = None
+
+
+def flash_nodes(content: bytes) -> frozenset[str]:
+    """Return the nodes of flash chips that a file of kind "qemu" tells of; none if it is of a later form."""
+    try:
+        told = msgspec.json.decode(content, type=_Told)
+    except msgspec.DecodeError:
+        return frozenset()
+    return frozenset(one.node for one in told.block or () if FLASH_CHIP.fullmatch(one.qdev))
 
 
 def included(paths: Sequence[Path], read: Read) -> Definition:

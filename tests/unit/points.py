@@ -26,6 +26,7 @@ from backupctl.repository.manifest import DiskEntry, FreezeEntry, Manifest
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.point import Point
 from backupctl.repository.repository import Repository
+from backupctl.repository.stored_files import NewFile
 from backupctl.repository.vm_directory import VmDirectory
 from backupctl.transfer.nbd_client import Connection
 from fixtures.pieces import of_piece
@@ -101,7 +102,9 @@ class Builder:
         with self.directory.lock():
             return self.directory.begin(point, self.journal(point))
 
-    def point(self, point: PointId, *disks: tuple[DiskEntry, Writes]) -> Point:
+    def point(
+        self, point: PointId, *disks: tuple[DiskEntry, Writes], definition: Iterable[NewFile] = ()
+    ) -> Point:
         """Make a committed point with real images, each written with (offset, bytes)."""
         partial = self.begin(point)
         entries = []
@@ -114,7 +117,8 @@ class Builder:
             write_image((path, *(layer.path for layer in below)), writes)
             checksum = digest_map.write(digest_map.path_of(path), entry.size, stored(path, entry.size))
             entries.append(replace(entry, file_bytes=path.stat().st_size, digests=checksum))
-        return partial.commit(self.manifest(point, *entries))
+        manifest = self.manifest(point, *entries)
+        return partial.commit(replace(manifest, definition=partial.store(tuple(definition))))
 
 
 def stored(image: Path, size: int) -> Records:

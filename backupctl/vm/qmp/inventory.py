@@ -5,7 +5,6 @@
 while a job runs it shows the job's filter in the disk's place (see `media`).
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,14 +12,12 @@ from typing import Any
 from backupctl.errors import InvalidName, Refused
 from backupctl.names import DiskName, NodeName, disk_name
 from backupctl.vm.bitmap import Bitmap
+from backupctl.vm.definition import FLASH_CHIP
 from backupctl.vm.disk import MAX_SIZE, Disk, Inventory
 from backupctl.vm.qmp import bitmaps, graph, media
 from backupctl.vm.qmp.graph import Graph
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.reply import flag, number, text, understood
-
-_FIRMWARE = re.compile(r"/machine/(?:\w+\.)?flash\d+", re.ASCII)
-"""The flash chips of a machine (`system.flash1`, `virt.flash1`); a writable one has UEFI's variables."""
 
 
 def inventory(
@@ -185,7 +182,7 @@ def _disk(
         apart=_lies_apart(image),
         encrypted=any(_encrypted(nodes[NodeName(name)]) for name in beneath if name in nodes),
         shared=medium.shared,
-        firmware=bool(_FIRMWARE.fullmatch(medium.qdev)),
+        firmware=bool(FLASH_CHIP.fullmatch(medium.qdev)),
         held_bytes=_held_bytes(number(image["virtual-size"], MAX_SIZE), node),
     )
 
