@@ -67,7 +67,8 @@ class Session:
             "TMPDIR": str(directory),
             "STATE_DIRECTORY": str(directory / "state"),
         }
-        self._terminal = Terminal(directory, self.environment)
+        # Wide enough for every table, however long ago something was: a column that has no room is left out.
+        self._terminal = Terminal(directory, self.environment, columns=100)
 
     def types(self, *commands: str, kill_at: str = "") -> str:
         """Run commands; return their screens. kill_at: see `Terminal.types`."""
