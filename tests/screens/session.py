@@ -35,7 +35,8 @@ _REPLACED = (
     (r"\b20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d", "2026-01-10T12:00:00"),
     (r"\d+ min \d+ s\b|\d+\.\d s\b", "0.5 s"),
     (r" {2,}(TIME|0\.5 s)$", r"  \1"),
-    (r"\d+ (s|min) ago(?= {2})", "1 s ago"),
+    # Of two points within a second the later one is named by the next second.
+    (r"(\d+ (s|min) ago|in the future)(?= {2})", "1 s ago"),
     (r"(AGE|1 s ago) {2,}(?=\w)", lambda found: f"{found[1]:<7}  "),
     (r"\d+ (s|min) ago", "1 s ago"),
     (r"frozen \d+ ms", "frozen 5 ms"),
