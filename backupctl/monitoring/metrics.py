@@ -14,7 +14,8 @@ from backupctl.errors import BackupctlError
 from backupctl.monitoring.exposition import Gauge
 from backupctl.monitoring.memory import Memory, Past
 from backupctl.repository import summary
-from backupctl.repository.summary import Listing, PointSummary
+from backupctl.repository.summary import PointSummary
+from backupctl.repository.summary_chains import Chains
 from backupctl.repository.vm_directory import VmDirectory
 
 
@@ -36,18 +37,7 @@ def look(directory: VmDirectory) -> Stored | None:
     if not listing.points:
         return Stored(0)
     newest = listing.points[-1]
-    return Stored(len(listing.points), newest, _layers(listing, newest))
-
-
-def _layers(listing: Listing, newest: PointSummary) -> int | None:
-    """Count the layers of the longest chain of a point; None if one is damaged, which `check` reports."""
-    counts = []
-    for disk in newest.disks:
-        below = [held for _, held in summary.below(listing.by_id, disk.name, disk.parent)]
-        if None in below:
-            return None
-        counts.append(1 + len(below))
-    return max(counts)
+    return Stored(len(listing.points), newest, Chains(listing.by_id).most_layers(newest))
 
 
 def gauges(vm: str, memory: Memory, repository: Path, stored: Stored | None) -> Iterator[Gauge]:

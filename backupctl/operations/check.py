@@ -15,7 +15,7 @@ from enum import IntEnum
 from backupctl.errors import BackupctlError, RepositoryUnreadable
 from backupctl.names import PointId
 from backupctl.progress import counted
-from backupctl.repository import chain, summary
+from backupctl.repository import chain, summary, summary_chains
 from backupctl.repository.summary import Listing, PointSummary
 from backupctl.repository.vm_directory import VmDirectory
 
@@ -147,7 +147,7 @@ def _why_broken_below(
 ) -> str | None:
     """Return what is wrong with the layers below one, by what the summary says of them; None for nothing."""
     disk = newest.entry.name
-    for point, held in summary.below(there, disk, newest.entry.parent):
+    for point, held in summary_chains.below(there, disk, newest.entry.parent):
         if held is None:
             return f"{directory.path / point} is missing or damaged"
         if why := chain.why_cut(f"{directory.path}/{point}", disk, held.file_bytes):

@@ -11,15 +11,24 @@ writes it holds the VM's lock; a crash leaves the file before or none, and eithe
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from backupctl.errors import BackupctlError, DamageFound, RepositoryUnreadable
-from backupctl.names import DiskName, PointId
-from backupctl.repository import audit, chain, history, markers, point_names, seal, summary_file
+from backupctl.names import PointId
+from backupctl.repository import (
+    audit,
+    chain,
+    history,
+    markers,
+    point_names,
+    seal,
+    summary_chains,
+    summary_file,
+)
 from backupctl.repository import manifest as manifests
 from backupctl.repository.chain import Layer
 from backupctl.repository.point import Point
@@ -89,23 +98,6 @@ def look(directory: VmDirectory, *, closely: bool = False) -> Listing:
     )
 
 
-def below(
-    points: Mapping[PointId, PointSummary], disk: DiskName, parent: PointId | None
-) -> Iterator[tuple[PointId, DiskSummary | None]]:
-    """Yield the layers of a chain from `parent` to the oldest, each with what its point says of it.
-
-    None: it is not among these points, or no chain can have it. It is the last one then.
-    """
-    while parent is not None:
-        point = points.get(parent)
-        held = point.disk(disk) if point else None
-        # Each parent is older: without this, a summary that says otherwise would be followed without end.
-        if held is not None and held.parent is not None and held.parent >= parent:
-            held = None
-        yield parent, held
-        parent = held.parent if held else None
-
-
 def renew(directory: VmDirectory) -> None:
     """Write the summary anew if it does not fit, and seal it. The caller holds the VM's lock. Raises nothing.
 
@@ -171,7 +163,7 @@ def _is_newest_as_it_was(directory: VmDirectory, listing: Listing, *, closely: b
         return True
     newest, known = listing.points[-1], listing.by_id if closely else {}
     disks = newest.disks if closely else ()
-    needed = {point for disk in disks for point, _ in below(known, disk.name, disk.parent)}
+    needed = {point for disk in disks for point, _ in summary_chains.below(known, disk.name, disk.parent)}
     looked_at = [newest, *(known[point] for point in needed if point in known)]
     return all(_identity(None, f"{directory.path}/{one.id}") == one.identity for one in looked_at)
 

@@ -4,7 +4,7 @@
 What a run or a prune changes meanwhile may be seen before or after the change.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from pathlib import Path
 from backupctl.cancel import Cancellation
 from backupctl.digests import regions
 from backupctl.errors import BackupctlError, Interrupted
-from backupctl.names import DiskName, PointId
+from backupctl.names import PointId
 from backupctl.operations import check
 from backupctl.operations.check import Finding, Limits
 from backupctl.operations.prune import retention
@@ -33,7 +33,8 @@ from backupctl.repository import tested
 from backupctl.repository.chain import Broken, Layer
 from backupctl.repository.manifest import DiskEntry
 from backupctl.repository.point import Point
-from backupctl.repository.summary import DiskSummary, Listing, PointSummary
+from backupctl.repository.summary import Listing, PointSummary
+from backupctl.repository.summary_chains import Chains
 from backupctl.repository.tested import RestoreTests
 from backupctl.repository.vm_directory import VmDirectory
 
@@ -147,7 +148,7 @@ class _Vm:
     def _points(
         self, points: Sequence[PointSummary], listing: Listing, decisions: dict[PointId, Decision]
     ) -> tuple[PointFacts, ...]:
-        chains = _Chains.of(listing)
+        chains = Chains(listing.by_id)
         broken: dict[PointId, list[str]] = {}
         for one in self._broken:
             broken.setdefault(one.point, []).append(f"{one.disk}: {one.why}")
@@ -165,7 +166,7 @@ class _Vm:
         """Return the map of each disk of the newest point."""
         if not listing.points or not self.asked.maps:
             return ()
-        chains, points = _Chains.of(listing), []
+        chains, points = Chains(listing.by_id), []
         for one in listing.points[-self.asked.maps :]:
             with suppress(BackupctlError):  # it was removed, or damaged, just now
                 points.append(self.asked.directory.point_or_retired(one.id))
@@ -184,56 +185,6 @@ class _Vm:
             if entry is not None:
                 rows.append(_row(point, entry, newest.size, columns, self.stop.check))
         return DiskMap(newest.name, newest.size, columns, tuple(rows), chain_bytes)
-
-
-@dataclass(frozen=True)
-class _Chains:
-    """What is below what, by the manifests."""
-
-    points: Mapping[PointId, PointSummary]
-    lengths: dict[tuple[PointId, DiskName], int | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, listing: Listing) -> "_Chains":
-        """Take all points of a VM."""
-        return cls(listing.by_id)
-
-    def most_layers(self, point: PointSummary) -> int | None:
-        """Count the layers of the longest chain of a point; None if one of them is missing."""
-        counts = [self._layers(point.id, disk.name) for disk in point.disks]
-        known = [one for one in counts if one is not None]
-        return max(known, default=None) if len(known) == len(counts) else None
-
-    def bytes_of(self, point: PointId, disk: DiskName) -> int | None:
-        """Return the lengths of all images that a disk consists of at a point; None if one is missing."""
-        total, at = 0, PointId(point)
-        while held := self._held(at, disk):
-            total += held.file_bytes
-            if held.parent is None:
-                return total
-            at = held.parent
-        return None
-
-    def _layers(self, point: PointId, disk: DiskName) -> int | None:
-        above: list[PointId] = []
-        while (point, disk) not in self.lengths:
-            held = self._held(point, disk)
-            if held is None or held.parent is None:
-                self.lengths[point, disk] = None if held is None else 1
-                break
-            above.append(point)
-            point = held.parent
-        count = self.lengths[point, disk]
-        for one in reversed(above):
-            count = self.lengths[one, disk] = None if count is None else count + 1
-        return count
-
-    def _held(self, point: PointId, disk: DiskName) -> DiskSummary | None:
-        """Return a disk of a point; None if there is none, or one that no chain can have."""
-        found = self.points.get(point)
-        held = found.disk(disk) if found else None
-        # Each parent is older, so that following them ends.
-        return None if held is None or (held.parent is not None and held.parent >= point) else held
 
 
 def _candidate(point: PointSummary) -> RetentionCandidate:
