@@ -8,7 +8,7 @@ every line may be the last one of a dying process, and the next call goes on.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,9 +195,9 @@ def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]
     return tuple(sorted(found))
 
 
-def unrecorded(facts: DirectoryFacts, gone: Iterable[PointId]) -> tuple[PointId, ...]:
+def unrecorded(facts: DirectoryFacts, gone: Sequence[PointId]) -> tuple[PointId, ...]:
     """Return the points of `gone` that the history does not miss. Raises RepositoryError."""
-    recorded = audit.missing(facts.directory)
+    recorded = audit.missing(facts.directory) if gone else ()
     return tuple(point for point in gone if point not in recorded)
 
 
