@@ -14,7 +14,6 @@ from backupctl.cli.reporters import RecordingReporter
 from backupctl.cli.target import Target
 from backupctl.errors import BackupctlError, Interrupted, UsageError
 from backupctl.events.repository import NoBackup, SampleChosen
-from backupctl.names import vm_name
 from backupctl.operations import verdict
 from backupctl.operations.verify import run as core
 from backupctl.operations.verify.layer import VerifyScope
@@ -99,7 +98,7 @@ def verify(
                 follow.failed(path, [vm] if vm else target.config.vms, err)
             else:
                 follow.done(path, report)
-                if vm is None and not target.typed_repository:
+                if vm is None:
                     _tell_of_none(target, path, report, reporter)
                 before = [reports[str(path)]] if str(path) in reports else []
                 reports[str(path)] = _together([*before, report])
@@ -117,9 +116,9 @@ def verify(
 
 def _tell_of_none(target: Target, path: Path, report: VerifyReport, reporter: Reporter) -> None:
     """Tell of the VMs that are configured for a repository that holds nothing of them."""
-    for vm in target.config.vms:
-        if vm not in report.vms and target.of(vm).repository_path == path:
-            reporter.event(NoBackup(vm_name(vm), path))
+    for vm in target.vms_of(path, None, (None,)):
+        if vm not in report.vms:
+            reporter.event(NoBackup(vm, path))
 
 
 @dataclass(frozen=True)
