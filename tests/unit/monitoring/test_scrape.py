@@ -3,28 +3,23 @@
 
 import http.client
 import socket
-import threading
 from contextlib import contextmanager
 
 import pytest
 
-from backupctl.cancel import Cancellation
 from backupctl.monitoring import exposition, scrape
 from backupctl.monitoring.exposition import Gauge
 from backupctl.monitoring.scrape import Metrics
-from backupctl.system import listen
-
-PATIENCE = 20
+from tests.unit.http_served import PATIENCE, HttpServed
 
 
-class Scraped:
-    """A server in a thread. fails: whether the text cannot be made. made: how often it was made."""
+class Scraped(HttpServed):
+    """fails: whether the text cannot be made. made: how often it was made."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.fails = False
         self.made = 0
-        self.address = ""
-        self.ready = threading.Event()
 
     def make(self) -> str:
         if self.fails:
@@ -32,41 +27,12 @@ class Scraped:
         self.made += 1
         return f"backupctl_points {self.made}\n"
 
-    def announce(self, address: str) -> None:
-        self.address = address
-        self.ready.set()
-
-    @property
-    def port(self) -> int:
-        return int(self.address.split(":")[2].split("/")[0])
-
-    def ask(self, path: str = "/metrics", method: str = "GET", host: str | None = None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        try:
-            connection.request(method, path, headers={"Host": host} if host else {})
-            answer = connection.getresponse()
-            return answer.status, answer.read(), answer.headers
-        finally:
-            connection.close()
-
 
 @contextmanager
 def running():
-    scraped, stop = Scraped(), Cancellation()
-    with listen.tcp("127.0.0.1", 0) as listening:
-        thread = threading.Thread(
-            target=scrape.serve,
-            args=(listening, Metrics(scraped.make)),
-            kwargs={"ready": scraped.announce, "stop": stop},
-        )
-        thread.start()
-        try:
-            assert scraped.ready.wait(PATIENCE)
-            yield scraped
-        finally:
-            stop.request("the test's end")
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+    scraped = Scraped()
+    with scraped.running(scrape.serve, Metrics(scraped.make)):
+        yield scraped
 
 
 @pytest.fixture

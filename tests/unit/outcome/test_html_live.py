@@ -4,28 +4,24 @@
 import http.client
 import json
 import socket
-import threading
 from contextlib import contextmanager
 
 import pytest
 
-from backupctl.cancel import Cancellation
 from backupctl.outcome.html import live
 from backupctl.outcome.html.live import LivePage
-from backupctl.system import http_server, listen
+from backupctl.system import http_server
+from tests.unit.http_served import PATIENCE, HttpServed
 
-PATIENCE = 20
 
-
-class Served:
-    """A server in a thread. version: what looks say. made: of which versions the page was made."""
+class Served(HttpServed):
+    """version: what looks say. made: of which versions the page was made."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.version = "1"
         self.made: list[str] = []
         self.fails = False
-        self.address = ""
-        self.ready = threading.Event()
 
     def render(self, version: str) -> bytes:
         if self.fails:
@@ -33,46 +29,13 @@ class Served:
         self.made.append(version)
         return b"page " + version.encode()
 
-    def announce(self, address: str) -> None:
-        self.address = address
-        self.ready.set()
-
-    @property
-    def port(self) -> int:
-        return int(self.address.split(":")[2].split("/")[0])
-
-    @property
-    def path(self) -> str:
-        return "/" + self.address.split("/", 3)[3]
-
-    def ask(self, path: str | None = None, method: str = "GET", host: str | None = None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
-        try:
-            connection.request(
-                method, self.path if path is None else path, headers={"Host": host} if host else {}
-            )
-            answer = connection.getresponse()
-            return answer.status, answer.read(), answer.headers
-        finally:
-            connection.close()
-
 
 @contextmanager
 def running():
-    served, stop = Served(), Cancellation()
+    served = Served()
     page = LivePage(served.render, lambda: live.document([(0, "web", "full")], served.version))
-    with listen.tcp("127.0.0.1", 0) as listening:
-        thread = threading.Thread(
-            target=live.serve, args=(listening, page), kwargs={"ready": served.announce, "stop": stop}
-        )
-        thread.start()
-        try:
-            assert served.ready.wait(PATIENCE)
-            yield served
-        finally:
-            stop.request("the test's end")
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+    with served.running(live.serve, page):
+        yield served
 
 
 @pytest.fixture
