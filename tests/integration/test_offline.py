@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import interrupted_cli
-from tests.every_step import storage_daemons
+from tests.off_images import await_copy, daemons_of
 
 pytestmark = pytest.mark.needs_qemu("a VM that is off has no simulator")
 
@@ -95,20 +95,6 @@ def assert_images_are_whole(lab, leaks: bool = False) -> None:
             check=False,
         )
         assert done.returncode in ((0, 3) if leaks else (0,)), done.stdout + done.stderr
-
-
-def await_copy(lab, run) -> list[int]:
-    """Wait until a run copies; returns its storage daemon, which has an image open."""
-    deadline = time.monotonic() + 60
-    while not list((lab.cli.repository / "web").glob("*.partial/*.qcow2")):
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return daemons_of(lab)
-
-
-def daemons_of(lab) -> list[int]:
-    return storage_daemons(disk.path for disk in lab.machine.disks)
 
 
 def test_a_chain_goes_on_across_shutdowns_in_both_directions(lab):

@@ -5,13 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import time
 
 import pytest
 
 from fixtures.sshd import Sshd
 from tests import interrupted_cli
-from tests.every_step import storage_daemons
+from tests.off_images import await_copy, daemons_of
 
 pytestmark = pytest.mark.needs_qemu("a VM that is off has no simulator")
 
@@ -43,24 +42,12 @@ def shut_down(lab) -> None:
     lab.machine.quit()
 
 
-def daemons_of(lab) -> list[int]:
-    return storage_daemons(disk.path for disk in lab.machine.disks)
-
-
 def offline(lab, kind: str, *options: str):
     report = lab.backup(kind, *options)
     assert report["consistency"] == "offline"
     lab.assert_point(report["point"], lab.writer.moment)
     assert daemons_of(lab) == []
     return report
-
-
-def await_copy(lab, run) -> None:
-    deadline = time.monotonic() + 60
-    while not list((lab.cli.repository / "web").glob("*.partial/*.qcow2")):
-        assert run.poll() is None, run.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_chain_goes_on_across_shutdowns_of_a_vm_on_another_host(lab, sshd):
