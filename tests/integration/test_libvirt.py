@@ -45,10 +45,7 @@ def test_a_full_and_incrementals_are_byte_equal(make_lab: Make) -> None:
 def test_a_run_killed_in_mid_copy_with_its_guard_leaves_a_job_that_the_next_run_ends(make_lab: Make) -> None:
     """The drill in which virtnbdbackup loses changes: its next incremental starts at the run that failed."""
     lab = begun(make_lab)
-    lab.writer.write(20)
-    run = lab.cli.start("incremental", "web", "--limit", "200K")
-    wait_for(lambda: (lab.cli.repository / "web").glob("*.partial/*.qcow2"), run)
-    wait_for(lab.domain.has_job, run)
+    run = copying(lab)
     guard = guard_of(run.pid)
     os.kill(guard, signal.SIGSTOP)  # before it can do anything
     run.kill()
