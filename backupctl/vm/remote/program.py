@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -133,23 +133,25 @@ class RemoteProgram:
             self._earlier.append(self._monitor)
         elif self._monitor is not None:
             self._monitor.close()
-        qemu = self._vm.connect()
-        qemu.settimeout(None)
-        process = open_files.peer(qemu)
-        self._monitor = Relay(self._accepted(MONITOR), qemu, outlives=False)
-        return process
+        self._monitor = self._relayed(self._vm.connect)
+        return open_files.peer(self._monitor.qemu)
 
     def do_image_monitor(self) -> None:
         """Connect to the monitor of the daemon on the images, for a client as of `do_monitor`."""
         assert self._images is not None
+        self._earlier.append(self._relayed(self._images.connect))
+
+    def _relayed(self, connect: Callable[[], socket.socket]) -> Relay:
+        # The client is taken up also where there is nothing to connect it to: in the queue it would be taken
+        # for the next one.
         forwarded = self._accepted(MONITOR)
         try:
-            daemon = self._images.connect()
-        except OSError:
+            server = connect()
+        except BaseException:
             forwarded.close()
             raise
-        daemon.settimeout(None)
-        self._earlier.append(Relay(forwarded, daemon, outlives=False))
+        server.settimeout(None)
+        return Relay(forwarded, server, outlives=False)
 
     def do_images(self, call: str, arguments: list[Any]) -> Any:
         """Do the work of one of the methods of `ImageServer`."""

@@ -14,7 +14,7 @@ import pytest
 from backupctl.cancel import Cancellation
 from backupctl.errors import AgentUnavailable, Interrupted, MonitorError, MonitorUnreachable, Refused
 from backupctl.options import QmpAccess, Timeouts
-from backupctl.system import ssh
+from backupctl.system import private_dir, ssh
 from backupctl.system.address import Address
 from backupctl.vm.remote import bundle, channel, connected_host, host
 
@@ -164,19 +164,20 @@ def test_the_program_ends_when_nobody_speaks_to_it(tmp_path):
 
 
 @pytest.mark.parametrize("left", [True, False], ids=["a socket that nobody listens on", "no socket"])
-def test_a_vm_that_is_off_is_told_from_a_line_that_broke(as_ssh, tmp_path, left):
+def test_a_vm_that_is_off_is_told_from_a_line_that_broke(as_ssh, monkeypatch, tmp_path, left):
     as_ssh(HERE)
+    far = private_dir.new_name()
+    monkeypatch.setattr(private_dir, "new_name", lambda: far)
     monitor = tmp_path / "q"
     if left:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(monitor))
     asked = options(session=True, monitor=str(monitor), lock_seconds=10.0)
-    with channel.opened(ADDRESS, asked) as there, socket.socket(socket.AF_UNIX) as forwarded:
+    with channel.opened(ADDRESS, asked) as there:
         assert not (there.directory / "m").exists()
         with pytest.raises(ConnectionError, match="the socket that ssh forwards") as broken:
             connected_host.MonitorLine(there, "monitor").connect(1.0)
         assert not isinstance(broken.value, ConnectionRefusedError)
-        forwarded.bind(str(there.directory / "m"))
-        forwarded.listen()
+        (there.directory / "m").symlink_to(far / "m")  # as ssh would forward it
         with pytest.raises(ConnectionRefusedError if left else FileNotFoundError):
             connected_host.MonitorLine(there, "monitor").connect(1.0)
