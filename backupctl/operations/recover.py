@@ -8,7 +8,7 @@ every line may be the last one of a dying process, and the next call goes on.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,9 @@ from backupctl.repository.vm_directory import VmDirectory
 from backupctl.vm.driver import Driver, Resolver, RunDisk, UnfinishedRun
 from backupctl.vm.open_driver import open_driver, thaw_if_frozen
 
+_GONE = "is gone from the repository (somebody removed it, or put an older copy of the repository back)"
+_DELETED = "was deleted"
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -66,7 +69,7 @@ class DirectoryFacts:
     def what_became_of(self, named: Iterable[PointId]) -> Mapping[PointId, str]:
         """Return why points are not there; nothing of those of which it cannot be told."""
         try:
-            found = {one: self._fate(one) for one in named if not self.is_committed(one)}
+            found = {one: self.fate(one) for one in named if not self.is_committed(one)}
         except RepositoryError:
             return {}
         return {point: fate for point, fate in found.items() if fate}
@@ -79,9 +82,10 @@ class DirectoryFacts:
         known = self.is_committed(point) or self.is_another_vms(point)
         return not known and not audit.is_unfinished(self.directory, point)
 
-    def _fate(self, point: PointId) -> str:
+    def fate(self, point: PointId) -> str:
+        """Return why a point is not there; "" if it is, or never was. Raises RepositoryError."""
         if audit.was_dropped(self.directory, point):
-            return "was deleted"
+            return _DELETED
         return "is gone" if self.is_lost(point) else ""
 
     def checkpoints(self) -> int:
@@ -181,24 +185,24 @@ def newest_recorded(driver: Driver, namespace: Namespace) -> PointId | None:
     return max(found, default=None)
 
 
-def gone(facts: DirectoryFacts, recorded: PointId | None) -> tuple[PointId, ...]:
-    """Return the points that are gone: the history says so, or a bitmap names one of which nothing is there.
+def absent(facts: DirectoryFacts, recorded: PointId | None) -> Mapping[PointId, str]:
+    """Return the points that are not there any more, and why, as an end of "the point ...".
 
-    recorded: of `newest_recorded`. The latter is what an older copy of the repository looks like, put back in
-    its place. To be asked before `recover_vm`, which takes such a bitmap for an unfinished run's. Raises
-    RepositoryError.
+    The history says so, or a bitmap names one of which nothing is there: that is what an older copy of the
+    repository looks like, put back in its place. recorded: of `newest_recorded`. To be asked before
+    `recover_vm`, which takes such a bitmap for an unfinished run's. Raises RepositoryError.
     """
-    found = set(audit.missing(facts.directory))
+    found = dict.fromkeys(audit.missing(facts.directory), _GONE)
     newest = facts.directory.newest()
-    if recorded and (newest is None or recorded > newest) and facts.is_lost(recorded):
-        found.add(recorded)
-    return tuple(sorted(found))
+    if recorded and (newest is None or recorded >= newest) and (fate := facts.fate(recorded)):
+        found[recorded] = fate if fate == _DELETED else _GONE
+    return found
 
 
-def unrecorded(facts: DirectoryFacts, gone: Sequence[PointId]) -> tuple[PointId, ...]:
-    """Return the points of `gone` that the history does not miss. Raises RepositoryError."""
-    recorded = audit.missing(facts.directory) if gone else ()
-    return tuple(point for point in gone if point not in recorded)
+def unrecorded(facts: DirectoryFacts, absent: Mapping[PointId, str]) -> tuple[PointId, ...]:
+    """Return the points of `absent` of whose end the history does not know. Raises RepositoryError."""
+    recorded = audit.missing(facts.directory) if absent else ()
+    return tuple(point for point, why in absent.items() if why != _DELETED and point not in recorded)
 
 
 def drop_leftover_files(facts: DirectoryFacts) -> list[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What there is of a VM, and what its next run would do: all that a run asks, and nothing that it changes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from backupctl.errors import MonitorError, MonitorUnreachable, Refused
@@ -95,12 +95,12 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Answers:
-    """What the VM tells. gone: points that its bitmaps name and that are not there. left: as in `_Stored`."""
+    """What the VM tells. absent: of `recover.absent`. left: as in `_Stored`."""
 
     inventory: Inventory
     left: tuple[str, ...]
     version: str
-    gone: tuple[PointId, ...]
+    absent: Mapping[PointId, str]
     refusal: str
     bitmaps: tuple[StoredBitmap, ...]
     other_tools: tuple[OtherTool, ...]
@@ -119,7 +119,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
         found = _ask(vm, repository, options, facts, stored, known)
     except (MonitorError, Refused) as err:
         return _unanswered(directory, stored, err)
-    plan, broken = _plan(found.inventory, facts, stored.points, options, found.gone)
+    plan, broken = _plan(found.inventory, facts, stored.points, options, found.absent)
     refusal = found.refusal or broken
     return Status(
         vm=vm.name,
@@ -134,7 +134,7 @@ def look(vm: VmConfig, repository: Repository, options: RunOptions, known: Known
         bitmaps=found.bitmaps,
         refusal=refusal,
         other_tools=found.other_tools,
-        gone=recover.unrecorded(facts, found.gone),
+        gone=recover.unrecorded(facts, found.absent),
     )
 
 
@@ -157,7 +157,7 @@ def _ask(
             inventory=foreseen.inventory,
             left=left,
             version=driver.version,
-            gone=recover.gone(facts, recover.newest_recorded(driver, facts.namespace)),
+            absent=recover.absent(facts, recover.newest_recorded(driver, facts.namespace)),
             refusal=_refusal(driver, foreseen.inventory, left),
             bitmaps=bitmap_survey.survey(driver, vm, repository, known),
             other_tools=other_tools.found(driver, vm),
@@ -197,10 +197,11 @@ def _plan(
     facts: recover.DirectoryFacts,
     points: tuple[Point, ...],
     options: RunOptions,
-    gone: tuple[PointId, ...],
+    absent: Mapping[PointId, str],
 ) -> tuple[planning.Plan, str]:
     """Return how the next incremental would take each disk, and why it would be refused; "" if it is not."""
-    chains = prepare.chain_facts(CheckedChains(facts.directory), facts.namespace, points, gone, options.chain)
+    known = CheckedChains(facts.directory)
+    chains = prepare.chain_facts(known, facts.namespace, points, absent, options.chain)
 
     def planned(on_broken_chain: OnBrokenChain) -> planning.Plan:
         return planning.plan(

@@ -30,7 +30,8 @@ def test_the_newest_point_is_deleted_and_the_next_incremental_is_right(lab):
     assert (done["deleted"], [one["disk"] for one in done["newest"]]) == ([points[2]], ["vda", "vdb"])
     assert listed(lab) == points[:2]
     status = lab.cli.json("status", "web")
-    assert {disk["next"] for disk in status["disks"]} == {"scan"}
+    why = f"the point {points[2]} that its bitmap names was deleted"
+    assert {(disk["next"], disk["reason"]) for disk in status["disks"]} == {("scan", why)}
     assert status["gone"] == []
     assert all(
         left.endswith(f"the point {points[2]} that it names was deleted") for left in status["leftovers"]

@@ -10,8 +10,9 @@ on the active node, and the newest records. Anything else would be an incrementa
 the disk is scanned (read whole, and compared with the base's digests), or taken full.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from backupctl.errors import UNTOUCHED, Refused
 from backupctl.names import BitmapName, DiskName, Namespace, PointId
@@ -29,14 +30,15 @@ class ChainFacts:
     """What the repository knows of the chains that a run could go on with.
 
     points: the committed ones, oldest first. error: what is damaged. too_long: why a chain is to get no more
-    layers; the disk is then taken full. gone: points that were committed and do not exist any more.
+    layers; the disk is then taken full. absent: points that were committed and do not exist any more, and
+    why, as an end of "the point ...".
     """
 
     namespace: Namespace
     points: tuple[Point, ...]
     error: Objection = lambda _point, _disk: None
     too_long: Objection = lambda _point, _disk: None
-    gone: tuple[PointId, ...] = ()
+    absent: Mapping[PointId, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,13 @@ def _incremental(disk: Disk, inventory: Inventory, chains: ChainFacts, since: Po
     # Each bitmap records from its point up to the next: a missing one is a gap.
     ids = [point.id for point in chains.points if point.id >= base.id and point.manifest.disk(disk.name)]
     for point in ids:
-        newest_one = point == ids[-1]
         if reason := bitmap_error(
-            chains.namespace, point, disk, inventory.foreign_node_bitmaps, newest=newest_one, gone=chains.gone
+            chains.namespace,
+            point,
+            disk,
+            inventory.foreign_node_bitmaps,
+            newest=point == ids[-1],
+            absent=chains.absent,
         ):
             return DiskPlan(disk, "incremental", base.id, reason)
     names = tuple(chains.namespace.bitmap(point, disk.name) for point in ids)
@@ -184,11 +190,11 @@ def bitmap_error(
     elsewhere: Sequence[Bitmap],
     *,
     newest: bool = True,
-    gone: Sequence[PointId] = (),
+    absent: Mapping[PointId, str] = MappingProxyType({}),
 ) -> str:
     """Say why the bitmap of `base` can't tell what changed on this disk since; "" if it can.
 
-    newest: whether it must record up to now; an older one recorded up to the next. gone: as for `ChainFacts`.
+    newest: whether it must record up to now; an older one recorded up to the next. absent: see `ChainFacts`.
     """
     name = namespace.bitmap(base, disk.name)
     # Also if the active node has one: libvirt gives the overlay of a snapshot an empty bitmap of each name,
@@ -197,7 +203,7 @@ def bitmap_error(
         return "its bitmap is on a layer that is no longer the active one (an external snapshot was taken)"
     bitmap = next((bitmap for bitmap in disk.bitmaps if bitmap.name == name), None)
     if bitmap is None:
-        return _why_missing(base, newest=newest, gone=gone)
+        return _why_missing(base, newest=newest, absent=absent)
     if bitmap.inconsistent:
         return "its bitmap is inconsistent (QEMU did not end cleanly)"
     if not disk.trusts(bitmap):
@@ -211,12 +217,9 @@ def bitmap_error(
     return ""
 
 
-def _why_missing(base: PointId, *, newest: bool, gone: Sequence[PointId]) -> str:
-    if later := max((point for point in gone if point > base), default=None):
-        return (
-            f"the point {later} that its bitmap names is gone from the repository "
-            "(somebody removed it, or put an older copy of the repository back)"
-        )
+def _why_missing(base: PointId, *, newest: bool, absent: Mapping[PointId, str]) -> str:
+    if later := max((point for point in absent if point > base), default=None):
+        return f"the point {later} that its bitmap names {absent[later]}"
     if not newest:
         return f"the checkpoint of {base} is not kept in the VM (see --keep-checkpoints)"
     return "its bitmap is gone (QEMU ended without storing it, somebody removed it, or this is another disk)"

@@ -5,7 +5,7 @@ Which disks there are, from which base each is taken, what would stop the run la
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,7 +115,7 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
         reporter.event(ImagesRead(vm.name))
     # Both before recovery, which takes a bitmap without a point for an unfinished run's, and removes it.
     recorded = recover.newest_recorded(driver, facts.namespace)
-    gone = recover.gone(facts, recorded)
+    absent = recover.absent(facts, recorded)
     for done in recover.recover_vm(vm, facts, driver, options.scratch.directory, options.timeouts):
         reporter.event(RecoveredFromEarlierRun(done))
     described = definition.asked(driver, options, reporter)
@@ -123,14 +123,14 @@ def prepare(ctx: RunContext, driver: Driver) -> Prepared:
     audit.reconcile(directory, points)
     for problem in audit.problems(directory, points.committed):
         reporter.event(HistoryMismatch(vm.name, problem.point, problem.message))
-    for point in recover.unrecorded(facts, gone):
+    for point in recover.unrecorded(facts, absent):
         reporter.event(PointGone(vm.name, point, ctx.repository.path))
     refuse_directories(ctx.repository.path, options.scratch.directory, driver)
     inventory, chosen = _chosen(driver, options)
     for name, why in inventory.skipped:
         reporter.event(DiskSkipped(name, why))
     chains = CheckedChains(directory, points)
-    known = chain_facts(chains, ctx.repository.owner, points.committed.points, gone, options.chain)
+    known = chain_facts(chains, ctx.repository.owner, points.committed.points, absent, options.chain)
     plan = _plan(ctx, inventory, chosen, points.committed, known)
     _report(plan, options, reporter)
     if not directory.all_points():
@@ -181,7 +181,7 @@ def chain_facts(
     chains: CheckedChains,
     namespace: Namespace,
     points: tuple[Point, ...],
-    gone: tuple[PointId, ...],
+    absent: Mapping[PointId, str],
     wanted: ChainOptions,
 ) -> planning.ChainFacts:
     """Return what the repository knows of the chains that a run could go on with."""
@@ -190,7 +190,7 @@ def chain_facts(
         points,
         error=chains.error,
         too_long=functools.partial(chains.too_long, wanted.max_layers),
-        gone=gone,
+        absent=absent,
     )
 
 
