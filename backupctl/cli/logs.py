@@ -23,6 +23,7 @@ from backupctl.cli import output
 from backupctl.cli.invocation import Invocation
 from backupctl.errors import UNTOUCHED, UsageError
 from backupctl.outcome import documents
+from backupctl.system import safe_directory
 from backupctl.system.log import Shown
 
 _ROOT = "backupctl"
@@ -290,13 +291,17 @@ def _opened(path: Path) -> int:
     """Open a log file for appending. Raises UsageError.
 
     In a directory that others may write to, somebody could put a link there, or a file of his own in which he
-    would read what we log: neither is written to.
+    would read what we log; or a link in the place of a directory on the way, so that the log becomes another
+    file of root's. None of these is written to.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        descriptor = os.open(path, flags, 0o600)
+        with safe_directory.opened_where_it_is(path.parent) as directory:
+            descriptor = os.open(path.name, flags, 0o600, dir_fd=directory)
     except OSError as err:
         raise _refused(path, err.strerror) from err
+    except UsageError as err:
+        raise _refused(path, err.message) from err
     found = os.fstat(descriptor)
     if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_nlink == 1:
         return descriptor

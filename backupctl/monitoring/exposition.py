@@ -7,12 +7,11 @@ the collector refuses them.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from backupctl.errors import UsageError
-from backupctl.system import path_walk
+from backupctl.system import safe_directory
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
@@ -64,8 +63,8 @@ def file_of(configured: Path, vm: str) -> tuple[Path, str]:
 def write(directory: Path, name: str, content: str) -> None:
     """Replace a file, which is the old or the new one at any time. Raises OSError, UsageError."""
     temporary = f".{name}.new"  # the collector reads *.prom only
-    descriptor = _open_directory(directory)
-    try:
+    # It may be the collector's own: whoever owns it can only read and remove what is in it.
+    with safe_directory.opened_where_it_is(directory) as descriptor:
         with suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=descriptor)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -74,22 +73,3 @@ def write(directory: Path, name: str, content: str) -> None:
             # The collector runs as a user of its own. The file names VMs, times and sizes, and nothing else.
             os.fchmod(file.fileno(), _READABLE)
         os.rename(temporary, name, src_dir_fd=descriptor, dst_dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _open_directory(path: Path) -> int:
-    """Open the directory. Raises OSError, UsageError.
-
-    It may be the collector's own: whoever owns it can only read and remove what is in it. But a link on the
-    way would let them choose another directory, so links must be root's or ours.
-    """
-    with closing(path_walk.walk(path)) as steps:
-        for step in steps:
-            assert step.status is not None
-            if step.is_link and step.status.st_uid not in (0, os.geteuid()):
-                raise UsageError(f"{step.path} is a symbolic link of user {step.status.st_uid}")
-            if step.last and not step.is_link:
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                return os.open(step.name, flags, dir_fd=step.directory)
-    raise AssertionError("a walk ends with a last step")

@@ -3,7 +3,8 @@
 
 import os
 import stat
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from backupctl.errors import UsageError
@@ -35,6 +36,27 @@ def resolve(path: Path) -> Path:
             if step.is_directory or not step.last:
                 _refuse_directory(step, path)
     return found
+
+
+@contextmanager
+def opened_where_it_is(path: Path) -> Iterator[int]:
+    """Open a directory that others may own or write to, for as long as the block; yields its descriptor.
+
+    They could do as they like with what is in it. But a link of theirs on the way would let them choose
+    another directory: links must be root's or ours. Raises OSError, UsageError.
+    """
+    with closing(path_walk.walk(path)) as steps:
+        for step in steps:
+            assert step.status is not None
+            if step.is_link and step.status.st_uid not in (_ROOT, os.geteuid()):
+                raise UsageError(f"{step.path} is a symbolic link of user {step.status.st_uid}")
+            if step.last and not step.is_link:
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+                found = os.open(step.name, flags, dir_fd=step.directory)
+    try:
+        yield found
+    finally:
+        os.close(found)
 
 
 def _refuse_directory(step: Step, path: Path) -> None:

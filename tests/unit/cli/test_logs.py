@@ -187,6 +187,20 @@ def test_a_log_file_that_others_could_have_put_there_is_refused(call, tmp_path, 
     assert victim.read_text() == "as it was"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_a_log_does_not_follow_another_users_link_on_the_way(call, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    log = tmp_path / "link" / "log"
+    call(Failed("no room"), "--log-file", str(log))
+    held = log.read_text()
+    assert "skipped db" in held
+    os.lchown(tmp_path / "link", 12345, 12345)
+    code, _, said, left = call(Failed("not reached"), "--log-file", str(log))
+    assert (code, left, log.read_text()) == (2, [], held)
+    assert f"cannot open the log file {log}: {tmp_path / 'link'} is a symbolic link of user 12345" in said
+
+
 def test_the_options_stand_on_either_side_of_the_command_but_a_file_once(tmp_path):
     def ran(*words: str) -> "subprocess.CompletedProcess[str]":
         program = [sys.executable, "-m", "backupctl", *words]
