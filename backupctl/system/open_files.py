@@ -13,11 +13,14 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from backupctl.names import is_ours
+from backupctl.system import private_dir
 
 _EMULATORS = ("qemu-system-", "qemu-kvm")
+_SERVERS = ("qemu-storage-da", "qemu-nbd")  # of a name /proc/PID/comm has 15 characters
 _LOOP_MAJOR = 7
 _STANDARD = frozenset({"0", "1", "2"})
 _MOST_ARGUMENT_BYTES = 1 << 19
@@ -83,11 +86,20 @@ def command_line(process: int) -> tuple[str, ...] | None:
     return tuple(os.fsdecode(one) for one in content.removesuffix(b"\0").split(b"\0"))
 
 
-def emulators() -> Iterator[int]:
-    """Yield the processes that are virtual machines."""
+def writers() -> Iterator[tuple[int, str]]:
+    """Yield the processes that write to disks of virtual machines, and what each is.
+
+    They are the VMs themselves, and the storage daemons and qemu-nbd that serve disks to them, or to anybody
+    else. Our own daemons are left out: those who start them watch what they fill.
+    """
     for entry in os.scandir("/proc"):
-        if entry.name.isdigit() and _is_emulator(int(entry.name)):
-            yield int(entry.name)
+        if not entry.name.isdigit():
+            continue
+        process = int(entry.name)
+        if _is_emulator(process):
+            yield process, "VM"
+        elif _program(process).startswith(_SERVERS) and not _is_our_daemon(process):
+            yield process, "disk server"
 
 
 def written(process: int) -> tuple[OpenFile, ...] | None:
@@ -126,6 +138,13 @@ def descriptor(process: int, number: int) -> int:
 def _is_emulator(process: int) -> bool:
     program = _program(process)
     return program == "kvm" or program.startswith(_EMULATORS)
+
+
+def _is_our_daemon(process: int) -> bool:
+    arguments = command_line(process) or ()
+    return any(
+        option == "--pidfile" and private_dir.is_in_one(Path(value)) for option, value in pairwise(arguments)
+    )
 
 
 def _program(process: int) -> str:

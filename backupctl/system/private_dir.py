@@ -66,6 +66,11 @@ def new_name() -> Path:
     return Path(_ELSEWHERE[0]) / f"{_PREFIX}{os.urandom(8).hex()}"
 
 
+def is_in_one(path: Path) -> bool:
+    """Whether a file is in a directory of any run of ours, by its name."""
+    return path.parent.name.startswith(_PREFIX)
+
+
 def check() -> None:
     """Check that `directory` works, by making a socket in one. Raises Failed, naming the directory."""
     with directory() as made, socket.socket(socket.AF_UNIX) as trial:

@@ -62,13 +62,14 @@ class Filling:
         if self._guests:
             return self._guests
         place, doubt = Place.of(self.directory), ""
-        for process in sorted({*open_files.emulators(), *([self._process] if self._process else [])}):
+        known = {self._process: "VM"} if self._process else {}
+        for process, kind in sorted({**dict(open_files.writers()), **known}.items()):
             files = open_files.written(process)
             if files is None:
                 doubt = f"a disk of another VM may be on it (cannot look at the files of process {process})"
             for file in files or ():
                 if file.place.shared_with(place):
-                    return f"{file.path:.300} of the VM of process {process} is on it too"
+                    return f"{file.path:.300} of the {kind} of process {process} is on it too"
         return doubt
 
 

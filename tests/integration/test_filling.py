@@ -4,6 +4,9 @@
 import json
 import os
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,43 @@ def test_a_restore_ends_before_it_takes_the_room_of_other_vms(any_build, make_la
         assert os.listdir(directory) == ["other.raw"]
     lab.cli.run(*restore, vm=False)
     assert target.read_bytes() == lab.writer.moment["vda"]
+
+
+@contextmanager
+def served(program: str, image: Path, path: Path) -> Iterator[int]:
+    """Serve an image, as to a VM elsewhere; yields the process."""
+    command = ["qemu-nbd", "-f", "raw", "-t", "-k", str(path), str(image)]
+    if program == "qemu-storage-daemon":
+        command = [
+            *(program, "--blockdev", f"driver=file,node-name=disk,filename={image}"),
+            *("--nbd-server", f"addr.type=unix,addr.path={path}"),
+            *("--export", "type=nbd,id=disk,node-name=disk,writable=on"),
+        ]
+    with subprocess.Popen(command) as server:
+        try:
+            while not path.exists():
+                assert server.poll() is None
+                time.sleep(0.02)
+            yield server.pid
+        finally:
+            server.terminate()
+
+
+@pytest.mark.parametrize("server", ["qemu-storage-daemon", "qemu-nbd"])
+def test_a_restore_ends_before_it_takes_the_room_of_a_disk_that_is_served(
+    any_build, make_lab, mount, server, tmp_path
+):
+    lab = make_lab(any_build, {"vda": 32 * MIB})
+    lab.writer.do("vda", "data", 0, 32 * MIB, 0x33)
+    point = lab.backup("full")["point"]
+    directory = mount(tmp_path / "images", 280)
+    (directory / "other.raw").write_bytes(bytes(MIB))
+    restore = ("restore", "web", point, "--to", str(directory / "vda.raw"))
+    with served(server, directory / "other.raw", tmp_path / "nbd") as process:
+        told = lab.cli.json(*restore, code=1, vm=False)["error"]
+        assert f"other.raw of the disk server of process {process}" in told["message"]
+        assert os.listdir(directory) == ["other.raw"]
+    lab.cli.run(*restore, vm=False)
 
 
 def test_a_merge_ends_before_it_takes_the_room_of_other_vms(any_build, make_lab, mount, tmp_path):

@@ -24,7 +24,7 @@ def machine(monkeypatch):
     vms: dict[int, tuple[OpenFile, ...] | None] = {}
     monkeypatch.setattr(Place, "of", lambda _: Place(HERE, FREE))
     monkeypatch.setattr(filling, "free_bytes", lambda _: FREE)
-    monkeypatch.setattr(open_files, "emulators", lambda: iter(vms))
+    monkeypatch.setattr(open_files, "writers", lambda: iter([(process, "VM") for process in vms]))
     monkeypatch.setattr(open_files, "written", lambda process: vms.get(process, ()))
     return vms
 
@@ -58,7 +58,7 @@ def test_a_device_is_not_watched(machine, tmp_path):
 
 
 def test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator(machine, tmp_path, monkeypatch):
-    monkeypatch.setattr(open_files, "emulators", lambda: iter(()))
+    monkeypatch.setattr(open_files, "writers", lambda: iter(()))
     machine[41] = (OpenFile(Place(HERE, 1), "/images/a.qcow2"),)
     with pytest.raises(Failed, match=r"a\.qcow2"):
         Filling(tmp_path, process=41).check()
