@@ -15,6 +15,7 @@ from backupctl.names import BitmapName, BitmapParts, DiskName, NodeName, PointId
 from backupctl.operations import recover
 from backupctl.operations.backup import plan
 from backupctl.options import DEFAULT_TIMEOUTS, Timeouts, VmConfig
+from backupctl.repository import summary
 from backupctl.repository.repository import Repository
 from backupctl.vm.bitmap import Bitmap
 from backupctl.vm.driver import Driver
@@ -114,8 +115,10 @@ def remove(
     """
     with ExitStack() as held:
         for one in (*([repository] if repository else []), *known()):
-            if not dry_run and one.vm(vm.name).exists():
-                held.enter_context(one.vm(vm.name).lock())
+            directory = one.vm(vm.name)
+            if not dry_run and directory.exists():
+                held.enter_context(directory.lock())
+                held.enter_context(summary.renewed(directory))
         driver = held.enter_context(open_driver(vm, timeouts))
         chosen = _chosen(survey(driver, vm, repository, known), names, tag)
         _refuse_needed(chosen, vm)

@@ -32,7 +32,7 @@ from backupctl.events.backup import RecoveredFromEarlierRun
 from backupctl.names import Namespace, PointId, VmName
 from backupctl.options import DEFAULT_TIMEOUTS, Timeouts, VmConfig
 from backupctl.progress import Reporter
-from backupctl.repository import audit
+from backupctl.repository import audit, summary
 from backupctl.repository.journal import Journal
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
@@ -119,7 +119,7 @@ def recover(
     directory = repository.vm(vm.name)
     facts = DirectoryFacts(directory, repository.owner)
     try:
-        with directory.lock():
+        with directory.lock(), summary.renewed(directory):
             thawed = _thaw_first(vm, directory, timeouts, reporter)
             with open_driver(vm, timeouts, cancel) as driver:
                 cancel.check()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from backupctl.errors import UNTOUCHED, Refused, TargetExists, UsageError
 from backupctl.names import PointId, VmName
 from backupctl.operations import usage
-from backupctl.repository import former_names, markers, relocate
+from backupctl.repository import former_names, markers, relocate, summary
 from backupctl.repository.pending_point import PendingPoint
 from backupctl.repository.repository import Repository
 from backupctl.repository.vm_directory import VmDirectory
@@ -82,6 +82,7 @@ def rename(repository: Repository, old: VmName, new: VmName, *, dry_run: bool) -
     with relocate.alone(directory):
         _refuse_unfinished(directory, _unfinished(directory))
         relocate.rename(directory, new)
+        summary.renew(target)
     return True
 
 

@@ -11,8 +11,8 @@ writes it holds the VM's lock; a crash leaves the file before or none, and eithe
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ from backupctl.repository.summary_file import (
 from backupctl.repository.vm_directory import AllPoints, VmDirectory
 from backupctl.system import safe_open
 
-__all__ = ["DiskSummary", "Identity", "Listing", "PointSummary", "look", "renew", "renew_if_free"]
+__all__ = ["DiskSummary", "Identity", "Listing", "PointSummary", "look", "renew", "renew_if_free", "renewed"]
 
 _log = logging.getLogger("backupctl.repository")
 
@@ -110,6 +110,18 @@ def renew(directory: VmDirectory) -> None:
         _log.debug("%s is not written: %s", directory.path / FILE_NAME, err)
         with suppress(OSError):
             (directory.path / f".{FILE_NAME}.new").unlink()
+
+
+@contextmanager
+def renewed(directory: VmDirectory) -> Iterator[None]:
+    """Renew the summary at the end of the block, however it ends: its lock has broken the seal.
+
+    The caller holds the VM's lock, and changes nothing of the VM's points after the block.
+    """
+    try:
+        yield
+    finally:
+        renew(directory)
 
 
 def renew_if_free(directory: VmDirectory) -> None:

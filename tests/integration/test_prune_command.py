@@ -35,8 +35,8 @@ def prune(lab, *rules: str, code: int = 0):
     return lab.cli.json("prune", "web", *rules, vm=False, code=code)
 
 
-def is_sealed(lab) -> bool:
-    directory = Repository.open(lab.cli.repository).vm(vm_name("web"))
+def is_sealed(lab, vm: str = "web") -> bool:
+    directory = Repository.open(lab.cli.repository).vm(vm_name(vm))
     return summary.look(directory, closely=True).sealed
 
 
@@ -50,6 +50,37 @@ def test_after_each_command_that_changes_points_the_summary_is_believed(lab):
     assert is_sealed(lab)
     points = lab.cli.json("list", "web", vm=False)
     assert [point["protected"] for point in points] == [True, False]
+    lab.cli.run("recover", "web")
+    assert is_sealed(lab)
+    lab.cli.run("rename", "web", "shop", vm=False)
+    assert is_sealed(lab, "shop")
+    lab.cli.run("rename", "shop", "web", vm=False)
+    lab.cli.json("delete", "web", points[0]["point"], "--protected", vm=False)
+    assert is_sealed(lab)
+
+
+def test_after_a_command_that_fails_the_summary_is_believed_as_well(lab):
+    held = take(lab, 3)
+    assert is_sealed(lab)
+    lab.backup("incremental", "--disk", "vdx", code=2)
+    assert is_sealed(lab)
+    lab.cli.vm[1] = "unix:/nonexistent/monitor"
+    lab.cli.call("recover", "web", code=1)
+    assert is_sealed(lab)
+    lab.cli.vm[1] = f"unix:{lab.machine.qmp_path}"
+    lab.cli.json("delete", "web", max(held), vm=False, code=2)
+    assert is_sealed(lab)
+    bitmap = lab.cli.json("bitmaps", "web")["bitmaps"][0]["name"]
+    lab.cli.call("bitmaps", "web", "--remove", bitmap, code=1)
+    assert is_sealed(lab)
+    lab.writer.do("vda", "data", 0, 4 * MIB, 0x33)
+    with lab.cli.start("incremental", "web", "--limit", "64K") as run:
+        while not run.stderr.readline().endswith("copy\n"):
+            assert run.poll() is None
+        run.terminate()
+        run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert is_sealed(lab)
 
 
 def without_sizes(point: dict) -> dict:

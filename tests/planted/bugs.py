@@ -388,8 +388,8 @@ BUGS = (
     Bug(
         "recover takes no lock",
         "recover",
-        "        with directory.lock():\n            thawed = ",
-        "        with suppress():\n            thawed = ",
+        "        with directory.lock(), summary.renewed(directory):\n            thawed = ",
+        "        with summary.renewed(directory):\n            thawed = ",
         FAILURES + "test_a_second_run_is_told_that_the_first_one_works[simulator]",
     ),
     Bug(

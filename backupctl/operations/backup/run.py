@@ -66,18 +66,17 @@ def run(ctx: RunContext) -> RunReport:
     with prepare.explained(ctx.vm, ctx.options):
         ctx.step("prepare")
         timeouts = ctx.options.timeouts
-        with ctx.directory.lock() as lock:
-            with (
-                open_for_backup(ctx.vm, timeouts, ctx.cancel) as driver,
-                driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
-            ):
-                ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
-                ctx.activity.step("prepare", None)
-                prepared = prepare.prepare(ctx, driver)
-                session.stand_by()
-                report = _Run(ctx, driver, session, prepared).make()
-            summary.renew(ctx.directory)
-            return report
+        with (
+            ctx.directory.lock() as lock,
+            summary.renewed(ctx.directory),
+            open_for_backup(ctx.vm, timeouts, ctx.cancel) as driver,
+            driver.begin(lock) as session,  # now, since the guard loads while step 1 asks the VM
+        ):
+            ctx.activity = ActivityLog(lock, ctx.options.kind, ctx.clock)
+            ctx.activity.step("prepare", None)
+            prepared = prepare.prepare(ctx, driver)
+            session.stand_by()
+            return _Run(ctx, driver, session, prepared).make()
 
 
 class _Run:

@@ -122,13 +122,14 @@ def prune(
             decisions = _decide(steps.survey, rules)
             steps.retire_all(retention.dropped(decisions))
         steps.clear()
-        summary.renew_if_free(directory)
     except Failed as err:
         raise err.add(
             state=STATE,
             hint="run the same prune again: it continues where this one stopped",
             next_command=f"backupctl prune {directory.name}",
         ) from err
+    finally:
+        summary.renew_if_free(directory)
     return replace(steps.outcome.report(decisions), long_chains=long_chains(directory, max_chain))
 
 
@@ -147,13 +148,15 @@ def drop(
     """
     directory.refuse_unknown()
     steps = _Steps.of(directory, reporter, stop, protected=protected)
-    with directory.lock():
-        audit.reconcile(directory)
-        steps.survey.update()
-        chosen = choose(steps.survey)
-        steps.retire_all(chosen)
-    steps.clear()
-    summary.renew_if_free(directory)
+    try:
+        with directory.lock():
+            audit.reconcile(directory)
+            steps.survey.update()
+            chosen = choose(steps.survey)
+            steps.retire_all(chosen)
+        steps.clear()
+    finally:
+        summary.renew_if_free(directory)
     decisions = [Decision(point, keep=False, reasons=("named",)) for point in chosen]
     return steps.outcome.report(tuple(decisions))
 
