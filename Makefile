@@ -7,8 +7,8 @@ SHELL := /bin/bash
 PYTHON := /usr/bin/python3
 VENV := .venv
 CACHE := $(or $(BACKUPCTL_CACHE),.cache)
-# One more than there are cores: most tests wait for a QEMU now and then.
-WORKERS := $(shell n=$$(nproc); echo $$((n > 3 ? 4 : n + 1)))
+# Twice as many as there are cores, up to four: most tests wait for a QEMU, or for a time-out, now and then.
+WORKERS := $(shell n=$$(nproc); echo $$((n > 1 ? 4 : 2)))
 PIP := $(VENV)/bin/pip install -q --disable-pip-version-check --no-input
 LOCK := --quiet --generate-hashes --allow-unsafe --all-build-deps --strip-extras --no-annotate \
     --no-emit-options --no-emit-index-url --no-emit-find-links --no-emit-trusted-host
