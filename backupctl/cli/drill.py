@@ -14,7 +14,7 @@ from backupctl.cli.output import clean
 from backupctl.drills import runner
 from backupctl.drills.catalog import DRILLS, Drill
 from backupctl.drills.demo import check_tools
-from backupctl.drills.runner import Outcome, Place
+from backupctl.drills.runner import DrillVm, Outcome
 from backupctl.errors import DamageFound, UsageError
 from backupctl.names import did_you_mean
 
@@ -39,14 +39,14 @@ _STYLES = {"passed": "green", "FAILED": "bold red", "simulator only": "dim"}
 @click.option("--list", "listing", is_flag=True, help="List the drills instead of running them.")
 @click.option(
     "--on",
-    "place",
+    "vm",
     type=click.Choice(["simulator", "qemu"]),
     default="simulator",
     show_default=True,
     help="The bundled simulator, or a throw-away real QEMU without a guest.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool) -> None:
+def drill(names: tuple[str, ...], vm: DrillVm, *, listing: bool, as_json: bool) -> None:
     """Drill failures: break backups of a throw-away VM, and check that nothing is lost.
 
     NAMES are drills (default: all). Your own VMs, repositories and configuration are not touched.
@@ -59,7 +59,7 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
     begun, stop = time.monotonic(), Cancellation()
     outcomes = []
     with stop.on_signals():
-        for outcome in runner.run(chosen, place, stop):
+        for outcome in runner.run(chosen, vm, stop):
             stop.check()  # on Ctrl-C the drill's children are interrupted, too: its outcome means nothing
             outcomes.append(outcome)
             _tell(outcome, len(outcomes), len(chosen))
@@ -68,16 +68,16 @@ def drill(names: tuple[str, ...], place: Place, *, listing: bool, as_json: bool)
     seconds = time.monotonic() - begun
     if as_json:
         output.print_json(
-            {"on": place, "seconds": round(seconds, 1), "drills": [one.document() for one in outcomes]}
+            {"on": vm, "seconds": round(seconds, 1), "drills": [one.document() for one in outcomes]}
         )
     else:
-        _table(outcomes, place, seconds)
+        _table(outcomes, vm, seconds)
     failed = [one.name for one in outcomes if one.verdict == "FAILED"]
     if failed:
         raise DamageFound(
             f"{len(failed)} of {len(outcomes)} drills failed: {', '.join(failed)}",
             state="only throw-away VMs were changed",
-            next_command=f"backupctl drill {failed[0]} --on {place}",
+            next_command=f"backupctl drill {failed[0]} --on {vm}",
         )
 
 
@@ -108,7 +108,7 @@ def _tell(outcome: Outcome, done: int, total: int) -> None:
     click.echo(clean(f"[{done}/{total}] {outcome.name} {outcome.verdict}{problem}"), err=True)
 
 
-def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
+def _table(outcomes: list[Outcome], vm: DrillVm, seconds: float) -> None:
     console = Console(highlight=False)
     wide = console.width >= _WIDE
     table = Table(box=None, pad_edge=False, header_style="bold", leading=0 if wide else 1)
@@ -138,7 +138,7 @@ def _table(outcomes: list[Outcome], place: Place, seconds: float) -> None:
     elsewhere = sum(one.verdict == "simulator only" for one in outcomes)
     failed = len(outcomes) - passed - elsewhere
     more = f", {elsewhere} run only on the simulator" if elsewhere else ""
-    console.print(f"\n{passed} passed, {failed} failed{more}; on {place}, {seconds:.0f} s. Nothing is left.")
+    console.print(f"\n{passed} passed, {failed} failed{more}; on {vm}, {seconds:.0f} s. Nothing is left.")
 
 
 def _short(text: str) -> str:

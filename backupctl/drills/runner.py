@@ -17,7 +17,7 @@ from backupctl.drills.fork_server import ForkServer
 from backupctl.drills.site import ExpectationFailed, Site
 from backupctl.errors import BackupctlError
 
-Place = Literal["simulator", "qemu"]
+DrillVm = Literal["simulator", "qemu"]
 Verdict = Literal["passed", "FAILED", "simulator only"]
 _SITES: dict[str, Callable[[Path, ForkServer], AbstractContextManager[Site]]] = {
     "simulator": sites.simulator,
@@ -51,10 +51,10 @@ class Outcome:
         return found | {"said": found.pop("message")}
 
 
-def run(drills: Sequence[Drill], place: Place, stop: Cancellation) -> Iterator[Outcome]:
+def run(drills: Sequence[Drill], vm: DrillVm, stop: Cancellation) -> Iterator[Outcome]:
     """Run the drills, and yield each outcome when it is known. Raises Interrupted."""
     with ForkServer() as fork_server, ThreadPoolExecutor(_AT_ONCE) as threads:
-        coming = [threads.submit(_play, drill, place, fork_server, stop) for drill in drills]
+        coming = [threads.submit(_play, drill, vm, fork_server, stop) for drill in drills]
         try:
             for one in as_completed(coming):
                 yield one.result()
@@ -63,12 +63,12 @@ def run(drills: Sequence[Drill], place: Place, stop: Cancellation) -> Iterator[O
                 one.cancel()
 
 
-def _play(drill: Drill, place: Place, fork_server: ForkServer, stop: Cancellation) -> Outcome:
+def _play(drill: Drill, vm: DrillVm, fork_server: ForkServer, stop: Cancellation) -> Outcome:
     stop.check()
-    if drill.simulator_only and place != "simulator":
+    if drill.simulator_only and vm != "simulator":
         return Outcome(drill.name, drill.breaks, "simulator only")
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bd-") as name, _SITES[place](Path(name), fork_server) as site:
+    with tempfile.TemporaryDirectory(prefix="bd-") as name, _SITES[vm](Path(name), fork_server) as site:
         problem = ""
         try:
             drill.play(site)

@@ -30,20 +30,20 @@ _NAMELESS = re.compile(r"#[0-9]+ \(deleted\)")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a file takes its space from. device: the file system's number. free_bytes: what is free there."""
+class FileSystem:
+    """Where a file takes its space from. device: its number. free_bytes: what is free on it."""
 
     device: int
     free_bytes: int
 
     @classmethod
-    def of(cls, path: str | Path) -> "Place":
-        """Return the place of a file or directory. Raises OSError, ValueError."""
+    def of(cls, path: str | Path) -> "FileSystem":
+        """Return that of a file or directory. Raises OSError, ValueError."""
         found = os.statvfs(path)
         return cls(os.stat(path).st_dev, found.f_bavail * found.f_frsize)  # noqa: PTH116 - any text
 
-    def shared_with(self, other: "Place") -> bool:
-        """Whether two files take their space from one place.
+    def shared_with(self, other: "FileSystem") -> bool:
+        """Whether two files take their space from one.
 
         Parts of one pool (btrfs subvolumes, ZFS datasets) have device numbers of their own; they are
         recognised by the same free space, to the byte.
@@ -55,7 +55,7 @@ class Place:
 class OpenFile:
     """A file that a process may write to. path: as the process sees it."""
 
-    place: Place
+    file_system: FileSystem
     path: str
 
 
@@ -162,20 +162,20 @@ def _program(process: int) -> str:
 def _written(process: int, name: str) -> OpenFile | None:
     path = f"/proc/{process}/fd/{name}"
     with suppress(OSError):  # it may have been closed since
-        place, link = _place(path), os.readlink(path)  # noqa: PTH115
-        if place is not None and not _is_scratch(link) and _may_write(process, name):
-            return OpenFile(place, link)
+        file_system, link = _file_system(path), os.readlink(path)  # noqa: PTH115
+        if file_system is not None and not _is_scratch(link) and _may_write(process, name):
+            return OpenFile(file_system, link)
     return None
 
 
-def _place(path: str) -> Place | None:
+def _file_system(path: str) -> FileSystem | None:
     """Return where a write to a file takes space; None if nowhere. Raises OSError."""
     found = os.stat(path)  # noqa: PTH116
     if stat.S_ISREG(found.st_mode):
-        return Place.of(path)
+        return FileSystem.of(path)
     if stat.S_ISBLK(found.st_mode) and os.major(found.st_rdev) == _LOOP_MAJOR:
         behind = Path(f"/sys/dev/block/{_LOOP_MAJOR}:{os.minor(found.st_rdev)}/loop/backing_file")
-        return Place.of(behind.read_text().strip())
+        return FileSystem.of(behind.read_text().strip())
     return None
 
 

@@ -15,7 +15,7 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, WriteFailed
 from backupctl.system import open_files
 from backupctl.system.files import free_bytes
-from backupctl.system.open_files import Place
+from backupctl.system.open_files import FileSystem
 from backupctl.vm.scratch_directory import LOW_BYTES
 
 _AGAIN_SECONDS = 2.0
@@ -61,14 +61,14 @@ class Filling:
         """
         if self._guests:
             return self._guests
-        place, doubt = Place.of(self.directory), ""
+        ours, doubt = FileSystem.of(self.directory), ""
         known = {self._process: "VM"} if self._process else {}
         for process, kind in sorted({**dict(open_files.writers()), **known}.items()):
             files = open_files.written(process)
             if files is None:
                 doubt = f"a disk of another VM may be on it (cannot look at the files of process {process})"
             for file in files or ():
-                if file.place.shared_with(place):
+                if file.file_system.shared_with(ours):
                     return f"{file.path:.300} of the {kind} of process {process} is on it too"
         return doubt
 

@@ -65,12 +65,12 @@ class Tasks:
     missing: tuple[MissingDisk, ...]
 
 
-Place = Callable[[DiskEntry, str, ImageFormat | None], tuple[str, ImageFormat]]
+TargetOf = Callable[[DiskEntry, str, ImageFormat | None], tuple[str, ImageFormat]]
 """`destination.of_new` or `destination.of_existing`."""
 
 
 @contextmanager
-def tasks(request: RestoreRequest, place: Place, reporter: Reporter) -> Iterator[Tasks]:
+def tasks(request: RestoreRequest, target_of: TargetOf, reporter: Reporter) -> Iterator[Tasks]:
     """Hold the points of a request for reading; yields a task for each disk, in the point's order.
 
     Raises UsageError, NoSuchPoint, DamageFound, Locked, RepositoryError.
@@ -83,7 +83,7 @@ def tasks(request: RestoreRequest, place: Place, reporter: Reporter) -> Iterator
                 part.entry,
                 part.point.id,
                 chain.layers(request.directory, part.point, part.entry.name),
-                *place(part.entry, request.to, request.image_format),
+                *target_of(part.entry, request.to, request.image_format),
             )
             for part in chosen.parts
         )

@@ -12,7 +12,7 @@ from backupctl.vm.libvirt import checkpoints, domain
 from backupctl.vm.libvirt.checkpoints import Checkpoint
 from backupctl.vm.libvirt.connection import Connection
 from backupctl.vm.libvirt.domain import Description
-from backupctl.vm.libvirt.run_files import Place
+from backupctl.vm.libvirt.run_files import RunHost
 
 OLDEST_LIBVIRT = 7_002_000
 """Since 7.2 all bitmaps of checkpoints record, so that a run is undone by deleting its checkpoint."""
@@ -29,14 +29,14 @@ def refuse_libvirt(connection: Connection) -> None:
 
 
 def findings(
-    connection: Connection, access: LibvirtAccess, options: RunOptions, version: str, place: Place
+    connection: Connection, access: LibvirtAccess, options: RunOptions, version: str, host: RunHost
 ) -> Iterator[Finding]:
     """Look at libvirt, the domain's settings, and its checkpoints. Raises MonitorError."""
     yield Finding("monitor", "ok", f"QEMU {version} runs the domain {access.domain} of {access.uri}")
     yield from of_libvirt(connection)
     found = domain.describe(connection)
     yield from _persistence(connection)
-    yield from _rights(found, options, place)
+    yield from _rights(found, options, host)
     yield from _disks(found, version)
     yield from of_checkpoints(checkpoints.listed(connection))
 
@@ -60,10 +60,10 @@ def _persistence(connection: Connection) -> Iterator[Finding]:
         )
 
 
-def _rights(found: Description, options: RunOptions, place: Place) -> Iterator[Finding]:
+def _rights(found: Description, options: RunOptions, host: RunHost) -> Iterator[Finding]:
     directory = options.scratch.directory
     try:
-        place.check_run_directory(directory, f"{PREFIX}00000000-x@", found.qemu_user)
+        host.check_run_directory(directory, f"{PREFIX}00000000-x@", found.qemu_user)
     except Refused as err:
         yield Finding("rights", "bad", err.message)
     except OSError as err:

@@ -11,7 +11,7 @@ from socket import socket
 from typing import Protocol
 
 from backupctl.options import LibvirtAccess, Timeouts
-from backupctl.system.open_files import Place as FileSystem
+from backupctl.system.open_files import FileSystem
 from backupctl.vm.disk import Disk
 from backupctl.vm.filling import Filling
 from backupctl.vm.guest import handshake
@@ -19,13 +19,13 @@ from backupctl.vm.guest.guard import GuardClient
 from backupctl.vm.libvirt import agent
 from backupctl.vm.libvirt.connection import Connection, module_directory
 from backupctl.vm.libvirt.guard_hands import Hands
-from backupctl.vm.libvirt.run_files import LocalPlace, Place
+from backupctl.vm.libvirt.run_files import LocalRunHost, RunHost
 
 LOCK_SECONDS = 5.0
 """libvirt waits 30 s for another operation to end; we wait a little longer, and have its answer."""
 
 
-class Host(Place, Protocol):
+class Host(RunHost, Protocol):
     """What a driver and its session do on libvirt's machine."""
 
     def connection(self) -> Connection:
@@ -47,7 +47,7 @@ class Host(Place, Protocol):
         """Return who else needs the file system of the scratch directory. Raises MonitorError, Refused."""
 
 
-class LocalHost(LocalPlace):
+class LocalHost(LocalRunHost):
     """See `Host`: this machine."""
 
     def __init__(self, access: LibvirtAccess, timeouts: Timeouts) -> None:
@@ -84,17 +84,17 @@ class LocalHost(LocalPlace):
 
 
 def _disks_on(directory: Path, disks: Sequence[Disk]) -> str:
-    place = FileSystem.of(directory)
-    names = [one.name for one in disks if _is_on(one.filename, place)]
+    ours = FileSystem.of(directory)
+    names = [one.name for one in disks if _is_on(one.filename, ours)]
     return f"{', '.join(names)} is on it too" if names else ""
 
 
-def _is_on(filename: str, place: FileSystem) -> bool:
+def _is_on(filename: str, ours: FileSystem) -> bool:
     try:
         return (
             filename.startswith("/")
             and Path(filename).is_file()
-            and FileSystem.of(filename).shared_with(place)
+            and FileSystem.of(filename).shared_with(ours)
         )
     except (OSError, ValueError):
         return False

@@ -20,7 +20,7 @@ from backupctl.vm.libvirt.off_session import Off, OffSession
 from backupctl.vm.offline import images as vm_images
 from backupctl.vm.offline.daemon import Daemon
 from backupctl.vm.offline.driver import OfflineDriver
-from backupctl.vm.offline.place import LocalPlace
+from backupctl.vm.offline.image_host import LocalImageHost
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def connect(
         disks = off_images.find(connection, vm)
         with (
             vm_images.opened(disks.images) as opened,
-            closing(Daemon.start(LocalPlace(opened), timeouts.command_seconds, cancel)) as daemon,
+            closing(Daemon.start(LocalImageHost(opened), timeouts.command_seconds, cancel)) as daemon,
         ):
             yield OffDriver(vm, why_off, Off(host.connection, connection, disks, daemon))
 
@@ -71,7 +71,7 @@ class OffDriver(OfflineDriver):
 
     def state_files(self, *, firmware: bool) -> Definition:
         """Read the UEFI variables and the TPM's state, as of a domain that runs."""
-        return definition.state_files(self._off.connection, self._daemon.place.files, firmware=firmware)
+        return definition.state_files(self._off.connection, self._daemon.host.files, firmware=firmware)
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the domain's checkpoints, each once for each of its disks."""

@@ -15,7 +15,7 @@ from backupctl.vm.qmp.files import LOCAL, Files
 from backupctl.vm.qmp.scratch import Scratch, ScratchFiles
 
 
-class Place(Protocol):
+class RunHost(Protocol):
     """Where such files are: see the functions of `run_directory`."""
 
     @property
@@ -37,8 +37,8 @@ class Place(Protocol):
         """See `run_directory.connect`."""
 
 
-class LocalPlace:
-    """See `Place`: this machine."""
+class LocalRunHost:
+    """See `RunHost`: this machine."""
 
     @property
     def files(self) -> Files:
@@ -73,12 +73,12 @@ class RunFiles:
         vm: VmName,
         directory: Path,
         qemu_user: QemuUser | None,
-        place: Place | None = None,
+        host: RunHost | None = None,
     ) -> None:
         self._qemu_user = qemu_user
-        self._place: Place = place or LocalPlace()
-        self.directory = self._place.make_run_directory(namespace, vm, directory, qemu_user)
-        self._scratch = ScratchFiles(None, directory, self.directory, self._place.files)
+        self._host: RunHost = host or LocalRunHost()
+        self.directory = self._host.make_run_directory(namespace, vm, directory, qemu_user)
+        self._scratch = ScratchFiles(None, directory, self.directory, self._host.files)
         self.socket = self.directory / run_directory.SOCKET
 
     def scratch(self, target: str) -> Path:
@@ -88,7 +88,7 @@ class RunFiles:
     def make_scratch(self, target: str, size: int, reserve_bytes: int) -> Scratch:
         """Make a disk's scratch file, an empty qcow2 whose space is allocated. Raises Failed."""
         made = self._scratch.make(NodeName(target), size, reserve_bytes)
-        self._place.give(made.descriptor, self._qemu_user)
+        self._host.give(made.descriptor, self._qemu_user)
         return made
 
     def used_bytes(self, one: Scratch) -> int:
@@ -97,7 +97,7 @@ class RunFiles:
 
     def connect(self) -> socket.socket:
         """Connect to the export. Raises Failed."""
-        return self._place.connect_nbd(self.socket, self._qemu_user)
+        return self._host.connect_nbd(self.socket, self._qemu_user)
 
     def check(self) -> None:
         """Raise Failed when space that could not be reserved becomes scarce."""

@@ -8,8 +8,8 @@ QEMU stores the bitmaps when that ends (`qcow2_reopen_bitmaps_ro` in block/qcow2
 daemon ends. The images stay locked all the time: from 6.1 on QEMU can change the mode of a node
 (``blockdev-reopen``) without closing it.
 
-Where the daemon runs is another's business (`vm.offline.place`). If this process ends, by whatever cause, the
-daemon ends as well.
+Where the daemon runs is another's business (`vm.offline.image_host`). If this process ends, by whatever
+cause, the daemon ends as well.
 """
 
 import time
@@ -28,8 +28,8 @@ from backupctl.errors import (
 )
 from backupctl.names import NodeName
 from backupctl.vm.offline import images
+from backupctl.vm.offline.image_host import ImageHost
 from backupctl.vm.offline.images import DiskImages
-from backupctl.vm.offline.place import Place
 from backupctl.vm.qmp import inventory
 from backupctl.vm.qmp.monitor import Monitor
 
@@ -39,21 +39,21 @@ _AGAIN_SECONDS = 0.2
 
 
 class Daemon:
-    """One storage daemon; `start` makes one. place: where it runs."""
+    """One storage daemon; `start` makes one. host: where it runs."""
 
-    def __init__(self, place: Place, timeout_seconds: float, cancel: Cancellation | None) -> None:
-        self.place = place
+    def __init__(self, host: ImageHost, timeout_seconds: float, cancel: Cancellation | None) -> None:
+        self.host = host
         self._timeout = timeout_seconds
         self._cancel = cancel
         self._monitor: Monitor | None = None
 
     @classmethod
-    def start(cls, place: Place, timeout_seconds: float, cancel: Cancellation | None = None) -> Self:
+    def start(cls, host: ImageHost, timeout_seconds: float, cancel: Cancellation | None = None) -> Self:
         """Start it, and connect. To be called by the main thread.
 
         Raises MonitorUnreachable if an image is in use or cannot be opened, Refused, Failed, Interrupted.
         """
-        self = cls(place, timeout_seconds, cancel)
+        self = cls(host, timeout_seconds, cancel)
         self._start_patiently()
         return self
 
@@ -66,7 +66,7 @@ class Daemon:
     @property
     def disks(self) -> tuple[DiskImages, ...]:
         """The disks whose images it has open."""
-        return self.place.disks
+        return self.host.disks
 
     @contextmanager
     def writable(self) -> Iterator[None]:
@@ -85,15 +85,13 @@ class Daemon:
 
     def check(self) -> None:
         """Take in what the daemon said on its own. Raises OutcomeUnknown if it has ended."""
-        if self.place.ended:
-            raise OutcomeUnknown(
-                "(between commands)", f"qemu-storage-daemon has ended: {self.place.reason()}"
-            )
+        if self.host.ended:
+            raise OutcomeUnknown("(between commands)", f"qemu-storage-daemon has ended: {self.host.reason()}")
         self.monitor.pump()
 
     def restart(self) -> bool:
         """Start another daemon if this one ended or does not answer; whether it did. Raises as `start`."""
-        if not self.place.ended and self.monitor.alive:
+        if not self.host.ended and self.monitor.alive:
             return False
         self._kill()
         self._start_patiently()
@@ -104,9 +102,9 @@ class Daemon:
         answers = self.monitor.alive
         self.monitor.close()
         if answers:
-            self.place.end()
+            self.host.end()
         else:
-            self.place.kill()
+            self.host.kill()
 
     def _start_patiently(self) -> None:
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -125,8 +123,8 @@ class Daemon:
             time.sleep(_AGAIN_SECONDS)
 
     def _start(self) -> None:
-        self.place.start()
-        self._monitor = self.place.connect(self._timeout, self._cancel)
+        self.host.start()
+        self._monitor = self.host.connect(self._timeout, self._cancel)
         self._refuse_other_files()
 
     def _refuse_other_files(self) -> None:
@@ -135,7 +133,7 @@ class Daemon:
         if other := sorted(set(inventory.named_nodes(self.monitor)) - ours):
             raise Refused(f"an image was changed while it was opened, and names another file ({other[0]})")
         if "blockdev-reopen" not in self.monitor.commands:
-            where = f"on {self.place.host}: " if self.place.host else ""
+            where = f"on {self.host.name}: " if self.host.name else ""
             raise Refused(
                 f"{where}qemu-storage-daemon {self.monitor.version} is too old: 6.1 is needed",
                 state=UNTOUCHED,
@@ -151,9 +149,9 @@ class Daemon:
 
     def _in_use(self, err: Locked) -> MonitorUnreachable:
         paths = [disk.path for disk in self.disks if str(disk.path) in err.message]
-        return images.in_use(paths[0] if paths else self.disks[0].path, self.place.host)
+        return images.in_use(paths[0] if paths else self.disks[0].path, self.host.name)
 
     def _kill(self) -> None:
         if self._monitor is not None:
             self._monitor.close()
-        self.place.kill()
+        self.host.kill()

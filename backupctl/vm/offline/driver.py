@@ -21,8 +21,8 @@ from backupctl.vm.filling import Filling
 from backupctl.vm.offline import images as vm_images
 from backupctl.vm.offline import recovery
 from backupctl.vm.offline.daemon import Daemon
+from backupctl.vm.offline.image_host import LocalImageHost
 from backupctl.vm.offline.inventory import of_images
-from backupctl.vm.offline.place import LocalPlace
 from backupctl.vm.offline.session import OfflineSession
 from backupctl.vm.qmp import inventory
 
@@ -40,7 +40,7 @@ def connect(
     """
     with (
         vm_images.opened(vm.images) as disks,
-        closing(Daemon.start(LocalPlace(disks), timeouts.command_seconds, cancel)) as daemon,
+        closing(Daemon.start(LocalImageHost(disks), timeouts.command_seconds, cancel)) as daemon,
     ):
         yield OfflineDriver(vm.name, daemon, why_off)
 
@@ -65,7 +65,7 @@ class OfflineDriver:
 
     def preflight(self) -> None:
         """Refuse an image whose bitmaps could not be stored in the end."""
-        self._daemon.place.refuse_unwritable()
+        self._daemon.host.refuse_unwritable()
 
     def inventory(self) -> Inventory:
         """List the disks whose images are named."""
@@ -76,7 +76,7 @@ class OfflineDriver:
         images = [
             {"disk": one.disk, "path": str(one.path), "format": one.format} for one in self._daemon.disks
         ]
-        host = self._daemon.place.host
+        host = self._daemon.host.name
         told = {"format": 1, **({"host": host} if host else {}), "images": images}
         content = json.dumps(told, indent=2) + "\n"
         known = DefinitionFile("images", "images.json", "", content.encode())
@@ -84,7 +84,7 @@ class OfflineDriver:
 
     def included(self, paths: Sequence[Path]) -> Definition:
         """Read them on the machine of the images."""
-        return definition.included(paths, self._daemon.place.files.read_plain)
+        return definition.included(paths, self._daemon.host.files.read_plain)
 
     def state_files(self, *, firmware: bool) -> Definition:  # noqa: ARG002 - as above
         """Return none: UEFI variables are an image like others."""
@@ -127,15 +127,15 @@ class OfflineDriver:
 
     def scratch_filling(self, directory: Path, disks: Sequence[Disk]) -> Filling:  # noqa: ARG002 - as above
         """Ask the machine of the images."""
-        return self._daemon.place.scratch_filling(directory)
+        return self._daemon.host.scratch_filling(directory)
 
     def left_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
         """See `scratch_directory.left_directories`."""
-        return self._daemon.place.files.left_directories(namespace, self._name, directory)
+        return self._daemon.host.files.left_directories(namespace, self._name, directory)
 
     def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
         """See `scratch_directory.sweep`."""
-        return self._daemon.place.files.sweep(namespace, self._name, directory)
+        return self._daemon.host.files.sweep(namespace, self._name, directory)
 
     def foresee(self, facts: PointFacts) -> Foreseen:
         """See `recovery.foresee`."""
@@ -156,7 +156,7 @@ class OfflineDriver:
 
     def findings(self, options: RunOptions) -> Iterator[Finding]:  # noqa: ARG002 - as above
         """Tell that the VM is off, and what reads its images; of another host first that it was reached."""
-        if host := self._daemon.place.host:
+        if host := self._daemon.host.name:
             yield Finding("ssh", "ok", f"{host}: connected; its host key is known, and python3 runs there")
         yield Finding(
             "monitor",

@@ -81,7 +81,7 @@ class OfflineSession:
             for one in self._disks
         ]
         self._exports = nbd_export.start_exports(
-            monitor, _Nobody(), namespace, specs, serve=self._daemon.place.serve
+            monitor, _Nobody(), namespace, specs, serve=self._daemon.host.serve
         )
         for one in self._exports:
             self._clients.callback(one.close)
@@ -137,7 +137,7 @@ class OfflineSession:
 
     def sweep_scratch(self, namespace: Namespace, directory: Path) -> list[str]:
         """See `scratch_directory.sweep`."""
-        return self._daemon.place.files.sweep(namespace, self._name, directory)
+        return self._daemon.host.files.sweep(namespace, self._name, directory)
 
     def await_thaw(self) -> None:
         """Nothing is frozen."""
@@ -147,7 +147,7 @@ class OfflineSession:
         self._clients.close()
 
     def _states(self) -> list[tuple[int, int]]:
-        return self._daemon.place.states()
+        return self._daemon.host.states()
 
     @property
     def _disks(self) -> tuple[DiskSnapshot, ...]:

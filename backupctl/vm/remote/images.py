@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The images of a VM on another host that is off: see `vm.offline.place.Place`.
+"""The images of a VM on another host that is off: see `vm.offline.image_host.ImageHost`.
 
 Our program there opens them and starts the daemon (`vm.remote.image_server`). Its monitor and its NBD server
 are reached through the sockets that ssh forwards. What is said of a file here (its path, its descriptor) is
@@ -68,7 +68,7 @@ class OffDomainHost(libvirt_host.RemoteLibvirtHost):
 
 
 class RemoteImages:
-    """See `Place`. there: the host, connected. images: the VM's, with their paths there."""
+    """See `ImageHost`. there: the host, connected. images: the VM's, with their paths there."""
 
     def __init__(self, there: ConnectedHost, images: Sequence[VmImage]) -> None:
         self._there = there
@@ -76,7 +76,7 @@ class RemoteImages:
         self._disks: tuple[DiskImages, ...] = ()
 
     @property
-    def host(self) -> str:
+    def name(self) -> str:
         """As people know it."""
         return self._there.name
 

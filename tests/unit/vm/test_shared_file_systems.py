@@ -10,7 +10,7 @@ import pytest
 from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, WriteFailed
 from backupctl.system import open_files
-from backupctl.system.open_files import OpenFile, Place
+from backupctl.system.open_files import FileSystem, OpenFile
 from backupctl.vm import filling
 from backupctl.vm.filling import Filling
 from backupctl.vm.qmp import shared_files
@@ -22,7 +22,7 @@ HERE, FREE = 7, 100 << 20
 def machine(monkeypatch):
     """A machine with a file system that is nearly full, and the VMs that a test puts there."""
     vms: dict[int, tuple[OpenFile, ...] | None] = {}
-    monkeypatch.setattr(Place, "of", lambda _: Place(HERE, FREE))
+    monkeypatch.setattr(FileSystem, "of", lambda _: FileSystem(HERE, FREE))
     monkeypatch.setattr(filling, "free_bytes", lambda _: FREE)
     monkeypatch.setattr(open_files, "writers", lambda: iter([(process, "VM") for process in vms]))
     monkeypatch.setattr(open_files, "written", lambda process: vms.get(process, ()))
@@ -34,15 +34,15 @@ def test_a_file_system_without_a_vm_may_be_filled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("place", "found"),
+    ("file_system", "found"),
     [
-        (Place(HERE, 1), True),
-        (Place(8, FREE), True),  # another subvolume of the same pool
-        (Place(8, FREE + 4096), False),
+        (FileSystem(HERE, 1), True),
+        (FileSystem(8, FREE), True),  # another subvolume of the same pool
+        (FileSystem(8, FREE + 4096), False),
     ],
 )
-def test_an_image_of_any_vm_counts(place, found, machine, tmp_path):
-    machine[41] = (OpenFile(place, "/images/a.qcow2"),)
+def test_an_image_of_any_vm_counts(file_system, found, machine, tmp_path):
+    machine[41] = (OpenFile(file_system, "/images/a.qcow2"),)
     assert ("a.qcow2 of the VM of process 41" in Filling(tmp_path).who()) is found
 
 
@@ -59,7 +59,7 @@ def test_a_device_is_not_watched(machine, tmp_path):
 
 def test_the_process_of_the_vm_at_hand_counts_although_it_is_no_emulator(machine, tmp_path, monkeypatch):
     monkeypatch.setattr(open_files, "writers", lambda: iter(()))
-    machine[41] = (OpenFile(Place(HERE, 1), "/images/a.qcow2"),)
+    machine[41] = (OpenFile(FileSystem(HERE, 1), "/images/a.qcow2"),)
     with pytest.raises(Failed, match=r"a\.qcow2"):
         Filling(tmp_path, process=41).check()
 

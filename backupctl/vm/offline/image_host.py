@@ -20,11 +20,11 @@ from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.qmp.nbd_export import Serve
 
 
-class Place(Protocol):
+class ImageHost(Protocol):
     """What a daemon's user does on the machine of the images."""
 
     @property
-    def host(self) -> str:
+    def name(self) -> str:
         """The name of another host, "" for this one."""
 
     @property
@@ -71,10 +71,10 @@ class Place(Protocol):
         """Return what else needs the file system of a scratch directory there. Raises MonitorError."""
 
 
-class LocalPlace:
-    """See `Place`: this machine. disks: whose images are open for as long as this is used."""
+class LocalImageHost:
+    """See `ImageHost`: this machine. disks: whose images are open for as long as this is used."""
 
-    host = ""
+    name = ""
 
     def __init__(self, disks: Sequence[DiskImages]) -> None:
         self._disks = tuple(disks)
