@@ -157,7 +157,11 @@ _OPTIONS = (
         show_default=True,
         help="Use KVM where it can be used, or emulate the CPU: slower, but it works on every host.",
     ),
-    _path("--firmware", "Boot with this firmware, e.g. /usr/share/ovmf/OVMF.fd. Default: the BIOS."),
+    _path(
+        "--firmware",
+        "Boot with this firmware, e.g. /usr/share/ovmf/OVMF.fd. Default: OVMF with the UEFI variables of the "
+        "point, or the BIOS if it has none.",
+    ),
     _path("--kernel", "Boot this kernel of the host instead of what is on the disks."),
     _path("--initrd", "The initial RAM disk for --kernel."),
     click.option(

@@ -11,10 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from backupctl.cancel import Cancellation
+from backupctl.errors import AgentError
+from backupctl.operations import restore_test, uefi
+from backupctl.operations.restore_test import RestoreTestReport, RestoreTestRequest
+from backupctl.operations.uefi import Uefi
+from backupctl.progress import Silent
 from backupctl.repository import tested
 from backupctl.repository.repository import Repository
-from fixtures import bootable
+from backupctl.system.address import Address
+from backupctl.vm.guest.agent import Agent
+from backupctl.vm.trial import boot, firmware
+from backupctl.vm.trial.options import TrialOptions
+from fixtures import bootable, builds, efi
 from fixtures.debian import CannotBeHad
+from fixtures.machine import Disk, Machine
 from tests.unit.filesystems.sources import make_ext
 from tests.unit.points import P1, P2, Builder, disk_entry
 
@@ -113,6 +124,62 @@ def test_qemu_has_few_rights_and_ends_with_a_killed_backupctl(vm, options, tmp_p
             child.wait(60)
     awaited(lambda: not any(alive(one) for one in everything))
     assert sorted(os.listdir(tmp_path)) == ["image", "kernel", "repository"]
+
+
+@pytest.fixture
+def of_uefi(tmp_path, monkeypatch) -> Repository:
+    """A point of a guest that runs, and that only its UEFI variables start."""
+    (tmp_path / "boot").mkdir()
+    try:
+        ovmf, disk, build = efi.firmware(), efi.make_disk(tmp_path / "boot"), builds.build("installed")
+    except CannotBeHad as err:
+        pytest.skip(str(err))
+    monkeypatch.setattr(firmware, "DIRECTORY", ovmf)
+    image, variables, repository = (tmp_path / name for name in ("vda.qcow2", "variables", "repository"))
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", disk, image], check=True, timeout=60)
+    variables.write_bytes(efi.variables((ovmf / "OVMF_VARS_4M.fd").read_bytes()))
+    machine = Machine(build, [Disk("vda", image)])
+    machine.extra += efi.arguments(ovmf / "OVMF_CODE_4M.fd", variables, machine.agent_path)
+    with machine:
+        awaited(lambda: answers(machine.agent_path), BOOT_SECONDS)
+        words = ["full", "web", "--qmp", f"unix:{machine.qmp_path}", "--agent", f"unix:{machine.agent_path}"]
+        words += ["--repository", str(repository), "--scratch", str(tmp_path)]
+        command = [sys.executable, "-m", "backupctl", *words]
+        subprocess.run(command, check=True, capture_output=True, timeout=100)
+    return Repository.open(repository)
+
+
+def booted(repository: Repository, scratch: Path, until: str = "agent") -> RestoreTestReport:
+    options = TrialOptions(until, "test -d /sys/firmware/efi", BOOT_SECONDS, memory_mib=256)
+    asked = RestoreTestRequest(repository.vm("web"), "latest", (), options, scratch)
+    return restore_test.test(asked, Silent(), Cancellation())
+
+
+def test_a_point_boots_by_its_uefi_variables_and_by_no_others(of_uefi, tmp_path, monkeypatch):
+    (point,) = of_uefi.vm("web").scan_points().points
+    assert [disk.name for disk in point.disks] == ["pflash1", "vda"]
+    before = {path: path.read_bytes() for path in of_uefi.path.rglob("*.qcow2")}
+    report = booted(of_uefi, tmp_path, "command")
+    assert report.passed, (report.error, report.console[-2000:])
+    assert b'starting Boot0000 "Linux" from HD(1,GPT,' in report.console
+    assert {path: path.read_bytes() for path in of_uefi.path.rglob("*.qcow2")} == before
+
+    ovmf = firmware.DIRECTORY
+    fresh = Uefi(ovmf / "OVMF_CODE_4M.fd", None, (ovmf / "OVMF_VARS_4M.fd").read_bytes())
+    monkeypatch.setattr(uefi, "of_point", lambda *_: fresh)
+    monkeypatch.setattr(boot, "LOGIN", "EFI Internal Shell")  # what is left where no entry can be started
+    report = booted(of_uefi, tmp_path, "login")
+    assert report.passed, (report.error, report.console[-2000:])
+    assert b"Linux" not in report.console
+
+
+def answers(agent: Path) -> bool:
+    try:
+        with Agent.connect(Address(path=str(agent)), 2) as asked:
+            asked.ping()
+    except AgentError:
+        return False
+    return True
 
 
 def awaited(look, seconds: float = 60):

@@ -788,6 +788,27 @@ BUGS = (
         "unit/operations/test_files.py::test_what_does_not_match_its_digest_is_not_used",
     ),
     Bug(
+        "a VM that boots by UEFI gets its variables as a disk, and none as variables",
+        "served",
+        "variables = disks.pop() if chip else wanted.uefi.content",
+        "variables = wanted.uefi.content",
+        "unit/operations/test_uefi.py::test_the_vm_gets_the_variables_beside_its_disks[as a disk]",
+    ),
+    Bug(
+        "UEFI variables of any size start a firmware",
+        "code_for",
+        "if (name := _CODE.get(variables_bytes)) is None:",
+        'if (name := _CODE.get(variables_bytes, "OVMF_CODE_4M.fd")) is None:',
+        "unit/vm/test_trial.py::test_variables_of_an_unknown_size_start_no_firmware",
+    ),
+    Bug(
+        "a chip with the firmware's code is taken for the UEFI variables",
+        "of_point",
+        "chip = min(",
+        "chip = max(",
+        "unit/operations/test_uefi.py::test_of_two_chips_that_were_stored_the_one_with_the_code_is_not_taken",
+    ),
+    Bug(
         "the QEMU of a restore test may gain rights",
         "prepared",
         "if _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):",

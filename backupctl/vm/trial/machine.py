@@ -30,7 +30,7 @@ from backupctl.system import confined, log, private_dir, qemu_tools, safe_open
 from backupctl.system.address import Address
 from backupctl.vm.qmp.monitor import Monitor
 from backupctl.vm.trial import command
-from backupctl.vm.trial.command import Descriptors
+from backupctl.vm.trial.command import Descriptors, Flash
 from backupctl.vm.trial.console import Console
 from backupctl.vm.trial.options import TrialOptions
 
@@ -49,6 +49,14 @@ class TrialDisk:
 
     export: str
     connection: socket.socket
+
+
+@dataclass(frozen=True)
+class TrialFirmware:
+    """Firmware in two flash chips. variables: a disk, or the content of a file; written to in the VM only."""
+
+    code: Path
+    variables: TrialDisk | bytes
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,16 @@ class TrialVm:
 
 
 @contextmanager
-def running(options: TrialOptions, disks: Sequence[TrialDisk], stop: Cancellation) -> Iterator[TrialVm]:
+def running(
+    options: TrialOptions,
+    disks: Sequence[TrialDisk],
+    stop: Cancellation,
+    firmware: TrialFirmware | None = None,
+) -> Iterator[TrialVm]:
     """Start a VM, and end it with the block. The connections to the disks are QEMU's from then on.
 
-    Main thread only. Raises UsageError for files that cannot be used, Failed, Interrupted.
+    firmware: None for what the options name. Main thread only. Raises UsageError for files that cannot be
+    used, Failed, Interrupted.
     """
     if len(disks) > command.most_disks(options.disk_bus):
         raise UsageError(f"too many disks for {options.disk_bus}: {len(disks)}")
@@ -103,11 +117,14 @@ def running(options: TrialOptions, disks: Sequence[TrialDisk], stop: Cancellatio
                 console=theirs.fileno(),
                 disks=[(one.export, one.connection.fileno()) for one in disks],
                 boot=_boot_files(options, inherited),
+                flash=_flash(firmware, inherited) if firmware else None,
             )
             process = _start(command.arguments(options, given), [*given.all(), screen], complaints)
             held.callback(_kill, process)
             for one in disks:
                 one.connection.close()
+            if firmware and isinstance(firmware.variables, TrialDisk):
+                firmware.variables.connection.close()
         monitor = held.enter_context(
             _monitor(Address(path=str(directory / "qmp")), process, complaints, stop)
         )
@@ -192,6 +209,13 @@ def _boot_files(options: TrialOptions, held: ExitStack) -> dict[str, int]:
         for option, path in named.items()
         if path is not None
     }
+
+
+def _flash(firmware: TrialFirmware, held: ExitStack) -> Flash:
+    code = held.enter_context(_memory("code", _read(firmware.code))).fileno()
+    if isinstance(firmware.variables, TrialDisk):
+        return Flash(code, firmware.variables.connection.fileno(), firmware.variables.export)
+    return Flash(code, held.enter_context(_memory("variables", firmware.variables)).fileno(), "")
 
 
 def _read(path: Path) -> bytes:

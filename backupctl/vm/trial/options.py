@@ -18,8 +18,8 @@ class TrialOptions:
 
     until: what is waited for: an answer of the guest agent, a prompt to log in on the serial console, or the
     success of `command`, which the agent runs with the guest's shell. timeout_seconds: for all of it.
-    accelerator: "auto" for KVM where it can be used. firmware: an image for `-bios`; None for the BIOS.
-    kernel, initrd, append: to boot a kernel of the host.
+    accelerator: "auto" for KVM where it can be used. firmware: an image for `-bios`; None for that of the
+    point's UEFI variables, or the BIOS. kernel, initrd, append: to boot a kernel of the host.
     """
 
     until: Until = "agent"

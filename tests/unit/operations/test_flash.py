@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from backupctl.cancel import Cancellation
-from backupctl.operations import flash, restore_test
+from backupctl.operations import flash, restore_test, uefi
 from backupctl.operations.restore_test import RestoreTestRequest
 from backupctl.progress import Silent
 from backupctl.repository.stored_files import NewFile
@@ -52,12 +52,14 @@ def test_uefi_variables_are_no_disk_of_a_guest_that_is_booted(
     attached: list[str] = []
 
     @contextmanager
-    def running(_options, disks, _stop):
+    def running(_options, disks, _stop, firmware):
+        assert firmware is None
         attached.extend(one.export for one in disks)
         raise Attached
         yield
 
     monkeypatch.setattr(machine, "running", running)
+    monkeypatch.setattr(uefi, "of_point", lambda *_: None)
     asked = RestoreTestRequest(builder.directory, P1, (), TrialOptions(), tmp_path)
     with pytest.raises(Attached):
         restore_test.test(asked, Silent(), Cancellation())

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The throw-away VM of a restore test: what QEMU is given, and that nothing of it outlasts a failure."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,8 @@ from backupctl.cancel import Cancellation
 from backupctl.errors import Failed, Interrupted, RestoreTestFailed, UsageError
 from backupctl.system import confined
 from backupctl.system.address import Address
-from backupctl.vm.trial import boot, command, machine
-from backupctl.vm.trial.command import Descriptors
+from backupctl.vm.trial import boot, command, firmware, machine
+from backupctl.vm.trial.command import Descriptors, Flash
 from backupctl.vm.trial.console import Console
 from backupctl.vm.trial.machine import TrialDisk, TrialVm
 from backupctl.vm.trial.options import TrialOptions
@@ -24,23 +26,74 @@ from fixtures.agent import PlayedAgent
 from tests.conftest import ROOT
 
 
-def words(options: TrialOptions, disks: int = 2) -> list[str]:
-    found = Descriptors(
-        10, 11, 12, [(f"vd{number}", 20 + number) for number in range(disks)], {"-kernel": 30}
-    )
-    return command.arguments(options, found)
+def given(disks: int = 2, flash: Flash | None = None) -> Descriptors:
+    attached = [(f"vd{number}", 20 + number) for number in range(disks)]
+    return Descriptors(10, 11, 12, attached, {"-kernel": 30}, flash)
+
+
+def words(options: TrialOptions, flash: Flash | None = None) -> list[str]:
+    return command.arguments(options, given(flash=flash))
 
 
 @pytest.mark.parametrize("bus", ["virtio", "scsi", "sata"])
 def test_qemu_is_given_descriptors_no_network_and_no_name_of_a_file(bus):
-    given = words(TrialOptions(disk_bus=bus, kernel="/boot/vmlinuz"))
-    text = " ".join(given)
-    assert given[given.index("-nic") + 1] == "none"
-    assert given[given.index("-sandbox") + 1].startswith("on,")
-    assert "-nodefaults" in given
+    found = words(TrialOptions(disk_bus=bus, kernel="/boot/vmlinuz"))
+    text = " ".join(found)
+    assert found[found.index("-nic") + 1] == "none"
+    assert found[found.index("-sandbox") + 1].startswith("on,")
+    assert "-nodefaults" in found
+    assert found[found.index("-machine") + 1] == "q35"
     assert "/boot" not in text
     assert {word for word in text.split() if word.startswith("/")} == {"/proc/self/fd/30"}
     assert '"server": {"type": "fd", "str": "21"}' in text
+
+
+@pytest.mark.parametrize("export", ["pflash1", ""])
+def test_flash_chips_are_raw_and_only_the_variables_can_be_written(export):
+    """Their content comes from a guest: a format that was probed would be its choice."""
+    found = words(TrialOptions(), Flash(40, 41, export))
+    nodes = {node["node-name"]: node for node in blockdevs(found)}
+    assert found[found.index("-machine") + 1] == "q35,pflash0=flash0,pflash1=flash1"
+    assert (nodes["flash0"]["driver"], nodes["flash0"]["read-only"]) == ("raw", True)
+    assert nodes["flash0"]["file"]["filename"] == "/proc/self/fd/40"
+    variables = nodes["flash1"]
+    assert "read-only" not in variables
+    if export:
+        assert (variables["driver"], variables["export"]) == ("nbd", "pflash1")
+        assert variables["server"] == {"type": "fd", "str": "41"}
+    else:
+        assert (variables["driver"], variables["file"]["driver"]) == ("raw", "file")
+        assert variables["file"]["filename"] == "/proc/self/fd/41"
+    assert {40, 41} <= set(given(flash=Flash(40, 41, export)).all())
+
+
+def blockdevs(arguments: list[str]) -> list[dict]:
+    return [json.loads(after) for word, after in pairwise(arguments) if word == "-blockdev"]
+
+
+@pytest.mark.parametrize(("size", "name"), [(131072, "OVMF_CODE.fd"), (540672, "OVMF_CODE_4M.fd")])
+def test_the_firmware_goes_by_the_size_of_the_variables(size, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(firmware, "DIRECTORY", tmp_path)
+    with pytest.raises(UsageError, match=f"not installed here: {tmp_path}/{name} does not exist") as caught:
+        firmware.code_for(size)
+    assert caught.value.next_command == "apt install ovmf"
+    (tmp_path / name).touch()
+    assert firmware.code_for(size) == tmp_path / name
+
+
+def test_a_build_that_the_installed_package_lacks_is_not_asked_of_apt(tmp_path, monkeypatch):
+    monkeypatch.setattr(firmware, "DIRECTORY", tmp_path)
+    (tmp_path / "OVMF_CODE_4M.fd").touch()
+    with pytest.raises(UsageError, match="not installed") as caught:
+        firmware.code_for(131072)
+    assert caught.value.next_command == ""
+    assert "--firmware" in caught.value.hint
+
+
+@pytest.mark.parametrize("size", [0, 131073, 4 << 20, 64 << 20, 1 << 40])
+def test_variables_of_an_unknown_size_start_no_firmware(size):
+    with pytest.raises(UsageError, match=f"no firmware is known for variables of {size} bytes"):
+        firmware.code_for(size)
 
 
 def test_of_a_long_console_the_beginning_and_the_end_are_kept():
@@ -72,9 +125,9 @@ class Process:
 
 def test_a_host_whose_kvm_is_at_fault_emulates_the_cpu():
     assert "kvm" in words(TrialOptions())
-    given = words(TrialOptions(accelerator="tcg"))
-    assert "kvm" not in given
-    assert given[given.index("-accel") + 1] == "tcg"
+    found = words(TrialOptions(accelerator="tcg"))
+    assert "kvm" not in found
+    assert found[found.index("-accel") + 1] == "tcg"
 
 
 @contextmanager
