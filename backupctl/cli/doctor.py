@@ -6,9 +6,19 @@ from pathlib import Path
 
 import click
 
-from backupctl.cli import backup, common, exposure, output, param_types, problem_report, vm_argument
+from backupctl.cli import (
+    backup,
+    common,
+    exposure,
+    output,
+    param_types,
+    problem_report,
+    restore_test,
+    vm_argument,
+)
 from backupctl.cli.target import Target
 from backupctl.errors import UNTOUCHED, Failed
+from backupctl.operations.doctor import restore_tests
 from backupctl.operations.doctor import run as core
 from backupctl.operations.doctor.run import Diagnosis
 from backupctl.outcome import documents
@@ -41,7 +51,8 @@ def doctor(target: Target, context: click.Context, *, report: Path | None, as_js
     It checks the configuration file and who else could write it, QEMU's tools, the repository's permissions
     and free space, QEMU's version and monitor, iothreads, disks, the scratch directory's free space, the
     guest agent, and what earlier runs have left behind. What a run will do in the repository, in the scratch
-    directory and in the temporary directory is tried there, and removed again.
+    directory and in the temporary directory is tried there, and removed again. If `run` is to test restores,
+    it looks for the QEMU and the firmware for that.
     """
     vm, path = target.vm(), target.directory()
     options = backup.options_of(target, "incremental", backup.configured(context))
@@ -51,7 +62,9 @@ def doctor(target: Target, context: click.Context, *, report: Path | None, as_js
         *exposure.named_programs(target.config.of(vm.name)),
         *exposure.repository(path, vm.name),
     )
-    found = replace(found, findings=(*around, *found.findings))
+    trial = restore_test.configured(target)
+    booted = restore_tests.of_newest(path, vm.name, trial) if target.config.of(vm.name).restore_test else ()
+    found = replace(found, findings=(*around, *found.findings, *booted))
     written = problem_report.write(report, target, found) if report else []
     if as_json:
         output.print_json(documents.doctor(found, target.config.file, report))

@@ -57,3 +57,19 @@ def test_what_would_make_a_run_fail_is_bad_and_what_may_surprise_a_warning(oldes
     for subject in ("agent", "scratch", "view"):
         assert verdicts(told, subject) == ["bad"], subject
     assert lab.backup("full", code=1)["error"]["next"].startswith("backupctl doctor web --qmp ")
+
+
+def test_what_a_restore_test_needs_is_looked_for_where_run_is_to_do_one(any_build, make_lab, tmp_path):
+    lab = make_lab(any_build, {"vda": MIB})
+    lab.backup("full")
+    config = tmp_path / "restore-test.toml"
+    lab.cli.environment |= {"BACKUPCTL_CONFIG": str(config), "QEMU_SYSTEM": "/no/such/qemu"}
+
+    def told(policy: str) -> list[str]:
+        config.write_text(f"[vm.web]\n{policy}")
+        config.chmod(0o600)
+        found = lab.cli.json("doctor", "web")["findings"]
+        return [one["verdict"] for one in found if one["subject"] == "restore test"]
+
+    assert told("") == []
+    assert told('restore_test = "weekly"') == ["warning"]

@@ -10,6 +10,7 @@ import pytest
 from backupctl.cancel import Cancellation
 from backupctl.errors import DamageFound, UsageError
 from backupctl.operations import restore_test, uefi
+from backupctl.operations.doctor import restore_tests
 from backupctl.operations.restore_test import RestoreTestRequest
 from backupctl.operations.uefi import Uefi
 from backupctl.progress import Silent
@@ -139,3 +140,32 @@ def test_the_vm_gets_the_variables_beside_its_disks(builder: Builder, ovmf, tmp_
     ((disks, chips),) = seen
     assert (disks, chips.code) == (["vda"], ovmf / "OVMF_CODE.fd")
     assert chips.variables == VARIABLES if kept == "in a file" else chips.variables.export == "flash1"
+
+
+def said_by_doctor(builder: Builder, options: TrialOptions | None = None) -> list[tuple[str, str, str]]:
+    repository = builder.directory.path.parent
+    asked = restore_tests.of_newest(repository, builder.directory.name, options or TrialOptions())
+    return [(one.verdict, one.said, one.advice) for one in asked]
+
+
+def test_doctor_tells_of_a_firmware_that_a_restore_test_would_miss(builder: Builder, ovmf, monkeypatch):
+    monkeypatch.setenv("QEMU_SYSTEM", "/bin/true")
+    assert said_by_doctor(builder) == []  # there is no point yet
+    with_chips(builder, flash1=LARGE)
+    ((verdict, said, advice),) = said_by_doctor(builder)
+    assert (verdict, advice) == ("warning", "apt install ovmf")
+    assert said.startswith("would fail: the VM boots by UEFI")
+    told = said_by_doctor(builder, TrialOptions(firmware=BIOS))
+    assert told == [("ok", f"/bin/true can boot {P1}", "")]
+    (ovmf / "OVMF_CODE_4M.fd").touch()
+    code = ovmf / "OVMF_CODE_4M.fd"
+    assert said_by_doctor(builder) == [
+        ("ok", f"/bin/true can boot {P1}, by its UEFI variables and {code}", "")
+    ]
+
+
+def test_doctor_tells_of_a_qemu_that_a_restore_test_would_miss(builder: Builder, monkeypatch):
+    monkeypatch.setenv("QEMU_SYSTEM", "/no/such/qemu")
+    ((verdict, said, advice),) = said_by_doctor(builder)
+    assert (verdict, said.startswith("not found: /no/such/qemu")) == ("warning", True)
+    assert "qemu-system-x86" in advice
