@@ -197,8 +197,13 @@ def test_the_package_is_installed_used_upgraded_removed_and_purged(release, pack
     system.works("dpkg", "-r", "backupctl")
     assert system.call("test", "-e", "/usr/lib/backupctl").returncode == 1
     system.works("test", "-f", EXAMPLE)
+    remembered = Path("/var/lib/backupctl")
+    system.works("test", "-f", str(remembered / "web.json"))
+    kept = {str(remembered / name) for name in ("web", "repository.json")}  # as if a repository were there
+    system.works("touch", *kept)
     system.works("dpkg", "-P", "backupctl")
-    assert set(left(system)) - set(before) == {CONFIGURATION, str(Path(CONFIGURATION).parent)}
+    kept |= {CONFIGURATION, str(Path(CONFIGURATION).parent), str(remembered)}
+    assert set(left(system)) - set(before) == kept
 
 
 @pytest.mark.slow
