@@ -172,7 +172,7 @@ def _value(answer: dict[str, Any]) -> Any:
     if "error" not in answer:
         return answer.get("value")
     message, state = str(answer.get("message", ""))[:1000], str(answer.get("state", ""))[:300]
-    hint = str(answer.get("hint", ""))[:300]
+    hint = str(answer.get("hint", ""))[:1000]  # a command with a path in it
     if answer["error"] == "OSError":
         number = answer.get("errno")
         raise OSError(number if isinstance(number, int) else 0, message)
