@@ -226,8 +226,19 @@ def test_a_vm_that_runs_as_the_user_is_backed_up_through_its_monitor(lab, accoun
 
 def test_a_monitor_that_the_user_may_not_connect_to_is_told_with_whom_to_log_in(lab, account_sshd):
     lab.machine.directory.chmod(0o700)
-    message, hint = "", ""
     error = lab.cli.json("full", "web", code=1)["error"]
-    message, hint = error["message"], error["hint"]
-    assert message.endswith("/qmp: Permission denied")
-    assert hint.startswith("ssh logs in a user who may not connect to it")
+    assert error["message"].endswith("/qmp: Permission denied")
+    assert error["hint"].startswith("ssh logs in a user who may not connect to it")
+
+
+def test_root_is_told_to_leave_images_in_a_users_directory_to_that_user(lab, account_sshd):
+    shut_down(lab)
+    home = account_sshd.directory / "home"
+    image = home / "vda.qcow2"
+    lab.machine.disks[0].path.rename(image)
+    lab.cli.vm = ["--image", f"vda=ssh://root@vmhost{image}"]
+    error = lab.cli.json("full", "web", code=1)["error"]
+    assert f"the directory {home} belongs to user {account_sshd.account.number}" in error["message"]
+    assert error["hint"].endswith("or back it up as its owner")
+    lab.cli.vm = ["--image", f"vda={account_sshd.address(image)}"]
+    lab.backup("full")

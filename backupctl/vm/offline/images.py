@@ -178,7 +178,8 @@ def _opened(file: ImageFile, held: ExitStack, *, writes: bool) -> OpenFile:
         # A device that is mounted, or part of a volume group, is refused: QEMU's lock tells nothing of that.
         descriptor = os.open(path, _FLAGS | (os.O_EXCL if path.is_block_device() else 0))
     except UsageError as err:
-        raise Refused(err.message, state=UNTOUCHED) from err
+        hint = "let only root write to directories on the way to the image, or back it up as its owner"
+        raise Refused(err.message, state=UNTOUCHED, hint=hint) from err
     except OSError as err:
         raise MonitorUnreachable(
             f"cannot open {file.path}: {err.strerror}",

@@ -78,9 +78,8 @@ class Channel:
         try:
             _value(answer)
         except (BackupctlError, OSError) as err:
-            raise MonitorUnreachable(
-                f"{self.host}: {err}", hint="a run works on one VM at a time; wait until it has ended"
-            ) from err
+            hint = err.hint if isinstance(err, BackupctlError) else ""
+            raise MonitorUnreachable(f"{self.host}: {err}", hint=hint) from err
         threading.Thread(target=self._keep_alive, daemon=True).start()
 
     def close(self) -> None:

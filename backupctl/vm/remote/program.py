@@ -376,7 +376,9 @@ def main() -> NoReturn:
         except (BackupctlError, OSError) as err:
             held.close()
             code = err.code if isinstance(err, BackupctlError) else Refused.code
-            _say(READY + json.dumps({"error": code, "message": str(err), "state": ""}).encode() + b"\n")
+            hint = _hint(err) if isinstance(err, BackupctlError) else ""
+            said = {"error": code, "message": str(err), "state": "", "hint": hint}
+            _say(READY + json.dumps(said).encode() + b"\n")
             os._exit(0)
         _say(READY + json.dumps({"value": os.geteuid()}).encode() + b"\n")
         with suppress(OSError):

@@ -44,7 +44,10 @@ class VmLock:
                             return cls(monitor, descriptor, place / name)
                 os.close(descriptor)
             if time.monotonic() > deadline:
-                raise Refused("another run, or the guard of one that was cut off, still works on this VM")
+                raise Refused(
+                    "another run, or the guard of one that was cut off, still works on this VM",
+                    hint="a run works on one VM at a time; wait until it has ended",
+                )
 
     def remove(self) -> None:
         """Remove the file of a lock that nobody else holds any more, and the last one's directory.
@@ -87,7 +90,10 @@ def _directory() -> Iterator[tuple[Path, int]]:
     try:
         found = os.fstat(descriptor)
         if found.st_uid != user or found.st_mode & 0o022:
-            raise Refused(f"{path} is not a directory of this user alone (its owner: user {found.st_uid})")
+            raise Refused(
+                f"{path} is not a directory of this user alone (its owner: user {found.st_uid})",
+                hint=f"backupctl makes its own there; root may run: rm -r {path}",
+            )
         yield path, descriptor
     finally:
         os.close(descriptor)

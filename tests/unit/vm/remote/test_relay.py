@@ -71,8 +71,11 @@ def test_the_end_of_qemu_reaches_the_client(ends):
 def test_a_directory_for_locks_that_others_could_write_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(Refused, match=f"not a directory of this user alone .its owner: user {os.getuid()}"):
+    with pytest.raises(
+        Refused, match=f"not a directory of this user alone .its owner: user {os.getuid()}"
+    ) as refused:
         VmLock.acquire("/q", 0.0)
+    assert refused.value.hint.endswith(f"root may run: rm -r {tmp_path}/backupctl-12345")
     (tmp_path / "backupctl-12345").rmdir()
     (tmp_path / "backupctl-12345").symlink_to("/")
     with pytest.raises(Refused, match="not a directory of this user alone: Not a directory"):
