@@ -21,16 +21,17 @@ from tests.conftest import MIB, Cli, make_cli
 @pytest.fixture
 def sshd(tmp_path: Path, held: ExitStack) -> Sshd:
     """The other host, which is this machine behind an sshd of its own."""
-    return _started(tmp_path, held, None)
+    return started_sshd(tmp_path, held, None)
 
 
 @pytest.fixture
 def account_sshd(tmp_path: Path, held: ExitStack) -> Sshd:
     """The same, where a user logs in who has no rights but to its own files, and may enter tmp_path."""
-    return _started(tmp_path, held, Account())
+    return started_sshd(tmp_path, held, Account())
 
 
-def _started(directory: Path, held: ExitStack, account: Account | None) -> Sshd:
+def started_sshd(directory: Path, held: ExitStack, account: Account | None) -> Sshd:
+    """Return an sshd that runs, for this account; one that cannot be had skips the test, unless required."""
     try:
         made = Sshd(directory / "sshd", account)
         held.callback(made.close)

@@ -6,14 +6,19 @@ import signal
 import stat
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from fixtures.sshd import Sshd
+from fixtures.libvirtd import Libvirtd
+from fixtures.sshd import Account, Sshd
 from tests import interrupted_cli
-from tests.conftest import Lab
+from tests.conftest import MIB, Lab
+from tests.integration import test_libvirt_remote as libvirt_remote
+from tests.integration.conftest import started_sshd
 from tests.integration.test_offline_remote import images, offline, over_ssh, shut_down
+from tests.libvirt_lab import Make, kinds, maker
 from tests.off_images import await_copy, daemons_of
 
 pytestmark = [
@@ -21,6 +26,9 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="an sshd that knows another user takes root"),
 ]
 
+NOBODY = Account("nobody", 65_534)
+"""A user whom libvirtd knows as well."""
+LIBVIRTD = {"small": True}
 SIZES = {"vda": 4 << 20, "vdb": (2 << 20) + 512}
 
 
@@ -242,3 +250,33 @@ def test_root_is_told_to_leave_images_in_a_users_directory_to_that_user(lab, acc
     assert error["hint"].endswith("or back it up as its owner")
     lab.cli.vm = ["--image", f"vda={account_sshd.address(image)}"]
     lab.backup("full")
+
+
+def test_a_user_who_may_use_libvirt_backs_up_a_domain_that_is_off(
+    daemon: Libvirtd, tmp_path: Path, held: ExitStack, request: pytest.FixtureRequest
+) -> None:
+    make: Make = maker(daemon, tmp_path, held, request.node.nodeid)
+    lab = libvirt_remote.over_ssh(make({"vda": 4 * MIB}), started_sshd(tmp_path, held, NOBODY))
+    lab.writer.write(10)
+    libvirt_remote.shut_down(lab)
+    error = lab.cli.json("full", "web", code=1)["error"]
+    assert error["message"] == "no libvirt answers on vmhost: Permission denied"
+    assert "a member of the group libvirt may" in error["hint"]
+    daemon.directory.chmod(0o711)
+    image = tmp_path / "vda.qcow2"
+    error = lab.cli.json("full", "web", code=1)["error"]
+    assert error["message"].startswith(f"on vmhost: cannot write to {image}: Permission denied")
+    os.chown(image, NOBODY.number, NOBODY.number)
+    error = lab.cli.json("full", "web", code=1)["error"]
+    assert (
+        error["message"]
+        == f"on vmhost: cannot read the scratch directory {lab.cli.scratch}: Permission denied"
+    )
+    lab.cli.scratch = tmp_path / "scratch"
+    lab.cli.scratch.mkdir(mode=0o755)
+    lab.backup("full")
+    report = lab.backup("incremental")
+    assert (report["consistency"], set(kinds(report).values())) == ("offline", {"incremental"})
+    lab.assert_point(report["point"], lab.writer.moment)
+    assert len([one for one in lab.domain.checkpoints() if one.startswith("backupctl-")]) == 1
+    assert files_of(NOBODY.number) == []
