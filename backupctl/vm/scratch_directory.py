@@ -51,14 +51,19 @@ def sweep(namespace: Namespace, vm: VmName, directory: Path) -> list[str]:
 
 
 def left_directories(namespace: Namespace, vm: VmName, directory: Path) -> list[str]:
-    """Name the private directories that `sweep` would remove. Raises Failed if `directory` cannot be read."""
+    """Name the private directories that `sweep` would remove. Raises Failed if `directory` cannot be read.
+
+    Those of another user are left to that user, unless root asks: this one could not remove them.
+    """
     prefix = private_prefix(namespace, vm)
     try:
         with os.scandir(directory) as entries:
             return sorted(
                 entry.path
                 for entry in entries
-                if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False)
+                if entry.name.startswith(prefix)
+                and entry.is_dir(follow_symlinks=False)
+                and os.geteuid() in (0, entry.stat(follow_symlinks=False).st_uid)
             )
     except (FileNotFoundError, NotADirectoryError):
         return []

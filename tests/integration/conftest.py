@@ -14,21 +14,32 @@ from fixtures import guest as guests
 from fixtures.builds import Build
 from fixtures.debian import CannotBeHad
 from fixtures.guest import Disk, Guest
-from fixtures.sshd import Sshd
+from fixtures.sshd import Account, Sshd
 from tests.conftest import MIB, Cli, make_cli
 
 
 @pytest.fixture
 def sshd(tmp_path: Path, held: ExitStack) -> Sshd:
     """The other host, which is this machine behind an sshd of its own."""
+    return started_sshd(tmp_path, held, None)
+
+
+@pytest.fixture
+def account_sshd(tmp_path: Path, held: ExitStack) -> Sshd:
+    """The same, where a user logs in who has no rights but to its own files, and may enter tmp_path."""
+    return started_sshd(tmp_path, held, Account())
+
+
+def started_sshd(directory: Path, held: ExitStack, account: Account | None) -> Sshd:
+    """Return an sshd that runs, for this account; one that cannot be had skips the test, unless required."""
     try:
-        made = Sshd(tmp_path / "sshd")
+        made = Sshd(directory / "sshd", account)
+        held.callback(made.close)
+        made.start()
     except CannotBeHad as err:
         if builds.required():
             pytest.fail(f"required here: {err}")
         pytest.skip(str(err))
-    held.callback(made.close)
-    made.start()
     return made
 
 

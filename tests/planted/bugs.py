@@ -846,9 +846,24 @@ BUGS = (
     Bug(
         "a raw image that a VM writes to is backed up",
         "keep_from_writers",
-        "        if kind != fcntl.F_UNLCK:\n",
-        "        if kind is None:\n",
+        "        if not _is_free(descriptor, byte):\n",
+        "        if not byte:\n",
         "unit/system/test_image_lock.py::test_a_writer_or_one_that_lets_nobody_read_is_noticed",
+    ),
+    Bug(
+        "two users read the images of one VM at once, so that one of them cannot store its bitmaps",
+        "claim",
+        "    if _is_free(descriptor, _OURS):\n",
+        "    if _OURS:\n",
+        "unit/system/test_image_lock.py::test_a_backup_claims_an_image_alone_until_it_closes_it_and_needs_no_"
+        "right_to_write",
+    ),
+    Bug(
+        "a program on another host that cannot begin leaves its lock there",
+        "RemoteProgram.__init__",
+        "                    self._lock.remove()\n",
+        "                    pass\n",
+        "unit/vm/remote/test_program.py::test_a_program_that_cannot_begin_leaves_no_lock_and_no_directory",
     ),
     Bug(
         "an image leads to a file of the host",

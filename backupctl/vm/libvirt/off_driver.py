@@ -108,7 +108,8 @@ class OffDriver(OfflineDriver):
 
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:  # noqa: ARG002 - no guard needs it
-        """Begin a session."""
+        """Begin a session, and keep other backups off the images. Raises Locked, MonitorError."""
+        self._off.daemon.host.claim()
         session = OffSession(self._name, self._off)
         try:
             yield session

@@ -20,13 +20,16 @@ from typing import Self
 from backupctl.cancel import Cancellation
 from backupctl.errors import (
     UNTOUCHED,
+    CommandFailed,
     Locked,
     MonitorError,
     MonitorUnreachable,
     OutcomeUnknown,
     Refused,
 )
+from backupctl.images import open_image
 from backupctl.names import NodeName
+from backupctl.system import qemu_tools
 from backupctl.vm.offline import images
 from backupctl.vm.offline.image_host import ImageHost
 from backupctl.vm.offline.images import DiskImages
@@ -36,6 +39,7 @@ from backupctl.vm.qmp.monitor import Monitor
 _PATIENCE_SECONDS = 3.0
 """For an image that is still locked: the daemon of a killed run is about to end, or the VM itself."""
 _AGAIN_SECONDS = 0.2
+_READERS = "another process reads the image, such as qemu-nbd: end it, or wait for its end, and try again"
 
 
 class Daemon:
@@ -72,9 +76,10 @@ class Daemon:
     def writable(self) -> Iterator[None]:
         """Open the images that store bitmaps for writing; when the block ends, their bitmaps are stored.
 
-        Raises MonitorError. If the block raises, its error is the one that is raised.
+        Waits a little while somebody else reads them. Raises MonitorError. If the block raises, its error is
+        the one that is raised.
         """
-        self._reopen(read_only=False)
+        self._open_for_writing()
         try:
             yield
         except BaseException:
@@ -138,6 +143,29 @@ class Daemon:
                 f"{where}qemu-storage-daemon {self.monitor.version} is too old: 6.1 is needed",
                 state=UNTOUCHED,
             )
+
+    def _open_for_writing(self) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                return self._reopen(read_only=False)
+            except CommandFailed as err:
+                in_use = qemu_tools.in_use(err.description)
+                if not in_use or time.monotonic() > deadline:
+                    raise self._unwritable(err, in_use=in_use) from err
+            time.sleep(_AGAIN_SECONDS)
+
+    def _unwritable(self, err: CommandFailed, *, in_use: bool) -> CommandFailed:
+        """Return the error for images that QEMU does not open for writing, naming them as a user does."""
+        where = f"on {self.host.name}: " if self.host.name else ""
+        why = open_image.named(err.description, images.all_files(self.disks))
+        if in_use:
+            return err.reworded(f"{where}an image is in use by another process: {why}").add(hint=_READERS)
+        try:
+            self.host.refuse_unwritable()
+        except Refused as refused:
+            return err.reworded(refused.message).add(hint=refused.hint)
+        return err.reworded(f"{where}QEMU cannot write to an image: {why}")
 
     def _reopen(self, *, read_only: bool) -> None:
         options = [node for one in self._storing() for node in one.reopened(read_only=read_only)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import CommandFailed
+from backupctl.errors import CommandFailed, Refused
 from backupctl.finding import Finding
 from backupctl.names import BitmapName, Namespace, NodeName, VmName
 from backupctl.options import RunOptions, ScratchOptions, Timeouts, ViewKind, VmConfig
@@ -147,7 +147,8 @@ class OfflineDriver:
 
     @contextmanager
     def begin(self, lock: int) -> Iterator[Session]:  # noqa: ARG002 - no guard needs it
-        """Begin a session."""
+        """Begin a session, and keep other backups off the images. Raises Locked, MonitorError."""
+        self._daemon.host.claim()
         session = OfflineSession(self._name, self._daemon)
         try:
             yield session
@@ -155,7 +156,10 @@ class OfflineDriver:
             session.close()
 
     def findings(self, options: RunOptions) -> Iterator[Finding]:  # noqa: ARG002 - as above
-        """Tell that the VM is off, and what reads its images; of another host first that it was reached."""
+        """Tell that the VM is off, what reads its images, and whether it may write to them.
+
+        Of another host first that it was reached.
+        """
         if host := self._daemon.host.name:
             yield Finding("ssh", "ok", f"{host}: connected; its host key is known, and python3 runs there")
         yield Finding(
@@ -165,3 +169,7 @@ class OfflineDriver:
         )
         for one in self._daemon.disks:
             yield Finding("image", "ok", f"{one.disk}: {one.path} ({one.format}), no other process uses it")
+        try:
+            self._daemon.host.refuse_unwritable()
+        except Refused as err:
+            yield Finding("image", "bad", err.message, err.hint)

@@ -11,7 +11,7 @@ from typing import Protocol
 from backupctl.cancel import Cancellation
 from backupctl.system.address import Address
 from backupctl.vm.filling import Filling
-from backupctl.vm.offline import images
+from backupctl.vm.offline import claim, images
 from backupctl.vm.offline.images import DiskImages
 from backupctl.vm.offline.process import DaemonProcess
 from backupctl.vm.qmp import nbd_export
@@ -66,6 +66,9 @@ class ImageHost(Protocol):
 
     def refuse_unwritable(self) -> None:
         """Refuse an image that must store bitmaps and cannot be written to. Raises Refused, MonitorError."""
+
+    def claim(self) -> None:
+        """Keep other backups off the images, see `claim.claim`. Raises Locked, MonitorError."""
 
     def scratch_filling(self, directory: Path) -> Filling:
         """Return what else needs the file system of a scratch directory there. Raises MonitorError."""
@@ -128,6 +131,10 @@ class LocalImageHost:
     def refuse_unwritable(self) -> None:
         """Try to open them."""
         images.refuse_unwritable(self._disks)
+
+    def claim(self) -> None:
+        """Lock the open files."""
+        claim.claim(self._disks)
 
     def scratch_filling(self, directory: Path) -> Filling:
         """Name other VMs only: nothing of this one is written there."""

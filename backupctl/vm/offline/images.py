@@ -6,6 +6,7 @@ which QEMU would open with our rights: a backing file must be named in the confi
 one that the header names; a data file and encryption are refused.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from backupctl.images.foreign_header import ForeignHeader
 from backupctl.images.open_image import OpenImage
 from backupctl.names import DiskName, NodeName
 from backupctl.options import ImageFile, ImageFormat, VmImage
-from backupctl.system import image_lock, safe_directory
+from backupctl.system import image_lock, rights, safe_directory
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -153,11 +154,12 @@ def _refuse_unwritable(one: OpenFile) -> None:
         raise Refused(
             f"cannot write to {one.image.path}: {err.strerror}; the image stores which parts of it change",
             state=UNTOUCHED,
+            hint=_advice(err, one.image.path, writes=True),
         ) from err
 
 
 def _chain(image: VmImage, held: ExitStack) -> tuple[OpenFile, ...]:
-    files = [_opened(one, held) for one in image.files]
+    files = [_opened(one, held, writes=not depth) for depth, one in enumerate(image.files)]
     for number, one in enumerate(files):
         below = files[number + 1] if number + 1 < len(files) else None
         if one.format == "qcow2":
@@ -169,21 +171,31 @@ def _chain(image: VmImage, held: ExitStack) -> tuple[OpenFile, ...]:
     return tuple(files)
 
 
-def _opened(file: ImageFile, held: ExitStack) -> OpenFile:
+def _opened(file: ImageFile, held: ExitStack, *, writes: bool) -> OpenFile:
+    """Open a file for reading. writes: whether a daemon will also write to it, if it stores bitmaps."""
     try:
         path = safe_directory.resolve(file.path)
         # A device that is mounted, or part of a volume group, is refused: QEMU's lock tells nothing of that.
         descriptor = os.open(path, _FLAGS | (os.O_EXCL if path.is_block_device() else 0))
     except UsageError as err:
-        raise Refused(err.message, state=UNTOUCHED) from err
+        hint = "let only root write to directories on the way to the image, or back it up as its owner"
+        raise Refused(err.message, state=UNTOUCHED, hint=hint) from err
     except OSError as err:
-        raise MonitorUnreachable(f"cannot open {file.path}: {err.strerror}", state=UNTOUCHED) from err
+        raise MonitorUnreachable(
+            f"cannot open {file.path}: {err.strerror}",
+            state=UNTOUCHED,
+            hint=_advice(err, file.path, writes=writes and file.format == "qcow2"),
+        ) from err
     image = held.enter_context(OpenImage(path, descriptor))
     found = image.stat()
     device = stat.S_ISBLK(found.st_mode)
     if not (device or stat.S_ISREG(found.st_mode)):
         raise _refused(path, "is neither a file nor a block device")
     return OpenFile(image, file.format, device)
+
+
+def _advice(err: OSError, path: Path, *, writes: bool) -> str:
+    return rights.advice(path, writes=writes) if err.errno == errno.EACCES else ""
 
 
 def _check_header(one: OpenFile, below: OpenFile | None) -> None:

@@ -342,6 +342,10 @@ def _how_to_reach(address: Address, err: Exception) -> str:
     """Say what to do about a monitor that is not there."""
     if address.path and not address.remote and not os.path.lexists(address.path):
         return f"start the VM with -qmp unix:{address.path},server=on,wait=off, or name the socket it has"
+    if isinstance(err, PermissionError) and address.remote:
+        return (
+            "ssh logs in a user who may not connect to it: log in as root, or as the user that QEMU runs as"
+        )
     if isinstance(err, PermissionError):
         return "run backupctl as root, or as the user that QEMU runs as"
     return "is the VM running? Nothing that speaks QMP listens there"

@@ -78,9 +78,8 @@ class Channel:
         try:
             _value(answer)
         except (BackupctlError, OSError) as err:
-            raise MonitorUnreachable(
-                f"{self.host}: {err}", hint="a run works on one VM at a time; wait until it has ended"
-            ) from err
+            hint = err.hint if isinstance(err, BackupctlError) else ""
+            raise MonitorUnreachable(f"{self.host}: {err}", hint=hint) from err
         threading.Thread(target=self._keep_alive, daemon=True).start()
 
     def close(self) -> None:
@@ -172,7 +171,7 @@ def _value(answer: dict[str, Any]) -> Any:
     if "error" not in answer:
         return answer.get("value")
     message, state = str(answer.get("message", ""))[:1000], str(answer.get("state", ""))[:300]
-    hint = str(answer.get("hint", ""))[:300]
+    hint = str(answer.get("hint", ""))[:1000]  # a command with a path in it
     if answer["error"] == "OSError":
         number = answer.get("errno")
         raise OSError(number if isinstance(number, int) else 0, message)

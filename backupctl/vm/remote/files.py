@@ -136,6 +136,10 @@ class RemoteFiles:
             return self._channel.ask("files", call=call, arguments=list(arguments))
         except OSError as err:
             raise Failed(f"on {self._channel.host}: {err.strerror}") from err
+        except MonitorError:  # which names the host
+            raise
+        except Failed as err:
+            raise err.reworded(f"on {self._channel.host}: {err.message}") from err
 
     def _number(self, call: str, *arguments: object) -> int:
         with self._understood():

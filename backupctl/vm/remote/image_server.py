@@ -16,7 +16,7 @@ from typing import Any
 from backupctl.names import DiskName
 from backupctl.options import ImageFile, VmImage
 from backupctl.system.address import Address
-from backupctl.vm.offline import images
+from backupctl.vm.offline import claim, images
 from backupctl.vm.offline.process import DaemonProcess
 
 _CONNECT_SECONDS = 10.0
@@ -68,6 +68,10 @@ class ImageServer:
     def do_refuse_unwritable(self) -> None:
         """See `images.refuse_unwritable`. Raises Refused."""
         images.refuse_unwritable(self._disks)
+
+    def do_claim(self) -> None:
+        """See `claim.claim`. Raises Locked, MonitorUnreachable."""
+        claim.claim(self._disks)
 
     def connect(self) -> socket.socket:
         """Connect to the daemon's monitor. Raises OSError."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backupctl.cancel import Cancellation
-from backupctl.errors import BackupctlError
+from backupctl.errors import BackupctlError, Locked
 from backupctl.images.open_image import OpenImage
 from backupctl.options import NoMonitor, QmpAccess, Timeouts, VmConfig, VmImage
 from backupctl.system import qemu_tools
@@ -140,6 +140,13 @@ class RemoteImages:
     def refuse_unwritable(self) -> None:
         """Have the program there try."""
         self._there.ask_images("refuse_unwritable", seconds=_ASK_SECONDS)
+
+    def claim(self) -> None:
+        """Have the program there lock them."""
+        try:
+            self._there.ask_images("claim", seconds=_ASK_SECONDS)
+        except Locked as err:
+            raise err.reworded(f"on {self.name}: {err.message}") from err
 
     def scratch_filling(self, directory: Path) -> Filling:
         """Nothing is written there."""

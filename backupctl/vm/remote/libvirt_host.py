@@ -136,9 +136,11 @@ def _dial(there: Channel) -> Callable[[], object]:
         try:
             there.ask("monitor")
         except OSError as err:
+            hint = "is libvirtd (or virtqemud) running there?"
+            if isinstance(err, PermissionError):
+                hint = "ssh logs in a user who may not use libvirt; a member of the group libvirt may"
             raise MonitorUnreachable(
-                f"no libvirt answers on {there.host}: {err.strerror}",
-                hint="is libvirtd (or virtqemud) running there?",
+                f"no libvirt answers on {there.host}: {err.strerror}", hint=hint
             ) from err
 
     return dial

@@ -70,13 +70,20 @@ class RemoteProgram:
             # Before anything that the guard need not have, and before any thread.
             if options.get("guard", True):
                 self._lock = VmLock.acquire(self._vm.lock_name, float(options["lock_seconds"]))
-            if options.get("images"):
-                self._images = held.enter_context(closing(_image_server()))
-            elif self._lock is not None:
-                self._fork_guard()
-            directory = held.enter_context(private_dir.named(Path(options["directory"])))
-            self._listeners = {name: self._listener(directory / name) for name in (MONITOR, NBD)}
-            self._directory = directory
+            try:
+                self._begin(Path(options["directory"]), images=bool(options.get("images")))
+            except BaseException:
+                if self._lock is not None and not self._guard_pid:
+                    self._lock.remove()
+                raise
+
+    def _begin(self, directory: Path, *, images: bool) -> None:
+        if images:
+            self._images = self._held.enter_context(closing(_image_server()))
+        elif self._lock is not None:
+            self._fork_guard()
+        self._directory = self._held.enter_context(private_dir.named(directory))
+        self._listeners = {name: self._listener(self._directory / name) for name in (MONITOR, NBD)}
 
     def serve(self, lines: Iterator[bytes]) -> None:
         """Answer requests until there are no more. Raises OSError if nobody hears the answer."""
@@ -367,8 +374,11 @@ def main() -> NoReturn:
         try:
             program = RemoteProgram(json.loads(next(lines)), held)
         except (BackupctlError, OSError) as err:
+            held.close()
             code = err.code if isinstance(err, BackupctlError) else Refused.code
-            _say(READY + json.dumps({"error": code, "message": str(err), "state": ""}).encode() + b"\n")
+            hint = _hint(err) if isinstance(err, BackupctlError) else ""
+            said = {"error": code, "message": str(err), "state": "", "hint": hint}
+            _say(READY + json.dumps(said).encode() + b"\n")
             os._exit(0)
         _say(READY + json.dumps({"value": os.geteuid()}).encode() + b"\n")
         with suppress(OSError):

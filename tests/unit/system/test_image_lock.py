@@ -57,3 +57,15 @@ def test_a_writer_that_comes_later_finds_the_bytes_that_forbid_it(opened):
         asked = image_lock._flock(fcntl.F_WRLCK, byte)
         kind, *_ = image_lock._FLOCK.unpack(fcntl.fcntl(later, fcntl.F_OFD_GETLK, asked))
         assert kind == fcntl.F_RDLCK
+
+
+def test_a_backup_claims_an_image_alone_until_it_closes_it_and_needs_no_right_to_write(opened, tmp_path):
+    first = os.open(tmp_path / "image", os.O_RDONLY | os.O_CREAT)
+    assert image_lock.claim(first)
+    assert image_lock.claim(first)
+    second = opened()
+    assert not image_lock.claim(second)
+    keep_from_writers(opened())
+    os.close(first)
+    assert image_lock.claim(second)
+    assert not image_lock.claim(opened())

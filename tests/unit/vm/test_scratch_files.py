@@ -9,7 +9,7 @@ import pytest
 from backupctl.errors import Failed, Refused
 from backupctl.names import Namespace, NodeName, VmName
 from backupctl.vm.qmp.scratch import ScratchFiles
-from backupctl.vm.scratch_directory import make_private
+from backupctl.vm.scratch_directory import left_directories, make_private, sweep
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -43,3 +43,16 @@ def test_root_makes_no_named_file_in_a_directory_that_somebody_else_could_turn(t
     with pytest.raises(Refused, match="belongs to user"):
         make_private(NAMESPACE, VM, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_a_run_of_another_user_left_is_left_to_that_user_unless_root_asks(
+    tmp_path, monkeypatch
+):
+    made = make_private(NAMESPACE, VM, tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert left_directories(NAMESPACE, VM, tmp_path) == sweep(NAMESPACE, VM, tmp_path) == []
+    assert made.is_dir()
+    for user in (0, os.getuid()):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        assert left_directories(NAMESPACE, VM, tmp_path) == [str(made)]
+    assert sweep(NAMESPACE, VM, tmp_path) == [f"removed the scratch directory {made}"]

@@ -85,10 +85,11 @@ def test_the_program_with_a_session_has_a_guard_and_a_lock_and_leaves_nothing(as
             with (
                 pytest.raises(
                     MonitorUnreachable, match="host: another run, or the guard of one that was cut off"
-                ),
+                ) as refused,
                 channel.opened(ADDRESS, again),
             ):
                 pass
+            assert refused.value.hint == "a run works on one VM at a time; wait until it has ended"
         with channel.opened(ADDRESS, asked) as there:
             assert there.alive, "the lock is free again"
 

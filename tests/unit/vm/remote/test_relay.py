@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Between a forwarded socket and QEMU's own."""
 
+import os
 import socket
 import struct
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from backupctl.errors import Refused
-from backupctl.vm.remote import relay, vm_lock
+from backupctl.vm.remote import relay
 from backupctl.vm.remote.relay import Relay
 from backupctl.vm.remote.vm_lock import VmLock
+
+USER = os.getuid() or 12345
+"""Not root, whose locks are elsewhere."""
 
 
 @pytest.fixture
@@ -66,18 +71,51 @@ def test_the_end_of_qemu_reaches_the_client(ends):
 def test_a_directory_for_locks_that_others_could_write_to_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(Refused, match="not a directory of this user alone"):
+    with pytest.raises(
+        Refused, match=f"not a directory of this user alone .its owner: user {os.getuid()}"
+    ) as refused:
+        VmLock.acquire("/q", 0.0)
+    assert refused.value.hint.endswith(f"root may run: rm -r {tmp_path}/backupctl-12345")
+    (tmp_path / "backupctl-12345").rmdir()
+    (tmp_path / "backupctl-12345").symlink_to("/")
+    with pytest.raises(Refused, match="not a directory of this user alone: Not a directory"):
         VmLock.acquire("/q", 0.0)
 
 
 def test_who_ends_removes_the_lock_and_who_waits_gets_a_new_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(vm_lock, "_directory", lambda: tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.geteuid", lambda: USER)
+    made = tmp_path / f"backupctl-{USER}"
+    made.mkdir(mode=0o700)
+    os.chown(made, USER, -1)
     lock = VmLock.acquire("/q", 0.0)
     with pytest.raises(Refused, match="still works on this VM"):
         VmLock.acquire("/q", 0.1)
-    VmLock.acquire("/other", 0.0)
+    other = VmLock.acquire("/other", 0.0)
     lock.remove()
-    assert VmLock.acquire("/q", 0.0).descriptor != lock.descriptor
+    again = VmLock.acquire("/q", 0.0)
+    assert again.descriptor != lock.descriptor
+    other.remove()
+    assert len(list(made.iterdir())) == 1
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_for_locks_that_goes_as_another_program_ends_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.geteuid", lambda: USER)
+    mkdir, goes = Path.mkdir, [True, True, False]
+
+    def vanishing(path: Path, mode: int) -> None:
+        if not goes.pop(0):
+            mkdir(path, mode)
+            os.chown(path, USER, -1)
+
+    monkeypatch.setattr(Path, "mkdir", vanishing)
+    lock = VmLock.acquire("/q", 20.0)
+    assert goes == []
+    lock.remove()
+    assert not list(tmp_path.iterdir())
 
 
 GREETING = b"NBDMAGICIHAVEOPT\0\3"
