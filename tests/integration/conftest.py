@@ -27,7 +27,8 @@ def sshd(tmp_path: Path, held: ExitStack) -> Sshd:
 @pytest.fixture
 def account_sshd(tmp_path: Path, held: ExitStack) -> Sshd:
     """The same, where a user logs in who has no rights but to its own files, and may enter tmp_path."""
-    return started_sshd(tmp_path, held, Account())
+    # A number of its own for each process of tests: they all look into /tmp for what their user left there.
+    return started_sshd(tmp_path, held, Account(number=200_000 + os.getpid()))
 
 
 def started_sshd(directory: Path, held: ExitStack, account: Account | None) -> Sshd:

@@ -6,7 +6,7 @@ import signal
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -57,8 +57,14 @@ def give(lab: Lab, user: int, group: int, mode: int) -> None:
 
 
 def files_of(user: int) -> list[Path]:
-    """Return the user's files in the directory for temporary files of every session."""
-    return [one for one in Path("/tmp").iterdir() if one.lstat().st_uid == user]
+    """Return what backupctl made for the user in the directory for temporary files of every session."""
+    made = (one for one in Path("/tmp").iterdir() if one.name.startswith(("bctl-", "backupctl-")))
+    found = []
+    for one in made:
+        with suppress(FileNotFoundError):  # of another test, which has ended
+            if one.lstat().st_uid == user:
+                found.append(one)
+    return found
 
 
 def refused(lab: Lab, command: str = "full") -> tuple[str, str]:
