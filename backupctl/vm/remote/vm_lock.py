@@ -34,14 +34,14 @@ class VmLock:
         name = hashlib.sha256(os.path.realpath(monitor).encode()).hexdigest()[:32]
         deadline = time.monotonic() + seconds
         while True:
-            with suppress(FileNotFoundError), _directory() as (place, directory):
+            with suppress(FileNotFoundError), _directory() as (path, directory):
                 descriptor = os.open(name, _FLAGS, 0o600, dir_fd=directory)
                 if _locked(descriptor, deadline):
                     # Only the file that has the name now counts: who ends removes it.
                     with suppress(OSError):
                         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
                         if os.path.samestat(found, os.fstat(descriptor)):
-                            return cls(monitor, descriptor, place / name)
+                            return cls(monitor, descriptor, path / name)
                 os.close(descriptor)
             if time.monotonic() > deadline:
                 raise Refused(
