@@ -14,6 +14,7 @@ from typing import Any
 
 from backupctl.cli import output, reporters, units
 from backupctl.errors import (
+    UNTOUCHED,
     BackupctlError,
     DamageFound,
     Failed,
@@ -97,9 +98,9 @@ def entry_of(result: JobResult, last_line: str = "") -> Document:
 def _without_document(result: JobResult, last_line: str) -> BackupctlError:
     """Return the error of a process that left no document."""
     if result.code is None and not result.seconds:
-        return Interrupted(result.why, state="nothing was touched")
+        return Interrupted(result.why, state=UNTOUCHED)
     if result.code == -signal.SIGTERM:  # our handler was not there yet
-        return Interrupted(result.why or "stopped by SIGTERM", state="nothing was touched")
+        return Interrupted(result.why or "stopped by SIGTERM", state=UNTOUCHED)
     if result.code is not None and result.code > 0:
         return Failed(f"its process ended with exit code {result.code}: {last_line or 'no message'}")
     if result.code is None:

@@ -108,10 +108,11 @@ def delete(
 def _resumable(err: Failed, directory: VmDirectory, choice: _Choice) -> Failed:
     """Add how a deletion goes on that failed or was interrupted."""
     ids = " ".join(point.id for point in choice.going)
+    again = f"backupctl delete {directory.name} {ids}" if ids else "backupctl delete"
     return err.add(
         state=prune.STATE,
         hint="run the same command again: it continues where this one stopped",
-        next_command=f"backupctl delete {directory.name} {ids}".strip(),
+        next_command=again,
     )
 
 

@@ -11,6 +11,7 @@ guest's. The file is opened once. The header of a qcow2 is read from that descri
 import errno
 import json
 import os
+import shlex
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
@@ -196,7 +197,7 @@ def _features(path: Path, descriptor: int, allowed: Collection[ImageFeature]) ->
         raise UsageError(
             f"{path} is marked corrupt",
             state=UNTOUCHED,
-            next_command=f"qemu-img check -f qcow2 -r all {path}",
+            next_command=f"qemu-img check -f qcow2 -r all {shlex.quote(str(path))}",
         )
     for feature in sorted(header.features.difference(allowed) | (header.features & {"encryption"})):
         raise _leads_elsewhere(path, header, feature)

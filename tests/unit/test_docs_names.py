@@ -253,3 +253,18 @@ def test_every_key_of_the_configuration_page_is_in_the_example_and_the_other_way
 )
 def test_what_is_not_there_is_found(check, text, wrong):
     assert check(text) == wrong
+
+
+def test_what_the_package_names_as_a_proof_exists():
+    """A test, or a section of a page, by which a docstring or a comment shows what it says."""
+    tests = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    known = {name for text in tests for name in re.findall(r"def (test_\w+)", text)}
+    known |= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    missing = []
+    for path in (ROOT / "backupctl").rglob("*.py"):
+        text = " ".join(path.read_text().replace("#", " ").split())
+        missing += [(path.name, name) for name in re.findall(r"\btest_\w+", text) if name not in known]
+        for page, section in re.findall(r'(docs/[\w-]+\.md), "([^"]+)"', text):
+            if f"## {section}\n" not in (ROOT / page).read_text():
+                missing.append((path.name, f"{page}, {section}"))
+    assert missing == []

@@ -274,8 +274,11 @@ class GuardClient:
             raise self._lost("has died") from err
         if not content:
             raise self._lost("has died")
-        _log.debug("guard %d <- %.1000s", self._process.pid, content.decode(errors="replace"))
-        return dict(json.loads(content))
+        answer: dict[str, Any] = json.loads(content)
+        for line in answer.pop("log", ()):
+            _log.debug("guard %d, agent: %s", self._process.pid, line)
+        _log.debug("guard %d <- %.1000s", self._process.pid, answer)
+        return answer
 
     def _lost(self, why: str) -> GuardLost:
         """See to it that a guard which is none any more is dead, and the guest thawed without it.

@@ -22,6 +22,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -30,6 +31,7 @@ from typing import Any, NoReturn
 from backupctl.errors import BackupctlError
 from backupctl.system.address import Address
 from backupctl.vm.guest import guard_monitor, guard_survival, handshake
+from backupctl.vm.guest.agent import Agent
 from backupctl.vm.guest.freeze_control import RETRY_SECONDS, FreezeControl
 from backupctl.vm.guest.guard_watch import LOOK_SECONDS, Watch, Watched
 
@@ -44,6 +46,8 @@ IGNORED_SIGNALS = (
     signal.SIGALRM,
 )
 """What a terminal, a person or a service manager may send to all processes of a run."""
+_MOST_LINES, _MOST_LINE = 32, 250
+"""Of a log, in an answer: well below MAX_MESSAGE_BYTES, also where each character needs six bytes there."""
 
 
 TakeDown = Callable[[guard_monitor.Leftovers, Callable[[], object]], None]
@@ -99,14 +103,25 @@ class HeldSockets:
 
 
 class GuardServer:
-    """Serves the run's requests until it says goodbye or is gone."""
+    """Serves the run's requests until it says goodbye or is gone.
 
-    def __init__(self, run: socket.socket, take_down: TakeDown, freeze: FreezeControl, watch: Watch) -> None:
+    said: what the conversation with the agent has added since the last answer, for the run's log.
+    """
+
+    def __init__(
+        self,
+        run: socket.socket,
+        take_down: TakeDown,
+        freeze: FreezeControl,
+        watch: Watch,
+        said: deque[str] | None = None,
+    ) -> None:
         self._run = run
         self._take_down = take_down
         self._freeze = freeze
         self._held = HeldSockets()
         self._watch = watch
+        self._said = deque[str]() if said is None else said
 
     def serve(self) -> None:
         """Answer requests; in between, thaw when that is due, and look at the scratch files."""
@@ -165,6 +180,8 @@ class GuardServer:
             answer: dict[str, Any] = {"value": self._do(request, descriptors)}
         except BackupctlError as err:
             answer = {"error": err.code, "message": err.message, "state": err.state}
+        if self._said:
+            answer["log"] = [self._said.popleft() for _ in range(len(self._said))]
         with suppress(OSError):  # a run that died meanwhile is noticed at the next reading
             self._run.send(json.dumps(answer).encode())
         return True
@@ -197,12 +214,24 @@ class GuardServer:
 def _hands(monitor: str, agent: str, timeout_seconds: float) -> tuple[FreezeControl, TakeDown]:
     """Return how to reach guest and VM. monitor: an address, or what `libvirt.guard_hands` makes."""
     if monitor.startswith("{"):
-        from backupctl.vm.libvirt import guard_hands  # noqa: PLC0415 - only for such a VM: it takes a while
+        from backupctl.vm.libvirt import connection, guard_hands  # noqa: PLC0415 - only for such a VM: it takes a while
 
+        connection.Connection.log = staticmethod(Agent.log)
         hands = guard_hands.Hands.parse(monitor)
         return FreezeControl(partial(hands.agent, timeout_seconds), timeout_seconds), hands.take_down
     freeze = FreezeControl(Address.parse(agent) if agent else None, timeout_seconds)
     return freeze, partial(guard_monitor.take_down, Address.parse(monitor))
+
+
+def _recorded() -> deque[str]:
+    """Have what is said to the agent kept for the run, which has the log: its newest lines, cut off."""
+    said = deque[str](maxlen=_MOST_LINES)
+
+    def record(text: str, *values: object) -> None:
+        said.append((text % values)[:_MOST_LINE])
+
+    Agent.log = staticmethod(record)
+    return said
 
 
 def main() -> NoReturn:
@@ -212,11 +241,12 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     guard_survival.outlive()
     descriptor, monitor, agent, timeout = sys.argv[1:]
+    said = _recorded()
     with socket.socket(fileno=int(descriptor)) as run:
         run.send(b"{}")
         watch = Watch(os.getppid())
         freeze, take_down = _hands(monitor, agent, float(timeout))
-        guard = GuardServer(run, take_down, freeze, watch)
+        guard = GuardServer(run, take_down, freeze, watch, said)
         guard.serve()
     guard.take_over()
     # At once: the run waits for our end, and the interpreter would take all apart before it.

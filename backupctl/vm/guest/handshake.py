@@ -3,8 +3,7 @@
 
 QEMU 7.2 stands still for ever, and its guest with it, when its NBD server is stopped while a client is in its
 handshake, even if that client leaves then, or has just left and QEMU has not seen it
-(``test_a_run_killed_in_its_clients_handshake_does_not_make_the_guest_stand_still``,
-``test_a_guard_that_dies_while_clients_connect_costs_the_run_and_no_guest``). A client whose handshake
+(``test_a_guard_that_dies_while_clients_connect_costs_the_run_and_no_guest``). A client whose handshake
 has ended must not leave before its export has gone, though: see `guard_process`.
 """
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from backupctl.errors import CommandFailed, MonitorUnreachable, OutcomeUnknown
 
@@ -34,6 +34,10 @@ _RUNNING_STATES = (1, 2, 3, 7)
 PAUSED, PAUSED_BY_IO_ERROR = 3, 5
 """virDomainState, and virDomainPausedReason."""
 INSTALL = "apt install python3-libvirt"
+
+
+def _no_log(_text: str, *_values: object) -> None:
+    """Log nothing."""
 
 
 def refusal(call: str, number: str, description: str) -> CommandFailed:
@@ -99,6 +103,9 @@ class Connection:
     domain: libvirt's handle, to be used in functions that `call` is given, and nowhere else. header: returns
     the first bytes of an image of libvirt's machine, see `run_directory.header`.
     """
+
+    log: ClassVar[Callable[..., None]] = staticmethod(_no_log)
+    """Gets a debug line for each call and its end, as `Agent.log` does."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -176,11 +183,14 @@ class Connection:
         """
         if not self.alive:
             raise OutcomeUnknown(name, "the connection to libvirt is broken")
-        deadline = time.monotonic() + (self.seconds if seconds is None else seconds)
+        begun = time.monotonic()
+        deadline = begun + (self.seconds if seconds is None else seconds)
+        self.log("-> %s", name)
         pending = self.start(function)
         while not pending.wait(_PAUSE_SECONDS if meanwhile else max(deadline - time.monotonic(), 0.0)):
             if time.monotonic() >= deadline:
                 self.give_up()
+                self.log("%s: no answer within %.1f s", name, deadline - begun)
                 raise OutcomeUnknown(name, "time-out")
             if meanwhile:
                 meanwhile()
@@ -189,6 +199,7 @@ class Connection:
     def finished(self, name: str, pending: Pending[Result]) -> Result:
         """Return the result of a call that has ended. Raises CommandFailed, OutcomeUnknown."""
         error = pending.error
+        self.log("<- %s: %.200s", name, "done" if error is None else error)
         if error is None:
             result: Result = pending.result()
             return result

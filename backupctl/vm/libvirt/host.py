@@ -4,6 +4,7 @@
 The latter is in `vm.remote.libvirt_host`.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +21,8 @@ from backupctl.vm.libvirt import agent
 from backupctl.vm.libvirt.connection import Connection, module_directory
 from backupctl.vm.libvirt.guard_hands import Hands
 from backupctl.vm.libvirt.run_files import LocalRunHost, RunHost
+
+Connection.log = logging.getLogger("backupctl.vm.libvirt").debug
 
 LOCK_SECONDS = 5.0
 """libvirt waits 30 s for another operation to end; we wait a little longer, and have its answer."""

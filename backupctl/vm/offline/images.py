@@ -8,6 +8,7 @@ one that the header names; a data file and encryption are refused.
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -209,7 +210,7 @@ def _check_header(one: OpenFile, below: OpenFile | None) -> None:
             if header.corrupt
             else "was not closed, and its reference counts are not valid"
         )
-        raise _refused(path, what, next_command=f"qemu-img check -f qcow2 -r all {path}")
+        raise _refused(path, what, next_command=f"qemu-img check -f qcow2 -r all {shlex.quote(str(path))}")
     if below is None and header.backing:
         raise _refused(
             path,

@@ -62,8 +62,8 @@ def start_exports(
         for name, one in zip(names, specs, strict=True):
             monitor.execute("block-export-add", _arguments(monitor, name, one))
         # Only now: a client that has not shaken hands yet makes `nbd-server-stop` hang QEMU's main loop,
-        # guest and all (7.2.22; docs/protocol.md, "What QEMU does"). From here on nothing stands between
-        # connect and handshake.
+        # guest and all (7.2.22; docs/protocol.md, "Unexpected behaviour of QEMU"). From here on nothing
+        # stands between connect and handshake.
         groups = [
             tuple(_connected(guard, name, connect, failed) for _ in range(connections)) for name in names
         ]

@@ -26,7 +26,7 @@ def _refuse_migrating(monitor: Monitor) -> None:
 
     Another may be writing to its disks: what this one has kept of an image's tables is of earlier, and would
     make a point of old and new bytes (10.0.2 refuses that itself, 7.2.22 does not). And a migration that
-    ends while we have a job or filter over a disk fails (docs/protocol.md, "What QEMU does").
+    ends while we have a job or filter over a disk fails (docs/protocol.md, "Unexpected behaviour of QEMU").
     """
     if "query-migrate" not in monitor.commands:  # no VM, but a storage daemon
         return

@@ -36,8 +36,8 @@ RESERVE_UNLIMITED_BYTES = 512 * MIB
 def limits(monitor: Monitor) -> bool:
     """Whether this QEMU can limit what goes into a scratch file.
 
-    Before 9.0 a throttle node that joins a disk on an iothread crashes it (7.2.22; docs/protocol.md, "What
-    QEMU does": qemu_mutex_unlock_impl: Operation not permitted).
+    Before 9.0 a throttle node that joins a disk on an iothread crashes it (7.2.22, qemu_mutex_unlock_impl:
+    Operation not permitted; docs/protocol.md, "Unexpected behaviour of QEMU").
     """
     if not monitor.version.at_least(6, 0) or "query-iothreads" not in monitor.commands:
         return False

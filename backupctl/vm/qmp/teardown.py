@@ -57,7 +57,7 @@ def teardown(
 
     clients: our own NBD clients, if there are any. They go when no export is left and before the server
     is stopped, since one that has not shaken hands makes that hang QEMU's main loop
-    (7.2.22; docs/protocol.md, "What QEMU does").
+    (7.2.22; docs/protocol.md, "Unexpected behaviour of QEMU").
     actives: a disk's number in the run to its active node, from the run's journal; needed to give a
     device its disk back where a filter is in place.
     server_is_ours: false if the run was told that someone else's NBD server runs.

@@ -27,7 +27,10 @@ def typed(*arguments: str) -> click.Context:
 
 
 def said() -> list[tuple[str, str]]:
-    """Return every next command that the package names, with `web` for what is filled in, and where."""
+    """Return every next command that the package names, with its gaps filled in, and where.
+
+    What is quoted may be a path with a space, all else is a name.
+    """
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -43,11 +46,19 @@ def texts(node: ast.expr) -> list[str]:
     if isinstance(node, ast.Constant):
         return [node.value]
     if isinstance(node, ast.JoinedStr):
-        parts = [part.value if isinstance(part, ast.Constant) else "web" for part in node.values]
-        return ["".join(parts)]
+        return ["".join(map(filled, node.values))]
     if isinstance(node, ast.IfExp):
         return texts(node.body) + texts(node.orelse)
     return []
+
+
+def filled(part: ast.expr) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    found = ast.unparse(part)
+    if "shlex.quote(" in found:
+        return "'/my dir/x'"
+    return "/my dir/x" if "path" in found or "directory}" in found else "web"
 
 
 @pytest.mark.parametrize(("where", "text"), said(), ids=lambda value: value if ":" in value else "")
@@ -58,6 +69,7 @@ def test_every_next_command_is_one_and_nothing_else(where, text):
     assert re.match(r"(backupctl|apt|chown|chmod|cd|fusermount3|mkdir|qemu-img|systemctl) ", text), where
     assert not re.search(r"\b[A-Z]{4,}\b|[,;…]| or | if ", text), where
     words = shlex.split(text)
+    assert "dir/x" not in words, f"{where}: the path is not quoted"
     if words[0] == "backupctl":
         assert words[1] in [*COMMANDS, "web"], where
 

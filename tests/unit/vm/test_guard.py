@@ -3,6 +3,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
@@ -114,6 +115,16 @@ def test_freeze_and_thaw_tell_how_long(agent, start):
     assert not thawed.doubt
     assert not guard.may_be_frozen()
     assert (len(agent.freezes), len(agent.thaws)) == (1, 1)
+
+
+def test_what_the_guard_says_to_the_agent_is_in_the_runs_log(start, caplog):
+    caplog.set_level(logging.DEBUG, "backupctl.vm.guest")
+    guard = start()
+    guard.freeze(10)
+    guard.thaw()
+    said = [line.getMessage().partition(", agent: ")[2] for line in caplog.records]
+    said = [line for line in said if line.startswith("-> guest-fsfreeze")]
+    assert [*dict.fromkeys(said)][-2:] == ["-> guest-fsfreeze-freeze", "-> guest-fsfreeze-thaw"]
 
 
 @pytest.mark.parametrize("freeze", ["done", "refuse"])

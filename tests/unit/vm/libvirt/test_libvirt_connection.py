@@ -41,6 +41,21 @@ def test_a_call_returns_its_result(connection):
     assert connection.call("virFunction", lambda: 7) == 7
 
 
+def test_each_call_and_its_end_are_logged(connection, monkeypatch):
+    said = []
+    monkeypatch.setattr(Connection, "log", staticmethod(lambda text, *values: said.append(text % values)))
+    connection.call("virDomainGetState", lambda: 1)
+    with pytest.raises(CommandFailed):
+        connection.call("virDomainFSFreeze", failing(55))
+    with pytest.raises(OutcomeUnknown):
+        connection.call("virDomainBackupBegin", lambda: time.sleep(1), 0.1)
+    assert said == [
+        *("-> virDomainGetState", "<- virDomainGetState: done"),
+        *("-> virDomainFSFreeze", "<- virDomainFSFreeze: error 55"),
+        *("-> virDomainBackupBegin", "virDomainBackupBegin: no answer within 0.1 s"),
+    ]
+
+
 def test_a_call_that_hangs_has_an_unknown_outcome_in_time_and_ends_the_connection(connection):
     never = threading.Event()
     begun = time.monotonic()
