@@ -5,11 +5,12 @@ from collections import defaultdict
 from dataclasses import asdict
 
 import click
+from click.core import ParameterSource
 
-from backupctl.cli import common, output, param_types
+from backupctl.cli import common, output, param_types, vm_argument
 from backupctl.cli.invocation import Invocation
 from backupctl.operations import discover as core
-from backupctl.options import DEFAULT_TIMEOUTS
+from backupctl.options import DEFAULT_TIMEOUTS, Timeouts
 
 
 @common.command(
@@ -34,6 +35,9 @@ from backupctl.options import DEFAULT_TIMEOUTS
     help="Where libvirt is.",
 )
 @click.option("--toml", is_flag=True, help="Print tables for the configuration file.")
+@vm_argument.timeout(
+    "--command-timeout", "one call of libvirt may take", DEFAULT_TIMEOUTS.brief().command_seconds
+)
 @common.config_option
 @common.json_option
 def discover(
@@ -43,6 +47,7 @@ def discover(
     patterns: tuple[str, ...],
     libvirt: str,
     toml: bool,
+    command_timeout: float,
     config: str | None,  # noqa: ARG001 - the invocation has read it
     as_json: bool,
 ) -> None:
@@ -50,11 +55,14 @@ def discover(
 
     PATTERN may contain wildcards: 'web*'.
     """
+    content = Invocation.of(context).config.content
     configured: defaultdict[tuple[str, str], tuple[str, ...]] = defaultdict(tuple)
-    for name, said in Invocation.of(context).config.content.vm.items():
+    for name, said in content.vm.items():
         if said.libvirt:
             configured[said.libvirt, said.domain or name] += (name,)
-    found = core.discover(libvirt, patterns, configured, DEFAULT_TIMEOUTS.brief())
+    if context.get_parameter_source("command_timeout") is ParameterSource.DEFAULT:
+        command_timeout = content.defaults.command_timeout or command_timeout
+    found = core.discover(libvirt, patterns, configured, Timeouts(command_seconds=command_timeout))
     if as_json:
         output.print_json({"libvirt": libvirt, "domains": [asdict(one) for one in found]})
     elif toml:

@@ -112,7 +112,8 @@ def _split_point(words: tuple[str, ...], vms: Container[str]) -> tuple[tuple[str
     return words, None
 
 
-def _timeout(name: str, what: str, default: float) -> Callable[[Declared], Declared]:
+def timeout(name: str, what: str, default: float) -> Callable[[Declared], Declared]:
+    """Return a decorator that gives a command a time-out as an option, in seconds."""
     return click.option(
         name,
         type=param_types.SECONDS,
@@ -175,9 +176,9 @@ _VM_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         show_default=True,
         help="Directory for scratch files; with ssh: on the VM's host.",
     ),
-    _timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
-    _timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),
-    _timeout("--stall-timeout", "a copy may go without receiving data", DEFAULT_TIMEOUTS.stall_seconds),
+    timeout("--command-timeout", "one QMP command may take", DEFAULT_TIMEOUTS.command_seconds),
+    timeout("--agent-timeout", "one command to the guest agent may take", DEFAULT_TIMEOUTS.agent_seconds),
+    timeout("--stall-timeout", "a copy may go without receiving data", DEFAULT_TIMEOUTS.stall_seconds),
 )
 
 
