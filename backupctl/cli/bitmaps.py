@@ -45,9 +45,8 @@ def bitmaps(target: Target, *, names: tuple[str, ...], tag: str | None, dry_run:
     if not (names or tag):
         _show(vm.name, core.look(vm, repository, target.other_repositories, target.timeouts), as_json=as_json)
         return
-    done = core.remove(
-        vm, repository, target.other_repositories, names, tag, target.timeouts, dry_run=dry_run
-    )
+    unwanted = core.Unwanted(names, tag)
+    done = core.remove(vm, repository, target.other_repositories, unwanted, target.timeouts, dry_run=dry_run)
     if not dry_run:
         output.done(f"removed {counted(len(done.removed), 'bitmap')} from {vm.name}")
     _tell(done, as_json=as_json, dry_run=dry_run)

@@ -98,17 +98,24 @@ def look(
         return survey(driver, vm, repository, known)
 
 
+@dataclass(frozen=True)
+class Unwanted:
+    """Which bitmaps are to go: those of these names, and all of a repository's tag."""
+
+    names: Sequence[str]
+    tag: str | None
+
+
 def remove(
     vm: VmConfig,
     repository: Repository | None,
     known: Known,
-    names: Sequence[str],
-    tag: str | None,
+    unwanted: Unwanted,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     *,
     dry_run: bool = False,
 ) -> Removal:
-    """Remove the bitmaps of these names, and all of a repository's tag.
+    """Remove bitmaps.
 
     Holds the lock of the VM in each repository that is known. Raises UsageError for a name or tag that is
     not there, Refused for what is needed or in use (nothing is removed then), Locked, MonitorError.
@@ -120,7 +127,7 @@ def remove(
                 held.enter_context(directory.lock())
                 held.enter_context(summary.renewed(directory))
         driver = held.enter_context(open_driver(vm, timeouts))
-        chosen = _chosen(survey(driver, vm, repository, known), names, tag)
+        chosen = _chosen(survey(driver, vm, repository, known), unwanted)
         _refuse_needed(chosen, vm)
         active = frozenset(disk.node for disk in driver.inventory().disks)
         return Removal(vm.name, tuple(chosen)) if dry_run else _removed(driver, vm, chosen, active)
@@ -228,14 +235,14 @@ def _stored(bitmap: Bitmap, parts: BitmapParts, judge: _Judge | None, *, this: b
     )
 
 
-def _chosen(found: Sequence[StoredBitmap], names: Iterable[str], tag: str | None) -> list[StoredBitmap]:
+def _chosen(found: Sequence[StoredBitmap], unwanted: Unwanted) -> list[StoredBitmap]:
     """Return the bitmaps that are meant: a name stands for it on all nodes."""
-    wanted = frozenset(names)
-    if unknown := wanted - {one.name for one in found}:
+    names, tag = frozenset(unwanted.names), unwanted.tag
+    if unknown := names - {one.name for one in found}:
         raise UsageError(
             f"the VM has no bitmap of backupctl named {', '.join(sorted(unknown)):.300}", state=UNTOUCHED
         )
-    chosen = [one for one in found if one.name in wanted or one.repository == tag]
+    chosen = [one for one in found if one.name in names or one.repository == tag]
     if tag and not any(one.repository == tag for one in found):
         raise UsageError(f"the VM has no bitmap of a repository {tag:.100}", state=UNTOUCHED)
     return chosen
