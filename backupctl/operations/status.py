@@ -169,19 +169,19 @@ def _unanswered(directory: VmDirectory, stored: _Stored, err: MonitorError | Ref
 
     A run that works on it has the monitor, which serves one client, and all that looks unfinished.
     """
-    worker = directory.lock_holder()
-    if not worker and stored.running:
-        worker = f"the run of process {stored.running.pid} has just ended"
+    holder = directory.lock_holder()
+    if not holder and stored.running:
+        holder = f"the run of process {stored.running.pid} has just ended"
     unreached = f"fails while the VM cannot be reached; check with `backupctl doctor {directory.name}`"
     return Status(
         vm=directory.name,
         points=tuple(point.id for point in stored.points),
         damaged=stored.damaged,
         qemu=None,
-        problem=worker or err.message,
+        problem=holder or err.message,
         disks=(),
-        leftovers=(*(() if worker else stored.left), *stored.unmerged),
-        next_run="waits for a few seconds, then exits with code 75" if worker else unreached,
+        leftovers=(*(() if holder else stored.left), *stored.unmerged),
+        next_run="waits for a few seconds, then exits with code 75" if holder else unreached,
         running=stored.running,
     )
 

@@ -159,19 +159,19 @@ class LayerCopier:
         newest = below
         if one.newest is not None:
             newest = self.chains.content(one.newest, one.disk.name, one.disk.size)
-        known_bytes = min(below.described_bytes, newest.described_bytes)
-        cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, known_bytes)
+        described_bytes = min(below.described_bytes, newest.described_bytes)
+        cluster_map, dirty_bytes = _find_clusters(one, source.statuses(), below, described_bytes)
         if newest is not below:
             cluster_map.mark_differences(below, newest)
         return cluster_map, dirty_bytes
 
 
 def _find_clusters(
-    one: DiskPlan, statuses: Iterable[Extents], below: EffectiveContent, known_bytes: int
+    one: DiskPlan, statuses: Iterable[Extents], below: EffectiveContent, described_bytes: int
 ) -> tuple[ClusterMap, int]:
     """Return what must be read or zeroed, and how many bytes the dirty bitmap or the allocation map names.
 
-    known_bytes: up to where the earlier points describe the disk; it has grown if it is larger.
+    described_bytes: up to where the earlier points describe the disk; it has grown if it is larger.
     """
     cluster_map, dirty_bytes = ClusterMap(one.disk.size), 0
     for found in statuses:
@@ -183,8 +183,8 @@ def _find_clusters(
         # test_a_resized_disk_keeps_its_chain_and_has_the_right_bytes), while a raw disk on a volume that
         # was extended has there whatever the volume held before.
         stops = found.offsets + found.lengths
-        read = ~zero & (named | (stops > known_bytes))
-        offsets = np.where(named, found.offsets, np.maximum(found.offsets, known_bytes))[read]
+        read = ~zero & (named | (stops > described_bytes))
+        offsets = np.where(named, found.offsets, np.maximum(found.offsets, described_bytes))[read]
         cluster_map.data(offsets, stops[read] - offsets)
     # A disk that was shrunk: its bitmap does not name the cluster that the new end cuts, whose rest is lost.
     if one.bitmaps and one.disk.size % CLUSTER_BYTES:

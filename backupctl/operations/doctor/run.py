@@ -58,12 +58,12 @@ def examine(vm: VmConfig, path: Path, options: RunOptions, known: Known = nobody
     with suppress(BackupctlError):
         repository = Repository.open(path)
     found = [*_tools(), *_repository(vm, path), *_trials(vm, path, options)]
-    if repository is not None and (worker := repository.vm(vm.name).lock_holder()):
+    if repository is not None and (holder := repository.vm(vm.name).lock_holder()):
         found.append(
             Finding(
                 "monitor",
                 "warning",
-                worker,
+                holder,
                 "the monitor serves one client at a time; check again after the run",
             )
         )

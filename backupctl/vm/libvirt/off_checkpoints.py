@@ -81,7 +81,7 @@ def listed(connection: Connection, images: Layers) -> tuple[Checkpoint, ...]:
     )
 
 
-def union(of_disk: Sequence[Layer], base: str, name: BitmapName) -> list[bitmaps.Action]:
+def differential_bitmap(of_disk: Sequence[Layer], base: str, name: BitmapName) -> list[bitmaps.Action]:
     """Return what makes a disabled bitmap on a disk's newest image of all that changed since a checkpoint."""
     top = of_disk[0].node
     added = {"node": top, "name": name, "granularity": bitmaps.GRANULARITY_BYTES, "disabled": True}

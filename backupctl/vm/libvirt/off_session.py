@@ -36,13 +36,13 @@ class OffSession(OfflineSession):
         super().__init__(name, off.daemon)
         self._off = off
 
-    def union(self, one: DiskSnapshot, union: BitmapName) -> list[bitmaps.Action]:
+    def differential_bitmap(self, one: DiskSnapshot, name: BitmapName) -> list[bitmaps.Action]:
         """Unite the bitmaps of one checkpoint: each records for as long as it exists."""
         if not one.bases:
             return []
         images = off_checkpoints.layers(self._off.daemon, self._off.disks)
         base = checkpoints.checkpoint_of(one.bases[0], one.disk.name)
-        return off_checkpoints.union(images[self._off.disks.target(one.disk.name)], base, union)
+        return off_checkpoints.differential_bitmap(images[self._off.disks.target(one.disk.name)], base, name)
 
     def hand_over(self, disks: Sequence[DiskSnapshot], facts: PointFacts) -> None:  # noqa: ARG002 - the names tell
         """Make the checkpoint of this point; those before it stay until the point is committed."""

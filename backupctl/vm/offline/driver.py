@@ -92,9 +92,9 @@ class OfflineDriver:
 
     def bitmaps(self) -> tuple[Bitmap, ...]:
         """Return the bitmaps of every image."""
-        tops = {one.node for one in self._daemon.disks}
+        root_nodes = {one.node for one in self._daemon.disks}
         found = inventory.all_bitmaps(self._daemon.monitor)
-        return tuple(replace(one, read_only=False) if one.node in tops else one for one in found)
+        return tuple(replace(one, read_only=False) if one.node in root_nodes else one for one in found)
 
     def remove_bitmap(self, node: NodeName, name: BitmapName) -> str:
         """Remove one bitmap; return QEMU's refusal, or ""."""

@@ -17,9 +17,9 @@ def resolve(daemon: Daemon, facts: PointFacts, clients: teardown.Clients = teard
     """Do the work of `driver.Resolver.resolve`. Raises MonitorError, RepositoryError."""
     done = teardown.teardown(daemon.monitor, facts.namespace, {}, clients=clients)
     drop_unions(daemon.monitor, facts.namespace)
-    tops = {disk.node for disk in daemon.disks}
+    root_nodes = {disk.node for disk in daemon.disks}
     plans = recovery.bitmap_plans(daemon.monitor, facts)
-    if any(plan.actions for plan, reply in plans if reply["node-name"] in tops):
+    if any(plan.actions for plan, reply in plans if reply["node-name"] in root_nodes):
         with daemon.writable():
             done += recovery.resolve_bitmaps(daemon.monitor, facts)
     return done

@@ -21,7 +21,7 @@ class OfflineSession:
 
     Bitmaps change hands in `end`, when all is read: nobody writes meanwhile, and until then a run that is
     killed leaves the images as they were. Whose bitmaps they are, and what they are called, is told by three
-    methods (`union`, `hand_over`, `recover`), which libvirt's domains have otherwise.
+    methods (`differential_bitmap`, `hand_over`, `recover`), which libvirt's domains have otherwise.
     """
 
     def __init__(self, name: VmName, daemon: Daemon) -> None:
@@ -74,10 +74,12 @@ class OfflineSession:
         QEMU does not export a bitmap that records from a node that is read-only.
         """
         namespace, monitor = self._namespace, self._daemon.monitor
-        union = namespace.differential_bitmap
-        monitor.transaction([action for one in self._disks for action in self.union(one, union)])
+        merged = namespace.differential_bitmap
+        monitor.transaction(
+            [action for one in self._disks for action in self.differential_bitmap(one, merged)]
+        )
         specs = [
-            nbd_export.ExportSpec(one.disk.node, one.disk.node, union if one.bases else None)
+            nbd_export.ExportSpec(one.disk.node, one.disk.node, merged if one.bases else None)
             for one in self._disks
         ]
         self._exports = nbd_export.start_exports(
@@ -108,9 +110,9 @@ class OfflineSession:
         recovery.drop_unions(monitor, facts.namespace)
         self.hand_over(self._disks, facts)
 
-    def union(self, one: DiskSnapshot, union: BitmapName) -> list[bitmaps.Action]:
+    def differential_bitmap(self, one: DiskSnapshot, name: BitmapName) -> list[bitmaps.Action]:
         """Return what makes a disabled bitmap that tells all that changed since the disk's base."""
-        return bitmaps.merge_actions(one.disk.node, union, one.bases) if one.bases else []
+        return bitmaps.merge_actions(one.disk.node, name, one.bases) if one.bases else []
 
     def hand_over(self, disks: Sequence[DiskSnapshot], facts: PointFacts) -> None:
         """Have the new bitmaps record, and be stored. Raises MonitorError."""
@@ -179,7 +181,7 @@ def _handover(one: DiskSnapshot, facts: PointFacts) -> list[bitmaps.Action]:
     disk = one.disk
     if not disk.persistent:
         return []
-    gapped: tuple[BitmapName, ...] = ()
+    broken: tuple[BitmapName, ...] = ()
     if not one.bases:
-        gapped = bitmaps.broken_chain_bitmaps(disk.bitmaps, facts.namespace, facts.is_another_vms)
-    return bitmaps.handover_actions(disk.node, one.new, one.bases, persistent=True, gapped=gapped)
+        broken = bitmaps.broken_chain_bitmaps(disk.bitmaps, facts.namespace, facts.is_another_vms)
+    return bitmaps.handover_actions(disk.node, one.new, one.bases, persistent=True, broken=broken)

@@ -68,24 +68,24 @@ def handover_actions(
     bases: Sequence[BitmapName],
     *,
     persistent: bool,
-    gapped: Sequence[BitmapName] = (),
+    broken: Sequence[BitmapName] = (),
 ) -> list[Action]:
     """Actions of the run's transaction for one disk: record into `new`, stop recording into `bases`.
 
-    gapped: bitmaps of ours that are removed in the same transaction (see `broken_chain_bitmaps`).
+    broken: bitmaps of ours that are removed in the same transaction (see `broken_chain_bitmaps`).
     """
     arguments = {"node": node, "name": new, "granularity": GRANULARITY_BYTES, "persistent": persistent}
     return [
         {"type": "block-dirty-bitmap-add", "data": arguments},
-        *(_on(node, name, "remove") for name in gapped),
+        *(_on(node, name, "remove") for name in broken),
         *(_on(node, name, "disable") for name in bases),
     ]
 
 
-def merge_actions(node: NodeName, union: BitmapName, bitmaps: Sequence[BitmapName]) -> list[Action]:
+def merge_actions(node: NodeName, merged: BitmapName, bitmaps: Sequence[BitmapName]) -> list[Action]:
     """Actions that make one bitmap of several, which differ from it in nothing but their time."""
-    added = {"node": node, "name": union, "granularity": GRANULARITY_BYTES, "disabled": True}
-    return [{"type": "block-dirty-bitmap-add", "data": added}, _merge(node, union, bitmaps)]
+    added = {"node": node, "name": merged, "granularity": GRANULARITY_BYTES, "disabled": True}
+    return [{"type": "block-dirty-bitmap-add", "data": added}, _merge(node, merged, bitmaps)]
 
 
 def broken_chain_bitmaps(

@@ -183,12 +183,12 @@ class QmpSession(GuardedSession):
 
 
 def _bitmap_actions(one: DiskSnapshot, facts: PointFacts) -> tuple[bitmaps.Action, ...]:
-    gapped: tuple[BitmapName, ...] = ()
+    broken: tuple[BitmapName, ...] = ()
     if not one.bases:
-        gapped = bitmaps.broken_chain_bitmaps(one.disk.bitmaps, facts.namespace, facts.is_another_vms)
+        broken = bitmaps.broken_chain_bitmaps(one.disk.bitmaps, facts.namespace, facts.is_another_vms)
     disk = one.disk
     return tuple(
-        bitmaps.handover_actions(disk.node, one.new, one.bases, persistent=disk.persistent, gapped=gapped)
+        bitmaps.handover_actions(disk.node, one.new, one.bases, persistent=disk.persistent, broken=broken)
     )
 
 

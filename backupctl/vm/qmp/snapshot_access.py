@@ -115,9 +115,9 @@ class SnapshotAccess:
 
     def verify_active(self) -> None:
         """Raise Failed if a device no longer writes through its filter."""
-        tops = inventory.root_nodes(self._monitor)
+        root_nodes = inventory.root_nodes(self._monitor)
         for number, one in enumerate(self._disks):
-            if tops.get(one.disk.qdev) != self._namespace.node(NodeKind.FILTER, number):
+            if root_nodes.get(one.disk.qdev) != self._namespace.node(NodeKind.FILTER, number):
                 raise Failed(
                     f"{one.disk.name} no longer writes through the filter that kept it as it was: somebody "
                     "else removed it or put another node over it, so what was read may be newer"

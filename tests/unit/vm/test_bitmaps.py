@@ -188,8 +188,8 @@ def test_an_undone_differential_gives_its_record_to_the_newest_checkpoint_only()
 
 
 def test_the_union_that_a_dead_differential_left_goes():
-    union = replace(bitmap(P0), name=OWNER.differential_bitmap, recording=False)
-    found = plan_bitmap_recovery([union, bitmap(P0)], OWNER, committed(P0))
+    differential = replace(bitmap(P0), name=OWNER.differential_bitmap, recording=False)
+    found = plan_bitmap_recovery([differential, bitmap(P0)], OWNER, committed(P0))
     assert [action["data"]["name"] for action in found.actions] == [OWNER.differential_bitmap]
 
 

@@ -100,7 +100,7 @@ def test_only_bitmaps_without_a_gap_tell_what_changed(layers, count):
 
 
 def test_all_layers_are_united():
-    add, merge = off_checkpoints.union([layer(bitmap()), BELOW], "c", "u")
+    add, merge = off_checkpoints.differential_bitmap([layer(bitmap()), BELOW], "c", "u")
     assert add["data"]["disabled"] is True
     assert merge["data"]["bitmaps"] == [{"node": "image0", "name": "c"}, {"node": "b", "name": "c"}]
 
