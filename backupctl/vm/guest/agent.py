@@ -20,8 +20,8 @@ from backupctl.system.address import Address
 MAX_REPLY_BYTES = 1 << 20
 
 
-def _no_log(_format: str, *_arguments: object) -> None:
-    pass
+def no_log(_format: str, *_arguments: object) -> None:
+    """Log nothing."""
 
 
 _DELIMITER = b"\xff"
@@ -50,7 +50,7 @@ class Agent:
     it, at which every command has ended all the same; None for no such limit.
     """
 
-    log: ClassVar[Callable[..., None]] = staticmethod(_no_log)
+    log: ClassVar[Callable[..., None]] = staticmethod(no_log)
     """Gets a debug line for each command. The guard process, which starts anew for each run, imports this
     module too: it must not wait for the import of `logging`, so whoever logs puts it here."""
 

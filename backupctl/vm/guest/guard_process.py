@@ -114,14 +114,14 @@ class GuardServer:
         take_down: TakeDown,
         freeze: FreezeControl,
         watch: Watch,
-        said: deque[str] | None = None,
+        said: deque[str],
     ) -> None:
         self._run = run
         self._take_down = take_down
         self._freeze = freeze
         self._held = HeldSockets()
         self._watch = watch
-        self._said = deque[str]() if said is None else said
+        self._said = said
 
     def serve(self) -> None:
         """Answer requests; in between, thaw when that is due, and look at the scratch files."""
@@ -214,7 +214,8 @@ class GuardServer:
 def _hands(monitor: str, agent: str, timeout_seconds: float) -> tuple[FreezeControl, TakeDown]:
     """Return how to reach guest and VM. monitor: an address, or what `libvirt.guard_hands` makes."""
     if monitor.startswith("{"):
-        from backupctl.vm.libvirt import connection, guard_hands  # noqa: PLC0415 - only for such a VM: it takes a while
+        # Only for such a VM: it takes a while.
+        from backupctl.vm.libvirt import connection, guard_hands  # noqa: PLC0415
 
         connection.Connection.log = staticmethod(Agent.log)
         hands = guard_hands.Hands.parse(monitor)

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from backupctl.errors import CommandFailed, MonitorUnreachable, OutcomeUnknown
+from backupctl.vm.guest.agent import no_log
 
 Result = TypeVar("Result")
 
@@ -34,10 +35,6 @@ _RUNNING_STATES = (1, 2, 3, 7)
 PAUSED, PAUSED_BY_IO_ERROR = 3, 5
 """virDomainState, and virDomainPausedReason."""
 INSTALL = "apt install python3-libvirt"
-
-
-def _no_log(_text: str, *_values: object) -> None:
-    """Log nothing."""
 
 
 def refusal(call: str, number: str, description: str) -> CommandFailed:
@@ -104,7 +101,7 @@ class Connection:
     the first bytes of an image of libvirt's machine, see `run_directory.header`.
     """
 
-    log: ClassVar[Callable[..., None]] = staticmethod(_no_log)
+    log: ClassVar[Callable[..., None]] = staticmethod(no_log)
     """Gets a debug line for each call and its end, as `Agent.log` does."""
 
     def __init__(self, seconds: float) -> None:
