@@ -34,5 +34,5 @@ def of_newest(path: Path, vm: VmName, options: TrialOptions) -> Iterator[Finding
     except BackupctlError:
         return
     else:
-        how = f", by its UEFI variables and {by_uefi.code}" if by_uefi else ""
-        yield Finding(_SUBJECT, "ok", f"{program} can boot {point.id}{how}")
+        firmware = f", and {by_uefi.code} for the UEFI variables of {point.id}" if by_uefi else ""
+        yield Finding(_SUBJECT, "ok", f"found: {program}{firmware}")
