@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,6 +246,18 @@ class Lab:
 
     def backup(self, kind: str, *options: str, code: int = 0) -> Any:
         return self.cli.json(kind, "web", *options, code=code)
+
+    def assert_points_under_writes(self, *kinds: str, options: Sequence[str] = ()) -> None:
+        """Each point that is made while the guest writes is byte-equal to its moment."""
+        self.writer.start()
+        moments = {}
+        for kind in kinds:
+            report = self.backup(kind, *options)
+            moments[report["point"]] = self.writer.moment
+        self.writer.stop()
+        self.assert_at_rest()
+        for point, moment in moments.items():
+            self.assert_point(point, moment)
 
     def assert_point(self, point: str, moment: dict[str, bytes]) -> None:
         """The point is byte-equal to the moment, by restore and by qemu-img straight from the repository."""

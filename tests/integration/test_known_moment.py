@@ -35,15 +35,8 @@ def test_full_and_five_incrementals_under_writes_equal_their_moments(each_build,
 def test_the_other_view_shows_the_moment(newest_build, make_lab, view):
     lab = make_lab(newest_build, seed=7)
     lab.writer.write(40)
-    lab.writer.start()
-    moments = {}
-    for kind in ("full", "incremental", "incremental"):
-        report = lab.backup(kind, "--view", view, "--limit", "60M")
-        moments[report["point"]] = lab.writer.moment
-    lab.writer.stop()
-    lab.assert_at_rest()
-    for point, moment in moments.items():
-        lab.assert_point(point, moment)
+    options = ("--view", view, "--limit", "60M")
+    lab.assert_points_under_writes("full", "incremental", "incremental", options=options)
 
 
 def test_snapshot_access_is_refused_where_it_is_not_right(oldest_build, make_lab):

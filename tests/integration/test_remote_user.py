@@ -225,15 +225,7 @@ def test_a_vm_that_runs_as_the_user_is_backed_up_through_its_monitor(lab, accoun
     lab.machine.agent_path.chmod(0o777)
     os.chown(lab.cli.scratch, account_sshd.account.number, -1)
     lab.cli.vm += agent
-    lab.writer.start()
-    moments = {}
-    for kind in ("full", "incremental"):
-        report = lab.backup(kind)
-        moments[report["point"]] = lab.writer.moment
-    lab.writer.stop()
-    for point, moment in moments.items():
-        lab.assert_point(point, moment)
-    lab.assert_at_rest()
+    lab.assert_points_under_writes("full", "incremental")
     account_sshd.await_end()
     assert files_of(account_sshd.account.number) == []
 

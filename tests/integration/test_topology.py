@@ -366,15 +366,7 @@ def test_a_qemu_of_another_user_needs_no_rights_on_our_directories(build, make_l
     lab.cli.repository.mkdir(mode=0o700)
     lab.cli.scratch.chmod(0o700)
     lab.writer.write(30)
-    lab.writer.start()
-    moments = {}
-    for kind in ("full", "incremental"):
-        report = lab.backup(kind)
-        moments[report["point"]] = lab.writer.moment
-    lab.writer.stop()
-    lab.assert_at_rest()
-    for point, moment in moments.items():
-        lab.assert_point(point, moment)
+    lab.assert_points_under_writes("full", "incremental")
 
 
 def test_disks_can_be_stored_under_names_of_the_configuration(any_build, make_lab, tmp_path):
